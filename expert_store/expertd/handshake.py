@@ -1,0 +1,58 @@
+"""The messages of the attach socket: JSON in one SOCK_SEQPACKET packet each.
+
+The worker sends one :class:`Hello`; the daemon answers with one :class:`Welcome` (with
+the descriptors of arena, directory and session page, in this order, for a worker) or
+one :class:`Refusal`. From then on the connection is the session's lease: the daemon
+sends :data:`NUDGE` packets when it waits for the session to publish its epoch, the
+worker sends nothing, and when either side closes the session is over.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_PACKET_BYTES = 4096
+NUDGE = b"N"
+ATTACH_SOCKET = "attach.sock"
+RPC_SOCKET = "rpc.sock"
+TOKEN_KEY = "expertd-token"  # noqa: S105 - a metadata key, not a secret
+INCARNATION_KEY = "expertd-incarnation"
+ERROR_DETAIL_KEY = "expertd-error-bin"
+
+
+class Role(StrEnum):
+    """What a session is for."""
+
+    WORKER = "worker"
+    """Maps the arena and computes from it."""
+    READER = "reader"
+    """Reads records by RPC, without shared memory."""
+    ADMIN = "admin"
+    """Loads and unloads models; the daemon's own user or root only."""
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker says first."""
+
+    protocol: int
+    role: Role
+    model: str = ""
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
+    """The daemon's answer to a session that it accepts; sizes in bytes."""
+
+    session: int
+    token: str
+    incarnation: str
+    arena_bytes: int = 0
+    directory_bytes: int = 0
+    page_bytes: int = 0
+
+
+class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
+    """The daemon's answer to one that it refuses; ``code`` names a gRPC status."""
+
+    code: str
+    message: str

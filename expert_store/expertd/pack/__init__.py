@@ -1,0 +1,1 @@
+"""The pack: a model on disk in expertd's form. Reading it needs no torch."""

@@ -1,0 +1,1 @@
+"""The inference worker of expertd."""
