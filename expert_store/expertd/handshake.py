@@ -16,7 +16,7 @@ MAX_PACKET_BYTES = 4096
 NUDGE = b"N"
 ATTACH_SOCKET = "attach.sock"
 RPC_SOCKET = "rpc.sock"
-TOKEN_KEY = "expertd-token"  # noqa: S105 - a metadata key, not a secret
+TOKEN_KEY = "expertd-token"
 INCARNATION_KEY = "expertd-incarnation"
 ERROR_DETAIL_KEY = "expertd-error-bin"
 

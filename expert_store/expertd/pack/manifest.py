@@ -118,7 +118,7 @@ class PackFile(_Struct):
 
 
 class QuantizedTensor(_Struct):
-    """A trunk matrix that ``trunk.safetensors`` holds as ``NAME.q``, ``NAME.scale``, …
+    """A trunk matrix that ``trunk.safetensors`` holds as ``NAME.q``, ``NAME.scale`` and so on.
 
     ``name`` is the checkpoint's; ``matrix.name`` repeats it.
     """
