@@ -130,6 +130,42 @@ class Shortfall(_message.Message):
 Global___Shortfall: _TypeAlias = Shortfall  # noqa: Y015
 
 @_typing.final
+class ErrorDetail(_message.Message):
+    """Travels with every error status that the daemon itself gives, as trailing
+    metadata expertd-error-bin.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    SHORTFALL_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Which of the causes that share a status code, e.g. "PackError"."""
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]:
+        """DATA_LOSS: the records that were lost (the first of them, if they are many)."""
+
+    @_builtins.property
+    def shortfall(self) -> Global___Shortfall:
+        """RESOURCE_EXHAUSTED."""
+
+    def __init__(
+        self,
+        *,
+        experts: _abc.Iterable[Global___ExpertRef] | None = ...,
+        shortfall: Global___Shortfall | None = ...,
+        kind: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shortfall", b"shortfall"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "kind", b"kind", "shortfall", b"shortfall"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErrorDetail: _TypeAlias = ErrorDetail  # noqa: Y015
+
+@_typing.final
 class Part(_message.Message):
     """One contiguous piece of a record."""
 
