@@ -11,6 +11,7 @@ Everything here is plain data, checked when it is decoded.
 """
 
 from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -19,26 +20,48 @@ from msgspec import Meta
 from xxhash import xxh3_64_hexdigest
 
 from expertd.errors import PackError
+from expertd.pack.layout import (
+    PAGE_BYTES,
+    Bytes,
+    Count,
+    Encoding,
+    Matrix,
+    Part,
+    RecordLayout,
+    Struct,
+    check_layout,
+    matrix_parts,
+)
+
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "PAGE_BYTES",
+    "TRUNK_NAME",
+    "Encoding",
+    "Fingerprinted",
+    "GateOrder",
+    "Layer",
+    "Manifest",
+    "Matrix",
+    "PackFile",
+    "Part",
+    "QuantizedTensor",
+    "RecordLayout",
+    "decode_manifest",
+    "encode_manifest",
+    "read_manifest",
+]
 
 MANIFEST_NAME = "pack.json"
 TRUNK_NAME = "trunk.safetensors"
 FORMAT_NAME = "expertd-pack"
 FORMAT_VERSION = 1
-PAGE_BYTES = 4096
 MAX_MANIFEST_BYTES = 256 << 20
 
-Count = Annotated[int, Meta(ge=1, le=1 << 32)]
-Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]
 Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
-
-
-class Encoding(StrEnum):
-    """How a matrix's weights are written."""
-
-    PLAIN = "plain"
-    """The tensor itself."""
-    HQQ = "hqq"
-    """q, scale and zero with w = (q - zero) * scale, groups along the input dimension."""
+"""XXH3-64 in hex."""
 
 
 class GateOrder(StrEnum):
@@ -48,55 +71,10 @@ class GateOrder(StrEnum):
     INTERLEAVED = "interleaved"
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class Part(_Struct):
-    """A contiguous piece of a record; ``dtype`` in safetensors' names (U8, F16, BF16, F32)."""
-
-    name: str
-    offset: Bytes
-    num_bytes: Bytes
-    shape: tuple[Count, ...]
-    dtype: str
-
-
-class Matrix(_Struct):
-    """One of an expert's matrices, ``[out_features, in_features]``.
-
-    Its parts are ``NAME.weight`` if plain, else ``NAME.q``, ``NAME.scale``, ``NAME.zero``
-    (and with ``meta_group_size`` for each of the two ``.q``, ``.scale``, ``.zero`` again);
-    ``NAME.bias`` where the model has biases.
-    """
-
-    name: str
-    encoding: Encoding
-    out_features: Count
-    in_features: Count
-    bits: Annotated[int, Meta(ge=0, le=8)] = 0
-    group_size: Annotated[int, Meta(ge=0)] = 0
-    meta_group_size: Annotated[int, Meta(ge=0)] = 0
-
-
-class RecordLayout(_Struct):
-    """How the bytes of a record are divided; ``record_bytes`` is a multiple of 4 KiB."""
-
-    record_bytes: Count
-    parts: tuple[Part, ...]
-    matrices: tuple[Matrix, ...]
-
-    def part(self, name: str) -> Part:
-        """The part of that name; ``KeyError`` if there is none."""
-        for part in self.parts:
-            if part.name == name:
-                return part
-        raise KeyError(name)
-
-
-class Layer(_Struct):
+class Layer(Struct, frozen=True):
     """One MoE layer; the tuples have an element per expert.
 
+    The directory has an entry per expert: layers in the manifest's order, experts in theirs.
     ``layer`` is the decoder layer's index in the model, ``layout`` one into
     ``Manifest.layouts``, ``files`` ones into ``Manifest.files``.
     """
@@ -110,17 +88,18 @@ class Layer(_Struct):
     checksums: tuple[Checksum, ...]
 
 
-class PackFile(_Struct):
+class PackFile(Struct, frozen=True):
     """A file of the pack, by name and size."""
 
     name: str
     num_bytes: Bytes
 
 
-class QuantizedTensor(_Struct):
+class QuantizedTensor(Struct, frozen=True):
     """A trunk matrix that ``trunk.safetensors`` holds as ``NAME.q``, ``NAME.scale`` and so on.
 
-    ``name`` is the checkpoint's; ``matrix.name`` repeats it.
+    ``name`` is the checkpoint's full name of the tensor, ``.weight`` included;
+    ``matrix.name`` repeats it. ``dtype`` is what it had before, in safetensors' names.
     """
 
     name: str
@@ -128,8 +107,13 @@ class QuantizedTensor(_Struct):
     dtype: str
 
 
-class Manifest(_Struct):
-    """All of ``pack.json``."""
+class Manifest(Struct, frozen=True):
+    """All of ``pack.json``.
+
+    ``dtype`` is that of the model's 16-bit weights and of its activations, in safetensors'
+    names: BF16 or F16. ``trunk_checksum`` is that of the whole trunk file, a record's is that
+    of the whole padded record.
+    """
 
     format: str
     format_version: int
@@ -144,6 +128,11 @@ class Manifest(_Struct):
     trunk: PackFile
     trunk_checksum: Checksum
     trunk_quantized: tuple[QuantizedTensor, ...] = ()
+
+    @property
+    def first_entries(self) -> tuple[int, ...]:
+        """Per layer of ``layers``, the directory's entry of its expert 0."""
+        return (0, *accumulate(layer.num_experts for layer in self.layers))[:-1]
 
     @property
     def num_experts(self) -> int:
@@ -228,12 +217,15 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("it has no MoE layers")
     if not all(_is_plain_name(file.name) for file in (*manifest.files, manifest.trunk)):
         raise ValueError("a file name leads out of the pack")
+    names = [file.name for file in (*manifest.files, manifest.trunk)]
+    if len(set(names)) != len(names):
+        raise ValueError("two of its files have one name")
     for layout in manifest.layouts:
-        if layout.record_bytes % PAGE_BYTES:
-            raise ValueError("a record's size is not a multiple of 4 KiB")
-        for part in layout.parts:
-            if part.offset + part.num_bytes > layout.record_bytes:
-                raise ValueError(f"part {part.name} reaches past the record")
+        check_layout(layout)
+    for tensor in manifest.trunk_quantized:
+        if tensor.matrix.name != tensor.name or tensor.matrix.encoding is Encoding.PLAIN:
+            raise ValueError(f"the trunk's {tensor.name} does not say how it is quantized")
+        matrix_parts(tensor.matrix, tensor.dtype)
     previous = -1
     for layer in manifest.layers:
         if layer.layer <= previous:
