@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import grpc
-from expertstore.v1 import expert_store_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from expertd.errors import (
@@ -32,6 +31,7 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd.handshake import ERROR_DETAIL_KEY, Refusal
+from expertstore.v1 import expert_store_pb2 as pb
 
 # gRPC's metadata of one response may take 8 KiB in all by default, and a non-ASCII
 # character takes up to twelve bytes of it. An error must get through, if need be cut short.

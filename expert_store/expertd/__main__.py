@@ -1,0 +1,5 @@
+"""``python -m expertd``: the ``expertd`` command."""
+
+from expertd.cli import main
+
+main()

@@ -1,0 +1,146 @@
+"""The arena: the one copy of all resident records, shared, prefaulted and locked."""
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from expertd.errors import ConfigError
+from expertd.memfd import SharedMemory
+from expertd.sizes import format_bytes
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
+_PREFAULT_BYTES = 64 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Arena:
+    """Shared memory for ``num_bytes`` of records, rounded down to 4 KiB.
+
+    ``locked_bytes`` and ``huge_page_bytes`` say what was really obtained, ``warnings`` why
+    it was less. Raises :class:`ConfigError` if the host does not have that much.
+    """
+
+    def __init__(self, num_bytes: int, *, lock: bool) -> None:
+        num_bytes -= num_bytes % mmap.PAGESIZE
+        check_memory(num_bytes)
+        self.warnings: list[str] = []
+        self.memory = SharedMemory("expertd-arena", num_bytes, mode=0o400)
+        self.num_bytes = num_bytes
+        self._anchor = ctypes.c_char.from_buffer(self.memory.view)
+        self._address = ctypes.addressof(self._anchor)
+        self._advise_huge_pages()
+        self._prefault()
+        self.locked_bytes = self._lock() if lock else 0
+        self.huge_page_bytes = self._count_huge_pages()
+        if not self.huge_page_bytes:
+            self.warnings.append(
+                "the arena has no huge pages: /sys/kernel/mm/transparent_hugepage/shmem_enabled "
+                "does not offer them (write 'advise' there)."
+            )
+
+    @property
+    def view(self) -> memoryview:
+        """All bytes, writable."""
+        return self.memory.view
+
+    def close(self) -> None:
+        """Gives the memory back; workers that map it keep their mappings."""
+        del self._anchor
+        self.memory.close()
+
+    def _advise_huge_pages(self) -> None:
+        advice = mmap.MADV_HUGEPAGE
+        _libc.madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self.num_bytes), advice)
+
+    def _prefault(self) -> None:
+        """Touches every page now, in parallel, so that no reader or DMA waits for a fault."""
+
+        def populate(start: int) -> int:
+            length = min(_PREFAULT_BYTES, self.num_bytes - start)
+            failed: int = _libc.madvise(
+                ctypes.c_void_p(self._address + start),
+                ctypes.c_size_t(length),
+                _MADV_POPULATE_WRITE,
+            )
+            return ctypes.get_errno() if failed else 0
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            errors = set(pool.map(populate, range(0, self.num_bytes, _PREFAULT_BYTES))) - {0}
+        if errors - {errno.EINVAL}:  # EINVAL: an older kernel; mlock or first use faults then
+            reason = os.strerror((errors - {errno.EINVAL}).pop())
+            self.close()
+            raise ConfigError(
+                f"the host could not provide {format_bytes(self.num_bytes)} of RAM ({reason}); "
+                "give a smaller --ram."
+            )
+
+    def _lock(self) -> int:
+        if not _libc.mlock(ctypes.c_void_p(self._address), ctypes.c_size_t(self.num_bytes)):
+            return self.num_bytes
+        reason = os.strerror(ctypes.get_errno())
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        allowed = "unlimited" if limit == resource.RLIM_INFINITY else format_bytes(limit)
+        self.warnings.append(
+            f"the arena is not locked in RAM ({reason}; RLIMIT_MEMLOCK is {allowed}): the host "
+            "may swap it out; raise LimitMEMLOCK or `ulimit -l`."
+        )
+        return 0
+
+    def _count_huge_pages(self) -> int:
+        return huge_page_bytes("expertd-arena")
+
+
+def huge_page_bytes(mapping: str) -> int:
+    """How much of this process's mapping of that memfd is backed by huge pages."""
+    counted, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            ours = f"memfd:{mapping}" in line
+        elif ours and line.startswith(("ShmemPmdMapped:", "FilePmdMapped:")):
+            counted += int(line.split()[1]) << 10
+    return counted
+
+
+def check_memory(num_bytes: int) -> None:
+    """Raises :class:`ConfigError` if the host or its cgroup cannot hold that much.
+
+    Locking more than there is makes the kernel kill processes, ours or others.
+    """
+    available = memory_available()
+    if num_bytes > available:
+        raise ConfigError(
+            f"the RAM budget is {format_bytes(num_bytes)}, but only {format_bytes(available)} are "
+            "available here (free memory, and the cgroup's limit); give a smaller --ram."
+        )
+
+
+def memory_available() -> int:
+    """Bytes that this process could still take: MemAvailable, or its cgroup's rest if less."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    for group in _cgroups():
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+        except OSError:
+            continue
+        if limit != "max":
+            available = min(available, max(0, int(limit) - used))
+    return available
+
+
+def _cgroups() -> list[Path]:
+    """This process's cgroup (version 2) and those above it."""
+    root = Path("/sys/fs/cgroup")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        if number == "0":
+            group = root / path.lstrip("/")
+            return [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
+    return []

@@ -1,0 +1,186 @@
+"""The attach socket: who may attach, and the descriptors they get."""
+
+import asyncio
+import os
+import socket
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from expertd.directory import directory_bytes
+from expertd.errors import (
+    ExpertdError,
+    InvalidInputError,
+    PermissionDeniedError,
+    PreconditionError,
+)
+from expertd.handshake import (
+    MAX_PACKET_BYTES,
+    NUDGE,
+    PROTOCOL_VERSION,
+    Hello,
+    Role,
+    Welcome,
+)
+from expertd.log import log
+from expertd.session import Session
+from expertd.session_page import session_page_bytes
+from expertd.status import to_refusal
+from expertd.store import Store
+
+_HELLO_SECONDS = 5.0
+_MAX_PENDING = 64
+_PEER = struct.Struct("3i")
+
+
+class AttachConnection:
+    """One accepted connection; knows its peer and, once it has said hello, its session."""
+
+    def __init__(self, server: "AttachServer", peer: socket.socket) -> None:
+        self._server, self._socket = server, peer
+        self.pid, self.uid, _ = _PEER.unpack(
+            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        )
+        self.session: Session | None = None
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(_HELLO_SECONDS, self.close)
+        loop.add_reader(peer, self._on_readable)
+
+    def __repr__(self) -> str:
+        return f"AttachConnection(pid {self.pid}, uid {self.uid}, {self.session})"
+
+    def nudge(self) -> None:
+        """Asks the worker to publish; a full buffer means it was asked already."""
+        with suppress(OSError):
+            self._socket.send(NUDGE, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def close(self) -> None:
+        """Hangs up; twice is harmless."""
+        if self._socket.fileno() < 0:
+            return
+        self._deadline.cancel()
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._socket.close()
+        self._server.forget(self)
+
+    def _on_readable(self) -> None:
+        try:
+            packet = self._socket.recv(MAX_PACKET_BYTES + 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if self.session is not None:
+            # The end of the process, or something it must not say: either ends the session.
+            self._server.store.detach(self.session)
+        elif not packet:
+            self.close()
+        else:
+            self._deadline.cancel()
+            self._answer(packet)
+
+    def _answer(self, packet: bytes) -> None:
+        try:
+            hello = self._server.check(packet, self.uid)
+            store = self._server.store
+            self.session = store.attach(hello.role, hello.model, self, self.pid, self.uid)
+            self._welcome(self.session)
+        except ExpertdError as error:
+            log("attach refused", pid=self.pid, uid=self.uid, cause=error)
+            refusal = msgspec.json.encode(to_refusal(error))
+            with suppress(OSError):
+                self._socket.send(refusal, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self.close()
+
+    def _welcome(self, session: Session) -> None:
+        store = self._server.store
+        welcome = Welcome(session=session.id, token=session.token, incarnation=store.incarnation)
+        descriptors: list[int] = []
+        try:
+            if session.is_worker:
+                welcome = msgspec.structs.replace(
+                    welcome,
+                    arena_bytes=store.arena.num_bytes,
+                    directory_bytes=directory_bytes(session.model.num_entries),
+                    page_bytes=session_page_bytes(),
+                )
+                descriptors.append(store.arena.memory.open_read_only())
+                descriptors.append(session.model.memory.open_read_only())
+                descriptors.append(os.dup(session.memory.fd))
+            socket.send_fds(
+                self._socket,
+                [msgspec.json.encode(welcome)],
+                descriptors,
+                socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+            )
+        except OSError as error:
+            log("attach failed", pid=self.pid, cause=error)
+            store.detach(session)
+            return
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        log("attached", session=session.id, pid=self.pid, uid=self.uid, model=session.model_name)
+
+
+class AttachServer:
+    """Listens on ``path``; the connections it accepts are the sessions' leases."""
+
+    def __init__(self, store: Store, path: Path) -> None:
+        self.store = store
+        self._connections: set[AttachConnection] = set()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._listener.bind(str(path))
+        path.chmod(store.config.socket_mode)
+        self._listener.listen(socket.SOMAXCONN)
+        self._listener.setblocking(False)
+        self._allowed = {0, os.geteuid(), *store.config.allowed_uids}
+        asyncio.get_running_loop().add_reader(self._listener, self._on_connect)
+
+    def check(self, packet: bytes, uid: int) -> Hello:
+        """The hello in ``packet``, if that user may say it."""
+        if uid not in self._allowed:
+            raise PermissionDeniedError(
+                f"uid {uid} may not attach to this expertd; add it to allowed_uids."
+            )
+        try:
+            hello = msgspec.json.decode(packet[:MAX_PACKET_BYTES], type=Hello)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidInputError(f"this is not a hello: {error}.") from error
+        if hello.protocol != PROTOCOL_VERSION:
+            raise PreconditionError(
+                f"the client speaks attach protocol {hello.protocol}, this expertd "
+                f"{PROTOCOL_VERSION}; run the same version on both sides."
+            )
+        if hello.role is Role.ADMIN and uid not in {0, os.geteuid()}:
+            raise PermissionDeniedError(
+                f"uid {uid} may not load or unload models; only root and expertd's own user may."
+            )
+        return hello
+
+    def forget(self, connection: AttachConnection) -> None:
+        """Takes note that a connection was closed."""
+        self._connections.discard(connection)
+
+    def close(self) -> None:
+        """Stops listening; the sessions stay. Twice is harmless."""
+        if self._listener.fileno() < 0:
+            return
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
+        for connection in [each for each in self._connections if each.session is None]:
+            connection.close()
+
+    def _on_connect(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:  # none there after all, or no descriptor left
+            return
+        pending = sum(connection.session is None for connection in self._connections)
+        if pending >= _MAX_PENDING:
+            peer.close()
+            return
+        peer.setblocking(False)
+        self._connections.add(AttachConnection(self, peer))

@@ -1,0 +1,3 @@
+"""Placeholder until the packer lands."""
+import typer
+def register(app: typer.Typer) -> None: ...

@@ -1,0 +1,57 @@
+"""``expertd serve``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertd.config import load_config, parse_model
+from expertd.errors import ConfigError
+from expertd.sizes import parse_bytes
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to ``app``."""
+    app.command()(serve)
+
+
+def serve(
+    socket: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory for the sockets; made if missing."),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="RAM for experts of all models, e.g. 512MiB or 24GiB."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PACK", help="A pack to serve; may be given several times."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Settings; the options here override them."),
+    ] = None,
+) -> None:
+    """Holds experts in shared RAM and serves them to the workers of this host.
+
+    What does not fit into the RAM budget stays on disk and is read when it is asked for.
+    Runs in the foreground until SIGTERM or Ctrl-C; prints one line when it serves.
+
+    Example: `expertd serve --socket /run/expertd --ram 24GiB --model mixtral=/packs/mixtral`
+    """
+    from expertd.daemon import serve as run  # grpc and numpy: not for --help
+
+    models = None
+    if model:
+        models = dict(map(parse_model, model))
+        if len(models) < len(model):
+            raise ConfigError("two models are given the same name; each needs its own.")
+    run(load_config(config, socket=socket, ram_bytes=_size(ram), models=models))
+
+
+def _size(text: str | None) -> int | None:
+    try:
+        return parse_bytes(text) if text is not None else None
+    except ValueError as error:
+        raise ConfigError(f"--ram: {error}.") from error

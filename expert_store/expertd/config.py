@@ -1,0 +1,133 @@
+"""The daemon's settings: one frozen dataclass, from a TOML file, the command line, or both."""
+
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from expertd.errors import ConfigError
+from expertd.sizes import parse_bytes
+
+MIN_RAM_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What ``expertd serve`` needs to know; units are in the names.
+
+    Raises :class:`ConfigError` if a value makes no sense.
+    """
+
+    socket: Path
+    """Directory of the sockets and the lock; made if missing."""
+    ram_bytes: int
+    """The arena's size: the budget of all models together."""
+    models: dict[str, Path] = field(default_factory=dict)
+    """Packs to load at start, by model name."""
+    allowed_uids: tuple[int, ...] = ()
+    """Who may attach besides root and the daemon's own user."""
+    socket_mode: int = 0o660
+    """Permissions of the sockets."""
+    lock_memory: bool = True
+    """mlock the arena; if that fails the daemon warns and goes on."""
+    direct_io: bool = True
+    """Read packs past the page cache where the file system can."""
+    loader_threads: int = 4
+    """Reads in flight at once."""
+    stall_seconds: float = 30.0
+    """How long a worker may hold up eviction before it is cut off."""
+    fetch_seconds: float = 60.0
+    """Deadline of a fetch whose caller gave none."""
+    drain_seconds: float = 5.0
+    """How long SIGTERM waits for calls in flight."""
+    max_sessions: int = 256
+    """Attached at once."""
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes < MIN_RAM_BYTES:
+            raise ConfigError(f"ram is {self.ram_bytes} bytes; give the budget, e.g. 16GiB.")
+        for name in ("stall_seconds", "fetch_seconds", "loader_threads", "max_sessions"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if self.drain_seconds < 0:
+            raise ConfigError(f"drain_seconds is {self.drain_seconds}; it cannot be negative.")
+        for name in self.models:
+            check_model_name(name)
+
+
+def check_model_name(name: str) -> None:
+    """Raises :class:`ConfigError` unless ``name`` can name a model."""
+    if not name or len(name) > 128 or not name.isprintable() or "=" in name or "/" in name:
+        raise ConfigError(
+            f"{name!r} cannot name a model: give 1-128 printable characters, no = or /."
+        )
+
+
+def parse_model(text: str) -> tuple[str, Path]:
+    """``NAME=PACK`` as given on the command line. Raises :class:`ConfigError`."""
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{text!r} is not a model: write --model NAME=PACK.")
+    check_model_name(name)
+    return name, Path(path).absolute()
+
+
+def load_config(path: Path | None, **overrides: Any) -> ServeConfig:  # noqa: ANN401
+    """The settings in TOML file ``path``, with those of ``overrides`` that are not None.
+
+    In the file ``ram`` may stand for ``ram_bytes`` with a unit (``"16GiB"``), ``socket_mode``
+    is a string in octal, and ``[models]`` maps names to packs. Raises :class:`ConfigError`.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_toml(path)
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    for name, option in (("socket", "--socket DIR"), ("ram_bytes", "--ram SIZE")):
+        if name not in values:
+            raise ConfigError(f"{name.removesuffix('_bytes')} is not set; give {option}.")
+    return replace(ServeConfig(Path(), MIN_RAM_BYTES), **values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    defaults = {spec.name: spec for spec in fields(ServeConfig)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = "ram_bytes" if key == "ram" else key
+        if name not in defaults:
+            known = ", ".join(sorted({"ram", *defaults} - {"ram_bytes"}))
+            raise ConfigError(f"{path}: unknown setting {key!r}; known are {known}.")
+        try:
+            values[name] = _convert(name, value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: {key} = {value!r} does not fit: {error}.") from error
+    return values
+
+
+def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
+    """A TOML value as the field of that name wants it. Raises TypeError or ValueError."""
+    kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
+    if name == "ram_bytes" and isinstance(value, str):
+        return parse_bytes(value)
+    if name == "socket_mode":
+        return int(value, 8)
+    if name == "socket":
+        return Path(_typed(value, str))
+    if name == "models":
+        return {
+            key: Path(_typed(path, str)).absolute() for key, path in _typed(value, dict).items()
+        }
+    if name == "allowed_uids":
+        return tuple(_typed(uid, int) for uid in _typed(value, list))
+    return kind(_typed(value, (int, float))) if kind is float else _typed(value, kind)
+
+
+def _typed(value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"it is a {type(value).__name__}")
+    return value

@@ -1,0 +1,119 @@
+"""The daemon's life: start-up and shutdown as two numbered lists."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import grpc
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from expertd import __version__
+from expertd.arena import Arena
+from expertd.attach import AttachServer
+from expertd.config import ServeConfig
+from expertd.interceptor import ErrorInterceptor
+from expertd.log import log, open_log
+from expertd.rundir import RunDirectory
+from expertd.service import ExpertStoreService
+from expertd.sizes import format_bytes
+from expertd.store import Store
+from expertstore.v1 import expert_store_pb2 as pb
+from expertstore.v1 import expert_store_pb2_grpc as rpc
+
+_REFRESH_SECONDS = 0.05  # rings of 16 Ki touches: overrun only above 300 k accesses a second
+_MAX_REQUEST_BYTES = 1 << 20
+_SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
+
+
+def serve(config: ServeConfig) -> None:
+    """Runs a daemon until SIGTERM or SIGINT. Raises ``ConfigError`` and its siblings."""
+    open_log()
+    uvloop.run(_serve(config))
+
+
+async def _serve(config: ServeConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with _running(config) as store:
+        print(_banner(store), flush=True)  # noqa: T201 - what the starter waits for
+        await stop.wait()
+        log("stopping", sessions=len(store.sessions))
+
+
+@contextlib.asynccontextmanager
+async def _running(config: ServeConfig) -> AsyncIterator[Store]:
+    """A daemon that serves inside the ``with``; what is set up is undone in reverse."""
+    async with contextlib.AsyncExitStack() as stack:
+        # 1. Own the directory: nothing of another daemon is touched before this.
+        directory = RunDirectory(config.socket)
+        stack.callback(directory.close)
+        # 2. Memory, which may be refused.
+        arena = await asyncio.to_thread(lambda: Arena(config.ram_bytes, lock=config.lock_memory))
+        stack.callback(arena.close)
+        # 3. Models, which may be refused too.
+        store = Store(config, arena)
+        stack.push_async_callback(store.close)
+        for name, path in config.models.items():
+            await store.load_model(name, path)
+        # 4. The pulse that reads what workers wrote.
+        pulse = asyncio.create_task(_refresh(store))
+        stack.push_async_callback(_cancel, pulse)
+        # 5. Doors: first RPC, then attach, since an attached worker calls at once.
+        server = await _start_rpc(store, directory)
+        stack.push_async_callback(server.stop, config.drain_seconds)
+        attach = AttachServer(store, directory.attach_socket)
+        stack.callback(attach.close)
+        yield store
+
+
+async def _start_rpc(store: Store, directory: RunDirectory) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)],
+    )
+    rpc.add_ExpertStoreServicer_to_server(ExpertStoreService(store), server)
+    status = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    for name in ("", _SERVICE):
+        await status.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection(
+        (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    server.add_insecure_port(f"unix:{directory.rpc_socket}")
+    await server.start()
+    directory.rpc_socket.chmod(store.config.socket_mode)
+    return server
+
+
+async def _refresh(store: Store) -> None:
+    while True:
+        store.slots.refresh()
+        await asyncio.sleep(_REFRESH_SECONDS)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _banner(store: Store) -> str:
+    for warning in store.warnings:
+        print(f"expertd: warning: {warning}", file=sys.stderr)  # noqa: T201
+    held = ", ".join(
+        f"{model.name} ({model.num_entries} experts, "
+        f"{format_bytes(model.manifest.expert_bytes)}, {model.path})"
+        for model in store.models.values()
+    )
+    arena = store.arena
+    return (
+        f"expertd {__version__} serves {held or 'no model yet'} at {store.config.socket}: arena "
+        f"{format_bytes(arena.num_bytes)}, {format_bytes(arena.locked_bytes)} locked, "
+        f"{format_bytes(arena.huge_page_bytes)} in huge pages."
+    )

@@ -1,0 +1,220 @@
+"""A model that the daemon holds: which of its records are resident, and who uses them."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from expertd.directory import Directory, directory_bytes, pack_word
+from expertd.errors import NotFoundError
+from expertd.extents import Extent
+from expertd.loader import ReadJob, RecordFile
+from expertd.memfd import SharedMemory
+from expertd.pack.manifest import Fingerprinted, Layer
+from expertd.reclaim import Reclaimer
+from expertd.residency import Entries, Heat
+
+
+class ModelState(Enum):
+    """Where a model is in its life."""
+
+    SERVING = auto()
+    UNLOADING = auto()
+
+
+class Place(NamedTuple):
+    """Where a record lies on disk."""
+
+    file: RecordFile
+    offset: int
+    checksum: str
+
+
+@dataclass(eq=False)
+class Load:
+    """A record on its way into the arena; ``done`` gets None or what is wrong with it."""
+
+    entry: int
+    extent: Extent
+    hinted: bool
+    done: asyncio.Future[str | None]
+    job: ReadJob
+
+
+@dataclass
+class Counters:
+    """What happened to a model since it was loaded."""
+
+    host_hits: int = 0
+    nvme_misses: int = 0
+    nvme_bytes_read: int = 0
+    evictions: int = 0
+    records_lost: int = 0
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+
+
+class HostedModel:
+    """Bookkeeping of one model, without I/O of its own.
+
+    An entry is an expert's index in the directory: layers in order, experts in order.
+    """
+
+    def __init__(
+        self, name: str, path: Path, pack: Fingerprinted, files: Sequence[RecordFile]
+    ) -> None:
+        self.name, self.path, self.files = name, path, files
+        self.manifest, self.fingerprint = pack.manifest, pack.fingerprint
+        self.state = ModelState.SERVING
+        self.counters = Counters()
+        self.reclaimer = Reclaimer()
+        self.loads: dict[int, Load] = {}
+        self.num_sessions = 0
+        self._rows: dict[int, tuple[Layer, int]] = {}
+        self._places: list[Place] = []
+        self._record_bytes: list[int] = []
+        self._experts: list[tuple[int, int]] = []
+        for layer in self.manifest.layers:
+            self._rows[layer.layer] = (layer, len(self._places))
+            size = self.manifest.layouts[layer.layout].record_bytes
+            for expert in range(layer.num_experts):
+                file = files[layer.files[expert]]
+                place = Place(file, layer.offsets[expert], layer.checksums[expert])
+                self._places.append(place)
+                self._record_bytes.append(size)
+                self._experts.append((layer.layer, expert))
+        self.num_entries = len(self._places)
+        self.touches_per_token = sum(layer.experts_per_token for layer in self.manifest.layers)
+        self.heat = Heat(self.num_entries, self.touches_per_token)
+        self.memory = SharedMemory("expertd-directory", directory_bytes(self.num_entries), 0o400)
+        self.directory = Directory.format(self.memory.view.cast("Q"), self.num_entries)
+        self._extents: list[Extent | None] = [None] * self.num_entries
+        self._generation = 0
+        self._resident = np.zeros(self.num_entries, np.bool_)
+        self._holds = np.zeros(self.num_entries, np.int64)
+        self._unused_hint = np.zeros(self.num_entries, np.bool_)
+
+    def __repr__(self) -> str:
+        return (
+            f"HostedModel({self.name}, {self.state.name}, {self.num_resident} of "
+            f"{self.num_entries} resident, {len(self.loads)} loading, {self.reclaimer})"
+        )
+
+    @property
+    def num_resident(self) -> int:
+        """Records that workers can see."""
+        return int(self._resident.sum())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Their size."""
+        return sum(self._record_bytes[entry] for entry in np.flatnonzero(self._resident))
+
+    @property
+    def max_record_bytes(self) -> int:
+        """Size of the largest record."""
+        return max(self._record_bytes)
+
+    def first_entry(self, layer: int) -> int:
+        """The entry of the layer's first expert."""
+        return self._rows[layer][1]
+
+    def entry(self, layer: int, expert: int) -> int:
+        """The entry of an expert. Raises :class:`NotFoundError`."""
+        row = self._rows.get(layer)
+        if row is None:
+            raise NotFoundError(f"{self.name} has no MoE layer {layer}.")
+        if not 0 <= expert < row[0].num_experts:
+            raise NotFoundError(
+                f"{self.name} has no expert {expert} in layer {layer}: it has {row[0].num_experts}."
+            )
+        return row[1] + expert
+
+    def expert(self, entry: int) -> tuple[int, int]:
+        """The (layer, expert) of an entry."""
+        return self._experts[entry]
+
+    def place(self, entry: int) -> Place:
+        """Where the entry's record lies on disk."""
+        return self._places[entry]
+
+    def record_bytes(self, entry: int) -> int:
+        """Size of the entry's record."""
+        return self._record_bytes[entry]
+
+    def extent(self, entry: int) -> Extent | None:
+        """Where the record lies in the arena, None unless it is resident."""
+        return self._extents[entry] if self._resident[entry] else None
+
+    def is_resident(self, entry: int) -> bool:
+        """Whether workers can see the record."""
+        return bool(self._resident[entry])
+
+    def hold(self, entries: Iterable[int]) -> None:
+        """Keeps records from being evicted, once more each."""
+        for entry in entries:
+            self._holds[entry] += 1
+
+    def unhold(self, entries: Iterable[int]) -> None:
+        """Takes back one hold of each."""
+        for entry in entries:
+            self._holds[entry] -= 1
+
+    def evictable(self) -> Entries:
+        """Resident records that nobody holds."""
+        return np.flatnonzero(self._resident & (self._holds == 0))
+
+    def arrive(self, load: Load) -> None:
+        """A verified record becomes visible."""
+        del self.loads[load.entry]
+        self._generation += 1
+        self._extents[load.entry] = load.extent
+        self._resident[load.entry] = True
+        self._unused_hint[load.entry] = load.hinted
+        if load.hinted:
+            self.heat.expect(load.entry)
+        self.directory.publish(load.entry, pack_word(load.extent.offset, self._generation))
+
+    def evict(self, entries: Sequence[int]) -> None:
+        """Withdraws resident records; their extents go to the reclaimer."""
+        extents = []
+        for entry in entries:
+            self.directory.withdraw(entry)
+            extent = self._extents[entry]
+            assert extent is not None
+            extents.append(extent)
+            self._extents[entry] = None
+            self._resident[entry] = False
+            self.counters.prefetch_wasted += bool(self._unused_hint[entry])
+            self._unused_hint[entry] = False
+        self.counters.evictions += len(extents)
+        self.reclaimer.retire(self.directory.advance_epoch(), extents)
+
+    def touched(self, entries: Entries, num_touches: int, num_misses: int) -> None:
+        """Takes in what workers accessed: in-range entries, and the totals to count."""
+        self.heat.touch(entries)
+        self.counters.host_hits += num_touches - num_misses
+        self.counters.nvme_misses += num_misses
+        used = entries[self._unused_hint[entries]]
+        self.counters.prefetch_useful += len(np.unique(used))
+        self._unused_hint[used] = False
+
+    def close(self, free: Callable[[Extent], None]) -> None:
+        """Gives everything back; call when no session and no load is left."""
+        for entry in np.flatnonzero(self._resident):
+            extent = self._extents[entry]
+            assert extent is not None
+            free(extent)
+        for extent in self.reclaimer.collect(()):
+            free(extent)
+        self._resident[:] = False
+        for file in self.files:
+            file.close()
+        del self.directory
+        self.memory.close()

@@ -1,0 +1,64 @@
+"""The service's edge, where exceptions become status codes."""
+
+from __future__ import annotations  # grpc.aio's types take parameters only in the stubs
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from expertd.errors import ExpertdError
+from expertd.log import log
+from expertd.status import to_status
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns exceptions into status codes, in this one place."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handler of one call."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/expertstore."):
+            return handler
+        if handler.response_streaming:
+            stream: Any = handler.unary_stream  # the stubs type only the synchronous server's
+
+            async def wrapped_stream(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401
+                try:
+                    async for response in stream(request, context):
+                        yield response
+                except Exception as error:
+                    await _abort(context, error)
+
+            return grpc.unary_stream_rpc_method_handler(
+                wrapped_stream, handler.request_deserializer, handler.response_serializer
+            )
+        unary: Any = handler.unary_unary
+
+        async def wrapped(request: Any, context: Context) -> Any:  # noqa: ANN401
+            try:
+                return await unary(request, context)
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(
+            wrapped, handler.request_deserializer, handler.response_serializer
+        )
+
+
+async def _abort(context: Context, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, ExpertdError):
+        log("unexpected failure", error=repr(error))
+    status = to_status(error)
+    await context.abort(status.code, status.message, status.trailing_metadata)

@@ -1,0 +1,46 @@
+"""Anonymous shared memory that is handed to other processes as a descriptor."""
+
+import fcntl
+import mmap
+import os
+from contextlib import suppress
+
+# fcntl has them from Python 3.8 on, but typeshed only for some platforms.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class SharedMemory:
+    """A memfd of fixed size, mapped writable here. ``close`` twice is harmless.
+
+    It is sealed against shrinking and growing: a reader of a shrunk mapping would die of
+    SIGBUS. ``mode`` is that of its inode: with 0400 another uid can reopen it neither
+    writable nor at all, while the owner can adopt it later.
+    """
+
+    def __init__(self, name: str, num_bytes: int, mode: int) -> None:
+        self.num_bytes = num_bytes
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, num_bytes)
+            os.fchmod(self.fd, mode)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._mapping = mmap.mmap(self.fd, num_bytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.view = memoryview(self._mapping)
+
+    def open_read_only(self) -> int:
+        """A new descriptor that cannot be mapped writable; the caller closes it."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Unmaps and closes; workers' own mappings stay valid."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        self.view.release()
+        # A view may still be in use (a read in flight at shutdown): then the collector unmaps.
+        with suppress(BufferError):
+            self._mapping.close()

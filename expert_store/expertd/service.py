@@ -1,0 +1,138 @@
+"""The gRPC service: requests into calls of the store, results into messages."""
+
+from __future__ import annotations  # grpc.aio's types take parameters only in the stubs
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertd.errors import InvalidInputError, PermissionDeniedError
+from expertd.handshake import INCARNATION_KEY, TOKEN_KEY, Role
+from expertd.hosted_model import HostedModel
+from expertd.messages import model_response, model_summary
+from expertd.session import Session
+from expertd.stats import collect_stats
+from expertd.store import Store
+from expertstore.v1 import expert_store_pb2 as pb
+from expertstore.v1 import expert_store_pb2_grpc as rpc
+
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+_CHUNK_BYTES = 1 << 20
+_MIN_INTERVAL_SECONDS = 0.05
+
+
+class ExpertStoreService(rpc.ExpertStoreServicer):
+    """``expertstore.v1.ExpertStore`` over a :class:`~expertd.store.Store`.
+
+    Exceptions leave through :class:`~expertd.interceptor.ErrorInterceptor`.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(
+            models=[model_summary(model) for model in self._store.models.values()],
+            incarnation=self._store.incarnation,
+        )
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        model = self._store.model(request.name)
+        return model_response(model, self._store.records.max_fetch_records(model))
+
+    async def LoadModel(
+        self, request: pb.LoadModelRequest, context: Context
+    ) -> pb.LoadModelResponse:
+        self._admin(context)
+        if not Path(request.pack_path).is_absolute():
+            raise InvalidInputError(
+                f"{request.pack_path!r} is not an absolute path; the daemon has another directory."
+            )
+        model = await self._store.load_model(request.name, Path(request.pack_path))
+        return pb.LoadModelResponse(summary=model_summary(model))
+
+    async def UnloadModel(
+        self, request: pb.UnloadModelRequest, context: Context
+    ) -> pb.UnloadModelResponse:
+        self._admin(context)
+        return pb.UnloadModelResponse(released_bytes=await self._store.unload_model(request.name))
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
+        session = self._session(context)
+        entries = _entries(session.model, request.experts)
+        missed = await self._store.records.fetch(session, entries, request.fetch_number)
+        words = map(session.model.directory.word, entries)
+        return pb.FetchResponse(words=words, num_missed=missed)
+
+    async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
+        session = self._session(context)
+        entries = _entries(session.model, request.experts)
+        accepted = self._store.records.prefetch(session, entries, request.priority)
+        return pb.PrefetchResponse(num_accepted=accepted)
+
+    async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        session = self._session(context)
+        entries = _entries(session.model, request.experts)
+        return pb.PinResponse(num_pinned=await self._store.records.pin(session, entries))
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
+        session = self._session(context)
+        entries = _entries(session.model, request.experts) or list(session.pins)
+        return pb.UnpinResponse(num_unpinned=session.unpin(entries))
+
+    async def Read(
+        self, request: pb.ReadRequest, context: Context
+    ) -> AsyncIterator[pb.ReadResponse]:
+        session = self._session(context)
+        model = session.model if session.is_worker else self._store.model(request.model)
+        for entry in _entries(model, request.experts):
+            data = await self._store.records.read(model, entry)
+            layer, expert = model.expert(entry)
+            for offset in range(0, len(data), _CHUNK_BYTES):
+                yield pb.ReadResponse(
+                    expert=pb.ExpertRef(layer=layer, expert=expert),
+                    offset=offset,
+                    data=data[offset : offset + _CHUNK_BYTES],
+                    record_bytes=len(data),
+                    checksum=int(model.place(entry).checksum, 16),
+                )
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
+        return pb.GetStatsResponse(stats=collect_stats(self._store))
+
+    async def WatchStats(
+        self, request: pb.WatchStatsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchStatsResponse]:
+        interval = request.interval_seconds or 1.0
+        if not _MIN_INTERVAL_SECONDS <= interval <= 3600:
+            raise InvalidInputError(
+                f"an interval of {interval:g} s is not possible: give 0.05 to 3600."
+            )
+        while True:
+            yield pb.WatchStatsResponse(stats=collect_stats(self._store))
+            await asyncio.sleep(interval)
+
+    def _session(self, context: Context) -> Session:
+        metadata = dict(context.invocation_metadata() or ())
+        token, incarnation = metadata.get(TOKEN_KEY, ""), metadata.get(INCARNATION_KEY, "")
+        return self._store.session(str(token), str(incarnation))
+
+    def _admin(self, context: Context) -> None:
+        if self._session(context).role is not Role.ADMIN:
+            raise PermissionDeniedError("this needs an admin session: attach with the admin role.")
+
+
+def _entries(model: HostedModel, experts: Iterable[pb.ExpertRef]) -> list[int]:
+    refs = list(experts)
+    if len(refs) > model.num_entries:
+        raise InvalidInputError(
+            f"{len(refs)} experts are listed, but {model.name} has {model.num_entries}."
+        )
+    return [model.entry(ref.layer, ref.expert) for ref in refs]

@@ -1,0 +1,179 @@
+"""A session as the daemon sees it: one attached process, what it may do, what it holds."""
+
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from expertd.errors import InvalidInputError, PreconditionError
+from expertd.handshake import Role
+from expertd.hosted_model import HostedModel
+from expertd.memfd import SharedMemory
+from expertd.residency import Entries
+from expertd.session_page import MISSED, SessionPage, session_page_bytes
+
+MAX_FETCHES_IN_FLIGHT = 8
+_MAX_ROUND = 1 << 32
+
+
+class Connection(Protocol):
+    """The attach connection, as far as a session needs it."""
+
+    def nudge(self) -> None:
+        """Asks the worker to publish its epoch; never waits."""
+
+    def close(self) -> None:
+        """Hangs up; twice is harmless."""
+
+
+class Session:
+    """Alive as long as its attach connection. Only a worker's has a model and a page."""
+
+    def __init__(
+        self,
+        number: int,
+        token: str,
+        role: Role,
+        pid: int,
+        uid: int,
+        connection: Connection,
+        model: HostedModel | None,
+    ) -> None:
+        self.id, self.token, self.role, self.pid, self.uid = number, token, role, pid, uid
+        self.connection = connection
+        self.attached_at = time.monotonic()
+        self.closed = False
+        self.pins: set[int] = set()
+        self.fetches_in_flight = 0
+        self._model = model
+        self._leases: dict[int, list[int]] = {}
+        self._last_fetch = 0
+        self._tail = 0
+        self._misses = 0
+        self._progress = (0, 0)
+        self._stalled_since: float | None = None
+        if model is not None:
+            model.num_sessions += 1
+            self.memory = SharedMemory("expertd-session", session_page_bytes(), 0o600)
+            self.page = SessionPage.format(self.memory.view, model.directory.epoch)
+            self._ring = np.frombuffer(self.page.ring, np.uint32)
+
+    def __repr__(self) -> str:
+        name = self._model.name if self._model else "-"
+        return f"Session({self.id}, {self.role}, pid {self.pid}, {name}, {self._leases})"
+
+    @property
+    def model(self) -> HostedModel:
+        """The worker's model. Raises :class:`PreconditionError` for other roles."""
+        if self._model is None:
+            raise PreconditionError(f"this is a session for {self.role}; attach to a model first.")
+        return self._model
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this session maps the arena."""
+        return self._model is not None
+
+    @property
+    def model_name(self) -> str:
+        """The worker's model, empty for other roles."""
+        return self._model.name if self._model else ""
+
+    @property
+    def epoch_lag(self) -> int:
+        """Evictions whose records this session might still read."""
+        if self._model is None:
+            return 0
+        return max(0, self._model.directory.epoch - self.page.epoch)
+
+    def begin_fetch(self, number: int) -> None:
+        """Registers a fetch's number; numbers only grow, or leases could not be told apart."""
+        if number <= self._last_fetch:
+            raise InvalidInputError(
+                f"fetch number {number} was used: the last was {self._last_fetch}."
+            )
+        if self.fetches_in_flight >= MAX_FETCHES_IN_FLIGHT:
+            raise PreconditionError(
+                f"session {self.id} has {self.fetches_in_flight} fetches in flight; wait for one."
+            )
+        self._last_fetch = number
+
+    def lease(self, number: int, entries: list[int]) -> None:
+        """Takes over the holds of ``entries`` until the worker releases that fetch."""
+        self._leases[number] = entries
+
+    def refresh(self) -> None:
+        """Reads the page: ends released leases, takes in touches."""
+        if not self.is_worker:
+            return
+        released = self.page.released_fetch
+        for number in [number for number in self._leases if number <= released]:
+            self.model.unhold(self._leases.pop(number))
+        self._drain_ring()
+
+    def stalled_seconds(self, now: float) -> float:
+        """How long the page has stood still while somebody waits for it; call while waiting."""
+        progress = (self.page.epoch, self.page.released_fetch)
+        if progress != self._progress or self._stalled_since is None:
+            self._progress, self._stalled_since = progress, now
+        return now - self._stalled_since
+
+    def not_awaited(self) -> None:
+        """Nobody waits for this session: it may stand still as long as it likes."""
+        self._stalled_since = None
+
+    @property
+    def holds_leases(self) -> bool:
+        """Whether fetched records are still leased to it."""
+        return bool(self._leases)
+
+    def nudge(self) -> None:
+        """Asks the worker to publish its epoch."""
+        self.connection.nudge()
+
+    def close(self) -> None:
+        """Ends the session: drops all it held. Twice is harmless."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._model is None:
+            self.connection.close()
+            return
+        # First, so that the worker never uses what it reads of bytes used again.
+        self.page.revoke()
+        self.connection.close()
+        self._drain_ring()
+        for entries in self._leases.values():
+            self._model.unhold(entries)
+        self._leases.clear()
+        self.unpin(self.pins.copy())
+        self._model.num_sessions -= 1
+        del self._ring, self.page
+        self.memory.close()
+
+    def pin(self, entries: Iterable[int]) -> None:
+        """Takes over the holds of ``entries``, which must not be pinned yet."""
+        self.pins.update(entries)
+
+    def unpin(self, entries: Iterable[int]) -> int:
+        """Drops pins; those not pinned are ignored."""
+        unpinned = self.pins.intersection(entries)
+        self.pins -= unpinned
+        self.model.unhold(unpinned)
+        return len(unpinned)
+
+    def _drain_ring(self) -> None:
+        head, misses = self.page.num_touches, self.page.num_misses
+        count, capacity = head - self._tail, self.page.ring_entries
+        missed = misses - self._misses
+        if not 0 <= missed <= count <= _MAX_ROUND:
+            # Counters that run backwards or leap are a lie: believe nothing of this round.
+            self._tail, self._misses = head, misses
+            return
+        readable = min(count, capacity)
+        start = (head - readable) % capacity
+        raw = self._ring[np.arange(start, start + readable) % capacity]
+        entries: Entries = (raw & np.uint32(MISSED - 1)).astype(np.int64)
+        self.model.touched(entries[entries < self.model.num_entries], count, missed)
+        self._tail, self._misses = head, misses

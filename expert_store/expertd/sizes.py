@@ -1,0 +1,29 @@
+"""Sizes in bytes as people write and read them."""
+
+import re
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}ib": 1 << 10 * power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``"512MiB"``, ``"1.5 GB"`` or ``"4096"`` in bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size; write it like 512MiB, 24GiB or 1.5GB")
+    return int(float(match[1]) * unit)
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``num_bytes`` in the largest binary unit that leaves at least 1."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,230 @@
+"""The store: which models are loaded and which sessions attached. All on one event loop."""
+
+import asyncio
+import itertools
+import secrets
+import time
+from pathlib import Path
+
+from expertd.arena import Arena
+from expertd.config import ServeConfig, check_model_name
+from expertd.errors import (
+    CapacityError,
+    IncarnationError,
+    NotFoundError,
+    PackError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from expertd.handshake import Role
+from expertd.hosted_model import HostedModel, ModelState
+from expertd.loader import Loader, RecordFile
+from expertd.log import log
+from expertd.pack.manifest import Fingerprinted, read_manifest
+from expertd.records import Records
+from expertd.session import Connection, Session
+from expertd.sizes import format_bytes
+from expertd.slots import Slots
+
+_DRAIN_POLL_SECONDS = 0.002
+
+
+class Store:
+    """Made inside the running event loop that it is to live on."""
+
+    def __init__(self, config: ServeConfig, arena: Arena) -> None:
+        self.config, self.arena = config, arena
+        self.incarnation = secrets.token_hex(8)
+        self.started_at = time.monotonic()
+        self.models: dict[str, HostedModel] = {}
+        self.sessions: dict[str, Session] = {}
+        self.warnings = list(arena.warnings)
+        self._loop = asyncio.get_running_loop()
+        self._loader = Loader(config.loader_threads)
+        self._numbers = itertools.count(1)
+        self._admission = asyncio.Lock()
+        self.slots = Slots(
+            arena.num_bytes, self.models, self.sessions, self._cut_off, config.stall_seconds
+        )
+        self.records = Records(
+            arena, self.slots, self._loader, self._pinned_bytes, config.fetch_seconds
+        )
+
+    def __repr__(self) -> str:
+        return f"Store({list(self.models.values())}, {len(self.sessions)} sessions, {self.slots})"
+
+    # Models
+
+    def model(self, name: str) -> HostedModel:
+        """The model of that name. Raises :class:`NotFoundError`, listing those there are."""
+        if name not in self.models:
+            held = ", ".join(sorted(self.models)) or "none"
+            raise NotFoundError(f"no model named {name!r} is loaded; loaded are: {held}.")
+        return self.models[name]
+
+    async def load_model(self, name: str, path: Path) -> HostedModel:
+        """Opens the pack in ``path`` (absolute) under ``name``; records come when they are used.
+
+        Raises :class:`PackError`, :class:`CapacityError` if the budget is below the sum of
+        the models' working sets, :class:`PreconditionError` if the name is taken.
+        """
+        check_model_name(name)
+        async with self._admission:
+            if name in self.models:
+                raise PreconditionError(f"a model named {name!r} is loaded already.")
+            pack = await asyncio.to_thread(read_manifest, path)
+            self._check_admission(name, pack)
+            files = await asyncio.to_thread(self._open_files, path, pack)
+            model = self.models[name] = HostedModel(name, path, pack, files)
+        log("model loaded", model=name, path=str(path), experts=model.num_entries)
+        return model
+
+    async def unload_model(self, name: str) -> int:
+        """Drops a model once its records are unused; returns the bytes given back.
+
+        Sessions that are still in a step get ``stall_seconds`` to leave it.
+        """
+        model = self.model(name)
+        if model.state is ModelState.UNLOADING:
+            raise PreconditionError(f"model {name!r} is being unloaded already.")
+        model.state = ModelState.UNLOADING
+        # To its end, even if the caller goes away: a model half dropped serves nobody.
+        return await asyncio.shield(asyncio.create_task(self._unload(model)))
+
+    # Sessions
+
+    def attach(
+        self, role: Role, model_name: str, connection: Connection, pid: int, uid: int
+    ) -> Session:
+        """A new session. Raises :class:`NotFoundError`, :class:`CapacityError`."""
+        if len(self.sessions) >= self.config.max_sessions:
+            raise CapacityError(
+                f"{len(self.sessions)} sessions are attached, the most that max_sessions allows; "
+                "detach one or raise it.",
+                requested=len(self.sessions) + 1,
+                available=self.config.max_sessions,
+                unit="sessions",
+            )
+        model = None
+        if role is Role.WORKER:
+            model = self.model(model_name)
+            if model.state is not ModelState.SERVING:
+                raise PreconditionError(f"model {model_name!r} is being unloaded.")
+        token = secrets.token_hex(16)
+        session = Session(next(self._numbers), token, role, pid, uid, connection, model)
+        self.sessions[token] = session
+        return session
+
+    def detach(self, session: Session) -> None:
+        """Ends a session and frees what it held. Twice is harmless."""
+        self.records.drop_hint(session)
+        self.sessions.pop(session.token, None)
+        session.close()
+
+    def session(self, token: str, incarnation: str) -> Session:
+        """The session of a call.
+
+        Raises :class:`UnauthenticatedError`, :class:`IncarnationError`.
+        """
+        session = self.sessions.get(token)
+        if session is not None:
+            return session
+        if incarnation and incarnation != self.incarnation:
+            raise IncarnationError(
+                "expertd was restarted since this session attached; attach again."
+            )
+        raise UnauthenticatedError(
+            "no session has this token: attach first, or again if the session has ended."
+        )
+
+    async def close(self) -> None:
+        """Ends all sessions, waits for reads in flight, gives the models back."""
+        await self.records.close()
+        for session in list(self.sessions.values()):
+            self.detach(session)
+        await asyncio.to_thread(self._loader.close)
+        await asyncio.sleep(0)  # lets the last reads' callbacks run
+        for model in self.models.values():
+            model.close(self.slots.free)
+        self.models.clear()
+
+    async def _unload(self, model: HostedModel) -> int:
+        released = model.resident_bytes
+        deadline = self._loop.time() + self.config.stall_seconds
+        async with self.slots.turn():
+            for session in self._sessions_of(model):
+                self.records.drop_hint(session)
+                session.unpin(session.pins.copy())
+            while model.loads or model.num_resident or model.reclaimer.bytes_retired:
+                self.slots.refresh()
+                if len(idle := model.evictable()):
+                    model.evict(idle.tolist())
+                if self._loop.time() > deadline:
+                    for session in self._sessions_of(model):
+                        self._cut_off(session)
+                for session in self._sessions_of(model):
+                    session.nudge()
+                await asyncio.sleep(_DRAIN_POLL_SECONDS)
+            for session in self._sessions_of(model):
+                self.detach(session)
+            del self.models[model.name]
+            model.close(self.slots.free)
+        log("model unloaded", model=model.name)
+        return released
+
+    def _pinned_bytes(self) -> int:
+        return sum(
+            session.model.record_bytes(entry)
+            for session in self.sessions.values()
+            for entry in session.pins
+        )
+
+    def _cut_off(self, session: Session) -> None:
+        """Ends a session that stands still; `revoked` is set before any byte is reused."""
+        log("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
+        self.detach(session)
+
+    def _sessions_of(self, model: HostedModel) -> list[Session]:
+        return [
+            session
+            for session in self.sessions.values()
+            if session.is_worker and session.model is model
+        ]
+
+    def _check_admission(self, name: str, pack: Fingerprinted) -> None:
+        others = sum(model.manifest.working_set_bytes for model in self.models.values())
+        needed = others + pack.manifest.working_set_bytes
+        if needed > self.arena.num_bytes:
+            beside = f" beside {format_bytes(others)} for the models loaded" if others else ""
+            raise CapacityError(
+                f"the RAM budget of {format_bytes(self.arena.num_bytes)} is too small for "
+                f"{name!r}: one token uses {format_bytes(pack.manifest.working_set_bytes)} of "
+                f"experts{beside}; give --ram {needed} or more (all experts: "
+                f"{format_bytes(pack.manifest.expert_bytes)}).",
+                requested=needed,
+                available=self.arena.num_bytes,
+                unit="bytes",
+            )
+
+    def _open_files(self, path: Path, pack: Fingerprinted) -> list[RecordFile]:
+        files: list[RecordFile] = []
+        try:
+            for spec in pack.manifest.files:
+                file = RecordFile(path / spec.name, direct=self.config.direct_io)
+                files.append(file)
+                size = file.path.stat().st_size
+                if size < spec.num_bytes:
+                    # Records before the cut still serve; those behind it fail one by one.
+                    log("pack file truncated", file=str(file.path), bytes=size)
+                if self.config.direct_io and not file.direct:
+                    self._warn(f"{path} is read through the page cache: no O_DIRECT there.")
+        except PackError:
+            for file in files:
+                file.close()
+            raise
+        return files
+
+    def _warn(self, warning: str) -> None:
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+            log("warning", text=warning)
