@@ -1,0 +1,62 @@
+# Few verbs do everything; CI runs `make ci`.
+#   make setup   the virtual environment in .venv
+#   make demo    pack the example model, serve it, generate with two workers at once
+#   make test    all tests
+#   make check   linter, formatter, types, and that the committed protobuf code is fresh
+#   make proto   regenerate the protobuf code
+#   make bench   what the hit path, a fetch and a read cost on this host
+#   make train   train the example model again (hours)
+#   make ci      what CI runs
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROTO := proto/expertstore/v1/expert_store.proto
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto
+
+.PHONY: setup demo test check proto bench train ci clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "expertd needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 2; }
+	@echo "Setting up $(VENV): a few minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(PROTOC) --python_out=$$fresh --grpc_python_out=$$fresh --mypy_out=quiet:$$fresh \
+		--mypy_grpc_out=quiet:$$fresh $(PROTO) && \
+	for file in $$(cd $$fresh && find . -type f); do \
+		cmp $$fresh/$$file proto/$$file || \
+			{ echo "proto/$$file is stale: run make proto and commit it" >&2; exit 1; }; \
+	done && echo "protobuf code is what make proto makes"
+
+proto: setup
+	$(PROTOC) --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto \
+		--mypy_grpc_out=quiet:proto $(PROTO)
+
+bench: setup
+	@$(BIN)/python bench/store.py
+
+train: setup
+	$(BIN)/python examples/tiny-mixtral/train.py
+
+ci: test check
+
+clean:
+	rm -rf $(VENV) build
