@@ -1,1 +1,57 @@
-"""The client of expertd."""
+"""The client of expertd: what a worker links.
+
+::
+
+    from expertd_client import Client
+
+    with Client("/run/expertd") as store, store.attach("mixtral") as session:
+        with session.acquire(layer=0, experts=[1, 5]) as lease:
+            weights = lease.views
+
+Imports neither torch nor numpy. :mod:`expertd_client.aio` has the same for asyncio.
+"""
+
+from expertd.errors import (
+    CapacityError,
+    DeadlineError,
+    ExpertdError,
+    IncarnationError,
+    InvalidInputError,
+    NotFoundError,
+    PackError,
+    PermissionDeniedError,
+    PreconditionError,
+    RecordLostError,
+    SessionLostError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from expertd_client.client import Client
+from expertd_client.lease import Lease
+from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
+from expertd_client.record import Record
+from expertd_client.session import Session
+
+__all__ = [
+    "CapacityError",
+    "Client",
+    "DeadlineError",
+    "ExpertdError",
+    "IncarnationError",
+    "InvalidInputError",
+    "Lease",
+    "ModelInfo",
+    "ModelState",
+    "ModelSummary",
+    "MoeLayer",
+    "NotFoundError",
+    "PackError",
+    "PermissionDeniedError",
+    "PreconditionError",
+    "Record",
+    "RecordLostError",
+    "Session",
+    "SessionLostError",
+    "UnauthenticatedError",
+    "UnavailableError",
+]

@@ -108,8 +108,9 @@ class SessionPage:
         """Worker: records accesses, those in ``missed`` as not having been resident."""
         words = self._words
         position: int = words[_TOUCHES]
+        num_missed = 0
         if missed:
-            words[_MISSES] += sum(entry in missed for entry in entries)
+            num_missed = sum(entry in missed for entry in entries)
             entries = [entry | MISSED if entry in missed else entry for entry in entries]
         start = position % self.ring_entries
         end = start + len(entries)
@@ -119,5 +120,8 @@ class SessionPage:
         else:
             for index, entry in enumerate(entries, start):
                 self.ring[index % self.ring_entries] = entry
-        # Last, so that the daemon never reads a slot that is yet to be written.
+        # After the ring, so that the daemon never reads a slot that is yet to be written;
+        # the misses last, so that whoever loads them first never sees more than touches.
         words[_TOUCHES] = position + len(entries)
+        if num_missed:
+            words[_MISSES] += num_missed

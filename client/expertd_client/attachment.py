@@ -1,0 +1,108 @@
+"""One life of a session: from one handshake to the end of that connection."""
+
+import os
+import socket
+import threading
+import weakref
+from contextlib import ExitStack, suppress
+
+from expertd.errors import PreconditionError
+from expertd.greeting import Greeting
+from expertd.handshake import MAX_PACKET_BYTES, NUDGE
+from expertd_client.mapping import Mapping
+
+
+class Attachment:
+    """What a worker has of the daemon: the mappings, and the connection that is its lease.
+
+    A thread waits on the connection: for nudges, which it answers while the worker holds
+    nothing, and for its end.
+    """
+
+    def __init__(self, greeting: Greeting) -> None:
+        """Takes over the greeting's connection. Raises PreconditionError, OSError."""
+        welcome = greeting.welcome
+        self.id = welcome.session
+        self.incarnation = welcome.incarnation
+        self.credentials = greeting.credentials
+        try:
+            self.mapping = Mapping.map(
+                greeting.descriptors,
+                arena_bytes=welcome.arena_bytes,
+                directory_bytes=welcome.directory_bytes,
+                page_bytes=welcome.page_bytes,
+            )
+        except ValueError as error:
+            raise PreconditionError(
+                f"The shared memory of the daemon is not what this client knows ({error}); run "
+                "the same version on both sides."
+            ) from error
+        self._connected = True
+        # Two descriptors of one connection: the thread closes its own when it ends, so
+        # that no other thread can close it beneath a recv; shutdown on the other ends both.
+        with ExitStack() as on_failure:
+            self._heard = on_failure.enter_context(greeting.take_connection())
+            self._control = on_failure.enter_context(self._heard.dup())
+            self._thread = threading.Thread(
+                target=self._listen, name="expertd-listener", daemon=True
+            )
+            self._thread.start()
+            on_failure.pop_all()
+        _live.add(self)
+
+    def __repr__(self) -> str:
+        state = "connected" if self._connected else "disconnected"
+        return f"<Attachment session={self.id} {state} {self.mapping!r}>"
+
+    @property
+    def connected(self) -> bool:
+        """Whether the daemon that attached this session is there and keeps it."""
+        return self._connected
+
+    def close(self) -> None:
+        """Ends the session; a second call does nothing."""
+        self.mapping.close()
+        self.hang_up()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def hang_up(self) -> None:
+        """Ends the connection, without waiting for the thread; safe in a finalizer."""
+        self._connected = False
+        # Not connected any more, or closed before.
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        self._control.close()
+
+    def _listen(self) -> None:
+        with self._heard:
+            while True:
+                try:
+                    packet = self._heard.recv(MAX_PACKET_BYTES)
+                except OSError:
+                    break
+                if not packet:
+                    break
+                if packet == NUDGE:
+                    self.mapping.publish()
+        self._connected = False
+        self.mapping.disconnect()
+
+    def _abandon_in_child(self) -> None:
+        # Closed, not shut down: the connection is the parent's. Left open, it would keep
+        # the parent's session alive after the parent.
+        self._connected = False
+        self._heard.close()
+        self._control.close()
+        self.mapping.abandon_in_child()
+
+
+_live: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
+
+
+def _abandon_all_in_child() -> None:
+    for attachment in list(_live):
+        attachment._abandon_in_child()
+
+
+os.register_at_fork(after_in_child=_abandon_all_in_child)

@@ -1,0 +1,197 @@
+"""Every RPC as a value: the method's name, its request, and what to make of the answer.
+
+The sync and the asyncio client send the same calls, each in its own way.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+from google.protobuf.message import Message
+
+from expertd.errors import InvalidInputError
+from expertd.pack.manifest import Encoding, Matrix, Part, RecordLayout
+from expertd.plain import to_plain
+from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
+from expertstore.v1 import expert_store_pb2 as pb
+
+ResultT = TypeVar("ResultT")
+
+MAX_LAYER_OR_EXPERT = (1 << 32) - 1
+_ENCODINGS = {pb.ENCODING_PLAIN: Encoding.PLAIN, pb.ENCODING_HQQ: Encoding.HQQ}
+
+
+class Call(NamedTuple, Generic[ResultT]):
+    """One RPC. ``decode`` makes of a response, or of each of a stream's, what callers get."""
+
+    method: str
+    request: Message
+    decode: Callable[..., ResultT]
+
+
+def list_models() -> Call[list[ModelSummary]]:
+    """All models."""
+    return Call(
+        "ListModels",
+        pb.ListModelsRequest(),
+        lambda response: [_summary(model) for model in response.models],
+    )
+
+
+def get_model(name: str) -> Call[ModelInfo]:
+    """One model's layers and layouts."""
+    return Call("GetModel", pb.GetModelRequest(name=name), _model_info)
+
+
+def load_model(name: str, pack_path: Path) -> Call[ModelSummary]:
+    """Opens a pack under ``name``."""
+    return Call(
+        "LoadModel",
+        pb.LoadModelRequest(name=name, pack_path=str(pack_path.absolute())),
+        lambda response: _summary(response.summary),
+    )
+
+
+def unload_model(name: str) -> Call[int]:
+    """Drops a model; the bytes that this frees."""
+    return Call(
+        "UnloadModel",
+        pb.UnloadModelRequest(name=name),
+        lambda response: int(response.released_bytes),
+    )
+
+
+def fetch(layer: int, experts: Iterable[int], number: int) -> Call[int]:
+    """Makes experts of one layer resident; how many were not."""
+    refs = [pb.ExpertRef(layer=layer, expert=expert) for expert in experts]
+    return Call(
+        "Fetch",
+        pb.FetchRequest(experts=refs, fetch_number=number),
+        lambda response: int(response.num_missed),
+    )
+
+
+def prefetch(experts: Iterable[tuple[int, int]], priority: int) -> Call[int]:
+    """Hints; how many reads it caused."""
+    try:
+        request = pb.PrefetchRequest(experts=_refs(experts), priority=priority)
+    except ValueError:
+        raise InvalidInputError(f"A priority is a 32-bit integer; {priority} is none.") from None
+    return Call("Prefetch", request, lambda response: int(response.num_accepted))
+
+
+def pin(experts: Iterable[tuple[int, int]]) -> Call[int]:
+    """Keeps experts resident; how many now are because of it."""
+    return Call(
+        "Pin", pb.PinRequest(experts=_refs(experts)), lambda response: int(response.num_pinned)
+    )
+
+
+def unpin(experts: Iterable[tuple[int, int]]) -> Call[int]:
+    """Undoes :func:`pin`; how many it undid. No experts: all."""
+    return Call(
+        "Unpin",
+        pb.UnpinRequest(experts=_refs(experts)),
+        lambda response: int(response.num_unpinned),
+    )
+
+
+def read(model: str, experts: Iterable[tuple[int, int]]) -> Call[pb.ReadResponse]:
+    """Streams records in chunks."""
+    request = pb.ReadRequest(model=model, experts=_refs(experts))
+    return Call("Read", request, lambda response: response)
+
+
+def get_stats() -> Call[dict[str, object]]:
+    """The daemon's stats."""
+    return Call("GetStats", pb.GetStatsRequest(), lambda response: to_plain(response.stats))
+
+
+def watch_stats(interval_seconds: float) -> Call[dict[str, object]]:
+    """The daemon's stats, again and again."""
+    return Call(
+        "WatchStats",
+        pb.WatchStatsRequest(interval_seconds=interval_seconds),
+        lambda response: to_plain(response.stats),
+    )
+
+
+def _refs(experts: Iterable[tuple[int, int]]) -> list[pb.ExpertRef]:
+    try:
+        return [pb.ExpertRef(layer=layer, expert=expert) for layer, expert in experts]
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"Experts are given as (layer, expert) pairs of numbers from 0 to "
+            f"{MAX_LAYER_OR_EXPERT}: {error}."
+        ) from None
+
+
+def _summary(summary: pb.ModelSummary) -> ModelSummary:
+    unloading = summary.state == pb.MODEL_STATE_UNLOADING
+    return ModelSummary(
+        name=summary.name,
+        architecture=summary.architecture,
+        scheme=summary.scheme,
+        num_experts=summary.num_experts,
+        num_resident=summary.num_resident,
+        record_bytes=summary.record_bytes,
+        expert_bytes=summary.expert_bytes,
+        pack_path=Path(summary.pack_path),
+        state=ModelState.UNLOADING if unloading else ModelState.SERVING,
+    )
+
+
+def _model_info(response: pb.GetModelResponse) -> ModelInfo:
+    layouts = tuple(_layout(layout) for layout in response.layouts)
+    layers = {
+        layer.layer: MoeLayer(
+            layer=layer.layer,
+            num_experts=layer.num_experts,
+            experts_per_token=layer.experts_per_token,
+            layout=layouts[layer.layout],
+            first_entry=layer.first_entry,
+        )
+        for layer in response.layers
+    }
+    summary = response.summary
+    return ModelInfo(
+        name=summary.name,
+        architecture=summary.architecture,
+        scheme=summary.scheme,
+        pack_path=Path(summary.pack_path),
+        fingerprint=response.fingerprint,
+        layers=layers,
+        layouts=layouts,
+        max_fetch_records=response.max_fetch_records,
+        num_experts=summary.num_experts,
+        record_bytes=summary.record_bytes,
+        expert_bytes=summary.expert_bytes,
+    )
+
+
+def _layout(layout: pb.RecordLayout) -> RecordLayout:
+    return RecordLayout(
+        record_bytes=layout.record_bytes,
+        parts=tuple(
+            Part(
+                name=part.name,
+                offset=part.offset,
+                num_bytes=part.num_bytes,
+                shape=tuple(part.shape),
+                dtype=part.dtype,
+            )
+            for part in layout.parts
+        ),
+        matrices=tuple(
+            Matrix(
+                name=matrix.name,
+                encoding=_ENCODINGS[matrix.encoding],
+                out_features=matrix.out_features,
+                in_features=matrix.in_features,
+                bits=matrix.bits,
+                group_size=matrix.group_size,
+                meta_group_size=matrix.meta_group_size,
+            )
+            for matrix in layout.matrices
+        ),
+    )

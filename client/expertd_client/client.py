@@ -1,0 +1,109 @@
+"""The sync client."""
+
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from expertd.greeting import handshake
+from expertd.handshake import Role
+from expertd_client import calls
+from expertd_client.model import ModelInfo, ModelSummary
+from expertd_client.record import Record, RecordAssembler
+from expertd_client.rpc import Rpc
+from expertd_client.session import Session
+
+
+class Client:
+    """Talks to the daemon that serves in the directory ``socket``.
+
+    A context manager that closes. Nothing is connected before the first call, each of which
+    raises ExpertdError's kinds only: DeadlineError after ``timeout_seconds``,
+    UnavailableError if no daemon answers. May be used by several threads.
+    """
+
+    def __init__(self, socket: str | Path, *, timeout_seconds: float = 30.0) -> None:
+        self._directory = Path(socket).absolute()
+        self._timeout_seconds = timeout_seconds
+        self._rpc = Rpc(self._directory)
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        return f"<Client {self._directory} sessions={len(self._sessions)}>"
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def list_models(self) -> list[ModelSummary]:
+        """The models that the daemon holds."""
+        return self._call(calls.list_models())
+
+    def get_model(self, name: str) -> ModelInfo:
+        """One model: where its pack lies, its layers, its records' layout."""
+        return self._call(calls.get_model(name))
+
+    def attach(self, name: str) -> Session:
+        """Becomes a worker of model ``name``, with the arena mapped."""
+        session = Session(self._rpc, self._directory, name, self._timeout_seconds)
+        self._sessions.add(session)
+        return session
+
+    def stats(self) -> dict[str, object]:
+        """The daemon's stats: plain values under the names of docs/client.md."""
+        return self._call(calls.get_stats())
+
+    def watch_stats(self, interval_seconds: float = 1.0) -> Generator[dict[str, object]]:
+        """The stats now and after every interval, until the caller stops."""
+        return self._rpc.stream(calls.watch_stats(interval_seconds), timeout_seconds=None)
+
+    def read(
+        self,
+        name: str,
+        experts: Sequence[tuple[int, int]],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> Generator[Record]:
+        """Records of (layer, expert) pairs as copies, in order, checked against their checksums.
+
+        For what cannot map shared memory. The timeout is that of the whole stream; none
+        unless given, since it lasts as long as its reader takes.
+        """
+        assembler = RecordAssembler(experts)
+        with handshake(self._directory, Role.READER, name, self._timeout_seconds) as greeting:
+            chunks = self._rpc.stream(
+                calls.read(name, experts),
+                timeout_seconds=timeout_seconds,
+                metadata=greeting.credentials,
+            )
+            with closing(chunks):
+                for chunk in chunks:
+                    record = assembler.feed(chunk)
+                    if record is not None:
+                        yield record
+            assembler.finish()
+
+    def load_model(self, name: str, pack_path: str | Path) -> ModelSummary:
+        """Has the daemon serve the pack in ``pack_path`` as ``name``; its own user or root only."""
+        return self._call_as_admin(calls.load_model(name, Path(pack_path)))
+
+    def unload_model(self, name: str) -> int:
+        """Has the daemon drop a model; the bytes that this frees; its own user or root only."""
+        return self._call_as_admin(calls.unload_model(name))
+
+    def close(self) -> None:
+        """Detaches all sessions and closes the channel; a second call does nothing."""
+        for session in list(self._sessions):
+            session.detach()
+        self._rpc.close()
+
+    def _call(self, call: calls.Call[calls.ResultT]) -> calls.ResultT:
+        return self._rpc.call(call, timeout_seconds=self._timeout_seconds)
+
+    def _call_as_admin(self, call: calls.Call[calls.ResultT]) -> calls.ResultT:
+        with handshake(self._directory, Role.ADMIN, "", self._timeout_seconds) as greeting:
+            return self._rpc.call(
+                call, timeout_seconds=self._timeout_seconds, metadata=greeting.credentials
+            )

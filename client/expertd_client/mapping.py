@@ -1,0 +1,262 @@
+"""The worker's side of shared memory: the epoch rule and the touches.
+
+``docs/protocol.md`` tells the rule and why it is safe; W1 to W4 here are its steps. A
+:class:`Mapping` lives as long as one attach connection. Its methods are called by one
+worker thread and, for nudges, by the thread that listens on the attach connection.
+"""
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from enum import Enum, auto
+
+from expertd.directory import ABSENT, HEADER_WORDS, DirectoryView
+from expertd.errors import ExpertdError, PreconditionError, SessionLostError
+from expertd.session_page import SessionPage
+
+_PY_BUFFER_BYTES = 128  # More than a Py_buffer has; its first member is the address.
+
+
+class State(Enum):
+    """What a session is doing with the arena."""
+
+    IDLE = auto()
+    """Holds nothing."""
+    FETCHING = auto()
+    """Holds nothing, and waits for the daemon."""
+    HOLDING = auto()
+    """Reads records: nothing may be published."""
+    LOST = auto()
+    """Cut off by the daemon: nothing in the arena is what it was."""
+    CLOSED = auto()
+    """Detached."""
+    FORKED = auto()
+    """This is a child process, and the session is its parent's."""
+
+
+_IDLE, _FETCHING, _HOLDING = State.IDLE, State.FETCHING, State.HOLDING
+_OVER = frozenset({State.LOST, State.CLOSED, State.FORKED})
+
+_REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
+    State.FETCHING: (
+        PreconditionError,
+        "This session is acquiring in another thread or task; it does one at a time, so "
+        "attach once for each.",
+    ),
+    State.HOLDING: (
+        PreconditionError,
+        "This session already holds a lease; release it before acquiring the next.",
+    ),
+    State.LOST: (
+        SessionLostError,
+        "The daemon cut this session off because it held records for too long while others "
+        "waited; throw away what was computed since the last release, reattach, and repeat.",
+    ),
+    State.CLOSED: (PreconditionError, "This session is not attached any more; attach again."),
+    State.FORKED: (
+        PreconditionError,
+        "This session belongs to the process that attached it, and this one was forked from "
+        "it; attach in this process.",
+    ),
+}
+
+
+class Mapping:
+    """Arena, directory and session page, mapped, and what this worker holds of them."""
+
+    def __init__(self, arena: mmap.mmap, directory: mmap.mmap, page: mmap.mmap) -> None:
+        """Raises ValueError if the directory or the page is of another format."""
+        self.arena = memoryview(arena)
+        self.arena_address = _address_of(arena)
+        self.arena_bytes = len(arena)
+        view = memoryview(directory)
+        self._directory = DirectoryView(view.cast("Q"))
+        self.num_entries = self._directory.num_entries
+        # The entries without the header: an entry's number is its index.
+        self._entries = view[HEADER_WORDS * 8 :].cast("Q")
+        if self.num_entries > len(self._entries):
+            raise ValueError("the directory has more entries than it has room for")
+        self._page = SessionPage(memoryview(page))
+        self._num_fetches = 0
+        self._state = State.IDLE
+        self._mutex = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Mapping {self._state.name.lower()} {self.arena_bytes} bytes>"
+
+    @classmethod
+    def map(
+        cls, descriptors: Sequence[int], *, arena_bytes: int, directory_bytes: int, page_bytes: int
+    ) -> "Mapping":
+        """Maps the three descriptors, which stay the caller's to close.
+
+        Raises ValueError if they are not what the protocol says, OSError if the system
+        refuses to map them.
+        """
+        sizes = (arena_bytes, directory_bytes, page_bytes)
+        for descriptor, size in zip(descriptors, sizes, strict=True):
+            # Past its end a file is SIGBUS, which no exception handler sees.
+            if size <= 0 or os.fstat(descriptor).st_size < size:
+                raise ValueError("a shared file is smaller than it is said to be")
+        arena, directory, page = descriptors
+        return cls(
+            mmap.mmap(arena, arena_bytes, access=mmap.ACCESS_READ),
+            mmap.mmap(directory, directory_bytes, access=mmap.ACCESS_READ),
+            mmap.mmap(page, page_bytes, access=mmap.ACCESS_WRITE),
+        )
+
+    @property
+    def state(self) -> State:
+        """What the session is doing."""
+        return self._state
+
+    def check_attached(self) -> None:
+        """Raises if the session is over: PreconditionError or SessionLostError."""
+        if self._state in _OVER:
+            raise _error(self._state)
+
+    def try_hold(self, entries: Sequence[int], expected: State = _IDLE) -> list[int] | None:
+        """Starts holding, if all ``entries`` are resident; their directory words, or None.
+
+        ``expected`` is ``FETCHING`` after a fetch. Raises PreconditionError or
+        SessionLostError where nothing may be acquired.
+        """
+        # W1. The mutex makes the nudge's "is it holding? then publish" one step: it either
+        # sees HOLDING, or has stored its epoch before the loads below, which then see every
+        # withdrawal of that epoch. The mutex also keeps those loads behind it.
+        with self._mutex:
+            if self._state is not expected:
+                raise _error(self._state)
+            self._state = _HOLDING
+        # W2.
+        table = self._entries
+        words = [table[entry] for entry in entries]
+        if ABSENT in words:
+            self._stop_holding()
+            self.publish()
+            return None
+        return words
+
+    def absent(self, entries: Sequence[int]) -> set[int]:
+        """Which of ``entries`` are not resident just now: for hints and counts only."""
+        table = self._entries
+        return {entry for entry in entries if table[entry] == ABSENT}
+
+    def touch(self, entries: Sequence[int], missed: set[int] | frozenset[int]) -> None:
+        """Tells the daemon of accesses; ``missed`` are those that had to be fetched."""
+        self._page.touch(entries, missed)
+
+    def begin_fetch(self) -> int:
+        """The number of a fetch that is about to be sent; all earlier ones are released."""
+        with self._mutex:
+            if self._state is not _IDLE and self._state is not _FETCHING:
+                raise _error(self._state)
+            self._state = _FETCHING
+        # Nobody waits for the daemon while it holds leases of it: that is why there is no
+        # deadlock over slots.
+        self._page.released_fetch = self._num_fetches
+        self.publish()
+        self._num_fetches += 1
+        return self._num_fetches
+
+    def abandon_fetch(self) -> None:
+        """Ends a fetch that failed or is no longer wanted.
+
+        The daemon may still grant it later, and finds it released then.
+        """
+        with self._mutex:
+            if self._state is not _FETCHING:
+                return
+            self._state = _IDLE
+        self._page.released_fetch = self._num_fetches
+
+    def release(self) -> None:
+        """Ends what :meth:`try_hold` began, and the lease of the last fetch with it.
+
+        Raises SessionLostError if the bytes may have changed while they were held.
+        """
+        # W3 is behind us: the caller has stopped reading.
+        self._stop_holding()
+        if self._page.released_fetch != self._num_fetches:
+            self._page.released_fetch = self._num_fetches
+        self.publish()
+        # After the reads: the daemon sets the flag before it reuses a byte, so whoever has
+        # read a reused byte sees the flag. Loads stay in order on x86-64, elsewhere the
+        # mutex above stands between.
+        if self._page.revoked:
+            with self._mutex:
+                if self._state is _IDLE:
+                    self._state = State.LOST
+            raise _error(State.LOST)
+
+    def publish(self) -> None:
+        """W4, unless the worker holds: tells the daemon which epoch it has left behind.
+
+        Also the answer to a nudge.
+        """
+        # Elsewhere than on x86-64, W3 must not sink below the store here: _stop_holding (or
+        # whoever stopped holding before a nudge) has dropped the mutex since, and what was
+        # read before an unlock is read before the lock that follows it.
+        with self._mutex:
+            if self._state is _IDLE or self._state is _FETCHING:
+                self._page.epoch = self._directory.epoch
+
+    def disconnect(self) -> None:
+        """The attach connection has ended: the daemon is gone, or has cut this session off.
+
+        Without the flag it is gone, nobody moves the records any more, and those that are
+        resident stay readable.
+        """
+        with self._mutex:
+            # A worker that holds learns it from release().
+            if self._state in (_IDLE, _FETCHING) and self._page.revoked:
+                self._state = State.LOST
+
+    def close(self) -> None:
+        """Lets go of the mappings; views that were given out keep the arena mapped."""
+        with self._mutex:
+            if self._state is State.CLOSED:
+                return
+            self._state = State.CLOSED
+            # By reference count, not munmap: a view that still exists would read, after
+            # that, at an address where nothing or something else is mapped.
+            del self.arena, self._entries, self._directory, self._page
+
+    def abandon_in_child(self) -> None:
+        """After fork, in the child: this worker's epoch and touches are its parent's to write."""
+        # The old one may have been locked by a thread that the child does not have.
+        self._mutex = threading.Lock()
+        self._state = State.FORKED
+
+    def _stop_holding(self) -> None:
+        with self._mutex:
+            if self._state is not _HOLDING:
+                if self._state is State.CLOSED:
+                    # The daemon took the end of the connection for the end of the reading.
+                    raise SessionLostError(
+                        "This session was detached while it held a lease; throw away what was "
+                        "computed from it."
+                    )
+                raise _error(self._state)
+            self._state = _IDLE
+
+
+def _error(state: State) -> ExpertdError:
+    kind, message = _REFUSALS[state]
+    return kind(message)
+
+
+def _address_of(mapped: mmap.mmap) -> int:
+    """Where ``mapped`` lies in this process.
+
+    ctypes' own from_buffer wants a writable buffer, so this asks the interpreter.
+    """
+    buffer = (ctypes.c_void_p * (_PY_BUFFER_BYTES // 8))()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(buffer), 0)
+    address = buffer[0]
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+    if address is None:
+        raise ValueError("an empty mapping has no address")
+    return address

@@ -1,0 +1,75 @@
+"""The sync client's gRPC channel; what fails leaves here as an exception of expertd."""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from expertd.errors import PreconditionError
+from expertd.status import from_rpc_error
+from expertd_client.calls import Call
+from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process, target
+from expertstore.v1 import expert_store_pb2_grpc as grpc_api
+
+ResultT = TypeVar("ResultT")
+
+
+class Rpc:
+    """Sends calls to the daemon in ``directory``. It connects at the first one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._channel = grpc.insecure_channel(target(directory), CHANNEL_OPTIONS)
+        self._stub = grpc_api.ExpertStoreStub(self._channel)
+        self._pid = os.getpid()
+        self._closed = False
+
+    def call(
+        self,
+        call: Call[ResultT],
+        *,
+        timeout_seconds: float,
+        metadata: Metadata = (),
+        wait_for_ready: bool = False,
+    ) -> ResultT:
+        """The answer to a unary call. Raises ExpertdError."""
+        self._check_open()
+        method = getattr(self._stub, call.method)
+        try:
+            response = method(
+                call.request,
+                timeout=timeout_seconds,
+                metadata=metadata,
+                wait_for_ready=wait_for_ready,
+            )
+        except grpc.RpcError as error:
+            # Without its cause: a gRPC error prints as a page of its own insides.
+            raise from_rpc_error(error, str(self._directory)) from None
+        return call.decode(response)
+
+    def stream(
+        self, call: Call[ResultT], *, timeout_seconds: float | None, metadata: Metadata = ()
+    ) -> Generator[ResultT]:
+        """The answers to a streaming call, which ends when the iterator does."""
+        self._check_open()
+        method = getattr(self._stub, call.method)
+        responses = method(call.request, timeout=timeout_seconds, metadata=metadata)
+        try:
+            for response in responses:
+                yield call.decode(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, str(self._directory)) from None
+        finally:
+            responses.cancel()
+
+    def close(self) -> None:
+        """Closes the channel; calls under way fail."""
+        self._closed = True
+        self._channel.close()
+
+    def _check_open(self) -> None:
+        check_own_process(self._pid)
+        if self._closed:
+            raise PreconditionError("This client is closed; make a new one.")
