@@ -1,1 +1,44 @@
-"""The inference worker of expertd."""
+"""The worker of expertd: transformers models whose experts lie in the daemon's shared memory.
+
+::
+
+    from expertd_inference import load_model
+
+    model = load_model("mixtral", socket="/run/expertd")
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+
+The names below are imported when they are first used, since torch and transformers take
+seconds to import and neither ``expert-run --help`` nor a wrong argument needs them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertd_inference.embedded import EmbeddedDaemon
+    from expertd_inference.generation import GenerationResult, GenerationSettings, generate
+    from expertd_inference.worker import Worker, load_model
+
+__all__ = [
+    "EmbeddedDaemon",
+    "GenerationResult",
+    "GenerationSettings",
+    "Worker",
+    "generate",
+    "load_model",
+]
+
+_MODULES = {
+    "EmbeddedDaemon": "embedded",
+    "GenerationResult": "generation",
+    "GenerationSettings": "generation",
+    "Worker": "worker",
+    "generate": "generation",
+    "load_model": "worker",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module defines
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

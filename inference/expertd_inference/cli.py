@@ -1,0 +1,230 @@
+"""The ``expert-run`` command.
+
+torch and transformers are imported only once the arguments are right and the daemon has
+answered, so help and most refusals come at once.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+
+import expertd
+import expertd_inference
+from expertd.errors import ExpertdError, InvalidInputError
+from expertd_client import Session
+from expertd_inference.attachment import DEFAULT_REATTACH_SECONDS, DEFAULT_SOCKET, attach
+from expertd_inference.embedded import EmbeddedDaemon
+
+if TYPE_CHECKING:
+    from expertd_inference.worker import Worker
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="expert-run",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> NoReturn:
+    """Runs the command; expected failures are one line on stderr and exit code 2."""
+    try:
+        app()
+    except ExpertdError as error:
+        sys.stderr.write(f"expert-run: {error}\n")
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left. Python's own flush at exit must not find that out too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"expert-run {expertd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Run Mixture-of-Experts models whose experts `expertd` holds in shared memory."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin.")
+    ],
+    socket: Annotated[
+        Path, typer.Option(help="The directory that the daemon serves in.", metavar="DIR")
+    ] = DEFAULT_SOCKET,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model that it serves; not needed if it is the only one."),
+    ] = None,
+    embedded: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without a daemon: start one for this pack, and stop it at the end.",
+            metavar="PACK",
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            help="With --embedded: memory for experts, as in 8GiB. Default: all of "
+            "them, or half of the free memory.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the prompt in the model's chat template.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with text, tokens and figures.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="With --json: the text to stderr while it comes.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Compute in bfloat16, float16 or float32. Default: the checkpoint's."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")
+    ] = None,
+    reattach_seconds: Annotated[
+        float, typer.Option(min=0, help="Wait so long for a new daemon if this one ends.")
+    ] = DEFAULT_REATTACH_SECONDS,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what transformers has to say.")
+    ] = False,
+) -> None:
+    """Continue a prompt, and print the new text as it comes.
+
+    [bold]Examples[/bold]
+
+      expert-run generate --socket /run/expertd --model mixtral --prompt "Once upon a time"
+
+      expert-run generate --embedded ./mixtral-pack --prompt "Once upon a time"
+
+      expert-run generate --model mixtral --chat --temperature 0.7 -p "Why is the sky blue?"
+
+      cat story.txt | expert-run generate --model mixtral --json -p -
+    """
+    text = _read_stdin() if prompt == "-" else prompt
+    if embedded is None and ram is not None:
+        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    with ExitStack() as stack:
+        if embedded is not None:
+            if model is not None:
+                raise InvalidInputError("Choose one of --embedded and --model.")
+            with _status("Starting a daemon"):
+                daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
+            socket, model, reattach_seconds = daemon.socket, daemon.name, 0
+        session = stack.enter_context(attach(model, socket))
+        with _status("Loading the model"):
+            _quieten(verbose)
+            worker = stack.enter_context(_load(session, dtype, threads, reattach_seconds))
+        generation = expertd_inference.generate(
+            worker,
+            text,
+            expertd_inference.GenerationSettings(max_new_tokens, temperature, top_p, seed),
+            chat=chat,
+            on_text=_writer(json=json, stream=stream),
+        )
+    if json:
+        sys.stdout.buffer.write(msgspec.json.encode(generation.result) + b"\n")
+        sys.stdout.buffer.flush()
+    else:
+        sys.stdout.write("\n")
+    if generation.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _read_stdin() -> str:
+    """The prompt from a pipe. Raises InvalidInputError if it is not text."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
+
+
+def _quieten(verbose: bool) -> None:
+    """Before transformers is imported, which reads these: no network, and no talk."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if not verbose:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        warnings.simplefilter("ignore")
+
+
+def _load(
+    session: Session, dtype: str | None, threads: int | None, reattach_seconds: float
+) -> "Worker":
+    import torch
+
+    from expertd_inference.loading import parse_dtype
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return expertd_inference.Worker(
+        session,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        reattach_seconds=reattach_seconds,
+    )
+
+
+def _writer(*, json: bool, stream: bool) -> Callable[[str], None] | None:
+    """Where new text goes while it comes, if anywhere."""
+    if json and not stream:
+        return None
+    output = sys.stderr if json else sys.stdout
+    if hasattr(output, "reconfigure"):
+        # A terminal that cannot show a character is no reason to stop.
+        output.reconfigure(errors="replace")
+
+    def write(text: str) -> None:
+        output.write(text)
+        output.flush()
+
+    return write
+
+
+@contextmanager
+def _status(what: str) -> Iterator[None]:
+    """A spinner on a terminal; nothing elsewhere."""
+    if sys.stderr.isatty():
+        with Console(stderr=True).status(what):
+            yield
+    else:
+        yield

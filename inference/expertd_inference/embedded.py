@@ -1,0 +1,131 @@
+"""A daemon of one's own: started in a child process, gone with this one.
+
+The child watches a pipe whose other end only this process holds. However this process
+ends, SIGKILL included, the pipe closes and the child stops (:mod:`.embedded_child`). A
+parent-death signal would not do: it fires when the *thread* that started the child ends.
+"""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from expertd.errors import UnavailableError
+from expertd.pack.manifest import Manifest, read_manifest
+
+START_SECONDS = 60.0
+STOP_SECONDS = 15.0
+READY_PREFIX = "expertd"
+"""How the line begins that the daemon prints once it serves."""
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+class EmbeddedDaemon:
+    """Serves the pack in directory ``pack`` on a private socket while the block runs.
+
+    ``ram`` is the budget, as for ``expertd serve``; by default all experts, or half of the
+    available memory if that is less. ``socket`` is the directory to attach in, ``name`` the
+    model's name there. Raises PackError if it is no pack, UnavailableError with the
+    daemon's own words if it does not start. Closing twice is harmless.
+    """
+
+    def __init__(self, pack: str | Path, *, ram: str | int | None = None) -> None:
+        self.pack = Path(pack).absolute()
+        self.name = self.pack.name
+        manifest = read_manifest(self.pack).manifest
+        self._budget = str(ram if ram is not None else default_ram_bytes(manifest))
+        # Short, and under /tmp: a Unix socket's path may have 107 bytes at most.
+        self._directory = Path(tempfile.mkdtemp(prefix="expertd-"))
+        self.socket = self._directory / "s"
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of the daemon."""
+        assert self._process is not None
+        return self._process.pid
+
+    def close(self) -> None:
+        """Stops the daemon and removes its directory."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        log = self._directory / "log"
+        command = [sys.executable, "-m", "expertd_inference.embedded_child", str(self._directory)]
+        command += ["serve", "--socket", str(self.socket), "--ram", self._budget]
+        command += ["--model", f"{self.name}={self.pack}"]
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                # Ctrl-C is for the worker, which then stops the daemon.
+                start_new_session=True,
+            )
+        begin = time.monotonic()
+        if not self._wait_ready():
+            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            waited = time.monotonic() - begin
+            reason = said[-1].strip() if said else f"it said nothing for {waited:.0f} s"
+            raise UnavailableError(
+                f"The embedded daemon did not start: {reason.removeprefix('expertd: ')}"
+            )
+
+    def _wait_ready(self) -> bool:
+        """Whether the daemon said that it serves, before it ended or the time was over."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        import threading
+
+        timer = threading.Timer(START_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            return any(line.startswith(READY_PREFIX) for line in self._process.stdout)
+        finally:
+            timer.cancel()
+
+
+def default_ram_bytes(manifest: Manifest) -> int:
+    """All experts of the pack, or half of the available memory if they do not fit in that."""
+    available = 0
+    with contextlib.suppress(OSError, ValueError):
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    return min(manifest.expert_bytes, max(available // 2, manifest.working_set_bytes))

@@ -1,0 +1,33 @@
+"""``python -m expertd_inference.embedded_child DIR ARGS``: ``expertd ARGS``, tied to a parent.
+
+Its stdin is a pipe that the parent never writes to. When it closes, the parent is gone:
+the daemon gets the SIGTERM that the parent can no longer send. DIR is then removed.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+
+from expertd.cli import main
+
+
+def _stop_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run() -> None:
+    """The daemon, until it ends or the parent does."""
+    directory = sys.argv.pop(1)
+    threading.Thread(target=_stop_with_parent, name="parent-watch", daemon=True).start()
+    try:
+        main()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run()

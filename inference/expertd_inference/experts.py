@@ -1,0 +1,165 @@
+"""The experts of a model as transformers calls them, computed from leased records.
+
+transformers looks up ``config._experts_implementation`` among its registered functions and
+calls it with the experts module in place of that module's own ``forward``
+(``transformers.integrations.moe``). Ours finds in the module what :func:`connect` has put
+there: the :class:`ExpertsRunner` of the model, and which layer this is.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from expertd.errors import SessionLostError, UnavailableError
+from expertd.pack.manifest import Manifest
+from expertd_inference.arena import ArenaTensors
+from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
+from expertd_inference.recovery import SESSION_ENDED, Recovery
+from expertd_inference.source import ExpertSource
+
+IMPLEMENTATION = "expertd"
+"""Our name among transformers' experts implementations."""
+
+MAX_SLOT_BYTES = 256 << 20
+"""A long prompt is computed in blocks of tokens whose unsummed results fit in this."""
+
+
+class ExpertsRunner:
+    """Computes the MoE layers of one model, one at a time."""
+
+    def __init__(self, source: ExpertSource, recovery: Recovery, *, first_layer: int) -> None:
+        self._source = source
+        self._recovery = recovery
+        self._first_layer = first_layer
+        self._arena = ArenaTensors(source.arena_address, source.arena_bytes)
+        # A session has one holder at a time, and models are called from several threads.
+        self._lock = threading.Lock()
+
+    def run(
+        self,
+        layer: int,
+        spec: ExpertsSpec,
+        num_experts: int,
+        hidden: Tensor,  # [T, H]
+        top_k_index: Tensor,  # [T, k]
+        top_k_weights: Tensor,  # [T, k]
+    ) -> Tensor:  # [T, H]
+        """The layer's output. Raises what the session raises once recovering does not help."""
+        row_bytes = top_k_index.shape[1] * hidden.shape[1] * torch.float32.itemsize
+        num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
+        with self._lock, torch.no_grad():
+            if layer == self._first_layer:
+                self._begin_step()
+            blocks = [
+                self._run_block(layer, spec, num_experts, *rows)
+                for rows in zip(
+                    torch.split(hidden, num_rows),
+                    torch.split(top_k_index, num_rows),
+                    torch.split(top_k_weights, num_rows),
+                    strict=True,
+                )
+            ]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def _run_block(
+        self,
+        layer: int,
+        spec: ExpertsSpec,
+        num_experts: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        # What is past the last expert means "none" where tokens are spread over devices.
+        experts = sorted({e for e in top_k_index.flatten().tolist() if e < num_experts})
+        slots = empty_slots(hidden, top_k_weights)
+        limit = len(experts)
+        while experts:
+            try:
+                for lease in self._source.waves(layer, experts[:limit]):
+                    with lease:
+                        fill_slots(
+                            slots,
+                            hidden,
+                            top_k_index,
+                            top_k_weights,
+                            experts=lease.experts,
+                            records=lease.offsets,
+                            arena=self._arena,
+                            spec=spec,
+                        )
+                    # Only now is it certain that the bytes were good until the end. Had they
+                    # not been, the same experts are computed again, into the same slots.
+                    experts = experts[len(lease.experts) :]
+                    self._recovery.progressed()
+            except SESSION_ENDED as error:
+                if isinstance(error, SessionLostError):
+                    limit = max(1, limit // 2)
+                self._recover(error)
+        return sum_slots(slots, hidden.dtype)
+
+    def _begin_step(self) -> None:
+        """Leaves a dead daemon's arena at the next step's start.
+
+        What is resident could be read for ever, but a mapping that is kept keeps the old
+        arena's memory beside the new one's, and nobody would count its experts' heat.
+        """
+        while not self._source.connected:
+            self._recover(UnavailableError("The daemon closed the session."))
+
+    def _recover(self, error: Exception) -> None:
+        self._recovery.recover(error)
+        self._arena = ArenaTensors(self._source.arena_address, self._source.arena_bytes)
+
+
+def connect(
+    experts: Mapping[int, nn.Module], manifest: Manifest, source: ExpertSource, recovery: Recovery
+) -> None:
+    """Lets ``experts``, a module per MoE layer, compute from ``source``."""
+    runner = ExpertsRunner(source, recovery, first_layer=min(experts))
+    for layer in manifest.layers:
+        module: Any = experts[layer.layer]
+        spec = ExpertsSpec(manifest.layouts[layer.layout], manifest.gate_order, module._apply_gate)
+        module._expertd = (runner, layer.layer, spec, layer.num_experts)
+
+
+def _experts_forward(
+    self: Any,  # noqa: ANN401 - one of sixty experts classes of transformers
+    hidden_states: Tensor,  # [T, H]
+    top_k_index: Tensor,  # [T, k]
+    top_k_weights: Tensor,  # [T, k]
+) -> Tensor:  # [T, H]
+    runner, layer, spec, num_experts = self._expertd
+    result: Tensor = runner.run(layer, spec, num_experts, hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model``, by name, whose ``forward`` transformers lets us replace."""
+    # The decorator of transformers' seam sets both, and nothing else sets either.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+    }
+
+
+def layer_numbers(names: Sequence[str]) -> list[int]:
+    """The decoder layer of each module name, as in ``model.layers.3.mlp.experts``.
+
+    Raises ValueError for a name without a number.
+    """
+    numbers = []
+    for name in names:
+        digits = [part for part in name.split(".") if part.isdigit()]
+        if len(digits) != 1:
+            raise ValueError(f"{name} names no layer")
+        numbers.append(int(digits[0]))
+    return numbers

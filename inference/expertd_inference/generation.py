@@ -1,0 +1,196 @@
+"""Generates text from a prompt, streams it, and counts what it took."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from expertd.errors import InvalidInputError
+from expertd_inference.memory import PeakPss
+from expertd_inference.worker import Worker
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to choose tokens. ``temperature`` 0 takes the likeliest each time."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens is {self.max_new_tokens}; at least 1.")
+        if not 0 <= self.temperature <= 100:
+            raise InvalidInputError(f"temperature is {self.temperature}; between 0 and 100.")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInputError(f"top_p is {self.top_p}; more than 0 and at most 1.")
+
+
+class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What was generated and what it took.
+
+    ``tokens`` are the new ids, with the end-of-text token if it came to that. ``ttft_seconds``
+    runs from the prompt's tokens to the first new one (null if there was none);
+    ``tokens_per_second`` counts from the first to the last (null below two). ``host_hits``
+    and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    ttft_seconds: float | None
+    tokens_per_second: float | None
+    host_hits: int
+    nvme_misses: int
+    peak_pss_bytes: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A result, and whether it was cut short by SIGINT."""
+
+    result: GenerationResult
+    interrupted: bool
+
+
+def generate(
+    worker: Worker,
+    prompt: str,
+    settings: GenerationSettings | None = None,
+    *,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continues ``prompt``, or with ``chat`` answers it in the model's chat template.
+
+    ``on_text`` is given the text piece by piece as it comes. On SIGINT it returns what
+    there is. Raises InvalidInputError for a prompt that has no tokens or fills the model's
+    context, or with ``chat`` if the model has no template.
+    """
+    settings = settings or GenerationSettings()
+    input_ids = encode_prompt(worker, prompt, chat=chat)
+    streamer = _TimedStreamer(worker.tokenizer, on_text)
+    interrupted = False
+    session = worker.session
+    hits, misses = session.host_hits, session.nvme_misses
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    with PeakPss() as memory:
+        begin = time.perf_counter()
+        try:
+            worker.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                streamer=streamer,
+                **_generate_arguments(worker.model, settings, input_ids.shape[1]),
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+            streamer.end()
+    result = GenerationResult(
+        text=worker.tokenizer.decode(streamer.tokens, skip_special_tokens=True),
+        tokens=streamer.tokens,
+        prompt_tokens=input_ids.shape[1],
+        new_tokens=len(streamer.tokens),
+        ttft_seconds=streamer.times[0] - begin if streamer.times else None,
+        tokens_per_second=streamer.tokens_per_second,
+        host_hits=session.host_hits - hits,
+        nvme_misses=session.nvme_misses - misses,
+        peak_pss_bytes=memory.peak_bytes,
+    )
+    return Generation(result, interrupted)
+
+
+def encode_prompt(worker: Worker, prompt: str, *, chat: bool) -> Tensor:  # [1, T], int64
+    """The prompt's tokens. Raises InvalidInputError as :func:`generate` says."""
+    tokenizer = worker.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise InvalidInputError(
+                f"The model {worker.session.model.name} has no chat template; leave out --chat."
+            )
+        ids: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+    else:
+        ids = tokenizer(prompt).input_ids
+    if not ids:
+        raise InvalidInputError("The prompt is empty; this model needs at least one token.")
+    context = _context_tokens(worker.model)
+    if context is not None and len(ids) >= context:
+        raise InvalidInputError(
+            f"The prompt has {len(ids)} tokens, which leaves no room in the model's context "
+            f"of {context}; shorten it."
+        )
+    return torch.tensor([ids])
+
+
+def _generate_arguments(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    settings: GenerationSettings,
+    prompt_tokens: int,
+) -> dict[str, Any]:
+    room = _context_tokens(model)
+    new_tokens = settings.max_new_tokens
+    arguments: dict[str, Any] = {
+        # Past its context a model babbles; it does not stop by itself.
+        "max_new_tokens": new_tokens if room is None else min(new_tokens, room - prompt_tokens),
+        "do_sample": settings.temperature > 0,
+    }
+    config = model.generation_config
+    if config.pad_token_id is None and config.eos_token_id is not None:
+        # One sequence is never padded; without this transformers chooses the same and says so.
+        eos = config.eos_token_id
+        arguments["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    if settings.temperature > 0:
+        # top_k off: transformers' default of 50 is nobody's wish here.
+        arguments |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    else:
+        arguments |= {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+    return arguments
+
+
+def _context_tokens(model: Any) -> int | None:  # noqa: ANN401 - transformers is untyped
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
+
+
+class _TimedStreamer(TextStreamer):  # type: ignore[misc] # transformers is untyped
+    """Notes when each token came, and passes on text as soon as it is certain."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:  # noqa: ANN401
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.next_tokens_are_prompt = True
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self._on_text = on_text
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token, which is the prompt's doing."""
+        if len(self.times) < 2:
+            return None
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt first, [1, T], and then each new token, [1]."""
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self.tokens.extend(value.flatten().tolist())
+        if self._on_text is None:
+            self.next_tokens_are_prompt = False
+        else:
+            super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Text that later tokens cannot change."""
+        if self._on_text is not None and text:
+            self._on_text(text)

@@ -1,0 +1,1 @@
+"""What computes experts from their records; :mod:`.reference` is what the others must match."""

@@ -1,0 +1,81 @@
+"""A transformers model from a pack's trunk, its experts still unconnected."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from expertd.errors import InvalidInputError, PackError
+from expertd.pack.manifest import Manifest
+from expertd.packing.codec import TORCH_DTYPES
+from expertd_inference.experts import IMPLEMENTATION
+from expertd_inference.quantizer import ExpertdConfig
+from expertd_inference.trunk import trunk_state
+
+
+@dataclass(frozen=True)
+class TrunkModel:
+    """A model that lacks its experts, and the module of each MoE layer that wants them."""
+
+    model: Any
+    experts: Mapping[int, nn.Module]
+
+
+def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = None) -> TrunkModel:
+    """Loads everything of the pack but its experts, in ``dtype`` or the checkpoint's own.
+
+    Raises PackError if this transformers does not know the architecture, cannot have its
+    experts replaced, or misses a weight in the trunk.
+    """
+    model_class = getattr(transformers, manifest.architecture, None)
+    if model_class is None:
+        raise PackError(
+            f"This transformers ({transformers.__version__}) has no {manifest.architecture}, "
+            f"which {pack} was made from; install one that has."
+        )
+    try:
+        config = model_class.config_class.from_pretrained(pack, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PackError(f"The config.json of {pack} cannot be used: {error}.") from error
+    # A checkpoint that came quantized says so here; the pack's trunk no longer is.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model, report = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=trunk_state(pack, manifest),
+        quantization_config=ExpertdConfig(manifest),
+        experts_implementation=IMPLEMENTATION,
+        dtype=dtype or TORCH_DTYPES[manifest.dtype],
+        generation_config=_generation_config(pack, config),
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        name = min([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+        raise PackError(f"The trunk of {pack} does not fit its config.json: {name} is wrong.")
+    model.requires_grad_(requires_grad=False)
+    # Where tokenizers and processors look for their files.
+    model.config.name_or_path = model.name_or_path = str(pack)
+    return TrunkModel(model, model.hf_quantizer.experts)
+
+
+def _generation_config(pack: Path, config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
+    try:
+        return transformers.GenerationConfig.from_pretrained(pack, local_files_only=True)
+    except OSError:
+        return transformers.GenerationConfig.from_model_config(config)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The floating dtype called ``name``, as in ``bfloat16``. Raises InvalidInputError."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise InvalidInputError(
+            f"{name!r} is no dtype to compute in; choose bfloat16, float16 or float32."
+        )
+    return dtype

@@ -1,0 +1,54 @@
+"""What the experts need from a session: the seam between the worker and the store.
+
+:class:`expertd_client.Session` is the real one; tests put another in its place.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol
+
+
+class ExpertLease(Protocol):
+    """Records that stay where they are until the lease is released."""
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts that it covers."""
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where their records lie in the arena, in bytes."""
+
+    def __enter__(self) -> object:
+        """Begins a block at whose end the lease is released."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        """Releases it. Raises SessionLostError if the bytes may have changed meanwhile."""
+
+
+class ExpertSource(Protocol):
+    """Where a model's experts come from."""
+
+    @property
+    def arena_address(self) -> int:
+        """Of the arena's read-only mapping in this process."""
+
+    @property
+    def arena_bytes(self) -> int:
+        """Size of the mapping."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the daemon that the session attached to still holds it."""
+
+    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[ExpertLease]:
+        """Leases that cover ``experts`` in order; each is released before the next is taken."""
+
+    def reattach(self, timeout_seconds: float) -> None:
+        """Attaches to whichever daemon answers in time; UnavailableError if none does."""

@@ -1,0 +1,112 @@
+"""A worker: one process's model, attached to the daemon that serves its experts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import AutoTokenizer
+
+from expertd.errors import PackError
+from expertd.pack.manifest import Manifest, read_manifest
+from expertd_client import Session
+from expertd_inference.attachment import DEFAULT_REATTACH_SECONDS, DEFAULT_SOCKET, attach
+from expertd_inference.experts import connect
+from expertd_inference.loading import load_trunk
+from expertd_inference.recovery import Recovery
+
+
+class Worker:
+    """A model whose experts are computed from the daemon's memory, until :meth:`close`.
+
+    ``model`` is a transformers model like any other: ``generate``, streamers and caches
+    work. It may be called from several threads; their MoE layers take turns. Closing twice
+    is harmless; the model cannot be called afterwards.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        dtype: torch.dtype | None = None,
+        reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """Loads the trunk of the session's model; the session is closed with the worker.
+
+        ``dtype`` is the checkpoint's unless given. After the daemon's end the model waits
+        for another for ``reattach_seconds``; ``say`` is told so, once per outage (without
+        it, a line on stderr). Raises PackError if the pack cannot be loaded.
+        """
+        self.session = session
+        self.pack = Path(session.model.pack_path)
+        self.manifest = _manifest_of(session)
+        loaded = load_trunk(self.pack, self.manifest, dtype=dtype)
+        recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
+        connect(loaded.experts, self.manifest, session, recovery)
+        self.model = loaded.model
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
+        """The pack's tokenizer, with its chat template. Raises PackError if it has none."""
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.pack, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise PackError(
+                    f"{self.pack} has no usable tokenizer; pack a checkpoint that has its "
+                    "tokenizer beside it."
+                ) from error
+        return self._tokenizer
+
+    def close(self) -> None:
+        """Ends the session; its leases are free at once."""
+        self.session.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load_model(
+    name: str,
+    *,
+    socket: str | Path = DEFAULT_SOCKET,
+    dtype: torch.dtype | None = None,
+    reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
+) -> Any:  # noqa: ANN401 - a transformers.PreTrainedModel, which is untyped
+    """The transformers model ``name`` that the daemon in directory ``socket`` serves.
+
+    Its ``name_or_path`` is the pack, which has the tokenizer; its ``expertd`` is the
+    :class:`Worker`, whose ``close`` ends the session before the process does. For the
+    other arguments see there. Raises UnavailableError if no daemon answers, NotFoundError
+    if it serves no such model, PackError if the pack cannot be loaded.
+    """
+    session = attach(name, socket)
+    try:
+        worker = Worker(session, dtype=dtype, reattach_seconds=reattach_seconds)
+    except BaseException:
+        session.detach()
+        raise
+    worker.model.expertd = worker
+    return worker.model
+
+
+def _manifest_of(session: Session) -> Manifest:
+    pack = Path(session.model.pack_path)
+    found = read_manifest(pack)
+    if found.fingerprint != session.model.fingerprint:
+        raise PackError(
+            f"{pack} is no longer the pack that the daemon loaded as {session.model.name}; "
+            "load it again."
+        )
+    return found.manifest
