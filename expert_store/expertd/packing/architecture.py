@@ -1,0 +1,197 @@
+"""What a checkpoint's configuration says about its model, without any weights.
+
+The model is built on torch's meta device, where parameters have shapes and no memory. Its MoE
+layers are the modules with transformers' experts seam (``@use_experts_implementation``), the
+same that a worker replaces.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from expertd.errors import CheckpointError
+from expertd.pack.manifest import GateOrder
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """The experts of one decoder layer; ``name`` is the module's in the model."""
+
+    name: str
+    layer: int
+    num_experts: int
+    experts_per_token: int
+    hidden_size: int
+    intermediate_size: int
+    gate_order: GateOrder
+    has_bias: bool
+    is_transposed: bool
+
+    def parameter(self, leaf: str) -> str:
+        """The full name of the module's parameter ``leaf``."""
+        return f"{self.name}.{leaf}"
+
+    def parameters(self) -> list[str]:
+        """The full names of all parameters that records hold."""
+        leaves = ["gate_up_proj", "down_proj"]
+        if self.has_bias:
+            leaves += ["gate_up_proj_bias", "down_proj_bias"]
+        return [self.parameter(leaf) for leaf in leaves]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model by its configuration; ``model`` is transformers' own, on the meta device."""
+
+    name: str
+    model_type: str
+    model: Any
+    experts: tuple[ExpertsModule, ...]
+
+    def attention_linears(self) -> set[str]:
+        """The weights of the linear layers under an attention module, by full name."""
+        return {
+            f"{name}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+            and any(step in {"self_attn", "attention", "attn"} for step in name.split("."))
+        }
+
+    def required_parameters(self) -> set[str]:
+        """The parameters that a checkpoint must have: all but tied ones."""
+        names = {name for name, _ in self.model.named_parameters()}
+        return names - set(self.model.all_tied_weights_keys)
+
+    def stays_float32(self, parameter: str) -> bool:
+        """Whether transformers keeps that parameter in float32 when the rest has 16 bits."""
+        patterns = self.model._keep_in_fp32_modules_strict or ()
+        return any(re.search(rf"(^|\.){pattern}(\.|$)", parameter) for pattern in patterns)
+
+
+def read_architecture(path: Path) -> Architecture:
+    """The architecture of the checkpoint in ``path``. Raises :class:`CheckpointError`."""
+    raw = _read_config(path)
+    name = str((raw.get("architectures") or [raw.get("model_type")])[0])
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = dict(quantization).get("quant_method", "an unnamed format")
+        raise CheckpointError(
+            f"{path} is already quantized ({method}), which is not supported yet; pack the "
+            "16-bit checkpoint of the model."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation="eager"
+            )
+    except Exception as error:  # whatever transformers meets in a configuration it cannot use
+        raise CheckpointError(
+            f"{path} has the architecture {name}, which transformers {transformers.__version__} "
+            f"cannot build as a language model ({_first_line(error)})."
+        ) from error
+    modules = {
+        module_name: module
+        for module_name, module in model.named_modules()
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    }
+    if not modules:
+        raise CheckpointError(_no_seam(path, name, model))
+    experts = tuple(
+        _experts_module(path, name, module_name, module, config)
+        for module_name, module in modules.items()
+    )
+    layers = [module.layer for module in experts]
+    if len(set(layers)) != len(layers):
+        raise CheckpointError(
+            f"{path} has the architecture {name}, with several sets of experts in one layer, "
+            "which is not supported."
+        )
+    return Architecture(
+        name=name,
+        model_type=str(config.model_type),
+        model=model,
+        experts=tuple(sorted(experts, key=lambda module: module.layer)),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give the checkpoint's directory.")
+    file = path / CONFIG_NAME
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
+
+
+def _no_seam(path: Path, name: str, model: Any) -> str:  # noqa: ANN401 - transformers is untyped
+    """Why a model without the experts seam cannot be packed."""
+    if any(re.search(r"expert|moe", module) for module, _ in model.named_modules()):
+        return (
+            f"{path} has the architecture {name}, whose experts are outside of transformers' "
+            "experts interface; it is not supported."
+        )
+    return (
+        f"{path} has the architecture {name}, which has no experts; expertd serves "
+        "Mixture-of-Experts models."
+    )
+
+
+def _experts_module(
+    path: Path,
+    architecture: str,
+    name: str,
+    module: Any,  # noqa: ANN401 - transformers is untyped
+    config: Any,  # noqa: ANN401
+) -> ExpertsModule:
+    """Reads one experts module. Raises :class:`CheckpointError` if it is of another kind."""
+    index = re.search(r"\.(\d+)\.", name)
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False) or index is None:
+        raise CheckpointError(
+            f"{path} has the architecture {architecture}, whose experts are not a gated "
+            "feed-forward (gate, up, down); it is not supported."
+        )
+    num_experts, first, second = module.gate_up_proj.shape
+    hidden_size, gate_up_size = (first, second) if module.is_transposed else (second, first)
+    # transformers 5.17 has no flag for the order; interleaved is GPT-OSS and none other there.
+    default = architecture != "GptOssForCausalLM"
+    concatenated = getattr(module, "is_concatenated", default)
+    return ExpertsModule(
+        name=name,
+        layer=int(index[1]),
+        num_experts=num_experts,
+        experts_per_token=_experts_per_token(path, config.get_text_config(), int(index[1])),
+        hidden_size=hidden_size,
+        intermediate_size=gate_up_size // 2,
+        gate_order=GateOrder.CONCATENATED if concatenated else GateOrder.INTERLEAVED,
+        has_bias=module.has_bias,
+        is_transposed=module.is_transposed,
+    )
+
+
+def _experts_per_token(path: Path, config: Any, layer: int) -> int:  # noqa: ANN401
+    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "top_k"):
+        value = getattr(config, key, None)
+        if isinstance(value, list):
+            value = value[layer]
+        if isinstance(value, int) and value > 0:
+            return value
+    raise CheckpointError(f"{path / CONFIG_NAME} does not say how many experts a token uses.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,316 @@
+"""A checkpoint in Hugging Face's form, read one expert at a time.
+
+Where an expert's weights are, and what has to be done with them, is what transformers itself
+would do when it loads the model: its conversion mapping (``transformers.conversion_mapping``,
+internal; the range of versions in pyproject is the tested one) names the checkpoint's tensors
+of each fused parameter and the operations from one to the other. These are applied to one
+expert's slice. So per-expert tensors (Mixtral's w1, w2, w3), fused ones (GPT-OSS, GraniteMoE)
+and renamed modules need no code here.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import torch
+import xxhash
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from expertd.errors import CheckpointError
+from expertd.pack.manifest import GateOrder
+from expertd.pack.tensor_file import TensorEntry, read_fully, read_header
+from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
+from expertd.packing.codec import TORCH_DTYPES
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint: where it is, and the file it is in."""
+
+    file: Path
+    entry: TensorEntry
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name of it."""
+        return self.entry.name
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """One expert in the order of a record: gate rows before up rows, [out, in]."""
+
+    gate_up: Tensor  # [2I, H]
+    down: Tensor  # [H, I]
+    gate_up_bias: Tensor | None  # [2I]
+    down_bias: Tensor | None  # [H]
+
+
+@dataclass
+class _Parameter:
+    """What one fused parameter of an experts module is made of."""
+
+    name: str
+    converter: WeightConverter | None = None
+    sources: dict[str, list[SourceTensor]] = field(default_factory=dict)
+    """By the converter's source pattern; in the experts' order."""
+
+
+class Checkpoint:
+    """An open checkpoint. Close it, or use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the configuration and all headers. Raises :class:`CheckpointError`."""
+        self.path = path
+        self.architecture: Architecture = read_architecture(path)
+        tensors = _find_tensors(path)
+        self.fingerprint = _fingerprint(path, tensors)
+        self._fds: dict[Path, int] = {}
+        self._parameters: dict[str, _Parameter] = {}
+        self.trunk: list[tuple[str, SourceTensor]] = []
+        """The other tensors, each with the model's own name of the parameter it fills: one that
+        is made of several or split into several comes with an empty name."""
+        self.unused: list[str] = []
+        """Tensors that the architecture has no place for; transformers ignores them too."""
+        self._sort(tensors)
+        for module in self.architecture.experts:
+            self._check(module)
+        first = self._parameters[self.architecture.experts[0].parameter("gate_up_proj")]
+        source_dtype = next(iter(first.sources.values()))[0].entry.dtype
+        self.is_float32 = source_dtype not in {"BF16", "F16"}
+        self.dtype = "BF16" if self.is_float32 else source_dtype
+        """Of the model's 16-bit weights, in safetensors' names; float32 becomes BF16."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files; twice is harmless."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def read(self, tensor: SourceTensor) -> Tensor:
+        """The whole tensor, as it is. Raises :class:`CheckpointError`."""
+        return self._read_slice(tensor, 0, tensor.entry.num_bytes).view(tensor.entry.shape)
+
+    def expert(self, module: ExpertsModule, expert: int) -> ExpertTensors:
+        """One expert's weights in :attr:`dtype`. Raises :class:`CheckpointError`."""
+        tensors: dict[str, Tensor | None] = {}
+        for leaf in ("gate_up_proj", "down_proj"):
+            weight = self._slice_parameter(module.parameter(leaf), expert)
+            bias = (
+                self._slice_parameter(module.parameter(f"{leaf}_bias"), expert)
+                if module.has_bias
+                else None
+            )
+            if module.is_transposed:
+                weight = weight.T
+            if leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED:
+                weight = torch.cat((weight[0::2], weight[1::2]))
+                bias = None if bias is None else torch.cat((bias[0::2], bias[1::2]))
+            tensors[leaf], tensors[f"{leaf}_bias"] = weight.contiguous(), bias
+        gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
+        if gate_up is None or down is None:
+            raise AssertionError
+        return ExpertTensors(gate_up, down, tensors["gate_up_proj_bias"], tensors["down_proj_bias"])
+
+    def _sort(self, tensors: Sequence[SourceTensor]) -> None:
+        """Finds for each tensor the parameter that it belongs to."""
+        model = self.architecture.model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        state = model.state_dict()
+        experts = {name for module in self.architecture.experts for name in module.parameters()}
+        filled: set[str] = set()
+        # In transformers' own order, which its lazily activated renamings depend on.
+        for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
+            prefix = model.base_model_prefix
+            name, pattern = rename_source_key(tensor.name, renamings, converters, prefix, state)
+            if name not in state and tensor.name in state:
+                name, pattern = rename_source_key(tensor.name, [], [], prefix, state)
+            if name in experts:
+                parameter = self._parameters.setdefault(name, _Parameter(name))
+                parameter.converter = by_pattern[pattern] if pattern else None
+                parameter.sources.setdefault(pattern or "", []).append(tensor)
+            elif name in state:
+                self.trunk.append(("" if pattern else name, tensor))
+                filled |= _targets(name, by_pattern[pattern]) if pattern else {name}
+            else:
+                self.unused.append(tensor.name)
+        missing = self.architecture.required_parameters() - filled - experts
+        if missing:
+            raise CheckpointError(
+                f"{self.path} lacks the weights of {min(missing)} (and of {len(missing) - 1} "
+                "more parameters); download the checkpoint again."
+            )
+        self.trunk.sort(key=lambda item: item[1].name)
+
+    def _check(self, module: ExpertsModule) -> None:
+        """Raises :class:`CheckpointError` unless every expert of ``module`` is complete."""
+        for name in module.parameters():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise CheckpointError(
+                    f"{self.path} lacks the weights of {name}; download the checkpoint again."
+                )
+            patterns = parameter.converter.source_patterns if parameter.converter else [""]
+            for pattern in patterns:
+                sources = parameter.sources.get(pattern, [])
+                if len(sources) == 1 and sources[0].entry.shape[:1] == (module.num_experts,):
+                    continue  # fused: all experts in one tensor
+                _check_each_expert(self.path, sources, module, pattern)
+
+    def _slice_parameter(self, name: str, expert: int) -> Tensor:
+        """The expert's slice of the module's parameter, in :attr:`dtype`."""
+        parameter = self._parameters[name]
+        slices: dict[str, list[Tensor]] = {}
+        for pattern, sources in parameter.sources.items():
+            if len(sources) == 1 and sources[0].entry.shape[0] != 1:
+                entry = sources[0].entry
+                num_bytes = entry.num_bytes // entry.shape[0]
+                data = self._read_slice(sources[0], expert * num_bytes, num_bytes)
+                slices[pattern] = [data.view(1, *entry.shape[1:])]
+            else:
+                slices[pattern] = [self.read(sources[expert])]
+        if parameter.converter is None:
+            result = slices[""][0]
+        else:
+            result = self._convert(parameter.converter, name, slices)
+        return result[0].to(TORCH_DTYPES[self.dtype])
+
+    def _convert(
+        self, converter: WeightConverter, name: str, slices: dict[str, list[Tensor]]
+    ) -> Tensor:
+        """Applies transformers' operations to what they take for a model with one expert."""
+        converter = deepcopy(converter)
+        for pattern, tensors in slices.items():
+            for tensor in tensors:
+                converter.add_tensor(name, name, pattern, tensor)
+        config = self.architecture.model.config
+        results: dict[str, Any] = converter.convert(
+            name, model=self.architecture.model, config=config
+        )
+        result = results[name]
+        fused: Tensor = result[0] if isinstance(result, list) else result
+        return fused
+
+    def _read_slice(self, tensor: SourceTensor, begin: int, num_bytes: int) -> Tensor:
+        """``num_bytes`` of the tensor from byte ``begin``, flat, in the tensor's dtype."""
+        dtype = TORCH_DTYPES.get(tensor.entry.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.file} has the type {tensor.entry.dtype}, which cannot "
+                "be packed yet; pack a checkpoint in 16 or 32 bits."
+            )
+        try:
+            if tensor.file not in self._fds:
+                self._fds[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+            data = read_fully(self._fds[tensor.file], num_bytes, tensor.entry.offset + begin)
+        except EOFError as error:
+            raise CheckpointError(
+                f"{tensor.file} is truncated: {tensor.name} lies past its end; download it again."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def _targets(name: str, converter: WeightConverter) -> set[str]:
+    """The parameters that a converter fills, given the first of them."""
+    first = converter.target_patterns[0]
+    return {name.replace(first, target) for target in converter.target_patterns}
+
+
+def _check_each_expert(
+    path: Path, sources: list[SourceTensor], module: ExpertsModule, pattern: str
+) -> None:
+    found = {}
+    for source in sources:
+        numbers = re.findall(r"\.(\d+)(?=\.)", source.name)  # layer, then expert
+        found[int(numbers[-1]) if numbers else -1] = source
+    missing = [expert for expert in range(module.num_experts) if expert not in found]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {pattern.replace('*', str(missing[0])).lstrip('.')} of layer "
+            f"{module.layer}: it has that tensor for {len(found)} of {module.num_experts} "
+            "experts; download the checkpoint again."
+        )
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _find_tensors(path: Path) -> list[SourceTensor]:
+    """All tensors of the checkpoint. Raises :class:`CheckpointError`."""
+    index = path / INDEX_NAME
+    weight_map: dict[str, str] | None = None
+    if index.exists():
+        try:
+            weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error}); download it again.") from error
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    elif (path / SINGLE_NAME).exists():
+        files = [path / SINGLE_NAME]
+    else:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it has no {SINGLE_NAME} and no {INDEX_NAME}; convert "
+            "other formats to safetensors first."
+        )
+    tensors: dict[str, SourceTensor] = {}
+    for file in files:
+        try:
+            for name, entry in read_header(file).items():
+                if weight_map is None or weight_map.get(name) == file.name:
+                    tensors[name] = SourceTensor(file, entry)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} lacks {file.name}, which its index names; download it again."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise CheckpointError(f"{file} cannot be used: {error}; download it again.") from error
+    absent = sorted(set(weight_map or ()) - set(tensors))
+    if absent:
+        raise CheckpointError(
+            f"{path} lacks the tensor {absent[0]}, which its index names; download it again."
+        )
+    return list(tensors.values())
+
+
+def _fingerprint(path: Path, tensors: Sequence[SourceTensor]) -> str:
+    """Changes when the configuration, or the size, time or header of a weight file does."""
+    state = xxhash.xxh3_64((path / "config.json").read_bytes())
+    for file in sorted({tensor.file for tensor in tensors}):
+        stat = file.stat()
+        state.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    state.update(msgspec.json.encode([tensor.entry for tensor in tensors]))
+    return state.hexdigest()

@@ -1,0 +1,347 @@
+"""From a checkpoint to a pack: one tensor in memory at a time, resumable, whole or absent.
+
+The work lies in ``DST.partial``, beside the pack to be::
+
+    DST.partial/journal    what is done
+    DST.partial/pack/      the pack, renamed to DST when it is complete
+
+1. Refuse what cannot work: the destination, the checkpoint, the scheme.
+2. Take up the journal if it is of the same packing, else begin anew.
+3. Write headers and reserve the disk space of every file.
+4. Do the steps that the journal lacks: read, quantize, write, note.
+5. Copy configuration and tokenizer, write the manifest, flush, rename.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+from xxhash import xxh3_64, xxh3_64_hexdigest
+
+import expertd
+from expertd.errors import CheckpointError, PackError
+from expertd.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
+from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.codec import TORCH_DTYPES, record_parts
+from expertd.packing.journal import Journal
+from expertd.packing.plan import ExpertStep, Plan, Step, TrunkStep, make_manifest, make_plan
+from expertd.packing.quantizer import quantize
+from expertd.packing.schemes import Scheme
+
+PARTIAL_SUFFIX = ".partial"
+COMMIT_SECONDS = 1.0
+COMMIT_BYTES = 256 << 20
+"""How much work an interruption may cost; each commit waits for the disk."""
+
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a packing is. Bytes are those of the weights in the checkpoint."""
+
+    done_steps: int
+    total_steps: int
+    done_bytes: int
+    total_bytes: int
+    resumed_bytes: int
+    """Of ``done_bytes``, what an earlier run had done."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be packed, where to, and how."""
+
+    source: Path
+    destination: Path
+    scheme: Scheme
+    optimize: bool = True
+    force: bool = False
+    """Replace the pack at ``destination``."""
+
+
+def pack(
+    request: Request,
+    *,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_notice: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Makes the pack at ``request.destination``.
+
+    ``on_notice`` gets sentences for the user: resumed, begun anew, tensors left out.
+    Raises :class:`CheckpointError` and :class:`PackError`.
+    """
+    destination = request.destination
+    partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
+    with Checkpoint(request.source) as checkpoint:
+        key = _key(request, checkpoint)
+        if _was_completed(destination, partial, key):
+            on_notice(f"{destination} was complete already.")
+            shutil.rmtree(partial)
+            return
+        _check_destination(request)
+        if checkpoint.unused:
+            on_notice(
+                f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "
+                f"place for are left out, such as {checkpoint.unused[0]}."
+            )
+        plan = make_plan(checkpoint, request.scheme)
+        try:
+            _check_partial(partial)
+            (partial / "pack").mkdir(parents=True, exist_ok=True)
+            with Journal(partial / "journal", key) as journal:
+                try:
+                    _prepare(plan, partial, journal, on_notice)
+                    _run_steps(plan, checkpoint, request, partial, journal, on_progress)
+                    _finish(plan, checkpoint, request, partial, journal)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{error} {_kept(journal, plan, partial)}") from error
+        except OSError as error:
+            raise PackError(_cannot_write(error, plan, partial)) from error
+
+
+def _check_destination(request: Request) -> None:
+    destination = request.destination
+    if not os.path.lexists(destination):
+        return
+    if not request.force:
+        raise PackError(f"{destination} exists already; give --force to replace it.")
+    if destination.is_symlink() or not (destination / MANIFEST_NAME).is_file():
+        raise PackError(f"{destination} exists and is not a pack; --force replaces only packs.")
+
+
+def _was_completed(destination: Path, partial: Path, key: str) -> bool:
+    """Whether a run with that key ended between its last rename and its cleaning up."""
+    journal = partial / "journal"
+    return (
+        (destination / MANIFEST_NAME).is_file()
+        and journal.is_file()
+        and not (partial / "pack").exists()
+        and journal.read_bytes().startswith(f"{key}\n".encode())
+    )
+
+
+def _check_partial(partial: Path) -> None:
+    """Nothing that is not ours may be lost when a packing begins anew."""
+    if partial.exists() and not (partial / "journal").exists():
+        foreign = sorted({entry.name for entry in partial.iterdir()} - {"pack"})
+        if foreign:
+            raise PackError(f"{partial} is needed for the work and holds other files; move them.")
+
+
+def _key(request: Request, checkpoint: Checkpoint) -> str:
+    """One line that is the same when the resulting bytes are."""
+    return msgspec.json.encode(
+        {
+            "checkpoint": checkpoint.fingerprint,
+            "scheme": msgspec.to_builtins(request.scheme),
+            "optimize": request.optimize,
+            "format": FORMAT_VERSION,
+            "versions": [expertd.__version__, version("torch"), version("hqq")],
+        }
+    ).decode()
+
+
+def _prepare(plan: Plan, partial: Path, journal: Journal, notice: Callable[[str], None]) -> None:
+    """Leaves files of full size with their headers, and a journal that fits them."""
+    folder = partial / "pack"
+    if journal.matches and all(
+        (folder / file.name).exists() and (folder / file.name).stat().st_size == file.num_bytes
+        for file in plan.files
+    ):
+        if journal.done:
+            notice(f"Going on after {len(journal.done)} of {len(plan.steps)} steps.")
+        return
+    if journal.done or (not journal.matches and any(folder.iterdir())):
+        notice(f"{partial} is of another packing; beginning anew.")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for file in plan.files:
+        with (folder / file.name).open("wb") as out:
+            out.write(file.header)
+            out.flush()
+            # So that a full disk is met now, and not after hours of quantizing.
+            os.posix_fallocate(out.fileno(), 0, file.num_bytes)
+    journal.begin()
+
+
+def _run_steps(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    request: Request,
+    partial: Path,
+    journal: Journal,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    total_bytes = sum(step.source_bytes for step in plan.steps)
+    done_bytes = resumed = sum(plan.steps[index].source_bytes for index in journal.done)
+    fds: list[int] = []
+    last_commit, uncommitted_bytes = time.monotonic(), 0
+    try:
+        for file in plan.files:
+            fd = os.open(partial / "pack" / file.name, os.O_WRONLY | os.O_CLOEXEC)
+            fds.append(fd)  # one by one, so that an error closes those that are open
+        for index, step in enumerate(plan.steps):
+            if index in journal.done:
+                continue
+            on_progress(
+                Progress(len(journal.done), len(plan.steps), done_bytes, total_bytes, resumed)
+            )
+            data = encode_step(step, checkpoint, optimize=request.optimize)
+            _write(fds[step.file], data, step.offset)
+            journal.add(index, xxh3_64_hexdigest(data))
+            done_bytes += step.source_bytes
+            uncommitted_bytes += len(data)
+            now = time.monotonic()
+            if now - last_commit >= COMMIT_SECONDS or uncommitted_bytes >= COMMIT_BYTES:
+                _commit(fds, journal)
+                last_commit, uncommitted_bytes = time.monotonic(), 0
+        on_progress(Progress(len(plan.steps), len(plan.steps), done_bytes, total_bytes, resumed))
+    finally:
+        # Also when interrupted: what is done stays done.
+        try:
+            _commit(fds, journal)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _commit(fds: list[int], journal: Journal) -> None:
+    for fd in fds:
+        os.fdatasync(fd)
+    journal.commit()
+
+
+def encode_step(step: Step, checkpoint: Checkpoint, *, optimize: bool) -> bytearray:
+    """The bytes that a step writes: a padded record, or a tensor of the trunk.
+
+    Raises :class:`CheckpointError`.
+    """
+    if isinstance(step, TrunkStep):
+        tensor = checkpoint.read(step.source)
+        if step.matrix is None:
+            return _bytes([tensor.to(TORCH_DTYPES[step.dtype])])
+        try:
+            return _bytes(list(quantize(tensor, step.matrix, optimize=optimize).values()))
+        except ValueError as error:
+            raise CheckpointError(f"{step.source.file} cannot be quantized: {error}.") from error
+    return _encode_expert(step, checkpoint, optimize=optimize)
+
+
+def _encode_expert(step: ExpertStep, checkpoint: Checkpoint, *, optimize: bool) -> bytearray:
+    tensors = checkpoint.expert(step.module, step.expert)
+    record = bytearray(step.layout.record_bytes)
+    targets = record_parts(record, step.layout)
+    for matrix, weight, bias in (
+        (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
+        (step.layout.matrix("down"), tensors.down, tensors.down_bias),
+    ):
+        parts = {f"{matrix.name}.weight": weight}
+        if matrix.bits:
+            try:
+                parts = quantize(weight, matrix, optimize=optimize)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"Expert {step.expert} of layer {step.module.layer} cannot be quantized: "
+                    f"{error}."
+                ) from error
+        if bias is not None:
+            parts[f"{matrix.name}.bias"] = bias
+        for name, values in parts.items():
+            targets[name].copy_(values)
+    return record
+
+
+def _bytes(tensors: list[Tensor]) -> bytearray:
+    data = bytearray()
+    for tensor in tensors:
+        data += tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _write(fd: int, data: bytearray, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _finish(
+    plan: Plan, checkpoint: Checkpoint, request: Request, partial: Path, journal: Journal
+) -> None:
+    folder = partial / "pack"
+    for pattern in COPIED_FILES:
+        for source in sorted(request.source.glob(pattern)):
+            if source.is_file():
+                target = folder / source.relative_to(request.source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
+                _flush(target)
+    trunk = _file_checksum(folder / plan.files[-1].name)
+    manifest = make_manifest(plan, checkpoint, request.scheme, journal.done, trunk)
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    for path in (*(folder / file.name for file in plan.files), folder / MANIFEST_NAME, folder):
+        _flush(path)
+    destination = request.destination
+    replaced = partial / "replaced"
+    if os.path.lexists(destination):
+        destination.rename(replaced)
+    folder.rename(destination)
+    _flush(destination.parent)
+    shutil.rmtree(partial)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _file_checksum(path: Path) -> str:
+    state = xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _kept(journal: Journal, plan: Plan, partial: Path) -> str:
+    return (
+        f"{len(journal.done)} of {len(plan.steps)} steps are done and kept in {partial}; the "
+        "same command goes on there."
+    )
+
+
+def _cannot_write(error: OSError, plan: Plan, partial: Path) -> str:
+    where = error.filename or partial
+    if error.errno == errno.ENOSPC:
+        return (
+            f"The disk of {partial.parent} is full: the pack needs {plan.num_bytes / 2**30:.2f} "
+            "GiB. Free some, and the same command goes on where it was."
+        )
+    return f"{where} cannot be written: {error.strerror}."

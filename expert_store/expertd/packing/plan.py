@@ -1,0 +1,234 @@
+"""What a pack will consist of, byte by byte, before any weight is read.
+
+All sizes follow from shapes and scheme. So headers are written first, files have their final
+size from the start, and each step (an expert, or a tensor of the trunk) has its place: it can
+be done, or done again, without looking at the others.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from expertd.errors import CheckpointError
+from expertd.pack.layout import DTYPE_BYTES, Matrix, RecordLayout, matrix_parts, record_layout
+from expertd.pack.manifest import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    TRUNK_NAME,
+    Layer,
+    Manifest,
+    PackFile,
+    QuantizedTensor,
+)
+from expertd.pack.tensor_file import build_header
+from expertd.packing.architecture import ExpertsModule
+from expertd.packing.checkpoint import Checkpoint, SourceTensor
+from expertd.packing.schemes import Precision, Scheme
+
+MAX_FILE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file to write: the header's bytes, and its full size."""
+
+    name: str
+    header: bytes
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertStep:
+    """Writing one record at ``offset`` of the file with index ``file``."""
+
+    module: ExpertsModule
+    expert: int
+    layout: RecordLayout
+    file: int
+    offset: int
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class TrunkStep:
+    """Writing one tensor of the trunk; ``matrix`` says how if it is to be quantized."""
+
+    source: SourceTensor
+    matrix: Matrix | None
+    dtype: str
+    file: int
+    offset: int
+    source_bytes: int
+
+
+Step = ExpertStep | TrunkStep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All files of weights, the trunk's last, and the steps that fill them."""
+
+    files: tuple[PlannedFile, ...]
+    layouts: tuple[RecordLayout, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files of weights."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def make_plan(
+    checkpoint: Checkpoint, scheme: Scheme, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> Plan:
+    """Raises :class:`CheckpointError` if the scheme does not fit the checkpoint's sizes."""
+    layouts: list[RecordLayout] = []
+    records: list[tuple[ExpertsModule, int, RecordLayout]] = []
+    for module in checkpoint.architecture.experts:
+        layout = _layout(checkpoint, module, scheme.experts)
+        if layout not in layouts:
+            layouts.append(layout)
+        records += [(module, expert, layout) for expert in range(module.num_experts)]
+    files: list[PlannedFile] = []
+    steps: list[Step] = []
+    for group in _split(records, max_file_bytes):
+        header = build_header(
+            [
+                (f"layers.{module.layer}.experts.{expert}", "U8", (layout.record_bytes,))
+                for module, expert, layout in group
+            ]
+        )
+        offset = len(header)
+        for module, expert, layout in group:
+            source_bytes = 3 * 2 * module.hidden_size * module.intermediate_size
+            steps.append(ExpertStep(module, expert, layout, len(files), offset, source_bytes))
+            offset += layout.record_bytes
+        files.append(PlannedFile(f"experts-{len(files):05d}.safetensors", header, offset))
+    trunk, trunk_steps = _plan_trunk(checkpoint, scheme.attention, len(files))
+    return Plan((*files, trunk), tuple(layouts), (*trunk_steps, *steps))
+
+
+def make_manifest(
+    plan: Plan, checkpoint: Checkpoint, scheme: Scheme, checksums: dict[int, str], trunk: str
+) -> Manifest:
+    """The finished pack's manifest; ``checksums`` by step, ``trunk`` that of the trunk's file."""
+    records: dict[int, list[tuple[ExpertStep, str]]] = {}
+    quantized = []
+    for index, step in enumerate(plan.steps):
+        if isinstance(step, ExpertStep):
+            records.setdefault(step.module.layer, []).append((step, checksums[index]))
+        elif step.matrix is not None:
+            quantized.append(
+                QuantizedTensor(name=step.source.name, matrix=step.matrix, dtype=step.dtype)
+            )
+    layers = tuple(
+        Layer(
+            layer=layer,
+            num_experts=len(steps),
+            experts_per_token=steps[0][0].module.experts_per_token,
+            layout=plan.layouts.index(steps[0][0].layout),
+            files=tuple(step.file for step, _ in steps),
+            offsets=tuple(step.offset for step, _ in steps),
+            checksums=tuple(checksum for _, checksum in steps),
+        )
+        for layer, steps in records.items()
+    )
+    files = tuple(PackFile(name=file.name, num_bytes=file.num_bytes) for file in plan.files)
+    return Manifest(
+        format=FORMAT_NAME,
+        format_version=FORMAT_VERSION,
+        architecture=checkpoint.architecture.name,
+        model_type=checkpoint.architecture.model_type,
+        scheme=scheme.name,
+        dtype=checkpoint.dtype,
+        gate_order=checkpoint.architecture.experts[0].gate_order,
+        layers=layers,
+        layouts=plan.layouts,
+        files=files[:-1],
+        trunk=files[-1],
+        trunk_checksum=trunk,
+        trunk_quantized=tuple(quantized),
+    )
+
+
+def _layout(checkpoint: Checkpoint, module: ExpertsModule, precision: Precision) -> RecordLayout:
+    hidden, intermediate = module.hidden_size, module.intermediate_size
+    try:
+        matrices = (
+            precision.matrix("gate_up", 2 * intermediate, hidden),
+            precision.matrix("down", hidden, intermediate),
+        )
+        return record_layout(matrices, checkpoint.dtype, has_bias=module.has_bias)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The experts of layer {module.layer} cannot be written as {precision}: {error}; "
+            "choose another precision with --experts."
+        ) from error
+
+
+def _split(
+    records: list[tuple[ExpertsModule, int, RecordLayout]], max_file_bytes: int
+) -> Iterator[list[tuple[ExpertsModule, int, RecordLayout]]]:
+    """The records of each file, in order."""
+    group: list[tuple[ExpertsModule, int, RecordLayout]] = []
+    num_bytes = 0
+    for record in records:
+        if group and num_bytes + record[2].record_bytes > max_file_bytes:
+            yield group
+            group, num_bytes = [], 0
+        group.append(record)
+        num_bytes += record[2].record_bytes
+    yield group
+
+
+def _plan_trunk(
+    checkpoint: Checkpoint, attention: Precision, file: int
+) -> tuple[PlannedFile, list[TrunkStep]]:
+    linears = checkpoint.architecture.attention_linears()
+    pending: list[tuple[SourceTensor, Matrix | None, str]] = []
+    for parameter, source in checkpoint.trunk:
+        entry = source.entry
+        dtype = entry.dtype
+        # A float32 checkpoint becomes BF16, but for what transformers itself keeps in float32;
+        # float32 tensors of a 16-bit checkpoint are so on purpose.
+        if (
+            dtype == "F32"
+            and checkpoint.is_float32
+            and not checkpoint.architecture.stays_float32(parameter)
+        ):
+            dtype = checkpoint.dtype
+        matrix = None
+        if attention.bits and parameter in linears and len(entry.shape) == 2:
+            matrix = _fitting_matrix(attention, source.name, entry.shape, dtype)
+        pending.append((source, matrix, dtype))
+    # Wide types first, bytes last: each tensor is then aligned to its type.
+    pending.sort(key=lambda item: (item[1] is not None, -DTYPE_BYTES[item[2]]))
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    sizes = []
+    for source, matrix, dtype in pending:
+        pieces = (
+            [(source.name, source.entry.shape, dtype)]
+            if matrix is None
+            else matrix_parts(matrix, dtype)
+        )
+        tensors += [(name, piece_dtype, shape) for name, shape, piece_dtype in pieces]
+        sizes.append(sum(math.prod(shape) * DTYPE_BYTES[kind] for _, shape, kind in pieces))
+    header = build_header(tensors)
+    steps = []
+    offset = len(header)
+    for (source, matrix, dtype), num_bytes in zip(pending, sizes, strict=True):
+        steps.append(TrunkStep(source, matrix, dtype, file, offset, source.entry.num_bytes))
+        offset += num_bytes
+    return PlannedFile(TRUNK_NAME, header, offset), steps
+
+
+def _fitting_matrix(
+    precision: Precision, name: str, shape: tuple[int, ...], dtype: str
+) -> Matrix | None:
+    """How to quantize a linear layer of the trunk, or None if its sizes do not allow it."""
+    matrix = precision.matrix(name, shape[0], shape[1])
+    try:
+        matrix_parts(matrix, dtype)
+    except ValueError:
+        return None
+    return matrix

@@ -1,0 +1,119 @@
+"""Which part of a model is written with how many bits: plain data.
+
+The paper's schemes are those of Eliseev & Mazur (arXiv 2312.17238): experts in 2 or 3 bits,
+attention in 4, and embeddings, routers, norms and the output head in 16.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from expertd.errors import ConfigError
+from expertd.pack.layout import ROWS_PER_BYTE, Encoding, Matrix
+
+GROUP_SIZES = (16, 32, 64, 128)
+META_GROUP_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a kind of matrix is written; ``bits`` 0 is the checkpoint's own 16-bit type."""
+
+    bits: int = 0
+    group_size: int = 0
+    meta_group_size: int = 0
+    """Group of the 8-bit scales and zeros; 0: these are fp16."""
+
+    def __str__(self) -> str:
+        if not self.bits:
+            return "16"
+        return f"{self.bits}g{self.group_size}" + ("m" if self.meta_group_size else "")
+
+    def matrix(self, name: str, out_features: int, in_features: int) -> Matrix:
+        """The manifest's description of a matrix written so.
+
+        Scales and zeros stay fp16 where the meta group does not divide their number.
+        """
+        if not self.bits:
+            return Matrix(
+                name=name,
+                encoding=Encoding.PLAIN,
+                out_features=out_features,
+                in_features=in_features,
+            )
+        meta_group_size = self.meta_group_size
+        if meta_group_size and out_features * in_features // self.group_size % meta_group_size:
+            meta_group_size = 0
+        return Matrix(
+            name=name,
+            encoding=Encoding.HQQ,
+            out_features=out_features,
+            in_features=in_features,
+            bits=self.bits,
+            group_size=self.group_size,
+            meta_group_size=meta_group_size,
+        )
+
+
+PLAIN = Precision()
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The precision of the experts and of the attention's linear layers; the rest is plain."""
+
+    name: str
+    experts: Precision
+    attention: Precision
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("bf16", PLAIN, PLAIN),
+        Scheme("8bit", Precision(8, 128), Precision(8, 128)),
+        Scheme("4bit", Precision(4, 64), Precision(4, 64)),
+        Scheme(
+            "paper-3bit",
+            Precision(3, 64, META_GROUP_SIZE),
+            Precision(4, 64, META_GROUP_SIZE),
+        ),
+        Scheme(
+            "paper-2bit",
+            Precision(2, 16, META_GROUP_SIZE),
+            Precision(4, 64, META_GROUP_SIZE),
+        ),
+    )
+}
+
+
+def parse_precision(text: str) -> Precision:
+    """``16``, or bits and group size as in ``4g64``, with ``m`` for 8-bit scales and zeros.
+
+    Raises :class:`ConfigError`.
+    """
+    if text == "16":
+        return PLAIN
+    match = re.fullmatch(r"(\d+)g(\d+)(m?)", text)
+    if match is None or int(match[1]) not in ROWS_PER_BYTE or int(match[2]) not in GROUP_SIZES:
+        raise ConfigError(
+            f"{text!r} is not a precision: give 16, or one of {sorted(ROWS_PER_BYTE)} bits with "
+            f"a group size of {GROUP_SIZES}, such as 4g64, or 2g16m for 8-bit scales."
+        )
+    return Precision(int(match[1]), int(match[2]), META_GROUP_SIZE if match[3] else 0)
+
+
+def choose_scheme(name: str, experts: str | None = None, attention: str | None = None) -> Scheme:
+    """The preset ``name``, with the precision of a part replaced where one is given.
+
+    Raises :class:`ConfigError`.
+    """
+    if name not in SCHEMES:
+        raise ConfigError(f"There is no scheme {name!r}; there are {', '.join(SCHEMES)}.")
+    scheme = SCHEMES[name]
+    if experts is not None:
+        precision = parse_precision(experts)
+        scheme = replace(scheme, name=f"{scheme.name} experts={precision}", experts=precision)
+    if attention is not None:
+        precision = parse_precision(attention)
+        scheme = replace(scheme, name=f"{scheme.name} attention={precision}", attention=precision)
+    return scheme
