@@ -51,7 +51,7 @@ proto: setup
 		--mypy_grpc_out=quiet:proto $(PROTO)
 
 bench: setup
-	@$(BIN)/python bench/store.py
+	@$(BIN)/python -m bench.store
 
 train: setup
 	$(BIN)/python examples/tiny-mixtral/train.py

@@ -1,0 +1,63 @@
+"""The house: imports point one way, links lead somewhere, commands are documented as they are."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from expertd.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "expertstore": ROOT / "proto/expertstore",
+    "expertd": ROOT / "expert_store/expertd",
+    "expertd_client": ROOT / "client/expertd_client",
+    "expertd_inference": ROOT / "inference/expertd_inference",
+}
+ORDER = list(PACKAGES)
+TORCH = {"torch", "transformers", "hqq", "safetensors", "accelerate"}
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_point_one_way(package: str) -> None:
+    above = set(ORDER[ORDER.index(package) + 1 :])
+    for file in PACKAGES[package].rglob("*.py"):
+        assert not imports_of(file) & above, f"{file} imports from a package above it"
+
+
+def test_only_packing_and_inference_know_torch() -> None:
+    for package in ("expertd", "expertd_client"):
+        for file in PACKAGES[package].rglob("*.py"):
+            if "packing" not in file.parts:
+                assert not imports_of(file) & TORCH, f"{file} imports torch or what needs it"
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")], ids=str
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_commented_settings_are_the_defaults(tmp_path: Path) -> None:
+    text = (ROOT / "deploy/expertd.toml").read_text()
+    uncommented = tmp_path / "all.toml"
+    uncommented.write_text(re.sub(r"(?m)^# (\w+ = )", r"\1", text))
+    shipped, spelled_out = load_config(ROOT / "deploy/expertd.toml"), load_config(uncommented)
+    for name in vars(shipped):
+        if name not in {"allowed_uids", "models"}:
+            assert getattr(shipped, name) == getattr(spelled_out, name), name
+
+
+def imports_of(file: Path) -> set[str]:
+    """Top-level names that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
