@@ -1,3 +1,295 @@
-"""Placeholder until the packer lands."""
+"""``expertd pack``, ``verify`` and ``inspect``: making a pack, checking it, looking into it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
-def register(app: typer.Typer) -> None: ...
+
+from expertd.cli.progress import ProgressDisplay
+from expertd.errors import ConfigError
+from expertd.sizes import format_bytes
+
+_EXIT_DAMAGED = 1
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to ``app``."""
+    commands: tuple[Callable[..., None], ...] = (pack, verify, inspect)
+    for command in commands:
+        app.command()(command)
+
+
+def pack(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Directory of the model in Hugging Face's form (config.json and safetensors).",
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="PACK", help="Directory to make; its parent must exist.")
+    ],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="bf16, 8bit, 4bit, paper-3bit or paper-2bit: see above.",
+        ),
+    ] = "4bit",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Precision of the experts in place of the scheme's: 16, or bits and group size "
+            "like 3g64; 2g16m has 8-bit scales.",
+            show_default=False,
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="The same for the attention's linear layers.",
+            show_default=False,
+        ),
+    ] = None,
+    optimize: Annotated[
+        bool,
+        typer.Option(
+            help="Let HQQ's solver place the zeros: a smaller error, and 5 to 20 times the time."
+        ),
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the pack that is there once the new is whole.")
+    ] = False,
+) -> None:
+    """Makes a pack of a checkpoint: quantized expert by expert, ready to serve.
+
+    Schemes, with bits per expert weight (scales included):
+
+    - `bf16` (16): nothing is quantized. Weights keep the checkpoint's own 16-bit type; those of
+    a float32 checkpoint become bfloat16.
+
+    - `8bit` (8.25), `4bit` (4.5): experts and attention, in groups of 128 and 64.
+
+    - `paper-3bit` (3.26), `paper-2bit` (3.03): experts in 3 bits (groups of 64) or 2 bits
+    (groups of 16), attention in 4, scales in 8; as in arXiv 2312.17238.
+
+    Embeddings, routers, norms, shared experts and the output head always have 16 bits.
+
+    One expert at a time is in memory. After an interruption, even a hard one, the same command
+    goes on where it was; the work lies in PACK.partial until the pack is whole.
+
+    Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
+    """
+    from expertd.packing.schemes import choose_scheme
+
+    chosen = choose_scheme(scheme, experts, attention)
+    if not destination.absolute().parent.is_dir():
+        raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
+    # torch takes seconds to import: only once the arguments are known to be good.
+    _import_quietly()
+    from expertd.packing.packer import Progress, Request
+    from expertd.packing.packer import pack as make_pack
+
+    request = Request(source, destination.absolute(), chosen, optimize=optimize, force=force)
+    with ProgressDisplay(f"packing {source.name} as {chosen.name}") as display:
+
+        def show(progress: Progress) -> None:
+            display.update(
+                progress.done_bytes,
+                progress.total_bytes,
+                f"{progress.done_steps} of {progress.total_steps} tensors and experts",
+                skipped=progress.resumed_bytes,
+            )
+
+        try:
+            make_pack(request, on_progress=show, on_notice=display.note)
+        except KeyboardInterrupt:
+            display.note("Interrupted; the same command goes on where it was.")
+            raise typer.Exit(130) from None
+    from expertd.pack.inspect import inspect as inspect_pack
+
+    found = inspect_pack(destination)
+    typer.echo(
+        f"{destination}: {found.manifest.num_experts} experts, "
+        f"{format_bytes(found.manifest.expert_bytes)} at {found.expert_bits:.2f} bits per weight, "
+        f"and {format_bytes(found.manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
+        f"(one token's experts) is {format_bytes(found.manifest.working_set_bytes)}."
+    )
+
+
+def verify(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")],
+) -> None:
+    """Reads a whole pack and checks every record and the trunk against their checksums.
+
+    Lists each damaged record by file, layer and expert. Exit code 0: all is well, 1: something
+    is damaged, 2: not a pack.
+
+    Example: `expertd verify /packs/mixtral`
+    """
+    from expertd.pack.verify import verify as verify_pack
+
+    with ProgressDisplay(f"verifying {pack}") as display:
+        result = verify_pack(pack, lambda done, total: display.update(done, total, ""))
+    for damage in result.damages:
+        where = damage.file
+        if damage.layer is not None:
+            where += f", layer {damage.layer}, expert {damage.expert}"
+        typer.echo(f"damaged: {where}: {damage.reason}")
+    if result.damages:
+        typer.echo(
+            f"{pack}: {len(result.damages)} damages found; copy or make the pack again. What is "
+            "whole can still be served."
+        )
+        raise typer.Exit(_EXIT_DAMAGED)
+    typer.echo(
+        f"{pack}: all {result.num_records} records and the trunk are whole "
+        f"({format_bytes(result.num_bytes)} read)."
+    )
+
+
+def inspect(
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")],
+    as_json: Json = False,
+) -> None:
+    """Shows what is in a pack: model, scheme, layers, sizes, and the parts of a record.
+
+    Example: `expertd inspect /packs/mixtral`
+    """
+    report = _report(pack)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        _print_report(report)
+
+
+def _report(pack: Path) -> dict[str, Any]:
+    import msgspec
+
+    from expertd.pack.inspect import inspect as inspect_pack
+    from expertd.pack.inspect import num_weights
+
+    found = inspect_pack(pack)
+    manifest = found.manifest
+    return {
+        "pack": str(pack),
+        "architecture": manifest.architecture,
+        "model_type": manifest.model_type,
+        "scheme": manifest.scheme,
+        "dtype": manifest.dtype,
+        "gate_order": str(manifest.gate_order),
+        "format_version": manifest.format_version,
+        "fingerprint": found.pack.fingerprint,
+        "num_experts": manifest.num_experts,
+        "expert_bytes": manifest.expert_bytes,
+        "expert_weights": found.expert_weights,
+        "expert_bits_per_weight": round(found.expert_bits, 3),
+        "trunk_bytes": manifest.trunk.num_bytes,
+        "trunk_weights": found.trunk_weights,
+        "trunk_bits_per_weight": round(found.trunk_bits, 3),
+        "trunk_quantized_tensors": len(manifest.trunk_quantized),
+        "working_set_bytes": manifest.working_set_bytes,
+        "files": [msgspec.to_builtins(file) for file in (*manifest.files, manifest.trunk)],
+        "layers": [
+            {
+                "layer": layer.layer,
+                "num_experts": layer.num_experts,
+                "experts_per_token": layer.experts_per_token,
+                "layout": layer.layout,
+            }
+            for layer in manifest.layers
+        ],
+        "layouts": [
+            {**msgspec.to_builtins(layout), "bits_per_weight": round(
+                8 * layout.record_bytes / num_weights(layout), 3)}
+            for layout in manifest.layouts
+        ],
+    }  # fmt: skip
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(report["pack"], highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    layers = report["layers"]
+    for key, value in (
+        ("architecture", report["architecture"]),
+        ("scheme", f"{report['scheme']}, 16-bit weights in {report['dtype']}"),
+        ("layers with experts", _ranges([layer["layer"] for layer in layers])),
+        (
+            "experts",
+            f"{report['num_experts']} ({_distinct(layers, 'num_experts')} per layer, "
+            f"{_distinct(layers, 'experts_per_token')} per token)",
+        ),
+        (
+            "size of the experts",
+            f"{format_bytes(report['expert_bytes'])}, "
+            f"{report['expert_bits_per_weight']:.2f} bits per weight",
+        ),
+        (
+            "size of the trunk",
+            f"{format_bytes(report['trunk_bytes'])}, "
+            f"{report['trunk_bits_per_weight']:.2f} bits per weight, "
+            f"{report['trunk_quantized_tensors']} matrices quantized",
+        ),
+        ("least RAM to serve", f"{format_bytes(report['working_set_bytes'])} (one token)"),
+        ("fingerprint", report["fingerprint"]),
+    ):
+        table.add_row(key, value)
+    console.print(table)
+    for index, layout in enumerate(report["layouts"]):
+        of = [layer["layer"] for layer in layers if layer["layout"] == index]
+        console.print(
+            f"record in layers {_ranges(of)}: {format_bytes(layout['record_bytes'])}, "
+            f"{layout['bits_per_weight']:.2f} bits per weight",
+            highlight=False,
+        )
+        parts = Table()
+        for column in ("part", "shape", "dtype", "offset", "bytes"):
+            parts.add_column(column, justify="right" if column in {"offset", "bytes"} else "left")
+        for part in layout["parts"]:
+            parts.add_row(
+                part["name"],
+                " x ".join(map(str, part["shape"])),
+                part["dtype"],
+                str(part["offset"]),
+                str(part["num_bytes"]),
+            )
+        console.print(parts)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+
+
+def _distinct(layers: list[dict[str, Any]], key: str) -> str:
+    return " or ".join(map(str, sorted({layer[key] for layer in layers})))
+
+
+def _import_quietly() -> None:
+    """Imports what packs, without the warnings that are its authors' to heed."""
+    import importlib
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("expertd.packing.packer")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
