@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import time
+from array import array
 from pathlib import Path
 
 import msgspec
@@ -34,6 +35,7 @@ MAX_SOCKET_PATH_BYTES = 107
 NUM_WORKER_DESCRIPTORS = 3
 CONNECT_RETRY_SECONDS = 0.002
 
+_INT_BYTES = array("i").itemsize
 _ANSWER = msgspec.json.Decoder(Welcome | Refusal)
 
 
@@ -162,8 +164,12 @@ def _exchange(
     try:
         connection.settimeout(max(1e-3, deadline - time.monotonic()))
         connection.send(hello)
-        packet, descriptors, flags, _ = socket.recv_fds(
-            connection, MAX_PACKET_BYTES, NUM_WORKER_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+        # Not socket.recv_fds: it drops its flags, and a descriptor that an exec inherits
+        # would keep the arena's memory from being freed.
+        packet, control, flags, _ = connection.recvmsg(
+            MAX_PACKET_BYTES,
+            socket.CMSG_LEN(NUM_WORKER_DESCRIPTORS * _INT_BYTES),
+            socket.MSG_CMSG_CLOEXEC,
         )
     except TimeoutError:
         raise _too_slow(directory, timeout_seconds) from None
@@ -171,6 +177,7 @@ def _exchange(
         raise UnavailableError(
             f"The expertd at {directory} hung up during attach ({error.strerror}); try again."
         ) from None
+    descriptors = _descriptors_in(control)
     # Control data is cut where a descriptor did not fit: more than asked for, or this
     # process has no descriptor left.
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
@@ -186,7 +193,7 @@ def _read_answer(packet: bytes, descriptors: list[int], role: Role, directory: P
     if not packet:
         raise UnavailableError(f"The expertd at {directory} hung up during attach; try again.")
     try:
-        answer = _ANSWER.decode(packet)
+        answer: Welcome | Refusal = _ANSWER.decode(packet)
     except msgspec.MsgspecError as error:
         raise PreconditionError(
             f"What answers at {directory} speaks another protocol ({error}); run the same version "
@@ -201,6 +208,15 @@ def _read_answer(packet: bytes, descriptors: list[int], role: Role, directory: P
             f"{expected}; run the same version on both sides."
         )
     return answer
+
+
+def _descriptors_in(control: list[tuple[int, int, bytes]]) -> list[int]:
+    descriptors = array("i")
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            # A cut message may end within a number.
+            descriptors.frombytes(data[: len(data) - len(data) % _INT_BYTES])
+    return list(descriptors)
 
 
 def _too_slow(directory: Path, timeout_seconds: float) -> DeadlineError:

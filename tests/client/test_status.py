@@ -7,12 +7,13 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from expertd import errors, status
 from expertd.handshake import ERROR_DETAIL_KEY, Refusal
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CASES: list[tuple[errors.ExpertdError, str]] = [
     (errors.InvalidInputError("say it otherwise"), "INVALID_ARGUMENT"),
