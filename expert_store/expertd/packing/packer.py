@@ -32,7 +32,15 @@ from expertd.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.codec import TORCH_DTYPES, record_parts
 from expertd.packing.journal import Journal
-from expertd.packing.plan import ExpertStep, Plan, Step, TrunkStep, make_manifest, make_plan
+from expertd.packing.plan import (
+    MAX_FILE_BYTES,
+    ExpertStep,
+    Plan,
+    Step,
+    TrunkStep,
+    make_manifest,
+    make_plan,
+)
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import Scheme
 
@@ -81,6 +89,8 @@ class Request:
     optimize: bool = True
     force: bool = False
     """Replace the pack at ``destination``."""
+    max_file_bytes: int = MAX_FILE_BYTES
+    """Of each file of records; a larger record gets a file of its own."""
 
 
 def pack(
@@ -108,7 +118,7 @@ def pack(
                 f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "
                 f"place for are left out, such as {checkpoint.unused[0]}."
             )
-        plan = make_plan(checkpoint, request.scheme)
+        plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
         try:
             _check_partial(partial)
             (partial / "pack").mkdir(parents=True, exist_ok=True)
@@ -159,6 +169,7 @@ def _key(request: Request, checkpoint: Checkpoint) -> str:
             "checkpoint": checkpoint.fingerprint,
             "scheme": msgspec.to_builtins(request.scheme),
             "optimize": request.optimize,
+            "max_file_bytes": request.max_file_bytes,
             "format": FORMAT_VERSION,
             "versions": [expertd.__version__, version("torch"), version("hqq")],
         }

@@ -78,9 +78,7 @@ class Plan:
         return sum(file.num_bytes for file in self.files)
 
 
-def make_plan(
-    checkpoint: Checkpoint, scheme: Scheme, *, max_file_bytes: int = MAX_FILE_BYTES
-) -> Plan:
+def make_plan(checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_FILE_BYTES) -> Plan:
     """Raises :class:`CheckpointError` if the scheme does not fit the checkpoint's sizes."""
     layouts: list[RecordLayout] = []
     records: list[tuple[ExpertsModule, int, RecordLayout]] = []
