@@ -34,6 +34,8 @@ BIN = Path(sys.executable).parent
 STOP_SECONDS = 20
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 110  # a log has no edge; the table shall not wrap
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
             stats = json.loads(
                 run("expertd", "stats", "--socket", str(socket), "--json", capture=True)
             )
-        show(stats, results)
+            show(stats, results)
 
 
 def step(title: str) -> None:
@@ -186,8 +188,8 @@ def show(stats: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """The table at the end."""
     arena, model = stats["arena"], stats["models"][0]
     table = Table(title="One copy, two workers", title_justify="left")
-    for column in ("", "RAM", "host hits", "NVMe reads", "evictions", "tokens", "tokens/s"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "RAM", "hits", "NVMe reads", "evicted", "tokens", "tokens/s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for number, result in enumerate(results, start=1):
         table.add_row(
             f"worker {number}",
