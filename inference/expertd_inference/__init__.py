@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertd_inference.embedded import EmbeddedDaemon
-    from expertd_inference.generation import GenerationResult, GenerationSettings, generate
+    from expertd_inference.generation import GenerationResult, generate
+    from expertd_inference.settings import GenerationSettings
     from expertd_inference.worker import Worker, load_model
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 _MODULES = {
     "EmbeddedDaemon": "embedded",
     "GenerationResult": "generation",
-    "GenerationSettings": "generation",
+    "GenerationSettings": "settings",
     "Worker": "worker",
     "generate": "generation",
     "load_model": "worker",

@@ -1,6 +1,9 @@
-"""How a worker finds its model's session; needs no torch."""
+"""How a worker finds its model at a daemon; needs no torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from expertd.errors import NotFoundError
 from expertd_client import Client, Session
@@ -9,22 +12,50 @@ DEFAULT_SOCKET = Path("/run/expertd")
 DEFAULT_REATTACH_SECONDS = 30.0
 
 
-def attach(name: str | None, socket: str | Path) -> Session:
-    """A session for the model ``name``, or without a name for the only one that is served.
+@dataclass(frozen=True)
+class ModelAttachment:
+    """A session for one model, and the client that it needs as long as it lasts."""
+
+    client: Client
+    session: Session
+
+    def close(self) -> None:
+        """Ends both; a second call does nothing."""
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def attach(name: str | None, socket: str | Path) -> ModelAttachment:
+    """Attaches for the model ``name``, or without a name for the only one that is served.
 
     ``socket`` is the directory that the daemon serves in. Raises UnavailableError if none
     does, NotFoundError, saying which models there are, if there is no such one.
     """
-    with Client(socket) as client:
-        if name is not None:
-            try:
-                return client.attach(name)
-            except NotFoundError:
-                pass
-        names = sorted(model.name for model in client.list_models())
-        if name is None and len(names) == 1:
-            return client.attach(names[0])
+    client = Client(socket)
+    try:
+        return ModelAttachment(client, client.attach(_choose(client, name, socket)))
+    except BaseException:
+        client.close()
+        raise
+
+
+def _choose(client: Client, name: str | None, socket: str | Path) -> str:
+    names = sorted(model.name for model in client.list_models())
+    if name in names:
+        return name
+    if name is None and len(names) == 1:
+        return names[0]
     if not names:
         raise NotFoundError(f"The daemon in {socket} serves no model; load one first.")
-    what = f"no model {name!r}" if name is not None else "several models, and none was chosen"
+    what = "several models, and none was chosen" if name is None else f"no model {name!r}"
     raise NotFoundError(f"The daemon in {socket} serves {what}; there are: {', '.join(names)}.")

@@ -19,9 +19,14 @@ from rich.console import Console
 import expertd
 import expertd_inference
 from expertd.errors import ExpertdError, InvalidInputError
-from expertd_client import Session
-from expertd_inference.attachment import DEFAULT_REATTACH_SECONDS, DEFAULT_SOCKET, attach
+from expertd_inference.attachment import (
+    DEFAULT_REATTACH_SECONDS,
+    DEFAULT_SOCKET,
+    ModelAttachment,
+    attach,
+)
 from expertd_inference.embedded import EmbeddedDaemon
+from expertd_inference.settings import ComputeDtype, GenerationSettings
 
 if TYPE_CHECKING:
     from expertd_inference.worker import Worker
@@ -116,8 +121,8 @@ def generate(
         bool, typer.Option("--stream", help="With --json: the text to stderr while it comes.")
     ] = False,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="Compute in bfloat16, float16 or float32. Default: the checkpoint's."),
+        ComputeDtype | None,
+        typer.Option(help="Compute in this. Default: what the checkpoint is in."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")
@@ -141,6 +146,7 @@ def generate(
 
       cat story.txt | expert-run generate --model mixtral --json -p -
     """
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     text = _read_stdin() if prompt == "-" else prompt
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
@@ -151,14 +157,14 @@ def generate(
             with _status("Starting a daemon"):
                 daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
             socket, model, reattach_seconds = daemon.socket, daemon.name, 0
-        session = stack.enter_context(attach(model, socket))
+        attachment = stack.enter_context(attach(model, socket))
         with _status("Loading the model"):
-            _quieten(verbose)
-            worker = stack.enter_context(_load(session, dtype, threads, reattach_seconds))
+            _prepare_environment(verbose)
+            worker = stack.enter_context(_load(attachment, dtype, threads, reattach_seconds))
         generation = expertd_inference.generate(
             worker,
             text,
-            expertd_inference.GenerationSettings(max_new_tokens, temperature, top_p, seed),
+            settings,
             chat=chat,
             on_text=_writer(json=json, stream=stream),
         )
@@ -179,9 +185,13 @@ def _read_stdin() -> str:
         raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
 
 
-def _quieten(verbose: bool) -> None:
-    """Before transformers is imported, which reads these: no network, and no talk."""
+def _prepare_environment(verbose: bool) -> None:
+    """Before torch and transformers are imported, which read these."""
+    # No network, ever: all that is needed lies in the pack.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # OpenMP's threads spin while they wait, and take the cores from each other as soon as
+    # workers have more threads than there are idle cores: 5 tokens/s spinning, 120 sleeping.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not verbose:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -189,17 +199,18 @@ def _quieten(verbose: bool) -> None:
 
 
 def _load(
-    session: Session, dtype: str | None, threads: int | None, reattach_seconds: float
+    attachment: ModelAttachment,
+    dtype: ComputeDtype | None,
+    threads: int | None,
+    reattach_seconds: float,
 ) -> "Worker":
     import torch
-
-    from expertd_inference.loading import parse_dtype
 
     if threads is not None:
         torch.set_num_threads(threads)
     return expertd_inference.Worker(
-        session,
-        dtype=None if dtype is None else parse_dtype(dtype),
+        attachment,
+        dtype=None if dtype is None else getattr(torch, dtype),
         reattach_seconds=reattach_seconds,
     )
 

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import UnavailableError
+from expertd.config import check_model_name
+from expertd.errors import ConfigError, UnavailableError
 from expertd.pack.manifest import Manifest, read_manifest
 
 START_SECONDS = 60.0
@@ -37,8 +38,8 @@ class EmbeddedDaemon:
     """
 
     def __init__(self, pack: str | Path, *, ram: str | int | None = None) -> None:
-        self.pack = Path(pack).absolute()
-        self.name = self.pack.name
+        self.pack = Path(pack).resolve()
+        self.name = _model_name(self.pack)
         manifest = read_manifest(self.pack).manifest
         self._budget = str(ram if ram is not None else default_ram_bytes(manifest))
         # Short, and under /tmp: a Unix socket's path may have 107 bytes at most.
@@ -84,41 +85,46 @@ class EmbeddedDaemon:
         self.close()
 
     def _start(self) -> None:
-        log = self._directory / "log"
         command = [sys.executable, "-m", "expertd_inference.embedded_child", str(self._directory)]
         command += ["serve", "--socket", str(self.socket), "--ram", self._budget]
         command += ["--model", f"{self.name}={self.pack}"]
-        with log.open("wb") as stderr:
+        # A file: nobody has to drain it, and it outlives the child.
+        with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=stderr,
+                stderr=log,
                 text=True,
                 # Ctrl-C is for the worker, which then stops the daemon.
                 start_new_session=True,
             )
-        begin = time.monotonic()
-        if not self._wait_ready():
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            waited = time.monotonic() - begin
-            reason = said[-1].strip() if said else f"it said nothing for {waited:.0f} s"
-            raise UnavailableError(
-                f"The embedded daemon did not start: {reason.removeprefix('expertd: ')}"
-            )
+            if not self._wait_ready():
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip().splitlines()
+                reason = said[-1].strip() if said else "it said nothing."
+                raise UnavailableError(
+                    f"The embedded daemon did not start: {reason.removeprefix('expertd: ')}"
+                )
 
     def _wait_ready(self) -> bool:
         """Whether the daemon said that it serves, before it ended or the time was over."""
         assert self._process is not None
         assert self._process.stdout is not None
-        import threading
-
         timer = threading.Timer(START_SECONDS, self._process.kill)
         timer.start()
         try:
             return any(line.startswith(READY_PREFIX) for line in self._process.stdout)
         finally:
             timer.cancel()
+
+
+def _model_name(pack: Path) -> str:
+    try:
+        check_model_name(pack.name)
+    except ConfigError:
+        return "model"
+    return pack.name
 
 
 def default_ram_bytes(manifest: Manifest) -> int:

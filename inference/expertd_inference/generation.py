@@ -12,25 +12,8 @@ from transformers import TextStreamer
 
 from expertd.errors import InvalidInputError
 from expertd_inference.memory import PeakPss
+from expertd_inference.settings import GenerationSettings
 from expertd_inference.worker import Worker
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How to choose tokens. ``temperature`` 0 takes the likeliest each time."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens is {self.max_new_tokens}; at least 1.")
-        if not 0 <= self.temperature <= 100:
-            raise InvalidInputError(f"temperature is {self.temperature}; between 0 and 100.")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInputError(f"top_p is {self.top_p}; more than 0 and at most 1.")
 
 
 class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from expertd.errors import InvalidInputError, PackError
+from expertd.errors import PackError
 from expertd.pack.manifest import Manifest
 from expertd.packing.codec import TORCH_DTYPES
 from expertd_inference.experts import IMPLEMENTATION
@@ -69,13 +69,3 @@ def _generation_config(pack: Path, config: Any) -> Any:  # noqa: ANN401 - transf
         return transformers.GenerationConfig.from_pretrained(pack, local_files_only=True)
     except OSError:
         return transformers.GenerationConfig.from_model_config(config)
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The floating dtype called ``name``, as in ``bfloat16``. Raises InvalidInputError."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise InvalidInputError(
-            f"{name!r} is no dtype to compute in; choose bfloat16, float16 or float32."
-        )
-    return dtype

@@ -11,7 +11,12 @@ from transformers import AutoTokenizer
 from expertd.errors import PackError
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd_client import Session
-from expertd_inference.attachment import DEFAULT_REATTACH_SECONDS, DEFAULT_SOCKET, attach
+from expertd_inference.attachment import (
+    DEFAULT_REATTACH_SECONDS,
+    DEFAULT_SOCKET,
+    ModelAttachment,
+    attach,
+)
 from expertd_inference.experts import connect
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
@@ -27,20 +32,21 @@ class Worker:
 
     def __init__(
         self,
-        session: Session,
+        attachment: ModelAttachment,
         *,
         dtype: torch.dtype | None = None,
         reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """Loads the trunk of the session's model; the session is closed with the worker.
+        """Loads the trunk of the attached model; the attachment is closed with the worker.
 
         ``dtype`` is the checkpoint's unless given. After the daemon's end the model waits
         for another for ``reattach_seconds``; ``say`` is told so, once per outage (without
         it, a line on stderr). Raises PackError if the pack cannot be loaded.
         """
-        self.session = session
-        self.pack = Path(session.model.pack_path)
+        self._attachment = attachment
+        self.session = session = attachment.session
+        self.pack = session.model.pack_path
         self.manifest = _manifest_of(session)
         loaded = load_trunk(self.pack, self.manifest, dtype=dtype)
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
@@ -63,7 +69,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the session; its leases are free at once."""
-        self.session.detach()
+        self._attachment.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,18 +97,18 @@ def load_model(
     other arguments see there. Raises UnavailableError if no daemon answers, NotFoundError
     if it serves no such model, PackError if the pack cannot be loaded.
     """
-    session = attach(name, socket)
+    attachment = attach(name, socket)
     try:
-        worker = Worker(session, dtype=dtype, reattach_seconds=reattach_seconds)
+        worker = Worker(attachment, dtype=dtype, reattach_seconds=reattach_seconds)
     except BaseException:
-        session.detach()
+        attachment.close()
         raise
     worker.model.expertd = worker
     return worker.model
 
 
 def _manifest_of(session: Session) -> Manifest:
-    pack = Path(session.model.pack_path)
+    pack = session.model.pack_path
     found = read_manifest(pack)
     if found.fingerprint != session.model.fingerprint:
         raise PackError(
