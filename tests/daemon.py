@@ -45,7 +45,8 @@ class Daemon:
             env={**os.environ, **(environment or {})},
         )
         self._lines: deque[str] = deque(maxlen=1000)
-        self._ready = threading.Event()
+        self._serving = False
+        self._settled = threading.Event()
         self._reader = threading.Thread(target=self._read_stdout, daemon=True)
         self._reader.start()
 
@@ -75,7 +76,7 @@ class Daemon:
 
     def wait_ready(self, timeout_seconds: float = START_SECONDS) -> None:
         """Until it serves. Raises RuntimeError with its log if it ends or takes too long."""
-        if not self._ready.wait(timeout_seconds) or self.returncode is not None:
+        if not self._settled.wait(timeout_seconds) or not self._serving:
             self.kill()
             raise RuntimeError(f"expertd did not start:\n{self.stdout}{self.stderr}")
 
@@ -116,9 +117,10 @@ class Daemon:
             for line in stream:
                 self._lines.append(line.decode(errors="replace"))
                 if line.startswith(b"expertd"):
-                    self._ready.set()
+                    self._serving = True
+                    self._settled.set()
         # At its end too, so that wait_ready does not wait for a daemon that failed.
-        self._ready.set()
+        self._settled.set()
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def test_close_twice_ends_thread_and_connection(shared: SharedMemory) -> None:
 
 def test_hang_up_without_close_leaves_nothing(shared: SharedMemory) -> None:
     """What a session's finalizer does."""
+    gc.collect()
     descriptors = num_open_files()
     greeting, theirs = shared.greeting()
     with greeting, theirs:

@@ -1,0 +1,190 @@
+"""The daemon goes, and comes back."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from expertd_client import (
+    Client,
+    ExpertdError,
+    IncarnationError,
+    NotFoundError,
+    PreconditionError,
+    Session,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from expertd_client.attachment import Attachment
+from tests.client.conftest import RECORD_BYTES
+from tests.client.observing import eventually, num_open_files
+from tests.daemon import Daemon, serving
+from tests.handmade import make_pack, record
+
+RAM = 64 * RECORD_BYTES
+
+
+@contextmanager
+def attached(daemon: Daemon) -> Iterator[Session]:
+    with Client(daemon.socket, timeout_seconds=10) as store, store.attach("m") as session:
+        yield session
+
+
+def with_credentials(attachment: Attachment, token: str, incarnation: str) -> None:
+    attachment.credentials = (("expertd-token", token), ("expertd-incarnation", incarnation))
+
+
+def test_killed_daemon(mortal: Daemon) -> None:
+    with attached(mortal) as session:
+        session.acquire(0, [0, 1]).release()
+        held = session.acquire(0, [1])
+        began = time.monotonic()
+        mortal.kill()
+        eventually(lambda: not session.connected)
+        assert time.monotonic() - began < 0.5
+        # The running step is finished from RAM.
+        assert bytes(held.views[0]) == record(0, 1)
+        held.release()
+        with session.acquire(0, [0]) as lease:
+            assert bytes(lease.views[0]) == record(0, 0)
+        with pytest.raises(UnavailableError, match=str(mortal.socket)):
+            session.acquire(0, [0, 7])
+        with pytest.raises(UnavailableError):
+            session.prefetch([(2, 0)])
+        session.acquire(0, [0]).release()
+
+
+def test_daemon_that_ended_in_order(mortal: Daemon) -> None:
+    with attached(mortal) as session:
+        mortal.terminate()
+        eventually(lambda: not session.connected)
+        with pytest.raises(ExpertdError):
+            session.acquire(0, [7])
+
+
+def test_reattach(mortal: Daemon, pack: Path) -> None:
+    with attached(mortal) as session:
+        session.acquire(0, [0, 1]).release()
+        session.acquire(0, [0, 1]).release()
+        before, files, threads = session.incarnation, num_open_files(), threading.active_count()
+        mortal.kill()
+        with serving({"m": pack}, ram=2 * RAM, socket=mortal.socket) as successor:
+            eventually(lambda: not session.connected)
+            session.reattach(5)
+            assert session.connected
+            assert session.incarnation != before
+            assert session.arena_bytes == 2 * RAM
+            assert session.model.max_fetch_records == 128
+            with session.acquire(0, [0, 5]) as lease:
+                assert [bytes(view) for view in lease.views] == [record(0, 0), record(0, 5)]
+            assert (session.host_hits, session.nvme_misses) == (2, 4)
+            assert threading.active_count() == threads
+            assert num_open_files() <= files + 5  # the new daemon's log, stdout and channel
+            # Also of its own accord, from a daemon that is well.
+            session.reattach(5)
+            with session.acquire(0, [0]) as lease:
+                assert bytes(lease.views[0]) == record(0, 0)
+            with Client(successor.socket) as store:
+                eventually(lambda: len(store.stats()["sessions"]) == 1)  # type: ignore[arg-type]
+
+
+def test_reattach_waits_for_the_daemon(mortal: Daemon, pack: Path) -> None:
+    with attached(mortal) as session:
+        mortal.kill()
+        thread = threading.Thread(target=session.reattach, args=(20,))
+        thread.start()
+        time.sleep(0.2)
+        with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+            thread.join(5)
+            assert not thread.is_alive()
+            assert session.connected
+
+
+def test_reattach_gives_up(mortal: Daemon, pack: Path) -> None:
+    with attached(mortal) as session:
+        session.acquire(0, [0]).release()
+        mortal.kill()
+        eventually(lambda: not session.connected)
+        began = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"within 0\.3 s.*expertd serve"):
+            session.reattach(0.3)
+        assert 0.25 < time.monotonic() - began < 1
+        session.acquire(0, [0]).release()  # what is mapped stays
+        with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+            session.reattach(5)
+            session.acquire(0, [7]).release()
+
+
+def test_reattach_to_another_model(mortal: Daemon, tmp_path: Path) -> None:
+    other = make_pack(tmp_path / "pack", seed=1)
+    with attached(mortal) as session:
+        files = num_open_files()
+        mortal.kill()
+        with serving({"m": other}, ram=RAM, socket=mortal.socket) as successor:
+            with pytest.raises(PreconditionError, match="fingerprint"):
+                session.reattach(5)
+            assert num_open_files() <= files + 5
+            successor.kill()
+        with (
+            serving({"n": other}, ram=RAM, socket=mortal.socket),
+            pytest.raises(NotFoundError, match="'m'"),
+        ):
+            session.reattach(5)
+
+
+def test_reattach_with_a_lease_is_refused(mortal: Daemon) -> None:
+    with attached(mortal) as session:
+        with session.acquire(0, [0]), pytest.raises(PreconditionError, match="Release the lease"):
+            session.reattach(1)
+        session.reattach(1)
+
+
+def test_call_with_an_old_incarnation(mortal: Daemon, pack: Path) -> None:
+    with attached(mortal) as session:
+        mortal.kill()
+        with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+            # A moment is needed for the channel to find the new socket.
+            eventually(lambda: type(failure(session)) is not UnavailableError)
+            assert type(failure(session)) is IncarnationError
+
+
+def test_call_with_a_wrong_token(mortal: Daemon) -> None:
+    with attached(mortal) as session:
+        with_credentials(session._attachment, "0" * 32, session.incarnation)
+        assert type(failure(session)) is UnauthenticatedError
+        with_credentials(session._attachment, "0" * 32, "")
+        assert type(failure(session)) is UnauthenticatedError
+
+
+def failure(session: Session) -> ExpertdError:
+    with pytest.raises(ExpertdError) as raised:
+        session.acquire(1, [1])
+    return raised.value
+
+
+def test_killed_while_a_fetch_waits(pack: Path) -> None:
+    """Blocked behind another session's lease when the daemon goes."""
+    with (
+        serving({"m": pack}, ram=6 * RECORD_BYTES) as daemon,
+        attached(daemon) as holder,
+        attached(daemon) as waiter,
+        holder.acquire(0, [0, 1, 2]),
+    ):
+        failures = []
+        thread = threading.Thread(target=lambda: failures.append(failure_of_wave(waiter)))
+        thread.start()
+        time.sleep(0.2)
+        began = time.monotonic()
+        daemon.kill()
+        thread.join(5)
+        assert time.monotonic() - began < 1
+        assert failures == [UnavailableError]
+
+
+def failure_of_wave(session: Session) -> type[ExpertdError]:
+    with pytest.raises(ExpertdError) as raised:
+        session.acquire(1, range(6))
+    return type(raised.value)
