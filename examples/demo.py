@@ -30,6 +30,7 @@ PROMPTS = (
 )
 MODEL = "tiny-mixtral"
 NEW_TOKENS = int(os.environ.get("DEMO_TOKENS", "160"))
+SCHEME = os.environ.get("DEMO_SCHEME", "4bit")
 BIN = Path(sys.executable).parent
 STOP_SECONDS = 20
 
@@ -42,8 +43,8 @@ def main() -> None:
     """Runs the demo; the exit code of a part that fails becomes its own."""
     with tempfile.TemporaryDirectory(prefix="expertd-demo-") as scratch:
         pack = Path(scratch) / "pack"
-        step("Pack: experts quantized to 4 bit, one record each")
-        run("expertd", "pack", str(CHECKPOINT), str(pack), "--scheme", "4bit")
+        step(f"Pack: experts as {SCHEME}, one record each")
+        run("expertd", "pack", str(CHECKPOINT), str(pack), "--scheme", SCHEME)
         facts = json.loads(run("expertd", "inspect", str(pack), "--json", capture=True))
         ram = facts["expert_bytes"] // 2
         step(f"Serve: RAM for half of the {facts['num_experts']} experts, the rest on disk")
