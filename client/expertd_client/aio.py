@@ -7,9 +7,10 @@ nothing in them to await.
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 from expertd.errors import (
     CapacityError,
@@ -64,7 +65,7 @@ class AsyncSession(BaseSession):
 
     async def waves(
         self, layer: int, experts: Sequence[int], *, timeout_seconds: float | None = None
-    ) -> AsyncIterator[Lease]:
+    ) -> AsyncGenerator[Lease]:
         """See :meth:`Session.waves`."""
         size = WaveSize(self.model.max_fetch_records)
         start = 0
@@ -190,11 +191,11 @@ class AsyncClient:
         self._sessions.add(session)
         return session
 
-    async def stats(self) -> dict[str, object]:
+    async def stats(self) -> dict[str, Any]:
         """See :meth:`Client.stats`."""
         return await self._call(calls.get_stats())
 
-    def watch_stats(self, interval_seconds: float = 1.0) -> AsyncIterator[dict[str, object]]:
+    def watch_stats(self, interval_seconds: float = 1.0) -> AsyncGenerator[dict[str, Any]]:
         """See :meth:`Client.watch_stats`."""
         return self._rpc.stream(calls.watch_stats(interval_seconds), timeout_seconds=None)
 

@@ -5,7 +5,7 @@ The sync and the asyncio client send the same calls, each in its own way.
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
@@ -102,12 +102,12 @@ def read(model: str, experts: Iterable[tuple[int, int]]) -> Call[pb.ReadResponse
     return Call("Read", request, lambda response: response)
 
 
-def get_stats() -> Call[dict[str, object]]:
+def get_stats() -> Call[dict[str, Any]]:
     """The daemon's stats."""
     return Call("GetStats", pb.GetStatsRequest(), lambda response: to_plain(response.stats))
 
 
-def watch_stats(interval_seconds: float) -> Call[dict[str, object]]:
+def watch_stats(interval_seconds: float) -> Call[dict[str, Any]]:
     """The daemon's stats, again and again."""
     return Call(
         "WatchStats",

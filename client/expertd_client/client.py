@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from expertd.greeting import handshake
 from expertd.handshake import Role
@@ -51,11 +52,11 @@ class Client:
         self._sessions.add(session)
         return session
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> dict[str, Any]:
         """The daemon's stats: plain values under the names of docs/client.md."""
         return self._call(calls.get_stats())
 
-    def watch_stats(self, interval_seconds: float = 1.0) -> Generator[dict[str, object]]:
+    def watch_stats(self, interval_seconds: float = 1.0) -> Generator[dict[str, Any]]:
         """The stats now and after every interval, until the caller stops."""
         return self._rpc.stream(calls.watch_stats(interval_seconds), timeout_seconds=None)
 

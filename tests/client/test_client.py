@@ -69,8 +69,8 @@ def test_stats_keep_the_contract(store: Client) -> None:
         stats = store.stats()
     names = {"incarnation", "uptime_seconds", "arena", "models", "sessions", "warnings"}
     assert set(stats) == names
-    arena, (model,), (told,) = stats["arena"], stats["models"], stats["sessions"]  # type: ignore[misc]
-    assert set(arena) == {"bytes_total", "bytes_used", "locked", "huge_pages"}  # type: ignore[call-overload]
+    arena, (model,), (told,) = stats["arena"], stats["models"], stats["sessions"]
+    assert set(arena) == {"bytes_total", "bytes_used", "locked", "huge_pages"}
     assert set(model) == {
         "name",
         "num_experts",
@@ -94,7 +94,7 @@ def test_watch_stats(store: Client) -> None:
     watched = store.watch_stats(0.05)
     uptimes = [next(watched)["uptime_seconds"] for _ in range(3)]
     watched.close()
-    assert uptimes == sorted(set(uptimes))  # type: ignore[type-var]
+    assert uptimes == sorted(set(uptimes))
     with pytest.raises(InvalidInputError, match="interval"):
         next(store.watch_stats(0.001))
 

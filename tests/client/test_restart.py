@@ -88,7 +88,7 @@ def test_reattach(mortal: Daemon, pack: Path) -> None:
             with session.acquire(0, [0]) as lease:
                 assert bytes(lease.views[0]) == record(0, 0)
             with Client(successor.socket) as store:
-                eventually(lambda: len(store.stats()["sessions"]) == 1)  # type: ignore[arg-type]
+                eventually(lambda: len(store.stats()["sessions"]) == 1)
 
 
 def test_reattach_waits_for_the_daemon(mortal: Daemon, pack: Path) -> None:

@@ -77,7 +77,7 @@ def test_counts_reach_the_daemon(mortal: Daemon) -> None:
         assert (session.host_hits, session.nvme_misses) == (1, 4)
 
         def told() -> bool:
-            (model,) = store.stats()["models"]  # type: ignore[misc]
+            (model,) = store.stats()["models"]
             return (model["host_hits"], model["nvme_misses"]) == (1, 4)
 
         eventually(told)

@@ -51,7 +51,7 @@ class Failing(rpc.ExpertStoreServicer):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Failing, str]]:
     path = tmp_path_factory.mktemp("rpc") / "s"
-    servicer = Failing()
+    servicer = Failing()  # type: ignore[abstract]
     server = grpc.server(ThreadPoolExecutor(1))
     rpc.add_ExpertStoreServicer_to_server(servicer, server)
     server.add_insecure_port(f"unix:{path}")
