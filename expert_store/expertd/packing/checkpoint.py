@@ -67,9 +67,16 @@ class _Parameter:
     """What one fused parameter of an experts module is made of."""
 
     name: str
+    shape: tuple[int, ...]
+    """[num_experts, ...], as the model has it."""
     converter: WeightConverter | None = None
     sources: dict[str, list[SourceTensor]] = field(default_factory=dict)
-    """By the converter's source pattern; in the experts' order."""
+    """By the converter's source pattern; in the experts' order, or one tensor of all."""
+
+    def is_fused(self, pattern: str) -> bool:
+        """Whether the checkpoint has one tensor of all experts."""
+        sources = self.sources.get(pattern, [])
+        return len(sources) == 1 and len(sources[0].entry.shape) == len(self.shape)
 
 
 class Checkpoint:
@@ -155,10 +162,14 @@ class Checkpoint:
             if name not in state and tensor.name in state:
                 name, pattern = rename_source_key(tensor.name, [], [], prefix, state)
             if name in experts:
-                parameter = self._parameters.setdefault(name, _Parameter(name))
+                parameter = self._parameters.setdefault(
+                    name, _Parameter(name, tuple(state[name].shape))
+                )
                 parameter.converter = by_pattern[pattern] if pattern else None
                 parameter.sources.setdefault(pattern or "", []).append(tensor)
             elif name in state:
+                if not pattern:
+                    _check_shape(tensor, tuple(state[name].shape))
                 self.trunk.append(("" if pattern else name, tensor))
                 filled |= _targets(name, by_pattern[pattern]) if pattern else {name}
             else:
@@ -182,16 +193,17 @@ class Checkpoint:
             patterns = parameter.converter.source_patterns if parameter.converter else [""]
             for pattern in patterns:
                 sources = parameter.sources.get(pattern, [])
-                if len(sources) == 1 and sources[0].entry.shape[:1] == (module.num_experts,):
-                    continue  # fused: all experts in one tensor
-                _check_each_expert(self.path, sources, module, pattern)
+                if parameter.is_fused(pattern):
+                    _check_shape(sources[0], (module.num_experts, *sources[0].entry.shape[1:]))
+                else:
+                    _check_each_expert(self.path, sources, module, pattern)
 
     def _slice_parameter(self, name: str, expert: int) -> Tensor:
         """The expert's slice of the module's parameter, in :attr:`dtype`."""
         parameter = self._parameters[name]
         slices: dict[str, list[Tensor]] = {}
         for pattern, sources in parameter.sources.items():
-            if len(sources) == 1 and sources[0].entry.shape[0] != 1:
+            if parameter.is_fused(pattern):
                 entry = sources[0].entry
                 num_bytes = entry.num_bytes // entry.shape[0]
                 data = self._read_slice(sources[0], expert * num_bytes, num_bytes)
@@ -202,6 +214,11 @@ class Checkpoint:
             result = slices[""][0]
         else:
             result = self._convert(parameter.converter, name, slices)
+        if result[0].shape != parameter.shape[1:]:
+            raise CheckpointError(
+                f"{self.path} has {name} of expert {expert} in the shape {list(result[0].shape)}, "
+                f"and its config.json asks for {list(parameter.shape[1:])}; download it again."
+            )
         return result[0].to(TORCH_DTYPES[self.dtype])
 
     def _convert(
@@ -245,6 +262,14 @@ def _targets(name: str, converter: WeightConverter) -> set[str]:
     """The parameters that a converter fills, given the first of them."""
     first = converter.target_patterns[0]
     return {name.replace(first, target) for target in converter.target_patterns}
+
+
+def _check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
+    if tensor.entry.shape != shape:
+        raise CheckpointError(
+            f"{tensor.file} has {tensor.name} in the shape {list(tensor.entry.shape)}, and its "
+            f"config.json asks for {list(shape)}; download the checkpoint again."
+        )
 
 
 def _check_each_expert(

@@ -1,0 +1,107 @@
+"""The quantizer: HQQ's decision, written in our bytes."""
+
+import pytest
+import torch
+from hqq.core.quantize import Quantizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertd.packing.codec import decode, dequantize
+from expertd.packing.quantizer import quantize
+from expertd.packing.schemes import Precision, parse_precision
+
+# Relative error of a normal matrix, measured; with and without the solver.
+ERRORS = {
+    "8g128": (0.0057, 0.0060),
+    "4g64": (0.086, 0.090),
+    "4g64m": (0.086, 0.090),
+    "3g64m": (0.185, 0.193),
+    "2g16m": (0.303, 0.328),
+}
+
+
+def weights(rows: int, columns: int, deviation: float = 0.02, seed: int = 0) -> torch.Tensor:
+    return deviation * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_it_is_what_hqq_dequantizes(bits: int, optimize: bool) -> None:
+    weight = weights(64, 128).to(torch.bfloat16)
+    matrix = Precision(bits, 64).matrix("m", 64, 128)
+    parts = quantize(weight, matrix, optimize=optimize)
+    packed, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=64, axis=1, optimize=optimize, device="cpu"
+    )
+    assert torch.equal(parts["m.q"].view(-1), packed.view(-1))
+    for name in ("scale", "zero"):  # as fp16, which is what a pack holds
+        meta[name] = meta[name].to(torch.float16)
+        assert torch.equal(parts[f"m.{name}"].view(-1), meta[name].view(-1))
+    meta["compute_dtype"] = torch.float32
+    assert torch.equal(dequantize(matrix, parts, torch.float32), Quantizer.dequantize(packed, meta))
+
+
+def test_three_bits_are_hqqs_integers() -> None:
+    weight = weights(64, 128)
+    parts = quantize(weight, Precision(3, 64).matrix("m", 64, 128), optimize=True)
+    packed, _ = Quantizer.quantize(weight, nbits=3, group_size=64, axis=1, device="cpu")
+    unpacked = Quantizer.unpack["3bit_32"](packed)[: 64 * 128 // 64]
+    assert torch.equal(decode(parts["m.q"], 3).view(-1, 64), unpacked)
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("text", ERRORS)
+def test_error_of_a_normal_matrix(text: str, optimize: bool) -> None:
+    weight = weights(256, 512)
+    matrix = parse_precision(text).matrix("m", 256, 512)
+    result = dequantize(matrix, quantize(weight, matrix, optimize=optimize), torch.float32)
+    error = ((result - weight).norm() / weight.norm()).item()
+    expected = ERRORS[text][0 if optimize else 1]
+    assert 0.95 * expected < error < 1.03 * expected
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 0.02, 1.0, 30.0])
+def test_meta_groups_follow_the_size_of_the_weights(deviation: float) -> None:
+    """HQQ alone takes scales that span less than 1e-4 for equal, which small weights have."""
+    weight = weights(64, 512, deviation)
+    errors = []
+    for text in ("4g64", "4g64m"):
+        matrix = parse_precision(text).matrix("m", 64, 512)
+        result = dequantize(matrix, quantize(weight, matrix, optimize=False), torch.float32)
+        errors.append((result - weight).norm() / weight.norm())
+    assert errors[1] < 1.02 * errors[0]
+
+
+def test_pieces_of_rows_are_joined_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(40, 64)
+    matrix = Precision(4, 32).matrix("m", 40, 64)
+    whole = quantize(weight, matrix, optimize=False)
+    monkeypatch.setattr("expertd.packing.quantizer.SOLVER_ELEMENTS", 7 * 64)
+    pieces = quantize(weight, matrix, optimize=False)
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+@settings(max_examples=20, deadline=None)
+@given(text=st.sampled_from(["8g32", "4g16", "3g64m", "2g16m"]), seed=st.integers(0, 100))
+def test_equal_input_gives_equal_bytes(text: str, seed: int) -> None:
+    weight = weights(32, 128, seed=seed)
+    matrix = parse_precision(text).matrix("m", 32, 128)
+    one, other = (quantize(weight, matrix, optimize=True) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
+def test_equal_weights_survive(value: float) -> None:
+    weight = torch.full((16, 64), value)
+    matrix = Precision(4, 64).matrix("m", 16, 64)
+    result = dequantize(matrix, quantize(weight, matrix, optimize=True), torch.float32)
+    assert torch.allclose(result, weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("text", ["4g64", "4g64m"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, text: str) -> None:
+    weight = weights(128, 64)
+    weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"m\.(scale|zero).* is not finite"):
+        quantize(weight, parse_precision(text).matrix("m", 128, 64), optimize=True)
