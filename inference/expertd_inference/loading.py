@@ -31,28 +31,26 @@ def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = No
     Raises PackError if this transformers does not know the architecture, cannot have its
     experts replaced, or misses a weight in the trunk.
     """
-    model_class = getattr(transformers, manifest.architecture, None)
-    if model_class is None:
+    model_class: Any = getattr(transformers, manifest.architecture, None)
+    if not (
+        isinstance(model_class, type) and issubclass(model_class, transformers.GenerationMixin)
+    ):
         raise PackError(
             f"This transformers ({transformers.__version__}) has no {manifest.architecture}, "
             f"which {pack} was made from; install one that has."
         )
-    try:
-        config = model_class.config_class.from_pretrained(pack, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise PackError(f"The config.json of {pack} cannot be used: {error}.") from error
-    # A checkpoint that came quantized says so here; the pack's trunk no longer is.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = _config(pack, model_class)
     model, report = model_class.from_pretrained(
         None,
         config=config,
         state_dict=trunk_state(pack, manifest),
         quantization_config=ExpertdConfig(manifest),
         experts_implementation=IMPLEMENTATION,
-        dtype=dtype or TORCH_DTYPES[manifest.dtype],
+        dtype=dtype or _dtype(manifest),
         generation_config=_generation_config(pack, config),
         local_files_only=True,
+        # Reported, and so refused below in our own words.
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -62,6 +60,27 @@ def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = No
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)
     return TrunkModel(model, model.hf_quantizer.experts)
+
+
+def _dtype(manifest: Manifest) -> torch.dtype:
+    if manifest.dtype not in TORCH_DTYPES:
+        raise PackError(f"The pack's dtype {manifest.dtype!r} is unknown; pack it again.")
+    return TORCH_DTYPES[manifest.dtype]
+
+
+def _config(pack: Path, model_class: Any) -> Any:  # noqa: ANN401 - transformers is untyped
+    path = pack / "config.json"
+    if not path.is_file():
+        # transformers would take its defaults.
+        raise PackError(f"{pack} has no config.json; make the pack again.")
+    try:
+        config = model_class.config_class.from_pretrained(pack, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise PackError(f"{path} cannot be used: {error}") from error
+    # A checkpoint that came quantized says so here; the pack's trunk no longer is.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _generation_config(pack: Path, config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
