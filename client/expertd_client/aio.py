@@ -15,7 +15,7 @@ from typing import Any
 from expertd.errors import (
     CapacityError,
     DeadlineError,
-    ExpertdError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from expertd.greeting import Greeting, handshake
@@ -153,8 +153,9 @@ class AsyncSession(BaseSession):
                 else timeout_seconds,
                 metadata=self._attachment.credentials,
             )
-        except ExpertdError:
-            self._mapping.check_attached()
+        except UnauthenticatedError:
+            # Why the session is over says more than that its token is void.
+            self._mapping.check_revoked()
             raise
 
 

@@ -51,8 +51,9 @@ _REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
     ),
     State.LOST: (
         SessionLostError,
-        "The daemon cut this session off because it held records for too long while others "
-        "waited; throw away what was computed since the last release, reattach, and repeat.",
+        "The daemon ended this session, because it held records for too long while others "
+        "waited or because the model was unloaded; throw away what was computed since the last "
+        "release, reattach, and repeat.",
     ),
     State.CLOSED: (PreconditionError, "This session is not attached any more; attach again."),
     State.FORKED: (
@@ -202,6 +203,13 @@ class Mapping:
         with self._mutex:
             if self._state is _IDLE or self._state is _FETCHING:
                 self._page.epoch = self._directory.epoch
+
+    def check_revoked(self) -> None:
+        """Raises SessionLostError if the daemon has ended this session, noticed yet or not."""
+        with self._mutex:
+            if self._state not in _OVER and self._page.revoked:
+                raise _error(State.LOST)
+        self.check_attached()
 
     def disconnect(self) -> None:
         """The attach connection has ended: the daemon is gone, or has cut this session off.

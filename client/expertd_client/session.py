@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from expertd.errors import CapacityError, DeadlineError, ExpertdError, UnavailableError
+from expertd.errors import CapacityError, DeadlineError, UnauthenticatedError, UnavailableError
 from expertd.greeting import handshake
 from expertd.handshake import Role
 from expertd_client import calls
@@ -158,9 +158,9 @@ class Session(BaseSession):
                 else timeout_seconds,
                 metadata=self._attachment.credentials,
             )
-        except ExpertdError:
+        except UnauthenticatedError:
             # Why the session is over says more than that its token is void.
-            self._mapping.check_attached()
+            self._mapping.check_revoked()
             raise
 
 

@@ -30,10 +30,10 @@ def roomy(pack: Path) -> Iterator[Daemon]:
         yield daemon
 
 
-@pytest.fixture
-def tight(pack: Path, tmp_path: Path) -> Iterator[Daemon]:
+@pytest.fixture(scope="module")
+def tight(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon with room for six records, one token's working set, and little patience."""
-    config = tmp_path / "config.toml"
+    config = tmp_path_factory.mktemp("config") / "config.toml"
     config.write_text("stall_seconds = 0.4\n")
     with serving({"m": pack}, ram=6 * RECORD_BYTES, config=config) as daemon:
         yield daemon
@@ -41,7 +41,7 @@ def tight(pack: Path, tmp_path: Path) -> Iterator[Daemon]:
 
 @pytest.fixture
 def mortal(pack: Path) -> Iterator[Daemon]:
-    """A daemon of this test's own, to be ill-treated."""
+    """A daemon of this test's own, to be killed."""
     with serving({"m": pack}, ram=64 * RECORD_BYTES) as daemon:
         yield daemon
 

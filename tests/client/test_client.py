@@ -136,9 +136,9 @@ def test_read_of_a_damaged_pack(tmp_path: Path) -> None:
         assert raised.value.experts == ((0, 1),)
 
 
-def test_load_and_unload(tmp_path: Path, mortal: Daemon) -> None:
+def test_load_and_unload(tmp_path: Path, roomy: Daemon) -> None:
     pack = make_pack(tmp_path / "pack", seed=1)
-    with Client(mortal.socket) as store:
+    with Client(roomy.socket) as store:
         assert store.load_model("n", pack).name == "n"
         assert [model.name for model in store.list_models()] == ["m", "n"]
         with pytest.raises(PreconditionError, match="already"):
@@ -163,17 +163,17 @@ def test_nobody_there(tmp_path: Path) -> None:
             store.attach("m")
 
 
-def test_stopped_daemon_is_a_deadline(mortal: Daemon) -> None:
-    with Client(mortal.socket, timeout_seconds=0.2) as store:
+def test_stopped_daemon_is_a_deadline(roomy: Daemon) -> None:
+    with Client(roomy.socket, timeout_seconds=0.2) as store:
         store.list_models()
-        mortal.signal(signal.SIGSTOP)
+        roomy.signal(signal.SIGSTOP)
         try:
             with pytest.raises(DeadlineError, match="did not answer"):
                 store.list_models()
             with pytest.raises(DeadlineError, match="did not answer"):
                 store.attach("m")
         finally:
-            mortal.signal(signal.SIGCONT)
+            roomy.signal(signal.SIGCONT)
         store.list_models()
 
 

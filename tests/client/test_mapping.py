@@ -1,6 +1,7 @@
 """The epoch rule from the worker's side, over real memfds."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -290,8 +291,40 @@ def test_any_order_keeps_the_epoch_rule(steps: list[tuple[str, int]]) -> None:
             assert step.mapping.state is State.IDLE
 
 
+class PausingDirectory:
+    """Stops a publishing thread between its look at the state and its load of the epoch."""
+
+    def __init__(self, shared: SharedMemory) -> None:
+        self.shared = shared
+        self.looked, self.go_on = threading.Event(), threading.Event()
+
+    @property
+    def epoch(self) -> int:
+        self.looked.set()
+        self.go_on.wait(0.1)
+        return self.shared.directory.epoch
+
+
+def test_a_hold_cannot_slip_into_a_nudge(shared: SharedMemory) -> None:
+    """Else the nudge would publish an epoch that began after the hold."""
+    mapping = shared.mapping()
+    shared.publish(0, 1)
+    directory = PausingDirectory(shared)
+    mapping._directory = directory  # type: ignore[assignment]
+    nudge = threading.Thread(target=mapping.publish)
+    nudge.start()
+    directory.looked.wait()
+    assert mapping.try_hold([0])  # must wait for the nudge to end
+    epoch = shared.evict(0)
+    directory.go_on.set()
+    nudge.join()
+    assert shared.page.epoch < epoch
+
+
 def test_nudges_race_with_holds(shared: SharedMemory) -> None:
     """A nudge thread beside a worker beside an evicting daemon: reads are never overrun."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     mapping = shared.mapping()
     stop = threading.Event()
 
@@ -312,5 +345,6 @@ def test_nudges_race_with_holds(shared: SharedMemory) -> None:
             assert shared.page.epoch == epoch
             shared.publish(0, 1, generation)
     finally:
+        sys.setswitchinterval(interval)
         stop.set()
         thread.join()

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -135,11 +135,37 @@ def test_reattach_to_another_model(mortal: Daemon, tmp_path: Path) -> None:
             session.reattach(5)
 
 
-def test_reattach_with_a_lease_is_refused(mortal: Daemon) -> None:
-    with attached(mortal) as session:
+def test_reattach_with_a_lease_is_refused(roomy: Daemon) -> None:
+    with attached(roomy) as session:
         with session.acquire(0, [0]), pytest.raises(PreconditionError, match="Release the lease"):
             session.reattach(1)
         session.reattach(1)
+
+
+def test_attach_does_not_believe_an_old_failure(mortal: Daemon, pack: Path) -> None:
+    """The channel is between two attempts when the new daemon is there."""
+    with Client(mortal.socket) as store:
+        store.list_models()
+        mortal.kill()
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.wait(0.002):
+                with suppress(UnavailableError):
+                    store.list_models()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        # Into the third of gRPC's own pauses, which would be from 2.6 to 5.2 s.
+        time.sleep(2.5)
+        try:
+            with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+                began = time.monotonic()
+                store.attach("m").detach()
+                assert time.monotonic() - began < 0.8
+        finally:
+            stop.set()
+            thread.join()
 
 
 def test_call_with_an_old_incarnation(mortal: Daemon, pack: Path) -> None:
@@ -151,8 +177,8 @@ def test_call_with_an_old_incarnation(mortal: Daemon, pack: Path) -> None:
             assert type(failure(session)) is IncarnationError
 
 
-def test_call_with_a_wrong_token(mortal: Daemon) -> None:
-    with attached(mortal) as session:
+def test_call_with_a_wrong_token(roomy: Daemon) -> None:
+    with attached(roomy) as session:
         with_credentials(session._attachment, "0" * 32, session.incarnation)
         assert type(failure(session)) is UnauthenticatedError
         with_credentials(session._attachment, "0" * 32, "")
