@@ -31,14 +31,7 @@ def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = No
     Raises PackError if this transformers does not know the architecture, cannot have its
     experts replaced, or misses a weight in the trunk.
     """
-    model_class: Any = getattr(transformers, manifest.architecture, None)
-    if not (
-        isinstance(model_class, type) and issubclass(model_class, transformers.GenerationMixin)
-    ):
-        raise PackError(
-            f"This transformers ({transformers.__version__}) has no {manifest.architecture}, "
-            f"which {pack} was made from; install one that has."
-        )
+    model_class = _model_class(pack, manifest)
     config = _config(pack, model_class)
     model, report = model_class.from_pretrained(
         None,
@@ -60,6 +53,16 @@ def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = No
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)
     return TrunkModel(model, model.hf_quantizer.experts)
+
+
+def _model_class(pack: Path, manifest: Manifest) -> Any:  # noqa: ANN401 - transformers is untyped
+    found = getattr(transformers, manifest.architecture, None)
+    if isinstance(found, type) and issubclass(found, transformers.GenerationMixin):
+        return found
+    raise PackError(
+        f"This transformers ({transformers.__version__}) has no {manifest.architecture}, which "
+        f"{pack} was made from; install one that has."
+    )
 
 
 def _dtype(manifest: Manifest) -> torch.dtype:

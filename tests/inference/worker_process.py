@@ -42,6 +42,10 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def signal(self, number: int) -> None:
+        """Sends a signal."""
+        self._process.send_signal(number)
+
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()

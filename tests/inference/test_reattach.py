@@ -1,0 +1,198 @@
+"""The daemon is killed while a worker generates."""
+
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertd.errors import UnavailableError
+from expertd.pack.manifest import read_manifest
+from expertd_client import Client
+from expertd_inference import experts
+from expertd_inference.attachment import attach
+from expertd_inference.kernels import reference
+from expertd_inference.worker import Worker
+from tests.daemon import Daemon, serving
+from tests.inference.greedy import greedy, prompt_of
+from tests.inference.worker_process import WorkerProcess
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def socket() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="expertd-") as directory:
+        yield Path(directory) / "s"
+
+
+class KillAfter:
+    """A streamer that calls ``action`` when so many tokens have come."""
+
+    def __init__(self, num_tokens: int, action: Callable[[], None]) -> None:
+        self.num_tokens = num_tokens
+        self.action = action
+
+    def put(self, value: Any) -> None:
+        self.num_tokens -= 1
+        if self.num_tokens == 0:
+            self.action()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("budget", ["all", "least"])
+def test_goes_on_with_the_next_daemon(budget: str, packed: Make, stock: Make, socket: Path) -> None:
+    pack = packed("qwen3_moe")
+    manifest = read_manifest(pack).manifest
+    ram = manifest.expert_bytes if budget == "all" else manifest.working_set_bytes
+    prompt = prompt_of(30, seed=1)
+    expected = greedy(stock("qwen3_moe"), prompt, 24)
+    said: list[str] = []
+    successors: list[Daemon] = []
+    with serving({"m": pack}, ram=ram, socket=socket) as daemon:
+        worker = Worker(attach("m", socket), say=said.append)
+
+        def replace() -> None:
+            daemon.kill()
+            successors.append(Daemon({"m": pack}, ram=ram, socket=socket))
+
+        try:
+            generated = generate(worker, prompt, 24, KillAfter(8, replace))
+            assert generated == expected
+            assert said == ["daemon gone, waiting to re-attach", "re-attached"]
+            assert worker.session.connected
+            with Client(socket) as client:
+                sessions = client.stats()["sessions"]
+            assert sessions, "the worker is the new daemon's"
+        finally:
+            worker.close()
+            for successor in successors:
+                successor.close()
+
+
+def generate(worker: Worker, prompt: list[int], new: int, streamer: Any) -> list[int]:
+    import torch
+
+    ids = torch.tensor([prompt])
+    out = worker.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        streamer=streamer,
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+def test_gives_up_after_reattach_seconds(packed: Make, socket: Path) -> None:
+    pack = packed("mixtral")
+    said: list[str] = []
+    with serving({"m": pack}, socket=socket) as daemon:
+        worker = Worker(attach("m", socket), say=said.append, reattach_seconds=0.6)
+        begin = 0.0
+
+        def kill() -> None:
+            nonlocal begin
+            daemon.kill()
+            begin = time.monotonic()
+
+        with pytest.raises(UnavailableError, match=r"none came back within 0\.6 s"):
+            generate(worker, prompt_of(10), 24, KillAfter(4, kill))
+        assert 0.5 < time.monotonic() - begin < 3
+        assert said == ["daemon gone, waiting to re-attach"]
+        worker.close()
+
+
+def test_a_model_survives_its_failure(packed: Make, stock: Make, socket: Path) -> None:
+    # What failed for want of a daemon works again once there is one.
+    pack = packed("mixtral")
+    prompt = prompt_of(10)
+    with serving({"m": pack}, socket=socket):
+        worker = Worker(attach("m", socket), say=lambda _: None, reattach_seconds=0.2)
+    with pytest.raises(UnavailableError):
+        greedy(worker.model, prompt, 8)
+    with serving({"m": pack}, socket=socket):
+        assert greedy(worker.model, prompt, 8) == greedy(stock("mixtral"), prompt, 8)
+        worker.close()
+
+
+def test_a_worker_that_was_cut_off_repeats(
+    packed: Make,
+    stock: Make,
+    tmp_path: Path,
+    processes: list[WorkerProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pack = packed("mixtral")
+    config = tmp_path / "config.toml"
+    config.write_text("stall_seconds = 0.2\n")
+    prompt = prompt_of(30, seed=1)
+    expected = greedy(stock("mixtral"), prompt, 24)
+    other_prompt = prompt_of(30, seed=2)
+    said: list[str] = []
+    answers: list[dict[str, Any]] = []
+    num_calls = 0
+
+    def fill_slots(*args: Any, **kwargs: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 9:
+            # Holding a lease of the least budget that serves the model, it waits until
+            # another has generated in that: the daemon must have taken the bytes away.
+            processes[0].begin(daemon.socket, "m", other_prompt, 8)
+            answers.append(processes[0].answer())
+        reference.fill_slots(*args, **kwargs)
+
+    monkeypatch.setattr(experts, "fill_slots", fill_slots)
+    manifest = read_manifest(pack).manifest
+    with (
+        serving({"m": pack}, ram=manifest.working_set_bytes, config=config) as daemon,
+        Worker(attach("m", daemon.socket), say=said.append) as worker,
+    ):
+        first = worker.session.id
+        assert greedy(worker.model, prompt, 24) == expected
+        assert worker.session.id != first, "it was cut off and attached again"
+    assert [answer["tokens"] for answer in answers] == [greedy(stock("mixtral"), other_prompt, 8)]
+    assert said == [], "this is between the daemon and the worker"
+
+
+def test_a_killed_worker_harms_nobody(packed: Make, stock: Make, processes: Any) -> None:
+    pack = packed("mixtral")
+    prompt = prompt_of(30, seed=1)
+    manifest = read_manifest(pack).manifest
+    with serving({"m": pack}, ram=manifest.working_set_bytes) as daemon:
+        victim = WorkerProcess()
+        try:
+            # Once, so that it has imported all it needs when it counts.
+            victim.begin(daemon.socket, "m", prompt, 1)
+            victim.answer()
+            victim.begin(daemon.socket, "m", prompt, 400)
+            processes[0].begin(daemon.socket, "m", prompt, 400)
+            with Client(daemon.socket) as client:
+                deadline = time.monotonic() + 60
+                while len(attached(client)) < 2 and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                assert len(attached(client)) == 2
+                time.sleep(0.3)
+                victim.signal(signal.SIGKILL)
+                time.sleep(0.2)
+                assert len(attached(client)) == 1, "the other still runs, the victim is gone"
+        finally:
+            victim.close()
+        answer = processes[0].answer()
+        assert answer.get("tokens") == greedy(stock("mixtral"), prompt, 400)
+        assert answer["said"] == []
+
+
+def attached(client: Client) -> list[Any]:
+    sessions = client.stats()["sessions"]
+    assert isinstance(sessions, list)
+    return sessions
