@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from expertd.directory import PAGE_BYTES
 from expertd.errors import PreconditionError, SessionLostError
-from expertd_client.mapping import Mapping
+from expertd_client.mapping import Mapping, State
 
 if TYPE_CHECKING:
     from expertd_client.base_session import BaseSession
@@ -61,6 +61,8 @@ class Lease:
         if self._released:
             raise PreconditionError("This lease is released; acquire the experts again.")
         if self._views is None:
+            if self._mapping.state is State.CLOSED:
+                raise PreconditionError("The session of this lease is detached; attach again.")
             size = self._session.model.layers[self.layer].layout.record_bytes
             arena = self._mapping.arena
             self._views = [arena[offset : offset + size] for offset in self.offsets]

@@ -223,14 +223,15 @@ class Mapping:
                 self._state = State.LOST
 
     def close(self) -> None:
-        """Lets go of the mappings; views that were given out keep the arena mapped."""
+        """Lets go of the arena; views that were given out keep it mapped."""
         with self._mutex:
-            if self._state is State.CLOSED:
-                return
             self._state = State.CLOSED
             # By reference count, not munmap: a view that still exists would read, after
-            # that, at an address where nothing or something else is mapped.
-            del self.arena, self._entries, self._directory, self._page
+            # that, at an address where nothing or something else is mapped. Directory and
+            # page stay until the object goes, for a thread that is in the midst of using
+            # them; the arena may be most of the host's RAM, and that of a dead daemon is
+            # freed with its last mapping.
+            self.arena = memoryview(b"")
 
     def abandon_in_child(self) -> None:
         """After fork, in the child: this worker's epoch and touches are its parent's to write."""

@@ -72,6 +72,7 @@ def test_cut_off(shared: SharedMemory, attached: tuple[Attachment, socket.socket
 
 
 def test_close_twice_ends_thread_and_connection(shared: SharedMemory) -> None:
+    gc.collect()
     threads, descriptors = threading.active_count(), num_open_files()
     greeting, theirs = shared.greeting()
     with greeting, theirs:
@@ -80,6 +81,7 @@ def test_close_twice_ends_thread_and_connection(shared: SharedMemory) -> None:
         attachment.close()
         assert theirs.recv(1) == b""
         assert not attachment.connected
+        del attachment
     assert threading.active_count() == threads
     assert num_open_files() == descriptors
 

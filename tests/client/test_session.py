@@ -269,6 +269,29 @@ def test_views_outlive_the_session(store: Client) -> None:
     assert array.tobytes() == record(0, 2)
 
 
+def test_detaching_beneath_another_thread(store: Client) -> None:
+    """Whatever the worker is about, it ends with an exception of ours."""
+    for pause in (0.0, 0.001, 0.002, 0.005):
+        session = store.attach("m")
+        session.acquire(0, [0, 1]).release()
+        ends: list[type[BaseException]] = []
+
+        def work(session: Session = session, ends: list[type[BaseException]] = ends) -> None:
+            try:
+                while True:
+                    with session.acquire(0, [0, 1]) as lease:
+                        assert lease.views
+            except BaseException as error:
+                ends.append(type(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(pause)
+        session.detach()
+        thread.join()
+        assert ends[0] in (PreconditionError, SessionLostError)
+
+
 def test_forgotten_session_ends(store: Client) -> None:
     threads = threading.active_count()
     session = store.attach("m")
@@ -309,6 +332,7 @@ def test_no_leaks(store: Client) -> None:
             assert lease.views
     with pytest.raises(NotFoundError):
         store.attach("other")
+    del session, lease
     gc.collect()
     eventually(lambda: (num_open_files(), threading.active_count()) == (files, threads))
 
