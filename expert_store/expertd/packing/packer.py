@@ -210,6 +210,7 @@ def _run_steps(
     total_bytes = sum(step.source_bytes for step in plan.steps)
     done_bytes = resumed = sum(plan.steps[index].source_bytes for index in journal.done)
     fds: list[int] = []
+    dirty: set[int] = set()
     last_commit, uncommitted_bytes = time.monotonic(), 0
     try:
         for file in plan.files:
@@ -223,26 +224,29 @@ def _run_steps(
             )
             data = encode_step(step, checkpoint, optimize=request.optimize)
             _write(fds[step.file], data, step.offset)
+            dirty.add(fds[step.file])
             journal.add(index, xxh3_64_hexdigest(data))
             done_bytes += step.source_bytes
             uncommitted_bytes += len(data)
             now = time.monotonic()
             if now - last_commit >= COMMIT_SECONDS or uncommitted_bytes >= COMMIT_BYTES:
-                _commit(fds, journal)
+                _commit(dirty, journal)
                 last_commit, uncommitted_bytes = time.monotonic(), 0
         on_progress(Progress(len(plan.steps), len(plan.steps), done_bytes, total_bytes, resumed))
     finally:
         # Also when interrupted: what is done stays done.
         try:
-            _commit(fds, journal)
+            _commit(dirty, journal)
         finally:
             for fd in fds:
                 os.close(fd)
 
 
-def _commit(fds: list[int], journal: Journal) -> None:
-    for fd in fds:
+def _commit(dirty: set[int], journal: Journal) -> None:
+    """Flushes the data of the files ``dirty``, then notes the steps that wrote it."""
+    for fd in dirty:
         os.fdatasync(fd)
+    dirty.clear()
     journal.commit()
 
 
