@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
-from transformers import TextStreamer
 
 from expertd.errors import InvalidInputError
 from expertd_inference.memory import PeakPss
 from expertd_inference.settings import GenerationSettings
+from expertd_inference.streaming import TokenStreamer
 from expertd_inference.worker import Worker
 
 
@@ -60,7 +60,7 @@ def generate(
     """
     settings = settings or GenerationSettings()
     input_ids = encode_prompt(worker, prompt, chat=chat)
-    streamer = _TimedStreamer(worker.tokenizer, on_text)
+    streamer = TokenStreamer(worker.tokenizer, on_text)
     interrupted = False
     session = worker.session
     hits, misses = session.host_hits, session.nvme_misses
@@ -144,36 +144,3 @@ def _generate_arguments(
 def _context_tokens(model: Any) -> int | None:  # noqa: ANN401 - transformers is untyped
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     return limit
-
-
-class _TimedStreamer(TextStreamer):  # type: ignore[misc] # transformers is untyped
-    """Notes when each token came, and passes on text as soon as it is certain."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:  # noqa: ANN401
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.next_tokens_are_prompt = True
-        self.tokens: list[int] = []
-        self.times: list[float] = []
-        self._on_text = on_text
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """After the first token, which is the prompt's doing."""
-        if len(self.times) < 2:
-            return None
-        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
-
-    def put(self, value: Tensor) -> None:
-        """Takes the prompt first, [1, T], and then each new token, [1]."""
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
-            self.tokens.extend(value.flatten().tolist())
-        if self._on_text is None:
-            self.next_tokens_are_prompt = False
-        else:
-            super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Text that later tokens cannot change."""
-        if self._on_text is not None and text:
-            self._on_text(text)
