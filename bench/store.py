@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from expertd.handshake import RPC_SOCKET
+from expertd.handshake import Role, rpc_target
 from expertd_client import Client, Session
 from tests.handmade import make_pack
 
@@ -95,14 +95,13 @@ def measure_hit(socket: Path) -> dict[str, float]:
 def measure_call(socket: Path) -> dict[str, float]:
     """A Fetch of 8 resident experts beside the emptiest call there is, a health check."""
     from expertd.greeting import handshake
-    from expertd.handshake import Role
     from expertstore.v1 import expert_store_pb2 as pb
     from expertstore.v1 import expert_store_pb2_grpc as rpc
 
     calls = 200
     with (
         handshake(socket, Role.WORKER, "m", 5.0) as greeting,
-        grpc.insecure_channel(f"unix:{socket / RPC_SOCKET}") as channel,
+        grpc.insecure_channel(rpc_target(socket)) as channel,
     ):
         store = rpc.ExpertStoreStub(channel)
         health = health_pb2_grpc.HealthStub(channel)

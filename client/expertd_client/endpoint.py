@@ -3,11 +3,8 @@
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from urllib.parse import quote
 
 from expertd.errors import PreconditionError
-from expertd.handshake import RPC_SOCKET
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -26,11 +23,6 @@ CHANNEL_OPTIONS = (
 MIN_TIMEOUT_SECONDS = 0.05
 FIRST_RETRY_SECONDS = 0.01
 LAST_RETRY_SECONDS = 0.5
-
-
-def target(directory: Path) -> str:
-    """The gRPC target of the daemon in ``directory``, which is absolute."""
-    return "unix:" + quote(str(directory / RPC_SOCKET))
 
 
 def retry_delays(timeout_seconds: float) -> Iterator[float]:

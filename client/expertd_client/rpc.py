@@ -8,9 +8,10 @@ from typing import TypeVar
 import grpc
 
 from expertd.errors import PreconditionError
+from expertd.handshake import rpc_target
 from expertd.status import from_rpc_error
 from expertd_client.calls import Call
-from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process, target
+from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
@@ -21,7 +22,7 @@ class Rpc:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._channel = grpc.insecure_channel(target(directory), CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(rpc_target(directory), CHANNEL_OPTIONS)
         self._stub = grpc_api.ExpertStoreStub(self._channel)
         self._pid = os.getpid()
         self._closed = False

@@ -9,9 +9,10 @@ import grpc
 import grpc.aio
 
 from expertd.errors import PreconditionError
+from expertd.handshake import rpc_target
 from expertd.status import from_rpc_error
 from expertd_client.calls import Call
-from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process, target
+from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
@@ -74,6 +75,6 @@ class AsyncRpc:
             raise PreconditionError("This client is closed; make a new one.")
         if self._stub is None:
             # Not before: an asyncio channel belongs to the loop that runs when it is made.
-            self._channel = grpc.aio.insecure_channel(target(self._directory), CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(rpc_target(self._directory), CHANNEL_OPTIONS)
             self._stub = grpc_api.ExpertStoreStub(self._channel)
         return self._stub

@@ -7,7 +7,7 @@ from typing import Any, Self
 import grpc
 
 from expertd.greeting import handshake
-from expertd.handshake import RPC_SOCKET, Role
+from expertd.handshake import Role, rpc_target
 from expertd.plain import to_plain
 from expertd.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
@@ -21,7 +21,7 @@ class Control:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._channel = grpc.insecure_channel(f"unix:{directory.absolute() / RPC_SOCKET}")
+        self._channel = grpc.insecure_channel(rpc_target(directory.absolute()))
         self._stub = rpc.ExpertStoreStub(self._channel)
 
     def __enter__(self) -> Self:

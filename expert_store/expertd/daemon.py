@@ -15,6 +15,7 @@ from expertd import __version__
 from expertd.arena import Arena
 from expertd.attach import AttachServer
 from expertd.config import ServeConfig
+from expertd.handshake import rpc_target
 from expertd.interceptor import ErrorInterceptor
 from expertd.log import log, open_log
 from expertd.rundir import RunDirectory
@@ -85,7 +86,7 @@ async def _start_rpc(store: Store, directory: RunDirectory) -> grpc.aio.Server:
     reflection.enable_server_reflection(
         (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
-    server.add_insecure_port(f"unix:{directory.rpc_socket}")
+    server.add_insecure_port(rpc_target(directory.path))
     await server.start()
     directory.rpc_socket.chmod(store.config.socket_mode)
     return server

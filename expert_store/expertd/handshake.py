@@ -8,6 +8,8 @@ worker sends nothing, and when either side closes the session is over.
 """
 
 from enum import StrEnum
+from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -19,6 +21,11 @@ RPC_SOCKET = "rpc.sock"
 TOKEN_KEY = "expertd-token"
 INCARNATION_KEY = "expertd-incarnation"
 ERROR_DETAIL_KEY = "expertd-error-bin"
+
+
+def rpc_target(directory: Path) -> str:
+    """The gRPC address of the daemon in ``directory``, which is absolute."""
+    return "unix:" + quote(str(directory / RPC_SOCKET))  # gRPC percent-decodes it
 
 
 class Role(StrEnum):

@@ -132,17 +132,19 @@ class Session:
         """Asks the worker to publish its epoch."""
         self.connection.nudge()
 
+    def revoke(self) -> None:
+        """Tells a worker that what it reads from now on may change; before any byte does."""
+        if self.is_worker and not self.closed:
+            self.page.revoke()
+
     def close(self) -> None:
         """Ends the session: drops all it held. Twice is harmless."""
         if self.closed:
             return
         self.closed = True
-        if self._model is None:
-            self.connection.close()
-            return
-        # First, so that the worker never uses what it reads of bytes used again.
-        self.page.revoke()
         self.connection.close()
+        if self._model is None:
+            return
         self._drain_ring()
         for entries in self._leases.values():
             self._model.unhold(entries)
@@ -164,7 +166,9 @@ class Session:
         return len(unpinned)
 
     def _drain_ring(self) -> None:
-        head, misses = self.page.num_touches, self.page.num_misses
+        # Misses first: the worker stores them last, so a write in between can only make
+        # them too few this time, never more than the touches.
+        misses, head = self.page.num_misses, self.page.num_touches
         count, capacity = head - self._tail, self.page.ring_entries
         missed = misses - self._misses
         if not 0 <= missed <= count <= _MAX_ROUND:

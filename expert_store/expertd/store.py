@@ -116,8 +116,12 @@ class Store:
         return session
 
     def detach(self, session: Session) -> None:
-        """Ends a session and frees what it held. Twice is harmless."""
+        """Ends a session and frees what it held. Twice is harmless.
+
+        Its process may live on and be reading, so it is told first that bytes may change.
+        """
         self.records.drop_hint(session)
+        session.revoke()
         self.sessions.pop(session.token, None)
         session.close()
 
@@ -140,8 +144,9 @@ class Store:
     async def close(self) -> None:
         """Ends all sessions, waits for reads in flight, gives the models back."""
         await self.records.close()
-        for session in list(self.sessions.values()):
-            self.detach(session)
+        for session in self.sessions.values():
+            session.close()  # not revoked: nobody reuses what workers still have mapped
+        self.sessions.clear()
         await asyncio.to_thread(self._loader.close)
         await asyncio.sleep(0)  # lets the last reads' callbacks run
         for model in self.models.values():
@@ -180,7 +185,7 @@ class Store:
         )
 
     def _cut_off(self, session: Session) -> None:
-        """Ends a session that stands still; `revoked` is set before any byte is reused."""
+        """Ends a session that stands still while others wait."""
         log("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
         self.detach(session)
 
