@@ -10,6 +10,7 @@ import pytest
 
 from expertd_client import (
     Client,
+    ExpertdError,
     IncarnationError,
     NotFoundError,
     PreconditionError,
