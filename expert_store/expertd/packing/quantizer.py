@@ -3,6 +3,10 @@
 Half-Quadratic Quantization (Badri & Shaji, 2023), as its authors' package ``hqq`` does it.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
@@ -10,24 +14,24 @@ from torch import Tensor
 from expertd.pack.layout import Matrix
 from expertd.packing.codec import encode
 
-SOLVER_ELEMENTS = 1 << 18
-"""Weights that the solver gets at a time. Its dozen temporaries of 1 MiB stay in the cache,
-which halves the time, and its stopping criterion is that of a few rows."""
+SOLVER_ELEMENTS = 1 << 16
+"""Weights that the solver gets at a time: its dozen temporaries then stay in a core's cache,
+and its stopping criterion is that of a few rows."""
 
 
 def quantize(weight: Tensor, matrix: Matrix, *, optimize: bool) -> dict[str, Tensor]:
     """The parts of ``matrix`` for ``weight`` [out, in] (floating), by their full names.
 
     ``optimize`` runs HQQ's solver; without it the groups' extremes decide, 20 times faster
-    and a little less exact. Equal input gives equal bytes. Raises ValueError if a weight is
-    not finite or its group lies outside the range of fp16.
+    and a little less exact. Equal input gives equal bytes, on any number of cores. Raises
+    ValueError if a weight is not finite or its group lies outside the range of fp16.
     """
     # Rows in whole groups; HQQ's own grouping of axis 1 is then ours.
     num_rows = max(1, SOLVER_ELEMENTS // matrix.in_features)
-    results = [
-        _solve(rows, matrix.bits, matrix.group_size, optimize=optimize)
-        for rows in torch.split(weight.to(torch.float32), num_rows)
-    ]
+    results = _solvers().map(
+        lambda rows: _solve(rows, matrix.bits, matrix.group_size, optimize=optimize),
+        torch.split(weight.to(torch.float32), num_rows),
+    )
     q, scale, zero = (torch.cat(pieces) for pieces in zip(*results, strict=True))
     parts = {f"{matrix.name}.q": encode(q, matrix.bits)}
     groups = (matrix.out_features, matrix.in_features // matrix.group_size)
@@ -37,6 +41,19 @@ def quantize(weight: Tensor, matrix: Matrix, *, optimize: bool) -> dict[str, Ten
         else:
             parts[name] = _to_half(name, values.view(groups))
     return parts
+
+
+@cache
+def _solvers() -> ThreadPoolExecutor:
+    """A thread per core, each computing alone.
+
+    The solver is hundreds of small operations. Sharing each among all cores would mean a
+    barrier after every one, where the others spin while one is not scheduled: on two busy
+    cores that takes 5 to 30 times as long. And a sum then depends on the number of threads.
+    """
+    return ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)), "expertd-quantizer", lambda: torch.set_num_threads(1)
+    )
 
 
 def _solve(

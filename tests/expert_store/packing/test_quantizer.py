@@ -1,11 +1,14 @@
 """The quantizer: HQQ's decision, written in our bytes."""
 
+import os
+
 import pytest
 import torch
 from hqq.core.quantize import Quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertd.packing import quantizer
 from expertd.packing.codec import decode, dequantize
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import Precision, parse_precision
@@ -88,6 +91,19 @@ def test_equal_input_gives_equal_bytes(text: str, seed: int) -> None:
     matrix = parse_precision(text).matrix("m", 32, 128)
     one, other = (quantize(weight, matrix, optimize=True) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bytes_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(256, 1024)
+    matrix = Precision(4, 64).matrix("m", 256, 1024)
+    results = []
+    for cores in (1, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        quantizer._solvers.cache_clear()
+        results.append(quantize(weight, matrix, optimize=True))
+        quantizer._solvers().shutdown()
+    quantizer._solvers.cache_clear()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
