@@ -8,7 +8,7 @@ from typing import Self
 
 _ROLLUP = Path("/proc/self/smaps_rollup")
 _INTERVAL_SECONDS = 0.2
-_MAX_LOAD = 0.02
+_MAX_LOAD = 0.1
 """The share of time that sampling may take: the kernel walks all page tables for it."""
 
 

@@ -1,0 +1,271 @@
+"""``expert-run`` as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon import Daemon, serving
+from tests.inference.greedy import greedy
+
+Make = Callable[..., Any]
+
+COMMAND = [sys.executable, "-c", "from expertd_inference.cli import main; main()"]
+
+
+def run(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=120
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("expert-run: ")
+    assert done.stderr.count("\n") == 1, "one sentence"
+    assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def daemon(packed: Make) -> Iterator[Daemon]:
+    with serving({"tiny": packed("example"), "mixtral": packed("mixtral")}) as daemon:
+        yield daemon
+
+
+def generate(daemon: Daemon, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run("generate", "--socket", daemon.socket, *arguments)
+
+
+PROMPT = "def read_lines(path):"
+
+
+def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
+    from transformers import AutoTokenizer
+
+    done = generate(daemon, "--model", "tiny", "-p", PROMPT, "--max-new-tokens", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no noise"
+    assert done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    assert result.keys() == {
+        "text",
+        "tokens",
+        "prompt_tokens",
+        "new_tokens",
+        "ttft_seconds",
+        "tokens_per_second",
+        "host_hits",
+        "nvme_misses",
+        "peak_pss_bytes",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(packed("example"))
+    prompt = tokenizer(PROMPT).input_ids
+    assert result["tokens"] == greedy(stock("example"), prompt, 20)
+    assert result["text"] == tokenizer.decode(result["tokens"])
+    assert result["prompt_tokens"] == len(prompt)
+    assert result["new_tokens"] == 20
+    assert 0 < result["ttft_seconds"] < 100
+    assert result["tokens_per_second"] > 0
+    assert result["host_hits"] + result["nvme_misses"] >= 20 * 2 * 6
+    assert result["peak_pss_bytes"] > 10 << 20
+
+
+def test_text_and_stdin(daemon: Daemon) -> None:
+    done = run(
+        *("generate", "--socket", daemon.socket, "--model", "tiny", "--prompt", "-"),
+        *("--max-new-tokens", "8", "--dtype", "float32", "--threads", "1"),
+        stdin=PROMPT.encode(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.strip()
+    assert done.stdout.endswith("\n")
+
+
+def test_embedded_with_stream(packed: Make) -> None:
+    done = run(
+        *("generate", "--embedded", packed("example"), "--ram", "16MiB", "-p", PROMPT),
+        *("--max-new-tokens", "8", "--json", "--stream"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert done.stderr.rstrip("\n") == result["text"].rstrip("\n")
+    assert result["nvme_misses"] > 0
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = run("generate", "--socket", tmp_path, "--model", "m", "-p", "x")
+    assert_refused(done, str(tmp_path))
+    assert time.monotonic() - begin < 15, "it does not import torch to find that out"
+
+
+def test_socket_that_nobody_serves(packed: Make) -> None:
+    with serving({"m": packed("mixtral")}) as daemon:
+        daemon.kill()
+        assert_refused(generate(daemon, "--model", "m", "-p", "x"), str(daemon.socket))
+
+
+def test_unknown_model(daemon: Daemon) -> None:
+    done = generate(daemon, "--model", "nope", "-p", "x")
+    assert_refused(done, "'nope'; there are: mixtral, tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--embedded", "/tmp"), "is not a pack"),
+        (("--embedded", "/nonexistent/pack"), "is not a pack"),
+        (("--embedded", "/tmp", "--model", "m"), "--embedded and --model"),
+        (("--ram", "8GiB"), "--ram belongs to --embedded"),
+        (("--top-p", "0"), "top_p"),
+        (("--seed", "-1"), "seed"),
+        (("--socket", "/" + "x" * 120, "--model", "m"), "107 bytes"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
+    assert_refused(run("generate", "-p", "x", *arguments), message)
+
+
+def test_ram_too_small(packed: Make) -> None:
+    done = run("generate", "-p", "x", "--embedded", packed("mixtral"), "--ram", "100KiB")
+    assert_refused(done, "too small")
+
+
+def test_chat_without_template(daemon: Daemon) -> None:
+    assert_refused(generate(daemon, "--model", "mixtral", "--chat", "-p", "x"), "chat template")
+
+
+def test_prompt_that_is_no_text(daemon: Daemon) -> None:
+    done = run("generate", "--socket", daemon.socket, "-p", "-", stdin=b"\xff\xfe")
+    assert_refused(done, "not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--prompt",),
+        ("-p", "x", "--max-new-tokens", "0"),
+        ("-p", "x", "--max-new-tokens", "many"),
+        ("-p", "x", "--dtype", "int8"),
+        ("-p", "x", "--temperature", "nan"),
+        ("-p", "x", "--no-such-option"),
+    ],
+)
+def test_usage(arguments: tuple[str, ...]) -> None:
+    done = run("generate", *arguments)
+    assert done.returncode == 2
+    assert "Error" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version_come_at_once() -> None:
+    script = "import sys; from expertd_inference.cli import app; app(standalone_mode=False)"
+    script += "; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    for arguments in (["--help"], ["generate", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+    help_text = run("generate", "--help").stdout
+    assert "expert-run generate --embedded" in help_text
+    assert run("--version").stdout.startswith("expert-run ")
+
+
+def test_daemon_killed_while_it_generates(packed: Make, stock: Make) -> None:
+    with tempfile.TemporaryDirectory(prefix="expertd-") as directory:
+        socket = Path(directory) / "s"
+        models = {"tiny": packed("example")}
+        with serving(models, socket=socket) as daemon:
+            process = start(socket, "--max-new-tokens", "200", "--reattach-seconds", "60")
+            wait_for_text(process)
+            daemon.kill()
+        time.sleep(0.3)
+        with serving(models, socket=socket):
+            stdout, stderr = process.communicate(timeout=120)
+            expected = generate_json(socket, "--max-new-tokens", "200")
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["tokens"] == expected["tokens"]
+    assert stderr.count(b"expert-run: daemon gone, waiting to re-attach\n") == 1
+
+
+def test_daemon_that_stays_away(packed: Make) -> None:
+    with tempfile.TemporaryDirectory(prefix="expertd-") as directory:
+        socket = Path(directory) / "s"
+        with serving({"tiny": packed("example")}, socket=socket) as daemon:
+            process = start(socket, "--max-new-tokens", "900", "--reattach-seconds", "0.5")
+            wait_for_text(process)
+            daemon.kill()
+            stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stdout == b"", "no half object"
+    assert b"Traceback" not in stderr
+    lines = stderr.decode().splitlines()
+    assert "daemon gone, waiting to re-attach" in lines[-2]
+    assert lines[-1].startswith("expert-run: The daemon is gone and none came back within 0.5 s")
+
+
+def test_interrupted(daemon: Daemon) -> None:
+    process = start(daemon.socket, "--max-new-tokens", "900")
+    wait_for_text(process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    result = json.loads(stdout)
+    assert 0 < result["new_tokens"] < 900
+    assert b"Traceback" not in stderr
+
+
+def test_reader_that_leaves(daemon: Daemon) -> None:
+    read_end, write_end = os.pipe()
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "--socket", daemon.socket, "--model", "tiny", "-p", PROMPT],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+    )
+    os.close(write_end)
+    os.close(read_end)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"Traceback" not in stderr
+
+
+def start(socket: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A generation whose text goes to stderr while it comes."""
+    return subprocess.Popen(
+        [
+            *(*COMMAND, "generate", "--socket", socket, "--model", "tiny", "-p", PROMPT),
+            *("--json", "--stream", *arguments),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_text(process: subprocess.Popen[bytes]) -> None:
+    assert process.stderr is not None
+    # Unbuffered: communicate() must find the rest.
+    assert os.read(process.stderr.fileno(), 1)
+
+
+def generate_json(socket: Path, *arguments: str) -> dict[str, Any]:
+    process = start(socket, *arguments)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    result: dict[str, Any] = json.loads(stdout)
+    return result

@@ -1,0 +1,143 @@
+"""A daemon of the worker's own: there when needed, gone whichever way the worker ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from expertd.errors import PackError, UnavailableError
+from expertd.pack.manifest import Manifest, read_manifest
+from expertd_client import Client
+from expertd_inference import embedded
+from expertd_inference.embedded import EmbeddedDaemon, default_ram_bytes
+
+Make = Callable[..., Any]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_serves_and_stops(packed: Make) -> None:
+    with EmbeddedDaemon(packed("mixtral")) as daemon:
+        pid, directory = daemon.pid, daemon.socket.parent
+        with Client(daemon.socket) as client:
+            assert [model.name for model in client.list_models()] == [daemon.name] == ["mixtral"]
+        # Nobody else's business.
+        assert directory.stat().st_mode & 0o777 == 0o700
+    assert not is_alive(pid)
+    assert not directory.exists()
+    daemon.close()
+
+
+PARENT = """
+import sys, time
+from expertd_inference.embedded import EmbeddedDaemon
+daemon = EmbeddedDaemon(sys.argv[1])
+print(daemon.pid, daemon.socket.parent, flush=True)
+time.sleep(600)
+"""
+
+
+def test_dies_with_a_parent_that_was_killed(packed: Make) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, packed("mixtral")], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    with parent.stdout:
+        pid, directory = parent.stdout.readline().split()
+    assert is_alive(int(pid))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert wait_until(lambda: not is_alive(int(pid))), "it outlived its parent"
+    assert wait_until(lambda: not Path(directory).exists())
+
+
+def test_outlives_the_thread_that_started_it(packed: Make) -> None:
+    daemons: list[EmbeddedDaemon] = []
+    thread = threading.Thread(target=lambda: daemons.append(EmbeddedDaemon(packed("mixtral"))))
+    thread.start()
+    thread.join()
+    with daemons[0] as daemon:
+        time.sleep(0.3)
+        assert is_alive(daemon.pid)
+        with Client(daemon.socket) as client:
+            client.list_models()
+
+
+def test_ctrl_c_is_not_for_the_daemon(packed: Make) -> None:
+    with EmbeddedDaemon(packed("mixtral")) as daemon:
+        assert os.getpgid(daemon.pid) != os.getpgid(0)
+
+
+def test_not_a_pack(tmp_path: Path) -> None:
+    with pytest.raises(PackError, match="is not a pack"):
+        EmbeddedDaemon(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ram", "message"), [("1MiB", "too small"), ("much", "is not a size"), (1, "is 1 bytes")]
+)
+def test_says_why_it_did_not_start(ram: str | int, message: str, packed: Make) -> None:
+    with pytest.raises(UnavailableError, match=f"did not start: .*{message}") as caught:
+        EmbeddedDaemon(packed("mixtral"), ram=ram)
+    assert "\n" not in str(caught.value)
+
+
+def test_gives_up_on_a_daemon_that_does_not_answer(
+    packed: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded, "START_SECONDS", 0.5)
+    hangs = tmp_path / "python"
+    hangs.write_text("#!/bin/sh\nexec sleep 600\n")
+    hangs.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(hangs))
+    with pytest.raises(UnavailableError, match="did not start: it said nothing"):
+        EmbeddedDaemon(packed("mixtral"))
+
+
+def test_default_ram(packed: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(packed("mixtral")).manifest
+
+    def default(available_bytes: int) -> int:
+        meminfo = tmp_path / "meminfo"
+        meminfo.write_text(f"MemTotal: 1 kB\nMemAvailable:   {available_bytes // 1024} kB\n")
+        monkeypatch.setattr(embedded, "_MEMINFO", meminfo)
+        return default_ram_bytes(manifest)
+
+    assert default(100 * manifest.expert_bytes) == manifest.expert_bytes
+    assert default(manifest.expert_bytes) == manifest.expert_bytes // 2
+    assert default(4096) == manifest.working_set_bytes
+
+
+@pytest.mark.parametrize("name", ["a=b", "with space", "ünï"])
+def test_odd_names(name: str, packed: Make, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.symlink_to(packed("mixtral"))
+    copy = tmp_path / "copies" / name
+    copy.parent.mkdir()
+    os.system(f"cp -r '{packed('mixtral')}' '{copy}'")
+    with EmbeddedDaemon(copy) as daemon, Client(daemon.socket) as client:
+        assert client.list_models()[0].name == daemon.name
+    assert isinstance(msgspec.structs.replace(read_manifest(path).manifest), Manifest)
