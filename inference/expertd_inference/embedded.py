@@ -5,7 +5,6 @@ ends, SIGKILL included, the pipe closes and the child stops (:mod:`.embedded_chi
 parent-death signal would not do: it fires when the *thread* that started the child ends.
 """
 
-import contextlib
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from expertd.arena import memory_available
 from expertd.config import check_model_name
 from expertd.errors import ConfigError, UnavailableError
 from expertd.pack.manifest import Manifest, read_manifest
@@ -24,8 +24,6 @@ START_SECONDS = 60.0
 STOP_SECONDS = 15.0
 READY_PREFIX = "expertd"
 """How the line begins that the daemon prints once it serves."""
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 class EmbeddedDaemon:
@@ -129,9 +127,4 @@ def _model_name(pack: Path) -> str:
 
 def default_ram_bytes(manifest: Manifest) -> int:
     """All experts of the pack, or half of the available memory if they do not fit in that."""
-    available = 0
-    with contextlib.suppress(OSError, ValueError):
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    return min(manifest.expert_bytes, max(available // 2, manifest.working_set_bytes))
+    return min(manifest.expert_bytes, max(memory_available() // 2, manifest.working_set_bytes))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expertd.errors import SessionLostError, UnavailableError
+from expertd.errors import PreconditionError, SessionLostError, UnavailableError
 from expertd.pack.manifest import Manifest
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
@@ -36,8 +36,13 @@ class ExpertsRunner:
         self._recovery = recovery
         self._first_layer = first_layer
         self._arena = ArenaTensors(source.arena_address, source.arena_bytes)
+        self._closed = False
         # A session has one holder at a time, and models are called from several threads.
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """From now on the model refuses to be called, rather than wait for a daemon."""
+        self._closed = True
 
     def run(
         self,
@@ -48,7 +53,13 @@ class ExpertsRunner:
         top_k_index: Tensor,  # [T, k]
         top_k_weights: Tensor,  # [T, k]
     ) -> Tensor:  # [T, H]
-        """The layer's output. Raises what the session raises once recovering does not help."""
+        """The layer's output.
+
+        Raises PreconditionError after :meth:`close`, and what the session raises once
+        recovering does not help.
+        """
+        if self._closed:
+            raise PreconditionError("This model was closed; load it again.")
         row_bytes = top_k_index.shape[1] * hidden.shape[1] * torch.float32.itemsize
         num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
         with self._lock, torch.no_grad():
@@ -118,13 +129,14 @@ class ExpertsRunner:
 
 def connect(
     experts: Mapping[int, nn.Module], manifest: Manifest, source: ExpertSource, recovery: Recovery
-) -> None:
+) -> ExpertsRunner:
     """Lets ``experts``, a module per MoE layer, compute from ``source``."""
     runner = ExpertsRunner(source, recovery, first_layer=min(experts))
     for layer in manifest.layers:
         module: Any = experts[layer.layer]
         spec = ExpertsSpec(manifest.layouts[layer.layout], manifest.gate_order, module._apply_gate)
         module._expertd = (runner, layer.layer, spec, layer.num_experts)
+    return runner
 
 
 def _experts_forward(

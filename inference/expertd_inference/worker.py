@@ -50,7 +50,7 @@ class Worker:
         self.manifest = _manifest_of(session)
         loaded = load_trunk(self.pack, self.manifest, dtype=dtype)
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
-        connect(loaded.experts, self.manifest, session, recovery)
+        self._runner = connect(loaded.experts, self.manifest, session, recovery)
         self.model = loaded.model
         self._tokenizer: Any = None
 
@@ -69,6 +69,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the session; its leases are free at once."""
+        self._runner.close()
         self._attachment.close()
 
     def __enter__(self) -> Self:

@@ -198,9 +198,11 @@ def test_a_failing_layer_releases_its_lease(packed: Make) -> None:
 
 def test_gradients_are_not_kept(packed: Make) -> None:
     model = load(PackSource(packed("mixtral")))
-    # Outside no_grad: a graph would keep tensors of the arena beyond their lease.
-    assert not model(torch.tensor([[7]])).logits.requires_grad
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    # A graph would keep tensors of the arena beyond their lease.
+    hidden = torch.zeros(1, 128, dtype=torch.bfloat16, requires_grad=True)
+    experts = model.model.layers[0].mlp.experts
+    assert not experts(hidden, torch.tensor([[0, 1]]), torch.ones(1, 2)).requires_grad
 
 
 def test_a_model_without_its_experts_is_not_saved(packed: Make, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TextIteratorStreamer
 
-from expertd.errors import InvalidInputError, NotFoundError, PackError
+from expertd.errors import InvalidInputError, NotFoundError, PackError, PreconditionError
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_client import Client
@@ -72,6 +72,8 @@ def test_load_model_gives_a_transformers_model(daemon: Daemon, stock: Make) -> N
     assert ours.tolist() == theirs.tolist()
     model.expertd.close()
     model.expertd.close()
+    with pytest.raises(PreconditionError, match="was closed"):
+        model.generate(**inputs, max_new_tokens=2)
 
 
 def test_generate_counts(mixtral: Worker) -> None:
