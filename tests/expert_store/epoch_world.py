@@ -1,0 +1,512 @@
+"""A world in which every interleaving of the epoch protocol can be played.
+
+Directory, session page, reclaimer and allocator are the real ones, over byte arrays. Workers
+and daemon are automata whose every action is one load or store of shared memory, named as in
+docs/protocol.md. :meth:`World.actions` lists what may happen next, :meth:`World.do` lets it
+happen and raises :class:`Violation` if a promise of the protocol is broken by it.
+
+A worker runs through its steps; each holds the records of a few entries together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from expertd.directory import ABSENT, PAGE_BYTES, Directory, directory_bytes, pack_word, unpack_word
+from expertd.extents import Extent, Extents
+from expertd.reclaim import Reclaimer
+from expertd.session_page import SessionPage, session_page_bytes
+
+
+class Violation(AssertionError):  # noqa: N818 - it is what the protocol forbids, not an error
+    """The protocol broke a promise."""
+
+
+class Publish(Enum):
+    """When a worker loads the epoch that it publishes, and when it stores it."""
+
+    QUIESCENT = auto()
+    """As documented: both when it holds nothing."""
+    EARLY_LOAD = auto()
+    """Loads it before it looks up, stores it while it holds."""
+    HOLDING = auto()
+    """Wrong: loads and stores it while it holds."""
+
+
+class Nudge(Enum):
+    """How the worker's small thread publishes."""
+
+    LOCKED = auto()
+    """As documented: checks the flag and publishes under the mutex."""
+    LOADS_FIRST = auto()
+    """No mutex; loads the epoch, then checks the flag, then stores."""
+    CHECKS_FIRST = auto()
+    """Wrong: no mutex; checks the flag, then loads, then stores."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The protocol, and ways to break it."""
+
+    publish: Publish = Publish.QUIESCENT
+    nudge: Nudge = Nudge.LOCKED
+    check_epochs: bool = True
+    withdraw_first: bool = True
+    respect_leases: bool = True
+    revoke_first: bool = True
+    release_first: bool = True
+    """Workers stop holding before they wait for a fetch."""
+
+
+class At(Enum):
+    """What a worker does next."""
+
+    HOLD = auto()
+    EARLY = auto()
+    LOOK = auto()
+    LOAD_HELD = auto()
+    PUBLISH_HELD = auto()
+    STOP = auto()
+    RELEASE = auto()
+    LOAD_EPOCH = auto()
+    STORE_EPOCH = auto()
+    CHECK = auto()
+    FETCH = auto()
+    WAIT = auto()
+    DONE = auto()
+    LOST = auto()
+
+
+class Nudged(Enum):
+    """What a worker's small thread does next."""
+
+    SLEEP = auto()
+    LOAD = auto()
+    CHECK = auto()
+    STORE = auto()
+
+
+class Ref(NamedTuple):
+    """A record that a worker believes to read."""
+
+    entry: int
+    offset: int
+
+
+@dataclass
+class Worker:
+    """One worker's own memory."""
+
+    steps: tuple[tuple[int, ...], ...]
+    at: At = At.HOLD
+    step: int = 0
+    holding: bool = False
+    refs: tuple[Ref, ...] = ()
+    missed: bool = False
+    granted: bool = False
+    tainted: bool = False
+    epoch: int = 0
+    fetches: int = 0
+    nudged: Nudged = Nudged.SLEEP
+    nudge_epoch: int = 0
+
+    def state(self) -> tuple[Any, ...]:
+        return (
+            self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
+            self.epoch, self.fetches, self.nudged, self.nudge_epoch,
+        )  # fmt: skip
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        (
+            self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
+            self.epoch, self.fetches, self.nudged, self.nudge_epoch,
+        ) = state  # fmt: skip
+
+
+class Request(NamedTuple):
+    """A fetch that waits."""
+
+    worker: int
+    number: int
+    entries: tuple[int, ...]
+
+
+@dataclass
+class Desk:
+    """The daemon's own memory, besides the extents and the reclaimer."""
+
+    live: frozenset[int]
+    queue: tuple[Request, ...] = ()
+    leases: frozenset[Request] = frozenset()
+    resident: tuple[int | None, ...] = ()
+    """Per entry, the offset of its record."""
+    loading: tuple[int, int] | None = None
+    """Entry and offset of the record that is read."""
+    evicting: tuple[int, int] | None = None
+    """Entry and epoch between withdrawing and retiring; 0: the epoch is yet to be advanced."""
+    seen: tuple[tuple[int, int], ...] = ()
+    """Worker and epoch of the pages read in this round."""
+    cutting: int | None = None
+    num_cuts: int = 0
+
+    def state(self) -> tuple[Any, ...]:
+        return (
+            self.live, self.queue, self.leases, self.resident, self.loading, self.evicting,
+            self.seen, self.cutting, self.num_cuts,
+        )  # fmt: skip
+
+
+Action = tuple[Any, ...]
+"""A name and its arguments; the name is a method of :class:`World`."""
+
+
+@dataclass
+class World:
+    """All there is. ``scripts`` are the steps of each worker."""
+
+    scripts: tuple[tuple[tuple[int, ...], ...], ...]
+    num_entries: int
+    num_slots: int
+    rules: Rules = field(default_factory=Rules)
+    max_cuts: int = 0
+
+    def __post_init__(self) -> None:
+        self._words = memoryview(bytearray(directory_bytes(self.num_entries))).cast("Q")
+        self.directory = Directory.format(self._words, self.num_entries)
+        buffers = [bytearray(session_page_bytes(1)) for _ in self.scripts]
+        self.pages = [
+            SessionPage.format(memoryview(buffer), self.directory.epoch) for buffer in buffers
+        ]
+        self._page_words = [memoryview(buffer)[:PAGE_BYTES].cast("Q") for buffer in buffers]
+        self.extents = Extents(self.num_slots * PAGE_BYTES)
+        self.reclaimer = Reclaimer()
+        self.contents: list[int | None] = [None] * self.num_slots
+        self.workers = [Worker(steps) for steps in self.scripts]
+        self.desk = Desk(frozenset(range(len(self.scripts))), resident=(None,) * self.num_entries)
+
+    # Snapshots
+
+    def state(self) -> tuple[Any, ...]:
+        """All that tells this state from another; hashable."""
+        return (
+            tuple([worker.state() for worker in self.workers]),
+            self.desk.state(),
+            tuple(self.contents),
+            (self.directory.epoch, *map(self.directory.word, range(self.num_entries))),
+            tuple([(page.epoch, page.released_fetch, page.revoked) for page in self.pages]),
+            tuple(self.reclaimer._retired),
+            tuple(self.extents._free),
+        )
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Goes back to a state."""
+        workers, desk, contents, words, pages, retired, free = state
+        for worker, values in zip(self.workers, workers, strict=True):
+            worker.restore(values)
+        self.desk = Desk(*desk)
+        self.contents[:] = contents
+        self._words[2] = words[0]
+        for entry, word in enumerate(words[1:]):
+            self.directory.publish(entry, word)
+        for page, raw, values in zip(self.pages, self._page_words, pages, strict=True):
+            page.epoch, page.released_fetch, revoked = values
+            raw[6] = int(revoked)
+        self.reclaimer = Reclaimer()
+        for epoch, extent in retired:
+            self.reclaimer.retire(epoch, (extent,))
+        self.extents._free = list(free)
+        self.extents.bytes_free = sum(extent.num_bytes for extent in free)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every worker has done all its steps, or has been cut off."""
+        return all(worker.at in (At.DONE, At.LOST) for worker in self.workers)
+
+    # What may happen
+
+    def do(self, action: Action) -> None:
+        """Lets ``action`` happen. Raises :class:`Violation`."""
+        step: Callable[..., None] = getattr(self, action[0])
+        step(*action[1:])
+        for number, worker in enumerate(self.workers):
+            for ref in worker.refs:
+                if self.contents[ref.offset // PAGE_BYTES] == ref.entry:
+                    continue
+                if number in self.desk.live:
+                    raise Violation(f"worker {number} reads {ref}, which was reused")
+                worker.tainted = True
+
+    def actions(self) -> list[Action]:
+        """All that may happen next."""
+        possible: list[Action] = []
+        for number, worker in enumerate(self.workers):
+            if self._may_work(number, worker):
+                possible.append(("work", number))
+            if self._may_nudge(number, worker):
+                possible.append(("nudge", number))
+        return possible + self._daemon_actions()
+
+    def _may_work(self, number: int, worker: Worker) -> bool:
+        if worker.at in (At.DONE, At.LOST):
+            return False
+        if worker.at is At.WAIT:
+            return self.pages[number].revoked
+        if worker.at in (At.HOLD, At.LOAD_EPOCH, At.STOP) and self.rules.nudge is Nudge.LOCKED:
+            return worker.nudged is Nudged.SLEEP  # else the mutex is taken
+        return True
+
+    def _may_nudge(self, number: int, worker: Worker) -> bool:
+        if worker.nudged is not Nudged.SLEEP:
+            return True
+        if number not in self.desk.live or self.pages[number].epoch >= self.directory.epoch:
+            return False
+        if self.rules.nudge is Nudge.LOADS_FIRST:
+            return True
+        return not worker.holding and worker.at is not At.STORE_EPOCH
+
+    def _daemon_actions(self) -> list[Action]:
+        desk = self.desk
+        possible: list[Action] = []
+        possible += [
+            ("end_lease", lease)
+            for lease in desk.leases
+            if self.pages[lease.worker].released_fetch >= lease.number
+        ]
+        if self.reclaimer.bytes_retired:
+            seen = {number for number, _ in desk.seen}
+            waiting = sorted(desk.live - seen)
+            possible.append(("read_page", waiting[0]) if waiting else ("collect",))
+        if desk.cutting is not None:
+            possible.append(("finish_cut",))
+        elif desk.num_cuts < self.max_cuts and desk.queue:
+            possible += [("cut_off", number) for number in desk.live if self._is_awaited(number)]
+        if desk.evicting is not None:
+            return [*possible, ("finish_eviction",)]
+        if desk.loading is not None:
+            return [*possible, ("publish_record",)]
+        if not desk.queue:
+            return possible
+        head = desk.queue[0]
+        absent = [entry for entry in head.entries if desk.resident[entry] is None]
+        if not absent:
+            return [*possible, ("grant",)]
+        if self.extents.bytes_free:
+            return [*possible, ("load", absent[0])]
+        if not self.reclaimer.bytes_retired:
+            possible += [("evict", victim) for victim in self._evictable(head)]
+        return possible
+
+    def _is_awaited(self, number: int) -> bool:
+        return self.reclaimer.waits_for(self.pages[number].epoch) or any(
+            lease.worker == number for lease in self.desk.leases
+        )
+
+    def _evictable(self, head: Request) -> list[int]:
+        kept = set(head.entries)
+        if self.rules.respect_leases:
+            kept.update(entry for lease in self.desk.leases for entry in lease.entries)
+        resident = self.desk.resident
+        return [
+            entry
+            for entry in range(self.num_entries)
+            if resident[entry] is not None and entry not in kept
+        ]
+
+    # The worker
+
+    def work(self, number: int) -> None:
+        """The worker's next load or store."""
+        getattr(self, f"_{self.workers[number].at.name.lower()}")(
+            number, self.workers[number], self.pages[number]
+        )
+
+    def _hold(self, number: int, worker: Worker, page: SessionPage) -> None:  # W1
+        worker.holding = True
+        worker.refs, worker.missed, worker.tainted = (), False, False
+        worker.at = At.EARLY if self.rules.publish is Publish.EARLY_LOAD else At.LOOK
+
+    def _early(self, number: int, worker: Worker, page: SessionPage) -> None:
+        worker.epoch = self.directory.epoch
+        worker.at = At.LOOK
+
+    def _look(self, number: int, worker: Worker, page: SessionPage) -> None:  # W2
+        entries = worker.steps[worker.step]
+        entry = entries[len(worker.refs)]
+        location = unpack_word(self.directory.word(entry))
+        if location is None:
+            if worker.granted and number in self.desk.live:
+                raise Violation(f"worker {number} was granted {entry}, and it is gone")
+            worker.missed = True
+            if self.rules.release_first:
+                worker.at = At.STOP
+            else:
+                worker.at = At.FETCH
+            return
+        worker.refs += (Ref(entry, location.offset),)
+        if len(worker.refs) == len(entries):
+            worker.at = {
+                Publish.QUIESCENT: At.STOP,
+                Publish.EARLY_LOAD: At.PUBLISH_HELD,
+                Publish.HOLDING: At.LOAD_HELD,
+            }[self.rules.publish]
+
+    def _load_held(self, number: int, worker: Worker, page: SessionPage) -> None:
+        worker.epoch = self.directory.epoch
+        worker.at = At.PUBLISH_HELD
+
+    def _publish_held(self, number: int, worker: Worker, page: SessionPage) -> None:
+        page.epoch = worker.epoch
+        worker.at = At.STOP
+
+    def _stop(self, number: int, worker: Worker, page: SessionPage) -> None:  # W3
+        worker.holding, worker.refs = False, ()
+        worker.at = At.RELEASE
+
+    def _release(self, number: int, worker: Worker, page: SessionPage) -> None:
+        page.released_fetch = worker.fetches
+        worker.granted = False
+        worker.at = At.LOAD_EPOCH
+
+    def _load_epoch(self, number: int, worker: Worker, page: SessionPage) -> None:  # W4
+        worker.epoch = self.directory.epoch
+        worker.at = At.STORE_EPOCH
+
+    def _store_epoch(self, number: int, worker: Worker, page: SessionPage) -> None:  # W4
+        page.epoch, worker.epoch = worker.epoch, 0
+        worker.at = At.FETCH if worker.missed else At.CHECK
+
+    def _check(self, number: int, worker: Worker, page: SessionPage) -> None:
+        if page.revoked:
+            worker.at = At.LOST
+            return
+        if worker.tainted:
+            raise Violation(f"worker {number} uses what it read of reused bytes")
+        worker.step += 1
+        worker.at = At.HOLD if worker.step < len(worker.steps) else At.DONE
+
+    def _fetch(self, number: int, worker: Worker, page: SessionPage) -> None:
+        if number not in self.desk.live:
+            worker.at = At.LOST  # its token is void
+            return
+        worker.fetches += 1
+        request = Request(number, worker.fetches, worker.steps[worker.step])
+        self.desk.queue += (request,)
+        worker.at = At.WAIT
+
+    def _wait(self, number: int, worker: Worker, page: SessionPage) -> None:
+        worker.at = At.LOST
+
+    def nudge(self, number: int) -> None:
+        """The next load or store of the worker's small thread."""
+        worker, rule = self.workers[number], self.rules.nudge
+        if worker.nudged is Nudged.SLEEP:
+            if rule is Nudge.CHECKS_FIRST:  # and it found that the worker does not hold
+                worker.nudged = Nudged.LOAD
+                return
+            worker.nudge_epoch = self.directory.epoch
+            worker.nudged = Nudged.STORE if rule is Nudge.LOCKED else Nudged.CHECK
+        elif worker.nudged is Nudged.LOAD:
+            worker.nudge_epoch = self.directory.epoch
+            worker.nudged = Nudged.STORE
+        elif worker.nudged is Nudged.CHECK:
+            worker.nudged = Nudged.SLEEP if worker.holding else Nudged.STORE
+        else:
+            self.pages[number].epoch = worker.nudge_epoch
+            worker.nudged = Nudged.SLEEP
+        if worker.nudged is Nudged.SLEEP:
+            worker.nudge_epoch = 0
+
+    # The daemon
+
+    def evict(self, entry: int) -> None:
+        """D1, or D2 where the rule is broken."""
+        if self.rules.withdraw_first:
+            self.directory.withdraw(entry)
+            self.desk.evicting = (entry, 0)
+        else:
+            self.desk.evicting = (entry, self.directory.advance_epoch())
+
+    def finish_eviction(self) -> None:
+        """D2, or D1 where the rule is broken."""
+        desk = self.desk
+        assert desk.evicting is not None
+        entry, epoch = desk.evicting
+        if epoch:
+            self.directory.withdraw(entry)
+        else:
+            epoch = self.directory.advance_epoch()
+        offset = desk.resident[entry]
+        assert offset is not None
+        self.reclaimer.retire(epoch, [Extent(offset, PAGE_BYTES)])
+        desk.evicting = None
+        desk.resident = _put(desk.resident, entry, None)
+
+    def read_page(self, number: int) -> None:
+        """D3, one page of it."""
+        self.desk.seen += ((number, self.pages[number].epoch),)
+
+    def collect(self) -> None:
+        """D3's decision: the bytes are free."""
+        epochs = [epoch for number, epoch in self.desk.seen if number in self.desk.live]
+        for extent in self.reclaimer.collect(epochs if self.rules.check_epochs else ()):
+            self.extents.free(extent)
+        self.desk.seen = ()
+
+    def load(self, entry: int) -> None:
+        """D4: a slot's bytes are overwritten with another record."""
+        extent = self.extents.allocate(PAGE_BYTES)
+        assert extent is not None
+        self.contents[extent.offset // PAGE_BYTES] = entry
+        self.desk.loading = (entry, extent.offset)
+
+    def publish_record(self) -> None:
+        """The record is complete and becomes visible."""
+        assert self.desk.loading is not None
+        entry, offset = self.desk.loading
+        self.desk.loading = None
+        self.desk.resident = _put(self.desk.resident, entry, offset)
+        self.directory.publish(entry, pack_word(offset, 0))
+
+    def grant(self) -> None:
+        """The head of the queue gets its records, leased."""
+        head, *rest = self.desk.queue
+        self.desk.queue = tuple(rest)
+        self.desk.leases |= {head}
+        worker = self.workers[head.worker]
+        worker.granted, worker.at = True, At.HOLD
+
+    def end_lease(self, lease: Request) -> None:
+        """The daemon sees that the worker has released a fetch."""
+        self.desk.leases -= {lease}
+
+    def cut_off(self, number: int) -> None:
+        """The first half of ending a session that stands still."""
+        self.desk.num_cuts += 1
+        self.desk.cutting = number
+        if self.rules.revoke_first:
+            self.pages[number].revoke()
+        else:
+            self._forget(number)
+
+    def finish_cut(self) -> None:
+        """The second half."""
+        number, self.desk.cutting = self.desk.cutting, None
+        assert number is not None
+        if self.rules.revoke_first:
+            self._forget(number)
+        else:
+            self.pages[number].revoke()
+
+    def _forget(self, number: int) -> None:
+        desk = self.desk
+        desk.live -= {number}
+        desk.queue = tuple(request for request in desk.queue if request.worker != number)
+        desk.leases = frozenset(lease for lease in desk.leases if lease.worker != number)
+
+
+def _put(values: tuple[int | None, ...], index: int, value: int | None) -> tuple[int | None, ...]:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+assert ABSENT == 0  # so that a state's words can be written back as they are
