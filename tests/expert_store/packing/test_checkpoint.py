@@ -20,7 +20,7 @@ from transformers import (
 from expertd.errors import CheckpointError
 from expertd.pack.manifest import GateOrder
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.plan import make_plan
+from expertd.packing.plan import TrunkStep, make_plan
 from expertd.packing.schemes import choose_scheme
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
@@ -105,7 +105,7 @@ def test_float32_becomes_bfloat16(tmp_path: Path) -> None:
         module = checkpoint.architecture.experts[0]
         assert checkpoint.expert(module, 0).down.dtype == torch.bfloat16
         plan = make_plan(checkpoint, choose_scheme("bf16"))
-        types = {step.source.name: step.dtype for step in plan.steps if hasattr(step, "source")}
+        types = {s.source.name: s.dtype for s in plan.steps if isinstance(s, TrunkStep)}
     # As when transformers loads it in bfloat16: the routers' corrections stay exact.
     wide = {name for name, dtype in types.items() if dtype == "F32"}
     assert wide == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2)}

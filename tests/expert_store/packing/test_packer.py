@@ -14,9 +14,11 @@ from expertd.errors import CheckpointError, PackError
 from expertd.pack.layout import Encoding
 from expertd.pack.manifest import Manifest
 from expertd.pack.reader import PackReader
+from expertd.pack.tensor_file import read_header
 from expertd.pack.verify import verify
 from expertd.packing import packer
 from expertd.packing.codec import dequantize, record_parts
+from expertd.packing.journal import Journal
 from expertd.packing.packer import Progress, Request, pack
 from expertd.packing.schemes import SCHEMES, choose_scheme
 from tests.expert_store.packing.conftest import MakeCheckpoint
@@ -152,19 +154,46 @@ def test_records_lie_on_pages(scheme: str, checkpoint_of: MakeCheckpoint, tmp_pa
 
 
 def test_trunk_tensors_are_aligned(tmp_path: Path) -> None:
-    """A vocabulary of odd size, and float32 among 16 bits."""
-    model = make_model("deepseek_v3", vocab_size=261, num_hidden_layers=2)
-    for name, parameter in model.named_buffers():
-        if "correction" in name:
-            parameter.data = parameter.data.float()
+    """A router of 9 experts has an odd number of 16-bit biases; a float32 tensor comes later."""
+    model = make_model("gpt_oss", num_local_experts=9, num_hidden_layers=2)
+    model.model.layers[1].self_attn.sinks.data = torch.ones(4)
     save_model(model, tmp_path / "source")
     request = Request(tmp_path / "source", tmp_path / "pack", choose_scheme("4bit"), optimize=False)
     pack(request)
-    from expertd.pack.tensor_file import read_header
-
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
-    for entry in read_header(tmp_path / "pack/trunk.safetensors").values():
+    tensors = read_header(tmp_path / "pack/trunk.safetensors")
+    assert tensors["model.layers.1.self_attn.sinks"].dtype == "F32"
+    for entry in tensors.values():
         assert entry.offset % sizes[entry.dtype] == 0
+
+
+def test_the_journal_never_runs_ahead_of_the_disk(
+    tmp_path: Path, checkpoint_of: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power failure leaves: each commit comes after its files were flushed."""
+    unflushed: set[int] = set()
+    commits = []
+    write, fdatasync, commit = packer._write, os.fdatasync, Journal.commit
+
+    def on_write(fd: int, data: bytearray, offset: int) -> None:
+        unflushed.add(fd)
+        write(fd, data, offset)
+
+    def on_flush(fd: int) -> None:
+        unflushed.discard(fd)
+        fdatasync(fd)
+
+    def on_commit(journal: Journal) -> None:
+        assert not unflushed
+        commits.append(len(journal.done))
+        commit(journal)
+
+    monkeypatch.setattr(packer, "_write", on_write)
+    monkeypatch.setattr(os, "fdatasync", on_flush)
+    monkeypatch.setattr(Journal, "commit", on_commit)
+    monkeypatch.setattr(packer, "COMMIT_SECONDS", 0.0)
+    pack(Request(checkpoint_of("mixtral"), tmp_path / "pack", choose_scheme("bf16")))
+    assert commits == [*range(1, 49), 48]
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
@@ -274,7 +303,7 @@ def test_a_write_error_keeps_what_is_done(
     tmp_path: Path, checkpoint_of: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = packer._write
-    written = []
+    written: list[int] = []
 
     def failing(fd: int, data: bytearray, offset: int) -> None:
         if len(written) == 30:

@@ -21,7 +21,7 @@ STEP_UNCOMMITTED = 11
 OFFSET_TORN = 200_000
 
 
-def main(source: Path, sparse: Path, folder: Path, *moments: str) -> None:
+def main(source: Path, sparse: Path, folder: Path, moments: list[str]) -> None:
     Checkpoint(source).close()  # imports the model's code, which would take each victim seconds
     if not os.fork():
         (folder / "memory").write_text(str(pack_counting_memory(sparse, folder / "sparse")))
@@ -88,4 +88,4 @@ def pack_and_die(source: Path, destination: Path, moment: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
