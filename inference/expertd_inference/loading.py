@@ -46,9 +46,16 @@ def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = No
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        name = min([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-        raise PackError(f"The trunk of {pack} does not fit its config.json: {name} is wrong.")
+    wrong = {key for key, *_ in report["mismatched_keys"]} | {
+        # Older releases do not look at the shapes of what a quantizer has to do with.
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.shape != model.hf_quantizer.shapes[name]
+    }
+    if missing := report["missing_keys"]:
+        raise PackError(f"The trunk of {pack} lacks {min(missing)}; make the pack again.")
+    if wrong:
+        raise PackError(f"{min(wrong)} in the trunk of {pack} does not fit its config.json.")
     model.requires_grad_(requires_grad=False)
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)

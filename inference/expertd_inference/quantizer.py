@@ -8,6 +8,7 @@ the model is loaded as if it were a checkpoint in full precision.
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -38,12 +39,16 @@ class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transforme
 
 @register_quantizer(METHOD)
 class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is untyped
-    """Removes the experts' parameters; ``experts`` are then the modules by layer."""
+    """Removes the experts' parameters.
+
+    ``experts`` are then the modules by layer, ``shapes`` those of the parameters that are left.
+    """
 
     def __init__(self, quantization_config: ExpertdConfig, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(quantization_config, **kwargs)
         self.manifest = quantization_config.manifest
         self.experts: dict[int, nn.Module] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
         self.experts = match_experts(model, self.manifest)
@@ -53,6 +58,7 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
                 module.register_parameter(name, None)
             # Else transformers would draw random weights for what it takes for missing.
             module._is_hf_initialized = True
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def is_serializable(self) -> bool:
         """No: the model on its own is not whole."""

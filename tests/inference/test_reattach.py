@@ -45,8 +45,16 @@ class KillAfter:
         pass
 
 
+@pytest.mark.parametrize("when", ["between steps", "within a step"])
 @pytest.mark.parametrize("budget", ["all", "least"])
-def test_goes_on_with_the_next_daemon(budget: str, packed: Make, stock: Make, socket: Path) -> None:
+def test_goes_on_with_the_next_daemon(
+    budget: str,
+    when: str,
+    packed: Make,
+    stock: Make,
+    socket: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pack = packed("qwen3_moe")
     manifest = read_manifest(pack).manifest
     ram = manifest.expert_bytes if budget == "all" else manifest.working_set_bytes
@@ -54,21 +62,33 @@ def test_goes_on_with_the_next_daemon(budget: str, packed: Make, stock: Make, so
     expected = greedy(stock("qwen3_moe"), prompt, 24)
     said: list[str] = []
     successors: list[Daemon] = []
+    num_waves = 0
+
+    def replace() -> None:
+        daemon.kill()
+        successors.append(Daemon({"m": pack}, ram=ram, socket=socket))
+
+    def fill_slots(*args: Any, **kwargs: Any) -> None:
+        nonlocal num_waves
+        num_waves += 1
+        if num_waves == 20:
+            # It holds a lease, and needs others before the step is done.
+            replace()
+        reference.fill_slots(*args, **kwargs)
+
+    if when == "within a step":
+        monkeypatch.setattr(experts, "fill_slots", fill_slots)
     with serving({"m": pack}, ram=ram, socket=socket) as daemon:
         worker = Worker(attach("m", socket), say=said.append)
-
-        def replace() -> None:
-            daemon.kill()
-            successors.append(Daemon({"m": pack}, ram=ram, socket=socket))
-
+        streamer = KillAfter(8 if when == "between steps" else 1000, replace)
         try:
-            generated = generate(worker, prompt, 24, KillAfter(8, replace))
+            generated = generate(worker, prompt, 24, streamer)
+            assert len(successors) == 1
             assert generated == expected
             assert said == ["daemon gone, waiting to re-attach", "re-attached"]
             assert worker.session.connected
             with Client(socket) as client:
-                sessions = client.stats()["sessions"]
-            assert sessions, "the worker is the new daemon's"
+                assert len(attached(client)) == 1, "the worker is the new daemon's"
         finally:
             worker.close()
             for successor in successors:
