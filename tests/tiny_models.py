@@ -6,14 +6,12 @@ undamped random models collapse to a few experts after some layers.
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -69,34 +67,44 @@ _LATENT_ATTENTION: dict[str, Any] = {
     "moe_intermediate_size": 128,
 }
 
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "mixtral": lambda: MixtralConfig(**_COMMON, intermediate_size=256, num_local_experts=8),
-    "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_COMMON,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
-        num_experts=8,
-        mlp_only_layers=[1],
+CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, {"intermediate_size": 256, "num_local_experts": 8}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {
+            "intermediate_size": 256,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+            "num_experts": 8,
+            "mlp_only_layers": [1],
+        },
     ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_COMMON, head_dim=32, intermediate_size=256, moe_intermediate_size=128, num_experts=16
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 128,
+            "num_experts": 16,
+        },
     ),
-    "olmoe": lambda: OlmoeConfig(**_COMMON, intermediate_size=128, num_experts=16),
-    "deepseek_v2": lambda: DeepseekV2Config(**{**_COMMON, **_LATENT_ATTENTION}),
-    "deepseek_v3": lambda: DeepseekV3Config(**{**_COMMON, **_LATENT_ATTENTION}),
-    "gpt_oss": lambda: GptOssConfig(
-        **_COMMON,
-        head_dim=32,
-        intermediate_size=128,
-        num_local_experts=8,
-        sliding_window=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    "olmoe": (OlmoeConfig, {"intermediate_size": 128, "num_experts": 16}),
+    "deepseek_v2": (DeepseekV2Config, _LATENT_ATTENTION),
+    "deepseek_v3": (DeepseekV3Config, _LATENT_ATTENTION),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "head_dim": 32,
+            "intermediate_size": 128,
+            "num_local_experts": 8,
+            "sliding_window": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
     ),
-    "granitemoe": lambda: GraniteMoeConfig(**_COMMON, intermediate_size=128, num_local_experts=8),
-    "phimoe": lambda: PhimoeConfig(**_COMMON, intermediate_size=256, num_local_experts=8),
+    "granitemoe": (GraniteMoeConfig, {"intermediate_size": 128, "num_local_experts": 8}),
+    "phimoe": (PhimoeConfig, {"intermediate_size": 256, "num_local_experts": 8}),
 }
-"""A configuration per architecture; the keys are what :func:`make_checkpoint` takes."""
+"""What differs from the common settings; the keys are what :func:`make_checkpoint` takes."""
 
 
 def make_checkpoint(
@@ -121,9 +129,8 @@ def make_model(
     architecture: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **overrides: Any
 ) -> Any:
     """The model that :func:`make_checkpoint` writes, in eval mode."""
-    config = type(CONFIGS[architecture]())(
-        **{**CONFIGS[architecture]().to_diff_dict(), **overrides}
-    )
+    kind, settings = CONFIGS[architecture]
+    config = kind(**{**_COMMON, **settings, **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomize(model, seed)
     return model.to(dtype).eval()
