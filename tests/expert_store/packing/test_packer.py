@@ -156,13 +156,13 @@ def test_records_lie_on_pages(scheme: str, checkpoint_of: MakeCheckpoint, tmp_pa
 def test_trunk_tensors_are_aligned(tmp_path: Path) -> None:
     """A router of 9 experts has an odd number of 16-bit biases; a float32 tensor comes later."""
     model = make_model("gpt_oss", num_local_experts=9, num_hidden_layers=2)
-    model.model.layers[1].self_attn.sinks.data = torch.ones(4)
+    model.model.layers[0].self_attn.sinks.data = torch.ones(4)
     save_model(model, tmp_path / "source")
     request = Request(tmp_path / "source", tmp_path / "pack", choose_scheme("4bit"), optimize=False)
     pack(request)
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
     tensors = read_header(tmp_path / "pack/trunk.safetensors")
-    assert tensors["model.layers.1.self_attn.sinks"].dtype == "F32"
+    assert tensors["model.layers.0.self_attn.sinks"].dtype == "F32"
     for entry in tensors.values():
         assert entry.offset % sizes[entry.dtype] == 0
 
