@@ -11,7 +11,6 @@ import msgspec
 
 from expertd.directory import directory_bytes
 from expertd.errors import (
-    ExpertdError,
     InvalidInputError,
     PermissionDeniedError,
     PreconditionError,
@@ -32,6 +31,7 @@ from expertd.store import Store
 
 _HELLO_SECONDS = 5.0
 _MAX_PENDING = 64
+_ACCEPT_PAUSE_SECONDS = 0.1
 _PEER = struct.Struct("3i")
 
 
@@ -87,7 +87,8 @@ class AttachConnection:
             store = self._server.store
             self.session = store.attach(hello.role, hello.model, self, self.pid, self.uid)
             self._welcome(self.session)
-        except ExpertdError as error:
+        except Exception as error:
+            # Expected or not: nobody may be left waiting, nor half attached.
             log("attach refused", pid=self.pid, uid=self.uid, cause=error)
             refusal = msgspec.json.encode(to_refusal(error))
             with suppress(OSError):
@@ -137,7 +138,7 @@ class AttachServer:
         self._listener.listen(socket.SOMAXCONN)
         self._listener.setblocking(False)
         self._allowed = {0, os.geteuid(), *store.config.allowed_uids}
-        asyncio.get_running_loop().add_reader(self._listener, self._on_connect)
+        self._listen()
 
     def check(self, packet: bytes, uid: int) -> Hello:
         """The hello in ``packet``, if that user may say it."""
@@ -173,10 +174,20 @@ class AttachServer:
         for connection in [each for each in self._connections if each.session is None]:
             connection.close()
 
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener, self._on_connect)
+
     def _on_connect(self) -> None:
         try:
             peer, _ = self._listener.accept()
-        except OSError:  # none there after all, or no descriptor left
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptor left: the listener stays readable, so pause
+            log("cannot accept", cause=error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(_ACCEPT_PAUSE_SECONDS, self._listen)
             return
         pending = sum(connection.session is None for connection in self._connections)
         if pending >= _MAX_PENDING:

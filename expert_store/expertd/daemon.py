@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ from expertd.attach import AttachServer
 from expertd.config import ServeConfig
 from expertd.handshake import rpc_target
 from expertd.interceptor import ErrorInterceptor
-from expertd.log import log, open_log
+from expertd.log import log, log_failure, open_log
 from expertd.rundir import RunDirectory
 from expertd.service import ExpertStoreService
 from expertd.sizes import format_bytes
@@ -27,12 +28,14 @@ from expertstore.v1 import expert_store_pb2_grpc as rpc
 
 _REFRESH_SECONDS = 0.05  # rings of 16 Ki touches: overrun only above 300 k accesses a second
 _MAX_REQUEST_BYTES = 1 << 20
+_MAX_CALLS = 100  # at once on one connection; further ones wait in the caller
 _SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
 
 
 def serve(config: ServeConfig) -> None:
     """Runs a daemon until SIGTERM or SIGINT. Raises ``ConfigError`` and its siblings."""
     open_log()
+    _raise_descriptor_limit()
     uvloop.run(_serve(config))
 
 
@@ -66,20 +69,27 @@ async def _running(config: ServeConfig) -> AsyncIterator[Store]:
         pulse = asyncio.create_task(_refresh(store))
         stack.push_async_callback(_cancel, pulse)
         # 5. Doors: first RPC, then attach, since an attached worker calls at once.
-        server = await _start_rpc(store, directory)
+        status = health.aio.HealthServicer()
+        server = await _start_rpc(store, directory, status)
         stack.push_async_callback(server.stop, config.drain_seconds)
+        stack.push_async_callback(status.enter_graceful_shutdown)
+        stack.callback(store.stopping.set)
         attach = AttachServer(store, directory.attach_socket)
         stack.callback(attach.close)
         yield store
 
 
-async def _start_rpc(store: Store, directory: RunDirectory) -> grpc.aio.Server:
+async def _start_rpc(
+    store: Store, directory: RunDirectory, status: health.aio.HealthServicer
+) -> grpc.aio.Server:
     server = grpc.aio.server(
         interceptors=[ErrorInterceptor()],
-        options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)],
+        options=[
+            ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+            ("grpc.max_concurrent_streams", _MAX_CALLS),
+        ],
     )
     rpc.add_ExpertStoreServicer_to_server(ExpertStoreService(store), server)
-    status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     for name in ("", _SERVICE):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -94,8 +104,17 @@ async def _start_rpc(store: Store, directory: RunDirectory) -> grpc.aio.Server:
 
 async def _refresh(store: Store) -> None:
     while True:
-        store.slots.refresh()
+        try:
+            store.slots.refresh()
+        except Exception:  # a bug of ours, but leases must go on ending
+            log_failure("reading the session pages")
         await asyncio.sleep(_REFRESH_SECONDS)
+
+
+def _raise_descriptor_limit() -> None:
+    """A session takes three descriptors: socket, page, RPC connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

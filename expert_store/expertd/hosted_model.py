@@ -76,6 +76,7 @@ class HostedModel:
         self.reclaimer = Reclaimer()
         self.loads: dict[int, Load] = {}
         self.num_sessions = 0
+        self.num_reads = 0
         self._rows: dict[int, tuple[Layer, int]] = {}
         self._places: list[Place] = []
         self._record_bytes: list[int] = []
@@ -121,6 +122,13 @@ class HostedModel:
         """Size of the largest record."""
         return max(self._record_bytes)
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether arena or files are still needed, by readers or by reads under way."""
+        return bool(
+            self.loads or self.num_reads or self.num_resident or self.reclaimer.bytes_retired
+        )
+
     def first_entry(self, layer: int) -> int:
         """The entry of the layer's first expert."""
         return self._rows[layer][1]
@@ -151,6 +159,15 @@ class HostedModel:
     def extent(self, entry: int) -> Extent | None:
         """Where the record lies in the arena, None unless it is resident."""
         return self._extents[entry] if self._resident[entry] else None
+
+    def placed(self, entry: int) -> Extent | None:
+        """Where the record lies or is being read to."""
+        load = self.loads.get(entry)
+        return load.extent if load is not None else self._extents[entry]
+
+    def is_held_once(self, entry: int) -> bool:
+        """Whether exactly one hold keeps the record."""
+        return bool(self._holds[entry] == 1)
 
     def is_resident(self, entry: int) -> bool:
         """Whether workers can see the record."""

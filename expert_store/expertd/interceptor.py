@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from expertd.errors import ExpertdError
-from expertd.log import log
+from expertd.log import log_failure
 from expertd.status import to_status
 
 if TYPE_CHECKING:
@@ -59,6 +59,6 @@ async def _abort(context: Context, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, ExpertdError):
-        log("unexpected failure", error=repr(error))
+        log_failure("a call")
     status = to_status(error)
     await context.abort(status.code, status.message, status.trailing_metadata)

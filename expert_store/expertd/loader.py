@@ -41,12 +41,16 @@ class RecordFile:
         """Fills ``target`` from byte ``offset``. Raises OSError; EOFError if the file ends."""
         done = 0
         while done < len(target):
-            count = os.preadv(self.fd, [target[done:]], offset + done)
+            count = self.read_some(target[done:], offset + done)
             if not count:
                 raise EOFError
             done += count
             if self.direct and done % PAGE_BYTES and done < len(target):
                 raise EOFError  # only the end of a file is read in other than whole blocks
+
+    def read_some(self, target: memoryview, offset: int) -> int:
+        """One read, which may be short; 0 at the file's end. Raises OSError."""
+        return os.preadv(self.fd, [target], offset)
 
     def close(self) -> None:
         """Closes the file; twice is harmless."""
@@ -135,7 +139,12 @@ class Loader:
                 if self._closing:
                     return
                 job = (self._urgent or self._hinted).popleft()
-            job.done(_read(job))
+            try:
+                problem = _read(job)
+            except Exception as error:
+                # A bug of ours; without an answer every fetch of the record would hang.
+                problem = f"reading it failed: {error!r}"
+            job.done(problem)
 
 
 def _read(job: ReadJob) -> str | None:

@@ -12,6 +12,11 @@ def log(event: str, /, **fields: object) -> None:
     _logger.info("%s%s", event, pairs)
 
 
+def log_failure(doing: str) -> None:
+    """Writes the exception that is being handled, a bug of ours, with its traceback."""
+    _logger.exception("unexpected failure doing=%s", _quote(doing))
+
+
 def open_log() -> None:
     """Sends the log to stderr, as the daemon does."""
     handler = logging.StreamHandler(sys.stderr)

@@ -9,6 +9,7 @@ from typing import Protocol
 from expertd.extents import Extent
 from expertd.hosted_model import HostedModel, Load
 from expertd.loader import Loader
+from expertd.log import log_failure
 from expertd.session import Session
 from expertd.slots import Slots
 
@@ -18,7 +19,7 @@ _RETRY_SECONDS = 0.001
 
 
 class StartLoad(Protocol):
-    """:meth:`expertd.store.Store.start_load`."""
+    """How a read is started: :class:`expertd.records.Records` does it."""
 
     def __call__(  # noqa: D102
         self, model: HostedModel, entry: int, extent: Extent, *, hinted: bool
@@ -87,7 +88,11 @@ class Prefetcher:
                     await asyncio.wait(
                         [load.done for load in self._loads], return_when=asyncio.FIRST_COMPLETED
                     )
-                await self._load_next(hint)
+                try:
+                    await self._load_next(hint)
+                except Exception:  # a bug of ours, which must not end all prefetching
+                    log_failure("prefetching")
+                    hint.entries.clear()
 
     async def _load_next(self, hint: _Hint) -> None:
         """Starts the read of the hint's next expert, or gives it up for want of room."""

@@ -6,7 +6,7 @@ touches; only room (:mod:`expertd.slots`) and reads (:mod:`expertd.loader`) are 
 
 import asyncio
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from xxhash import xxh3_64_hexdigest
 
@@ -24,7 +24,7 @@ from expertd.loader import Loader, ReadJob
 from expertd.log import log
 from expertd.prefetcher import Prefetcher
 from expertd.session import Session
-from expertd.slots import Slots
+from expertd.slots import NoHoleError, Slots
 
 
 class Records:
@@ -35,19 +35,26 @@ class Records:
         arena: Arena,
         slots: Slots,
         loader: Loader,
-        pinned_bytes: Callable[[], int],
+        pinned: Callable[[], Iterable[tuple[HostedModel, int]]],
         fetch_seconds: float,
     ) -> None:
         self._arena, self._slots, self._loader = arena, slots, loader
-        self._pinned_bytes = pinned_bytes
+        self._pinned = pinned
         self._fetch_seconds = fetch_seconds
         self._loop = asyncio.get_running_loop()
         self._prefetcher = Prefetcher(slots, self._start_load, loader)
 
     def max_fetch_records(self, model: HostedModel) -> int:
-        """How many of the model's records one fetch can make resident together."""
-        free = self._slots.extents.bytes_total - self._pinned_bytes()
-        return max(0, free) // model.max_record_bytes
+        """How many of the model's records one fetch can make resident together.
+
+        As many as fit into the gaps that pinned records leave, wherever they lie.
+        """
+        gaps, start = 0, 0
+        pinned = [other.placed(entry) for other, entry in self._pinned()]
+        for extent in sorted(extent for extent in pinned if extent is not None):
+            gaps += (extent.offset - start) // model.max_record_bytes
+            start = sum(extent)
+        return gaps + (self._slots.extents.bytes_total - start) // model.max_record_bytes
 
     async def fetch(self, session: Session, entries: Sequence[int], number: int) -> int:
         """Makes records resident and leases them to the session under ``number``.
@@ -55,35 +62,28 @@ class Records:
         Returns how many were not resident. All or none: raises :class:`CapacityError` if
         they can never be resident together, :class:`RecordLostError`, :class:`DeadlineError`.
         """
-        model = session.model
+        model, wanted = session.model, list(dict.fromkeys(entries))
         session.begin_fetch(number)
-        session.fetches_in_flight += 1
+        held: list[int] = []
         try:
-            wanted = list(dict.fromkeys(entries))
-            missed = await self._hold_resident(session, model, wanted)
-            session.lease(number, wanted)
+            missed = await self._make_resident(session, lambda: self._claim(session, wanted, held))
+        except BaseException:
+            model.unhold(held)
+            raise
         finally:
             session.fetches_in_flight -= 1
+        session.lease(number, wanted)
         return missed
 
     async def pin(self, session: Session, entries: Sequence[int]) -> int:
         """Makes records resident and keeps them so; returns how many are newly pinned."""
-        model = session.model
-        wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
-        most = self.max_fetch_records(model) - model.touches_per_token
-        if len(wanted) > most:
-            raise CapacityError(
-                f"{len(wanted)} experts cannot be pinned: beside one token's working set there is "
-                f"room for {max(0, most)}.",
-                requested=len(wanted),
-                available=max(0, most),
-                unit="records",
-            )
-        await self._hold_resident(session, model, wanted)
-        doubled = session.pins.intersection(wanted)  # by a call beside this one
-        model.unhold(doubled)
-        session.pin(wanted)
-        return len(wanted) - len(doubled)
+        pinned: list[int] = []
+        try:
+            await self._make_resident(session, lambda: self._claim_pins(session, entries, pinned))
+        except BaseException:
+            session.unpin(pinned)
+            raise
+        return len(pinned)
 
     def prefetch(self, session: Session, entries: Sequence[int], priority: int) -> int:
         """Takes a hint, in place of the session's last; returns how many reads it may start."""
@@ -92,17 +92,9 @@ class Records:
 
     async def read(self, model: HostedModel, entry: int) -> bytes:
         """A record's bytes, from the arena if it is resident, else from the pack; verified."""
-        extent = model.extent(entry)
-        if extent is not None:
-            model.hold([entry])
-            try:
-                data = await asyncio.to_thread(self._copy, extent)
-            finally:
-                model.unhold([entry])
-            if xxh3_64_hexdigest(data) == model.place(entry).checksum:
-                return data
-            log("record damaged in RAM", model=model.name, expert=model.expert(entry))
-        return await asyncio.to_thread(self._read_from_pack, model, entry)
+        self._check_serving(model)
+        # To its end, even if the caller goes away: a thread is at the model's bytes and files.
+        return await asyncio.shield(asyncio.create_task(self._read(model, entry)))
 
     def drop_hint(self, session: Session) -> None:
         """Forgets what the session hinted at."""
@@ -126,53 +118,109 @@ class Records:
         self._loader.submit(job)
         return load
 
-    async def _hold_resident(self, session: Session, model: HostedModel, entries: list[int]) -> int:
-        """Makes records resident and holds each; returns how many were not. All or none."""
+    async def _read(self, model: HostedModel, entry: int) -> bytes:
+        extent = model.extent(entry)
+        model.num_reads += 1
+        model.hold([entry])
+        try:
+            if extent is not None:
+                data = await asyncio.to_thread(self._copy, extent)
+                if xxh3_64_hexdigest(data) == model.place(entry).checksum:
+                    return data
+                log("record damaged in RAM", model=model.name, expert=model.expert(entry))
+            return await asyncio.to_thread(self._read_from_pack, model, entry)
+        finally:
+            model.unhold([entry])
+            model.num_reads -= 1
+
+    async def _make_resident(self, session: Session, claim: Callable[[], Sequence[int]]) -> int:
+        """Makes resident what ``claim`` holds when it is the session's turn; how many were not.
+
+        If this raises, what was claimed is the caller's to give up.
+        """
+        model = session.model
         self._check_serving(model)
-        self._check_fits(model, entries)
-        held: list[int] = []
         try:
             async with asyncio.timeout(self._fetch_seconds):
-                missed = await self._hold_or_load(model, entries, held)
-            if session.closed:
-                raise SessionLostError("the session ended while it waited.")
+                async with self._slots.turn():
+                    self._check_serving(model)  # it may have been unloaded while we queued
+                    _check_open(session)
+                    entries = claim()
+                    loads = await self._start_loads(model, entries)
+                if loads:
+                    # wait() and not await: a cancelled caller must not cancel what others
+                    # wait for too.
+                    await asyncio.wait([load.done for load in loads])
         except TimeoutError:
-            model.unhold(held)
             raise DeadlineError(
-                f"no room for {len(entries)} experts of {model.name} within "
-                f"{self._fetch_seconds:g} s: other sessions hold on to the arena."
+                f"the experts of {model.name} were not resident within {self._fetch_seconds:g} s: "
+                "other sessions hold on to the arena, or the disk is slow."
             ) from None
-        except BaseException:
-            model.unhold(held)
-            raise
-        return missed
-
-    async def _hold_or_load(self, model: HostedModel, entries: list[int], held: list[int]) -> int:
-        async with self._slots.turn():
-            self._check_serving(model)  # it may have been unloaded while we queued
-            missing = []
-            for entry in entries:
-                model.hold([entry])
-                held.append(entry)
-                if not model.is_resident(entry) and entry not in model.loads:
-                    missing.append(entry)
-            extents = await self._slots.reserve([model.record_bytes(entry) for entry in missing])
-            for entry, extent in zip(missing, extents, strict=True):
-                self._start_load(model, entry, extent, hinted=False)
-        loads = [model.loads[entry] for entry in entries if entry in model.loads]
-        if not loads:
-            return 0
-        for load in loads:
-            if load.hinted:
-                load.hinted = False
-                model.counters.prefetch_late += 1
-                self._loader.hurry(load.job)
-        # wait() and not await: a cancelled caller must not cancel what others wait for too.
-        await asyncio.wait([load.done for load in loads])
         problems = {load.entry: problem for load in loads if (problem := load.done.result())}
         if problems:
             raise self._lost(model, problems)
+        _check_open(session)
         return len(loads)
+
+    def _claim(self, session: Session, wanted: list[int], held: list[int]) -> list[int]:
+        model = session.model
+        pinned = {entry for other, entry in self._pinned() if other is model}
+        count, most = len(set(wanted) - pinned), self.max_fetch_records(model)
+        if count > most:
+            raise CapacityError(
+                f"{count} experts of {model.name} do not fit at once: the budget holds "
+                f"{most} that are not pinned; fetch in waves of {most}.",
+                requested=count,
+                available=most,
+                unit="records",
+            )
+        model.hold(wanted)
+        held += wanted
+        return wanted
+
+    def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
+        model = session.model
+        wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
+        most = max(0, self.max_fetch_records(model) - model.touches_per_token)
+        if len(wanted) > most:
+            raise CapacityError(
+                f"{len(wanted)} experts cannot be pinned: beside one token's working set there is "
+                f"room for {most}.",
+                requested=len(wanted),
+                available=most,
+                unit="records",
+            )
+        session.pin(wanted)
+        pinned += wanted
+        return wanted
+
+    async def _start_loads(self, model: HostedModel, entries: Sequence[int]) -> list[Load]:
+        """What has to be waited for until all of ``entries``, which are held, are resident."""
+        loads = [self._join(model, load) for e in entries if (load := model.loads.get(e))]
+        missing = [e for e in entries if not model.is_resident(e) and e not in model.loads]
+        try:
+            extents = await self._slots.reserve([model.record_bytes(entry) for entry in missing])
+        except NoHoleError:
+            # There is room, but not in one piece, and what lies in between is what we hold
+            # ourselves: it has to move.
+            moving = [e for e in entries if model.is_resident(e) and model.is_held_once(e)]
+            model.evict(moving)
+            missing += moving
+            extents = await self._slots.reserve(
+                [model.record_bytes(entry) for entry in missing], patient=True
+            )
+        return loads + [
+            self._start_load(model, entry, extent, hinted=False)
+            for entry, extent in zip(missing, extents, strict=True)
+        ]
+
+    def _join(self, model: HostedModel, load: Load) -> Load:
+        """Demand for a record that is on its way: at once, so that no hint withdraws it."""
+        if load.hinted:
+            load.hinted = False
+            model.counters.prefetch_late += 1
+            self._loader.hurry(load.job)
+        return load
 
     def _finish_load(self, model: HostedModel, load: Load, problem: str | None) -> None:
         if problem is None:
@@ -189,17 +237,6 @@ class Records:
     def _check_serving(self, model: HostedModel) -> None:
         if model.state is not ModelState.SERVING:
             raise PreconditionError(f"model {model.name!r} is being unloaded.")
-
-    def _check_fits(self, model: HostedModel, entries: list[int]) -> None:
-        most = self.max_fetch_records(model)
-        if len(entries) > most:
-            raise CapacityError(
-                f"{len(entries)} experts of {model.name} do not fit at once: the budget holds "
-                f"{most} that are not pinned; fetch in waves of {most}.",
-                requested=len(entries),
-                available=most,
-                unit="records",
-            )
 
     def _copy(self, extent: Extent) -> bytes:
         return bytes(self._arena.view[extent.offset : extent.offset + extent.num_bytes])
@@ -231,3 +268,8 @@ class Records:
             "restore the file or pack the checkpoint again.",
             experts=experts,
         )
+
+
+def _check_open(session: Session) -> None:
+    if session.closed:
+        raise SessionLostError("the session ended while it waited.")

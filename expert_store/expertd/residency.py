@@ -1,6 +1,6 @@
 """What to evict: frequency with decay, over plain arrays.
 
-No clock, no I/O: time is counted in touches (accesses of experts), since heat should fade
+No clock, no I/O: time is counted in tokens (by the accesses of experts), since heat should fade
 with work done and not while everybody sleeps.
 """
 
@@ -21,23 +21,30 @@ class Heat:
 
     def __init__(self, num_entries: int, touches_per_token: int) -> None:
         self._heat = np.zeros(num_entries)
-        self._last = np.zeros(num_entries, np.int64)
-        self._now = 0
+        self._last = np.zeros(num_entries)
+        self._now = 0.0
+        self._tokens = 0.0
         self._touches_per_token = touches_per_token
 
     def touch(self, entries: Entries) -> None:
         """Counts accesses, in order; an entry may occur several times."""
         if not len(entries):
             return
-        self.pass_time(len(entries))
+        tokens = len(entries) / self._touches_per_token
+        self._tokens += tokens
+        self.pass_time(tokens)
         self._heat += np.bincount(entries, minlength=len(self._heat))
         self._last[entries] = self._now
 
-    def pass_time(self, num_touches: int) -> None:
-        """Ages everything by accesses that happened, here or to other models."""
-        self._now += num_touches
-        half_lives = num_touches / (self._touches_per_token * HALF_LIFE_TOKENS)
-        self._heat *= 0.5**half_lives
+    def pass_time(self, num_tokens: float) -> None:
+        """Ages everything by the accesses of so many tokens, here or of another model."""
+        self._now += num_tokens
+        self._heat *= 0.5 ** (num_tokens / HALF_LIFE_TOKENS)
+
+    def take_tokens(self) -> float:
+        """How many tokens' accesses :meth:`touch` has counted since this was last asked."""
+        tokens, self._tokens = self._tokens, 0.0
+        return tokens
 
     def expect(self, entry: int) -> None:
         """Counts a prefetched record's arrival as its first access, which is yet to come."""
@@ -55,5 +62,5 @@ class Heat:
 
     def idle_since(self, candidates: Entries, num_tokens: int) -> Entries:
         """Those candidates that the last ``num_tokens`` tokens did not use."""
-        horizon = self._now - num_tokens * self._touches_per_token
-        return candidates[self._last[candidates] <= horizon]
+        # A touch's time is that of the end of the batch it came in, a sum of fractions.
+        return candidates[self._last[candidates] <= self._now - num_tokens + 1e-9]

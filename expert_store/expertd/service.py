@@ -4,10 +4,11 @@ from __future__ import annotations  # grpc.aio's types take parameters only in t
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertd.errors import InvalidInputError, PermissionDeniedError
+from expertd.errors import InvalidInputError, PermissionDeniedError, UnavailableError
 from expertd.handshake import INCARNATION_KEY, TOKEN_KEY, Role
 from expertd.hosted_model import HostedModel
 from expertd.messages import model_response, model_summary
@@ -117,7 +118,9 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             )
         while True:
             yield pb.WatchStatsResponse(stats=collect_stats(self._store))
-            await asyncio.sleep(interval)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._store.stopping.wait(), interval)
+                raise UnavailableError("expertd is stopping.")
 
     def _session(self, context: Context) -> Session:
         metadata = dict(context.invocation_metadata() or ())

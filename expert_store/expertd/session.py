@@ -1,7 +1,7 @@
 """A session as the daemon sees it: one attached process, what it may do, what it holds."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,13 +51,14 @@ class Session:
         self._last_fetch = 0
         self._tail = 0
         self._misses = 0
+        self._leases_ended = 0
         self._progress = (0, 0)
         self._stalled_since: float | None = None
         if model is not None:
-            model.num_sessions += 1
             self.memory = SharedMemory("expertd-session", session_page_bytes(), 0o600)
             self.page = SessionPage.format(self.memory.view, model.directory.epoch)
             self._ring = np.frombuffer(self.page.ring, np.uint32)
+            model.num_sessions += 1
 
     def __repr__(self) -> str:
         name = self._model.name if self._model else "-"
@@ -98,10 +99,12 @@ class Session:
                 f"session {self.id} has {self.fetches_in_flight} fetches in flight; wait for one."
             )
         self._last_fetch = number
+        self.fetches_in_flight += 1
 
     def lease(self, number: int, entries: list[int]) -> None:
         """Takes over the holds of ``entries`` until the worker releases that fetch."""
-        self._leases[number] = entries
+        if entries:
+            self._leases[number] = entries
 
     def refresh(self) -> None:
         """Reads the page: ends released leases, takes in touches."""
@@ -110,11 +113,14 @@ class Session:
         released = self.page.released_fetch
         for number in [number for number in self._leases if number <= released]:
             self.model.unhold(self._leases.pop(number))
+            self._leases_ended += 1
         self._drain_ring()
 
     def stalled_seconds(self, now: float) -> float:
-        """How long the page has stood still while somebody waits for it; call while waiting."""
-        progress = (self.page.epoch, self.page.released_fetch)
+        """How long it has given nothing up while somebody waits for it; call while waiting."""
+        # Only what frees something counts: a page whose numbers merely move is no progress.
+        epoch = max(self._progress[0], min(self.page.epoch, self.model.directory.epoch))
+        progress = (epoch, self._leases_ended)
         if progress != self._progress or self._stalled_since is None:
             self._progress, self._stalled_since = progress, now
         return now - self._stalled_since
@@ -154,8 +160,9 @@ class Session:
         del self._ring, self.page
         self.memory.close()
 
-    def pin(self, entries: Iterable[int]) -> None:
-        """Takes over the holds of ``entries``, which must not be pinned yet."""
+    def pin(self, entries: Sequence[int]) -> None:
+        """Holds ``entries``, which must not be pinned yet, until they are unpinned."""
+        self.model.hold(entries)
         self.pins.update(entries)
 
     def unpin(self, entries: Iterable[int]) -> int:
@@ -174,6 +181,8 @@ class Session:
         if not 0 <= missed <= count <= _MAX_ROUND:
             # Counters that run backwards or leap are a lie: believe nothing of this round.
             self._tail, self._misses = head, misses
+            return
+        if not count:
             return
         readable = min(count, capacity)
         start = (head - readable) % capacity

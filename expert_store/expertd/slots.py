@@ -17,6 +17,10 @@ _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.002
 
 
+class NoHoleError(Exception):
+    """Nothing is left to evict or to wait for, and no hole is large enough."""
+
+
 class Slots:
     """The arena's extents and the models and sessions that use them.
 
@@ -48,11 +52,6 @@ class Slots:
         async with self._turn:
             yield
 
-    @property
-    def is_awaited(self) -> bool:
-        """Whether somebody is reserving or waiting to."""
-        return self._turn.locked()
-
     def free(self, extent: Extent) -> None:
         """Gives back an extent that nobody can have seen, or no longer can."""
         self.extents.free(extent)
@@ -61,13 +60,14 @@ class Slots:
         """Takes in what the sessions wrote: touches, releases, epochs."""
         for session in self._sessions.values():
             session.refresh()
+        self._share_time()
         self._collect()
 
-    async def reserve(self, sizes: Sequence[int]) -> list[Extent]:
+    async def reserve(self, sizes: Sequence[int], *, patient: bool = False) -> list[Extent]:
         """Extents of those sizes, evicting the coldest records of all models for them.
 
         Call inside a turn. Waits for readers as long as the caller lets it; cancelled, it
-        leaves nothing allocated.
+        leaves nothing allocated. Raises :class:`NoHoleError` unless it is ``patient``.
         """
         taken: list[Extent] = []
         pause = _FIRST_PAUSE_SECONDS
@@ -83,6 +83,8 @@ class Slots:
                 self._evict_for(sum(sizes[len(taken) :]))
                 if self._collect():
                     continue  # no session could read them: no need to wait
+                if not patient and self._is_stuck():
+                    raise NoHoleError
                 self._press()
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -112,6 +114,12 @@ class Slots:
         if extent is None:
             self._nudge()
         return extent
+
+    def _is_stuck(self) -> bool:
+        """Whether no eviction, read or lease that is under way can make room."""
+        return not any(
+            model.reclaimer.bytes_retired or model.loads for model in self._models.values()
+        ) and not any(session.holds_leases for session in self._sessions.values())
 
     def _allocate(self, sizes: Sequence[int], taken: list[Extent]) -> None:
         while len(taken) < len(sizes):
@@ -151,6 +159,16 @@ class Slots:
             shortage -= model.record_bytes(entry)
         for model, entries in chosen.items():
             model.evict(entries)
+
+    def _share_time(self) -> None:
+        """A model's records cool while the others' work, or an idle one would keep its room."""
+        if len(self._models) < 2:
+            return
+        passed = {model: model.heat.take_tokens() for model in self._models.values()}
+        total = sum(passed.values())
+        for model, tokens in passed.items():
+            if total > tokens:
+                model.heat.pass_time(total - tokens)
 
     def _collect(self) -> bool:
         """Frees what no session can read any more; whether that was anything."""

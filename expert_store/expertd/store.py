@@ -43,12 +43,12 @@ class Store:
         self._loader = Loader(config.loader_threads)
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
+        self._unloads: set[asyncio.Task[int]] = set()
+        self.stopping = asyncio.Event()
         self.slots = Slots(
             arena.num_bytes, self.models, self.sessions, self._cut_off, config.stall_seconds
         )
-        self.records = Records(
-            arena, self.slots, self._loader, self._pinned_bytes, config.fetch_seconds
-        )
+        self.records = Records(arena, self.slots, self._loader, self._pinned, config.fetch_seconds)
 
     def __repr__(self) -> str:
         return f"Store({list(self.models.values())}, {len(self.sessions)} sessions, {self.slots})"
@@ -89,7 +89,10 @@ class Store:
             raise PreconditionError(f"model {name!r} is being unloaded already.")
         model.state = ModelState.UNLOADING
         # To its end, even if the caller goes away: a model half dropped serves nobody.
-        return await asyncio.shield(asyncio.create_task(self._unload(model)))
+        task = asyncio.create_task(self._unload(model))
+        self._unloads.add(task)
+        task.add_done_callback(self._unloads.discard)
+        return await asyncio.shield(task)
 
     # Sessions
 
@@ -97,7 +100,8 @@ class Store:
         self, role: Role, model_name: str, connection: Connection, pid: int, uid: int
     ) -> Session:
         """A new session. Raises :class:`NotFoundError`, :class:`CapacityError`."""
-        if len(self.sessions) >= self.config.max_sessions:
+        # Not the administrator, who may have to make room.
+        if len(self.sessions) >= self.config.max_sessions and role is not Role.ADMIN:
             raise CapacityError(
                 f"{len(self.sessions)} sessions are attached, the most that max_sessions allows; "
                 "detach one or raise it.",
@@ -143,6 +147,8 @@ class Store:
 
     async def close(self) -> None:
         """Ends all sessions, waits for reads in flight, gives the models back."""
+        for task in self._unloads:
+            task.cancel()
         await self.records.close()
         for session in self.sessions.values():
             session.close()  # not revoked: nobody reuses what workers still have mapped
@@ -156,33 +162,32 @@ class Store:
     async def _unload(self, model: HostedModel) -> int:
         released = model.resident_bytes
         deadline = self._loop.time() + self.config.stall_seconds
-        async with self.slots.turn():
+        async with self.slots.turn():  # who was inside has its room, who comes later is refused
             for session in self._sessions_of(model):
                 self.records.drop_hint(session)
                 session.unpin(session.pins.copy())
-            while model.loads or model.num_resident or model.reclaimer.bytes_retired:
-                self.slots.refresh()
-                if len(idle := model.evictable()):
-                    model.evict(idle.tolist())
-                if self._loop.time() > deadline:
-                    for session in self._sessions_of(model):
-                        self._cut_off(session)
-                for session in self._sessions_of(model):
-                    session.nudge()
-                await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        while model.is_in_use:
+            self.slots.refresh()
+            if len(idle := model.evictable()):
+                model.evict(idle.tolist())
+            late = self._loop.time() > deadline
             for session in self._sessions_of(model):
-                self.detach(session)
-            del self.models[model.name]
-            model.close(self.slots.free)
+                if late:
+                    self._cut_off(session)
+                else:
+                    session.nudge()
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        for session in self._sessions_of(model):
+            self.detach(session)
+        del self.models[model.name]
+        model.close(self.slots.free)
         log("model unloaded", model=model.name)
         return released
 
-    def _pinned_bytes(self) -> int:
-        return sum(
-            session.model.record_bytes(entry)
-            for session in self.sessions.values()
-            for entry in session.pins
-        )
+    def _pinned(self) -> set[tuple[HostedModel, int]]:
+        return {
+            (session.model, entry) for session in self.sessions.values() for entry in session.pins
+        }
 
     def _cut_off(self, session: Session) -> None:
         """Ends a session that stands still while others wait."""
