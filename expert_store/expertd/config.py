@@ -1,5 +1,6 @@
 """The daemon's settings: one frozen dataclass, from a TOML file, the command line, or both."""
 
+import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from expertd.errors import ConfigError
 from expertd.sizes import parse_bytes
 
 MIN_RAM_BYTES = 4096
+MAX_LOADER_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,18 @@ class ServeConfig:
         if self.ram_bytes < MIN_RAM_BYTES:
             raise ConfigError(f"ram is {self.ram_bytes} bytes; give the budget, e.g. 16GiB.")
         for name in ("stall_seconds", "fetch_seconds", "loader_threads", "max_sessions"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
-        if self.drain_seconds < 0:
-            raise ConfigError(f"drain_seconds is {self.drain_seconds}; it cannot be negative.")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ConfigError(f"drain_seconds is {self.drain_seconds}; it must be 0 or more.")
+        if self.loader_threads > MAX_LOADER_THREADS:
+            raise ConfigError(
+                f"loader_threads is {self.loader_threads}; give 1 to {MAX_LOADER_THREADS}."
+            )
+        if not 0 <= self.socket_mode <= 0o777:
+            raise ConfigError(f"socket_mode is {self.socket_mode:o}; give permissions like 660.")
+        if any(uid < 0 for uid in self.allowed_uids):
+            raise ConfigError(f"allowed_uids is {list(self.allowed_uids)}; no uid is negative.")
         for name in self.models:
             check_model_name(name)
 
@@ -106,6 +116,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
             values[name] = _convert(name, value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {key} = {value!r} does not fit: {error}.") from error
+    try:
+        replace(ServeConfig(Path(), MIN_RAM_BYTES), **values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return values
 
 
@@ -115,7 +129,7 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     if name == "ram_bytes" and isinstance(value, str):
         return parse_bytes(value)
     if name == "socket_mode":
-        return int(value, 8)
+        return int(_typed(value, str), 8)
     if name == "socket":
         return Path(_typed(value, str))
     if name == "models":

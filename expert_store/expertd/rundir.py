@@ -33,9 +33,7 @@ class RunDirectory:
                 self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640
             )
         except OSError as error:
-            raise ConfigError(
-                f"the socket directory {self.path} cannot be used: {error.strerror}."
-            ) from error
+            raise self._unusable(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,9 +43,13 @@ class RunDirectory:
                 f"another expertd (pid {owner}) serves at {self.path}; stop it or give another "
                 "--socket."
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        self._remove_sockets()
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            self._remove_sockets()
+        except OSError as error:
+            os.close(self._lock)
+            raise self._unusable(error) from error
 
     def close(self) -> None:
         """Removes the sockets and gives the directory up. Twice is harmless."""
@@ -56,6 +58,9 @@ class RunDirectory:
         self._remove_sockets()
         os.close(self._lock)
         self._lock = -1
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"the socket directory {self.path} cannot be used: {error.strerror}.")
 
     def _remove_sockets(self) -> None:
         for path in (self.attach_socket, self.rpc_socket):

@@ -12,7 +12,7 @@ _UNITS = {
 
 def parse_bytes(text: str) -> int:
     """``"512MiB"``, ``"1.5 GB"`` or ``"4096"`` in bytes. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size; write it like 512MiB, 24GiB or 1.5GB")
