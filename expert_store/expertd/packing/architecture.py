@@ -167,9 +167,6 @@ def _experts_module(
         )
     num_experts, first, second = module.gate_up_proj.shape
     hidden_size, gate_up_size = (first, second) if module.is_transposed else (second, first)
-    # transformers 5.17 has no flag for the order; interleaved is GPT-OSS and none other there.
-    default = architecture != "GptOssForCausalLM"
-    concatenated = getattr(module, "is_concatenated", default)
     return ExpertsModule(
         name=name,
         layer=int(index[1]),
@@ -177,7 +174,7 @@ def _experts_module(
         experts_per_token=_experts_per_token(path, config.get_text_config(), int(index[1])),
         hidden_size=hidden_size,
         intermediate_size=gate_up_size // 2,
-        gate_order=GateOrder.CONCATENATED if concatenated else GateOrder.INTERLEAVED,
+        gate_order=GateOrder.CONCATENATED if module.is_concatenated else GateOrder.INTERLEAVED,
         has_bias=module.has_bias,
         is_transposed=module.is_transposed,
     )
