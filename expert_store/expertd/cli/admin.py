@@ -1,6 +1,7 @@
 """``expertd stats``, ``models``, ``load``, ``unload``: talking to a running daemon."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ Socket = Annotated[
     Path, typer.Option(metavar="DIR", help="The daemon's socket directory.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+_MAX_WIDTH = 2000
 
 
 def register(app: typer.Typer) -> None:
@@ -49,15 +52,14 @@ def models(socket: Socket, as_json: Json = False) -> None:
         return
     _print_table(
         f"models at {socket}",
-        ("model", "architecture", "scheme", "experts", "resident", "size", "pack"),
+        ("model", "resident", "size", "scheme", "architecture", "pack"),
         [
             (
                 row["name"],
-                row["architecture"],
-                row["scheme"],
-                row["num_experts"],
-                row["num_resident"],
+                f"{row['num_resident']} of {row['num_experts']}",
                 format_bytes(row["expert_bytes"]),
+                row["scheme"],
+                row["architecture"],
                 row["pack_path"],
             )
             for row in rows
@@ -101,27 +103,18 @@ def _print_stats(report: dict[str, Any]) -> None:
     _print_table(
         f"expertd {report['incarnation']}, up {report['uptime_seconds']:.0f} s",
         ("arena", "used", "locked", "huge pages"),
-        [tuple(map(format_bytes, (arena["bytes_total"], arena["bytes_used"], arena["locked"],
-                                  arena["huge_pages"])))],
-    )  # fmt: skip
-    _print_table(
-        "models",
-        ("model", "resident", "host hits", "NVMe misses", "NVMe read", "evictions",
-         "prefetch issued/useful/late/wasted"),
         [
-            (
-                model["name"],
-                f"{model['num_resident']} of {model['num_experts']}",
-                model["host_hits"],
-                model["nvme_misses"],
-                format_bytes(model["nvme_bytes_read"]),
-                model["evictions"],
-                "/".join(str(model["prefetch"][key])
-                         for key in ("issued", "useful", "late", "wasted")),
-            )
-            for model in report["models"]
+            [
+                format_bytes(arena[key])
+                for key in ("bytes_total", "bytes_used", "locked", "huge_pages")
+            ]
         ],
-    )  # fmt: skip
+    )
+    # A column per model: their names differ in length, the figures do not.
+    columns = [_model_column(model) for model in report["models"]]
+    if columns:
+        names, *lines = zip(_MODEL_LINES, *columns, strict=True)
+        _print_table("models", names, lines)
     _print_table(
         "sessions",
         ("id", "pid", "uid", "model", "attached", "epoch lag"),
@@ -135,13 +128,50 @@ def _print_stats(report: dict[str, Any]) -> None:
         typer.echo(f"warning: {warning}", err=True)
 
 
-def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+_MODEL_LINES = (
+    "model",
+    "resident",
+    "host hits",
+    "NVMe misses",
+    "NVMe read",
+    "evictions",
+    "records lost",
+    "prefetch issued",
+    "prefetch useful",
+    "prefetch late",
+    "prefetch wasted",
+)
+
+
+def _model_column(model: dict[str, Any]) -> list[object]:
+    prefetch = model["prefetch"]
+    return [
+        model["name"],
+        f"{model['num_resident']} of {model['num_experts']}",
+        model["host_hits"],
+        model["nvme_misses"],
+        format_bytes(model["nvme_bytes_read"]),
+        model["evictions"],
+        model["records_lost"],
+        *(prefetch[key] for key in ("issued", "useful", "late", "wasted")),
+    ]
+
+
+def _print_table(title: str, columns: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """A row a line, however long: a terminal folds it, and a pipe's reader finds it whole."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(Text(str(column)), no_wrap=True)
     for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
+        table.add_row(*(Text(str(value)) for value in row))
+    console = Console(width=_MAX_WIDTH, highlight=False)
+    console.print(Text(title))
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print("  none\n")

@@ -1,0 +1,205 @@
+"""How a daemon starts, refuses to, and stops."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from expertd.errors import DeadlineError, ExpertdError, UnavailableError
+from expertd.handshake import ATTACH_SOCKET
+from expertstore.v1 import expert_store_pb2 as pb
+from tests.daemon import Daemon, serving
+from tests.expert_store.serving.conftest import RECORD_BYTES
+from tests.expert_store.serving.raw_worker import Caller, RawWorker
+from tests.expert_store.serving.watching import assert_serves, cpu_seconds, eventually, expertd
+from tests.handmade import make_pack
+
+
+def sockets(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("*.sock"))
+
+
+def refusal(tmp_path: Path, *arguments: object, ram: str = "1MiB", served: str = "s") -> str:
+    """What a daemon says that refuses to start; it leaves no socket."""
+    done = expertd("serve", "--socket", tmp_path / served, "--ram", ram, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("expertd: ")
+    assert done.stderr.endswith(".\n")
+    assert sockets(tmp_path / served) == []
+    return done.stderr
+
+
+def test_says_in_one_line_what_it_serves(pack: Path) -> None:
+    with serving({"m": pack}, ram="1MiB") as daemon:
+        assert daemon.stdout.count("\n") == 1
+        for piece in ("m (24 experts, 192.0 KiB", str(pack), str(daemon.socket), "arena 1.0 MiB"):
+            assert piece in daemon.stdout
+        assert sockets(daemon.socket) == ["attach.sock", "rpc.sock"]
+        assert {path.stat().st_mode & 0o777 for path in daemon.socket.glob("*.sock")} == {0o660}
+        assert daemon.terminate() == 0
+        assert sockets(daemon.socket) == []
+
+
+def test_takes_over_from_a_killed_daemon(pack: Path) -> None:
+    with serving({"m": pack}, ram="1MiB") as daemon:
+        daemon.kill()
+        assert sockets(daemon.socket) == ["attach.sock", "rpc.sock"]
+        with serving({"m": pack}, ram="1MiB", socket=daemon.socket) as successor:
+            assert_serves(successor.socket)
+
+
+def test_directory_of_a_live_daemon(roomy: Daemon, pack: Path) -> None:
+    done = expertd("serve", "--socket", roomy.socket, "--ram", "1MiB", "--model", f"m={pack}")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"pid {roomy.pid}" in done.stderr
+    assert str(roomy.socket) in done.stderr
+    assert_serves(roomy.socket)
+
+
+def test_budget_below_one_token(pack: Path, tmp_path: Path) -> None:
+    # 3 layers of 2 experts of 8 KiB.
+    says = refusal(tmp_path, "--model", f"m={pack}", ram="47KiB")
+    assert "one token uses 48.0 KiB" in says
+    assert "--ram 49152" in says
+
+
+def test_more_ram_than_the_host_has(tmp_path: Path) -> None:
+    assert "100000.0 TiB" in refusal(tmp_path, ram="100000TiB")
+
+
+@pytest.mark.parametrize(
+    ("flaw", "says"),
+    [
+        ("missing", "has no pack.json"),
+        ("no pack", "not an expertd pack"),
+        ("version", "version 7"),
+        ("no experts", "experts-00000.safetensors cannot be read"),
+    ],
+)
+def test_unusable_pack(flaw: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "pack"
+    if flaw != "missing":
+        make_pack(path)
+    manifest = path / "pack.json"
+    if flaw == "no pack":
+        manifest.write_text('{"model_type": "llama"}')
+    elif flaw == "version":
+        text = manifest.read_text()
+        assert '"format_version": 1' in text
+        manifest.write_text(text.replace('"format_version": 1', '"format_version": 7'))
+    elif flaw == "no experts":
+        (path / "experts-00000.safetensors").unlink()
+    told = refusal(tmp_path, "--model", f"m={path}")
+    assert says in told
+    assert str(path) in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "pack"], "--model NAME=PACK"),
+        (["--model", "m="], "--model NAME=PACK"),
+        (["--model", "a/b=/pack"], "cannot name a model"),
+        (["--model", "m=/a", "--model", "m=/b"], "same name"),
+        (["--ram", "lots"], "not a size"),
+        (["--ram", "0"], "give the budget"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml cannot be read"),
+    ],
+)
+def test_unusable_arguments(arguments: list[str], says: str, tmp_path: Path) -> None:
+    assert says in refusal(tmp_path, *arguments)
+
+
+def test_unknown_setting(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("stall_second = 3\n")
+    says = refusal(tmp_path, "--config", config)
+    assert "'stall_second'" in says
+    assert "stall_seconds" in says
+
+
+def test_directory_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("")
+    assert "cannot be used" in refusal(tmp_path)
+    assert "too long" in refusal(tmp_path, served="x" * 100)
+
+
+def test_stop_while_a_fetch_waits_for_room(pack: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("drain_seconds = 0.5\n")
+    with serving({"m": pack}, ram=6 * RECORD_BYTES, config=config) as daemon:
+        holder, waiter = RawWorker(daemon.socket), RawWorker(daemon.socket)
+        holder.fetch(0, range(6))
+        failures: list[ExpertdError] = []
+
+        def wait() -> None:
+            try:
+                waiter.fetch(1, range(6))
+            except ExpertdError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        eventually(lambda: holder.num_nudges > 0)
+        began = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert time.monotonic() - began < 0.5 + 1.0  # drain_seconds, and a little
+        daemon.signal(signal.SIGTERM)
+        thread.join(5)
+        assert [type(failure) for failure in failures] in ([UnavailableError], [DeadlineError])
+        assert sockets(daemon.socket) == []
+        assert "Traceback" not in daemon.stderr
+        holder.close()
+        waiter.close()
+
+
+def test_interrupt_stops_it_too(pack: Path) -> None:
+    with serving({"m": pack}, ram="1MiB") as daemon, RawWorker(daemon.socket) as worker:
+        worker.fetch(0, [0])
+        daemon.signal(signal.SIGINT)
+        assert daemon.wait() == 0
+        assert not worker.page.revoked
+        assert sockets(daemon.socket) == []
+        assert "Traceback" not in daemon.stderr
+
+
+def test_a_watcher_does_not_hold_up_the_stop(pack: Path, settings: Path) -> None:
+    with serving({"m": pack}, ram="1MiB", config=settings) as daemon, Caller(daemon.socket) as call:
+        watching = call.stub.WatchStats(pb.WatchStatsRequest(interval_seconds=0.05))
+        next(iter(watching))
+        began = time.monotonic()
+        assert daemon.terminate() == 0
+        assert time.monotonic() - began < 1.5
+        watching.cancel()
+
+
+def test_no_torch_and_hardly_any_work_when_idle(
+    roomy: Daemon, record_property: Callable[[str, object], None]
+) -> None:
+    libraries = Path(f"/proc/{roomy.pid}/maps").read_text()
+    assert "libtorch" not in libraries
+    assert "libcuda" not in libraries
+    with RawWorker(roomy.socket), RawWorker(roomy.socket):
+        before = cpu_seconds(roomy.pid)
+        time.sleep(2)
+        spent = cpu_seconds(roomy.pid) - before
+    record_property("cpu_seconds", spent)
+    assert spent < 0.2
+
+
+def test_stop_with_silent_connections(pack: Path) -> None:
+    with serving({"m": pack}, ram="1MiB") as daemon:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+            silent.connect(str(daemon.socket / ATTACH_SOCKET))
+            began = time.monotonic()
+            assert daemon.terminate() == 0
+            assert time.monotonic() - began < 2
+            assert silent.recv(1) == b""
