@@ -92,7 +92,6 @@ class Records:
 
     async def read(self, model: HostedModel, entry: int) -> bytes:
         """A record's bytes, from the arena if it is resident, else from the pack; verified."""
-        self._check_serving(model)
         # To its end, even if the caller goes away: a thread is at the model's bytes and files.
         return await asyncio.shield(asyncio.create_task(self._read(model, entry)))
 
@@ -119,6 +118,7 @@ class Records:
         return load
 
     async def _read(self, model: HostedModel, entry: int) -> bytes:
+        self._check_serving(model)
         extent = model.extent(entry)
         model.num_reads += 1
         model.hold([entry])
@@ -128,6 +128,8 @@ class Records:
                 if xxh3_64_hexdigest(data) == model.place(entry).checksum:
                     return data
                 log("record damaged in RAM", model=model.name, expert=model.expert(entry))
+                if model.is_held_once(entry):  # else a step counts on its being there
+                    model.evict([entry])
             return await asyncio.to_thread(self._read_from_pack, model, entry)
         finally:
             model.unhold([entry])
@@ -181,11 +183,12 @@ class Records:
     def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
         model = session.model
         wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
-        most = max(0, self.max_fetch_records(model) - model.touches_per_token)
+        kept = -(-self._slots.working_set_bytes // model.max_record_bytes)
+        most = max(0, self.max_fetch_records(model) - kept)
         if len(wanted) > most:
             raise CapacityError(
-                f"{len(wanted)} experts cannot be pinned: beside one token's working set there is "
-                f"room for {most}.",
+                f"{len(wanted)} experts cannot be pinned: beside what one token of each model uses "
+                f"there is room for {most}.",
                 requested=len(wanted),
                 available=most,
                 unit="records",

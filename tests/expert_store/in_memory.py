@@ -1,0 +1,111 @@
+"""A store without sockets: real arena, loader and packs, workers inside the test."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import expertd.store
+from expertd.arena import Arena
+from expertd.config import ServeConfig
+from expertd.directory import unpack_word
+from expertd.faulty import FaultyFile
+from expertd.handshake import Role
+from expertd.hosted_model import HostedModel
+from expertd.session import Session
+from expertd.store import Store
+
+
+class Worker:
+    """A worker, and its own attach connection. Fetches of it are numbered as they come."""
+
+    def __init__(self, store: Store, model: str = "m", *, answers_nudges: bool = True) -> None:
+        self.store, self.answers_nudges = store, answers_nudges
+        self.holding = self.closed = False
+        self.num_nudges = self.num_fetches = 0
+        self.session: Session = store.attach(Role.WORKER, model, self, pid=1, uid=0)
+        self.model: HostedModel = self.session.model
+        self.page, self.directory = self.session.page, self.model.directory
+
+    def nudge(self) -> None:
+        self.num_nudges += 1
+        if self.answers_nudges and not self.holding:
+            self.publish()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def publish(self) -> None:
+        self.page.epoch = self.directory.epoch
+
+    def release(self) -> None:
+        """Ends the leases of all fetches so far, and publishes."""
+        self.page.released_fetch = self.num_fetches
+        self.publish()
+
+    async def fetch(self, *entries: int) -> int:
+        self.num_fetches += 1
+        return await self.store.records.fetch(self.session, entries, self.num_fetches)
+
+    async def fetch_and_release(self, *entries: int) -> None:
+        await self.fetch(*entries)
+        self.release()
+
+    def read(self, entry: int) -> bytes | None:
+        """The record where the directory says it lies."""
+        location = unpack_word(self.directory.word(entry))
+        if location is None:
+            return None
+        size = self.model.record_bytes(entry)
+        return bytes(self.store.arena.view[location.offset : location.offset + size])
+
+
+@asynccontextmanager
+async def storing(
+    models: Mapping[str, Path], arena_bytes: int, **settings: Any
+) -> AsyncIterator[Store]:
+    """A store that holds ``models``; all their files are :class:`FaultyFile`."""
+    values: dict[str, Any] = {"stall_seconds": 5.0, "fetch_seconds": 5.0, "loader_threads": 2}
+    config = ServeConfig(Path("unused"), arena_bytes, **{**values, **settings})
+    arena = Arena(arena_bytes, lock=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expertd.store, "RecordFile", FaultyFile)
+        store = Store(config, arena)
+        for name, path in models.items():
+            await store.load_model(name, path)
+        files = [file for model in store.models.values() for file in model.files]
+        try:
+            yield store
+        finally:
+            for file in files:
+                file.faults.gate.set()
+            await store.close()
+            arena.close()
+
+
+def disk(model: HostedModel) -> FaultyFile:
+    """The one file of a handmade pack."""
+    (file,) = model.files
+    assert isinstance(file, FaultyFile)
+    return file
+
+
+async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Waits for something that other tasks or the loader's threads do."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.001)
+
+
+def assert_nothing_held(store: Store) -> None:
+    """No hold, lease, pin or allocation is left but the resident records."""
+    store.slots.refresh()
+    for model in store.models.values():
+        assert not model._holds.any(), model._holds
+        assert not model.loads
+    resident = sum(model.resident_bytes for model in store.models.values())
+    retired = sum(model.reclaimer.bytes_retired for model in store.models.values())
+    assert store.slots.extents.bytes_used == resident + retired
