@@ -105,8 +105,7 @@ class Prefetcher:
                 if model.is_resident(entry) or entry in model.loads:
                     hint.entries.popleft()
                     return
-                spare = 1 + model.num_sessions
-                extent = self._slots.try_reserve(model.record_bytes(entry), spare)
+                extent = self._slots.try_reserve(model.record_bytes(entry))
                 if extent is not None:
                     hint.entries.popleft()
                     load = self._start_load(model, entry, extent, hinted=True)

@@ -32,13 +32,13 @@ class Heat:
             return
         tokens = len(entries) / self._touches_per_token
         self._tokens += tokens
+        self._now += tokens
         self.pass_time(tokens)
         self._heat += np.bincount(entries, minlength=len(self._heat))
         self._last[entries] = self._now
 
     def pass_time(self, num_tokens: float) -> None:
         """Ages everything by the accesses of so many tokens, here or of another model."""
-        self._now += num_tokens
         self._heat *= 0.5 ** (num_tokens / HALF_LIFE_TOKENS)
 
     def take_tokens(self) -> float:
@@ -61,6 +61,9 @@ class Heat:
         return candidates[np.lexsort((self._last[candidates], self._heat[candidates]))]
 
     def idle_since(self, candidates: Entries, num_tokens: int) -> Entries:
-        """Those candidates that the last ``num_tokens`` tokens did not use."""
+        """Those candidates that this model's last ``num_tokens`` tokens did not use.
+
+        Other models' tokens do not count: a slow model's step goes on beneath many of them.
+        """
         # A touch's time is that of the end of the batch it came in, a sum of fractions.
         return candidates[self._last[candidates] <= self._now - num_tokens + 1e-9]

@@ -52,6 +52,11 @@ class Slots:
         async with self._turn:
             yield
 
+    @property
+    def working_set_bytes(self) -> int:
+        """What one token of each model uses: the least that must not be pinned."""
+        return sum(model.manifest.working_set_bytes for model in self._models.values())
+
     def free(self, extent: Extent) -> None:
         """Gives back an extent that nobody can have seen, or no longer can."""
         self.extents.free(extent)
@@ -69,46 +74,41 @@ class Slots:
         Call inside a turn. Waits for readers as long as the caller lets it; cancelled, it
         leaves nothing allocated. Raises :class:`NoHoleError` unless it is ``patient``.
         """
-        taken: list[Extent] = []
         pause = _FIRST_PAUSE_SECONDS
-        try:
-            while True:
-                self._allocate(sizes, taken)
-                if len(taken) == len(sizes):
-                    return taken
+        while True:
+            # All or none each time: what is taken early may lie where the rest would fit.
+            extents = self._allocate(sizes)
+            if len(extents) < len(sizes):
                 self.refresh()
-                self._allocate(sizes, taken)
-                if len(taken) == len(sizes):
-                    return taken
-                self._evict_for(sum(sizes[len(taken) :]))
-                if self._collect():
-                    continue  # no session could read them: no need to wait
-                if not patient and self._is_stuck():
-                    raise NoHoleError
-                self._press()
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        except BaseException:
-            for extent in taken:
-                self.free(extent)
-            raise
-        finally:
-            for session in self._sessions.values():
-                session.not_awaited()
+                extents = self._allocate(sizes)
+            if len(extents) == len(sizes):
+                break
+            self._evict_for(sum(sizes[len(extents) :]))
+            if self._collect():
+                continue  # no session could read them: no need to wait
+            if not patient and self._is_stuck():
+                raise NoHoleError
+            self._press()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        # Who gave up instead has not ended the wait: the next may wait for the same session.
+        for session in self._sessions.values():
+            session.not_awaited()
+        return extents
 
-    def try_reserve(self, size: int, spare_tokens: int) -> Extent | None:
+    def try_reserve(self, size: int) -> Extent | None:
         """An extent for a hint, if there is one now.
 
-        A hint takes nothing from a running step: only records are evicted that the last
-        ``spare_tokens`` tokens of their model did not use. Their bytes come free when the
-        readers have moved on, so a later try may succeed where this one did not.
+        A hint takes nothing from a running step: only records are evicted that their model's
+        last tokens did not use, one for each session and one more. Their bytes come free when
+        the readers have moved on, so a later try may succeed where this one did not.
         """
         extent = self.extents.allocate(size)
         if extent is None:
             self.refresh()
             extent = self.extents.allocate(size)
         if extent is None and self._retired_bytes() < size:
-            self._evict_for(size, spare_tokens)
+            self._evict_for(size, sparing_steps=True)
             self._collect()
             extent = self.extents.allocate(size)
         if extent is None:
@@ -121,17 +121,22 @@ class Slots:
             model.reclaimer.bytes_retired or model.loads for model in self._models.values()
         ) and not any(session.holds_leases for session in self._sessions.values())
 
-    def _allocate(self, sizes: Sequence[int], taken: list[Extent]) -> None:
-        while len(taken) < len(sizes):
-            extent = self.extents.allocate(sizes[len(taken)])
+    def _allocate(self, sizes: Sequence[int]) -> list[Extent]:
+        """Extents of those sizes; if not all fit, those that would, but none is allocated."""
+        extents: list[Extent] = []
+        for size in sizes:
+            extent = self.extents.allocate(size)
             if extent is None:
-                return
-            taken.append(extent)
+                for taken in extents:
+                    self.free(taken)
+                break
+            extents.append(extent)
+        return extents
 
     def _retired_bytes(self) -> int:
         return sum(model.reclaimer.bytes_retired for model in self._models.values())
 
-    def _evict_for(self, num_bytes: int, spare_tokens: int = 0) -> None:
+    def _evict_for(self, num_bytes: int, *, sparing_steps: bool = False) -> None:
         """Retires the coldest records until what is on its way out makes ``num_bytes``.
 
         Bytes that are free already do not count: there was no hole large enough in them.
@@ -142,8 +147,8 @@ class Slots:
         ranked: list[tuple[float, int, HostedModel, int]] = []
         for number, model in enumerate(self._models.values()):
             candidates = model.evictable()
-            if spare_tokens:
-                candidates = model.heat.idle_since(candidates, spare_tokens)
+            if sparing_steps and model.num_sessions:
+                candidates = model.heat.idle_since(candidates, 1 + model.num_sessions)
             coldest = model.heat.coldest(candidates)[: -(-shortage // PAGE_BYTES)]
             heat = model.heat.of(coldest)
             ranked += zip(

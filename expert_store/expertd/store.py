@@ -202,10 +202,11 @@ class Store:
         ]
 
     def _check_admission(self, name: str, pack: Fingerprinted) -> None:
-        others = sum(model.manifest.working_set_bytes for model in self.models.values())
+        pinned = sum(model.record_bytes(entry) for model, entry in self._pinned())
+        others = self.slots.working_set_bytes + pinned
+        beside = f" beside {format_bytes(others)} for loaded models and pins" if others else ""
         needed = others + pack.manifest.working_set_bytes
         if needed > self.arena.num_bytes:
-            beside = f" beside {format_bytes(others)} for the models loaded" if others else ""
             raise CapacityError(
                 f"the RAM budget of {format_bytes(self.arena.num_bytes)} is too small for "
                 f"{name!r}: one token uses {format_bytes(pack.manifest.working_set_bytes)} of "
