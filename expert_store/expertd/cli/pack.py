@@ -61,7 +61,7 @@ def pack(
     optimize: Annotated[
         bool,
         typer.Option(
-            help="Let HQQ's solver place the zeros: a smaller error, and 5 to 20 times the time."
+            help="Let HQQ's solver place the zeros: a smaller error, and up to 20 times the time."
         ),
     ] = True,
     force: Annotated[

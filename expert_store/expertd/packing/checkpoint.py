@@ -17,9 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import torch
-import xxhash
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,25 +29,10 @@ from transformers.core_model_loading import (
 
 from expertd.errors import CheckpointError
 from expertd.pack.manifest import GateOrder
-from expertd.pack.tensor_file import TensorEntry, read_fully, read_header
+from expertd.pack.tensor_file import read_fully
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.codec import TORCH_DTYPES
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor of the checkpoint: where it is, and the file it is in."""
-
-    file: Path
-    entry: TensorEntry
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's name of it."""
-        return self.entry.name
+from expertd.packing.source import SourceTensor, find_tensors, fingerprint
 
 
 @dataclass(frozen=True)
@@ -86,8 +69,8 @@ class Checkpoint:
         """Reads the configuration and all headers. Raises :class:`CheckpointError`."""
         self.path = path
         self.architecture: Architecture = read_architecture(path)
-        tensors = _find_tensors(path)
-        self.fingerprint = _fingerprint(path, tensors)
+        tensors = find_tensors(path)
+        self.fingerprint = fingerprint(path, tensors)
         self._fds: dict[Path, int] = {}
         self._parameters: dict[str, _Parameter] = {}
         self.trunk: list[tuple[str, SourceTensor]] = []
@@ -286,56 +269,3 @@ def _check_each_expert(
             f"{module.layer}: it has that tensor for {len(found)} of {module.num_experts} "
             "experts; download the checkpoint again."
         )
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-def _find_tensors(path: Path) -> list[SourceTensor]:
-    """All tensors of the checkpoint. Raises :class:`CheckpointError`."""
-    index = path / INDEX_NAME
-    weight_map: dict[str, str] | None = None
-    if index.exists():
-        try:
-            weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error}); download it again.") from error
-        files = [path / name for name in sorted(set(weight_map.values()))]
-    elif (path / SINGLE_NAME).exists():
-        files = [path / SINGLE_NAME]
-    else:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it has no {SINGLE_NAME} and no {INDEX_NAME}; convert "
-            "other formats to safetensors first."
-        )
-    tensors: dict[str, SourceTensor] = {}
-    for file in files:
-        try:
-            for name, entry in read_header(file).items():
-                if weight_map is None or weight_map.get(name) == file.name:
-                    tensors[name] = SourceTensor(file, entry)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{path} lacks {file.name}, which its index names; download it again."
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
-            raise CheckpointError(f"{file} cannot be used: {error}; download it again.") from error
-    absent = sorted(set(weight_map or ()) - set(tensors))
-    if absent:
-        raise CheckpointError(
-            f"{path} lacks the tensor {absent[0]}, which its index names; download it again."
-        )
-    return list(tensors.values())
-
-
-def _fingerprint(path: Path, tensors: Sequence[SourceTensor]) -> str:
-    """Changes when the configuration, or the size, time or header of a weight file does."""
-    state = xxhash.xxh3_64((path / "config.json").read_bytes())
-    for file in sorted({tensor.file for tensor in tensors}):
-        stat = file.stat()
-        state.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    state.update(msgspec.json.encode([tensor.entry for tensor in tensors]))
-    return state.hexdigest()

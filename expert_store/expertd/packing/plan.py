@@ -22,8 +22,9 @@ from expertd.pack.manifest import (
 )
 from expertd.pack.tensor_file import build_header
 from expertd.packing.architecture import ExpertsModule
-from expertd.packing.checkpoint import Checkpoint, SourceTensor
+from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.schemes import Precision, Scheme
+from expertd.packing.source import SourceTensor
 
 MAX_FILE_BYTES = 4 << 30
 

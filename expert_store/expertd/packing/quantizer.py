@@ -22,8 +22,8 @@ and its stopping criterion is that of a few rows."""
 def quantize(weight: Tensor, matrix: Matrix, *, optimize: bool) -> dict[str, Tensor]:
     """The parts of ``matrix`` for ``weight`` [out, in] (floating), by their full names.
 
-    ``optimize`` runs HQQ's solver; without it the groups' extremes decide, 20 times faster
-    and a little less exact. Equal input gives equal bytes, on any number of cores. Raises
+    ``optimize`` runs HQQ's solver; without it the groups' extremes decide, 10 to 20 times faster
+    and less exact. Equal input gives equal bytes, on any number of cores. Raises
     ValueError if a weight is not finite or its group lies outside the range of fp16.
     """
     # Rows in whole groups; HQQ's own grouping of axis 1 is then ours.
