@@ -4,6 +4,7 @@ torch and transformers are imported only once the arguments are right and the da
 answered, so help and most refusals come at once.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -150,6 +151,7 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    output = _TextOutput(json=json, stream=stream)
     with ExitStack() as stack:
         if embedded is not None:
             if model is not None:
@@ -160,18 +162,19 @@ def generate(
         attachment = stack.enter_context(attach(model, socket))
         with _status("Loading the model"):
             _prepare_environment(verbose)
-            worker = stack.enter_context(_load(attachment, dtype, threads, reattach_seconds))
-        generation = expertd_inference.generate(
-            worker,
-            text,
-            settings,
-            chat=chat,
-            on_text=_writer(json=json, stream=stream),
-        )
+            worker = stack.enter_context(
+                _load(attachment, dtype, threads, reattach_seconds, output.say)
+            )
+        try:
+            generation = expertd_inference.generate(
+                worker, text, settings, chat=chat, on_text=output.write
+            )
+        finally:
+            output.end_line()
     if json:
         sys.stdout.buffer.write(msgspec.json.encode(generation.result) + b"\n")
         sys.stdout.buffer.flush()
-    else:
+    elif not sys.stdout.isatty():
         sys.stdout.write("\n")
     if generation.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -203,6 +206,7 @@ def _load(
     dtype: ComputeDtype | None,
     threads: int | None,
     reattach_seconds: float,
+    say: Callable[[str], None],
 ) -> "Worker":
     import torch
 
@@ -212,23 +216,41 @@ def _load(
         attachment,
         dtype=None if dtype is None else getattr(torch, dtype),
         reattach_seconds=reattach_seconds,
+        say=say,
     )
 
 
-def _writer(*, json: bool, stream: bool) -> Callable[[str], None] | None:
-    """Where new text goes while it comes, if anywhere."""
-    if json and not stream:
-        return None
-    output = sys.stderr if json else sys.stdout
-    if hasattr(output, "reconfigure"):
-        # A terminal that cannot show a character is no reason to stop.
-        output.reconfigure(errors="replace")
+class _TextOutput:
+    """Where new text goes while it comes, if anywhere, and what is said in between."""
 
-    def write(text: str) -> None:
-        output.write(text)
-        output.flush()
+    def __init__(self, *, json: bool, stream: bool) -> None:
+        self._output = sys.stderr if json else sys.stdout
+        self._silent = json and not stream
+        self._in_line = False
+        if isinstance(self._output, io.TextIOWrapper):
+            # A terminal that cannot show a character is no reason to stop.
+            self._output.reconfigure(errors="replace")
 
-    return write
+    @property
+    def write(self) -> Callable[[str], None] | None:
+        """What takes the text, piece by piece; None if nobody wants it."""
+        return None if self._silent else self._write
+
+    def say(self, message: str) -> None:
+        """A line on stderr."""
+        self.end_line()
+        sys.stderr.write(f"expert-run: {message}\n")
+        sys.stderr.flush()
+
+    def end_line(self) -> None:
+        """Lets what stderr says begin a line of its own, where both are seen together."""
+        if self._in_line and (self._output is sys.stderr or self._output.isatty()):
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        self._output.write(text)
+        self._output.flush()
+        self._in_line = not text.endswith("\n")
 
 
 @contextmanager

@@ -41,7 +41,12 @@ class EmbeddedDaemon:
         manifest = read_manifest(self.pack).manifest
         self._budget = str(ram if ram is not None else default_ram_bytes(manifest))
         # Short, and under /tmp: a Unix socket's path may have 107 bytes at most.
-        self._directory = Path(tempfile.mkdtemp(prefix="expertd-"))
+        try:
+            self._directory = Path(tempfile.mkdtemp(prefix="expertd-"))
+        except OSError as error:
+            raise UnavailableError(
+                f"There is no room for an embedded daemon's socket: {error}; set TMPDIR."
+            ) from error
         self.socket = self._directory / "s"
         self._process: subprocess.Popen[str] | None = None
         try:

@@ -120,7 +120,7 @@ class ExpertsRunner:
         arena's memory beside the new one's, and nobody would count its experts' heat.
         """
         while not self._source.connected:
-            self._recover(UnavailableError("The daemon closed the session."))
+            self._recover(UnavailableError("The daemon is gone."))
 
     def _recover(self, error: Exception) -> None:
         self._recovery.recover(error)

@@ -60,13 +60,13 @@ class Recovery:
         deadline = time.monotonic() + self.reattach_seconds
         if isinstance(error, SessionLostError):
             try:
-                self._source.reattach(min(QUIET_SECONDS, self.reattach_seconds))
+                self._source.reattach(QUIET_SECONDS)
             except UnavailableError:
                 pass
             else:
                 return
         if self.reattach_seconds <= 0:
-            raise error
+            raise UnavailableError("The daemon is gone.") from error
         self._say("daemon gone, waiting to re-attach")
         try:
             self._source.reattach(max(0.0, deadline - time.monotonic()))

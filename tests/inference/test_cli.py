@@ -106,6 +106,35 @@ def test_embedded_with_stream(packed: Make) -> None:
     assert result["nvme_misses"] > 0
 
 
+def test_embedded_daemon_that_is_killed(packed: Make) -> None:
+    pack = packed("example")
+    process = subprocess.Popen(
+        [
+            *(*COMMAND, "generate", "--embedded", pack, "-p", PROMPT, "--json", "--stream"),
+            *("--max-new-tokens", "900"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_text(process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1
+    os.kill(int(children[0]), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert stdout == b""
+    assert stderr.decode().splitlines()[-1] == "expert-run: The daemon is gone."
+
+
+def test_interrupted_while_it_loads(daemon: Daemon) -> None:
+    process = start(daemon.socket)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+
+
 def test_no_daemon(tmp_path: Path) -> None:
     begin = time.monotonic()
     done = run("generate", "--socket", tmp_path, "--model", "m", "-p", "x")
@@ -216,7 +245,7 @@ def test_daemon_that_stays_away(packed: Make) -> None:
     assert stdout == b"", "no half object"
     assert b"Traceback" not in stderr
     lines = stderr.decode().splitlines()
-    assert "daemon gone, waiting to re-attach" in lines[-2]
+    assert lines[-2] == "expert-run: daemon gone, waiting to re-attach"
     assert lines[-1].startswith("expert-run: The daemon is gone and none came back within 0.5 s")
 
 
