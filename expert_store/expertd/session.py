@@ -14,6 +14,7 @@ from expertd.residency import Entries
 from expertd.session_page import MISSED, SessionPage, session_page_bytes
 
 MAX_FETCHES_IN_FLIGHT = 8
+MAX_LEASES = 64
 _MAX_ROUND = 1 << 32
 
 
@@ -51,6 +52,7 @@ class Session:
         self._last_fetch = 0
         self._tail = 0
         self._misses = 0
+        self._hits = 0
         self._leases_ended = 0
         self._progress = (0, 0)
         self._stalled_since: float | None = None
@@ -98,6 +100,12 @@ class Session:
             raise PreconditionError(
                 f"session {self.id} has {self.fetches_in_flight} fetches in flight; wait for one."
             )
+        # A client releases before it fetches again: more are a leak, and fill our memory.
+        self._end_released()
+        if len(self._leases) >= MAX_LEASES:
+            raise PreconditionError(
+                f"session {self.id} has {len(self._leases)} fetches leased; release them first."
+            )
         self._last_fetch = number
         self.fetches_in_flight += 1
 
@@ -110,10 +118,7 @@ class Session:
         """Reads the page: ends released leases, takes in touches."""
         if not self.is_worker:
             return
-        released = self.page.released_fetch
-        for number in [number for number in self._leases if number <= released]:
-            self.model.unhold(self._leases.pop(number))
-            self._leases_ended += 1
+        self._end_released()
         self._drain_ring()
 
     def stalled_seconds(self, now: float) -> float:
@@ -172,21 +177,26 @@ class Session:
         self.model.unhold(unpinned)
         return len(unpinned)
 
+    def _end_released(self) -> None:
+        released = self.page.released_fetch
+        for number in [number for number in self._leases if number <= released]:
+            self.model.unhold(self._leases.pop(number))
+            self._leases_ended += 1
+
     def _drain_ring(self) -> None:
         # Misses first: the worker stores them last, so a write in between can only make
-        # them too few this time, never more than the touches.
+        # them too few this time; the next then takes them out of the hits counted before.
         misses, head = self.page.num_misses, self.page.num_touches
         count, capacity = head - self._tail, self.page.ring_entries
         missed = misses - self._misses
-        if not 0 <= missed <= count <= _MAX_ROUND:
-            # Counters that run backwards or leap are a lie: believe nothing of this round.
-            self._tail, self._misses = head, misses
+        self._tail, self._misses = head, misses
+        if not (0 <= count <= _MAX_ROUND and 0 <= missed <= count + self._hits):
+            return  # counters that run backwards or leap are a lie: nothing of this is believed
+        if not count and not missed:
             return
-        if not count:
-            return
+        self._hits += count - missed
         readable = min(count, capacity)
         start = (head - readable) % capacity
         raw = self._ring[np.arange(start, start + readable) % capacity]
         entries: Entries = (raw & np.uint32(MISSED - 1)).astype(np.int64)
         self.model.touched(entries[entries < self.model.num_entries], count, missed)
-        self._tail, self._misses = head, misses
