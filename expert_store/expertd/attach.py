@@ -131,7 +131,7 @@ class AttachServer:
 
     def __init__(self, store: Store, path: Path) -> None:
         self.store = store
-        self._connections: set[AttachConnection] = set()
+        self._connections: dict[AttachConnection, None] = {}  # in the order of their coming
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._listener.bind(str(path))
         path.chmod(store.config.socket_mode)
@@ -163,7 +163,7 @@ class AttachServer:
 
     def forget(self, connection: AttachConnection) -> None:
         """Takes note that a connection was closed."""
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
 
     def close(self) -> None:
         """Stops listening; the sessions stay. Twice is harmless."""
@@ -189,9 +189,8 @@ class AttachServer:
             loop.remove_reader(self._listener)
             loop.call_later(_ACCEPT_PAUSE_SECONDS, self._listen)
             return
-        pending = sum(connection.session is None for connection in self._connections)
-        if pending >= _MAX_PENDING:
-            peer.close()
-            return
+        pending = [connection for connection in self._connections if connection.session is None]
+        if len(pending) >= _MAX_PENDING:
+            pending[0].close()  # a worker says hello at once, so the longest silent is none
         peer.setblocking(False)
-        self._connections.add(AttachConnection(self, peer))
+        self._connections[AttachConnection(self, peer)] = None
