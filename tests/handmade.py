@@ -65,7 +65,7 @@ def make_pack(
         architecture="HandmadeForCausalLM",
         model_type="handmade",
         scheme="bf16",
-        dtype="bfloat16",
+        dtype="BF16",
         gate_order=GateOrder.CONCATENATED,
         layers=tuple(rows),
         layouts=(layout,),
