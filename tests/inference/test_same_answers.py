@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from expertd.pack.manifest import read_manifest
 from expertd.packing.codec import dequantize, record_parts
@@ -17,6 +18,7 @@ from tests.inference.worker_process import WorkerProcess
 
 Make = Callable[..., Any]
 
+EXAMPLE = Path(__file__).parents[2] / "examples/tiny-mixtral"
 NAMED = ("example", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
 
@@ -40,8 +42,7 @@ def test_budgets_and_workers(
     processes: list[WorkerProcess],
 ) -> None:
     pack = packed(architecture)
-    # Of one length, so that all three are in the prefill's waves and then in decode at once.
-    prompts = [prompt_of(30, seed=seed) for seed in range(3)]
+    prompts = prompts_for(architecture)
     expected = [greedy(stock(architecture), prompt, 20) for prompt in prompts]
     with serving({"m": pack}, ram=budgets(pack)[budget]) as daemon:
         processes[0].begin(daemon.socket, "m", prompts[0], 20)
@@ -55,6 +56,18 @@ def test_budgets_and_workers(
             assert misses < 3 * read_manifest(pack).manifest.num_experts / 2
         elif budget == "least":
             assert misses > 0, "so small a budget must have made them miss"
+
+
+def prompts_for(architecture: str) -> list[list[int]]:
+    """Of one length, so that three workers are in the prefill's waves, then in decode, at once.
+
+    The trained model gets text that it was not trained on.
+    """
+    if architecture != "example":
+        return [prompt_of(30, seed=seed) for seed in range(3)]
+    text = (EXAMPLE / "heldout.txt").read_text()
+    tokens = AutoTokenizer.from_pretrained(EXAMPLE)(text[:20_000]).input_ids
+    return [tokens[start : start + 30] for start in (100, 1000, 2000)]
 
 
 @pytest.mark.parametrize("scheme", ["8bit", "4bit", "paper-3bit", "paper-2bit"])
