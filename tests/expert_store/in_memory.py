@@ -17,6 +17,7 @@ from expertd.handshake import Role
 from expertd.hosted_model import HostedModel
 from expertd.session import Session
 from expertd.store import Store
+from tests.handmade import PAGE, record
 
 
 class Worker:
@@ -109,3 +110,23 @@ def assert_nothing_held(store: Store) -> None:
     resident = sum(model.resident_bytes for model in store.models.values())
     retired = sum(model.reclaimer.bytes_retired for model in store.models.values())
     assert store.slots.extents.bytes_used == resident + retired
+
+
+def assert_consistent(store: Store) -> None:
+    """What holds between any two ticks of the loop; models must be of handmade packs."""
+    pages: list[int] = []
+    for model in store.models.values():
+        assert model._holds.min() >= 0, "a hold was given back once too often"
+        for entry in range(model.num_entries):
+            location, extent = unpack_word(model.directory.word(entry)), model.extent(entry)
+            assert (location is None) == (extent is None)
+            if location is not None and extent is not None:
+                assert location.offset == extent.offset
+                there = store.arena.view[extent.offset : extent.offset + extent.num_bytes]
+                assert there == record(*model.expert(entry), extent.num_bytes)
+        extents = [extent for e in range(model.num_entries) if (extent := model.placed(e))]
+        extents += [extent for _, extent in model.reclaimer._retired]
+        for offset, num_bytes in extents:
+            pages += range(offset, offset + num_bytes, PAGE)
+    assert len(pages) == len(set(pages)), "two records overlap"
+    assert store.slots.extents.bytes_used == len(pages) * PAGE

@@ -1,180 +1,249 @@
-"""Room: granted whole and in order, made by evicting the coldest, never what is held."""
+"""Room: granted whole and in order, made by evicting the coldest, never from who holds it."""
 
 import asyncio
+import random
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.expert_store.small_store import RECORD, Worker, small_store, until
+from expertd.errors import CapacityError
+from expertd.hosted_model import HostedModel
+from expertd.store import Store
+from tests.expert_store.in_memory import (
+    Worker,
+    assert_consistent,
+    assert_nothing_held,
+    storing,
+    until,
+)
+from tests.handmade import PAGE, make_pack
 
 
-async def test_the_coldest_records_go(tmp_path: Path) -> None:
-    async with small_store(tmp_path, 4) as store:
-        model = store.add()
-        worker = Worker(store)
-        await worker.use(0, 1, 2, 3)
-        for _ in range(3):
-            await worker.use(0, 2, 3)
-        await worker.use(9)
-        assert store.resident(model) == {0, 2, 3, 9}
-        store.check()
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Records of one, two and four pages, three layers of eight experts."""
+    path = tmp_path_factory.mktemp("slots")
+    sizes = {"small": 1, "middle": 2, "large": 4}
+    return {name: make_pack(path / name, record_bytes=n * PAGE) for name, n in sizes.items()}
 
 
-async def test_an_idle_models_records_go_first(tmp_path: Path) -> None:
-    async with small_store(tmp_path, 8) as store:
-        idle, busy = store.add("idle"), store.add("busy")
-        sleeper, worker = Worker(store, "idle"), Worker(store, "busy")
+def only(packs: dict[str, Path], *names: str) -> dict[str, Path]:
+    return {name: packs[name] for name in names}
+
+
+@pytest.fixture
+async def store(packs: dict[str, Path]) -> AsyncIterator[Store]:
+    """Room for eight records, of which a token uses six."""
+    async with storing({"small": packs["small"]}, 8 * PAGE) as store:
+        yield store
+
+
+async def use(worker: Worker, *entries: int) -> None:
+    """One step of a worker."""
+    await worker.fetch(*entries)
+    worker.page.touch(entries)
+    worker.release()
+
+
+def resident(model: HostedModel) -> set[int]:
+    return {entry for entry in range(model.num_entries) if model.is_resident(entry)}
+
+
+async def test_the_coldest_records_go(store: Store) -> None:
+    worker = Worker(store, "small")
+    await use(worker, *range(8))
+    for _ in range(3):
+        await use(worker, 0, 2, 3, 4, 6, 7)
+    await use(worker, 9, 10)
+    assert resident(worker.model) == {0, 2, 3, 4, 6, 7, 9, 10}
+    assert_consistent(store)
+
+
+async def test_the_coldest_of_all_models_go(packs: dict[str, Path]) -> None:
+    """An idle model's records, however hot they were, make room for a busy one's."""
+    async with storing(only(packs, "small", "middle"), 24 * PAGE) as store:
+        idle, busy = Worker(store, "small"), Worker(store, "middle")
         for _ in range(20):
-            await sleeper.use(0, 1, 2, 3)
+            await use(idle, *range(8))
         for _ in range(100):
-            await worker.use(0, 1, 2, 3)
-        for entry in range(4, 8):
-            await worker.use(entry)
-        assert store.resident(busy) == set(range(8))
-        assert store.resident(idle) == set()
+            await use(busy, *range(6))
+        await use(busy, *range(6, 12))
+        assert resident(busy.model) == set(range(12))
+        assert resident(idle.model) == set()
+        assert_consistent(store)
 
 
-async def test_first_come_first_served_and_all_or_nothing(tmp_path: Path) -> None:
-    """Each needs more than half: were halves granted, both would wait for ever."""
-    async with small_store(tmp_path, 5) as store:
-        store.add()
-        workers = [Worker(store) for _ in range(4)]
-        done: list[int] = []
+async def test_two_that_need_more_than_half_do_not_starve_each_other(store: Store) -> None:
+    """Were each granted what is free now, all would wait for ever."""
+    workers = [Worker(store, "small") for _ in range(4)]
+    done: list[int] = []
 
-        async def step(number: int) -> None:
-            first = number * 3
-            await workers[number].fetch(first, first + 1, first + 2, (first + 7) % 24)
-            done.append(number)
-            await asyncio.sleep(0.001)
-            workers[number].release()
+    async def step(number: int) -> None:
+        await workers[number].fetch(*[(number * 5 + i) % 24 for i in range(6)])
+        done.append(number)
+        await asyncio.sleep(0.001)
+        workers[number].release()
 
-        await asyncio.wait_for(asyncio.gather(*map(step, range(4))), 20)
-        assert done == [0, 1, 2, 3]
-        store.check_idle()
+    await asyncio.wait_for(asyncio.gather(*map(step, range(4))), 5)
+    assert done == [0, 1, 2, 3]
+    assert_nothing_held(store)
 
 
-async def test_a_worker_that_holds_delays_reuse_and_is_nudged(tmp_path: Path) -> None:
-    async with small_store(tmp_path, 2) as store:
-        model = store.add()
-        holder, other = Worker(store), Worker(store)
-        await holder.fetch(0, 1)
-        waiting = asyncio.create_task(other.fetch(2, 3))
-        await until(lambda: holder.num_nudges > 3)
-        assert store.resident(model) == {0, 1}, "leased records were evicted"
-        assert not waiting.done()
-        holder.release()
-        assert await waiting == 2
-        assert not holder.hung_up
-        store.check()
+async def test_bytes_are_not_reused_while_somebody_may_read_them(store: Store) -> None:
+    """The words are withdrawn at once, the bytes wait for the reader's epoch."""
+    reader, other = Worker(store, "small"), Worker(store, "small")
+    await use(reader, *range(8))
+    reader.holding = True  # it found all of them by itself
+    fetch = asyncio.create_task(other.fetch(8))
+    await until(lambda: reader.model.reclaimer.bytes_retired)
+    for _ in range(5):
+        await asyncio.sleep(0.002)
+        assert_consistent(store)  # among others: nothing overlaps what is retired
+    assert not fetch.done()
+    reader.holding = False
+    assert await fetch == 1
 
 
-async def test_readers_without_leases_keep_their_bytes(tmp_path: Path) -> None:
-    """Words are withdrawn at once, but the bytes wait for the epoch."""
-    async with small_store(tmp_path, 2) as store:
-        model = store.add()
-        reader, other = Worker(store), Worker(store)
-        await reader.use(0, 1)
-        reader.holding = True  # it found both resident, without a fetch
-        offset = model.extent(0).offset
-        waiting = asyncio.create_task(other.fetch(2))
-        await until(lambda: model.reclaimer.bytes_retired)
-        assert store.arena.view[offset : offset + RECORD] == store.expected(model, 0)
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        reader.release()
-        await waiting
-        store.check()
-
-
-async def test_who_stands_still_is_cut_off_and_told_first(tmp_path: Path) -> None:
-    async with small_store(tmp_path, 2, stall_seconds=0.05) as store:
-        store.add()
-        stuck, other = Worker(store), Worker(store)
-        await stuck.fetch(0, 1)
-        page_bytes = stuck.session.memory.view[:4096]
-        assert await other.fetch(2, 3) == 2
-        assert stuck.hung_up
-        assert stuck.session.closed
-        assert page_bytes.cast("Q")[6] == 1, "its page does not say revoked"
-        assert stuck.session.token not in store.sessions
-        other.release()
-        store.check_idle()
-
-
-async def test_nobody_is_cut_off_while_nobody_waits(tmp_path: Path) -> None:
-    async with small_store(tmp_path, 2, stall_seconds=0.03) as store:
-        store.add()
-        slow, other = Worker(store), Worker(store)
-        await slow.fetch(0, 1)
-        await asyncio.sleep(0.06)
-        waiting = asyncio.create_task(other.fetch(2))
-        await asyncio.sleep(0.01)
-        slow.release()
-        await waiting
-        assert not slow.hung_up
-
-
-async def test_impatient_callers_do_not_save_who_stands_still(tmp_path: Path) -> None:
-    """Each gives up before the stall is over; together they have waited long enough."""
-    async with small_store(tmp_path, 2, stall_seconds=0.1) as store:
-        store.add()
-        stuck, other = Worker(store), Worker(store)
-        await stuck.fetch(0, 1)
+async def test_who_gives_up_waiting_does_not_save_who_stands_still(
+    packs: dict[str, Path],
+) -> None:
+    """Each caller has less patience than the stall; together they have waited long enough."""
+    async with storing(only(packs, "small"), 8 * PAGE, stall_seconds=0.1) as store:
+        stuck, hasty = Worker(store, "small"), Worker(store, "small")
+        await stuck.fetch(*range(8))
+        stuck.holding = True
         for _ in range(6):
             try:
-                await other.fetch(2, 3, seconds=0.04)
+                await asyncio.wait_for(hasty.fetch(8), 0.04)
                 break
             except TimeoutError:
                 pass
-        assert stuck.hung_up
+        assert stuck.closed
 
 
-async def test_records_scattered_between_larger_ones_make_way(tmp_path: Path) -> None:
-    """Bytes enough, but in no hole large enough: what lies between has to go."""
-    async with small_store(tmp_path, 8) as store:
-        small, large = store.add("small"), store.add("large", record_bytes=4 * RECORD)
-        little, big = Worker(store, "small"), Worker(store, "large")
-        for entry in range(8):
-            await little.use(entry)
-        for _ in range(4):
-            await little.use(0, 1, 2, 7)  # hot at both ends
-        await big.use(0, 1)
-        assert store.resident(large) == {0, 1}
-        assert store.resident(small) == set()
-        store.check_idle()
-
-
-async def test_what_the_caller_holds_itself_makes_way_too(tmp_path: Path) -> None:
-    """A large record in the middle leaves no hole for the second one: it moves."""
-    async with small_store(tmp_path, 10) as store:
-        store.add("small")
-        large = store.add("large", record_bytes=4 * RECORD)
-        little, big = Worker(store, "small"), Worker(store, "large")
-        await little.use(0, 1, 2)
-        await big.use(0)
-        assert large.extent(0).offset == 3 * RECORD
-        assert await big.fetch(0, 1, seconds=5) == 2
-        assert store.resident(large) == {0, 1}
-        big.release()
-        store.check_idle()
-
-
-@pytest.mark.parametrize("free", [(0, 5, 6, 7), (1, 2, 3, 4), (0, 1, 2, 3)])
-async def test_what_is_taken_early_is_not_in_the_way_of_the_rest(
-    tmp_path: Path, free: tuple[int, ...]
-) -> None:
-    """Of eight, four come free in the wrong places and the others later."""
-    async with small_store(tmp_path, 8) as store:
-        small, large = store.add("small"), store.add("large", record_bytes=4 * RECORD)
-        little, other, big = Worker(store, "small"), Worker(store, "small"), Worker(store, "large")
-        for entry in range(8):
-            await little.use(entry)
-        await other.fetch(*set(range(8)) - set(free))
-        waiting = asyncio.create_task(big.fetch(0, 1))
-        await until(lambda: store.resident(small).isdisjoint(free))
-        await asyncio.sleep(0.005)
+async def test_standing_still_costs_nothing_while_nobody_waits(packs: dict[str, Path]) -> None:
+    async with storing(only(packs, "small"), 8 * PAGE, stall_seconds=0.05) as store:
+        slow, other = Worker(store, "small"), Worker(store, "small")
+        await slow.fetch(*range(7))
+        slow.holding = True
+        await other.fetch(8)
         other.release()
-        assert await asyncio.wait_for(waiting, 5) == 2
-        assert store.resident(large) == {0, 1}
+        await asyncio.sleep(0.1)
+        fetch = asyncio.create_task(other.fetch(9, 10))
+        await asyncio.sleep(0.01)
+        slow.holding = False
+        slow.release()
+        await fetch
+        assert not slow.closed
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_what_is_free_early_is_not_in_the_way_of_the_rest(
+    packs: dict[str, Path], seed: int
+) -> None:
+    """Pages come free at random; taking the first hole at once would often cut the rest in two."""
+    async with storing(only(packs, "small", "large"), 32 * PAGE) as store:
+        little, others, big = Worker(store, "small"), [], Worker(store, "large")
+        scattered = random.Random(seed).sample(range(24), 24)
+        await use(big, 0, 1)
+        for entry in scattered:
+            await use(little, entry)
+        for entry in scattered[:6]:
+            others.append(Worker(store, "small"))
+            await others[-1].fetch(entry)
+        fetch = asyncio.create_task(big.fetch(*range(8)))
+        for other in others:
+            await asyncio.sleep(0.003)
+            other.release()
+        assert await asyncio.wait_for(fetch, 3) >= 6
+        assert resident(big.model) == set(range(8))
+        assert_consistent(store)
+
+
+async def test_a_large_record_in_the_middle_moves(packs: dict[str, Path]) -> None:
+    async with storing(only(packs, "small", "large"), 30 * PAGE) as store:
+        little, big = Worker(store, "small"), Worker(store, "large")
+        await use(little, 0, 1, 2)
+        await use(big, 0)
+        extent = big.model.extent(0)
+        assert extent is not None
+        assert extent.offset == 3 * PAGE
+        assert await asyncio.wait_for(big.fetch(*range(7)), 3) == 7
+        assert_consistent(store)
         big.release()
-        store.check_idle()
+        assert_nothing_held(store)
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["fetch", "release", "pin", "unpin", "detach", "unload", "hint", "touch"]),
+        st.sampled_from(["small", "middle", "large"]),
+        st.integers(0, 23),
+        st.integers(1, 9),
+    ),
+    min_size=4,
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=steps)
+def test_whatever_happens_bytes_are_neither_lost_nor_used_twice(
+    packs: dict[str, Path], steps: list[tuple[str, str, int, int]]
+) -> None:
+    """And what the store says fits is granted as soon as the others are idle."""
+    asyncio.run(_play(packs, steps))
+
+
+async def _play(packs: dict[str, Path], steps: list[tuple[str, str, int, int]]) -> None:
+    async with storing({}, 44 * PAGE, fetch_seconds=2.0) as store:
+        workers: dict[str, Worker] = {}
+        for what, name, first, count in steps:
+            if name not in store.models:
+                try:
+                    await store.load_model(name, packs[name])
+                except CapacityError:
+                    assert any(worker.session.pins for worker in workers.values())
+                    continue
+            if name not in workers:
+                workers[name] = Worker(store, name)
+            worker, entries = workers[name], [(first + i) % 24 for i in range(count)]
+            for other in workers.values():
+                other.release()
+            await _step(store, workers, worker, what, entries)
+            assert_consistent(store)
+
+
+async def _step(
+    store: Store, workers: dict[str, Worker], worker: Worker, what: str, entries: list[int]
+) -> None:
+    model, session = worker.model, worker.session
+    if what == "fetch":
+        fits = store.records.max_fetch_records(model)
+        if len(set(entries) - session.pins) <= fits:
+            await worker.fetch(*entries)
+            assert all(worker.read(entry) for entry in entries)
+        else:
+            with pytest.raises(CapacityError, match=f"waves of {fits}"):
+                await worker.fetch(*entries)
+    elif what == "pin":
+        try:
+            await store.records.pin(session, entries)
+        except CapacityError as error:
+            assert error.requested > error.available  # noqa: PT017 - both are fine
+    elif what == "unpin":
+        session.unpin(entries)
+    elif what == "hint":
+        store.records.prefetch(session, entries, 0)
+        await asyncio.sleep(0.002)
+    elif what == "touch":
+        worker.page.touch(entries)
+    elif what == "detach":
+        store.detach(session)
+        del workers[model.name]
+    elif what == "unload":
+        await asyncio.wait_for(store.unload_model(model.name), 2)
+        del workers[model.name]
