@@ -316,17 +316,19 @@ class TestHints:
         assert model.is_resident(0)
         assert model.is_resident(1)
 
-    async def test_a_newer_hint_supersedes_what_has_not_begun(self, store: Store) -> None:
-        worker, model = Worker(store), store.models["m"]
-        file = disk(model)
-        file.faults.gate.clear()
-        store.records.prefetch(worker.session, list(range(8)), 0)
-        await until(lambda: len(file.offsets) == 2)
-        store.records.prefetch(worker.session, [20], 0)
-        file.faults.gate.set()
-        await until(lambda: model.is_resident(20))
-        assert model.num_resident == 3, "the two that had begun, and the new one"
-        assert model.counters.prefetch_issued == 3
+    async def test_a_newer_hint_supersedes_what_has_not_begun(self, pack: Path) -> None:
+        async with storing({"m": pack}, ROOM * RECORD, loader_threads=1) as store:
+            worker, model = Worker(store), store.models["m"]
+            file = disk(model)
+            file.faults.gate.clear()
+            store.records.prefetch(worker.session, list(range(8)), 0)
+            await until(lambda: len(model.loads) == 2 and file.offsets)
+            store.records.prefetch(worker.session, [20], 0)
+            assert list(model.loads) == [0], "the one that is being read"
+            file.faults.gate.set()
+            await until(lambda: model.is_resident(20))
+            assert model.num_resident == 2
+            assert model.counters.prefetch_issued == 2
 
     async def test_a_session_that_ends_hints_no_more(self, store: Store) -> None:
         worker, model = Worker(store), store.models["m"]

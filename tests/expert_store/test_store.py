@@ -153,24 +153,39 @@ class TestUnload:
             slow.release()
             await unload
 
-    async def test_drops_hints_and_waits_for_reads(self, packs: dict[str, Path]) -> None:
+    async def test_drops_hints(self, packs: dict[str, Path]) -> None:
         async with storing(packs, 16 * PAGE) as store:
             worker = Worker(store, "two")
             file = disk(worker.model)
             file.faults.gate.clear()
             store.records.prefetch(worker.session, list(range(6)), 0)
-            read = asyncio.create_task(store.records.read(worker.model, 9))
-            await until(lambda: len(file.offsets) == 3)
+            await until(lambda: len(file.offsets) == 2)
+            unload = asyncio.create_task(store.unload_model("two"))
+            await asyncio.sleep(0.01)
+            assert not unload.done()
+            file.faults.gate.set()
+            await unload
+            assert len(file.offsets) == 2
+            assert store.slots.extents.bytes_used == 0
+
+    async def test_waits_for_a_read_that_nobody_wants_any_more(
+        self, packs: dict[str, Path]
+    ) -> None:
+        async with storing(packs, 16 * PAGE) as store:
+            model = store.models["two"]
+            file = disk(model)
+            file.faults.gate.clear()
+            read = asyncio.create_task(store.records.read(model, 9))
+            await until(lambda: file.offsets)
             read.cancel()  # its thread reads on all the same
             unload = asyncio.create_task(store.unload_model("two"))
             await asyncio.sleep(0.03)
-            assert not unload.done()
             assert file.fd >= 0
             file.faults.gate.set()
             await unload
             assert file.fd < 0
-            assert len(file.offsets) == 3
-            assert store.slots.extents.bytes_used == 0
+            with pytest.raises(PreconditionError, match="being unloaded"):
+                await store.records.read(model, 9)
 
     async def test_goes_on_without_its_caller(self, packs: dict[str, Path]) -> None:
         async with storing(packs, 16 * PAGE) as store:
