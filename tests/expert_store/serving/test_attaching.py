@@ -1,6 +1,7 @@
 """Who may attach, with what they get, and what opens to whom."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -74,12 +75,14 @@ def test_a_token_of_another_incarnation(roomy: Daemon) -> None:
 def test_admin_calls_of_a_worker(roomy: Daemon, name: str) -> None:
     with RawWorker(roomy.socket) as worker, pytest.raises(PermissionDeniedError, match="admin"):
         worker.call(name, OF_AN_ADMIN[name])
-    with handshake(roomy.socket, Role.READER, "", 5) as greeting:
-        with Caller(roomy.socket, greeting.credentials) as reader:
-            with pytest.raises(PermissionDeniedError):
-                reader.call(name, OF_AN_ADMIN[name])
-            with pytest.raises(PreconditionError, match="attach to a model"):
-                reader.call("Fetch", FETCH)
+    with (
+        handshake(roomy.socket, Role.READER, "", 5) as greeting,
+        Caller(roomy.socket, greeting.credentials) as reader,
+    ):
+        with pytest.raises(PermissionDeniedError):
+            reader.call(name, OF_AN_ADMIN[name])
+        with pytest.raises(PreconditionError, match="attach to a model"):
+            reader.call("Fetch", FETCH)
     assert_serves(roomy.socket)
 
 
@@ -176,7 +179,7 @@ def test_watched_stats_come_at_the_asked_interval(roomy: Daemon) -> None:
     with Caller(roomy.socket) as caller:
         watching = caller.stub.WatchStats(pb.WatchStatsRequest(interval_seconds=0.1), timeout=20)
         uptimes = [next(watching).stats.uptime_seconds for _ in range(6)]
-        pauses = [after - before for before, after in zip(uptimes, uptimes[1:], strict=False)]
+        pauses = [after - before for before, after in pairwise(uptimes)]
         assert min(pauses) > 0.09
         assert sum(pauses) < 2
         watching.cancel()
@@ -185,7 +188,14 @@ def test_watched_stats_come_at_the_asked_interval(roomy: Daemon) -> None:
             with pytest.raises(grpc.RpcError) as raised:
                 next(caller.stub.WatchStats(request, timeout=5))
             assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        with pytest.raises(InvalidInputError, match="absolute"):
-            with handshake(roomy.socket, Role.ADMIN, "", 5) as greeting:
-                caller.credentials = greeting.credentials
-                caller.call("LoadModel", pb.LoadModelRequest(name="n", pack_path="pack"))
+
+
+def test_load_of_a_relative_path(roomy: Daemon) -> None:
+    """The daemon's working directory is not its caller's."""
+    request = pb.LoadModelRequest(name="n", pack_path="pack")
+    with (
+        handshake(roomy.socket, Role.ADMIN, "", 5) as greeting,
+        Caller(roomy.socket, greeting.credentials) as caller,
+        pytest.raises(InvalidInputError, match="absolute"),
+    ):
+        caller.call("LoadModel", request)

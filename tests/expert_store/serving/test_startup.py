@@ -196,10 +196,12 @@ def test_no_torch_and_hardly_any_work_when_idle(
 
 
 def test_stop_with_silent_connections(pack: Path) -> None:
-    with serving({"m": pack}, ram="1MiB") as daemon:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-            silent.connect(str(daemon.socket / ATTACH_SOCKET))
-            began = time.monotonic()
-            assert daemon.terminate() == 0
-            assert time.monotonic() - began < 2
-            assert silent.recv(1) == b""
+    with (
+        serving({"m": pack}, ram="1MiB") as daemon,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent,
+    ):
+        silent.connect(str(daemon.socket / ATTACH_SOCKET))
+        began = time.monotonic()
+        assert daemon.terminate() == 0
+        assert time.monotonic() - began < 2
+        assert silent.recv(1) == b""
