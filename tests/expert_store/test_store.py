@@ -1,6 +1,8 @@
 """Several models under one budget, and their coming and going."""
 
 import asyncio
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from expertd.errors import (
     UnauthenticatedError,
 )
 from expertd.handshake import Role
+from expertd.store import Store
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack
+from tests.handmade import PAGE, make_pack, record
 
 
 @pytest.fixture(scope="session")
@@ -216,6 +219,43 @@ class TestUnload:
                 await queued
             first.release()
             await unload
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_records_of_all_sizes_by_everybody_at_once(packs: dict[str, Path], seed: int) -> None:
+    """Little room in odd pieces, pins and hints in between: right bytes, and nobody starves."""
+    draw = random.Random(seed)
+    sizes = {"one": PAGE, "two": 2 * PAGE, "three": 3 * PAGE}
+
+    async def work(store: Store, name: str) -> None:
+        worker = Worker(store, name)
+        for _ in range(60):
+            most = min(store.records.max_fetch_records(worker.model), worker.model.num_entries)
+            entries = draw.sample(range(worker.model.num_entries), draw.randint(1, max(1, most)))
+            with suppress(CapacityError):  # another has pinned since
+                await worker.fetch(*entries)
+                worker.holding = True
+                await asyncio.sleep(draw.random() / 1000)
+                for entry in entries:
+                    assert worker.read(entry) == record(*divmod(entry, 8), sizes[name])
+            worker.holding = False
+            worker.release()
+            chance = draw.random()
+            if chance < 0.2:
+                store.records.prefetch(worker.session, draw.sample(range(8), 3), 0)
+            elif chance < 0.3:
+                with suppress(CapacityError):
+                    await store.records.pin(worker.session, draw.sample(range(8), 1))
+            elif chance < 0.5:
+                worker.session.unpin(worker.session.pins.copy())
+        store.detach(worker.session)
+
+    async with storing(packs, 14 * PAGE, fetch_seconds=3) as store:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            for name in (*packs, *packs):
+                group.create_task(work(store, name))
+        await until(lambda: not any(model.loads for model in store.models.values()))
+        assert_nothing_held(store)
 
 
 async def test_closing_in_the_middle_of_everything(packs: dict[str, Path]) -> None:
