@@ -17,7 +17,7 @@ class Faults:
     end: int | None = None
     """Where the file seems to end."""
     most_bytes: int | None = None
-    """No read returns more: short reads."""
+    """No read returns more: short reads. Of a file read directly, give whole 4 KiB."""
     flipped: set[int] = field(default_factory=set)
     """Offsets of bytes that come with one bit wrong."""
     gate: threading.Event = field(default_factory=threading.Event)

@@ -140,21 +140,21 @@ class Loader:
                     return
                 job = (self._urgent or self._hinted).popleft()
             try:
-                problem = _read(job)
+                problem = read_verified(job.file, job.offset, job.target, job.checksum)
             except Exception as error:
                 # A bug of ours; without an answer every fetch of the record would hang.
                 problem = f"reading it failed: {error!r}"
             job.done(problem)
 
 
-def _read(job: ReadJob) -> str | None:
-    """Reads and verifies; what is wrong, or None."""
+def read_verified(file: RecordFile, offset: int, target: memoryview, checksum: str) -> str | None:
+    """Reads a record and verifies it; what is wrong with it, or None."""
     try:
-        job.file.read_into(job.target, job.offset)
+        file.read_into(target, offset)
     except EOFError:
-        return f"{job.file.path} is truncated"
+        return f"{file.path} is truncated"
     except OSError as error:
-        return f"{job.file.path} could not be read ({error.strerror})"
-    if xxh3_64_hexdigest(job.target) != job.checksum:
-        return f"its checksum does not match in {job.file.path}"
+        return f"{file.path} could not be read ({error.strerror})"
+    if xxh3_64_hexdigest(target) != checksum:
+        return f"its checksum does not match in {file.path}"
     return None

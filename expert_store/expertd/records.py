@@ -20,7 +20,7 @@ from expertd.errors import (
 )
 from expertd.extents import Extent
 from expertd.hosted_model import HostedModel, Load, ModelState
-from expertd.loader import Loader, ReadJob
+from expertd.loader import Loader, ReadJob, read_verified
 from expertd.log import log
 from expertd.prefetcher import Prefetcher
 from expertd.session import Session
@@ -248,16 +248,9 @@ class Records:
         place, size = model.place(entry), model.record_bytes(entry)
         # O_DIRECT wants aligned memory, which an anonymous mapping is.
         with mmap.mmap(-1, size) as pages, memoryview(pages) as buffer:
-            try:
-                place.file.read_into(buffer, place.offset)
-            except EOFError:
-                raise self._lost(model, {entry: f"{place.file.path} is truncated"}) from None
-            except OSError as error:
-                problem = f"{place.file.path} could not be read ({error.strerror})"
-                raise self._lost(model, {entry: problem}) from error
+            problem = read_verified(place.file, place.offset, buffer, place.checksum)
             data = bytes(buffer)
-        if xxh3_64_hexdigest(data) != place.checksum:
-            problem = f"its checksum does not match in {place.file.path}"
+        if problem is not None:
             raise self._lost(model, {entry: problem})
         return data
 
