@@ -1,6 +1,9 @@
 """Directory words and the directory's format."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from expertd.directory import (
     ABSENT,
     PAGE_BYTES,
@@ -11,8 +14,6 @@ from expertd.directory import (
     pack_word,
     unpack_word,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 pages = st.integers(0, 2**32 - 2)
 generations = st.integers(0, 2**32 - 1)

@@ -1,9 +1,10 @@
 """The arena's allocator: nothing overlaps, nothing is lost, what fits is accepted."""
 
 import pytest
-from expertd.extents import PAGE_BYTES, Extent, Extents
 from hypothesis import given
 from hypothesis import strategies as st
+
+from expertd.extents import PAGE_BYTES, Extent, Extents
 
 
 @given(

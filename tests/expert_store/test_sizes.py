@@ -1,6 +1,7 @@
 """Sizes as people write them."""
 
 import pytest
+
 from expertd.sizes import format_bytes, parse_bytes
 
 
@@ -20,7 +21,13 @@ def test_what_is_no_size(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (16 << 20, "16.0 MiB"), (3 << 42, "12.0 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (16 << 20, "16.0 MiB"),
+        (3 << 42, "12.0 TiB"),
+    ],
 )
 def test_format(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
