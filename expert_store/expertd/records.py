@@ -26,6 +26,8 @@ from expertd.prefetcher import Prefetcher
 from expertd.session import Session
 from expertd.slots import NoHoleError, Slots
 
+_HELD_PAUSE_SECONDS = 0.002
+
 
 class Records:
     """Moves records of all models between packs and arena."""
@@ -201,21 +203,23 @@ class Records:
         """What has to be waited for until all of ``entries``, which are held, are resident."""
         loads = [self._join(model, load) for e in entries if (load := model.loads.get(e))]
         missing = [e for e in entries if not model.is_resident(e) and e not in model.loads]
-        try:
-            extents = await self._slots.reserve([model.record_bytes(entry) for entry in missing])
-        except NoHoleError:
-            # There is room, but not in one piece, and what lies in between is what we hold
-            # ourselves: it has to move.
-            moving = [e for e in entries if model.is_resident(e) and model.is_held_once(e)]
-            model.evict(moving)
-            missing += moving
-            extents = await self._slots.reserve(
-                [model.record_bytes(entry) for entry in missing], patient=True
-            )
-        return loads + [
-            self._start_load(model, entry, extent, hinted=False)
-            for entry, extent in zip(missing, extents, strict=True)
-        ]
+        while True:
+            sizes = [model.record_bytes(entry) for entry in missing]
+            try:
+                extents = await self._slots.reserve(sizes)
+            except NoHoleError:
+                # There is room, but not in one piece, and what lies in between is what we hold
+                # ourselves: it has to move. What others hold too may move when they let go.
+                moving = [e for e in entries if model.is_resident(e) and model.is_held_once(e)]
+                model.evict(moving)
+                missing += moving
+                if not moving:
+                    await asyncio.sleep(_HELD_PAUSE_SECONDS)
+                continue
+            return loads + [
+                self._start_load(model, entry, extent, hinted=False)
+                for entry, extent in zip(missing, extents, strict=True)
+            ]
 
     def _join(self, model: HostedModel, load: Load) -> Load:
         """Demand for a record that is on its way: at once, so that no hint withdraws it."""

@@ -68,11 +68,11 @@ class Slots:
         self._share_time()
         self._collect()
 
-    async def reserve(self, sizes: Sequence[int], *, patient: bool = False) -> list[Extent]:
+    async def reserve(self, sizes: Sequence[int]) -> list[Extent]:
         """Extents of those sizes, evicting the coldest records of all models for them.
 
         Call inside a turn. Waits for readers as long as the caller lets it; cancelled, it
-        leaves nothing allocated. Raises :class:`NoHoleError` unless it is ``patient``.
+        leaves nothing allocated. Raises :class:`NoHoleError`.
         """
         pause = _FIRST_PAUSE_SECONDS
         while True:
@@ -86,7 +86,7 @@ class Slots:
             self._evict_for(sum(sizes[len(extents) :]))
             if self._collect():
                 continue  # no session could read them: no need to wait
-            if not patient and self._is_stuck():
+            if self._is_stuck():
                 raise NoHoleError
             self._press()
             await asyncio.sleep(pause)
