@@ -7,7 +7,7 @@ from tests.daemon import Daemon, serving
 from tests.handmade import PAGE, make_pack
 
 RECORD_BYTES = 2 * PAGE
-STALL_SECONDS = 0.3
+STALL_SECONDS = 0.5
 
 
 @pytest.fixture(scope="session")

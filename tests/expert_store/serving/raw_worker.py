@@ -4,7 +4,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from expertd.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
-Credentials = Sequence[tuple[str, str]]
+Credentials = tuple[tuple[str, str | bytes], ...]
 
 
 class Caller:

@@ -1,10 +1,9 @@
 """Workers that are killed or stopped while they hold what others want."""
 
 import signal
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -57,9 +56,7 @@ def attached(caller: Caller) -> set[int]:
     return {session.id for session in caller.stats().sessions}
 
 
-def test_killed_worker_is_gone_at_once(
-    tight: Daemon, record_property: Callable[[str, object], None]
-) -> None:
+def test_killed_worker_is_gone_at_once(tight: Daemon) -> None:
     times = []
     with RawWorker(tight.socket) as other:
         for layer in (1, 2, 1):
@@ -73,8 +70,7 @@ def test_killed_worker_is_gone_at_once(
                 other.fetch(layer, range(6))
                 assert time.monotonic() - began < STALL_SECONDS
                 assert other.read(layer, 5, RECORD_BYTES) == record(layer, 5)
-    record_property("seconds", statistics.median(times))
-    assert max(times) < 1
+    assert max(times) < 1, times  # a few milliseconds, were the machine ours
 
 
 def test_worker_killed_while_it_waits(tight: Daemon) -> None:
@@ -93,9 +89,7 @@ def test_worker_killed_while_it_waits(tight: Daemon) -> None:
             assert time.monotonic() - began < STALL_SECONDS
 
 
-def test_stopped_worker_is_cut_off(
-    tight: Daemon, record_property: Callable[[str, object], None]
-) -> None:
+def test_stopped_worker_is_cut_off(tight: Daemon) -> None:
     with holding(tight) as (process, number), RawWorker(tight.socket) as other:
         process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
@@ -106,11 +100,9 @@ def test_stopped_worker_is_cut_off(
         while number in attached(other):
             assert not waiting.done()
             time.sleep(0.005)
-        gone = time.monotonic() - began
         assert len(waiting.result().words) == 6
         granted = time.monotonic() - began
         assert STALL_SECONDS <= granted < STALL_SECONDS + 0.7
-        record_property("cut_off_seconds", gone)
         assert other.read(1, 0, RECORD_BYTES) == record(1, 0)
         other.let_go()
         process.send_signal(signal.SIGCONT)

@@ -13,7 +13,7 @@ import pytest
 
 from expertd.errors import ExpertdError, InvalidInputError, NotFoundError, PreconditionError
 from expertd.greeting import handshake
-from expertd.handshake import ATTACH_SOCKET, Refusal, Role
+from expertd.handshake import ATTACH_SOCKET, RPC_SOCKET, Refusal, Role
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
@@ -128,6 +128,22 @@ def test_empty_packet_and_hanging_up(roomy: Daemon) -> None:
     for _ in range(50):
         with connected(roomy.socket) as connection:
             connection.send(b'{"protocol":1,"role":"worker","model":"m"}')
+
+
+def test_garbage_instead_of_rpc(roomy: Daemon) -> None:
+    files = num_files(roomy.pid)
+    with ExitStack() as stack:
+        for packet in (
+            b"",
+            b"\x00" * 100_000,
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n",
+        ) * 20:
+            stream = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            stream.connect(str(roomy.socket / RPC_SOCKET))
+            stream.send(packet)
+        assert_serves(roomy.socket)
+    eventually(lambda: num_files(roomy.pid) <= files)
 
 
 @pytest.mark.parametrize("packet", [b"", b"N", b"x" * 5000])
