@@ -177,9 +177,9 @@ def test_each_hinted_record_is_counted_once(model: HostedModel) -> None:
 
 
 def test_a_hinted_record_is_not_the_first_to_go(model: HostedModel) -> None:
-    arrive(model, 0, 1)
-    arrive(model, 2, hinted=True)
-    assert model.heat.coldest(model.evictable()).tolist()[-1] == 2
+    arrive(model, 0, hinted=True)
+    arrive(model, 1, 2)
+    assert model.heat.coldest(model.evictable()).tolist() == [1, 2, 0]
 
 
 def test_hits_are_the_touches_that_were_no_misses(model: HostedModel) -> None:

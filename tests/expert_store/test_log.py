@@ -20,10 +20,10 @@ def _own_logger() -> Iterator[None]:
 def test_a_line_an_event(capsys: pytest.CaptureFixture[str]) -> None:
     open_log()
     log("attached", session=3, model="m")
-    log("refused", cause="two words", name="a\nforged line", empty="")
+    log("refused", cause="two words", name="a\nforged", empty="")
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith("expertd: attached session=3 model=m")
-    assert second.endswith(r"refused cause='two words' name='a\nforged line' empty=")
+    assert second.endswith(r"refused cause='two words' name='a\nforged' empty=")
 
 
 def test_a_failure_comes_with_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

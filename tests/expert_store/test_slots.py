@@ -66,10 +66,11 @@ async def test_the_coldest_of_all_models_go(packs: dict[str, Path]) -> None:
     """An idle model's records, however hot they were, make room for a busy one's."""
     async with storing(only(packs, "small", "middle"), 24 * PAGE) as store:
         idle, busy = Worker(store, "small"), Worker(store, "middle")
-        for _ in range(20):
-            await use(idle, *range(8))
+        await use(idle, *range(8))
+        idle.page.touch(list(range(8)) * 50)
         for _ in range(100):
             await use(busy, *range(6))
+            store.slots.refresh()
         await use(busy, *range(6, 12))
         assert resident(busy.model) == set(range(12))
         assert resident(idle.model) == set()
@@ -125,16 +126,23 @@ async def test_who_gives_up_waiting_does_not_save_who_stands_still(
 
 
 async def test_standing_still_costs_nothing_while_nobody_waits(packs: dict[str, Path]) -> None:
-    async with storing(only(packs, "small"), 8 * PAGE, stall_seconds=0.05) as store:
-        slow, other = Worker(store, "small"), Worker(store, "small")
-        await slow.fetch(*range(7))
-        slow.holding = True
-        await other.fetch(8)
+    models = only(packs, "small", "middle")
+    async with storing(models, 18 * PAGE, stall_seconds=0.05) as store:
+        slow, quick, other = (
+            Worker(store, "small"),
+            Worker(store, "middle"),
+            Worker(store, "middle"),
+        )
+        await slow.fetch(*range(6))  # leased until it says so
+        await quick.fetch(*range(6))
+        fetch = asyncio.create_task(other.fetch(8))
+        await until(lambda: slow.num_nudges)
+        quick.release()
+        await fetch  # it has waited for both, and the one was enough
         other.release()
         await asyncio.sleep(0.1)
-        fetch = asyncio.create_task(other.fetch(9, 10))
+        fetch = asyncio.create_task(other.fetch(*range(8, 15)))
         await asyncio.sleep(0.01)
-        slow.holding = False
         slow.release()
         await fetch
         assert not slow.closed
