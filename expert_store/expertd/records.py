@@ -133,6 +133,9 @@ class Records:
                 if model.is_held_once(entry):  # else a step counts on its being there
                     model.evict([entry])
             return await asyncio.to_thread(self._read_from_pack, model, entry)
+        except RecordLostError:
+            model.counters.records_lost += 1
+            raise
         finally:
             model.unhold([entry])
             model.num_reads -= 1

@@ -127,7 +127,7 @@ async def test_who_gives_up_waiting_does_not_save_who_stands_still(
 
 async def test_standing_still_costs_nothing_while_nobody_waits(packs: dict[str, Path]) -> None:
     models = only(packs, "small", "middle")
-    async with storing(models, 18 * PAGE, stall_seconds=0.05) as store:
+    async with storing(models, 18 * PAGE, stall_seconds=0.5) as store:
         slow, quick, other = (
             Worker(store, "small"),
             Worker(store, "middle"),
@@ -140,7 +140,7 @@ async def test_standing_still_costs_nothing_while_nobody_waits(packs: dict[str, 
         quick.release()
         await fetch  # it has waited for both, and the one was enough
         other.release()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.6)
         fetch = asyncio.create_task(other.fetch(*range(8, 15)))
         await asyncio.sleep(0.01)
         slow.release()

@@ -11,6 +11,7 @@ from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.expert_store.serving.raw_worker import RawWorker
+from tests.expert_store.serving.watching import eventually
 from tests.handmade import PAGE, make_pack, record
 
 FILE = "experts-00000.safetensors"
@@ -60,12 +61,13 @@ def test_one_flipped_bit(damaged: tuple[Daemon, Path]) -> None:
         worker.let_go()
         # A hint at it publishes nothing either, and a read says the same.
         worker.prefetch(1, [5])
+        eventually(lambda: worker.stats().models[0].records_lost == 2)
         request = pb.ReadRequest(experts=[pb.ExpertRef(layer=1, expert=5)])
         with pytest.raises(grpc.RpcError) as raised:
             list(worker.stub.Read(request, metadata=worker.credentials))
         assert raised.value.code() is grpc.StatusCode.DATA_LOSS
         count, _ = lost(worker, 1, [5])
-        assert count == 3
+        assert count == 4
         used = worker.stats().arena.bytes_used
         assert used == worker.stats().models[0].num_resident * RECORD_BYTES == 2 * RECORD_BYTES
         flip(file, offset(1, 5) + RECORD_BYTES - 1)
