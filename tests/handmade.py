@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from xxhash import xxh3_64_hexdigest
+
 from expertd.pack.manifest import (
     Encoding,
     GateOrder,
@@ -14,7 +16,6 @@ from expertd.pack.manifest import (
     RecordLayout,
     encode_manifest,
 )
-from xxhash import xxh3_64_hexdigest
 
 PAGE = 4096
 
