@@ -5,15 +5,18 @@ import errno
 import mmap
 import os
 import resource
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from expertd.errors import ConfigError
+from expertd.log import log
 from expertd.memfd import SharedMemory
 from expertd.sizes import format_bytes
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 _PREFAULT_BYTES = 64 << 20
+_PROGRESS_SECONDS = 2.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -68,8 +71,16 @@ class Arena:
             )
             return ctypes.get_errno() if failed else 0
 
+        errors, said = {0}, time.monotonic()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            errors = set(pool.map(populate, range(0, self.num_bytes, _PREFAULT_BYTES))) - {0}
+            starts = range(0, self.num_bytes, _PREFAULT_BYTES)
+            for start, error in zip(starts, pool.map(populate, starts), strict=True):
+                errors.add(error)
+                if time.monotonic() > said + _PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    done, total = format_bytes(start), format_bytes(self.num_bytes)
+                    log("preparing the arena", done=done, of=total)
+        errors -= {0}
         if errors - {errno.EINVAL}:  # EINVAL: an older kernel; mlock or first use faults then
             reason = os.strerror((errors - {errno.EINVAL}).pop())
             self.close()
