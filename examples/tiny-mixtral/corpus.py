@@ -1,4 +1,4 @@
-"""The corpus: CPython's standard library, its tokenizer, and the part that no step of training sees.
+"""The corpus: CPython's standard library, its tokenizer, and the part that training never sees.
 
 Which files are held out follows from a hash of the module's path alone, so a Python of another
 version holds out the same modules, and the committed ``heldout.txt`` stays unseen there too.
@@ -40,7 +40,7 @@ PRE_TOKEN = r" ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
 EXCLUDED = re.compile(
     "|".join(
         (
-            r"^(site-packages|dist-packages|__pycache__)/",  # installed by somebody, another licence
+            r"^(site-packages|dist-packages|__pycache__)/",  # of other authors
             r"^_sysconfigdata",  # generated when Python is built: compiler flags and build paths
             r"^pydoc_data/",  # generated: the language reference as one dictionary
             r"^encodings/(cp|iso|koi8|mac_|tis_|hp_|ptcp|kz_)",  # generated 256-entry tables
@@ -63,6 +63,7 @@ class Module:
 
     @property
     def is_test(self) -> bool:
+        """Whether it belongs to a test suite."""
         return not {"test", "tests", "idle_test"}.isdisjoint(self.path.split("/"))
 
     @property
@@ -72,6 +73,7 @@ class Module:
 
     @property
     def is_heldout(self) -> bool:
+        """Whether training must not see it."""
         return self.rank % 1000 < HELDOUT_PER_MILLE
 
 
@@ -175,6 +177,7 @@ def train_tokenizer(modules: list[Module]) -> Tokenizer:
 
 
 def load_tokenizer(path: Path = TOKENIZER_PATH) -> Tokenizer:
+    """The tokenizer that ``main`` has written."""
     return Tokenizer.from_file(str(path))
 
 
@@ -197,7 +200,8 @@ class Streams:
 
 def load_streams(cache: Path) -> Streams:
     """The tokenised training part, from ``cache`` if the tokenizer has not changed since."""
-    fingerprint = hashlib.sha256(TOKENIZER_PATH.read_bytes()).hexdigest()[:12]
+    vocabulary = json.dumps(load_tokenizer().get_vocab(), sort_keys=True)
+    fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
     paths = {name: cache / f"{name}-{fingerprint}.npy" for name in ("library", "tests")}
     if not all(path.exists() for path in paths.values()):
         cache.mkdir(parents=True, exist_ok=True)
@@ -229,6 +233,7 @@ class Windows:
         return starts
 
     def next(self) -> npt.NDArray[np.int64]:
+        """The next row; begins a new epoch after the last."""
         if self.row == len(self._starts):
             self.epoch, self.row = self.epoch + 1, 0
             self._starts = self._shuffle()
@@ -237,9 +242,11 @@ class Windows:
         return self._stream[start : start + self._length + 1].astype(np.int64)
 
     def state(self) -> dict[str, int]:
+        """The place of the next row, for ``restore``."""
         return {"epoch": self.epoch, "row": self.row}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Continue at a place that ``state`` gave."""
         self.epoch, self.row = int(state["epoch"]), int(state["row"])
         self._starts = self._shuffle()
 

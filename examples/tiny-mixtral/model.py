@@ -5,26 +5,31 @@ and its experts are replaced through transformers' registries during training on
 the same function with one matmul per expert and no mask tensor, about twice as fast on a CPU.
 """
 
+# ruff: noqa: ANN401 - what autograd and transformers hand to these functions has no type
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from corpus import SEPARATOR_ID, VOCAB_SIZE
 from torch import Tensor, nn
+from torch.nn.functional import linear, silu
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 TRAINING_IMPLEMENTATION = "tiny_mixtral"
 NUM_EXPERTS = 8
 TOP_K = 2
 QUERY_BLOCK = 128  # rows of scores at a time: they stay in the cache, and half of them are skipped
-LOGIT_ROWS = 1024  # positions whose logits exist at one time: 8 MiB of bf16
+LOGIT_ROWS = 256  # positions whose logits exist at one time: 4 MiB of fp32
 
 
-def build_model(context: int) -> MixtralForCausalLM:
+def build_model(context: int, balance_weight: float) -> MixtralForCausalLM:
     """A freshly initialised model: 16.4 M parameters, every dimension a multiple of 128."""
     config = MixtralConfig(
         vocab_size=VOCAB_SIZE,
@@ -39,6 +44,7 @@ def build_model(context: int) -> MixtralForCausalLM:
         max_position_embeddings=context,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
+        router_aux_loss_coef=balance_weight,
         sliding_window=None,
         bos_token_id=SEPARATOR_ID,
         eos_token_id=SEPARATOR_ID,
@@ -53,6 +59,11 @@ def use_training_kernels(model: MixtralForCausalLM) -> None:
     ALL_EXPERTS_FUNCTIONS.register(TRAINING_IMPLEMENTATION, _experts_forward)
     model.config._attn_implementation = TRAINING_IMPLEMENTATION
     model.config._experts_implementation = TRAINING_IMPLEMENTATION
+    for module in model.modules():
+        if isinstance(module, MixtralRMSNorm):
+            module.forward = MethodType(_norm_forward, module)
+    rotary = model.model.rotary_emb
+    rotary.register_forward_hook(lambda *call: tuple(part.bfloat16() for part in call[2]))
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -72,14 +83,16 @@ def _experts_forward(
     counts = expert_of_pair.bincount(minlength=self.num_experts).tolist()
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     rows = _Permute.apply(hidden_states.bfloat16(), order, back, k)
-    gate_up, down = self.gate_up_proj.bfloat16(), self.down_proj.bfloat16()
+    # unbind and not indexing: its backward stacks the gradients instead of adding zero-filled ones
+    gate_ups, downs = self.gate_up_proj.bfloat16().unbind(), self.down_proj.bfloat16().unbind()
     outputs = []
-    for expert, chunk in enumerate(rows.split(counts)):
-        gate, up = F.linear(chunk, gate_up[expert]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate) * up, down[expert]))
+    for chunk, gate_up, down in zip(rows.split(counts), gate_ups, downs, strict=True):
+        gate, up = linear(chunk, gate_up).chunk(2, dim=-1)
+        outputs.append(linear(silu(gate) * up, down))
     pairs = _Unpermute.apply(torch.cat(outputs), order, back)
     weighted = pairs.view(-1, k, hidden_states.shape[1]) * top_k_weights.unsqueeze(-1).bfloat16()
-    return weighted.sum(dim=1)
+    summed: Tensor = weighted.sum(dim=1)
+    return summed
 
 
 class _Permute(torch.autograd.Function):
@@ -128,9 +141,7 @@ def _attention_forward(
     groups = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(groups, dim=1)
     value = value.repeat_interleave(groups, dim=1)
-    out = _CausalAttention.apply(
-        (query * scaling).bfloat16(), key.bfloat16(), value.bfloat16()
-    )
+    out = _CausalAttention.apply((query * scaling).bfloat16(), key.bfloat16(), value.bfloat16())
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -171,6 +182,36 @@ class _CausalAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value
 
 
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """RMS norm of the fp32 residual stream, as the bf16 that every matmul after it wants."""
+    out: Tensor = _RMSNorm.apply(hidden_states.float(), self.weight, self.variance_epsilon)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Half as many passes over memory as autograd makes of the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square_()
+        scale = square.div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
+        normed = hidden * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return torch.mul(normed, weight, out=torch.empty_like(hidden, dtype=torch.bfloat16))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(dim=0)
+        mean = product @ (weight / len(weight))
+        grad_hidden = (grad * weight).addcmul_(normed, mean.unsqueeze(-1), value=-1).mul_(scale)
+        return grad_hidden, grad_weight, None
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 
@@ -187,7 +228,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         for rows, wanted in zip(
             hidden.bfloat16().split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True
         ):
-            logits = F.linear(rows, low).float()
+            logits = linear(rows, low).float()
             logits -= logits.amax(dim=-1, keepdim=True)
             at_target = logits.gather(1, wanted[:, None])
             sums = logits.exp_().sum(dim=-1, keepdim=True)
@@ -214,8 +255,8 @@ def language_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def balance_loss(router_logits: tuple[Tensor, ...]) -> Tensor:
-    """The Switch loss of each layer by itself, averaged: 1 if balanced, NUM_EXPERTS / 2 if dead.
+def balance_losses(router_logits: tuple[Tensor, ...]) -> Tensor:
+    """The Switch loss of every layer: 1 if balanced, NUM_EXPERTS / TOP_K if only two are used.
 
     transformers' ``load_balancing_loss_func`` adds all layers' counts before it multiplies, so it
     is content when layer 0 uses only the first experts and layer 1 only the last ones.
@@ -226,4 +267,4 @@ def balance_loss(router_logits: tuple[Tensor, ...]) -> Tensor:
         chosen = probabilities.topk(TOP_K, dim=-1).indices.reshape(-1)
         share = chosen.bincount(minlength=NUM_EXPERTS).float() / len(chosen)
         losses.append(NUM_EXPERTS * (share * probabilities.mean(dim=0)).sum())
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
