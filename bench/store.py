@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd.handshake import Role, rpc_target
+from expertd.session_page import SessionPage
 from expertd_client import Client, Session
 from tests.handmade import make_pack
 
@@ -106,6 +107,9 @@ def measure_call(socket: Path) -> dict[str, float]:
         store = rpc.ExpertStoreStub(channel)
         health = health_pb2_grpc.HealthStub(channel)
         experts = [pb.ExpertRef(layer=3, expert=expert) for expert in range(TOP_K)]
+        page = SessionPage(
+            memoryview(mmap.mmap(greeting.descriptors[2], greeting.welcome.page_bytes))
+        )
         number = 0
 
         def fetch() -> None:
@@ -113,6 +117,7 @@ def measure_call(socket: Path) -> dict[str, float]:
             number += 1
             request = pb.FetchRequest(experts=experts, fetch_number=number)
             store.Fetch(request, metadata=greeting.credentials)
+            page.released_fetch = number
 
         def echo() -> None:
             health.Check(health_pb2.HealthCheckRequest())

@@ -25,8 +25,8 @@ from rich.text import Text
 
 CHECKPOINT = Path(__file__).parent / "tiny-mixtral"
 PROMPTS = (
-    'def read_lines(path):\n    """Return the lines of the file."""\n',
-    "class Stack:\n    def __init__(self):\n",
+    'def read_lines(path):\n    """Return the lines of the file',
+    "import unittest\n\nclass QueueTest(unittest.TestCase):",
 )
 MODEL = "tiny-mixtral"
 NEW_TOKENS = int(os.environ.get("DEMO_TOKENS", "160"))
@@ -109,7 +109,7 @@ class Worker:
         self._process = subprocess.Popen(
             [BIN / "expert-run", "generate", "--socket", str(socket), "--model", MODEL,
              "--prompt", prompt, "--max-new-tokens", str(NEW_TOKENS), "--threads", str(threads),
-             "--temperature", "0.4", "--seed", str(number), "--json", "--stream"],
+             "--temperature", "0.8", "--top-p", "0.9", "--seed", str(number), "--json", "--stream"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read)
