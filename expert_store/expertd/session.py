@@ -16,6 +16,7 @@ from expertd.session_page import MISSED, SessionPage, session_page_bytes
 MAX_FETCHES_IN_FLIGHT = 8
 MAX_LEASES = 64
 _MAX_ROUND = 1 << 32
+_MAX_GAP_SECONDS = 0.05
 
 
 class Connection(Protocol):
@@ -55,7 +56,8 @@ class Session:
         self._hits = 0
         self._leases_ended = 0
         self._progress = (0, 0)
-        self._stalled_since: float | None = None
+        self._asked_at: float | None = None
+        self._stalled = 0.0
         if model is not None:
             self.memory = SharedMemory("expertd-session", session_page_bytes(), 0o600)
             self.page = SessionPage.format(self.memory.view, model.directory.epoch)
@@ -126,13 +128,17 @@ class Session:
         # Only what frees something counts: a page whose numbers merely move is no progress.
         epoch = max(self._progress[0], min(self.page.epoch, self.model.directory.epoch))
         progress = (epoch, self._leases_ended)
-        if progress != self._progress or self._stalled_since is None:
-            self._progress, self._stalled_since = progress, now
-        return now - self._stalled_since
+        if progress != self._progress or self._asked_at is None:
+            self._progress, self._stalled = progress, 0.0
+        else:
+            # A longer gap is a pause of ours or of the whole host, not the worker's doing.
+            self._stalled += min(now - self._asked_at, _MAX_GAP_SECONDS)
+        self._asked_at = now
+        return self._stalled
 
     def not_awaited(self) -> None:
         """Nobody waits for this session: it may stand still as long as it likes."""
-        self._stalled_since = None
+        self._asked_at = None
 
     @property
     def holds_leases(self) -> bool:

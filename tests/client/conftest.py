@@ -34,7 +34,7 @@ def roomy(pack: Path) -> Iterator[Daemon]:
 def tight(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon with room for six records, one token's working set, and little patience."""
     config = tmp_path_factory.mktemp("config") / "config.toml"
-    config.write_text("stall_seconds = 0.4\n")
+    config.write_text("stall_seconds = 1.0\n")
     with serving({"m": pack}, ram=6 * RECORD_BYTES, config=config) as daemon:
         yield daemon
 

@@ -121,7 +121,7 @@ async def test_cancelled_fetch_leaves_nothing(tight: Daemon) -> None:
         tight.signal(signal.SIGCONT)
         began = time.monotonic()
         (await other.acquire(1, range(6))).release()
-        assert time.monotonic() - began < 0.35
+        assert time.monotonic() - began < 0.9
         with await session.acquire(0, [0]) as lease:
             assert bytes(lease.views[0]) == record(0, 0)
 

@@ -410,7 +410,7 @@ def test_idle_worker_does_not_hold_up_others(tight: Daemon) -> None:
                 began = time.monotonic()
                 for lease in busy.waves(layer, range(8)):
                     lease.release()
-                assert time.monotonic() - began < 0.35  # less than stall_seconds
+                assert time.monotonic() - began < 0.9  # less than stall_seconds
         assert idle.connected
 
 
@@ -427,7 +427,7 @@ def test_deadline_then_on(tight: Daemon) -> None:
         # What the daemon may have granted it late is nobody's: all room is there at once.
         began = time.monotonic()
         other.acquire(1, range(6)).release()
-        assert time.monotonic() - began < 0.35
+        assert time.monotonic() - began < 0.9
         with session.acquire(0, [0]) as lease:
             assert bytes(lease.views[0]) == record(0, 0)
         assert session.connected

@@ -100,6 +100,19 @@ async def test_an_epoch_from_the_future_is_no_lag(store: Store) -> None:
     assert worker.session.epoch_lag == 1
 
 
+async def test_only_the_worker_s_own_standing_still_counts(store: Store) -> None:
+    session = Worker(store).session
+    assert session.stalled_seconds(1000.0) == 0
+    # The daemon itself was not asked for a while: the host slept, and the worker with it.
+    assert session.stalled_seconds(1100.0) < 0.1
+    for tick in range(100):
+        stalled = session.stalled_seconds(1100.0 + tick / 100)
+    assert 0.9 < stalled < 1.1
+    session.model.directory.advance_epoch()
+    session.page.epoch += 1
+    assert session.stalled_seconds(1102.0) == 0
+
+
 async def test_a_fetch_of_nothing_leaves_no_lease(store: Store) -> None:
     worker = Worker(store)
     assert await worker.fetch() == 0
