@@ -47,7 +47,7 @@ def export(checkpoint: Path, directory: Path = corpus.HERE) -> None:
         "steps": state["step"],
         "tokens": state["step"] * state["identity"]["rows"] * context,
         "minutes": round(state["seconds"] / 60, 1),
-        "epochs": {name: place["epoch"] + 1 for name, place in state["windows"].items()},
+        "epochs_begun": {name: place["epoch"] + 1 for name, place in state["windows"].items()},
         **state["identity"],
     }
     (directory / "training.json").write_text(json.dumps(run, indent=2) + "\n")
