@@ -13,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTO := proto/expertstore/v1/expert_store.proto
-PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto
+# Its plugin protoc-gen-mypy is looked up in PATH.
+PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
 .PHONY: setup demo test check proto bench train ci clean
 .DELETE_ON_ERROR:
