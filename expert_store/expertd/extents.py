@@ -4,7 +4,7 @@ Records of one model have one size, so first fit refills the holes that eviction
 neighbouring free extents join, so records of other sizes find room again.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from typing import NamedTuple
 
 PAGE_BYTES = 4096
@@ -47,6 +47,19 @@ class Extents:
             self.bytes_free -= num_bytes
             return Extent(hole.offset, num_bytes)
         return None
+
+    def take(self, extent: Extent) -> None:
+        """Allocates exactly ``extent``. Raises ValueError unless all of it is free."""
+        start, end = extent.offset, extent.offset + extent.num_bytes
+        if start % PAGE_BYTES or extent.num_bytes <= 0 or extent.num_bytes % PAGE_BYTES:
+            raise ValueError(f"{extent} is not made of whole pages")
+        index = bisect_right(self._free, start, key=lambda hole: hole.offset) - 1
+        if index < 0 or sum(self._free[index]) < end:
+            raise ValueError(f"{extent} is not free")
+        hole = self._free[index]
+        rest = (Extent(hole.offset, start - hole.offset), Extent(end, sum(hole) - end))
+        self._free[index : index + 1] = [part for part in rest if part.num_bytes]
+        self.bytes_free -= extent.num_bytes
 
     def free(self, extent: Extent) -> None:
         """Gives an allocated extent back and joins it with its free neighbours."""

@@ -45,6 +45,30 @@ def test_freeing_twice_is_a_bug_that_shows() -> None:
         extents.free(extent)
 
 
+@given(total=st.integers(1, 12), wanted=st.lists(st.tuples(st.integers(0, 13), st.integers(1, 5))))
+def test_what_is_taken_was_free(total: int, wanted: list[tuple[int, int]]) -> None:
+    extents = Extents(total * PAGE_BYTES)
+    used: set[int] = set()
+    for start, pages in wanted:
+        extent = Extent(start * PAGE_BYTES, pages * PAGE_BYTES)
+        if used.isdisjoint(_pages(extent)) and start + pages <= total:
+            extents.take(extent)
+            used.update(_pages(extent))
+        else:
+            with pytest.raises(ValueError, match="is not free"):
+                extents.take(extent)
+        assert extents.bytes_used == len(used) * PAGE_BYTES
+    for page in used:
+        extents.free(Extent(page * PAGE_BYTES, PAGE_BYTES))
+    assert extents.allocate(total * PAGE_BYTES) == Extent(0, total * PAGE_BYTES)
+
+
+@pytest.mark.parametrize("extent", [Extent(1, PAGE_BYTES), Extent(0, 5), Extent(PAGE_BYTES, 0)])
+def test_only_whole_pages_are_taken(extent: Extent) -> None:
+    with pytest.raises(ValueError, match="whole pages"):
+        Extents(4 * PAGE_BYTES).take(extent)
+
+
 def test_only_whole_pages() -> None:
     with pytest.raises(ValueError, match="multiple"):
         Extents(4 * PAGE_BYTES).allocate(100)
