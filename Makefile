@@ -3,6 +3,7 @@
 #   make demo    pack the example model, serve it, generate with two workers at once
 #   make test    all tests
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
+#   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
 #   make bench   what the hit path, a fetch and a read cost on this host
 #   make train   train the example model again (hours)
@@ -16,7 +17,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup demo test check proto bench train ci clean
+.PHONY: setup demo test check check-deploy proto bench train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -47,6 +48,9 @@ check: setup
 			{ echo "proto/$$file is stale: run make proto and commit it" >&2; exit 1; }; \
 	done && echo "protobuf code is what make proto makes"
 
+check-deploy:
+	@deploy/check
+
 proto: setup
 	$(PROTOC) --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto \
 		--mypy_grpc_out=quiet:proto $(PROTO)
@@ -57,7 +61,7 @@ bench: setup
 train: setup
 	$(BIN)/python examples/tiny-mixtral/train.py
 
-ci: test check
+ci: test check check-deploy
 
 clean:
 	rm -rf $(VENV) build

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from expertd.cli.progress import ProgressDisplay
-from expertd.errors import ConfigError
+from expertd.errors import ConfigError, PreconditionError
 from expertd.sizes import format_bytes
 
 _EXIT_DAMAGED = 1
@@ -284,12 +284,21 @@ def _distinct(layers: list[dict[str, Any]], key: str) -> str:
 
 
 def _import_quietly() -> None:
-    """Imports what packs, without the warnings that are its authors' to heed."""
+    """Imports what packs, without the warnings that are its authors' to heed.
+
+    Raises :class:`PreconditionError` where only what the daemon needs is installed.
+    """
     import importlib
     import logging
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("expertd.packing.packer")
+        try:
+            importlib.import_module("expertd.packing.packer")
+        except ModuleNotFoundError as error:
+            raise PreconditionError(
+                f"this installation serves packs but cannot make them, for {error.name} is not "
+                "installed: pack where `pip install expertd` brought its dependencies."
+            ) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
