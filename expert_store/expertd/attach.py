@@ -11,6 +11,7 @@ import msgspec
 
 from expertd.directory import directory_bytes
 from expertd.errors import (
+    ConfigError,
     InvalidInputError,
     PermissionDeniedError,
     PreconditionError,
@@ -33,6 +34,10 @@ _HELLO_SECONDS = 5.0
 _MAX_PENDING = 64
 _ACCEPT_PAUSE_SECONDS = 0.1
 _PEER = struct.Struct("3i")
+_WRONG_KIND = (
+    "the descriptor that the service manager passed as 'attach' is no listening SOCK_SEQPACKET "
+    "socket; use ListenSequentialPacket= in its socket unit."
+)
 
 
 class AttachConnection:
@@ -126,16 +131,62 @@ class AttachConnection:
         log("attached", session=session.id, pid=self.pid, uid=self.uid, model=session.model_name)
 
 
-class AttachServer:
-    """Listens on ``path``; the connections it accepts are the sessions' leases."""
+def listen(path: Path, mode: int) -> socket.socket:
+    """A socket of our own at ``path``, with permissions ``mode``."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(str(path))
+        path.chmod(mode)
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
-    def __init__(self, store: Store, path: Path) -> None:
+
+def adopt_listener(fd: int, path: Path) -> socket.socket:
+    """The socket that the service manager passed, which should listen at ``path``.
+
+    Raises :class:`ConfigError` if it is no such socket.
+    """
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError:  # no socket at all
+        os.close(fd)
+        raise ConfigError(_WRONG_KIND) from None
+    if not _listens(listener):
+        listener.close()
+        raise ConfigError(_WRONG_KIND)
+    where = listener.getsockname()
+    if not _is_same_file(where, path):
+        listener.close()
+        raise ConfigError(
+            f"the service manager listens at {where}, but workers look for {path}; give both "
+            "the same directory (ListenSequentialPacket= and socket)."
+        )
+    return listener
+
+
+def _listens(listener: socket.socket) -> bool:
+    accepts = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    kind = (listener.family, listener.type)
+    return bool(accepts) and kind == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _is_same_file(one: str, other: Path) -> bool:
+    try:
+        return other.samefile(one)
+    except (OSError, ValueError):
+        return False
+
+
+class AttachServer:
+    """Listens on ``listener``; the connections it accepts are the sessions' leases."""
+
+    def __init__(self, store: Store, listener: socket.socket) -> None:
         self.store = store
         self._connections: dict[AttachConnection, None] = {}  # in the order of their coming
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._listener.bind(str(path))
-        path.chmod(store.config.socket_mode)
-        self._listener.listen(socket.SOMAXCONN)
+        self._listener = listener
         self._listener.setblocking(False)
         self._allowed = {0, os.geteuid(), *store.config.allowed_uids}
         self._listen()

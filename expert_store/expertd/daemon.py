@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from expertd import __version__
 from expertd.arena import Arena
-from expertd.attach import AttachServer
+from expertd.attach import AttachServer, adopt_listener, listen
 from expertd.config import ServeConfig
 from expertd.handshake import rpc_target
 from expertd.interceptor import ErrorInterceptor
@@ -23,6 +23,8 @@ from expertd.rundir import RunDirectory
 from expertd.service import ExpertStoreService
 from expertd.sizes import format_bytes
 from expertd.store import Store
+from expertd.systemd import ATTACH_NAME, Manager
+from expertd.watchdog import feed_watchdog
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
@@ -36,26 +38,33 @@ def serve(config: ServeConfig) -> None:
     """Runs a daemon until SIGTERM or SIGINT. Raises ``ConfigError`` and its siblings."""
     open_log()
     _raise_descriptor_limit()
-    uvloop.run(_serve(config))
+    manager = Manager.take()
+    try:
+        uvloop.run(_serve(config, manager))
+    finally:
+        manager.close()
 
 
-async def _serve(config: ServeConfig) -> None:
+async def _serve(config: ServeConfig, manager: Manager) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with _running(config) as store:
+    async with _running(config, manager) as store:
         print(_banner(store), flush=True)  # noqa: T201 - what the starter waits for
+        await manager.ready()
         await stop.wait()
         log("stopping", sessions=len(store.sessions))
+        await manager.stopping()
 
 
 @contextlib.asynccontextmanager
-async def _running(config: ServeConfig) -> AsyncIterator[Store]:
+async def _running(config: ServeConfig, manager: Manager) -> AsyncIterator[Store]:
     """A daemon that serves inside the ``with``; what is set up is undone in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         # 1. Own the directory: nothing of another daemon is touched before this.
-        directory = RunDirectory(config.socket)
+        passed = manager.take_descriptors(ATTACH_NAME)
+        directory = RunDirectory(config.socket, keeps_attach_socket=bool(passed))
         stack.callback(directory.close)
         # 2. Memory, which may be refused.
         arena = await asyncio.to_thread(lambda: Arena(config.ram_bytes, lock=config.lock_memory))
@@ -65,16 +74,20 @@ async def _running(config: ServeConfig) -> AsyncIterator[Store]:
         stack.push_async_callback(store.close)
         for name, path in config.models.items():
             await store.load_model(name, path)
-        # 4. The pulse that reads what workers wrote.
-        pulse = asyncio.create_task(_refresh(store))
-        stack.push_async_callback(_cancel, pulse)
+        # 4. The pulse that reads what workers wrote, and the one that says that we live.
+        for pulse in (_refresh(store), feed_watchdog(manager, store.loader)):
+            stack.push_async_callback(_cancel, asyncio.create_task(pulse))
         # 5. Doors: first RPC, then attach, since an attached worker calls at once.
         status = health.aio.HealthServicer()
         server = await _start_rpc(store, directory, status)
         stack.push_async_callback(server.stop, config.drain_seconds)
         stack.push_async_callback(status.enter_graceful_shutdown)
         stack.callback(store.stopping.set)
-        attach = AttachServer(store, directory.attach_socket)
+        if passed:
+            listener = adopt_listener(passed[0], directory.attach_socket)
+        else:
+            listener = listen(directory.attach_socket, config.socket_mode)
+        attach = AttachServer(store, listener)
         stack.callback(attach.close)
         yield store
 

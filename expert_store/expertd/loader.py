@@ -87,6 +87,7 @@ class Loader:
     def __init__(self, num_threads: int) -> None:
         self._urgent: deque[ReadJob] = deque()
         self._hinted: deque[ReadJob] = deque()
+        self._probes: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._threads = [
@@ -103,6 +104,12 @@ class Loader:
         """Queues a read."""
         with self._wake:
             (self._urgent if job.urgent else self._hinted).append(job)
+            self._wake.notify()
+
+    def probe(self, done: Callable[[], object]) -> None:
+        """Has a loader thread call ``done``, ahead of all reads: whether any still works."""
+        with self._wake:
+            self._probes.append(done)
             self._wake.notify()
 
     def hurry(self, job: ReadJob) -> None:
@@ -135,10 +142,17 @@ class Loader:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._urgent or self._hinted or self._closing)
+                self._wake.wait_for(
+                    lambda: self._probes or self._urgent or self._hinted or self._closing
+                )
                 if self._closing:
                     return
-                job = (self._urgent or self._hinted).popleft()
+                probe = self._probes.popleft() if self._probes else None
+                if probe is None:
+                    job = (self._urgent or self._hinted).popleft()
+            if probe is not None:
+                probe()
+                continue
             try:
                 problem = read_verified(job.file, job.offset, job.target, job.checksum)
             except Exception as error:

@@ -16,10 +16,13 @@ class RunDirectory:
 
     The lock dies with its process, so what a killed daemon left behind is known to be stale
     and is taken over. Made if missing, for its owner and group.
+
+    ``keeps_attach_socket``: that socket is the service manager's, who listens while we are away.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keeps_attach_socket: bool = False) -> None:
         self.path = path.absolute()
+        self._keeps_attach_socket = keeps_attach_socket
         self.attach_socket = self.path / ATTACH_SOCKET
         self.rpc_socket = self.path / RPC_SOCKET
         if len(os.fsencode(self.attach_socket)) > _MAX_SOCKET_PATH_BYTES:
@@ -63,5 +66,6 @@ class RunDirectory:
         return ConfigError(f"the socket directory {self.path} cannot be used: {error.strerror}.")
 
     def _remove_sockets(self) -> None:
-        for path in (self.attach_socket, self.rpc_socket):
-            path.unlink(missing_ok=True)
+        if not self._keeps_attach_socket:
+            self.attach_socket.unlink(missing_ok=True)
+        self.rpc_socket.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class Store:
         self.sessions: dict[str, Session] = {}
         self.warnings = list(arena.warnings)
         self._loop = asyncio.get_running_loop()
-        self._loader = Loader(config.loader_threads)
+        self.loader = Loader(config.loader_threads)
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
         self._unloads: set[asyncio.Task[int]] = set()
@@ -48,7 +48,7 @@ class Store:
         self.slots = Slots(
             arena.num_bytes, self.models, self.sessions, self._cut_off, config.stall_seconds
         )
-        self.records = Records(arena, self.slots, self._loader, self._pinned, config.fetch_seconds)
+        self.records = Records(arena, self.slots, self.loader, self._pinned, config.fetch_seconds)
 
     def __repr__(self) -> str:
         return f"Store({list(self.models.values())}, {len(self.sessions)} sessions, {self.slots})"
@@ -153,7 +153,7 @@ class Store:
         for session in self.sessions.values():
             session.close()  # not revoked: nobody reuses what workers still have mapped
         self.sessions.clear()
-        await asyncio.to_thread(self._loader.close)
+        await asyncio.to_thread(self.loader.close)
         await asyncio.sleep(0)  # lets the last reads' callbacks run
         for model in self.models.values():
             model.close(self.slots.free)

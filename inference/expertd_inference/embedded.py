@@ -5,6 +5,7 @@ ends, SIGKILL included, the pipe closes and the child stops (:mod:`.embedded_chi
 parent-death signal would not do: it fires when the *thread* that started the child ends.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from expertd.arena import memory_available
 from expertd.config import check_model_name
 from expertd.errors import ConfigError, UnavailableError
 from expertd.pack.manifest import Manifest, read_manifest
+from expertd.systemd import VARIABLES
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -99,6 +101,8 @@ class EmbeddedDaemon:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                # A worker that is a service itself must not have its manager hear this one.
+                env={name: value for name, value in os.environ.items() if name not in VARIABLES},
                 # Ctrl-C is for the worker, which then stops the daemon.
                 start_new_session=True,
             )

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,19 @@ def test_serves_and_stops(packed: Make) -> None:
     assert not is_alive(pid)
     assert not directory.exists()
     daemon.close()
+
+
+def test_does_not_speak_for_a_worker_that_is_a_service(
+    packed: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with EmbeddedDaemon(packed("mixtral")):
+            pass
+        with pytest.raises(BlockingIOError):
+            notify.recv(100)
 
 
 PARENT = """
