@@ -8,6 +8,7 @@ from typing import Any
 
 from expertd.errors import ConfigError
 from expertd.sizes import parse_bytes
+from expertd.tcp_config import TcpConfig
 
 MIN_RAM_BYTES = 4096
 MAX_LOADER_THREADS = 256
@@ -44,6 +45,8 @@ class ServeConfig:
     """How long SIGTERM waits for calls in flight."""
     max_sessions: int = 256
     """Attached at once."""
+    tcp: TcpConfig = field(default_factory=TcpConfig)
+    """Whether and to whom other hosts' reads are answered."""
 
     def __post_init__(self) -> None:
         if self.ram_bytes < MIN_RAM_BYTES:
@@ -114,6 +117,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: unknown setting {key!r}; known are {known}.")
         try:
             values[name] = _convert(name, value)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{path}: {key} = {value!r} does not fit: {error}.") from error
     try:
@@ -128,6 +133,8 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
     if name == "ram_bytes" and isinstance(value, str):
         return parse_bytes(value)
+    if name == "tcp":
+        return TcpConfig.from_table(_typed(value, dict))
     if name == "socket_mode":
         return int(_typed(value, str), 8)
     if name == "socket":

@@ -24,6 +24,7 @@ from expertd.service import ExpertStoreService
 from expertd.sizes import format_bytes
 from expertd.store import Store
 from expertd.systemd import ATTACH_NAME, Manager
+from expertd.tcp import OPTIONS, PeerInterceptor, open_port
 from expertd.watchdog import feed_watchdog
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
@@ -79,8 +80,11 @@ async def _running(config: ServeConfig, manager: Manager) -> AsyncIterator[Store
             stack.push_async_callback(_cancel, asyncio.create_task(pulse))
         # 5. Doors: first RPC, then attach, since an attached worker calls at once.
         status = health.aio.HealthServicer()
-        server = await _start_rpc(store, directory, status)
-        stack.push_async_callback(server.stop, config.drain_seconds)
+        servers: list[grpc.aio.Server] = []
+        stack.push_async_callback(_stop, servers, config.drain_seconds)
+        servers.append(await _start_rpc(store, directory, status))
+        if config.tcp.enabled:
+            servers.append(await _start_tcp(store, status))
         stack.push_async_callback(status.enter_graceful_shutdown)
         stack.callback(store.stopping.set)
         if passed:
@@ -96,7 +100,7 @@ async def _start_rpc(
     store: Store, directory: RunDirectory, status: health.aio.HealthServicer
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(store.config.stall_seconds)],
         options=[
             ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
             ("grpc.max_concurrent_streams", _MAX_CALLS),
@@ -113,6 +117,25 @@ async def _start_rpc(
     await server.start()
     directory.rpc_socket.chmod(store.config.socket_mode)
     return server
+
+
+async def _start_tcp(store: Store, status: health.aio.HealthServicer) -> grpc.aio.Server:
+    """A server of its own: limits for the network, and none of its checks for local workers."""
+    server = grpc.aio.server(
+        interceptors=[PeerInterceptor(store.peers), ErrorInterceptor(store.config.stall_seconds)],
+        options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), *OPTIONS],
+    )
+    rpc.add_ExpertStoreServicer_to_server(ExpertStoreService(store), server)
+    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    address = open_port(server, store.config.tcp)
+    await server.start()
+    security = "plaintext" if store.config.tcp.plaintext else "mutual TLS"
+    log("listening", tcp=address, security=security)
+    return server
+
+
+async def _stop(servers: list[grpc.aio.Server], drain_seconds: float) -> None:
+    await asyncio.gather(*(server.stop(drain_seconds) for server in servers))
 
 
 async def _refresh(store: Store) -> None:

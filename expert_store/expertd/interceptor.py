@@ -2,12 +2,14 @@
 
 from __future__ import annotations  # grpc.aio's types take parameters only in the stubs
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from expertd.errors import ExpertdError
+from expertd.errors import DeadlineError, ExpertdError
 from expertd.log import log_failure
 from expertd.status import to_status
 
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into status codes, in this one place."""
+    """Turns exceptions into status codes, in this one place.
+
+    A stream whose reader takes nothing for ``stall_seconds`` is ended: what is on its way to it
+    is memory that others wait for.
+    """
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
 
     async def intercept_service(
         self,
@@ -32,10 +41,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             stream: Any = handler.unary_stream  # the stubs type only the synchronous server's
 
-            async def wrapped_stream(request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401
+            async def wrapped_stream(request: Any, context: Context) -> None:  # noqa: ANN401
                 try:
-                    async for response in stream(request, context):
-                        yield response
+                    async with aclosing(stream(request, context)) as responses:
+                        async for response in responses:
+                            await self._write(context, response)
                 except Exception as error:
                     await _abort(context, error)
 
@@ -53,6 +63,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(
             wrapped, handler.request_deserializer, handler.response_serializer
         )
+
+    async def _write(self, context: Context, response: Any) -> None:  # noqa: ANN401
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                await context.write(response)
+        except TimeoutError:
+            raise DeadlineError(
+                f"the reader of this stream took nothing for {self._stall_seconds:g} s; call again."
+            ) from None
 
 
 async def _abort(context: Context, error: Exception) -> None:

@@ -91,8 +91,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
     async def Read(
         self, request: pb.ReadRequest, context: Context
     ) -> AsyncIterator[pb.ReadResponse]:
-        session = self._session(context)
-        model = session.model if session.is_worker else self._store.model(request.model)
+        model = self._model_to_read(request, context)
         for entry in _entries(model, request.experts):
             data = await self._store.records.read(model, entry)
             layer, expert = model.expert(entry)
@@ -122,7 +121,22 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
                 await asyncio.wait_for(self._store.stopping.wait(), interval)
                 raise UnavailableError("expertd is stopping.")
 
+    def _model_to_read(self, request: pb.ReadRequest, context: Context) -> HostedModel:
+        peer = self._store.peers.of(context)
+        if peer is None:
+            session = self._session(context)
+            return session.model if session.is_worker else self._store.model(request.model)
+        peer.begin_read()
+        # Not when we have sent all: when the other side has taken it, or is gone.
+        context.add_done_callback(lambda _: peer.end_read())  # type: ignore[arg-type]
+        return self._store.model(request.model)
+
     def _session(self, context: Context) -> Session:
+        if self._store.peers.of(context) is not None:
+            raise PermissionDeniedError(
+                "this needs a session, which only the Unix socket on the daemon's own host gives; "
+                "by TCP, Read brings the records."
+            )
         metadata = dict(context.invocation_metadata() or ())
         token, incarnation = metadata.get(TOKEN_KEY, ""), metadata.get(INCARNATION_KEY, "")
         return self._store.session(str(token), str(incarnation))

@@ -21,6 +21,7 @@ from expertd.hosted_model import HostedModel, ModelState
 from expertd.loader import Loader, RecordFile
 from expertd.log import log
 from expertd.pack.manifest import Fingerprinted, read_manifest
+from expertd.peers import Peers
 from expertd.records import Records
 from expertd.session import Connection, Session
 from expertd.sizes import format_bytes
@@ -38,6 +39,7 @@ class Store:
         self.started_at = time.monotonic()
         self.models: dict[str, HostedModel] = {}
         self.sessions: dict[str, Session] = {}
+        self.peers = Peers(config.tcp)
         self.warnings = list(arena.warnings)
         self._loop = asyncio.get_running_loop()
         self.loader = Loader(config.loader_threads)
