@@ -6,6 +6,7 @@
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
 #   make bench   what the hit path, a fetch and a read cost on this host
+#   make soak    kill workers and daemons at random for an hour (SECONDS=3600)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
 
@@ -17,7 +18,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup demo test check check-deploy proto bench train ci clean
+.PHONY: setup demo test check check-deploy proto bench soak train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -57,6 +58,10 @@ proto: setup
 
 bench: setup
 	@$(BIN)/python -m bench.store
+
+SECONDS ?= 3600
+soak: setup
+	@$(BIN)/python -m tests.campaign --worker-kills 10000 --daemon-kills 1000 --seconds $(SECONDS)
 
 train: setup
 	$(BIN)/python examples/tiny-mixtral/train.py

@@ -1,0 +1,68 @@
+"""The kill campaign as CI runs it; ``make soak`` runs it for longer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 900  # several times what it takes on two busy cores
+
+COMMAND = [sys.executable, "-m", "tests.campaign"]
+# Serves another pack than the workers expect, with checksums that are right.
+ANOTHER_PACK = """
+import sys
+from tests.campaign import models
+
+right = models.make_pack
+models.make_pack = lambda path, **spec: right(
+    path, **{**spec, "seed": spec["seed"] + (path.name == "small")}
+)
+from tests.campaign.__main__ import main
+sys.exit(main())
+"""
+
+
+def run(*command: object) -> tuple[int, dict[str, Any], str]:
+    """Exit code, report and log of a campaign."""
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it takes its daemon and its workers along
+            out, err = process.communicate(timeout=60)
+            raise AssertionError(f"the campaign hangs:\n{err}") from None
+    assert out, err
+    return process.returncode, json.loads(out), err
+
+
+def test_a_thousand_workers_and_a_hundred_daemons_killed() -> None:
+    code, report, err = run(*COMMAND, "--worker-kills", 1000, "--daemon-kills", 100, "--json")
+    assert report["problems"] == [], err
+    assert code == 0
+    assert report["worker_kills"] >= 1000
+    assert report["daemon_kills"] >= 100
+    work = report["work"]
+    assert work["records_wrong"] == 0
+    assert work["records_used"] > 10 * 1000
+    assert min(work["hits"], work["misses"], work["reads"], report["worker_stops"]) > 0
+    # Each worker attached, most of those that lived through a daemon's end once more.
+    assert work["attaches"] > 1000
+
+
+def test_a_wrong_byte_is_found() -> None:
+    """The campaign itself is not blind."""
+    code, report, _ = run(
+        sys.executable, "-c", ANOTHER_PACK, "--worker-kills", 20, "--daemon-kills", 1, "--json"
+    )
+    assert code == 1
+    assert report["passed"] is False
+    assert report["work"]["records_wrong"] > 0
+    assert any("WrongBytesError: small: layer" in problem for problem in report["problems"])
