@@ -95,9 +95,11 @@ class AttachConnection:
         except Exception as error:
             # Expected or not: nobody may be left waiting, nor half attached.
             log("attach refused", pid=self.pid, uid=self.uid, cause=error)
-            refusal = msgspec.json.encode(to_refusal(error))
+            refusal = to_refusal(error)
+            self._server.store.refusals["attach", refusal.code] += 1
             with suppress(OSError):
-                self._socket.send(refusal, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                packet = msgspec.json.encode(refusal)
+                self._socket.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             self.close()
 
     def _welcome(self, session: Session) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertd.errors import ConfigError
+from expertd.loopback import LoopbackAddress, parse_loopback
 from expertd.sizes import parse_bytes
 from expertd.tcp_config import TcpConfig
 
@@ -45,6 +46,8 @@ class ServeConfig:
     """How long SIGTERM waits for calls in flight."""
     max_sessions: int = 256
     """Attached at once."""
+    metrics: LoopbackAddress | None = None
+    """Where Prometheus may scrape; None: nowhere."""
     tcp: TcpConfig = field(default_factory=TcpConfig)
     """Whether and to whom other hosts' reads are answered."""
 
@@ -135,6 +138,8 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
         return parse_bytes(value)
     if name == "tcp":
         return TcpConfig.from_table(_typed(value, dict))
+    if name == "metrics":
+        return parse_loopback(_typed(value, str))
     if name == "socket_mode":
         return int(_typed(value, str), 8)
     if name == "socket":

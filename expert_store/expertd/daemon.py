@@ -5,6 +5,7 @@ import contextlib
 import resource
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -19,6 +20,8 @@ from expertd.config import ServeConfig
 from expertd.handshake import rpc_target
 from expertd.interceptor import ErrorInterceptor
 from expertd.log import log, log_failure, open_log
+from expertd.metrics import StoreMetrics
+from expertd.metrics_server import Exposition, MetricsServer
 from expertd.rundir import RunDirectory
 from expertd.service import ExpertStoreService
 from expertd.sizes import format_bytes
@@ -51,8 +54,8 @@ async def _serve(config: ServeConfig, manager: Manager) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with _running(config, manager) as store:
-        print(_banner(store), flush=True)  # noqa: T201 - what the starter waits for
+    async with _running(config, manager) as (store, metrics):
+        print(_banner(store, metrics), flush=True)  # noqa: T201 - what the starter waits for
         await manager.ready()
         await stop.wait()
         log("stopping", sessions=len(store.sessions))
@@ -60,7 +63,9 @@ async def _serve(config: ServeConfig, manager: Manager) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _running(config: ServeConfig, manager: Manager) -> AsyncIterator[Store]:
+async def _running(
+    config: ServeConfig, manager: Manager
+) -> AsyncIterator[tuple[Store, MetricsServer | None]]:
     """A daemon that serves inside the ``with``; what is set up is undone in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         # 1. Own the directory: nothing of another daemon is touched before this.
@@ -78,7 +83,13 @@ async def _running(config: ServeConfig, manager: Manager) -> AsyncIterator[Store
         # 4. The pulse that reads what workers wrote, and the one that says that we live.
         for pulse in (_refresh(store), feed_watchdog(manager, store.loader)):
             stack.push_async_callback(_cancel, asyncio.create_task(pulse))
-        # 5. Doors: first RPC, then attach, since an attached worker calls at once.
+        # 5. Sight, whose address may be taken.
+        metrics = None
+        if config.metrics is not None:
+            exposition = Exposition(StoreMetrics(store).collect, asyncio.get_running_loop())
+            metrics = MetricsServer(config.metrics, exposition)
+            stack.push_async_callback(asyncio.to_thread, metrics.close)
+        # 6. Doors: first RPC, then attach, since an attached worker calls at once.
         status = health.aio.HealthServicer()
         servers: list[grpc.aio.Server] = []
         stack.push_async_callback(_stop, servers, config.drain_seconds)
@@ -93,14 +104,14 @@ async def _running(config: ServeConfig, manager: Manager) -> AsyncIterator[Store
             listener = listen(directory.attach_socket, config.socket_mode)
         attach = AttachServer(store, listener)
         stack.callback(attach.close)
-        yield store
+        yield store, metrics
 
 
 async def _start_rpc(
     store: Store, directory: RunDirectory, status: health.aio.HealthServicer
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(store.config.stall_seconds)],
+        interceptors=[ErrorInterceptor(store.config.stall_seconds, store.refusals, "rpc")],
         options=[
             ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
             ("grpc.max_concurrent_streams", _MAX_CALLS),
@@ -122,7 +133,10 @@ async def _start_rpc(
 async def _start_tcp(store: Store, status: health.aio.HealthServicer) -> grpc.aio.Server:
     """A server of its own: limits for the network, and none of its checks for local workers."""
     server = grpc.aio.server(
-        interceptors=[PeerInterceptor(store.peers), ErrorInterceptor(store.config.stall_seconds)],
+        interceptors=[
+            PeerInterceptor(store.peers),
+            ErrorInterceptor(store.config.stall_seconds, store.refusals, "tcp"),
+        ],
         options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), *OPTIONS],
     )
     rpc.add_ExpertStoreServicer_to_server(ExpertStoreService(store), server)
@@ -140,11 +154,13 @@ async def _stop(servers: list[grpc.aio.Server], drain_seconds: float) -> None:
 
 async def _refresh(store: Store) -> None:
     while True:
+        due = time.monotonic() + _REFRESH_SECONDS
+        await asyncio.sleep(_REFRESH_SECONDS)
+        store.loop_lag.observe(max(0.0, time.monotonic() - due))
         try:
             store.slots.refresh()
         except Exception:  # a bug of ours, but leases must go on ending
             log_failure("reading the session pages")
-        await asyncio.sleep(_REFRESH_SECONDS)
 
 
 def _raise_descriptor_limit() -> None:
@@ -159,7 +175,7 @@ async def _cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-def _banner(store: Store) -> str:
+def _banner(store: Store, metrics: MetricsServer | None) -> str:
     for warning in store.warnings:
         print(f"expertd: warning: {warning}", file=sys.stderr)  # noqa: T201
     held = ", ".join(
@@ -171,5 +187,6 @@ def _banner(store: Store) -> str:
     return (
         f"expertd {__version__} serves {held or 'no model yet'} at {store.config.socket}: arena "
         f"{format_bytes(arena.num_bytes)}, {format_bytes(arena.locked_bytes)} locked, "
-        f"{format_bytes(arena.huge_page_bytes)} in huge pages."
+        f"{format_bytes(arena.huge_page_bytes)} in huge pages"
+        f"{f'; metrics at http://{metrics.address}/metrics' if metrics else ''}."
     )

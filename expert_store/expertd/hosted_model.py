@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import numpy as np
 from expertd.directory import Directory, directory_bytes, pack_word
 from expertd.errors import NotFoundError
 from expertd.extents import Extent
+from expertd.histogram import Histogram
 from expertd.loader import ReadJob, RecordFile
 from expertd.memfd import SharedMemory
 from expertd.pack.manifest import Fingerprinted, Layer
@@ -47,17 +48,33 @@ class Load:
 
 @dataclass
 class Counters:
-    """What happened to a model since it was loaded."""
+    """What happened to a model since it was loaded.
+
+    All but ``host_hits`` only grow; that one may drop by a worker's last few accesses, when
+    their misses are seen later than they are (:meth:`expertd.session.Session.refresh`).
+    """
 
     host_hits: int = 0
     nvme_misses: int = 0
     nvme_bytes_read: int = 0
     evictions: int = 0
     records_lost: int = 0
-    prefetch_issued: int = 0
+    prefetch_queued: int = 0
+    prefetch_withdrawn: int = 0
     prefetch_useful: int = 0
     prefetch_late: int = 0
     prefetch_wasted: int = 0
+    records_damaged: int = 0
+    """In RAM; dropped, and read again."""
+    fetch_seconds: Histogram = field(default_factory=Histogram)
+    """From request to grant; refused ones do not count."""
+    read_seconds: Histogram = field(default_factory=Histogram)
+    """Of one record, with its verification, without the wait for a loader thread."""
+
+    @property
+    def prefetch_issued(self) -> int:
+        """Reads that hints have started, or still will."""
+        return self.prefetch_queued - self.prefetch_withdrawn
 
 
 class HostedModel:

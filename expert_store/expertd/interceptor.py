@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc.aio's types take parameters only in the stubs
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into status codes, in this one place.
+    """Turns exceptions into status codes, in this one place, and counts them.
 
     A stream whose reader takes nothing for ``stall_seconds`` is ended: what is on its way to it
-    is memory that others wait for.
+    is memory that others wait for. ``refusals`` counts under (``door``, code).
     """
 
-    def __init__(self, stall_seconds: float) -> None:
-        self._stall_seconds = stall_seconds
+    def __init__(self, stall_seconds: float, refusals: Counter[tuple[str, str]], door: str) -> None:
+        self._stall_seconds, self._refusals, self._door = stall_seconds, refusals, door
 
     async def intercept_service(
         self,
@@ -47,7 +48,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                         async for response in responses:
                             await self._write(context, response)
                 except Exception as error:
-                    await _abort(context, error)
+                    await self._abort(context, error)
 
             return grpc.unary_stream_rpc_method_handler(
                 wrapped_stream, handler.request_deserializer, handler.response_serializer
@@ -58,7 +59,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             try:
                 return await unary(request, context)
             except Exception as error:
-                await _abort(context, error)
+                await self._abort(context, error)
 
         return grpc.unary_unary_rpc_method_handler(
             wrapped, handler.request_deserializer, handler.response_serializer
@@ -73,11 +74,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 f"the reader of this stream took nothing for {self._stall_seconds:g} s; call again."
             ) from None
 
-
-async def _abort(context: Context, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, ExpertdError):
-        log_failure("a call")
-    status = to_status(error)
-    await context.abort(status.code, status.message, status.trailing_metadata)
+    async def _abort(self, context: Context, error: Exception) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if not isinstance(error, ExpertdError):
+            log_failure("a call")
+        status = to_status(error)
+        self._refusals[self._door, status.code.name] += 1
+        await context.abort(status.code, status.message, status.trailing_metadata)

@@ -6,6 +6,7 @@ Demand goes before prefetch. One seam, :class:`RecordFile`, touches the disk.
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class ReadJob:
     done: Callable[[str | None], None]
     """Called on a loader thread with None, or with what is wrong with the record."""
     urgent: bool
+    seconds: float = 0.0
+    """What reading and verifying took, once ``done`` is called."""
 
 
 class Loader:
@@ -99,6 +102,16 @@ class Loader:
 
     def __repr__(self) -> str:
         return f"Loader({len(self._urgent)} urgent, {len(self._hinted)} hinted)"
+
+    @property
+    def num_urgent(self) -> int:
+        """Demand reads that no thread has begun."""
+        return len(self._urgent)
+
+    @property
+    def num_hinted(self) -> int:
+        """Hinted reads that no thread has begun."""
+        return len(self._hinted)
 
     def submit(self, job: ReadJob) -> None:
         """Queues a read."""
@@ -153,11 +166,13 @@ class Loader:
             if probe is not None:
                 probe()
                 continue
+            began = time.monotonic()
             try:
                 problem = read_verified(job.file, job.offset, job.target, job.checksum)
             except Exception as error:
                 # A bug of ours; without an answer every fetch of the record would hang.
                 problem = f"reading it failed: {error!r}"
+            job.seconds = time.monotonic() - began
             job.done(problem)
 
 

@@ -66,7 +66,7 @@ class Prefetcher:
                 model = self._models[load]
                 del model.loads[load.entry]
                 self._slots.free(load.extent)
-                model.counters.prefetch_issued -= 1
+                model.counters.prefetch_withdrawn += 1
                 load.done.set_result("it was a hint that a newer one superseded")
 
     async def close(self) -> None:
@@ -109,7 +109,7 @@ class Prefetcher:
                 if extent is not None:
                     hint.entries.popleft()
                     load = self._start_load(model, entry, extent, hinted=True)
-                    model.counters.prefetch_issued += 1
+                    model.counters.prefetch_queued += 1
                     self._remember(load, model, hint.session)
                     return
             await asyncio.sleep(_RETRY_SECONDS)

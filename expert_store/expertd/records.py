@@ -6,6 +6,7 @@ touches; only room (:mod:`expertd.slots`) and reads (:mod:`expertd.loader`) are 
 
 import asyncio
 import mmap
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 from xxhash import xxh3_64_hexdigest
@@ -65,6 +66,7 @@ class Records:
         they can never be resident together, :class:`RecordLostError`, :class:`DeadlineError`.
         """
         model, wanted = session.model, list(dict.fromkeys(entries))
+        began = time.monotonic()  # uvloop's own clock counts whole milliseconds
         session.begin_fetch(number)
         held: list[int] = []
         try:
@@ -75,6 +77,7 @@ class Records:
         finally:
             session.fetches_in_flight -= 1
         session.lease(number, wanted)
+        model.counters.fetch_seconds.observe(time.monotonic() - began)
         return missed
 
     async def pin(self, session: Session, entries: Sequence[int]) -> int:
@@ -129,6 +132,7 @@ class Records:
                 data = await asyncio.to_thread(self._copy, extent)
                 if xxh3_64_hexdigest(data) == model.place(entry).checksum:
                     return data
+                model.counters.records_damaged += 1
                 log("record damaged in RAM", model=model.name, expert=model.expert(entry))
                 if model.is_held_once(entry):  # else a step counts on its being there
                     model.evict([entry])
@@ -233,6 +237,7 @@ class Records:
         return load
 
     def _finish_load(self, model: HostedModel, load: Load, problem: str | None) -> None:
+        model.counters.read_seconds.observe(load.job.seconds)
         if problem is None:
             model.counters.nvme_bytes_read += load.extent.num_bytes
             model.arrive(load)

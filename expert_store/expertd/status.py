@@ -58,6 +58,8 @@ _CODES: dict[type[ExpertdError], grpc.StatusCode] = {
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ExpertdError: grpc.StatusCode.INTERNAL,
 }
+CODE_NAMES = tuple(sorted({code.name for code in _CODES.values()}))
+"""All that a call may be answered with, beside OK."""
 _KINDS = {kind.__name__: kind for kind in _CODES}
 # What a code means where no detail says it more exactly.
 _DEFAULTS: dict[grpc.StatusCode, type[ExpertdError]] = {

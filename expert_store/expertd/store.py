@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import secrets
 import time
+from collections import Counter
 from pathlib import Path
 
 from expertd.arena import Arena
@@ -17,6 +18,7 @@ from expertd.errors import (
     UnauthenticatedError,
 )
 from expertd.handshake import Role
+from expertd.histogram import Histogram
 from expertd.hosted_model import HostedModel, ModelState
 from expertd.loader import Loader, RecordFile
 from expertd.log import log
@@ -37,10 +39,16 @@ class Store:
         self.config, self.arena = config, arena
         self.incarnation = secrets.token_hex(8)
         self.started_at = time.monotonic()
+        self.started_time = time.time()
         self.models: dict[str, HostedModel] = {}
         self.sessions: dict[str, Session] = {}
         self.peers = Peers(config.tcp)
         self.warnings = list(arena.warnings)
+        self.refusals: Counter[tuple[str, str]] = Counter()
+        """How often the door ("attach", "rpc" or "tcp") was answered with the status code's name."""
+        self.num_cut_off = 0
+        self.loop_lag = Histogram()
+        """How much later than it was due the event loop ran the daemon's pulse."""
         self._loop = asyncio.get_running_loop()
         self.loader = Loader(config.loader_threads)
         self._numbers = itertools.count(1)
@@ -193,6 +201,7 @@ class Store:
 
     def _cut_off(self, session: Session) -> None:
         """Ends a session that stands still while others wait."""
+        self.num_cut_off += 1
         log("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
         self.detach(session)
 

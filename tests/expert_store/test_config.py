@@ -6,6 +6,7 @@ import pytest
 
 from expertd.config import ServeConfig, load_config, parse_model
 from expertd.errors import ConfigError
+from expertd.loopback import LoopbackAddress
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -35,6 +36,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         fetch_seconds = 2.5
         drain_seconds = 0
         max_sessions = 9
+        metrics = "127.0.0.1:9464"
         [models]
         tiny = "/packs/tiny"
         """,
@@ -53,6 +55,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         fetch_seconds=2.5,
         drain_seconds=0.0,
         max_sessions=9,
+        metrics=LoopbackAddress("127.0.0.1", 9464),
     )
     assert isinstance(config.stall_seconds, float)
 
@@ -94,6 +97,8 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("fetch_seconds = -1", ["fetch_seconds", "-1"]),
         ("drain_seconds = -0.5", ["drain_seconds", "-0.5"]),
         ("max_sessions = 0", ["max_sessions", "0"]),
+        ("metrics = 9464", ["metrics = 9464", "int"]),
+        ('metrics = "0.0.0.0:9464"', ["metrics = '0.0.0.0:9464'", "other hosts"]),
         ("allowed_uids = 1000", ["allowed_uids = 1000", "int"]),
         ('allowed_uids = ["me"]', ["allowed_uids", "str"]),
         ("allowed_uids = [-1]", ["allowed_uids", "-1"]),

@@ -7,6 +7,7 @@ import typer
 
 from expertd.config import load_config, parse_model
 from expertd.errors import ConfigError
+from expertd.loopback import LoopbackAddress, parse_loopback
 from expertd.sizes import parse_bytes
 
 
@@ -28,6 +29,12 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=PACK", help="A pack to serve; may be given several times."),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Serve Prometheus metrics at this loopback address."
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE.toml", help="Settings; the options here override them."),
@@ -47,7 +54,11 @@ def serve(
         models = dict(map(parse_model, model))
         if len(models) < len(model):
             raise ConfigError("two models are given the same name; each needs its own.")
-    run(load_config(config, socket=socket, ram_bytes=_size(ram), models=models))
+    run(
+        load_config(
+            config, socket=socket, ram_bytes=_size(ram), models=models, metrics=_address(metrics)
+        )
+    )
 
 
 def _size(text: str | None) -> int | None:
@@ -55,3 +66,10 @@ def _size(text: str | None) -> int | None:
         return parse_bytes(text) if text is not None else None
     except ValueError as error:
         raise ConfigError(f"--ram: {error}.") from error
+
+
+def _address(text: str | None) -> LoopbackAddress | None:
+    try:
+        return parse_loopback(text) if text is not None else None
+    except ValueError as error:
+        raise ConfigError(f"--metrics: {error}.") from error
