@@ -65,6 +65,9 @@ def test_limits_suffice_for_the_defaults() -> None:
     assert int(SERVICE["TimeoutStopSec"][0]) > 2 * SAMPLE.drain_seconds
     assert int(SERVICE["LimitNOFILE"][0]) > 3 * SAMPLE.max_sessions + 100
     assert SERVICE["LimitMEMLOCK"] == ["infinity"]
+    # The arena, and a directory per model.
+    assert int(SERVICE["FileDescriptorStoreMax"][0]) > 32
+    assert int(SERVICE["WatchdogSec"][0]) > 10
 
 
 def test_sample_config_holds_the_defaults() -> None:

@@ -1,5 +1,6 @@
 """``expertd serve``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,8 @@ def serve(
 
     Example: `expertd serve --socket /run/expertd --ram 24GiB --model mixtral=/packs/mixtral`
     """
+    # numpy's BLAS, which nothing here calls, would start a thread and take 32 MiB per core.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from expertd.daemon import serve as run  # grpc and numpy: not for --help
 
     models = None

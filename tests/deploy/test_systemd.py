@@ -1,0 +1,157 @@
+"""The units under a real systemd: sandboxed, restarted, and with workers of other users."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.deploy.machine import ROOT, Machine, UnbootableError, booted
+from tests.handmade import make_pack
+
+UID = 4321  # a worker's
+UNITS = ROOT / "deploy/systemd"
+CONFIG = f"""
+socket = "/run/expertd"
+ram = "4MiB"
+allowed_uids = [{UID}]
+[models]
+m = "/var/lib/expertd/m"
+"""
+WORKER = """
+from pathlib import Path
+from tests.expert_store.serving.watching import assert_serves
+assert_serves(Path("/run/expertd"))
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A host on which expertd is installed as docs/install.md says, and serves."""
+    shared = tmp_path_factory.mktemp("machine")
+    make_pack(shared / "pack", record_bytes=1 << 16)
+    (shared / "expertd.toml").write_text(CONFIG)
+    try:
+        with booted(shared) as machine:
+            machine.run(
+                f"""
+                set -e
+                cd /opt/source/{UNITS.relative_to(ROOT)}
+                install -Dm644 sysusers.conf /etc/sysusers.d/expertd.conf
+                install -Dm644 tmpfiles.conf /etc/tmpfiles.d/expertd.conf
+                install -Dm644 expertd.service expertd.socket -t /etc/systemd/system
+                install -Dm644 /opt/shared/expertd.toml /etc/expertd/expertd.toml
+                systemd-sysusers
+                systemd-tmpfiles --create /etc/tmpfiles.d/expertd.conf
+                cp -r /opt/shared/pack /var/lib/expertd/m
+                systemctl daemon-reload
+                systemctl enable --now expertd.socket
+                """
+            )
+            started = machine.run("systemctl enable --now expertd.service", check=False)
+            assert started.returncode == 0, machine.journal("expertd")
+            yield machine
+    except UnbootableError as error:
+        pytest.skip(str(error))
+
+
+def status(machine: Machine) -> dict[str, str]:
+    """/proc's view of the daemon's process."""
+    text = machine.run(f"cat /proc/{machine.show('expertd', 'MainPID')}/status").stdout
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+def work(machine: Machine, uid: int = UID, groups: str = "expertd") -> str:
+    """A worker's run as that user; what it complains of."""
+    _, stderr = machine.python(uid, groups, WORKER).communicate(timeout=60)
+    return stderr
+
+
+def stats(machine: Machine) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(
+        machine.run("/opt/expertd/bin/expertd stats --socket /run/expertd --json").stdout
+    )
+    return report
+
+
+def test_runs_in_its_sandbox(machine: Machine) -> None:
+    seen = status(machine)
+    assert (seen["Seccomp"], seen["NoNewPrivs"]) == ("2", "1")
+    assert {int(seen[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert seen["Uid"].split()[0] == machine.run("id -u expertd").stdout.strip()
+    pid = machine.show("expertd", "MainPID")
+    for kind in ("net", "mnt", "ipc"):
+        ours, own = (machine.run(f"readlink /proc/{who}/ns/{kind}").stdout for who in (pid, 1))
+        assert ours != own
+    # Root may write wherever the file system may be written to.
+    places = "/ /etc/expertd /var/lib/expertd /home /opt /sys/fs/cgroup /run/expertd"
+    writable = machine.run(
+        f"nsenter -t {pid} -m -r bash -c 'for d in {places}; do [ -w $d ] && echo $d; done; true'"
+    )
+    assert writable.stdout.split() == ["/run/expertd"]
+
+
+def test_workers_of_the_group_attach_and_no_others(machine: Machine) -> None:
+    assert work(machine) == ""
+    assert "4322 may not attach" in work(machine, uid=4322)
+    assert "join the group" in work(machine, groups="65534")
+    modes = machine.run("stat -c '%a %U %G' /run/expertd /run/expertd/*.sock").stdout
+    assert modes.splitlines() == ["750 expertd expertd", *["660 expertd expertd"] * 2]
+
+
+def test_a_kill_is_followed_by_a_restart(machine: Machine) -> None:
+    before = machine.show("expertd", "NRestarts")
+    pid = machine.show("expertd", "MainPID")
+    machine.run(f"kill -KILL {pid}")
+    machine.until(
+        lambda: (
+            machine.show("expertd", "NRestarts") != before
+            and machine.show("expertd", "ActiveState") == "active"
+        ),
+        "the restart",
+    )
+    assert work(machine) == ""
+
+
+def test_a_stopped_daemon_comes_when_a_worker_attaches(machine: Machine) -> None:
+    machine.run("systemctl stop expertd.service")
+    assert machine.run("ls /run/expertd").stdout.split() == ["attach.sock", "lock"]
+    assert work(machine) == ""
+    assert machine.show("expertd", "ActiveState") == "active"
+
+
+def test_a_wrong_setting_is_one_line_and_no_restart(machine: Machine) -> None:
+    machine.run("systemctl stop expertd.service expertd.socket")
+    machine.run("journalctl --rotate && journalctl --vacuum-time=1s")
+    machine.run("sed -i 's/^ram/ramm/' /etc/expertd/expertd.toml")
+    try:
+        assert machine.run("systemctl start expertd.service", check=False).returncode != 0
+        assert machine.show("expertd", "ExecMainStatus") == "2"
+        assert machine.show("expertd", "ActiveState") == "failed"
+        said = [line for line in machine.journal("expertd").splitlines() if "ramm" in line]
+        assert len(said) == 1
+        assert said[0].startswith("expertd: /etc/expertd/expertd.toml: unknown setting 'ramm'")
+        assert "Traceback" not in machine.journal("expertd")
+    finally:
+        machine.run("sed -i 's/^ramm/ram/' /etc/expertd/expertd.toml")
+        machine.run("systemctl reset-failed expertd.service; systemctl start expertd.service")
+
+
+def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
+    drop_in = "/run/systemd/system/expertd.service.d/watchdog.conf"
+    machine.run(f"install -D /dev/stdin {drop_in} <<< $'[Service]\\nWatchdogSec=1'")
+    machine.run("systemctl daemon-reload && systemctl restart expertd.service")
+    try:
+        pid = machine.show("expertd", "MainPID")
+        machine.run(f"sleep 2.5; test -d /proc/{pid}; kill -STOP {pid}")  # fed until now
+        machine.until(
+            lambda: (
+                machine.show("expertd", "MainPID") not in ("0", pid)
+                and machine.show("expertd", "ActiveState") == "active"
+            ),
+            "the restart by the watchdog",
+        )
+        assert "Watchdog timeout" in machine.journal("expertd")
+        assert work(machine) == ""
+    finally:
+        machine.run(f"rm {drop_in}; systemctl daemon-reload; systemctl restart expertd.service")
