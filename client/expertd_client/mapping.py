@@ -102,8 +102,10 @@ class Mapping:
             if size <= 0 or os.fstat(descriptor).st_size < size:
                 raise ValueError("a shared file is smaller than it is said to be")
         arena, directory, page = descriptors
+        records = mmap.mmap(arena, arena_bytes, access=mmap.ACCESS_READ)
+        records.madvise(mmap.MADV_DONTDUMP)  # a crash must not write the host's copy to disk
         return cls(
-            mmap.mmap(arena, arena_bytes, access=mmap.ACCESS_READ),
+            records,
             mmap.mmap(directory, directory_bytes, access=mmap.ACCESS_READ),
             mmap.mmap(page, page_bytes, access=mmap.ACCESS_WRITE),
         )

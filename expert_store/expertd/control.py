@@ -1,10 +1,11 @@
-"""What ``expertd stats``, ``models``, ``load`` and ``unload`` say to a running daemon."""
+"""What ``expertd stats``, ``models``, ``health``, ``load``, ``unload`` say to a daemon."""
 
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd.greeting import handshake
 from expertd.handshake import Role, rpc_target
@@ -14,6 +15,7 @@ from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
 _CALL_SECONDS = 60.0
+_HEALTH_SECONDS = 5.0
 
 
 class Control:
@@ -44,6 +46,13 @@ class Control:
         response = self._call(self._stub.ListModels, pb.ListModelsRequest())
         return [to_plain(model) for model in response.models]
 
+    def serves(self) -> bool:
+        """Whether the daemon says that it serves, by grpc.health.v1."""
+        check = health_pb2_grpc.HealthStub(self._channel).Check
+        request = health_pb2.HealthCheckRequest()
+        response = self._call(check, request, timeout_seconds=_HEALTH_SECONDS)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
     def load(self, name: str, pack: Path) -> dict[str, Any]:
         """Opens ``pack``, an absolute path, under ``name``."""
         request = pb.LoadModelRequest(name=name, pack_path=str(pack))
@@ -59,8 +68,14 @@ class Control:
         with handshake(self._directory, Role.ADMIN, "", _CALL_SECONDS) as greeting:
             return self._call(method, request, greeting.credentials)
 
-    def _call(self, method: Any, request: Any, metadata: tuple[tuple[str, str], ...] = ()) -> Any:  # noqa: ANN401
+    def _call(
+        self,
+        method: Any,  # noqa: ANN401
+        request: Any,  # noqa: ANN401
+        metadata: tuple[tuple[str, str], ...] = (),
+        timeout_seconds: float = _CALL_SECONDS,
+    ) -> Any:  # noqa: ANN401
         try:
-            return method(request, timeout=_CALL_SECONDS, metadata=metadata)
+            return method(request, timeout=timeout_seconds, metadata=metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, str(self._directory)) from None

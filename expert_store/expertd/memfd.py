@@ -25,6 +25,8 @@ class SharedMemory:
             os.fchmod(self.fd, mode)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = mmap.mmap(self.fd, num_bytes)
+            # A core dump would write all of it to disk before a successor could start.
+            self._mapping.madvise(mmap.MADV_DONTDUMP)
         except BaseException:
             os.close(self.fd)
             raise

@@ -1,4 +1,4 @@
-"""``expertd stats``, ``models``, ``load``, ``unload``: talking to a running daemon."""
+"""``expertd stats``, ``models``, ``health``, ``load``, ``unload``: talking to a running daemon."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from expertd.errors import DeadlineError, PermissionDeniedError, UnavailableError
 from expertd.sizes import format_bytes
 
 Socket = Annotated[
@@ -15,11 +16,12 @@ Socket = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 _MAX_WIDTH = 2000
+_EXIT_UNHEALTHY = 1
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to ``app``."""
-    for command in (stats, models, load, unload):
+    for command in (stats, models, health, load, unload):
         app.command()(command)
 
 
@@ -65,6 +67,26 @@ def models(socket: Socket, as_json: Json = False) -> None:
             for row in rows
         ],
     )
+
+
+def health(socket: Socket) -> None:
+    """Asks the daemon whether it serves, as an orchestrator's health check does.
+
+    Exit code 0: it serves, 1: it does not answer within 5 seconds, or is stopping.
+
+    Example: `expertd health --socket /run/expertd`
+    """
+    from expertd.control import Control
+
+    try:
+        with Control(socket) as control:
+            serves = control.serves()
+    except (UnavailableError, DeadlineError, PermissionDeniedError) as error:
+        typer.echo(f"expertd: {error}", err=True)
+        raise typer.Exit(_EXIT_UNHEALTHY) from None
+    typer.echo("serving" if serves else "not serving")
+    if not serves:
+        raise typer.Exit(_EXIT_UNHEALTHY)
 
 
 def load(

@@ -1,6 +1,7 @@
 """``expertd load``, ``unload``, ``models`` and ``stats``, as a user runs them, and what they do."""
 
 import json
+import signal
 import subprocess
 import threading
 import time
@@ -91,6 +92,19 @@ def test_commands_without_a_daemon(tmp_path: Path) -> None:
     said = refused(expertd("stats", "--socket", tmp_path, "--json"))
     assert said == f"expertd: No expertd answers at {tmp_path}; is it running?\n"
     assert str(tmp_path) in refused(expertd("unload", "m", "--socket", tmp_path))
+
+
+def test_health(daemon: Daemon, tmp_path: Path) -> None:
+    assert ran(expertd("health", "--socket", daemon.socket)) == "serving\n"
+    silent = expertd("health", "--socket", tmp_path)
+    assert (silent.returncode, silent.stdout) == (1, "")
+    assert silent.stderr == f"expertd: No expertd answers at {tmp_path}; is it running?\n"
+    daemon.signal(signal.SIGSTOP)
+    try:
+        stuck = expertd("health", "--socket", daemon.socket)
+    finally:
+        daemon.signal(signal.SIGCONT)
+    assert (stuck.returncode, stuck.stdout, stuck.stderr.count("\n")) == (1, "", 1)
 
 
 def test_load_of_what_cannot_be(control: Control, pack: Path, tmp_path: Path) -> None:

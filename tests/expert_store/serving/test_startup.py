@@ -1,5 +1,6 @@
 """How a daemon starts, refuses to, and stops."""
 
+import os
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 from expertd.errors import DeadlineError, ExpertdError, UnavailableError
 from expertd.handshake import ATTACH_SOCKET
+from expertd_client import Client
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
@@ -189,6 +191,25 @@ def test_no_torch_and_hardly_any_work_when_idle(roomy: Daemon) -> None:
         time.sleep(2)
         spent = cpu_seconds(roomy.pid) - before
     assert spent < 0.2
+
+
+def test_a_core_dump_leaves_the_arena_out(roomy: Daemon) -> None:
+    before = dumped_arenas(os.getpid())
+    with Client(roomy.socket) as store, store.attach("m"):
+        assert dumped_arenas(roomy.pid) == [False]
+        # Workers of other tests may still be mapped here.
+        assert sorted(dumped_arenas(os.getpid())) == sorted([*before, False])
+
+
+def dumped_arenas(pid: int) -> list[bool]:
+    """For each arena that a process has mapped, whether a core dump would contain it."""
+    dumped, ours = [], False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            ours = "memfd:expertd-arena" in line
+        elif ours and line.startswith("VmFlags:"):
+            dumped.append("dd" not in line.split())
+    return dumped
 
 
 def test_stop_with_silent_connections(pack: Path) -> None:
