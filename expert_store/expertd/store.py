@@ -45,7 +45,7 @@ class Store:
         self.peers = Peers(config.tcp)
         self.warnings = list(arena.warnings)
         self.refusals: Counter[tuple[str, str]] = Counter()
-        """How often the door ("attach", "rpc" or "tcp") was answered with the status code's name."""
+        """How often the door ("attach", "rpc", "tcp") was answered with the code of that name."""
         self.num_cut_off = 0
         self.loop_lag = Histogram()
         """How much later than it was due the event loop ran the daemon's pulse."""
