@@ -9,7 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from expertd.errors import ConfigError
+from expertd.extents import Extent
 from expertd.log import log
 from expertd.memfd import SharedMemory
 from expertd.sizes import format_bytes
@@ -49,6 +52,12 @@ class Arena:
     def view(self) -> memoryview:
         """All bytes, writable."""
         return self.memory.view
+
+    def copy(self, source: Extent, target: Extent) -> None:
+        """Copies a record's bytes; from any thread, and without holding the interpreter up."""
+        start, size = source
+        array = np.frombuffer(self.view, np.uint8)
+        np.copyto(array[target.offset : target.offset + size], array[start : start + size])
 
     def close(self) -> None:
         """Gives the memory back; workers that map it keep their mappings. Twice is harmless."""

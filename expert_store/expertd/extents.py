@@ -5,7 +5,12 @@ neighbouring free extents join, so records of other sizes find room again.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 PAGE_BYTES = 4096
 
@@ -29,24 +34,43 @@ class Extents:
         return f"Extents({self.bytes_free} of {self.bytes_total} free in {len(self._free)})"
 
     @property
+    def holes(self) -> tuple[Extent, ...]:
+        """The free extents, in order of their offsets."""
+        return tuple(self._free)
+
+    @property
     def bytes_used(self) -> int:
         """What is allocated."""
         return self.bytes_total - self.bytes_free
 
     def allocate(self, num_bytes: int) -> Extent | None:
         """The first free extent of that size, or None if no hole is large enough."""
-        if num_bytes <= 0 or num_bytes % PAGE_BYTES:
-            raise ValueError(f"{num_bytes} is not a positive multiple of {PAGE_BYTES}")
-        for index, hole in enumerate(self._free):
-            if hole.num_bytes < num_bytes:
-                continue
-            if hole.num_bytes == num_bytes:
-                del self._free[index]
-            else:
-                self._free[index] = Extent(hole.offset + num_bytes, hole.num_bytes - num_bytes)
-            self.bytes_free -= num_bytes
-            return Extent(hole.offset, num_bytes)
-        return None
+        extents = self.allocate_all([num_bytes])
+        return extents[0] if extents else None
+
+    def allocate_all(self, sizes: Sequence[int]) -> list[Extent] | None:
+        """Extents of those sizes, in their order; None, and nothing taken, if not all fit."""
+        if any(size <= 0 or size % PAGE_BYTES for size in sizes):
+            raise ValueError(f"{sizes} are not all positive multiples of {PAGE_BYTES}")
+        holes = np.array([hole.num_bytes for hole in self._free], np.int64)
+        placed = first_fit(holes, sizes)
+        if placed is None:
+            return None
+        taken: dict[int, list[Extent]] = {}
+        starts: dict[int, int] = {}
+        for size, counts in placed:
+            extents = taken[size] = []
+            for index in np.flatnonzero(counts).tolist():
+                start = starts.get(index, self._free[index].offset)
+                end = starts[index] = start + size * int(counts[index])
+                extents += [Extent(offset, size) for offset in range(start, end, size)]
+            extents.reverse()
+        for index in sorted(starts, reverse=True):
+            hole, start = self._free[index], starts[index]
+            rest = Extent(start, sum(hole) - start)
+            self._free[index : index + 1] = [rest] if rest.num_bytes else []
+        self.bytes_free -= sum(sizes)
+        return [taken[size].pop() for size in sizes]
 
     def take(self, extent: Extent) -> None:
         """Allocates exactly ``extent``. Raises ValueError unless all of it is free."""
@@ -75,3 +99,24 @@ class Extents:
             start = self._free.pop(index - 1).offset
         insort(self._free, Extent(start, end - start))
         self.bytes_free += extent.num_bytes
+
+
+def first_fit(
+    holes: npt.NDArray[np.int64], sizes: Sequence[int]
+) -> list[tuple[int, npt.NDArray[np.int64]]] | None:
+    """How many extents of each size to put into each hole; None if they do not all fit.
+
+    The largest first, each into the first hole with room. In one hole whatever fits by size
+    fits; in several this is a heuristic, as packing bins is NP-hard.
+    """
+    left = holes.copy()
+    placed = []
+    for size, count in sorted(Counter(sizes).items(), reverse=True):
+        fits = left // size
+        before = np.cumsum(fits) - fits
+        counts = np.clip(count - before, 0, fits)
+        if counts.sum() < count:
+            return None
+        left -= counts * size
+        placed.append((size, counts))
+    return placed

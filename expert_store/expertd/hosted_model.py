@@ -58,6 +58,7 @@ class Counters:
     nvme_misses: int = 0
     nvme_bytes_read: int = 0
     evictions: int = 0
+    moves: int = 0
     records_lost: int = 0
     prefetch_queued: int = 0
     prefetch_withdrawn: int = 0
@@ -115,6 +116,9 @@ class HostedModel:
         self._extents: list[Extent | None] = [None] * self.num_entries
         self._generation = 0
         self._resident = np.zeros(self.num_entries, np.bool_)
+        # Of resident records: what eviction looks at, for many at once.
+        self._offsets = np.zeros(self.num_entries, np.int64)
+        self._lengths = np.array(self._record_bytes, np.int64)
         self._holds = np.zeros(self.num_entries, np.int64)
         self._unused_hint = np.zeros(self.num_entries, np.bool_)
 
@@ -132,7 +136,7 @@ class HostedModel:
     @property
     def resident_bytes(self) -> int:
         """Their size."""
-        return sum(self._record_bytes[entry] for entry in np.flatnonzero(self._resident))
+        return int(self._lengths[self._resident].sum())
 
     @property
     def max_record_bytes(self) -> int:
@@ -182,9 +186,13 @@ class HostedModel:
         load = self.loads.get(entry)
         return load.extent if load is not None else self._extents[entry]
 
-    def is_held_once(self, entry: int) -> bool:
-        """Whether exactly one hold keeps the record."""
-        return bool(self._holds[entry] == 1)
+    def places_of(self, entries: Entries) -> tuple[Entries, Entries]:
+        """Offsets and sizes, in bytes, of resident records."""
+        return self._offsets[entries], self._lengths[entries]
+
+    def num_holds(self, entry: int) -> int:
+        """How many holds keep the record."""
+        return int(self._holds[entry])
 
     def is_resident(self, entry: int) -> bool:
         """Whether workers can see the record."""
@@ -204,16 +212,30 @@ class HostedModel:
         """Resident records that nobody holds."""
         return np.flatnonzero(self._resident & (self._holds == 0))
 
+    def held(self) -> Entries:
+        """Resident records that somebody holds."""
+        return np.flatnonzero(self._resident & (self._holds > 0))
+
     def arrive(self, load: Load) -> None:
         """A verified record becomes visible."""
         del self.loads[load.entry]
-        self._generation += 1
-        self._extents[load.entry] = load.extent
         self._resident[load.entry] = True
         self._unused_hint[load.entry] = load.hinted
         if load.hinted:
             self.heat.expect(load.entry)
-        self.directory.publish(load.entry, pack_word(load.extent.offset, self._generation))
+        self._publish(load.entry, load.extent)
+
+    def move(self, entry: int, target: Extent) -> None:
+        """A resident record is now in ``target``, too: its old extent goes to the reclaimer.
+
+        Who found the record there may go on reading, so this is an eviction of the old bytes
+        in all but that the directory's word never is 0.
+        """
+        source = self._extents[entry]
+        assert source is not None
+        self._publish(entry, target)
+        self.counters.moves += 1
+        self.reclaimer.retire(self.directory.advance_epoch(), [source])
 
     def evict(self, entries: Sequence[int]) -> None:
         """Withdraws resident records; their extents go to the reclaimer."""
@@ -238,6 +260,12 @@ class HostedModel:
         used = entries[self._unused_hint[entries]]
         self.counters.prefetch_useful += len(np.unique(used))
         self._unused_hint[used] = False
+
+    def _publish(self, entry: int, extent: Extent) -> None:
+        self._generation += 1
+        self._extents[entry] = extent
+        self._offsets[entry] = extent.offset
+        self.directory.publish(entry, pack_word(extent.offset, self._generation))
 
     def close(self, free: Callable[[Extent], None]) -> None:
         """Gives everything back; call when no session and no load is left."""

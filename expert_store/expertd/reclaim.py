@@ -22,6 +22,11 @@ class Reclaimer:
         oldest = self._retired[0][0] if self._retired else "-"
         return f"Reclaimer({self.bytes_retired} bytes, oldest epoch {oldest})"
 
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """What is retired."""
+        return tuple(extent for _, extent in self._retired)
+
     def retire(self, epoch: int, extents: Iterable[Extent]) -> None:
         """Takes extents whose words were withdrawn before ``epoch`` began."""
         for extent in extents:

@@ -7,7 +7,7 @@ touches; only room (:mod:`expertd.slots`) and reads (:mod:`expertd.loader`) are 
 import asyncio
 import mmap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from xxhash import xxh3_64_hexdigest
 
@@ -25,9 +25,7 @@ from expertd.loader import Loader, ReadJob, read_verified
 from expertd.log import log
 from expertd.prefetcher import Prefetcher
 from expertd.session import Session
-from expertd.slots import NoHoleError, Slots
-
-_HELD_PAUSE_SECONDS = 0.002
+from expertd.slots import Record, Slots
 
 
 class Records:
@@ -38,11 +36,9 @@ class Records:
         arena: Arena,
         slots: Slots,
         loader: Loader,
-        pinned: Callable[[], Iterable[tuple[HostedModel, int]]],
         fetch_seconds: float,
     ) -> None:
         self._arena, self._slots, self._loader = arena, slots, loader
-        self._pinned = pinned
         self._fetch_seconds = fetch_seconds
         self._loop = asyncio.get_running_loop()
         self._prefetcher = Prefetcher(slots, self._start_load, loader)
@@ -50,14 +46,10 @@ class Records:
     def max_fetch_records(self, model: HostedModel) -> int:
         """How many of the model's records one fetch can make resident together.
 
-        As many as fit into the gaps that pinned records leave, wherever they lie.
+        As many as the pinned records leave room for, wherever they lie.
         """
-        gaps, start = 0, 0
-        pinned = [other.placed(entry) for other, entry in self._pinned()]
-        for extent in sorted(extent for extent in pinned if extent is not None):
-            gaps += (extent.offset - start) // model.max_record_bytes
-            start = sum(extent)
-        return gaps + (self._slots.extents.bytes_total - start) // model.max_record_bytes
+        free = self._slots.extents.bytes_total - self._slots.pinned_bytes
+        return free // model.max_record_bytes
 
     async def fetch(self, session: Session, entries: Sequence[int], number: int) -> int:
         """Makes records resident and leases them to the session under ``number``.
@@ -84,7 +76,9 @@ class Records:
         """Makes records resident and keeps them so; returns how many are newly pinned."""
         pinned: list[int] = []
         try:
-            await self._make_resident(session, lambda: self._claim_pins(session, entries, pinned))
+            await self._make_resident(
+                session, lambda: self._claim_pins(session, entries, pinned), to_pin=True
+            )
         except BaseException:
             session.unpin(pinned)
             raise
@@ -134,7 +128,7 @@ class Records:
                     return data
                 model.counters.records_damaged += 1
                 log("record damaged in RAM", model=model.name, expert=model.expert(entry))
-                if model.is_held_once(entry):  # else a step counts on its being there
+                if model.num_holds(entry) == 1:  # else a step counts on its being there
                     model.evict([entry])
             return await asyncio.to_thread(self._read_from_pack, model, entry)
         except RecordLostError:
@@ -144,7 +138,9 @@ class Records:
             model.unhold([entry])
             model.num_reads -= 1
 
-    async def _make_resident(self, session: Session, claim: Callable[[], Sequence[int]]) -> int:
+    async def _make_resident(
+        self, session: Session, claim: Callable[[], Sequence[int]], *, to_pin: bool = False
+    ) -> int:
         """Makes resident what ``claim`` holds when it is the session's turn; how many were not.
 
         If this raises, what was claimed is the caller's to give up.
@@ -157,7 +153,7 @@ class Records:
                     self._check_serving(model)  # it may have been unloaded while we queued
                     _check_open(session)
                     entries = claim()
-                    loads = await self._start_loads(model, entries)
+                    loads = await self._start_loads(model, entries, to_pin)
                 if loads:
                     # wait() and not await: a cancelled caller must not cancel what others
                     # wait for too.
@@ -175,7 +171,7 @@ class Records:
 
     def _claim(self, session: Session, wanted: list[int], held: list[int]) -> list[int]:
         model = session.model
-        pinned = {entry for other, entry in self._pinned() if other is model}
+        pinned = {entry for other, entry in self._slots.pinned if other is model}
         count, most = len(set(wanted) - pinned), self.max_fetch_records(model)
         if count > most:
             raise CapacityError(
@@ -192,13 +188,16 @@ class Records:
     def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
         model = session.model
         wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
-        kept = -(-self._slots.working_set_bytes // model.max_record_bytes)
-        most = max(0, self.max_fetch_records(model) - kept)
-        if len(wanted) > most:
+        slots = self._slots
+        others = slots.pinned
+        new = [entry for entry in wanted if Record(model, entry) not in others]
+        room = slots.extents.bytes_total - slots.pinned_bytes - slots.working_set_bytes
+        if sum(map(model.record_bytes, new)) > room:
+            most = max(0, room // model.max_record_bytes)
             raise CapacityError(
-                f"{len(wanted)} experts cannot be pinned: beside what one token of each model uses "
+                f"{len(new)} experts cannot be pinned: beside what one token of each model uses "
                 f"there is room for {most}.",
-                requested=len(wanted),
+                requested=len(new),
                 available=most,
                 unit="records",
             )
@@ -206,27 +205,20 @@ class Records:
         pinned += wanted
         return wanted
 
-    async def _start_loads(self, model: HostedModel, entries: Sequence[int]) -> list[Load]:
+    async def _start_loads(
+        self, model: HostedModel, entries: Sequence[int], to_pin: bool
+    ) -> list[Load]:
         """What has to be waited for until all of ``entries``, which are held, are resident."""
         loads = [self._join(model, load) for e in entries if (load := model.loads.get(e))]
         missing = [e for e in entries if not model.is_resident(e) and e not in model.loads]
-        while True:
-            sizes = [model.record_bytes(entry) for entry in missing]
-            try:
-                extents = await self._slots.reserve(sizes)
-            except NoHoleError:
-                # There is room, but not in one piece, and what lies in between is what we hold
-                # ourselves: it has to move. What others hold too may move when they let go.
-                moving = [e for e in entries if model.is_resident(e) and model.is_held_once(e)]
-                model.evict(moving)
-                missing += moving
-                if not moving:
-                    await asyncio.sleep(_HELD_PAUSE_SECONDS)
-                continue
-            return loads + [
-                self._start_load(model, entry, extent, hinted=False)
-                for entry, extent in zip(missing, extents, strict=True)
-            ]
+        reserved = await self._slots.reserve(
+            [Record(model, entry) for entry in missing],
+            [Record(model, entry) for entry in entries],
+            to_pin=to_pin and bool(entries),
+        )
+        return loads + [
+            self._start_load(*record, extent, hinted=False) for record, extent in reserved
+        ]
 
     def _join(self, model: HostedModel, load: Load) -> Load:
         """Demand for a record that is on its way: at once, so that no hint withdraws it."""

@@ -56,9 +56,14 @@ class Store:
         self._unloads: set[asyncio.Task[int]] = set()
         self.stopping = asyncio.Event()
         self.slots = Slots(
-            arena.num_bytes, self.models, self.sessions, self._cut_off, config.stall_seconds
+            arena.num_bytes,
+            arena.copy,
+            self.models,
+            self.sessions,
+            self._cut_off,
+            config.stall_seconds,
         )
-        self.records = Records(arena, self.slots, self.loader, self._pinned, config.fetch_seconds)
+        self.records = Records(arena, self.slots, self.loader, config.fetch_seconds)
 
     def __repr__(self) -> str:
         return f"Store({list(self.models.values())}, {len(self.sessions)} sessions, {self.slots})"
@@ -160,6 +165,7 @@ class Store:
         for task in self._unloads:
             task.cancel()
         await self.records.close()
+        await self.slots.close()
         for session in self.sessions.values():
             session.close()  # not revoked: nobody reuses what workers still have mapped
         self.sessions.clear()
@@ -194,11 +200,6 @@ class Store:
         log("model unloaded", model=model.name)
         return released
 
-    def _pinned(self) -> set[tuple[HostedModel, int]]:
-        return {
-            (session.model, entry) for session in self.sessions.values() for entry in session.pins
-        }
-
     def _cut_off(self, session: Session) -> None:
         """Ends a session that stands still while others wait."""
         self.num_cut_off += 1
@@ -213,8 +214,7 @@ class Store:
         ]
 
     def _check_admission(self, name: str, pack: Fingerprinted) -> None:
-        pinned = sum(model.record_bytes(entry) for model, entry in self._pinned())
-        others = self.slots.working_set_bytes + pinned
+        others = self.slots.working_set_bytes + self.slots.pinned_bytes
         beside = f" beside {format_bytes(others)} for loaded models and pins" if others else ""
         needed = others + pack.manifest.working_set_bytes
         if needed > self.arena.num_bytes:

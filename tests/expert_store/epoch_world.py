@@ -10,152 +10,24 @@ A worker runs through its steps; each holds the records of a few entries togethe
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 from expertd.directory import ABSENT, PAGE_BYTES, Directory, directory_bytes, pack_word, unpack_word
 from expertd.extents import Extent, Extents
 from expertd.reclaim import Reclaimer
 from expertd.session_page import SessionPage, session_page_bytes
-
-
-class Violation(AssertionError):  # noqa: N818 - it is what the protocol forbids, not an error
-    """The protocol broke a promise."""
-
-
-class Publish(Enum):
-    """When a worker loads the epoch that it publishes, and when it stores it."""
-
-    QUIESCENT = auto()
-    """As documented: both when it holds nothing."""
-    EARLY_LOAD = auto()
-    """Loads it before it looks up, stores it while it holds."""
-    HOLDING = auto()
-    """Wrong: loads and stores it while it holds."""
-
-
-class Nudge(Enum):
-    """How the worker's small thread publishes."""
-
-    LOCKED = auto()
-    """As documented: checks the flag and publishes under the mutex."""
-    LOADS_FIRST = auto()
-    """No mutex; loads the epoch, then checks the flag, then stores."""
-    CHECKS_FIRST = auto()
-    """Wrong: no mutex; checks the flag, then loads, then stores."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The protocol, and ways to break it."""
-
-    publish: Publish = Publish.QUIESCENT
-    nudge: Nudge = Nudge.LOCKED
-    check_epochs: bool = True
-    withdraw_first: bool = True
-    respect_leases: bool = True
-    revoke_first: bool = True
-    release_first: bool = True
-    """Workers stop holding before they wait for a fetch."""
-
-
-class At(Enum):
-    """What a worker does next."""
-
-    HOLD = auto()
-    EARLY = auto()
-    LOOK = auto()
-    LOAD_HELD = auto()
-    PUBLISH_HELD = auto()
-    STOP = auto()
-    RELEASE = auto()
-    LOAD_EPOCH = auto()
-    STORE_EPOCH = auto()
-    CHECK = auto()
-    FETCH = auto()
-    WAIT = auto()
-    DONE = auto()
-    LOST = auto()
-
-
-class Nudged(Enum):
-    """What a worker's small thread does next."""
-
-    SLEEP = auto()
-    LOAD = auto()
-    CHECK = auto()
-    STORE = auto()
-
-
-class Ref(NamedTuple):
-    """A record that a worker believes to read."""
-
-    entry: int
-    offset: int
-
-
-@dataclass
-class Worker:
-    """One worker's own memory."""
-
-    steps: tuple[tuple[int, ...], ...]
-    at: At = At.HOLD
-    step: int = 0
-    holding: bool = False
-    refs: tuple[Ref, ...] = ()
-    missed: bool = False
-    granted: bool = False
-    tainted: bool = False
-    epoch: int = 0
-    fetches: int = 0
-    nudged: Nudged = Nudged.SLEEP
-    nudge_epoch: int = 0
-
-    def state(self) -> tuple[Any, ...]:
-        return (
-            self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
-            self.epoch, self.fetches, self.nudged, self.nudge_epoch,
-        )  # fmt: skip
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        (
-            self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
-            self.epoch, self.fetches, self.nudged, self.nudge_epoch,
-        ) = state  # fmt: skip
-
-
-class Request(NamedTuple):
-    """A fetch that waits."""
-
-    worker: int
-    number: int
-    entries: tuple[int, ...]
-
-
-@dataclass
-class Desk:
-    """The daemon's own memory, besides the extents and the reclaimer."""
-
-    live: frozenset[int]
-    queue: tuple[Request, ...] = ()
-    leases: frozenset[Request] = frozenset()
-    resident: tuple[int | None, ...] = ()
-    """Per entry, the offset of its record."""
-    loading: tuple[int, int] | None = None
-    """Entry and offset of the record that is read."""
-    evicting: tuple[int, int] | None = None
-    """Entry and epoch between withdrawing and retiring; 0: the epoch is yet to be advanced."""
-    seen: tuple[tuple[int, int], ...] = ()
-    """Worker and epoch of the pages read in this round."""
-    cutting: int | None = None
-    num_cuts: int = 0
-
-    def state(self) -> tuple[Any, ...]:
-        return (
-            self.live, self.queue, self.leases, self.resident, self.loading, self.evicting,
-            self.seen, self.cutting, self.num_cuts,
-        )  # fmt: skip
-
+from tests.expert_store.epoch_parts import (
+    At,
+    Desk,
+    Nudge,
+    Nudged,
+    Publish,
+    Ref,
+    Request,
+    Rules,
+    Violation,
+    Worker,
+)
 
 Action = tuple[Any, ...]
 """A name and its arguments; the name is a method of :class:`World`."""
@@ -170,6 +42,7 @@ class World:
     num_slots: int
     rules: Rules = field(default_factory=Rules)
     max_cuts: int = 0
+    max_moves: int = 0
 
     def __post_init__(self) -> None:
         self._words = memoryview(bytearray(directory_bytes(self.num_entries))).cast("Q")
@@ -285,6 +158,13 @@ class World:
             return [*possible, ("finish_eviction",)]
         if desk.loading is not None:
             return [*possible, ("publish_record",)]
+        if desk.moving is not None:
+            return [*possible, ("finish_move",)]
+        if desk.num_moves < self.max_moves and self.extents.bytes_free:
+            # Leased ones too: what is promised is that they are there, not where.
+            possible += [
+                ("move", entry) for entry, at in enumerate(desk.resident) if at is not None
+            ]
         if not desk.queue:
             return possible
         head = desk.queue[0]
@@ -441,6 +321,35 @@ class World:
         self.reclaimer.retire(epoch, [Extent(offset, PAGE_BYTES)])
         desk.evicting = None
         desk.resident = _put(desk.resident, entry, None)
+
+    def move(self, entry: int) -> None:
+        """A record's bytes are copied to another slot. D1 follows: its word says so."""
+        extent = self.extents.allocate(PAGE_BYTES)
+        assert extent is not None
+        self.desk.num_moves += 1
+        self.desk.moving = (entry, extent.offset, 0)
+        if self.rules.copy_first:
+            self.contents[extent.offset // PAGE_BYTES] = entry
+        if self.rules.show_first:
+            self.directory.publish(entry, pack_word(extent.offset, 0))
+        else:
+            self.desk.moving = (entry, extent.offset, self.directory.advance_epoch())
+
+    def finish_move(self) -> None:
+        """D2, or D1 where the rule is broken; the old bytes are retired."""
+        assert self.desk.moving is not None
+        entry, offset, epoch = self.desk.moving
+        self.contents[offset // PAGE_BYTES] = entry
+        self.directory.publish(entry, pack_word(offset, 0))
+        epoch = epoch or self.directory.advance_epoch()
+        old = self.desk.resident[entry]
+        assert old is not None
+        if self.rules.retire_moved:
+            self.reclaimer.retire(epoch, [Extent(old, PAGE_BYTES)])
+        else:
+            self.extents.free(Extent(old, PAGE_BYTES))
+        self.desk.moving = None
+        self.desk.resident = _put(self.desk.resident, entry, offset)
 
     def read_page(self, number: int) -> None:
         """D3, one page of it."""

@@ -146,7 +146,7 @@ def test_what_is_held_is_not_evictable(model: HostedModel) -> None:
     arrive(model, 0, 1, 2)
     model.hold([0, 1, 1])
     assert model.evictable().tolist() == [2]
-    assert [model.is_held_once(entry) for entry in (0, 1, 2)] == [True, False, False]
+    assert [model.num_holds(entry) for entry in (0, 1, 2)] == [1, 2, 0]
     model.unhold([0, 1])
     assert model.evictable().tolist() == [0, 2]
     model.unhold([1])

@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 
 from expertd.extents import Extent
 from expertd.reclaim import Reclaimer
-from tests.expert_store.epoch_world import Action, Nudge, Publish, Rules, Violation, World
+from tests.expert_store.epoch_parts import Nudge, Publish, Rules, Violation
+from tests.expert_store.epoch_world import Action, World
 
 # Two workers that want the same two experts in opposite order, and room for one.
 CONTRARY = World((((0,), (1,)), ((1,), (0,))), num_entries=2, num_slots=1)
@@ -30,7 +31,15 @@ PAIRS = World((((0, 1), (2,)), ((1, 2),)), num_entries=3, num_slots=2)
 CROWD = World((((0,),), ((0,),), ((1,),)), num_entries=2, num_slots=1)
 # One worker may be cut off at any moment at which the others wait for it.
 CUTTING = World((((0,), (1,)), ((1,),)), num_entries=2, num_slots=1, max_cuts=1)
-WORLDS = {"contrary": CONTRARY, "pairs": PAIRS, "crowd": CROWD, "cutting": CUTTING}
+# A record may move at any moment, leased or not, and another is read to where it was.
+MOVING = World((((0,), (1,)), ((1,), (0,))), num_entries=2, num_slots=2, max_moves=1)
+WORLDS = {
+    "contrary": CONTRARY,
+    "pairs": PAIRS,
+    "crowd": CROWD,
+    "cutting": CUTTING,
+    "moving": MOVING,
+}
 
 MAX_STATES = 300_000
 
@@ -108,6 +117,10 @@ def test_every_interleaving_is_safe_and_finishes(name: str) -> None:
         pytest.param(CONTRARY, {"publish": Publish.HOLDING}, id="publishing while holding"),
         pytest.param(CONTRARY, {"nudge": Nudge.CHECKS_FIRST}, id="nudge without the mutex"),
         pytest.param(CUTTING, {"revoke_first": False}, id="bytes reused before revoked is set"),
+        pytest.param(MOVING, {"copy_first": False}, id="moved in name before its bytes are"),
+        pytest.param(MOVING, {"show_first": False}, id="epoch advanced before the new word"),
+        pytest.param(MOVING, {"retire_moved": False}, id="moved away and reused at once"),
+        pytest.param(MOVING, {"check_epochs": False}, id="moved away without the epoch check"),
     ],
 )
 def test_a_reader_sees_reused_bytes_without(world: World, broken: dict[str, Any]) -> None:
@@ -190,13 +203,22 @@ class EpochMachine(RuleBasedStateMachine):
                 self.world.do(actions[time % len(actions)])
 
     @rule(data=st.data())
+    def let_the_daemon_move(self, data: st.DataObject) -> None:
+        """Any record, to a free slot."""
+        desk = self.world.desk
+        resident = [entry for entry, at in enumerate(desk.resident) if at is not None]
+        busy = desk.evicting or desk.loading or desk.moving
+        if resident and not busy and self.world.extents.bytes_free:
+            self.world.do(("move", data.draw(st.sampled_from(resident))))
+
+    @rule(data=st.data())
     def let_the_daemon_evict(self, data: st.DataObject) -> None:
         """Whatever it likes: a hint may make it."""
         desk = self.world.desk
         kept = {entry for lease in desk.leases for entry in lease.entries}
         kept.update(entry for request in desk.queue[:1] for entry in request.entries)
         idle = [e for e, at in enumerate(desk.resident) if at is not None and e not in kept]
-        if idle and desk.evicting is None:
+        if idle and desk.evicting is None and desk.moving is None:
             self.world.do(("evict", data.draw(st.sampled_from(idle))))
             self.world.do(("finish_eviction",))
 

@@ -17,7 +17,14 @@ from expertd.errors import (
 )
 from expertd.handshake import Role
 from expertd.store import Store
-from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
+from tests.expert_store.in_memory import (
+    Worker,
+    assert_consistent,
+    assert_nothing_held,
+    disk,
+    storing,
+    until,
+)
 from tests.handmade import PAGE, make_pack, record
 
 
@@ -50,24 +57,28 @@ async def test_what_a_fetch_holds_itself_moves_out_of_its_way(packs: dict[str, P
         await small.fetch_and_release(0)
         await large.fetch_and_release(0)
         moved = large.directory.word(0)
-        # sLL...: the two others need four pages, and beside the one that stays are three.
-        assert await asyncio.wait_for(large.fetch(0, 1, 2), 2) == 3
+        # sLL...: the two others need four pages, and beside the small one that stays are three.
+        assert await asyncio.wait_for(large.fetch(0, 1, 2), 2) == 2
         assert all(large.read(entry) for entry in (0, 1, 2))
         assert large.directory.word(0) != moved
         large.release()
         assert_nothing_held(store)
 
 
-async def test_what_fits_between_pins_is_counted_by_gaps(packs: dict[str, Path]) -> None:
+async def test_pinned_records_move_where_they_leave_no_gap(packs: dict[str, Path]) -> None:
     models = {name: packs[name] for name in ("one", "two")}
     async with storing(models, 7 * PAGE) as store:
         small, large = Worker(store, "one"), Worker(store, "two")
         await small.fetch_and_release(0, 1, 2, 3, 4, 5)
         await store.records.pin(small.session, [1, 3])  # .p.p...
-        assert store.records.max_fetch_records(large.model) == 1
-        with pytest.raises(CapacityError, match="waves of 1"):
-            await large.fetch(0, 1)
-        assert await large.fetch(0) == 1
+        reads = len(disk(small.model).offsets)
+        assert store.records.max_fetch_records(large.model) == 2
+        assert await large.fetch(0, 1) == 2
+        assert_consistent(store)
+        assert small.model.counters.moves == 1
+        assert small.model.is_resident(1)
+        assert small.model.is_resident(3)
+        assert len(disk(small.model).offsets) == reads, "it was copied, not read again"
 
 
 async def test_an_idle_model_cools_while_another_works(packs: dict[str, Path]) -> None:
