@@ -1,7 +1,9 @@
 """A pack file that misbehaves as told: what a failing disk does, for tests and drills."""
 
+import errno
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,8 @@ class Faults:
 
     error: int | None = None
     """The errno of every read."""
+    bad: set[int] = field(default_factory=set)
+    """Offsets of bytes that give EIO, as a bad sector does."""
     end: int | None = None
     """Where the file seems to end."""
     most_bytes: int | None = None
@@ -34,20 +38,27 @@ class FaultyFile(RecordFile):
         super().__init__(path, direct=direct)
         self.faults = Faults()
         self.offsets: list[int] = []
-        """Where each read began, in order, before it met its fault."""
+        """Where each read of a record began, in order, before it met its fault."""
 
-    def read_some(self, target: memoryview, offset: int) -> int:
+    def read_some(self, targets: Sequence[memoryview], offset: int) -> int:
         """One read with its faults."""
         faults = self.faults
-        self.offsets.append(offset)
+        self.offsets += [offset + sum(map(len, targets[:i])) for i in range(len(targets))]
         faults.gate.wait()
         if faults.error is not None:
             raise OSError(faults.error, os.strerror(faults.error))
+        most = sum(map(len, targets))
+        if faults.bad.intersection(range(offset, offset + most)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         if faults.end is not None:
-            target = target[: max(0, faults.end - offset)]
+            most = min(most, max(0, faults.end - offset))
         if faults.most_bytes is not None:
-            target = target[: faults.most_bytes]
-        count = super().read_some(target, offset) if len(target) else 0
-        for position in faults.flipped.intersection(range(offset, offset + count)):
-            target[position - offset] ^= 1
+            most = min(most, faults.most_bytes)
+        count, place = 0, offset
+        for target in targets:
+            part = target[: most - count]
+            count += super().read_some([part], place) if len(part) else 0
+            for position in faults.flipped.intersection(range(place, place + len(part))):
+                target[position - place] ^= 1
+            place += len(part)
         return count

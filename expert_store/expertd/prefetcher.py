@@ -13,7 +13,7 @@ from expertd.log import log_failure
 from expertd.session import Session
 from expertd.slots import Slots
 
-_MAX_LOADS = 2  # so that a demand read waits for at most one record on most loader threads
+_MAX_LOADS = 2  # one that is read, and one for the loader to go on with
 _RETRIES = 20
 _RETRY_SECONDS = 0.001
 

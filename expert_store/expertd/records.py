@@ -7,6 +7,7 @@ touches; only room (:mod:`expertd.slots`) and reads (:mod:`expertd.loader`) are 
 import asyncio
 import mmap
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from xxhash import xxh3_64_hexdigest
@@ -41,6 +42,8 @@ class Records:
         self._arena, self._slots, self._loader = arena, slots, loader
         self._fetch_seconds = fetch_seconds
         self._loop = asyncio.get_running_loop()
+        self._finished: deque[tuple[HostedModel, Load, str | None]] = deque()
+        self._finishing = False
         self._prefetcher = Prefetcher(slots, self._start_load, loader)
 
     def max_fetch_records(self, model: HostedModel) -> int:
@@ -104,16 +107,25 @@ class Records:
 
     def _start_load(self, model: HostedModel, entry: int, extent: Extent, *, hinted: bool) -> Load:
         """Starts reading a record into ``extent``; the load's ``done`` tells how it went."""
+        load = self._new_load(model, entry, extent, hinted=hinted)
+        self._loader.submit(load.job)
+        return load
+
+    def _new_load(self, model: HostedModel, entry: int, extent: Extent, *, hinted: bool) -> Load:
         done: asyncio.Future[str | None] = self._loop.create_future()
         place = model.place(entry)
 
         def finished(problem: str | None) -> None:
-            self._loop.call_soon_threadsafe(self._finish_load, model, load, problem)
+            # Small records end faster than the loop is woken: one wake-up for many. Who finds
+            # it on its way has put its own before the loop begins to take them out.
+            self._finished.append((model, load, problem))
+            if not self._finishing:
+                self._finishing = True
+                self._loop.call_soon_threadsafe(self._finish_loads)
 
         target = self._arena.view[extent.offset : extent.offset + extent.num_bytes]
         job = ReadJob(place.file, place.offset, target, place.checksum, finished, not hinted)
         load = model.loads[entry] = Load(entry, extent, hinted, done, job)
-        self._loader.submit(job)
         return load
 
     async def _read(self, model: HostedModel, entry: int) -> bytes:
@@ -216,9 +228,10 @@ class Records:
             [Record(model, entry) for entry in entries],
             to_pin=to_pin and bool(entries),
         )
-        return loads + [
-            self._start_load(*record, extent, hinted=False) for record, extent in reserved
-        ]
+        # In one batch, so that the loader can read it in the order of the file.
+        started = [self._new_load(*record, extent, hinted=False) for record, extent in reserved]
+        self._loader.submit(*[load.job for load in started])
+        return loads + started
 
     def _join(self, model: HostedModel, load: Load) -> Load:
         """Demand for a record that is on its way: at once, so that no hint withdraws it."""
@@ -227,6 +240,11 @@ class Records:
             model.counters.prefetch_late += 1
             self._loader.hurry(load.job)
         return load
+
+    def _finish_loads(self) -> None:
+        self._finishing = False  # before the first is taken: what comes later wakes the loop again
+        while self._finished:
+            self._finish_load(*self._finished.popleft())
 
     def _finish_load(self, model: HostedModel, load: Load, problem: str | None) -> None:
         model.counters.read_seconds.observe(load.job.seconds)

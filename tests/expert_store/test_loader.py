@@ -2,17 +2,19 @@
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from xxhash import xxh3_64_hexdigest
 
+import expertd.loader
 from expertd.errors import PackError
 from expertd.faulty import FaultyFile
 from expertd.loader import Loader, ReadJob, RecordFile
@@ -61,10 +63,8 @@ class Reads:
 @contextlib.contextmanager
 def loading(num_threads: int = 1) -> Iterator[Loader]:
     loader = Loader(num_threads)
-    try:
-        yield loader
-    finally:
-        loader.close()
+    yield loader
+    loader.close()  # not if the test failed, and left a read hanging
 
 
 def read_one(file: FaultyFile, expert: int = 1) -> str | None:
@@ -79,7 +79,9 @@ def read_one(file: FaultyFile, expert: int = 1) -> str | None:
 
 def started(file: FaultyFile, count: int) -> None:
     """Waits until so many reads have begun."""
+    deadline = time.monotonic() + 10
     while len(file.offsets) < count:
+        assert time.monotonic() < deadline, "the reads did not begin"
         time.sleep(0.0005)
 
 
@@ -139,12 +141,157 @@ def test_as_many_reads_at_once_as_threads(file: FaultyFile) -> None:
     reads = Reads(file)
     with loading(3) as loader:
         file.faults.gate.clear()
-        for expert in range(5):
+        for expert in (0, 2, 4, 6, 1):
             loader.submit(reads.job(expert))
         started(file, 3)
         assert repr(loader) == "Loader(2 urgent, 0 hinted)"
         file.faults.gate.set()
-        assert sorted(reads.wait(5)) == [0, 1, 2, 3, 4]
+        assert sorted(reads.wait(5)) == [0, 1, 2, 4, 6]
+
+
+def test_one_batch_is_read_in_the_order_of_the_file_and_batches_as_they_came(
+    file: FaultyFile,
+) -> None:
+    reads = Reads(file)
+    with loading() as loader:
+        file.faults.gate.clear()
+        loader.submit(reads.job(7))
+        started(file, 1)
+        loader.submit(*[reads.job(expert) for expert in (5, 1, 3)])
+        loader.submit(*[reads.job(expert) for expert in (4, 0, 2)])
+        assert loader.num_urgent == 6
+        file.faults.gate.set()
+        assert reads.wait(7) == [7, 1, 3, 5, 0, 2, 4]
+
+
+class TestRuns:
+    """Records side by side are read in one."""
+
+    @pytest.fixture
+    def counted(self, file: FaultyFile, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How many records each read had."""
+        sizes: list[int] = []
+        read_some = file.read_some
+
+        def counting(targets: Sequence[memoryview], offset: int) -> int:
+            sizes.append(len(targets))
+            return read_some(targets, offset)
+
+        monkeypatch.setattr(file, "read_some", counting)
+        return sizes
+
+    def read(self, file: FaultyFile, *experts: int) -> dict[int, str | None]:
+        """What became of each of a batch; those without a problem are as in the pack."""
+        reads = Reads(file)
+        with loading() as loader:
+            loader.submit(*map(reads.job, experts))
+            problems = dict(reads.done.get(timeout=10) for _ in experts)
+        for expert, problem in problems.items():
+            if problem is None:
+                assert reads.targets[expert][:] == record(0, expert)
+        return problems
+
+    def test_neighbours_are(self, file: FaultyFile, counted: list[int]) -> None:
+        assert set(self.read(file, 6, 1, 2, 0, 4, 5).values()) == {None}
+        assert counted == [3, 3]
+
+    def test_up_to_a_size(
+        self, file: FaultyFile, counted: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(expertd.loader, "RUN_BYTES", 3 * RECORD - 1)
+        assert set(self.read(file, *range(5)).values()) == {None}
+        assert counted == [2, 2, 1]
+
+    def test_not_across_files(self, file: FaultyFile, path: Path, counted: list[int]) -> None:
+        other = FaultyFile(path)
+        reads, others = Reads(file), Reads(other)
+        with loading() as loader:
+            loader.submit(reads.job(0), others.job(1))
+            reads.wait(1)
+            others.wait(1)
+        assert counted == [1]
+        assert others.targets[1][:] == record(0, 1)
+        other.close()
+
+    def test_a_damaged_one_costs_no_other(self, file: FaultyFile, counted: list[int]) -> None:
+        file.faults.flipped = {PAGE + RECORD + 5}
+        problems = self.read(file, 0, 1, 2)
+        assert counted == [3]
+        assert [expert for expert, problem in problems.items() if problem] == [1]
+
+    def test_nor_does_the_end_of_the_file(self, file: FaultyFile, counted: list[int]) -> None:
+        file.faults.end = PAGE + 2 * RECORD
+        problems = self.read(file, 0, 1, 2)
+        assert counted == [3, 1, 1, 1]
+        assert problems == {0: None, 1: None, 2: f"{file.path} is truncated"}
+
+    def test_nor_a_bad_sector(self, file: FaultyFile, counted: list[int]) -> None:
+        file.faults.bad = {PAGE + 2 * RECORD + 17}
+        problems = self.read(file, 0, 1, 2)
+        assert counted == [3, 1, 1, 1]
+        assert problems == {
+            0: None,
+            1: None,
+            2: f"{file.path} could not be read ({os.strerror(errno.EIO)})",
+        }
+
+
+class TestHintsDelayDemandByOneRecord:
+    def test_hints_are_read_one_at_a_time(self, file: FaultyFile) -> None:
+        reads = Reads(file)
+        with loading(4) as loader:
+            file.faults.gate.clear()
+            for expert in (0, 2, 4):
+                loader.submit(reads.job(expert, urgent=False))
+            started(file, 1)
+            time.sleep(0.05)
+            assert len(file.offsets) == 1
+            assert loader.num_hinted == 2
+            file.faults.gate.set()
+            assert reads.wait(3) == [0, 2, 4]
+
+    def test_demand_does_not_wait_for_a_hint_that_hangs(self, path: Path) -> None:
+        slow, file = FaultyFile(path), FaultyFile(path)
+        hints, reads = Reads(slow), Reads(file)
+        with loading(2) as loader:
+            slow.faults.gate.clear()
+            for expert in (0, 2, 4):
+                loader.submit(hints.job(expert, urgent=False))
+            started(slow, 1)
+            loader.submit(*map(reads.job, (1, 3, 5)))
+            assert reads.wait(3) == [1, 3, 5]
+            slow.faults.gate.set()
+            assert hints.wait(3) == [0, 2, 4]
+        slow.close()
+        file.close()
+
+    def test_with_one_thread_it_waits_for_one(self, file: FaultyFile) -> None:
+        reads = Reads(file)
+        with loading(1) as loader:
+            file.faults.gate.clear()
+            for expert in (0, 2, 4):
+                loader.submit(reads.job(expert, urgent=False))
+            started(file, 1)
+            loader.submit(*map(reads.job, (1, 3)))
+            file.faults.gate.set()
+            assert reads.wait(5) == [0, 1, 3, 2, 4]
+
+    def test_a_hurried_hint_does_not_wait_for_another_that_hangs(self, path: Path) -> None:
+        slow, file = FaultyFile(path), FaultyFile(path)
+        hints, reads = Reads(slow), Reads(file)
+        with loading(2) as loader:
+            slow.faults.gate.clear()
+            loader.submit(hints.job(0, urgent=False))
+            started(slow, 1)
+            hint = reads.job(1, urgent=False)
+            loader.submit(hint)
+            time.sleep(0.05)  # the other thread has looked and gone back to sleep
+            loader.hurry(hint)
+            assert reads.wait(1) == [1]
+            slow.faults.gate.set()
+            assert hints.wait(1) == [0]
+        slow.close()
+        file.close()
 
 
 def test_closing_finishes_what_has_started_and_drops_the_rest(file: FaultyFile) -> None:
@@ -228,6 +375,24 @@ def test_where_direct_io_is_refused_the_page_cache_serves(
         return plain(name, flags, *rest)
 
     monkeypatch.setattr(os, "open", refusing)
+    file = FaultyFile(path, direct=True)
+    assert not file.direct
+    assert read_one(file) is None
+    file.close()
+
+
+def test_where_direct_reads_are_refused_the_page_cache_serves(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems accept the flag when a file is opened."""
+    plain = os.preadv
+
+    def refusing(fd: int, targets: Sequence[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(fd, targets, offset)
+
+    monkeypatch.setattr(os, "preadv", refusing)
     file = FaultyFile(path, direct=True)
     assert not file.direct
     assert read_one(file) is None

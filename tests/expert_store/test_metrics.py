@@ -102,10 +102,10 @@ async def test_what_waits(store: Store) -> None:
     faults = disk(worker.model).faults
     faults.gate.clear()
     try:
-        fetching = asyncio.create_task(worker.fetch(*range(6)))
+        fetching = asyncio.create_task(worker.fetch(*range(0, 12, 2)))  # no neighbours
         await until(lambda: len(worker.model.loads) == 6)
         await until(lambda: store.loader.num_urgent == 4)  # of two threads
-        store.records.prefetch(worker.session, [10, 11], 0)
+        store.records.prefetch(worker.session, [13, 15], 0)
         await until(lambda: store.loader.num_hinted == 2)
         now = text(store)
         assert value(now, "expertd_fetches_waiting") == 1

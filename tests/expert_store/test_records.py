@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -68,6 +69,31 @@ async def test_a_record_is_read_once_however_many_ask(store: Store) -> None:
     assert await asyncio.gather(*fetches) == [2] * 5
     assert len(file.offsets) == 2
     assert store.models["m"].counters.nvme_bytes_read == 2 * RECORD
+
+
+async def test_each_record_is_read_once_under_many_sessions(pack: Path) -> None:
+    """Sessions that want overlapping sets, in any order, while reads go on."""
+    async with storing({"m": pack}, 24 * RECORD, loader_threads=4) as store:
+        workers = [Worker(store) for _ in range(24)]
+
+        async def ask(number: int, worker: Worker) -> None:
+            random_entries = random.Random(number)
+            for _ in range(6):
+                await worker.fetch_and_release(*random_entries.sample(range(24), 5))
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(ask(number, worker) for number, worker in enumerate(workers)))
+        assert len(disk(store.models["m"]).offsets) == 24
+        assert_nothing_held(store)
+
+
+async def test_a_fetch_is_read_in_the_order_of_the_file(pack: Path) -> None:
+    async with storing({"m": pack}, 24 * RECORD, loader_threads=1) as store:
+        worker = Worker(store)
+        await worker.fetch(20, 3, 9, 17, 0)
+        assert [(offset - PAGE) // RECORD for offset in disk(worker.model).offsets] == [
+            0, 3, 9, 17, 20,
+        ]  # fmt: skip
 
 
 async def test_a_fetch_of_more_than_fits_is_told_how_many_do(store: Store) -> None:
@@ -268,7 +294,7 @@ async def test_a_new_hint_does_not_withdraw_what_demand_has_joined(store: Store)
     file, model = disk(store.models["m"]), store.models["m"]
     await holder.fetch(*range(8, 12))
     file.faults.gate.clear()
-    busy = asyncio.create_task(hinter.fetch(20, 21))  # both loader threads are at it
+    busy = asyncio.create_task(hinter.fetch(20, 22))  # both loader threads are at it
     await until(lambda: len(file.offsets) == 6)
     store.records.prefetch(hinter.session, [0], 0)
     await until(lambda: 0 in model.loads)
