@@ -36,7 +36,7 @@ INIT = next((path for path in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd
 _BOOT = """
 set -e
 echo $$ >"$2/cgroup.procs"
-exec unshare --pid --fork --mount --uts --ipc --net --cgroup --kill-child bash -ec '
+exec setpriv --pdeathsig KILL unshare --pid --fork --mount --uts --ipc --net --cgroup --kill-child bash -ec '
     mount --make-rprivate /
     root=$1/root; mkdir "$root" "$1/layer"
     mount -t tmpfs tmpfs "$1/layer"

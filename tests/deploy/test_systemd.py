@@ -90,6 +90,11 @@ def test_runs_in_its_sandbox(machine: Machine) -> None:
     assert writable.stdout.split() == ["/run/expertd"]
 
 
+def test_the_journal_has_times_and_priorities_once(machine: Machine) -> None:
+    lines = machine.journal("expertd").splitlines()
+    assert any(line.startswith("expertd: model loaded model=m") for line in lines)
+
+
 def test_workers_of_the_group_attach_and_no_others(machine: Machine) -> None:
     assert work(machine) == ""
     assert "4322 may not attach" in work(machine, uid=4322)
