@@ -8,6 +8,7 @@ from typing import Any
 
 from expertd.errors import ConfigError
 from expertd.loopback import LoopbackAddress, parse_loopback
+from expertd.policy_names import DEFAULT_POLICY, PolicyName
 from expertd.sizes import parse_bytes
 from expertd.tcp_config import TcpConfig
 
@@ -46,6 +47,8 @@ class ServeConfig:
     """How long SIGTERM waits for calls in flight."""
     max_sessions: int = 256
     """Attached at once."""
+    policy: PolicyName = DEFAULT_POLICY
+    """What stays in RAM when not all does."""
     metrics: LoopbackAddress | None = None
     """Where Prometheus may scrape; None: nowhere."""
     tcp: TcpConfig = field(default_factory=TcpConfig)
@@ -140,6 +143,10 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
         return TcpConfig.from_table(_typed(value, dict))
     if name == "metrics":
         return parse_loopback(_typed(value, str))
+    if name == "policy":
+        if value not in list(PolicyName):
+            raise ValueError(f"the policies are {', '.join(PolicyName)}")
+        return PolicyName(value)
     if name == "socket_mode":
         return int(_typed(value, str), 8)
     if name == "socket":

@@ -6,7 +6,8 @@
     ├── InvalidInputError        the request or argument itself is wrong
     │   ├── ConfigError          a setting of the daemon
     │   ├── CheckpointError      what was to be packed is not a usable checkpoint
-    │   └── PackError            what was to be served is not a usable pack
+    │   ├── PackError            what was to be served is not a usable pack
+    │   └── TraceError           what was to be replayed is not a usable trace
     ├── NotFoundError            no such model, or no such expert in it
     ├── PreconditionError        possible in another state: fix that first
     ├── CapacityError            more than the budget or quota holds
@@ -43,6 +44,10 @@ class CheckpointError(InvalidInputError):
 
 class PackError(InvalidInputError):
     """What was to be served is not a usable pack."""
+
+
+class TraceError(InvalidInputError):
+    """What was to be replayed is not a usable trace, or one cannot be written."""
 
 
 class NotFoundError(ExpertdError):

@@ -17,7 +17,7 @@ from expertd.loader import ReadJob, RecordFile
 from expertd.memfd import SharedMemory
 from expertd.pack.manifest import Fingerprinted, Layer
 from expertd.reclaim import Reclaimer
-from expertd.residency import Entries, Heat
+from expertd.residency import DEFAULT_POLICY, Entries, make_policy
 
 
 class ModelState(Enum):
@@ -85,7 +85,12 @@ class HostedModel:
     """
 
     def __init__(
-        self, name: str, path: Path, pack: Fingerprinted, files: Sequence[RecordFile]
+        self,
+        name: str,
+        path: Path,
+        pack: Fingerprinted,
+        files: Sequence[RecordFile],
+        policy: str = DEFAULT_POLICY,
     ) -> None:
         self.name, self.path, self.files = name, path, files
         self.manifest, self.fingerprint = pack.manifest, pack.fingerprint
@@ -110,7 +115,12 @@ class HostedModel:
                 self._experts.append((layer.layer, expert))
         self.num_entries = len(self._places)
         self.touches_per_token = sum(layer.experts_per_token for layer in self.manifest.layers)
-        self.heat = Heat(self.num_entries, self.touches_per_token)
+        layers = self.manifest.layers
+        self.heat = make_policy(
+            policy,
+            [layer.num_experts for layer in layers],
+            [layer.experts_per_token for layer in layers],
+        )
         self.memory = SharedMemory("expertd-directory", directory_bytes(self.num_entries), 0o400)
         self.directory = Directory.format(self.memory.view.cast("Q"), self.num_entries)
         self._extents: list[Extent | None] = [None] * self.num_entries
@@ -252,9 +262,11 @@ class HostedModel:
         self.counters.evictions += len(extents)
         self.reclaimer.retire(self.directory.advance_epoch(), extents)
 
-    def touched(self, entries: Entries, num_touches: int, num_misses: int) -> None:
-        """Takes in what workers accessed: in-range entries, and the totals to count."""
-        self.heat.touch(entries)
+    def touched(
+        self, entries: Entries, num_touches: int, num_misses: int, session: int = 0
+    ) -> None:
+        """Takes in what a worker accessed: in-range entries, and the totals to count."""
+        self.heat.touch(entries, session)
         self.counters.host_hits += num_touches - num_misses
         self.counters.nvme_misses += num_misses
         used = entries[self._unused_hint[entries]]

@@ -168,6 +168,7 @@ class Session:
         self._leases.clear()
         self.unpin(self.pins.copy())
         self._model.num_sessions -= 1
+        self._model.heat.leave(self.id)
         del self._ring, self.page
         self.memory.close()
 
@@ -205,4 +206,5 @@ class Session:
         start = (head - readable) % capacity
         raw = self._ring[np.arange(start, start + readable) % capacity]
         entries: Entries = (raw & np.uint32(MISSED - 1)).astype(np.int64)
-        self.model.touched(entries[entries < self.model.num_entries], count, missed)
+        entries = entries[entries < self.model.num_entries]
+        self.model.touched(entries, count, missed, self.id)

@@ -24,6 +24,7 @@ def collect_stats(store: Store) -> pb.Stats:
         models=[_model_stats(model) for model in store.models.values()],
         sessions=[_session_stats(session) for session in store.sessions.values()],
         warnings=store.warnings,
+        policy=store.config.policy,
     )
 
 

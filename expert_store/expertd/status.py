@@ -27,6 +27,7 @@ from expertd.errors import (
     PreconditionError,
     RecordLostError,
     SessionLostError,
+    TraceError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -46,6 +47,7 @@ _CODES: dict[type[ExpertdError], grpc.StatusCode] = {
     CheckpointError: grpc.StatusCode.INVALID_ARGUMENT,
     # The request is sound; what it points at has to be repaired first.
     PackError: grpc.StatusCode.FAILED_PRECONDITION,
+    TraceError: grpc.StatusCode.INVALID_ARGUMENT,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,

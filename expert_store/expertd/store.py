@@ -90,7 +90,7 @@ class Store:
             pack = await asyncio.to_thread(read_manifest, path)
             self._check_admission(name, pack)
             files = await asyncio.to_thread(self._open_files, path, pack)
-            model = self.models[name] = HostedModel(name, path, pack, files)
+            model = self.models[name] = HostedModel(name, path, pack, files, self.config.policy)
         log("model loaded", model=name, path=str(path), experts=model.num_entries)
         return model
 

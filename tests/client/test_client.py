@@ -67,7 +67,7 @@ def test_stats_keep_the_contract(store: Client) -> None:
     with store.attach("m") as session:
         session.acquire(0, [0]).release()
         stats = store.stats()
-    names = {"incarnation", "uptime_seconds", "arena", "models", "sessions", "warnings"}
+    names = {"incarnation", "uptime_seconds", "arena", "models", "sessions", "warnings", "policy"}
     assert set(stats) == names
     arena, (model,), (told,) = stats["arena"], stats["models"], stats["sessions"]
     assert set(arena) == {"bytes_total", "bytes_used", "locked", "huge_pages"}

@@ -20,6 +20,7 @@ CASES: list[tuple[errors.ExpertdError, str]] = [
     (errors.ConfigError("no such setting"), "INVALID_ARGUMENT"),
     (errors.CheckpointError("no weights"), "INVALID_ARGUMENT"),
     (errors.PackError("/p has no pack.json"), "FAILED_PRECONDITION"),
+    (errors.TraceError("/t.csv, line 3: no number."), "INVALID_ARGUMENT"),
     (errors.NotFoundError("no model m"), "NOT_FOUND"),
     (errors.PreconditionError("m is being unloaded"), "FAILED_PRECONDITION"),
     (

@@ -8,6 +8,7 @@ import pytest
 
 from expertd.errors import PreconditionError
 from expertd.handshake import Role
+from expertd.policy_names import PolicyName
 from expertd.session_page import MISSED, RING_ENTRIES
 from expertd.store import Store
 from tests.expert_store.in_memory import Worker, storing
@@ -16,7 +17,9 @@ from tests.handmade import PAGE, make_pack
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    async with storing({"m": make_pack(tmp_path / "pack")}, 16 * PAGE) as store:
+    async with storing(
+        {"m": make_pack(tmp_path / "pack")}, 16 * PAGE, policy=PolicyName.AGED
+    ) as store:
         yield store
 
 

@@ -123,7 +123,8 @@ def unload(
 def _print_stats(report: dict[str, Any]) -> None:
     arena = report["arena"]
     _print_table(
-        f"expertd {report['incarnation']}, up {report['uptime_seconds']:.0f} s",
+        f"expertd {report['incarnation']}, up {report['uptime_seconds']:.0f} s, "
+        f"policy {report['policy']}",
         ("arena", "used", "locked", "huge pages"),
         [
             [

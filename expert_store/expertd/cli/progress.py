@@ -62,7 +62,17 @@ class ProgressDisplay:
         timing = ""
         if done > skipped:
             timing = f"{format_bytes(int(rate))}/s, {format_seconds((total - done) / rate)} left"
-        line = ", ".join(filter(None, (text, timing)))
+        self._show(done, total, ", ".join(filter(None, (text, timing))), now)
+
+    def update_count(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` of what is no bytes, such as ``rows``."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+        left = (total - done) * (now - self._started) / max(done, 1)
+        self._show(done, total, f"{done} of {total} {what}, {format_seconds(left)} left", now)
+
+    def _show(self, done: int, total: int, line: str, now: float) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, text=line)
         elif now - self._last_line >= LINE_SECONDS:

@@ -848,8 +848,11 @@ class Stats(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     uptime_seconds: _builtins.float
+    policy: _builtins.str
+    """What stays in RAM when not all does: the name of the policy that decides."""
     @_builtins.property
     def arena(self) -> Global___ArenaStats: ...
     @_builtins.property
@@ -869,10 +872,11 @@ class Stats(_message.Message):
         models: _abc.Iterable[Global___ModelStats] | None = ...,
         sessions: _abc.Iterable[Global___SessionStats] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "incarnation", b"incarnation", "models", b"models", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "incarnation", b"incarnation", "models", b"models", "policy", b"policy", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
