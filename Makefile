@@ -6,7 +6,7 @@
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
 #   make bench   what the hit path, a fetch and a read cost on this host
-#   make soak    kill workers and daemons at random for an hour (SECONDS=3600)
+#   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
 
@@ -61,6 +61,7 @@ bench: setup
 
 SECONDS ?= 3600
 soak: setup
+	FUZZ_TIMES=100 $(BIN)/python -m pytest tests/fuzz
 	@$(BIN)/python -m tests.campaign --worker-kills 10000 --daemon-kills 1000 --seconds $(SECONDS)
 
 train: setup

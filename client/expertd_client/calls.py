@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from expertd.errors import InvalidInputError
+from expertd.pack.files import check_path
 from expertd.pack.manifest import Encoding, Matrix, Part, RecordLayout
 from expertd.plain import to_plain
 from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
@@ -44,7 +45,8 @@ def get_model(name: str) -> Call[ModelInfo]:
 
 
 def load_model(name: str, pack_path: Path) -> Call[ModelSummary]:
-    """Opens a pack under ``name``."""
+    """Opens a pack under ``name``. Raises PackError if the path cannot be told."""
+    check_path(pack_path)
     return Call(
         "LoadModel",
         pb.LoadModelRequest(name=name, pack_path=str(pack_path.absolute())),

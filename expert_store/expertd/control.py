@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd.greeting import handshake
 from expertd.handshake import Role, rpc_target
+from expertd.pack.files import check_path
 from expertd.plain import to_plain
 from expertd.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
@@ -54,7 +55,8 @@ class Control:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def load(self, name: str, pack: Path) -> dict[str, Any]:
-        """Opens ``pack``, an absolute path, under ``name``."""
+        """Opens ``pack``, an absolute path, under ``name``. Raises ``PackError`` and others."""
+        check_path(pack)
         request = pb.LoadModelRequest(name=name, pack_path=str(pack))
         return to_plain(self._call_as_admin(self._stub.LoadModel, request).summary)
 

@@ -9,8 +9,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from expertd.errors import DeadlineError, ExpertdError
+from expertd.errors import DeadlineError, ExpertdError, InvalidInputError
 from expertd.log import log_failure
 from expertd.status import to_status
 
@@ -42,8 +43,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             stream: Any = handler.unary_stream  # the stubs type only the synchronous server's
 
-            async def wrapped_stream(request: Any, context: Context) -> None:  # noqa: ANN401
+            async def wrapped_stream(data: bytes, context: Context) -> None:
                 try:
+                    request = _decode(handler, data)
                     async with aclosing(stream(request, context)) as responses:
                         async for response in responses:
                             await self._write(context, response)
@@ -51,19 +53,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     await self._abort(context, error)
 
             return grpc.unary_stream_rpc_method_handler(
-                wrapped_stream, handler.request_deserializer, handler.response_serializer
+                wrapped_stream, None, handler.response_serializer
             )
         unary: Any = handler.unary_unary
 
-        async def wrapped(request: Any, context: Context) -> Any:  # noqa: ANN401
+        async def wrapped(data: bytes, context: Context) -> Any:  # noqa: ANN401
             try:
-                return await unary(request, context)
+                return await unary(_decode(handler, data), context)
             except Exception as error:
                 await self._abort(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(
-            wrapped, handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.unary_unary_rpc_method_handler(wrapped, None, handler.response_serializer)
 
     async def _write(self, context: Context, response: Any) -> None:  # noqa: ANN401
         try:
@@ -82,3 +82,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         status = to_status(error)
         self._refusals[self._door, status.code.name] += 1
         await context.abort(status.code, status.message, status.trailing_metadata)
+
+
+def _decode(handler: grpc.RpcMethodHandler[Any, Any], data: bytes) -> Any:  # noqa: ANN401
+    """The request in ``data``: here and not in gRPC, which would answer UNKNOWN to garbage."""
+    decode: Any = handler.request_deserializer
+    try:
+        return decode(data)
+    except DecodeError:
+        raise InvalidInputError(
+            "the request is not what this call takes; run the same version on both sides."
+        ) from None

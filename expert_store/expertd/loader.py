@@ -20,6 +20,7 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest
 
 from expertd.errors import PackError
+from expertd.pack.files import open_regular
 
 PAGE_BYTES = 4096
 RUN_BYTES = 512 << 10
@@ -42,7 +43,7 @@ class RecordFile:
             if direct:
                 self.direct = self._open_direct()
             if not self.direct:
-                self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self.fd = open_regular(path)
         except OSError as error:
             raise PackError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -69,7 +70,7 @@ class RecordFile:
 
     def _open_direct(self) -> bool:
         try:
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            self.fd = open_regular(self.path, os.O_DIRECT)
             # Some take the flag and then refuse to read so, or only in larger blocks than ours.
             with mmap.mmap(-1, PAGE_BYTES) as page:
                 os.preadv(self.fd, [page], 0)

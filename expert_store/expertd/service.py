@@ -3,7 +3,7 @@
 from __future__ import annotations  # grpc.aio's types take parameters only in the stubs
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,10 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             raise PermissionDeniedError("this needs an admin session: attach with the admin role.")
 
 
-def _entries(model: HostedModel, experts: Iterable[pb.ExpertRef]) -> list[int]:
-    refs = list(experts)
-    if len(refs) > model.num_entries:
+def _entries(model: HostedModel, experts: Sequence[pb.ExpertRef]) -> list[int]:
+    # Counted before any of them is looked at: a list may be as long as a message.
+    if len(experts) > model.num_entries:
         raise InvalidInputError(
-            f"{len(refs)} experts are listed, but {model.name} has {model.num_entries}."
+            f"{len(experts)} experts are listed, but {model.name} has {model.num_entries}."
         )
-    return [model.entry(ref.layer, ref.expert) for ref in refs]
+    return [model.entry(ref.layer, ref.expert) for ref in experts]

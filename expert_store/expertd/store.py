@@ -22,6 +22,7 @@ from expertd.histogram import Histogram
 from expertd.hosted_model import HostedModel, ModelState
 from expertd.loader import Loader, RecordFile
 from expertd.log import log
+from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.peers import Peers
 from expertd.records import Records
@@ -84,6 +85,7 @@ class Store:
         the models' working sets, :class:`PreconditionError` if the name is taken.
         """
         check_model_name(name)
+        check_path(path)
         async with self._admission:
             if name in self.models:
                 raise PreconditionError(f"a model named {name!r} is loaded already.")

@@ -20,6 +20,7 @@ from msgspec import Meta
 from xxhash import xxh3_64_hexdigest
 
 from expertd.errors import PackError
+from expertd.pack.files import open_regular
 from expertd.pack.layout import (
     PAGE_BYTES,
     Bytes,
@@ -201,13 +202,14 @@ def read_manifest(pack: Path) -> Fingerprinted:
     """The manifest of the pack in directory ``pack``. Raises :class:`PackError`."""
     path = pack / MANIFEST_NAME
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise PackError(f"{path} is larger than any manifest; it is not a pack's.")
-        data = path.read_bytes()
+        with open(open_regular(path), "rb") as file:  # noqa: PTH123 - of a descriptor
+            data = file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         raise PackError(f"{pack} is not a pack: it has no {MANIFEST_NAME}.") from error
     except OSError as error:
         raise PackError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PackError(f"{path} is larger than any manifest; it is not a pack's.")
     return decode_manifest(data, str(path))
 
 

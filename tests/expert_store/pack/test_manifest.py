@@ -209,5 +209,5 @@ def test_no_pack(tmp_path: Path) -> None:
     with pytest.raises(PackError, match="is not a pack"):
         read_manifest(tmp_path / "absent")
     (tmp_path / "pack.json").mkdir()
-    with pytest.raises(PackError, match="cannot be read: Is a directory"):
+    with pytest.raises(PackError, match="cannot be read: it is not a regular file"):
         read_manifest(tmp_path)

@@ -1,6 +1,7 @@
 """``expertd load``, ``unload``, ``models`` and ``stats``, as a user runs them, and what they do."""
 
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -119,6 +120,19 @@ def test_load_of_what_cannot_be(control: Control, pack: Path, tmp_path: Path) ->
         control.load("large", large)
     assert raised.value.unit == "bytes"
     assert [model["name"] for model in control.models()] == ["m"]
+
+
+def test_load_of_what_is_no_pack_s_file(control: Control, pack: Path, tmp_path: Path) -> None:
+    """Neither waited for, nor does it keep the next load from its turn."""
+    os.mkfifo(tmp_path / "pack.json")
+    with pytest.raises(PackError, match=r"pack\.json cannot be read: it is not a regular file"):
+        control.load("n", tmp_path)
+    with pytest.raises(PackError, match=r"has no pack\.json"):
+        control.load("n", Path("/a\0b"))
+    with pytest.raises(PackError, match="not UTF-8"):
+        control.load("n", Path(os.fsdecode(b"/a\xff")))
+    control.load("n", pack)
+    control.unload("n")
 
 
 def test_unload_ends_the_model_s_sessions(

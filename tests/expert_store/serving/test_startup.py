@@ -81,6 +81,7 @@ def test_more_ram_than_the_host_has(tmp_path: Path) -> None:
         ("no pack", "not an expertd pack"),
         ("version", "version 7"),
         ("no experts", "experts-00000.safetensors cannot be read"),
+        ("fifo", "it is not a regular file"),
     ],
 )
 def test_unusable_pack(flaw: str, says: str, tmp_path: Path) -> None:
@@ -96,6 +97,9 @@ def test_unusable_pack(flaw: str, says: str, tmp_path: Path) -> None:
         manifest.write_text(text.replace('"format_version": 1', '"format_version": 7'))
     elif flaw == "no experts":
         (path / "experts-00000.safetensors").unlink()
+    elif flaw == "fifo":
+        manifest.unlink()
+        os.mkfifo(manifest)
     told = refusal(tmp_path, "--model", f"m={path}")
     assert says in told
     assert str(path) in told
@@ -111,6 +115,7 @@ def test_unusable_pack(flaw: str, says: str, tmp_path: Path) -> None:
         (["--ram", "lots"], "not a size"),
         (["--ram", "0"], "give the budget"),
         (["--config", "/nowhere.toml"], "/nowhere.toml cannot be read"),
+        (["--model", os.fsdecode(b"m=/p\xff")], "is not UTF-8"),
     ],
 )
 def test_unusable_arguments(arguments: list[str], says: str, tmp_path: Path) -> None:
