@@ -26,6 +26,8 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from expertd_client.address import TlsFiles
+from expertd_client.attaching import SharedMemoryWarning
 from expertd_client.client import Client
 from expertd_client.lease import Lease
 from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
@@ -52,6 +54,8 @@ __all__ = [
     "RecordLostError",
     "Session",
     "SessionLostError",
+    "SharedMemoryWarning",
+    "TlsFiles",
     "UnauthenticatedError",
     "UnavailableError",
 ]

@@ -7,10 +7,10 @@ nothing in them to await.
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from expertd.errors import (
     CapacityError,
@@ -18,16 +18,22 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from expertd.greeting import Greeting, handshake
+from expertd.greeting import handshake
 from expertd.handshake import Role
 from expertd_client import calls
+from expertd_client.address import Address, TlsFiles, UnixAddress, parse_address
+from expertd_client.attaching import attachment_for, credentials_of, greet
 from expertd_client.attachment import Attachment
-from expertd_client.base_session import MAX_FETCHES, BaseSession, WaveSize, check_directory
-from expertd_client.endpoint import MIN_TIMEOUT_SECONDS, retry_delays
+from expertd_client.base_session import MAX_FETCHES, SESSION_OVER, BaseSession, WaveSize
+from expertd_client.copy_attachment import CopyAttachment
+from expertd_client.endpoint import MIN_TIMEOUT_SECONDS, Metadata, retry_delays
 from expertd_client.lease import Lease
 from expertd_client.model import ModelInfo, ModelSummary
 from expertd_client.record import Record, RecordAssembler
+from expertd_client.record_cache import RecordCache
 from expertd_client.rpc_aio import AsyncRpc
+
+ReachedT = TypeVar("ReachedT")
 
 __all__ = ["AsyncClient", "AsyncSession"]
 
@@ -38,14 +44,16 @@ class AsyncSession(BaseSession):
     def __init__(
         self,
         rpc: AsyncRpc,
-        directory: Path,
-        attachment: Attachment,
+        address: Address,
+        attachment: Attachment | CopyAttachment,
         model: ModelInfo,
         timeout_seconds: float,
+        cache_bytes: int | None,
     ) -> None:
         self._rpc = rpc
-        self._directory = directory
+        self._address = address
         self._timeout_seconds = timeout_seconds
+        self._cache_bytes = cache_bytes
         super().__init__(attachment, model)
 
     async def __aenter__(self) -> "AsyncSession":
@@ -83,18 +91,18 @@ class AsyncSession(BaseSession):
     async def prefetch(self, experts: Sequence[tuple[int, int]], *, priority: int = 0) -> int:
         """See :meth:`Session.prefetch`."""
         absent = self._absent_of(experts)
-        if not absent:
+        if not absent or not self.shares_memory:
             return 0
         return await self._call(calls.prefetch(absent, priority))
 
     async def pin(self, experts: Sequence[tuple[int, int]]) -> int:
         """See :meth:`Session.pin`."""
-        self._mapping.check_attached()
+        self._check_pinnable()
         return await self._call(calls.pin(experts))
 
     async def unpin(self, experts: Sequence[tuple[int, int]] = ()) -> int:
         """See :meth:`Session.unpin`."""
-        self._mapping.check_attached()
+        self._check_pinnable()
         return await self._call(calls.unpin(experts))
 
     async def reattach(self, timeout_seconds: float) -> None:
@@ -105,7 +113,9 @@ class AsyncSession(BaseSession):
         while True:
             left = max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic())
             try:
-                attachment, model = await _begin(self._rpc, self._directory, self.model.name, left)
+                attachment, model = await _begin(
+                    self._rpc, self._address, self.model.name, left, self._cache_bytes, self._cache
+                )
                 break
             except (UnavailableError, DeadlineError) as error:
                 delay = next(delays, None)
@@ -130,9 +140,7 @@ class AsyncSession(BaseSession):
         for _ in range(MAX_FETCHES):
             number = self._mapping.begin_fetch()
             try:
-                await self._call(
-                    calls.fetch(layer, dict.fromkeys(experts), number), deadline - time.monotonic()
-                )
+                await self._bring(layer, experts, number, deadline - time.monotonic())
             except BaseException:
                 # A cancelled task, too.
                 self._mapping.abandon_fetch()
@@ -141,6 +149,27 @@ class AsyncSession(BaseSession):
             if lease is not None:
                 return lease
         raise self._not_granted(layer)
+
+    async def _bring(
+        self, layer: int, experts: Sequence[int], number: int, timeout_seconds: float
+    ) -> None:
+        cache = self._cache
+        if cache is None:
+            await self._call(calls.fetch(layer, dict.fromkeys(experts), number), timeout_seconds)
+            return
+        fill = self._fill(cache, layer, experts)
+        try:
+            chunks = self._rpc.stream(
+                self._read_call(fill),
+                timeout_seconds=timeout_seconds,
+                metadata=self._attachment.credentials,
+            )
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    fill.feed(chunk)
+        except SESSION_OVER as error:
+            raise self._over(error) from None
+        fill.finish()
 
     async def _call(
         self, call: calls.Call[calls.ResultT], timeout_seconds: float | None = None
@@ -162,14 +191,16 @@ class AsyncSession(BaseSession):
 class AsyncClient:
     """:class:`Client` for asyncio; an async context manager. For one event loop."""
 
-    def __init__(self, socket: str | Path, *, timeout_seconds: float = 30.0) -> None:
-        self._directory = Path(socket).absolute()
+    def __init__(
+        self, socket: str | Path, *, tls: TlsFiles | None = None, timeout_seconds: float = 30.0
+    ) -> None:
+        self._address = parse_address(socket, tls)
         self._timeout_seconds = timeout_seconds
-        self._rpc = AsyncRpc(self._directory)
+        self._rpc = AsyncRpc(self._address)
         self._sessions: weakref.WeakSet[AsyncSession] = weakref.WeakSet()
 
     def __repr__(self) -> str:
-        return f"<AsyncClient {self._directory} sessions={len(self._sessions)}>"
+        return f"<AsyncClient {self._address} sessions={len(self._sessions)}>"
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -185,10 +216,14 @@ class AsyncClient:
         """See :meth:`Client.get_model`."""
         return await self._call(calls.get_model(name))
 
-    async def attach(self, name: str) -> AsyncSession:
+    async def attach(self, name: str, *, cache_bytes: int | None = None) -> AsyncSession:
         """See :meth:`Client.attach`."""
-        attachment, model = await _begin(self._rpc, self._directory, name, self._timeout_seconds)
-        session = AsyncSession(self._rpc, self._directory, attachment, model, self._timeout_seconds)
+        attachment, model = await _begin(
+            self._rpc, self._address, name, self._timeout_seconds, cache_bytes, None
+        )
+        session = AsyncSession(
+            self._rpc, self._address, attachment, model, self._timeout_seconds, cache_bytes
+        )
         self._sessions.add(session)
         return session
 
@@ -209,12 +244,9 @@ class AsyncClient:
     ) -> AsyncGenerator[Record]:
         """See :meth:`Client.read`."""
         assembler = RecordAssembler(experts)
-        greeting = await _handshake(self._directory, Role.READER, name, self._timeout_seconds)
-        with greeting:
+        with await self._greet(Role.READER, name) as credentials:
             chunks = self._rpc.stream(
-                calls.read(name, experts),
-                timeout_seconds=timeout_seconds,
-                metadata=greeting.credentials,
+                calls.read(name, experts), timeout_seconds=timeout_seconds, metadata=credentials
             )
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -241,17 +273,23 @@ class AsyncClient:
         return await self._rpc.call(call, timeout_seconds=self._timeout_seconds)
 
     async def _call_as_admin(self, call: calls.Call[calls.ResultT]) -> calls.ResultT:
-        with await _handshake(self._directory, Role.ADMIN, "", self._timeout_seconds) as greeting:
+        with await self._greet(Role.ADMIN, "") as credentials:
             return await self._rpc.call(
-                call, timeout_seconds=self._timeout_seconds, metadata=greeting.credentials
+                call, timeout_seconds=self._timeout_seconds, metadata=credentials
             )
 
+    async def _greet(self, role: Role, model: str) -> AbstractContextManager[Metadata]:
+        """A session of that role while the block runs, where there are sessions."""
+        if not isinstance(self._address, UnixAddress):
+            return nullcontext(())
+        directory, timeout_seconds = self._address.directory, self._timeout_seconds
+        greeting = await _in_thread(lambda: handshake(directory, role, model, timeout_seconds))
+        return credentials_of(greeting)
 
-async def _handshake(directory: Path, role: Role, model: str, timeout_seconds: float) -> Greeting:
-    """The handshake, in a thread: asyncio cannot receive descriptors."""
-    future = asyncio.get_running_loop().run_in_executor(
-        None, handshake, directory, role, model, timeout_seconds
-    )
+
+async def _in_thread(greet: Callable[[], ReachedT]) -> ReachedT:
+    """A handshake, in a thread: asyncio cannot receive descriptors."""
+    future = asyncio.get_running_loop().run_in_executor(None, greet)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -260,25 +298,32 @@ async def _handshake(directory: Path, role: Role, model: str, timeout_seconds: f
         raise
 
 
-def _discard(future: "asyncio.Future[Greeting]") -> None:
+def _discard(future: "asyncio.Future[Any]") -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().close()
 
 
 async def _begin(
-    rpc: AsyncRpc, directory: Path, model: str, timeout_seconds: float
-) -> tuple[Attachment, ModelInfo]:
+    rpc: AsyncRpc,
+    address: Address,
+    model: str,
+    timeout_seconds: float,
+    cache_bytes: int | None,
+    old: RecordCache | None,
+) -> tuple[Attachment | CopyAttachment, ModelInfo]:
     deadline = time.monotonic() + timeout_seconds
-    with await _handshake(directory, Role.WORKER, model, timeout_seconds) as greeting:
-        attachment = Attachment(greeting)
+    reached = None
+    if isinstance(address, UnixAddress):
+        directory = address.directory
+        reached = await _in_thread(lambda: greet(directory, model, timeout_seconds))
     try:
         info = await rpc.call(
             calls.get_model(model),
             timeout_seconds=max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic()),
-            wait_for_ready=True,
+            wait_for_ready=reached is not None,
         )
-        check_directory(attachment, info)
+        return attachment_for(reached, info, cache_bytes, old)
     except BaseException:
-        attachment.close()
+        if reached is not None:
+            reached.close()
         raise
-    return attachment, info

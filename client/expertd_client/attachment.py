@@ -5,6 +5,7 @@ import socket
 import threading
 import weakref
 from contextlib import ExitStack, suppress
+from typing import Protocol
 
 from expertd.errors import PreconditionError
 from expertd.greeting import Greeting
@@ -18,6 +19,8 @@ class Attachment:
     A thread waits on the connection: for nudges, which it answers while the worker holds
     nothing, and for its end.
     """
+
+    shares_memory = True
 
     def __init__(self, greeting: Greeting) -> None:
         """Takes over the greeting's connection. Raises PreconditionError, OSError."""
@@ -48,7 +51,7 @@ class Attachment:
             )
             self._thread.start()
             on_failure.pop_all()
-        _live.add(self)
+        abandon_in_child(self)
 
     def __repr__(self) -> str:
         state = "connected" if self._connected else "disconnected"
@@ -65,6 +68,15 @@ class Attachment:
         self.hang_up()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def leave(self) -> None:
+        """Before attaching again.
+
+        What a daemon that has gone left mapped is kept until there is another: what is resident
+        in it can still be read.
+        """
+        if self._connected:
+            self.close()
 
     def hang_up(self) -> None:
         """Ends the connection, without waiting for the thread; safe in a finalizer."""
@@ -88,7 +100,8 @@ class Attachment:
         self._connected = False
         self.mapping.disconnect()
 
-    def _abandon_in_child(self) -> None:
+    def abandon_in_child(self) -> None:
+        """After fork, in the child: the session is its parent's."""
         # Closed, not shut down: the connection is the parent's. Left open, it would keep
         # the parent's session alive after the parent.
         self._connected = False
@@ -97,12 +110,21 @@ class Attachment:
         self.mapping.abandon_in_child()
 
 
-_live: "weakref.WeakSet[Attachment]" = weakref.WeakSet()
+class _Forkable(Protocol):
+    def abandon_in_child(self) -> None: ...
+
+
+_live: "weakref.WeakSet[_Forkable]" = weakref.WeakSet()
+
+
+def abandon_in_child(attachment: _Forkable) -> None:
+    """From now on a fork of this process has ``attachment.abandon_in_child`` called."""
+    _live.add(attachment)
 
 
 def _abandon_all_in_child() -> None:
     for attachment in list(_live):
-        attachment._abandon_in_child()
+        attachment.abandon_in_child()
 
 
 os.register_at_fork(after_in_child=_abandon_all_in_child)

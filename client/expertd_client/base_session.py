@@ -6,18 +6,28 @@ from collections.abc import Sequence
 from expertd.errors import (
     CapacityError,
     ExpertdError,
+    IncarnationError,
     NotFoundError,
     PreconditionError,
+    SessionLostError,
+    UnauthenticatedError,
     UnavailableError,
 )
+from expertd_client import calls
 from expertd_client.attachment import Attachment
+from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.lease import Lease
-from expertd_client.mapping import State
+from expertd_client.mapping import Mapping, State
 from expertd_client.model import ModelInfo
+from expertd_client.record_cache import CacheFill, RecordCache
+from expertstore.v1 import expert_store_pb2 as pb
 
 # A granted fetch is leased to the session, so the first attempt finds it; more than a
 # few that do not mean that the daemon's directory and its answers contradict each other.
 MAX_FETCHES = 4
+
+# After these a reader of copies has to attach again.
+SESSION_OVER = (UnavailableError, IncarnationError, UnauthenticatedError)
 
 _NOTHING: frozenset[int] = frozenset()
 
@@ -33,10 +43,14 @@ class BaseSession:
     """Experts acquired that were resident, over this object's life."""
     nvme_misses: int
     """Experts acquired that had to be fetched."""
+    remote_misses: int
+    """Experts acquired that had to be copied from the daemon, in a session that shares no memory;
+    its host hits are those that it had copied before."""
 
-    def __init__(self, attachment: Attachment, model: ModelInfo) -> None:
+    def __init__(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         self.host_hits = 0
         self.nvme_misses = 0
+        self.remote_misses = 0
         self._detached = False
         self._take(attachment, model)
 
@@ -64,8 +78,13 @@ class BaseSession:
         return self._attachment.connected
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether records are read where the daemon has them; else this process has copies."""
+        return self._attachment.shares_memory
+
+    @property
     def arena_address(self) -> int:
-        """Where this process has mapped the arena, read-only."""
+        """Where this process has mapped the arena, read-only, or has its copies."""
         return self._mapping.arena_address
 
     @property
@@ -73,10 +92,10 @@ class BaseSession:
         """The size of that mapping."""
         return self._mapping.arena_bytes
 
-    def _take(self, attachment: Attachment, model: ModelInfo) -> None:
+    def _take(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         """Lives in ``attachment`` from now on."""
         self._attachment = attachment
-        self._mapping = attachment.mapping
+        self._mapping: Mapping | RecordCache = attachment.mapping
         self._model = model
         # One look-up that also refuses what is no expert.
         self._entries = {
@@ -107,7 +126,10 @@ class BaseSession:
             return None
         self._mapping.touch(entries, missed)
         num_missed = sum(entry in missed for entry in entries)
-        self.nvme_misses += num_missed
+        if self.shares_memory:
+            self.nvme_misses += num_missed
+        else:
+            self.remote_misses += num_missed
         self.host_hits += len(entries) - num_missed
         return Lease(self, self._mapping, layer, tuple(experts), words)
 
@@ -162,12 +184,9 @@ class BaseSession:
             raise PreconditionError(
                 "Release the lease that this session holds or waits for, then reattach."
             )
-        # That of a daemon that has gone is kept until there is another: what is resident
-        # in it can still be read.
-        if self._attachment.connected:
-            self._attachment.close()
+        self._attachment.leave()
 
-    def _finish_reattach(self, attachment: Attachment, model: ModelInfo) -> None:
+    def _finish_reattach(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         """Moves to another attachment. Raises PreconditionError if the model is another."""
         if model.fingerprint != self._model.fingerprint:
             attachment.close()
@@ -176,8 +195,40 @@ class BaseSession:
                 f"fingerprint {model.fingerprint}, was {self._model.fingerprint}); load the "
                 "worker's model anew."
             )
-        self._end()
+        self._finalizer.detach()
+        if attachment.mapping is self._mapping:
+            self._attachment.hang_up()
+        else:
+            self._attachment.close()
         self._take(attachment, model)
+
+    @property
+    def _cache(self) -> RecordCache | None:
+        """The copies, in a session that shares no memory."""
+        return self._mapping if isinstance(self._mapping, RecordCache) else None
+
+    def _fill(self, cache: RecordCache, layer: int, experts: Sequence[int]) -> CacheFill:
+        """What has to be read. Raises CapacityError if it does not fit."""
+        entries = self._entries_of(layer, experts)
+        return CacheFill(cache, self._model.layers[layer], experts, entries)
+
+    def _read_call(self, fill: CacheFill) -> calls.Call[pb.ReadResponse]:
+        return calls.read(self._model.name, fill.missing, self._model.fingerprint)
+
+    def _over(self, error: ExpertdError) -> ExpertdError:
+        """A read of copies failed because the daemon is not the one that we attached to."""
+        self._attachment.hang_up()
+        if isinstance(error, UnauthenticatedError):
+            return SessionLostError("The daemon ended this session; reattach, and repeat.")
+        return error
+
+    def _check_pinnable(self) -> None:
+        self._mapping.check_attached()
+        if not self.shares_memory:
+            raise PreconditionError(
+                "Only a session that shares the daemon's memory can pin records there; this one "
+                "has copies."
+            )
 
     def _end(self) -> None:
         self._finalizer.detach()

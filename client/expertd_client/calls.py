@@ -98,9 +98,11 @@ def unpin(experts: Iterable[tuple[int, int]]) -> Call[int]:
     )
 
 
-def read(model: str, experts: Iterable[tuple[int, int]]) -> Call[pb.ReadResponse]:
-    """Streams records in chunks."""
-    request = pb.ReadRequest(model=model, experts=_refs(experts))
+def read(
+    model: str, experts: Iterable[tuple[int, int]], fingerprint: str = ""
+) -> Call[pb.ReadResponse]:
+    """Streams records in chunks, if given only of the pack with that fingerprint."""
+    request = pb.ReadRequest(model=model, experts=_refs(experts), fingerprint=fingerprint)
     return Call("Read", request, lambda response: response)
 
 
@@ -168,6 +170,7 @@ def _model_info(response: pb.GetModelResponse) -> ModelInfo:
         num_experts=summary.num_experts,
         record_bytes=summary.record_bytes,
         expert_bytes=summary.expert_bytes,
+        incarnation=response.incarnation,
     )
 
 

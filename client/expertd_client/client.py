@@ -2,13 +2,16 @@
 
 import weakref
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from expertd.greeting import handshake
 from expertd.handshake import Role
 from expertd_client import calls
+from expertd_client.address import TlsFiles, UnixAddress, parse_address
+from expertd_client.attaching import credentials_of
+from expertd_client.endpoint import Metadata
 from expertd_client.model import ModelInfo, ModelSummary
 from expertd_client.record import Record, RecordAssembler
 from expertd_client.rpc import Rpc
@@ -16,21 +19,26 @@ from expertd_client.session import Session
 
 
 class Client:
-    """Talks to the daemon that serves in the directory ``socket``.
+    """Talks to the daemon that serves in the directory ``socket``, or at ``tcp://HOST:PORT``.
 
+    By TCP the two sides prove to each other who they are, with the files in ``tls`` (not
+    needed on loopback, if that daemon wants no certificate). A mistake in them is a
+    ConfigError at once.
     A context manager that closes. Nothing is connected before the first call, each of which
     raises ExpertdError's kinds only: DeadlineError after ``timeout_seconds``,
     UnavailableError if no daemon answers. May be used by several threads.
     """
 
-    def __init__(self, socket: str | Path, *, timeout_seconds: float = 30.0) -> None:
-        self._directory = Path(socket).absolute()
+    def __init__(
+        self, socket: str | Path, *, tls: TlsFiles | None = None, timeout_seconds: float = 30.0
+    ) -> None:
+        self._address = parse_address(socket, tls)
         self._timeout_seconds = timeout_seconds
-        self._rpc = Rpc(self._directory)
+        self._rpc = Rpc(self._address)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def __repr__(self) -> str:
-        return f"<Client {self._directory} sessions={len(self._sessions)}>"
+        return f"<Client {self._address} sessions={len(self._sessions)}>"
 
     def __enter__(self) -> "Client":
         return self
@@ -46,9 +54,15 @@ class Client:
         """One model: where its pack lies, its layers, its records' layout."""
         return self._call(calls.get_model(name))
 
-    def attach(self, name: str) -> Session:
-        """Becomes a worker of model ``name``, with the arena mapped."""
-        session = Session(self._rpc, self._directory, name, self._timeout_seconds)
+    def attach(self, name: str, *, cache_bytes: int | None = None) -> Session:
+        """Becomes a worker of model ``name``, with the arena mapped.
+
+        Where the daemon's memory cannot be mapped, by TCP or in a sandbox, the session has
+        copies of the records that it uses, in at most ``cache_bytes`` of memory (without it:
+        what all of them take, or half of the free memory); see ``Session.shares_memory``.
+        Raises InvalidInputError if those are fewer than what one token uses of a layer.
+        """
+        session = Session(self._rpc, self._address, name, self._timeout_seconds, cache_bytes)
         self._sessions.add(session)
         return session
 
@@ -73,11 +87,9 @@ class Client:
         unless given, since it lasts as long as its reader takes.
         """
         assembler = RecordAssembler(experts)
-        with handshake(self._directory, Role.READER, name, self._timeout_seconds) as greeting:
+        with self._greet(Role.READER, name) as credentials:
             chunks = self._rpc.stream(
-                calls.read(name, experts),
-                timeout_seconds=timeout_seconds,
-                metadata=greeting.credentials,
+                calls.read(name, experts), timeout_seconds=timeout_seconds, metadata=credentials
             )
             with closing(chunks):
                 for chunk in chunks:
@@ -104,7 +116,12 @@ class Client:
         return self._rpc.call(call, timeout_seconds=self._timeout_seconds)
 
     def _call_as_admin(self, call: calls.Call[calls.ResultT]) -> calls.ResultT:
-        with handshake(self._directory, Role.ADMIN, "", self._timeout_seconds) as greeting:
-            return self._rpc.call(
-                call, timeout_seconds=self._timeout_seconds, metadata=greeting.credentials
-            )
+        with self._greet(Role.ADMIN, "") as credentials:
+            return self._rpc.call(call, timeout_seconds=self._timeout_seconds, metadata=credentials)
+
+    def _greet(self, role: Role, model: str) -> AbstractContextManager[Metadata]:
+        """A session of that role while the block runs, where there are sessions."""
+        if not isinstance(self._address, UnixAddress):
+            return nullcontext(())
+        directory = self._address.directory
+        return credentials_of(handshake(directory, role, model, self._timeout_seconds))

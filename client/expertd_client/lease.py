@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from expertd.directory import PAGE_BYTES
 from expertd.errors import PreconditionError, SessionLostError
 from expertd_client.mapping import Mapping, State
+from expertd_client.record_cache import RecordCache
 
 if TYPE_CHECKING:
     from expertd_client.base_session import BaseSession
@@ -24,7 +25,7 @@ class Lease:
     def __init__(
         self,
         session: "BaseSession",
-        mapping: Mapping,
+        mapping: Mapping | RecordCache,
         layer: int,
         experts: tuple[int, ...],
         words: list[int],

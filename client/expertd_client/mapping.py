@@ -70,7 +70,7 @@ class Mapping:
     def __init__(self, arena: mmap.mmap, directory: mmap.mmap, page: mmap.mmap) -> None:
         """Raises ValueError if the directory or the page is of another format."""
         self.arena = memoryview(arena)
-        self.arena_address = _address_of(arena)
+        self.arena_address = address_of(arena)
         self.arena_bytes = len(arena)
         view = memoryview(directory)
         self._directory = DirectoryView(view.cast("Q"))
@@ -118,7 +118,7 @@ class Mapping:
     def check_attached(self) -> None:
         """Raises if the session is over: PreconditionError or SessionLostError."""
         if self._state in _OVER:
-            raise _error(self._state)
+            raise state_error(self._state)
 
     def try_hold(self, entries: Sequence[int], expected: State = _IDLE) -> list[int] | None:
         """Starts holding, if all ``entries`` are resident; their directory words, or None.
@@ -131,7 +131,7 @@ class Mapping:
         # withdrawal of that epoch. The mutex also keeps those loads behind it.
         with self._mutex:
             if self._state is not expected:
-                raise _error(self._state)
+                raise state_error(self._state)
             self._state = _HOLDING
         # W2.
         table = self._entries
@@ -155,7 +155,7 @@ class Mapping:
         """The number of a fetch that is about to be sent; all earlier ones are released."""
         with self._mutex:
             if self._state is not _IDLE and self._state is not _FETCHING:
-                raise _error(self._state)
+                raise state_error(self._state)
             self._state = _FETCHING
         # Nobody waits for the daemon while it holds leases of it: that is why there is no
         # deadlock over slots.
@@ -192,7 +192,7 @@ class Mapping:
             with self._mutex:
                 if self._state is _IDLE:
                     self._state = State.LOST
-            raise _error(State.LOST)
+            raise state_error(State.LOST)
 
     def publish(self) -> None:
         """W4, unless the worker holds: tells the daemon which epoch it has left behind.
@@ -210,7 +210,7 @@ class Mapping:
         """Raises SessionLostError if the daemon has ended this session, noticed yet or not."""
         with self._mutex:
             if self._state not in _OVER and self._page.revoked:
-                raise _error(State.LOST)
+                raise state_error(State.LOST)
         self.check_attached()
 
     def disconnect(self) -> None:
@@ -250,16 +250,17 @@ class Mapping:
                         "This session was detached while it held a lease; throw away what was "
                         "computed from it."
                     )
-                raise _error(self._state)
+                raise state_error(self._state)
             self._state = _IDLE
 
 
-def _error(state: State) -> ExpertdError:
+def state_error(state: State) -> ExpertdError:
+    """What a call raises that the state forbids."""
     kind, message = _REFUSALS[state]
     return kind(message)
 
 
-def _address_of(mapped: mmap.mmap) -> int:
+def address_of(mapped: mmap.mmap) -> int:
     """Where ``mapped`` lies in this process.
 
     ctypes' own from_buffer wants a writable buffer, so this asks the interpreter.

@@ -47,7 +47,8 @@ class ModelInfo:
 
     ``layers`` by their index in the model. ``max_fetch_records`` is how many records the
     daemon can make resident at once for one session, ``record_bytes`` the size of the
-    largest, ``expert_bytes`` that of all. ``fingerprint`` identifies the content.
+    largest, ``expert_bytes`` that of all. ``fingerprint`` identifies the content,
+    ``incarnation`` the daemon that said so.
     """
 
     name: str
@@ -61,3 +62,4 @@ class ModelInfo:
     num_experts: int
     record_bytes: int
     expert_bytes: int
+    incarnation: str

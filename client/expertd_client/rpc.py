@@ -2,27 +2,25 @@
 
 import os
 from collections.abc import Generator
-from pathlib import Path
 from typing import TypeVar
 
 import grpc
 
 from expertd.errors import PreconditionError
-from expertd.handshake import rpc_target
-from expertd.status import from_rpc_error
+from expertd_client.address import Address
 from expertd_client.calls import Call
-from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process
+from expertd_client.endpoint import Metadata, check_own_process
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
 
 
 class Rpc:
-    """Sends calls to the daemon in ``directory``. It connects at the first one."""
+    """Sends calls to the daemon at ``address``. It connects at the first one."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._channel = grpc.insecure_channel(rpc_target(directory), CHANNEL_OPTIONS)
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._channel = address.open()
         self._stub = grpc_api.ExpertStoreStub(self._channel)
         self._pid = os.getpid()
         self._closed = False
@@ -47,7 +45,7 @@ class Rpc:
             )
         except grpc.RpcError as error:
             # Without its cause: a gRPC error prints as a page of its own insides.
-            raise from_rpc_error(error, str(self._directory)) from None
+            raise self._address.error(error) from None
         return call.decode(response)
 
     def stream(
@@ -61,7 +59,7 @@ class Rpc:
             for response in responses:
                 yield call.decode(response)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self._directory)) from None
+            raise self._address.error(error) from None
         finally:
             responses.cancel()
 

@@ -1,28 +1,27 @@
 """The asyncio client's gRPC channel; what fails leaves here as an exception of expertd."""
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import TypeVar
 
 import grpc
 import grpc.aio
 
-from expertd.errors import PreconditionError
-from expertd.handshake import rpc_target
-from expertd.status import from_rpc_error
+from expertd.errors import ExpertdError, PreconditionError
+from expertd_client.address import Address, UnixAddress
 from expertd_client.calls import Call
-from expertd_client.endpoint import CHANNEL_OPTIONS, Metadata, check_own_process
+from expertd_client.endpoint import Metadata, check_own_process
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
 
 
 class AsyncRpc:
-    """Sends calls to the daemon in ``directory``. It connects at the first one."""
+    """Sends calls to the daemon at ``address``. It connects at the first one."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, address: Address) -> None:
+        self._address = address
         self._pid = os.getpid()
         self._channel: grpc.aio.Channel | None = None
         self._stub: grpc_api.ExpertStoreStub | None = None
@@ -46,7 +45,7 @@ class AsyncRpc:
                 wait_for_ready=wait_for_ready,
             )
         except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self._directory)) from None
+            raise await self._error(error) from None
         return call.decode(response)
 
     async def stream(
@@ -59,7 +58,7 @@ class AsyncRpc:
             async for response in responses:
                 yield call.decode(response)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self._directory)) from None
+            raise await self._error(error) from None
         finally:
             responses.cancel()
 
@@ -69,12 +68,17 @@ class AsyncRpc:
         if self._channel is not None:
             await self._channel.close()
 
+    async def _error(self, error: grpc.RpcError) -> ExpertdError:
+        if isinstance(self._address, UnixAddress):
+            return self._address.error(error)
+        return await asyncio.to_thread(self._address.error, error)  # it tries the port
+
     def _open(self) -> grpc_api.ExpertStoreStub:
         check_own_process(self._pid)
         if self._closed:
             raise PreconditionError("This client is closed; make a new one.")
         if self._stub is None:
             # Not before: an asyncio channel belongs to the loop that runs when it is made.
-            self._channel = grpc.aio.insecure_channel(rpc_target(self._directory), CHANNEL_OPTIONS)
+            self._channel = self._address.open_aio()
             self._stub = grpc_api.ExpertStoreStub(self._channel)
         return self._stub

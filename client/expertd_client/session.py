@@ -2,33 +2,38 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import closing
 
 from expertd.errors import CapacityError, DeadlineError, UnauthenticatedError, UnavailableError
-from expertd.greeting import handshake
-from expertd.handshake import Role
 from expertd_client import calls
+from expertd_client.address import Address, UnixAddress
+from expertd_client.attaching import attachment_for, greet
 from expertd_client.attachment import Attachment
-from expertd_client.base_session import (
-    MAX_FETCHES,
-    BaseSession,
-    WaveSize,
-    check_directory,
-)
+from expertd_client.base_session import MAX_FETCHES, SESSION_OVER, BaseSession, WaveSize
+from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.endpoint import MIN_TIMEOUT_SECONDS, retry_delays
 from expertd_client.lease import Lease
 from expertd_client.model import ModelInfo
+from expertd_client.record_cache import RecordCache
 from expertd_client.rpc import Rpc
 
 
 class Session(BaseSession):
     """One attached worker. A context manager that detaches."""
 
-    def __init__(self, rpc: Rpc, directory: Path, model: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        rpc: Rpc,
+        address: Address,
+        model: str,
+        timeout_seconds: float,
+        cache_bytes: int | None,
+    ) -> None:
         self._rpc = rpc
-        self._directory = directory
+        self._address = address
         self._timeout_seconds = timeout_seconds
-        super().__init__(*_begin(rpc, directory, model, timeout_seconds))
+        self._cache_bytes = cache_bytes
+        super().__init__(*self._begin(model, timeout_seconds, None))
 
     def __enter__(self) -> "Session":
         return self
@@ -78,21 +83,24 @@ class Session(BaseSession):
 
         Returns how many reads that caused. Costs no call if all are resident. A newer hint
         supersedes what an older one has not begun; it evicts nothing that a running step
-        uses. Allowed while a lease is held.
+        uses. Allowed while a lease is held. Does nothing in a session that has copies.
         """
         absent = self._absent_of(experts)
-        if not absent:
+        if not absent or not self.shares_memory:
             return 0
         return self._call(calls.prefetch(absent, priority))
 
     def pin(self, experts: Sequence[tuple[int, int]]) -> int:
-        """Keeps (layer, expert) pairs resident while the session lasts; how many it pinned."""
-        self._mapping.check_attached()
+        """Keeps (layer, expert) pairs resident while the session lasts; how many it pinned.
+
+        Raises PreconditionError in a session that has copies.
+        """
+        self._check_pinnable()
         return self._call(calls.pin(experts))
 
     def unpin(self, experts: Sequence[tuple[int, int]] = ()) -> int:
         """Undoes :meth:`pin`, for all if none are named; how many it undid."""
-        self._mapping.check_attached()
+        self._check_pinnable()
         return self._call(calls.unpin(experts))
 
     def reattach(self, timeout_seconds: float) -> None:
@@ -108,7 +116,7 @@ class Session(BaseSession):
         while True:
             left = max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic())
             try:
-                attachment, model = _begin(self._rpc, self._directory, self.model.name, left)
+                attachment, model = self._begin(self.model.name, left, self._cache)
                 break
             except (UnavailableError, DeadlineError) as error:
                 delay = next(delays, None)
@@ -136,9 +144,7 @@ class Session(BaseSession):
         for _ in range(MAX_FETCHES):
             number = self._mapping.begin_fetch()
             try:
-                self._call(
-                    calls.fetch(layer, dict.fromkeys(experts), number), deadline - time.monotonic()
-                )
+                self._bring(layer, experts, number, deadline - time.monotonic())
             except BaseException:
                 self._mapping.abandon_fetch()
                 raise
@@ -146,6 +152,28 @@ class Session(BaseSession):
             if lease is not None:
                 return lease
         raise self._not_granted(layer)
+
+    def _bring(
+        self, layer: int, experts: Sequence[int], number: int, timeout_seconds: float
+    ) -> None:
+        """Has the daemon make them resident, or else reads copies of those that are missing."""
+        cache = self._cache
+        if cache is None:
+            self._call(calls.fetch(layer, dict.fromkeys(experts), number), timeout_seconds)
+            return
+        fill = self._fill(cache, layer, experts)
+        try:
+            chunks = self._rpc.stream(
+                self._read_call(fill),
+                timeout_seconds=timeout_seconds,
+                metadata=self._attachment.credentials,
+            )
+            with closing(chunks):
+                for chunk in chunks:
+                    fill.feed(chunk)
+        except SESSION_OVER as error:
+            raise self._over(error) from None
+        fill.finish()
 
     def _call(
         self, call: calls.Call[calls.ResultT], timeout_seconds: float | None = None
@@ -163,23 +191,23 @@ class Session(BaseSession):
             self._mapping.check_revoked()
             raise
 
-
-def _begin(
-    rpc: Rpc, directory: Path, model: str, timeout_seconds: float
-) -> tuple[Attachment, ModelInfo]:
-    deadline = time.monotonic() + timeout_seconds
-    with handshake(directory, Role.WORKER, model, timeout_seconds) as greeting:
-        attachment = Attachment(greeting)
-    try:
-        # The daemon has answered, so what its channel may still believe from the time
-        # before it was there is wrong: wait for the connection rather than fail.
-        info = rpc.call(
-            calls.get_model(model),
-            timeout_seconds=max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic()),
-            wait_for_ready=True,
-        )
-        check_directory(attachment, info)
-    except BaseException:
-        attachment.close()
-        raise
-    return attachment, info
+    def _begin(
+        self, model: str, timeout_seconds: float, old: RecordCache | None
+    ) -> tuple[Attachment | CopyAttachment, ModelInfo]:
+        deadline = time.monotonic() + timeout_seconds
+        reached = None
+        if isinstance(self._address, UnixAddress):
+            reached = greet(self._address.directory, model, timeout_seconds)
+        try:
+            # The daemon has answered, so what its channel may still believe from the time
+            # before it was there is wrong: wait for the connection rather than fail.
+            info = self._rpc.call(
+                calls.get_model(model),
+                timeout_seconds=max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic()),
+                wait_for_ready=reached is not None,
+            )
+            return attachment_for(reached, info, self._cache_bytes, old)
+        except BaseException:
+            if reached is not None:
+                reached.close()
+            raise

@@ -1,15 +1,11 @@
 """The daemon's TLS files: checked at start, read again when they change."""
 
-import os
-import ssl
-from collections.abc import Callable
-from pathlib import Path
-
 import grpc
 
 from expertd.errors import ConfigError
 from expertd.log import log
 from expertd.tcp_config import TcpConfig
+from expertd.tls_files import read_identity
 
 _Signature = tuple[tuple[int, int, int], ...]
 
@@ -64,58 +60,7 @@ class Certificates:
         return tuple(found)
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        certificate, key, client_ca = (_content(path) for path in self._paths)
-        for path, content in zip(self._paths[::2], (certificate, client_ca), strict=True):
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
-                    cadata=content.decode("ascii")
-                )
-            except (ssl.SSLError, UnicodeDecodeError, ValueError) as error:
-                raise ConfigError(f"{path} holds no certificate in PEM form.") from error
-        # What is checked is what will be used, whatever becomes of the files meanwhile.
-        _with_file(certificate, lambda cert: _with_file(key, lambda its: self._check(cert, its)))
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca)
-
-    def _check(self, certificate: str, key: str) -> None:
-        path = self._paths[1]
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                certificate, key, password=_no_password
-            )
-        except ssl.SSLError as error:
-            if error.reason == "KEY_VALUES_MISMATCH":
-                problem = f"{path} is not the key of the certificate {self._paths[0]}."
-            else:
-                problem = f"{path} holds no private key in PEM form that can be used."
-            raise ConfigError(problem) from error
-        except _EncryptedError:
-            raise ConfigError(
-                f"{path} is encrypted, and nobody is here to give its password; store it "
-                "decrypted, readable by the daemon's user only."
-            ) from None
-
-
-class _EncryptedError(Exception):
-    pass
-
-
-def _no_password() -> str:
-    raise _EncryptedError
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _with_file(content: bytes, use: Callable[[str], None]) -> None:
-    """Calls ``use`` with the name of a file that only this process sees."""
-    fd = os.memfd_create("expertd-tls", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(content)
-        use(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
+        identity = read_identity(*self._paths)
+        return grpc.ssl_server_certificate_configuration(
+            [(identity.key, identity.certificate)], identity.ca
+        )

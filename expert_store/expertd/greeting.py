@@ -39,6 +39,10 @@ _INT_BYTES = array("i").itemsize
 _ANSWER = msgspec.json.Decoder(Welcome | Refusal)
 
 
+class DescriptorsError(PreconditionError):
+    """The daemon's descriptors did not get through to this process."""
+
+
 class Greeting:
     """An accepted handshake: the daemon's welcome, the connection, the descriptors.
 
@@ -182,7 +186,7 @@ def _exchange(
     # process has no descriptor left.
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         _close_all(descriptors)
-        raise PreconditionError(
+        raise DescriptorsError(
             f"What the expertd at {directory} answered did not fit; run the same version on both "
             "sides, and see that this process may open more files (ulimit -n)."
         )

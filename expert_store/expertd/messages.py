@@ -26,7 +26,9 @@ def model_summary(model: HostedModel) -> pb.ModelSummary:
     )
 
 
-def model_response(model: HostedModel, max_fetch_records: int) -> pb.GetModelResponse:
+def model_response(
+    model: HostedModel, max_fetch_records: int, incarnation: str
+) -> pb.GetModelResponse:
     """All that a worker needs to find and read the model's records."""
     return pb.GetModelResponse(
         summary=model_summary(model),
@@ -43,6 +45,7 @@ def model_response(model: HostedModel, max_fetch_records: int) -> pb.GetModelRes
         layouts=[_layout(layout) for layout in model.manifest.layouts],
         fingerprint=model.fingerprint,
         max_fetch_records=max_fetch_records,
+        incarnation=incarnation,
     )
 
 

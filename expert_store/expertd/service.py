@@ -8,10 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertd.errors import InvalidInputError, PermissionDeniedError, UnavailableError
+from expertd.errors import (
+    IncarnationError,
+    InvalidInputError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnavailableError,
+)
 from expertd.handshake import INCARNATION_KEY, TOKEN_KEY, Role
 from expertd.hosted_model import HostedModel
 from expertd.messages import model_response, model_summary
+from expertd.peers import Peer
 from expertd.session import Session
 from expertd.stats import collect_stats
 from expertd.store import Store
@@ -46,7 +53,9 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model = self._store.model(request.name)
-        return model_response(model, self._store.records.max_fetch_records(model))
+        return model_response(
+            model, self._store.records.max_fetch_records(model), self._store.incarnation
+        )
 
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: Context
@@ -91,9 +100,14 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
     async def Read(
         self, request: pb.ReadRequest, context: Context
     ) -> AsyncIterator[pb.ReadResponse]:
-        model = self._model_to_read(request, context)
+        reader, model = self._reader(request, context)
+        if request.fingerprint and request.fingerprint != model.fingerprint:
+            raise PreconditionError(
+                f"model {model.name!r} is another pack than the one asked for; attach again."
+            )
         for entry in _entries(model, request.experts):
             data = await self._store.records.read(model, entry)
+            reader.bytes_read += len(data)
             layer, expert = model.expert(entry)
             for offset in range(0, len(data), _CHUNK_BYTES):
                 yield pb.ReadResponse(
@@ -121,15 +135,28 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
                 await asyncio.wait_for(self._store.stopping.wait(), interval)
                 raise UnavailableError("expertd is stopping.")
 
-    def _model_to_read(self, request: pb.ReadRequest, context: Context) -> HostedModel:
+    def _reader(
+        self, request: pb.ReadRequest, context: Context
+    ) -> tuple[Session | Peer, HostedModel]:
+        """Who reads, and from which model."""
         peer = self._store.peers.of(context)
         if peer is None:
             session = self._session(context)
-            return session.model if session.is_worker else self._store.model(request.model)
+            model = session.model if session.is_worker else self._store.model(request.model)
+            return session, model
+        self._check_incarnation(context)
         peer.begin_read()
         # Not when we have sent all: when the other side has taken it, or is gone.
         context.add_done_callback(lambda _: peer.end_read())  # type: ignore[arg-type]
-        return self._store.model(request.model)
+        return peer, self._store.model(request.model)
+
+    def _check_incarnation(self, context: Context) -> None:
+        """For those who have no token that would be void after a restart."""
+        incarnation = dict(context.invocation_metadata() or ()).get(INCARNATION_KEY)
+        if incarnation and incarnation != self._store.incarnation:
+            raise IncarnationError(
+                "expertd was restarted since this client attached; attach again."
+            )
 
     def _session(self, context: Context) -> Session:
         if self._store.peers.of(context) is not None:

@@ -48,6 +48,7 @@ class Session:
         self.closed = False
         self.pins: set[int] = set()
         self.fetches_in_flight = 0
+        self.bytes_read = 0
         self._model = model
         self._leases: dict[int, list[int]] = {}
         self._last_fetch = 0

@@ -3,6 +3,7 @@
 import time
 
 from expertd.hosted_model import HostedModel
+from expertd.peers import Peer
 from expertd.session import Session
 from expertd.store import Store
 from expertstore.v1 import expert_store_pb2 as pb
@@ -25,6 +26,7 @@ def collect_stats(store: Store) -> pb.Stats:
         sessions=[_session_stats(session) for session in store.sessions.values()],
         warnings=store.warnings,
         policy=store.config.policy,
+        peers=[_peer_stats(peer) for peer in store.peers],
     )
 
 
@@ -57,4 +59,15 @@ def _session_stats(session: Session) -> pb.SessionStats:
         model=session.model_name,
         attached_seconds=time.monotonic() - session.attached_at,
         epoch_lag=session.epoch_lag,
+        role=session.role,
+        bytes_read=session.bytes_read,
+    )
+
+
+def _peer_stats(peer: Peer) -> pb.PeerStats:
+    return pb.PeerStats(
+        name=peer.name,
+        num_reads=peer.num_reads,
+        bytes_read=peer.bytes_read,
+        idle_seconds=time.monotonic() - peer.last_call,
     )

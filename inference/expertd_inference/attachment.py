@@ -9,7 +9,8 @@ from typing import Self
 from expertd.errors import InvalidInputError, NotFoundError
 from expertd.greeting import MAX_SOCKET_PATH_BYTES
 from expertd.handshake import ATTACH_SOCKET
-from expertd_client import Client, Session
+from expertd_client import Client, Session, TlsFiles
+from expertd_client.address import TCP
 
 DEFAULT_SOCKET = Path("/run/expertd")
 DEFAULT_REATTACH_SECONDS = 30.0
@@ -38,13 +39,31 @@ class ModelAttachment:
         self.close()
 
 
-def attach(name: str | None, socket: str | Path) -> ModelAttachment:
+def attach(
+    name: str | None,
+    socket: str | Path,
+    *,
+    tls: TlsFiles | None = None,
+    cache_bytes: int | None = None,
+) -> ModelAttachment:
     """Attaches for the model ``name``, or without a name for the only one that is served.
 
-    ``socket`` is the directory that the daemon serves in. Raises UnavailableError if none
-    does, InvalidInputError for a path that no socket can have, and NotFoundError, saying which
-    models there are, if there is no such one.
+    ``socket`` is the directory that the daemon serves in, or ``tcp://HOST:PORT`` with ``tls``;
+    ``cache_bytes`` bounds the copies of experts where memory cannot be shared. Raises
+    UnavailableError if none serves there, InvalidInputError for a path that no socket can have,
+    and NotFoundError, saying which models there are, if there is no such one.
     """
+    client = _client(socket, tls)
+    try:
+        return ModelAttachment(client, _attach(client, name, socket, cache_bytes))
+    except BaseException:
+        client.close()
+        raise
+
+
+def _client(socket: str | Path, tls: TlsFiles | None) -> Client:
+    if tls is not None or str(socket).startswith(TCP):
+        return Client(socket, tls=tls)
     path = Path(socket).absolute() / ATTACH_SOCKET
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         # Before the client, whose gRPC channel would write its own lines about it to stderr.
@@ -52,24 +71,21 @@ def attach(name: str | None, socket: str | Path) -> ModelAttachment:
             f"{socket} is too long a path for Unix sockets, which have "
             f"{MAX_SOCKET_PATH_BYTES} bytes at most; serve in a directory with a shorter one."
         )
-    client = Client(socket)
-    try:
-        return ModelAttachment(client, _attach(client, name, socket))
-    except BaseException:
-        client.close()
-        raise
+    return Client(socket)
 
 
-def _attach(client: Client, name: str | None, socket: str | Path) -> Session:
+def _attach(
+    client: Client, name: str | None, socket: str | Path, cache_bytes: int | None
+) -> Session:
     if name is not None:
         try:
-            return client.attach(name)
+            return client.attach(name, cache_bytes=cache_bytes)
         except NotFoundError:
             pass  # Said below, with the names that there are.
     names = sorted(model.name for model in client.list_models())
     if name is None and len(names) == 1:
-        return client.attach(names[0])
+        return client.attach(names[0], cache_bytes=cache_bytes)
     if not names:
-        raise NotFoundError(f"The daemon in {socket} serves no model; load one first.")
+        raise NotFoundError(f"The daemon at {socket} serves no model; load one first.")
     what = "several models, and none was chosen" if name is None else f"no model {name!r}"
-    raise NotFoundError(f"The daemon in {socket} serves {what}; there are: {', '.join(names)}.")
+    raise NotFoundError(f"The daemon at {socket} serves {what}; there are: {', '.join(names)}.")

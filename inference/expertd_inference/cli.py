@@ -20,6 +20,8 @@ from rich.console import Console
 import expertd
 import expertd_inference
 from expertd.errors import ExpertdError, InvalidInputError
+from expertd.sizes import parse_bytes
+from expertd_client import TlsFiles
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
     DEFAULT_SOCKET,
@@ -83,8 +85,11 @@ def generate(
         str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin.")
     ],
     socket: Annotated[
-        Path, typer.Option(help="The directory that the daemon serves in.", metavar="DIR")
-    ] = DEFAULT_SOCKET,
+        str,
+        typer.Option(
+            help="The directory that the daemon serves in, or tcp://HOST:PORT.", metavar="DIR"
+        ),
+    ] = str(DEFAULT_SOCKET),
     model: Annotated[
         str | None,
         typer.Option(help="A model that it serves; not needed if it is the only one."),
@@ -101,6 +106,31 @@ def generate(
         typer.Option(
             help="With --embedded: memory for experts, as in 8GiB. Default: all of "
             "them, or half of the free memory.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="With tcp://: who signed the daemon's certificate.", metavar="PEM"),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="With tcp://: this client's certificate.", metavar="PEM")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="With tcp://: its private key.", metavar="PEM")
+    ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(
+            help="With tcp://: this host's copy of the pack, whose experts-* may be left out.",
+            metavar="PACK",
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the daemon's memory cannot be shared: memory for copies of experts, as in "
+            "8GiB. Default: all of them, or half of the free memory.",
             metavar="SIZE",
         ),
     ] = None,
@@ -145,12 +175,17 @@ def generate(
 
       expert-run generate --model mixtral --chat --temperature 0.7 -p "Why is the sky blue?"
 
+      expert-run generate --socket tcp://store.lab:7443 --tls-ca ca.pem --tls-cert me.pem
+      --tls-key me.key --pack ./mixtral-trunk --prompt "Once upon a time"
+
       cat story.txt | expert-run generate --model mixtral --json -p -
     """
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     text = _read_stdin() if prompt == "-" else prompt
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    tls = _tls_files(tls_ca, tls_cert, tls_key)
+    cache_bytes = _cache_bytes(cache)
     output = _TextOutput(json=json, stream=stream)
     with ExitStack() as stack:
         if embedded is not None:
@@ -158,12 +193,12 @@ def generate(
                 raise InvalidInputError("Choose one of --embedded and --model.")
             with _status("Starting a daemon"):
                 daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
-            socket, model, reattach_seconds = daemon.socket, daemon.name, 0
-        attachment = stack.enter_context(attach(model, socket))
+            socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
+        attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=cache_bytes))
         with _status("Loading the model"):
             _prepare_environment(verbose)
             worker = stack.enter_context(
-                _load(attachment, dtype, threads, reattach_seconds, output.say)
+                _load(attachment, pack, dtype, threads, reattach_seconds, output.say)
             )
         try:
             generation = expertd_inference.generate(
@@ -178,6 +213,21 @@ def generate(
         sys.stdout.write("\n")
     if generation.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
+    if ca is None and certificate is None and key is None:
+        return None
+    if ca is None or certificate is None or key is None:
+        raise InvalidInputError("--tls-ca, --tls-cert and --tls-key belong together; give all.")
+    return TlsFiles(ca, certificate, key)
+
+
+def _cache_bytes(cache: str | None) -> int | None:
+    try:
+        return None if cache is None else parse_bytes(cache)
+    except ValueError as error:
+        raise InvalidInputError(f"--cache: {error}.") from error
 
 
 def _read_stdin() -> str:
@@ -203,6 +253,7 @@ def _prepare_environment(verbose: bool) -> None:
 
 def _load(
     attachment: ModelAttachment,
+    pack: Path | None,
     dtype: ComputeDtype | None,
     threads: int | None,
     reattach_seconds: float,
@@ -214,6 +265,7 @@ def _load(
         torch.set_num_threads(threads)
     return expertd_inference.Worker(
         attachment,
+        pack=pack,
         dtype=None if dtype is None else getattr(torch, dtype),
         reattach_seconds=reattach_seconds,
         say=say,

@@ -22,7 +22,8 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     ``tokens`` are the new ids, with the end-of-text token if it came to that. ``ttft_seconds``
     runs from the prompt's tokens to the first new one (null if there was none);
     ``tokens_per_second`` counts from the first to the last (null below two). ``host_hits``
-    and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read.
+    and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read,
+    ``remote_misses`` those copied from a daemon whose memory this process cannot share.
     """
 
     text: str
@@ -33,6 +34,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float | None
     host_hits: int
     nvme_misses: int
+    remote_misses: int
     peak_pss_bytes: int
 
 
@@ -63,7 +65,7 @@ def generate(
     streamer = TokenStreamer(worker.tokenizer, on_text)
     interrupted = False
     session = worker.session
-    hits, misses = session.host_hits, session.nvme_misses
+    hits, misses, copied = session.host_hits, session.nvme_misses, session.remote_misses
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     with PeakPss() as memory:
@@ -87,6 +89,7 @@ def generate(
         tokens_per_second=streamer.tokens_per_second,
         host_hits=session.host_hits - hits,
         nvme_misses=session.nvme_misses - misses,
+        remote_misses=session.remote_misses - copied,
         peak_pss_bytes=memory.peak_bytes,
     )
     return Generation(result, interrupted)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from expertd.errors import PackError
 from expertd.pack.manifest import Manifest, read_manifest
-from expertd_client import Session
+from expertd_client import Session, TlsFiles
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
     DEFAULT_SOCKET,
@@ -34,20 +34,23 @@ class Worker:
         self,
         attachment: ModelAttachment,
         *,
+        pack: str | Path | None = None,
         dtype: torch.dtype | None = None,
         reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
         say: Callable[[str], None] | None = None,
     ) -> None:
         """Loads the trunk of the attached model; the attachment is closed with the worker.
 
-        ``dtype`` is the checkpoint's unless given. After the daemon's end the model waits
-        for another for ``reattach_seconds``; ``say`` is told so, once per outage (without
-        it, a line on stderr). Raises PackError if the pack cannot be loaded.
+        ``pack`` is where this host has the pack, of which the experts' files may be left out;
+        without it, where the daemon has it. ``dtype`` is the checkpoint's unless given. After
+        the daemon's end the model waits for another for ``reattach_seconds``; ``say`` is told
+        so, once per outage (without it, a line on stderr). Raises PackError if the pack cannot
+        be loaded.
         """
         self._attachment = attachment
         self.session = session = attachment.session
-        self.pack = session.model.pack_path
-        self.manifest = _manifest_of(session)
+        self.pack = session.model.pack_path if pack is None else Path(pack)
+        self.manifest = _manifest_of(session, self.pack)
         loaded = load_trunk(self.pack, self.manifest, dtype=dtype)
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
         self._runner = connect(loaded.experts, self.manifest, session, recovery)
@@ -88,19 +91,24 @@ def load_model(
     name: str,
     *,
     socket: str | Path = DEFAULT_SOCKET,
+    tls: TlsFiles | None = None,
+    cache_bytes: int | None = None,
+    pack: str | Path | None = None,
     dtype: torch.dtype | None = None,
     reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
 ) -> Any:  # noqa: ANN401 - a transformers.PreTrainedModel, which is untyped
     """The transformers model ``name`` that the daemon in directory ``socket`` serves.
+
+    For a daemon on another host see :func:`~expertd_inference.attachment.attach`.
 
     Its ``name_or_path`` is the pack, which has the tokenizer; its ``expertd`` is the
     :class:`Worker`, whose ``close`` ends the session before the process does. For the
     other arguments see there. Raises UnavailableError if no daemon answers, NotFoundError
     if it serves no such model, PackError if the pack cannot be loaded.
     """
-    attachment = attach(name, socket)
+    attachment = attach(name, socket, tls=tls, cache_bytes=cache_bytes)
     try:
-        worker = Worker(attachment, dtype=dtype, reattach_seconds=reattach_seconds)
+        worker = Worker(attachment, pack=pack, dtype=dtype, reattach_seconds=reattach_seconds)
     except BaseException:
         attachment.close()
         raise
@@ -108,12 +116,16 @@ def load_model(
     return worker.model
 
 
-def _manifest_of(session: Session) -> Manifest:
-    pack = session.model.pack_path
+def _manifest_of(session: Session, pack: Path) -> Manifest:
+    if not session.shares_memory and not pack.exists():
+        raise PackError(
+            f"{pack} is not on this host: copy the daemon's {session.model.pack_path} here, its "
+            "experts-*.safetensors left out, and say where it is (--pack DIR)."
+        )
     found = read_manifest(pack)
     if found.fingerprint != session.model.fingerprint:
         raise PackError(
-            f"{pack} is no longer the pack that the daemon loaded as {session.model.name}; "
-            "load it again."
+            f"{pack} is not, or no longer, the pack that the daemon loaded as "
+            f"{session.model.name}; load it again."
         )
     return found.manifest

@@ -67,7 +67,8 @@ def test_stats_keep_the_contract(store: Client) -> None:
     with store.attach("m") as session:
         session.acquire(0, [0]).release()
         stats = store.stats()
-    names = {"incarnation", "uptime_seconds", "arena", "models", "sessions", "warnings", "policy"}
+    names = {"incarnation", "uptime_seconds", "arena", "models", "sessions", "warnings"}
+    names |= {"policy", "peers"}
     assert set(stats) == names
     arena, (model,), (told,) = stats["arena"], stats["models"], stats["sessions"]
     assert set(arena) == {"bytes_total", "bytes_used", "locked", "huge_pages"}
@@ -84,7 +85,16 @@ def test_stats_keep_the_contract(store: Client) -> None:
         "prefetch",
     }
     assert set(model["prefetch"]) == {"issued", "useful", "late", "wasted"}
-    assert set(told) == {"id", "pid", "uid", "model", "attached_seconds", "epoch_lag"}
+    assert set(told) == {
+        "id",
+        "role",
+        "pid",
+        "uid",
+        "model",
+        "attached_seconds",
+        "epoch_lag",
+        "bytes_read",
+    }
     assert type(model["nvme_bytes_read"]) is int
     assert (told["id"], told["model"]) == (session.id, "m")
     assert json.loads(json.dumps(stats)) == stats

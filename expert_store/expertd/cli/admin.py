@@ -140,13 +140,23 @@ def _print_stats(report: dict[str, Any]) -> None:
         _print_table("models", names, lines)
     _print_table(
         "sessions",
-        ("id", "pid", "uid", "model", "attached", "epoch lag"),
+        ("id", "role", "pid", "uid", "model", "attached", "epoch lag", "read"),
         [
-            (row["id"], row["pid"], row["uid"], row["model"] or "-",
-             f"{row['attached_seconds']:.0f} s", row["epoch_lag"])
+            (row["id"], row["role"], row["pid"], row["uid"], row["model"] or "-",
+             f"{row['attached_seconds']:.0f} s", row["epoch_lag"], format_bytes(row["bytes_read"]))
             for row in report["sessions"]
         ],
     )  # fmt: skip
+    if report["peers"]:
+        _print_table(
+            "peers by TCP",
+            ("name", "reads", "read", "idle"),
+            [
+                (row["name"], row["num_reads"], format_bytes(row["bytes_read"]),
+                 f"{row['idle_seconds']:.0f} s")
+                for row in report["peers"]
+            ],
+        )  # fmt: skip
     for warning in report["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
 

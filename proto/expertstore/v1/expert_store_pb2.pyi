@@ -8,10 +8,12 @@ them in the shared arena; neither costs an RPC (docs/protocol.md). These calls
 carry misses, hints and administration, and the bytes themselves only to
 clients that cannot map shared memory.
 
-Every call but ListModels, GetModel, GetStats and WatchStats requires the
-token that the attach socket handed out, as metadata:
+By the Unix socket every call but ListModels, GetModel, GetStats and WatchStats
+requires the token that the attach socket handed out, as metadata:
   expertd-token:       the session's token
   expertd-incarnation: the incarnation id of the daemon that issued it
+By TCP there is no session: a client is who its certificate says, and may make
+those four calls and Read.
 
 Status codes say what to do next: UNAVAILABLE retry; ABORTED attach again (the
 daemon was restarted); UNAUTHENTICATED attach first; PERMISSION_DENIED not
@@ -416,12 +418,15 @@ class GetModelResponse(_message.Message):
     LAYOUTS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_FETCH_RECORDS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Identifies the pack's content: a model that comes back under the same name
     after a restart is the same only if this is.
     """
     max_fetch_records: _builtins.int
     """The largest Fetch that can be granted, in records of the largest size."""
+    incarnation: _builtins.str
+    """Of the daemon that answers."""
     @_builtins.property
     def summary(self) -> Global___ModelSummary: ...
     @_builtins.property
@@ -436,10 +441,11 @@ class GetModelResponse(_message.Message):
         layouts: _abc.Iterable[Global___RecordLayout] | None = ...,
         fingerprint: _builtins.str = ...,
         max_fetch_records: _builtins.int = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layers", b"layers", "layouts", b"layouts", "max_fetch_records", b"max_fetch_records", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "incarnation", b"incarnation", "layers", b"layers", "layouts", b"layouts", "max_fetch_records", b"max_fetch_records", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -709,8 +715,13 @@ class ReadRequest(_message.Message):
 
     EXPERTS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """For a reader's session; a worker's reads from its own model."""
+    """For a reader's session, and by TCP; a worker's reads from its own model."""
+    fingerprint: _builtins.str
+    """If given, the model must still be the one with this fingerprint, else
+    FAILED_PRECONDITION: another pack may have come under its name.
+    """
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
     def __init__(
@@ -718,10 +729,11 @@ class ReadRequest(_message.Message):
         *,
         experts: _abc.Iterable[Global___ExpertRef] | None = ...,
         model: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "fingerprint", b"fingerprint", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -849,6 +861,7 @@ class Stats(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     uptime_seconds: _builtins.float
     policy: _builtins.str
@@ -863,6 +876,10 @@ class Stats(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What runs in a degraded way, a sentence each."""
 
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerStats]:
+        """Who has called by TCP, as far as it is remembered."""
+
     def __init__(
         self,
         *,
@@ -873,10 +890,11 @@ class Stats(_message.Message):
         sessions: _abc.Iterable[Global___SessionStats] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         policy: _builtins.str = ...,
+        peers: _abc.Iterable[Global___PeerStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "incarnation", b"incarnation", "models", b"models", "policy", b"policy", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "incarnation", b"incarnation", "models", b"models", "peers", b"peers", "policy", b"policy", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -998,6 +1016,8 @@ class SessionStats(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ATTACHED_SECONDS_FIELD_NUMBER: _builtins.int
     EPOCH_LAG_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    BYTES_READ_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     pid: _builtins.int
     uid: _builtins.int
@@ -1006,6 +1026,10 @@ class SessionStats(_message.Message):
     attached_seconds: _builtins.float
     epoch_lag: _builtins.int
     """How many evictions' epochs the session has yet to acknowledge."""
+    role: _builtins.str
+    """"worker", "reader" or "admin"."""
+    bytes_read: _builtins.int
+    """By Read, for those that do not map the arena."""
     def __init__(
         self,
         *,
@@ -1015,11 +1039,44 @@ class SessionStats(_message.Message):
         model: _builtins.str = ...,
         attached_seconds: _builtins.float = ...,
         epoch_lag: _builtins.int = ...,
+        role: _builtins.str = ...,
+        bytes_read: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "epoch_lag", b"epoch_lag", "id", b"id", "model", b"model", "pid", b"pid", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "id", b"id", "model", b"model", "pid", b"pid", "role", b"role", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionStats: _TypeAlias = SessionStats  # noqa: Y015
+
+@_typing.final
+class PeerStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_READS_FIELD_NUMBER: _builtins.int
+    BYTES_READ_FIELD_NUMBER: _builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """In its certificate."""
+    num_reads: _builtins.int
+    """Streams of Read under way."""
+    bytes_read: _builtins.int
+    idle_seconds: _builtins.float
+    """Since its last call."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_reads: _builtins.int = ...,
+        bytes_read: _builtins.int = ...,
+        idle_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_read", b"bytes_read", "idle_seconds", b"idle_seconds", "name", b"name", "num_reads", b"num_reads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerStats: _TypeAlias = PeerStats  # noqa: Y015

@@ -8,10 +8,12 @@ them in the shared arena; neither costs an RPC (docs/protocol.md). These calls
 carry misses, hints and administration, and the bytes themselves only to
 clients that cannot map shared memory.
 
-Every call but ListModels, GetModel, GetStats and WatchStats requires the
-token that the attach socket handed out, as metadata:
+By the Unix socket every call but ListModels, GetModel, GetStats and WatchStats
+requires the token that the attach socket handed out, as metadata:
   expertd-token:       the session's token
   expertd-incarnation: the incarnation id of the daemon that issued it
+By TCP there is no session: a client is who its certificate says, and may make
+those four calls and Read.
 
 Status codes say what to do next: UNAVAILABLE retry; ABORTED attach again (the
 daemon was restarted); UNAUTHENTICATED attach first; PERMISSION_DENIED not
