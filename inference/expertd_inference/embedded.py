@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.arena import memory_available
 from expertd.config import check_model_name
 from expertd.errors import ConfigError, UnavailableError
+from expertd.host_memory import memory_available
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd.systemd import VARIABLES
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from expertd.arena import Arena, check_memory, memory_available
+from expertd.arena import Arena, check_memory
 from expertd.errors import ConfigError
+from expertd.host_memory import memory_available
 
 MIB = 1 << 20
 

@@ -69,6 +69,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "tokens_per_second",
         "host_hits",
         "nvme_misses",
+        "remote_misses",
         "peak_pss_bytes",
     }
     tokenizer = AutoTokenizer.from_pretrained(packed("example"))
