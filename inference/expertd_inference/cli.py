@@ -19,7 +19,7 @@ from rich.console import Console
 
 import expertd
 import expertd_inference
-from expertd.errors import ExpertdError, InvalidInputError
+from expertd.errors import ExpertdError, InvalidInputError, PreconditionError
 from expertd.sizes import parse_bytes
 from expertd_client import TlsFiles
 from expertd_inference.attachment import (
@@ -259,7 +259,13 @@ def _load(
     reattach_seconds: float,
     say: Callable[[str], None],
 ) -> "Worker":
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise PreconditionError(
+            f"this installation serves experts but cannot compute with them, for {error.name} is "
+            "not installed: run it where `pip install expertd` brought its dependencies."
+        ) from error
 
     if threads is not None:
         torch.set_num_threads(threads)

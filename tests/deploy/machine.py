@@ -33,10 +33,11 @@ INIT = next((path for path in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd
 
 # $1: a scratch directory, $2: a new cgroup, $3: this Python's prefix, $4: its packages, $5: the
 # repository. Units of the host's hardware would fail or, worse, find it.
-_BOOT = """
+_BOOT = r"""
 set -e
 echo $$ >"$2/cgroup.procs"
-exec setpriv --pdeathsig KILL unshare --pid --fork --mount --uts --ipc --net --cgroup --kill-child bash -ec '
+exec setpriv --pdeathsig KILL \
+    unshare --pid --fork --mount --uts --ipc --net --cgroup --kill-child bash -ec '
     mount --make-rprivate /
     root=$1/root; mkdir "$root" "$1/layer"
     mount -t tmpfs tmpfs "$1/layer"

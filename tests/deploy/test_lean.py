@@ -76,9 +76,19 @@ def test_packing_says_what_is_missing(lean: dict[str, str], tmp_path: Path) -> N
     assert "not installed" in done.stderr
 
 
-def run(environment: dict[str, str], *arguments: object) -> "subprocess.CompletedProcess[str]":
+def test_working_says_what_is_missing(lean: dict[str, str], pack: Path) -> None:
+    with serving({"m": pack}, ram="1MiB") as daemon:
+        asked = ("generate", "--socket", daemon.socket, "--model", "m", "--prompt", "Once")
+        done = run(lean, *asked, package="expertd_inference")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "not installed" in done.stderr
+
+
+def run(
+    environment: dict[str, str], *arguments: object, package: str = "expertd"
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "expertd", *map(str, arguments)],
+        [sys.executable, "-c", f"from {package}.cli import main; main()", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=30,
