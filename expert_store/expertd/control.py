@@ -1,5 +1,6 @@
-"""What ``expertd stats``, ``models``, ``health``, ``load``, ``unload`` say to a daemon."""
+"""What ``expertd stats``, ``top``, ``load`` and their like say to a running daemon."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd.greeting import handshake
 from expertd.handshake import Role, rpc_target
+from expertd.heat_map import HeatMap
 from expertd.pack.files import check_path
 from expertd.plain import to_plain
 from expertd.status import from_rpc_error
@@ -36,11 +38,30 @@ class Control:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hangs up, also on a call that is under way. Twice is harmless."""
         self._channel.close()
 
     def stats(self) -> dict[str, Any]:
         """The stats contract (``docs/operating.md``), as plain values."""
         return to_plain(self._call(self._stub.GetStats, pb.GetStatsRequest()).stats)
+
+    def watch(self, interval_seconds: float) -> Iterator[dict[str, Any]]:
+        """The stats now and then every interval; ends with an error, or when this is closed."""
+        calls = self._stub.WatchStats(pb.WatchStatsRequest(interval_seconds=interval_seconds))
+        try:
+            for response in calls:
+                yield to_plain(response.stats)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, str(self._directory)) from None
+        finally:
+            calls.cancel()
+
+    def heat(self, model: str) -> HeatMap:
+        """How hot the model's experts are, and which are resident."""
+        return HeatMap.of(self._call(self._stub.GetHeat, pb.GetHeatRequest(model=model)))
 
     def models(self) -> list[dict[str, Any]]:
         """The models loaded."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from expertd.directory import Directory, directory_bytes, pack_word
 from expertd.errors import NotFoundError
@@ -142,6 +143,11 @@ class HostedModel:
     def num_resident(self) -> int:
         """Records that workers can see."""
         return int(self._resident.sum())
+
+    @property
+    def resident_mask(self) -> npt.NDArray[np.bool_]:
+        """For each entry, whether workers can see the record."""
+        return self._resident
 
     @property
     def resident_bytes(self) -> int:

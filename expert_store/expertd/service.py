@@ -20,7 +20,7 @@ from expertd.hosted_model import HostedModel
 from expertd.messages import model_response, model_summary
 from expertd.peers import Peer
 from expertd.session import Session
-from expertd.stats import collect_stats
+from expertd.stats import collect_heat, collect_stats
 from expertd.store import Store
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
@@ -157,6 +157,9 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             raise IncarnationError(
                 "expertd was restarted since this client attached; attach again."
             )
+
+    async def GetHeat(self, request: pb.GetHeatRequest, context: Context) -> pb.GetHeatResponse:
+        return collect_heat(self._store.model(request.model))
 
     def _session(self, context: Context) -> Session:
         if self._store.peers.of(context) is not None:

@@ -54,6 +54,7 @@ class Session:
         self._last_fetch = 0
         self._tail = 0
         self._misses = 0
+        self._counted_misses = 0
         self._hits = 0
         self._leases_ended = 0
         self._progress = (0, 0)
@@ -85,6 +86,16 @@ class Session:
     def model_name(self) -> str:
         """The worker's model, empty for other roles."""
         return self._model.name if self._model else ""
+
+    @property
+    def host_hits(self) -> int:
+        """Its accesses, as far as they were taken in, that found the record in RAM."""
+        return self._hits
+
+    @property
+    def nvme_misses(self) -> int:
+        """Its accesses, as far as they were taken in, that had to wait for the record."""
+        return self._counted_misses
 
     @property
     def epoch_lag(self) -> int:
@@ -203,6 +214,7 @@ class Session:
         if not count and not missed:
             return
         self._hits += count - missed
+        self._counted_misses += missed
         readable = min(count, capacity)
         start = (head - readable) % capacity
         raw = self._ring[np.arange(start, start + readable) % capacity]

@@ -2,6 +2,8 @@
 
 import time
 
+import numpy as np
+
 from expertd.hosted_model import HostedModel
 from expertd.peers import Peer
 from expertd.session import Session
@@ -21,12 +23,33 @@ def collect_stats(store: Store) -> pb.Stats:
             bytes_used=extents.bytes_used,
             locked=store.arena.locked_bytes,
             huge_pages=store.arena.huge_page_bytes,
+            retired=sum(model.reclaimer.bytes_retired for model in store.models.values()),
         ),
         models=[_model_stats(model) for model in store.models.values()],
         sessions=[_session_stats(session) for session in store.sessions.values()],
         warnings=store.warnings,
         policy=store.config.policy,
         peers=[_peer_stats(peer) for peer in store.peers],
+        fetches_waiting=sum(session.fetches_in_flight for session in store.sessions.values()),
+        queued_reads=store.loader.num_urgent,
+        queued_hints=store.loader.num_hinted,
+        cut_offs=store.num_cut_off,
+    )
+
+
+def collect_heat(model: HostedModel) -> pb.GetHeatResponse:
+    """How hot the model's experts are, and which are resident."""
+    heat = np.maximum(model.heat.of(np.arange(model.num_entries)), 0)
+    max_heat = float(heat.max())
+    scale = max_heat if max_heat > 0 else 1.0
+    return pb.GetHeatResponse(
+        layers=[
+            pb.HeatLayer(layer=layer.layer, num_experts=layer.num_experts)
+            for layer in model.manifest.layers
+        ],
+        heat=np.ceil(255 * np.sqrt(heat / scale)).astype(np.uint8).tobytes(),
+        max_heat=max_heat,
+        resident=np.packbits(model.resident_mask, bitorder="little").tobytes(),
     )
 
 
@@ -48,6 +71,11 @@ def _model_stats(model: HostedModel) -> pb.ModelStats:
             wasted=counters.prefetch_wasted,
         ),
         records_lost=counters.records_lost,
+        resident_bytes=model.resident_bytes,
+        expert_bytes=model.manifest.expert_bytes,
+        working_set_bytes=model.manifest.working_set_bytes,
+        fetches=counters.fetch_seconds.count,
+        fetch_seconds=counters.fetch_seconds.sum_seconds,
     )
 
 
@@ -61,6 +89,8 @@ def _session_stats(session: Session) -> pb.SessionStats:
         epoch_lag=session.epoch_lag,
         role=session.role,
         bytes_read=session.bytes_read,
+        host_hits=session.host_hits,
+        nvme_misses=session.nvme_misses,
     )
 
 

@@ -69,10 +69,10 @@ def test_stats_keep_the_contract(store: Client) -> None:
         stats = store.stats()
     names = {"incarnation", "uptime_seconds", "arena", "models", "sessions", "warnings"}
     names |= {"policy", "peers"}
-    assert set(stats) == names
+    assert set(stats) >= names
     arena, (model,), (told,) = stats["arena"], stats["models"], stats["sessions"]
-    assert set(arena) == {"bytes_total", "bytes_used", "locked", "huge_pages"}
-    assert set(model) == {
+    assert set(arena) >= {"bytes_total", "bytes_used", "locked", "huge_pages"}
+    assert set(model) >= {
         "name",
         "num_experts",
         "num_resident",
@@ -85,7 +85,7 @@ def test_stats_keep_the_contract(store: Client) -> None:
         "prefetch",
     }
     assert set(model["prefetch"]) == {"issued", "useful", "late", "wasted"}
-    assert set(told) == {
+    assert set(told) >= {
         "id",
         "role",
         "pid",

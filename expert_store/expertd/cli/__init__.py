@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from expertd import __version__
-from expertd.cli import admin, pack, replay, serve
+from expertd.cli import admin, pack, replay, serve, top
 from expertd.errors import ExpertdError
 
 _EXIT_INPUT = 2
@@ -29,6 +29,7 @@ pack.register(app)
 serve.register(app)
 admin.register(app)
 replay.register(app)
+top.register(app)
 
 
 def _print_version(value: bool) -> None:

@@ -8,12 +8,12 @@ them in the shared arena; neither costs an RPC (docs/protocol.md). These calls
 carry misses, hints and administration, and the bytes themselves only to
 clients that cannot map shared memory.
 
-By the Unix socket every call but ListModels, GetModel, GetStats and WatchStats
-requires the token that the attach socket handed out, as metadata:
+By the Unix socket every call but ListModels, GetModel, GetStats, WatchStats and
+GetHeat requires the token that the attach socket handed out, as metadata:
   expertd-token:       the session's token
   expertd-incarnation: the incarnation id of the daemon that issued it
 By TCP there is no session: a client is who its certificate says, and may make
-those four calls and Read.
+those five calls and Read.
 
 Status codes say what to do next: UNAVAILABLE retry; ABORTED attach again (the
 daemon was restarted); UNAUTHENTICATED attach first; PERMISSION_DENIED not
@@ -851,6 +851,84 @@ class WatchStatsResponse(_message.Message):
 Global___WatchStatsResponse: _TypeAlias = WatchStatsResponse  # noqa: Y015
 
 @_typing.final
+class GetHeatRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHeatRequest: _TypeAlias = GetHeatRequest  # noqa: Y015
+
+@_typing.final
+class GetHeatResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    HEAT_FIELD_NUMBER: _builtins.int
+    MAX_HEAT_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    heat: _builtins.bytes
+    """A byte per expert: 255 * sqrt(its heat / max_heat), rounded up. Heat is what
+    the residency policy deems it worth: accesses per token to be expected.
+    """
+    max_heat: _builtins.float
+    """Heat of the hottest expert."""
+    resident: _builtins.bytes
+    """A bit per expert, the first in the lowest bit of the first byte: in RAM now."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeatLayer]:
+        """In order; the experts of one follow those of the layer before it."""
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___HeatLayer] | None = ...,
+        heat: _builtins.bytes = ...,
+        max_heat: _builtins.float = ...,
+        resident: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heat", b"heat", "layers", b"layers", "max_heat", b"max_heat", "resident", b"resident"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHeatResponse: _TypeAlias = GetHeatResponse  # noqa: Y015
+
+@_typing.final
+class HeatLayer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Decoder layer number, as in the checkpoint."""
+    num_experts: _builtins.int
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        num_experts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "num_experts", b"num_experts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeatLayer: _TypeAlias = HeatLayer  # noqa: Y015
+
+@_typing.final
 class Stats(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -860,10 +938,21 @@ class Stats(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    FETCHES_WAITING_FIELD_NUMBER: _builtins.int
+    QUEUED_READS_FIELD_NUMBER: _builtins.int
+    QUEUED_HINTS_FIELD_NUMBER: _builtins.int
+    CUT_OFFS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     uptime_seconds: _builtins.float
+    fetches_waiting: _builtins.int
+    """Fetches that are not yet granted."""
+    queued_reads: _builtins.int
+    """Records to be read that no loader thread has begun: for fetches, and for hints."""
+    queued_hints: _builtins.int
+    cut_offs: _builtins.int
+    """Sessions ended because they stood still while others waited."""
     policy: _builtins.str
     """What stays in RAM when not all does: the name of the policy that decides."""
     @_builtins.property
@@ -889,12 +978,16 @@ class Stats(_message.Message):
         models: _abc.Iterable[Global___ModelStats] | None = ...,
         sessions: _abc.Iterable[Global___SessionStats] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        fetches_waiting: _builtins.int = ...,
+        queued_reads: _builtins.int = ...,
+        queued_hints: _builtins.int = ...,
+        cut_offs: _builtins.int = ...,
         policy: _builtins.str = ...,
         peers: _abc.Iterable[Global___PeerStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "incarnation", b"incarnation", "models", b"models", "peers", b"peers", "policy", b"policy", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "cut_offs", b"cut_offs", "fetches_waiting", b"fetches_waiting", "incarnation", b"incarnation", "models", b"models", "peers", b"peers", "policy", b"policy", "queued_hints", b"queued_hints", "queued_reads", b"queued_reads", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -908,12 +1001,15 @@ class ArenaStats(_message.Message):
     BYTES_USED_FIELD_NUMBER: _builtins.int
     LOCKED_FIELD_NUMBER: _builtins.int
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
+    RETIRED_FIELD_NUMBER: _builtins.int
     bytes_total: _builtins.int
     bytes_used: _builtins.int
     locked: _builtins.int
     """In bytes."""
     huge_pages: _builtins.int
     """In bytes."""
+    retired: _builtins.int
+    """In bytes: of those used, evicted records that wait for their last reader."""
     def __init__(
         self,
         *,
@@ -921,10 +1017,11 @@ class ArenaStats(_message.Message):
         bytes_used: _builtins.int = ...,
         locked: _builtins.int = ...,
         huge_pages: _builtins.int = ...,
+        retired: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_total", b"bytes_total", "bytes_used", b"bytes_used", "huge_pages", b"huge_pages", "locked", b"locked"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_total", b"bytes_total", "bytes_used", b"bytes_used", "huge_pages", b"huge_pages", "locked", b"locked", "retired", b"retired"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -944,6 +1041,11 @@ class ModelStats(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     PREFETCH_FIELD_NUMBER: _builtins.int
     RECORDS_LOST_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERT_BYTES_FIELD_NUMBER: _builtins.int
+    WORKING_SET_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHES_FIELD_NUMBER: _builtins.int
+    FETCH_SECONDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     num_experts: _builtins.int
     num_resident: _builtins.int
@@ -954,6 +1056,15 @@ class ModelStats(_message.Message):
     evictions: _builtins.int
     records_lost: _builtins.int
     """Records found damaged or unreadable."""
+    resident_bytes: _builtins.int
+    """Size of the records in RAM now."""
+    expert_bytes: _builtins.int
+    """Size of all records."""
+    working_set_bytes: _builtins.int
+    """What one token uses."""
+    fetches: _builtins.int
+    """Fetches granted, and how long they took together, from request to grant."""
+    fetch_seconds: _builtins.float
     @_builtins.property
     def prefetch(self) -> Global___PrefetchStats: ...
     def __init__(
@@ -969,10 +1080,15 @@ class ModelStats(_message.Message):
         evictions: _builtins.int = ...,
         prefetch: Global___PrefetchStats | None = ...,
         records_lost: _builtins.int = ...,
+        resident_bytes: _builtins.int = ...,
+        expert_bytes: _builtins.int = ...,
+        working_set_bytes: _builtins.int = ...,
+        fetches: _builtins.int = ...,
+        fetch_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefetch", b"prefetch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "host_hits", b"host_hits", "name", b"name", "num_experts", b"num_experts", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "name", b"name", "num_experts", b"num_experts", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1018,6 +1134,8 @@ class SessionStats(_message.Message):
     EPOCH_LAG_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     BYTES_READ_FIELD_NUMBER: _builtins.int
+    HOST_HITS_FIELD_NUMBER: _builtins.int
+    NVME_MISSES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     pid: _builtins.int
     uid: _builtins.int
@@ -1030,6 +1148,9 @@ class SessionStats(_message.Message):
     """"worker", "reader" or "admin"."""
     bytes_read: _builtins.int
     """By Read, for those that do not map the arena."""
+    host_hits: _builtins.int
+    """Accesses of this worker, as in ModelStats."""
+    nvme_misses: _builtins.int
     def __init__(
         self,
         *,
@@ -1041,10 +1162,12 @@ class SessionStats(_message.Message):
         epoch_lag: _builtins.int = ...,
         role: _builtins.str = ...,
         bytes_read: _builtins.int = ...,
+        host_hits: _builtins.int = ...,
+        nvme_misses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "id", b"id", "model", b"model", "pid", b"pid", "role", b"role", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "host_hits", b"host_hits", "id", b"id", "model", b"model", "nvme_misses", b"nvme_misses", "pid", b"pid", "role", b"role", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,6 +89,11 @@ class ExpertStoreStub(object):
                 request_serializer=expertstore_dot_v1_dot_expert__store__pb2.WatchStatsRequest.SerializeToString,
                 response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.WatchStatsResponse.FromString,
                 _registered_method=True)
+        self.GetHeat = channel.unary_unary(
+                '/expertstore.v1.ExpertStore/GetHeat',
+                request_serializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatRequest.SerializeToString,
+                response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertStoreServicer(object):
@@ -172,6 +177,13 @@ class ExpertStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHeat(self, request, context):
+        """Which experts of a model are resident, and how hot each is: a byte an expert.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -229,6 +241,11 @@ def add_ExpertStoreServicer_to_server(servicer, server):
                     servicer.WatchStats,
                     request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.WatchStatsRequest.FromString,
                     response_serializer=expertstore_dot_v1_dot_expert__store__pb2.WatchStatsResponse.SerializeToString,
+            ),
+            'GetHeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHeat,
+                    request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatRequest.FromString,
+                    response_serializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -528,6 +545,33 @@ class ExpertStore(object):
             '/expertstore.v1.ExpertStore/WatchStats',
             expertstore_dot_v1_dot_expert__store__pb2.WatchStatsRequest.SerializeToString,
             expertstore_dot_v1_dot_expert__store__pb2.WatchStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertstore.v1.ExpertStore/GetHeat',
+            expertstore_dot_v1_dot_expert__store__pb2.GetHeatRequest.SerializeToString,
+            expertstore_dot_v1_dot_expert__store__pb2.GetHeatResponse.FromString,
             options,
             channel_credentials,
             insecure,

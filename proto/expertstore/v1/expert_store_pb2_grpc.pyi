@@ -8,12 +8,12 @@ them in the shared arena; neither costs an RPC (docs/protocol.md). These calls
 carry misses, hints and administration, and the bytes themselves only to
 clients that cannot map shared memory.
 
-By the Unix socket every call but ListModels, GetModel, GetStats and WatchStats
-requires the token that the attach socket handed out, as metadata:
+By the Unix socket every call but ListModels, GetModel, GetStats, WatchStats and
+GetHeat requires the token that the attach socket handed out, as metadata:
   expertd-token:       the session's token
   expertd-incarnation: the incarnation id of the daemon that issued it
 By TCP there is no session: a client is who its certificate says, and may make
-those four calls and Read.
+those five calls and Read.
 
 Status codes say what to do next: UNAVAILABLE retry; ABORTED attach again (the
 daemon was restarted); UNAUTHENTICATED attach first; PERMISSION_DENIED not
@@ -77,6 +77,8 @@ class ExpertStoreStub:
     GetStats: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.GetStatsRequest, _expert_store_pb2.GetStatsResponse]
     WatchStats: _grpc.UnaryStreamMultiCallable[_expert_store_pb2.WatchStatsRequest, _expert_store_pb2.WatchStatsResponse]
     """Stats now and then every interval until the caller goes."""
+    GetHeat: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.GetHeatRequest, _expert_store_pb2.GetHeatResponse]
+    """Which experts of a model are resident, and how hot each is: a byte an expert."""
 
 @_typing.type_check_only
 class ExpertStoreAsyncStub(ExpertStoreStub):
@@ -107,6 +109,8 @@ class ExpertStoreAsyncStub(ExpertStoreStub):
     GetStats: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.GetStatsRequest, _expert_store_pb2.GetStatsResponse]  # type: ignore[assignment]
     WatchStats: _aio.UnaryStreamMultiCallable[_expert_store_pb2.WatchStatsRequest, _expert_store_pb2.WatchStatsResponse]  # type: ignore[assignment]
     """Stats now and then every interval until the caller goes."""
+    GetHeat: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.GetHeatRequest, _expert_store_pb2.GetHeatResponse]  # type: ignore[assignment]
+    """Which experts of a model are resident, and how hot each is: a byte an expert."""
 
 class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -200,5 +204,13 @@ class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_store_pb2.WatchStatsResponse], _abc.AsyncIterator[_expert_store_pb2.WatchStatsResponse]]:
         """Stats now and then every interval until the caller goes."""
+
+    @_abc_1.abstractmethod
+    def GetHeat(
+        self,
+        request: _expert_store_pb2.GetHeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_store_pb2.GetHeatResponse, _abc.Awaitable[_expert_store_pb2.GetHeatResponse]]:
+        """Which experts of a model are resident, and how hot each is: a byte an expert."""
 
 def add_ExpertStoreServicer_to_server(servicer: ExpertStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
