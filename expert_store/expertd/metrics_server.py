@@ -5,6 +5,7 @@ it here, and who asks while another's snapshot is being taken shares the next on
 """
 
 import asyncio
+import errno
 import socketserver
 import threading
 import time
@@ -87,8 +88,11 @@ class MetricsServer:
         try:
             self._server = _Server(address, exposition)
         except OSError as error:
+            remedy = "give another port"
+            if error.errno == errno.EAFNOSUPPORT:  # what RestrictAddressFamilies= answers
+                remedy = "give the service a network (systemd/network.conf, docs/install.md)"
             raise ConfigError(
-                f"metrics cannot be served at {address}: {error.strerror}; give another port."
+                f"metrics cannot be served at {address}: {error.strerror}; {remedy}."
             ) from error
         self.address = LoopbackAddress(address.host, self._server.server_address[1])
         self._thread = threading.Thread(

@@ -23,6 +23,11 @@ from pathlib import Path
 from tests.expert_store.serving.watching import assert_serves
 assert_serves(Path("/run/expertd"))
 """
+SCRAPE = r"""
+exec 3<>/dev/tcp/127.0.0.1/9464
+printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3
+cat <&3
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +51,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         pytest.skip(str(error))
 
 
-def documented(section: str) -> str:
-    """The first commands of a section of docs/install.md."""
+def documented(section: str, after: str = "") -> str:
+    """The commands in a section of docs/install.md, the first ones that come after a text."""
     text = (ROOT / "docs/install.md").read_text()
-    found = re.search(rf"(?ms)^## {section}$.*?^```\n(.*?)^```$", text)
+    found = re.search(rf"(?ms)^## {section}$.*?{after}.*?^```\n(.*?)^```$", text)
     assert found is not None, section
     return found[1]
 
@@ -139,6 +144,20 @@ def test_a_wrong_setting_is_one_line_and_no_restart(machine: Machine) -> None:
     finally:
         machine.run("sed -i 's/^ramm/ram/' /etc/expertd/expertd.toml")
         machine.run("systemctl reset-failed expertd.service; systemctl start expertd.service")
+
+
+def test_metrics_take_the_network_that_a_drop_in_opens(machine: Machine) -> None:
+    machine.run("sed -i '1i metrics = \"127.0.0.1:9464\"' /etc/expertd/expertd.toml")
+    machine.run("ip link set lo up")
+    try:
+        assert machine.run("systemctl restart expertd.service", check=False).returncode != 0
+        assert machine.show("expertd", "ExecMainStatus") == "2"
+        assert "not supported by protocol; give the service a network" in machine.journal("expertd")
+        machine.run(f"set -e; cd /opt/source; {documented('Start and check', 'Metrics')}")
+        assert "expertd_" in machine.run(SCRAPE).stdout
+    finally:
+        machine.run("sed -i 1d /etc/expertd/expertd.toml; rm -rf /etc/systemd/system/expertd.*.d")
+        machine.run("systemctl daemon-reload; systemctl restart expertd.service")
 
 
 def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
