@@ -15,6 +15,9 @@ from expertd.tcp_config import TcpConfig
 MIN_RAM_BYTES = 4096
 MAX_LOADER_THREADS = 256
 
+_SIZES = {"ram": "ram_bytes", "read_buffer": "read_buffer_bytes"}
+"""Settings that take a size with its unit, and their fields."""
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -51,13 +54,21 @@ class ServeConfig:
     """What stays in RAM when not all does."""
     metrics: LoopbackAddress | None = None
     """Where Prometheus may scrape; None: nowhere."""
+    read_buffer_bytes: int = 256 << 20
+    """Records on their way to those who do not map the arena, all together."""
     tcp: TcpConfig = field(default_factory=TcpConfig)
     """Whether and to whom other hosts' reads are answered."""
 
     def __post_init__(self) -> None:
         if self.ram_bytes < MIN_RAM_BYTES:
             raise ConfigError(f"ram is {self.ram_bytes} bytes; give the budget, e.g. 16GiB.")
-        for name in ("stall_seconds", "fetch_seconds", "loader_threads", "max_sessions"):
+        for name in (
+            "stall_seconds",
+            "fetch_seconds",
+            "loader_threads",
+            "max_sessions",
+            "read_buffer_bytes",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
         if not 0 <= self.drain_seconds < math.inf:
@@ -117,9 +128,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     defaults = {spec.name: spec for spec in fields(ServeConfig)}
     values: dict[str, Any] = {}
     for key, value in raw.items():
-        name = "ram_bytes" if key == "ram" else key
+        name = _SIZES.get(key, key)
         if name not in defaults:
-            known = ", ".join(sorted({"ram", *defaults} - {"ram_bytes"}))
+            known = ", ".join(sorted({*_SIZES, *defaults} - {*_SIZES.values()}))
             raise ConfigError(f"{path}: unknown setting {key!r}; known are {known}.")
         try:
             values[name] = _convert(name, value)
@@ -137,7 +148,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     """A TOML value as the field of that name wants it. Raises TypeError or ValueError."""
     kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
-    if name == "ram_bytes" and isinstance(value, str):
+    if name in _SIZES.values() and isinstance(value, str):
         return parse_bytes(value)
     if name == "tcp":
         return TcpConfig.from_table(_typed(value, dict))

@@ -135,8 +135,9 @@ class Records:
         model.hold([entry])
         try:
             if extent is not None:
-                data = await asyncio.to_thread(self._copy, extent)
-                if xxh3_64_hexdigest(data) == model.place(entry).checksum:
+                checksum = model.place(entry).checksum
+                data = await asyncio.to_thread(self._copy_verified, extent, checksum)
+                if data is not None:
                     return data
                 model.counters.records_damaged += 1
                 log("record damaged in RAM", model=model.name, expert=model.expert(entry))
@@ -263,8 +264,9 @@ class Records:
         if model.state is not ModelState.SERVING:
             raise PreconditionError(f"model {model.name!r} is being unloaded.")
 
-    def _copy(self, extent: Extent) -> bytes:
-        return bytes(self._arena.view[extent.offset : extent.offset + extent.num_bytes])
+    def _copy_verified(self, extent: Extent, checksum: str) -> bytes | None:
+        data = bytes(self._arena.view[extent.offset : extent.offset + extent.num_bytes])
+        return data if xxh3_64_hexdigest(data) == checksum else None
 
     def _read_from_pack(self, model: HostedModel, entry: int) -> bytes:
         place, size = model.place(entry), model.record_bytes(entry)

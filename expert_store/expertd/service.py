@@ -4,7 +4,8 @@ from __future__ import annotations  # grpc.aio's types take parameters only in t
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from expertd.handshake import INCARNATION_KEY, TOKEN_KEY, Role
 from expertd.hosted_model import HostedModel
 from expertd.messages import model_response, model_summary
 from expertd.peers import Peer
+from expertd.read_ahead import read_ahead
 from expertd.session import Session
 from expertd.stats import collect_heat, collect_stats
 from expertd.store import Store
@@ -105,18 +107,25 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             raise PreconditionError(
                 f"model {model.name!r} is another pack than the one asked for; attach again."
             )
-        for entry in _entries(model, request.experts):
-            data = await self._store.records.read(model, entry)
-            reader.bytes_read += len(data)
-            layer, expert = model.expert(entry)
-            for offset in range(0, len(data), _CHUNK_BYTES):
-                yield pb.ReadResponse(
-                    expert=pb.ExpertRef(layer=layer, expert=expert),
-                    offset=offset,
-                    data=data[offset : offset + _CHUNK_BYTES],
-                    record_bytes=len(data),
-                    checksum=int(model.place(entry).checksum, 16),
-                )
+        records = read_ahead(
+            _entries(model, request.experts),
+            partial(self._store.records.read, model),
+            model.record_bytes,
+            self._store.read_budget,
+        )
+        async with aclosing(records):
+            async for entry, data in records:
+                layer, expert = model.expert(entry)
+                for offset in range(0, len(data), _CHUNK_BYTES):
+                    yield pb.ReadResponse(
+                        expert=pb.ExpertRef(layer=layer, expert=expert),
+                        offset=offset,
+                        data=data[offset : offset + _CHUNK_BYTES],
+                        record_bytes=len(data),
+                        checksum=int(model.place(entry).checksum, 16),
+                    )
+                reader.bytes_read += len(data)
+                del data  # the next one has room only once this has gone
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
         return pb.GetStatsResponse(stats=collect_stats(self._store))

@@ -25,6 +25,7 @@ from expertd.log import log
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.peers import Peers
+from expertd.read_ahead import ByteBudget
 from expertd.records import Records
 from expertd.session import Connection, Session
 from expertd.sizes import format_bytes
@@ -44,6 +45,7 @@ class Store:
         self.models: dict[str, HostedModel] = {}
         self.sessions: dict[str, Session] = {}
         self.peers = Peers(config.tcp)
+        self.read_budget = ByteBudget(config.read_buffer_bytes)
         self.warnings = list(arena.warnings)
         self.refusals: Counter[tuple[str, str]] = Counter()
         """How often the door ("attach", "rpc", "tcp") was answered with the code of that name."""

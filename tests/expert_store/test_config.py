@@ -36,6 +36,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         fetch_seconds = 2.5
         drain_seconds = 0
         max_sessions = 9
+        read_buffer = "64MiB"
         metrics = "127.0.0.1:9464"
         [models]
         tiny = "/packs/tiny"
@@ -55,6 +56,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         fetch_seconds=2.5,
         drain_seconds=0.0,
         max_sessions=9,
+        read_buffer_bytes=64 << 20,
         metrics=LoopbackAddress("127.0.0.1", 9464),
     )
     assert isinstance(config.stall_seconds, float)
@@ -97,6 +99,8 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("fetch_seconds = -1", ["fetch_seconds", "-1"]),
         ("drain_seconds = -0.5", ["drain_seconds", "-0.5"]),
         ("max_sessions = 0", ["max_sessions", "0"]),
+        ("read_buffer = 0", ["read_buffer", "0"]),
+        ('read_buffer = "much"', ["read_buffer = 'much'", "512MiB"]),
         ("metrics = 9464", ["metrics = 9464", "int"]),
         ('metrics = "0.0.0.0:9464"', ["metrics = '0.0.0.0:9464'", "other hosts"]),
         ("allowed_uids = 1000", ["allowed_uids = 1000", "int"]),
