@@ -22,6 +22,7 @@ from expertd.greeting import handshake
 from expertd.handshake import Role
 from expertd_client import calls
 from expertd_client.address import Address, TlsFiles, UnixAddress, parse_address
+from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attaching import attachment_for, credentials_of, greet
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import MAX_FETCHES, SESSION_OVER, BaseSession, WaveSize
@@ -107,14 +108,20 @@ class AsyncSession(BaseSession):
 
     async def reattach(self, timeout_seconds: float) -> None:
         """See :meth:`Session.reattach`."""
-        self._begin_reattach()
+        arena = self._begin_reattach()
         deadline = time.monotonic() + timeout_seconds
         delays = retry_delays(timeout_seconds)
         while True:
             left = max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic())
             try:
                 attachment, model = await _begin(
-                    self._rpc, self._address, self.model.name, left, self._cache_bytes, self._cache
+                    self._rpc,
+                    self._address,
+                    self.model.name,
+                    left,
+                    self._cache_bytes,
+                    self._cache,
+                    arena,
                 )
                 break
             except (UnavailableError, DeadlineError) as error:
@@ -310,12 +317,13 @@ async def _begin(
     timeout_seconds: float,
     cache_bytes: int | None,
     old: RecordCache | None,
+    arena: ArenaMapping | None = None,
 ) -> tuple[Attachment | CopyAttachment, ModelInfo]:
     deadline = time.monotonic() + timeout_seconds
     reached = None
     if isinstance(address, UnixAddress):
         directory = address.directory
-        reached = await _in_thread(lambda: greet(directory, model, timeout_seconds))
+        reached = await _in_thread(lambda: greet(directory, model, timeout_seconds, arena))
     try:
         info = await rpc.call(
             calls.get_model(model),

@@ -11,6 +11,7 @@ from pathlib import Path
 from expertd.greeting import DescriptorsError, Greeting, handshake
 from expertd.handshake import Role
 from expertd.host_memory import memory_available
+from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import check_directory
 from expertd_client.copy_attachment import CopyAttachment
@@ -28,11 +29,16 @@ class SharedMemoryWarning(UserWarning):
     """The daemon's memory cannot be mapped here, so records are copied."""
 
 
-def greet(directory: Path, model: str, timeout_seconds: float) -> Attachment | Greeting:
-    """A worker's attachment, or a reader's greeting where memory cannot be shared."""
+def greet(
+    directory: Path, model: str, timeout_seconds: float, arena: ArenaMapping | None = None
+) -> Attachment | Greeting:
+    """A worker's attachment, or a reader's greeting where memory cannot be shared.
+
+    ``arena`` is what the session before had mapped, to go on with if it is the same.
+    """
     try:
         with handshake(directory, Role.WORKER, model, timeout_seconds) as greeting:
-            return Attachment(greeting)
+            return Attachment(greeting, arena)
     except DescriptorsError as error:
         # A process that may open no more files can be helped; one in a sandbox cannot.
         if not _may_open_files():

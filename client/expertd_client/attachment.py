@@ -10,6 +10,7 @@ from typing import Protocol
 from expertd.errors import PreconditionError
 from expertd.greeting import Greeting
 from expertd.handshake import MAX_PACKET_BYTES, NUDGE
+from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping
 
 
@@ -22,8 +23,11 @@ class Attachment:
 
     shares_memory = True
 
-    def __init__(self, greeting: Greeting) -> None:
-        """Takes over the greeting's connection. Raises PreconditionError, OSError."""
+    def __init__(self, greeting: Greeting, previous: ArenaMapping | None = None) -> None:
+        """Takes over the greeting's connection. Raises PreconditionError, OSError.
+
+        ``previous`` is the arena as the session before had it mapped.
+        """
         welcome = greeting.welcome
         self.id = welcome.session
         self.incarnation = welcome.incarnation
@@ -34,6 +38,8 @@ class Attachment:
                 arena_bytes=welcome.arena_bytes,
                 directory_bytes=welcome.directory_bytes,
                 page_bytes=welcome.page_bytes,
+                adoption=welcome.adoption,
+                previous=previous,
             )
         except ValueError as error:
             raise PreconditionError(

@@ -14,6 +14,7 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd_client import calls
+from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attachment import Attachment
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.lease import Lease
@@ -175,8 +176,11 @@ class BaseSession:
             "each time; this is a fault of the daemon."
         )
 
-    def _begin_reattach(self) -> None:
-        """Ends the old connection, if it has not ended by itself. Raises PreconditionError."""
+    def _begin_reattach(self) -> ArenaMapping | None:
+        """Ends the old connection, if it has not ended by itself. Raises PreconditionError.
+
+        Returns the arena that is mapped: if the next session's is the same, it stays so.
+        """
         state = self._mapping.state
         if self._detached or state is State.FORKED:
             self._mapping.check_attached()
@@ -184,7 +188,9 @@ class BaseSession:
             raise PreconditionError(
                 "Release the lease that this session holds or waits for, then reattach."
             )
+        arena = self._mapping.arena_mapping if isinstance(self._mapping, Mapping) else None
         self._attachment.leave()
+        return arena
 
     def _finish_reattach(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         """Moves to another attachment. Raises PreconditionError if the model is another."""

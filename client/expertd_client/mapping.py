@@ -5,18 +5,17 @@
 worker thread and, for nudges, by the thread that listens on the attach connection.
 """
 
-import ctypes
 import mmap
 import os
 import threading
 from collections.abc import Sequence
 from enum import Enum, auto
 
+from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.directory import ABSENT, HEADER_WORDS, DirectoryView
 from expertd.errors import ExpertdError, PreconditionError, SessionLostError
 from expertd.session_page import SessionPage
-
-_PY_BUFFER_BYTES = 128  # More than a Py_buffer has; its first member is the address.
+from expertd_client.arena_mapping import ArenaMapping
 
 
 class State(Enum):
@@ -52,8 +51,8 @@ _REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
     State.LOST: (
         SessionLostError,
         "The daemon ended this session, because it held records for too long while others "
-        "waited or because the model was unloaded; throw away what was computed since the last "
-        "release, reattach, and repeat.",
+        "waited, because the model was unloaded, or because another daemon has taken over; throw "
+        "away what was computed since the last release, reattach, and repeat.",
     ),
     State.CLOSED: (PreconditionError, "This session is not attached any more; attach again."),
     State.FORKED: (
@@ -65,13 +64,21 @@ _REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
 
 
 class Mapping:
-    """Arena, directory and session page, mapped, and what this worker holds of them."""
+    """Arena, directory and session page, mapped, and what this worker holds of them.
 
-    def __init__(self, arena: mmap.mmap, directory: mmap.mmap, page: mmap.mmap) -> None:
+    ``adoption``: the number of the daemon among those that have had the arena.
+    """
+
+    def __init__(
+        self, arena: ArenaMapping, directory: mmap.mmap, page: mmap.mmap, adoption: int
+    ) -> None:
         """Raises ValueError if the directory or the page is of another format."""
-        self.arena = memoryview(arena)
-        self.arena_address = address_of(arena)
-        self.arena_bytes = len(arena)
+        self.arena = arena.records
+        self.arena_address = arena.address
+        self.arena_bytes = len(arena.records)
+        self._arena_mapping: ArenaMapping | None = arena
+        self._trailer: ArenaTrailer | None = arena.trailer
+        self._adoption = adoption
         view = memoryview(directory)
         self._directory = DirectoryView(view.cast("Q"))
         self.num_entries = self._directory.num_entries
@@ -89,26 +96,51 @@ class Mapping:
 
     @classmethod
     def map(
-        cls, descriptors: Sequence[int], *, arena_bytes: int, directory_bytes: int, page_bytes: int
+        cls,
+        descriptors: Sequence[int],
+        *,
+        arena_bytes: int,
+        directory_bytes: int,
+        page_bytes: int,
+        adoption: int,
+        previous: ArenaMapping | None = None,
     ) -> "Mapping":
         """Maps the three descriptors, which stay the caller's to close.
 
+        ``previous``, if it is of the same arena, is used again instead of mapping that anew.
         Raises ValueError if they are not what the protocol says, OSError if the system
         refuses to map them.
         """
-        sizes = (arena_bytes, directory_bytes, page_bytes)
+        sizes = (arena_bytes + TRAILER_BYTES, directory_bytes, page_bytes)
         for descriptor, size in zip(descriptors, sizes, strict=True):
             # Past its end a file is SIGBUS, which no exception handler sees.
             if size <= 0 or os.fstat(descriptor).st_size < size:
                 raise ValueError("a shared file is smaller than it is said to be")
         arena, directory, page = descriptors
-        records = mmap.mmap(arena, arena_bytes, access=mmap.ACCESS_READ)
-        records.madvise(mmap.MADV_DONTDUMP)  # a crash must not write the host's copy to disk
+        if previous is None or not previous.is_of(arena, arena_bytes):
+            previous = ArenaMapping(arena, arena_bytes)
         return cls(
-            records,
+            previous,
             mmap.mmap(directory, directory_bytes, access=mmap.ACCESS_READ),
             mmap.mmap(page, page_bytes, access=mmap.ACCESS_WRITE),
+            adoption,
         )
+
+    @property
+    def arena_mapping(self) -> ArenaMapping | None:
+        """For the next session, if its arena is the same; None once closed."""
+        return self._arena_mapping
+
+    @property
+    def is_void(self) -> bool:
+        """Whether bytes that this session has read may have been reused beneath it.
+
+        The daemon says so in the session page; one that comes after it knows no session's
+        page, and says it in the arena, to all that are not its own.
+        """
+        trailer = self._trailer
+        # One that was closed just now does not know.
+        return trailer is None or self._page.revoked or trailer.reused_by > self._adoption
 
     @property
     def state(self) -> State:
@@ -185,10 +217,10 @@ class Mapping:
         if self._page.released_fetch != self._num_fetches:
             self._page.released_fetch = self._num_fetches
         self.publish()
-        # After the reads: the daemon sets the flag before it reuses a byte, so whoever has
-        # read a reused byte sees the flag. Loads stay in order on x86-64, elsewhere the
-        # mutex above stands between.
-        if self._page.revoked:
+        # After the reads: a daemon sets the flag, or its number in the arena's trailer, before
+        # it reuses a byte, so whoever has read a reused byte sees it. Loads stay in order on
+        # x86-64, elsewhere the mutex above stands between.
+        if self.is_void:
             with self._mutex:
                 if self._state is _IDLE:
                     self._state = State.LOST
@@ -209,19 +241,19 @@ class Mapping:
     def check_revoked(self) -> None:
         """Raises SessionLostError if the daemon has ended this session, noticed yet or not."""
         with self._mutex:
-            if self._state not in _OVER and self._page.revoked:
+            if self._state not in _OVER and self.is_void:
                 raise state_error(State.LOST)
         self.check_attached()
 
     def disconnect(self) -> None:
         """The attach connection has ended: the daemon is gone, or has cut this session off.
 
-        Without the flag it is gone, nobody moves the records any more, and those that are
-        resident stay readable.
+        If it is gone, nobody moves the records any more, and those that are resident stay
+        readable, until a next daemon begins to reuse their bytes.
         """
         with self._mutex:
             # A worker that holds learns it from release().
-            if self._state in (_IDLE, _FETCHING) and self._page.revoked:
+            if self._state in (_IDLE, _FETCHING) and self.is_void:
                 self._state = State.LOST
 
     def close(self) -> None:
@@ -234,6 +266,7 @@ class Mapping:
             # them; the arena may be most of the host's RAM, and that of a dead daemon is
             # freed with its last mapping.
             self.arena = memoryview(b"")
+            self._arena_mapping = self._trailer = None
 
     def abandon_in_child(self) -> None:
         """After fork, in the child: this worker's epoch and touches are its parent's to write."""
@@ -258,17 +291,3 @@ def state_error(state: State) -> ExpertdError:
     """What a call raises that the state forbids."""
     kind, message = _REFUSALS[state]
     return kind(message)
-
-
-def address_of(mapped: mmap.mmap) -> int:
-    """Where ``mapped`` lies in this process.
-
-    ctypes' own from_buffer wants a writable buffer, so this asks the interpreter.
-    """
-    buffer = (ctypes.c_void_p * (_PY_BUFFER_BYTES // 8))()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(buffer), 0)
-    address = buffer[0]
-    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
-    if address is None:
-        raise ValueError("an empty mapping has no address")
-    return address

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from expertd.directory import PAGE_BYTES, pack_word
 from expertd.errors import CapacityError, InvalidInputError, RecordLostError
 from expertd.sizes import format_bytes
-from expertd_client.mapping import State, address_of, state_error
+from expertd_client.arena_mapping import address_of
+from expertd_client.mapping import State, state_error
 from expertd_client.model import ModelInfo, MoeLayer
 from expertd_client.record import RecordAssembler
 from expertstore.v1 import expert_store_pb2 as pb

@@ -7,6 +7,7 @@ from contextlib import closing
 from expertd.errors import CapacityError, DeadlineError, UnauthenticatedError, UnavailableError
 from expertd_client import calls
 from expertd_client.address import Address, UnixAddress
+from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attaching import attachment_for, greet
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import MAX_FETCHES, SESSION_OVER, BaseSession, WaveSize
@@ -110,13 +111,13 @@ class Session(BaseSession):
         UnavailableError if none answers in time, NotFoundError if the daemon has no such
         model, PreconditionError if it is no longer the same.
         """
-        self._begin_reattach()
+        arena = self._begin_reattach()
         deadline = time.monotonic() + timeout_seconds
         delays = retry_delays(timeout_seconds)
         while True:
             left = max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic())
             try:
-                attachment, model = self._begin(self.model.name, left, self._cache)
+                attachment, model = self._begin(self.model.name, left, self._cache, arena)
                 break
             except (UnavailableError, DeadlineError) as error:
                 delay = next(delays, None)
@@ -192,12 +193,16 @@ class Session(BaseSession):
             raise
 
     def _begin(
-        self, model: str, timeout_seconds: float, old: RecordCache | None
+        self,
+        model: str,
+        timeout_seconds: float,
+        old: RecordCache | None,
+        arena: ArenaMapping | None = None,
     ) -> tuple[Attachment | CopyAttachment, ModelInfo]:
         deadline = time.monotonic() + timeout_seconds
         reached = None
         if isinstance(self._address, UnixAddress):
-            reached = greet(self._address.directory, model, timeout_seconds)
+            reached = greet(self._address.directory, model, timeout_seconds, arena)
         try:
             # The daemon has answered, so what its channel may still believe from the time
             # before it was there is wrong: wait for the connection rather than fail.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.errors import ConfigError
 from expertd.extents import Extent
 from expertd.host_memory import memory_available
@@ -19,24 +20,32 @@ from expertd.memfd import SharedMemory
 from expertd.sizes import format_bytes
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _PREFAULT_BYTES = 64 << 20
 _PROGRESS_SECONDS = 2.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Arena:
-    """Shared memory for ``num_bytes`` of records, rounded down to 4 KiB.
+    """Shared memory for ``num_bytes`` of records, rounded down to 4 KiB, and its trailer.
 
-    ``locked_bytes`` and ``huge_page_bytes`` say what was really obtained, ``warnings`` why
-    it was less. Raises :class:`ConfigError` if the host does not have that much.
+    ``memory``: that of an earlier daemon, which this one takes over as it is. ``locked_bytes``
+    and ``huge_page_bytes`` say what was really obtained, ``warnings`` why it was less. Raises
+    :class:`ConfigError` if the host does not have that much.
     """
 
-    def __init__(self, num_bytes: int, *, lock: bool) -> None:
-        num_bytes -= num_bytes % mmap.PAGESIZE
-        check_memory(num_bytes)
+    def __init__(self, num_bytes: int, *, lock: bool, memory: SharedMemory | None = None) -> None:
+        num_bytes = arena_bytes(num_bytes)
         self.warnings: list[str] = []
-        self.memory = SharedMemory("expertd-arena", num_bytes, mode=0o400)
         self.num_bytes = num_bytes
+        if memory is None:
+            check_memory(num_bytes)
+            self.memory = SharedMemory("expertd-arena", num_bytes + TRAILER_BYTES, mode=0o400)
+            self.trailer = ArenaTrailer.format(trailer_words(self.memory))
+        else:
+            self.memory = memory
+            self.trailer = ArenaTrailer(trailer_words(memory))
+            self.trailer.adopt()
         self._anchor = ctypes.c_char.from_buffer(self.memory.view)
         self._address = ctypes.addressof(self._anchor)
         self._advise_huge_pages()
@@ -51,29 +60,40 @@ class Arena:
 
     @property
     def view(self) -> memoryview:
-        """All bytes, writable."""
-        return self.memory.view
+        """The bytes of all records, to be read."""
+        return self.memory.view[: self.num_bytes].toreadonly()
+
+    def writable(self, extent: Extent) -> memoryview:
+        """Where to write a record: the one way to bytes that workers may have read.
+
+        Sessions of earlier daemons are void from now on: nobody waits for their readers.
+        """
+        self.trailer.begin_reuse()
+        return self.memory.view[extent.offset : extent.offset + extent.num_bytes]
 
     def copy(self, source: Extent, target: Extent) -> None:
         """Copies a record's bytes; from any thread, and without holding the interpreter up."""
         start, size = source
-        array = np.frombuffer(self.view, np.uint8)
-        np.copyto(array[target.offset : target.offset + size], array[start : start + size])
+        there = np.frombuffer(self.writable(target), np.uint8)
+        np.copyto(there, np.frombuffer(self.view[start : start + size], np.uint8))
 
     def close(self) -> None:
         """Gives the memory back; workers that map it keep their mappings. Twice is harmless."""
-        self.__dict__.pop("_anchor", None)  # it would keep the mapping from being closed
+        for view in ("_anchor", "trailer"):  # they would keep the mapping from being closed
+            self.__dict__.pop(view, None)
         self.memory.close()
 
     def _advise_huge_pages(self) -> None:
         advice = mmap.MADV_HUGEPAGE
-        _libc.madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(self.num_bytes), advice)
+        _libc.madvise(
+            ctypes.c_void_p(self._address), ctypes.c_size_t(self.memory.num_bytes), advice
+        )
 
     def _prefault(self) -> None:
         """Touches every page now, in parallel, so that no reader or DMA waits for a fault."""
 
         def populate(start: int) -> int:
-            length = min(_PREFAULT_BYTES, self.num_bytes - start)
+            length = min(_PREFAULT_BYTES, self.memory.num_bytes - start)
             failed: int = _libc.madvise(
                 ctypes.c_void_p(self._address + start),
                 ctypes.c_size_t(length),
@@ -83,7 +103,7 @@ class Arena:
 
         errors, said = {0}, time.monotonic()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            starts = range(0, self.num_bytes, _PREFAULT_BYTES)
+            starts = range(0, self.memory.num_bytes, _PREFAULT_BYTES)
             for start, error in zip(starts, pool.map(populate, starts), strict=True):
                 errors.add(error)
                 if time.monotonic() > said + _PROGRESS_SECONDS:
@@ -100,7 +120,7 @@ class Arena:
             )
 
     def _lock(self) -> int:
-        if not _libc.mlock(ctypes.c_void_p(self._address), ctypes.c_size_t(self.num_bytes)):
+        if not _libc.mlock(ctypes.c_void_p(self._address), ctypes.c_size_t(self.memory.num_bytes)):
             return self.num_bytes
         reason = os.strerror(ctypes.get_errno())
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
@@ -113,6 +133,28 @@ class Arena:
 
     def _count_huge_pages(self) -> int:
         return huge_page_bytes("expertd-arena")
+
+
+def arena_bytes(ram_bytes: int) -> int:
+    """How much of a budget records can use: whole pages."""
+    return ram_bytes - ram_bytes % mmap.PAGESIZE
+
+
+def trailer_words(memory: SharedMemory) -> memoryview:
+    """The last page of an arena's memory, as :class:`ArenaTrailer` wants it."""
+    return memory.view[-TRAILER_BYTES:].cast("Q")
+
+
+def discard_contents(memory: SharedMemory) -> None:
+    """Gives back the RAM of an arena that nobody will serve from, though workers still map it.
+
+    They read zeros from then on, and the trailer, which stays, tells them not to believe it.
+    """
+    ArenaTrailer(trailer_words(memory)).retire()
+    length = memory.num_bytes - TRAILER_BYTES
+    mode = ctypes.c_int(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE)
+    if _libc.fallocate(memory.fd, mode, ctypes.c_int64(0), ctypes.c_int64(length)):
+        log("cannot give an arena back", cause=os.strerror(ctypes.get_errno()))
 
 
 def huge_page_bytes(mapping: str) -> int:

@@ -113,6 +113,7 @@ class AttachConnection:
                     arena_bytes=store.arena.num_bytes,
                     directory_bytes=directory_bytes(session.model.num_entries),
                     page_bytes=session_page_bytes(),
+                    adoption=store.arena.trailer.adoptions,
                 )
                 descriptors.append(store.arena.memory.open_read_only())
                 descriptors.append(session.model.memory.open_read_only())

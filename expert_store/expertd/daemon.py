@@ -17,7 +17,9 @@ from expertd import __version__
 from expertd.arena import Arena
 from expertd.attach import AttachServer, adopt_listener, listen
 from expertd.config import ServeConfig
+from expertd.description import Origin
 from expertd.handshake import rpc_target
+from expertd.inheritance import FdStore, take_inheritance
 from expertd.interceptor import ErrorInterceptor
 from expertd.log import log, log_failure, open_log
 from expertd.metrics import StoreMetrics
@@ -72,14 +74,21 @@ async def _running(
         passed = manager.take_descriptors(ATTACH_NAME)
         directory = RunDirectory(config.socket, keeps_attach_socket=bool(passed))
         stack.callback(directory.close)
-        # 2. Memory, which may be refused.
-        arena = await asyncio.to_thread(lambda: Arena(config.ram_bytes, lock=config.lock_memory))
+        # 2. Memory: what the daemon before us left, or new, which may be refused.
+        fd_store = FdStore(manager)
+        inheritance = await take_inheritance(manager, fd_store, config.ram_bytes)
+        arena = await asyncio.to_thread(
+            Arena, config.ram_bytes, lock=config.lock_memory, memory=inheritance.arena
+        )
         stack.callback(arena.close)
-        # 3. Models, which may be refused too.
-        store = Store(config, arena)
+        if inheritance.arena is None:
+            await fd_store.put_arena(arena.memory)
+        # 3. Models, which may be refused too; their records are verified if they were left.
+        store = Store(config, arena, fd_store, inheritance)
         stack.push_async_callback(store.close)
         for name, path in config.models.items():
-            await store.load_model(name, path)
+            await store.load_model(name, path, Origin.CONFIG)
+        await store.load_inherited()
         # 4. The pulse that reads what workers wrote, and the one that says that we live.
         for pulse in (_refresh(store), feed_watchdog(manager, store.loader)):
             stack.push_async_callback(_cancel, asyncio.create_task(pulse))
@@ -184,9 +193,14 @@ def _banner(store: Store, metrics: MetricsServer | None) -> str:
         for model in store.models.values()
     )
     arena = store.arena
+    adopted = ""
+    if store.arena.trailer.adoptions:
+        kept = sum(model.counters.adopted_records for model in store.models.values())
+        dropped = sum(model.counters.dropped_records for model in store.models.values())
+        adopted = f"; took over {kept} records, dropped {dropped}"
     return (
         f"expertd {__version__} serves {held or 'no model yet'} at {store.config.socket}: arena "
         f"{format_bytes(arena.num_bytes)}, {format_bytes(arena.locked_bytes)} locked, "
-        f"{format_bytes(arena.huge_page_bytes)} in huge pages"
+        f"{format_bytes(arena.huge_page_bytes)} in huge pages{adopted}"
         f"{f'; metrics at http://{metrics.address}/metrics' if metrics else ''}."
     )

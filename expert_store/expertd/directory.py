@@ -11,6 +11,8 @@ word    meaning
 3       number of entries
 4-511   reserved, 0
 512...  one entry per expert, layer after layer in the pack's order
+...     from the next page on, for a daemon that takes it over: what it is of
+        (:mod:`expertd.description`)
 ======  ==========================================================================
 
 An entry is 0 while the record is absent; else its low 32 bits are 1 + the record's

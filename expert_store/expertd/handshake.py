@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_PACKET_BYTES = 4096
 NUDGE = b"N"
 ATTACH_SOCKET = "attach.sock"
@@ -48,7 +48,10 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
-    """The daemon's answer to a session that it accepts; sizes in bytes."""
+    """The daemon's answer to a session that it accepts; sizes in bytes.
+
+    ``arena_bytes`` is that of the records, without the trailer page behind them.
+    """
 
     session: int
     token: str
@@ -56,6 +59,8 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
     arena_bytes: int = 0
     directory_bytes: int = 0
     page_bytes: int = 0
+    adoption: int = 0
+    """Which of the daemons that the arena has had; see :mod:`expertd.arena_trailer`."""
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal"):

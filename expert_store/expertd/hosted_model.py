@@ -1,7 +1,7 @@
 """A model that the daemon holds: which of its records are resident, and who uses them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertd.directory import Directory, directory_bytes, pack_word
+from expertd.directory import Directory, pack_word, unpack_word
 from expertd.errors import NotFoundError
 from expertd.extents import Extent
 from expertd.histogram import Histogram
@@ -61,6 +61,9 @@ class Counters:
     evictions: int = 0
     moves: int = 0
     records_lost: int = 0
+    adopted_records: int = 0
+    adopted_bytes: int = 0
+    dropped_records: int = 0
     prefetch_queued: int = 0
     prefetch_withdrawn: int = 0
     prefetch_useful: int = 0
@@ -83,6 +86,7 @@ class HostedModel:
     """Bookkeeping of one model, without I/O of its own.
 
     An entry is an expert's index in the directory: layers in order, experts in order.
+    ``memory`` is that directory, formatted; the model closes it.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class HostedModel:
         path: Path,
         pack: Fingerprinted,
         files: Sequence[RecordFile],
+        memory: SharedMemory,
         policy: str = DEFAULT_POLICY,
     ) -> None:
         self.name, self.path, self.files = name, path, files
@@ -122,8 +127,8 @@ class HostedModel:
             [layer.num_experts for layer in layers],
             [layer.experts_per_token for layer in layers],
         )
-        self.memory = SharedMemory("expertd-directory", directory_bytes(self.num_entries), 0o400)
-        self.directory = Directory.format(self.memory.view.cast("Q"), self.num_entries)
+        self.memory = memory
+        self.directory = Directory(memory.view.cast("Q"))
         self._extents: list[Extent | None] = [None] * self.num_entries
         self._generation = 0
         self._resident = np.zeros(self.num_entries, np.bool_)
@@ -252,6 +257,26 @@ class HostedModel:
         self._publish(entry, target)
         self.counters.moves += 1
         self.reclaimer.retire(self.directory.advance_epoch(), [source])
+
+    def adopt(self, kept: Mapping[int, Extent], dropped: Sequence[int]) -> None:
+        """Takes over a directory as an earlier daemon left it, before anybody attaches.
+
+        ``kept`` are verified and stay where they are; the words of ``dropped`` led astray.
+        """
+        for entry in dropped:
+            self.directory.withdraw(entry)
+        if dropped:
+            self.directory.advance_epoch()
+        for entry, extent in kept.items():
+            location = unpack_word(self.directory.word(entry))
+            assert location is not None
+            self._generation = max(self._generation, location.generation)
+            self._extents[entry] = extent
+            self._offsets[entry] = extent.offset
+            self._resident[entry] = True
+        self.counters.adopted_records = len(kept)
+        self.counters.adopted_bytes = self.resident_bytes
+        self.counters.dropped_records = len(dropped)
 
     def evict(self, entries: Sequence[int]) -> None:
         """Withdraws resident records; their extents go to the reclaimer."""

@@ -24,12 +24,32 @@ class SharedMemory:
             os.ftruncate(self.fd, num_bytes)
             os.fchmod(self.fd, mode)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._mapping = mmap.mmap(self.fd, num_bytes)
-            # A core dump would write all of it to disk before a successor could start.
-            self._mapping.madvise(mmap.MADV_DONTDUMP)
+            self._map()
         except BaseException:
             os.close(self.fd)
             raise
+
+    @classmethod
+    def adopt(cls, fd: int) -> "SharedMemory":
+        """That which another process made with this class, by its descriptor, ours from now on.
+
+        Raises ValueError, and leaves the descriptor the caller's, if it is something else.
+        """
+        self = cls.__new__(cls)
+        self.fd = fd
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise ValueError("it is not sealed against a change of its size")
+            self.num_bytes = os.fstat(fd).st_size
+            self._map()
+        except OSError as error:
+            raise ValueError(f"it is no shared memory that we can map ({error})") from error
+        return self
+
+    def _map(self) -> None:
+        self._mapping = mmap.mmap(self.fd, self.num_bytes)
+        # A core dump would write all of it to disk before a successor could start.
+        self._mapping.madvise(mmap.MADV_DONTDUMP)
         self.view = memoryview(self._mapping)
 
     def open_read_only(self) -> int:

@@ -123,7 +123,7 @@ class Records:
                 self._finishing = True
                 self._loop.call_soon_threadsafe(self._finish_loads)
 
-        target = self._arena.view[extent.offset : extent.offset + extent.num_bytes]
+        target = self._arena.writable(extent)
         job = ReadJob(place.file, place.offset, target, place.checksum, finished, not hinted)
         load = model.loads[entry] = Load(entry, extent, hinted, done, job)
         return load

@@ -30,6 +30,7 @@ def collect_stats(store: Store) -> pb.Stats:
         warnings=store.warnings,
         policy=store.config.policy,
         peers=[_peer_stats(peer) for peer in store.peers],
+        adoptions=store.arena.trailer.adoptions,
         fetches_waiting=sum(session.fetches_in_flight for session in store.sessions.values()),
         queued_reads=store.loader.num_urgent,
         queued_hints=store.loader.num_hinted,
@@ -76,6 +77,9 @@ def _model_stats(model: HostedModel) -> pb.ModelStats:
         working_set_bytes=model.manifest.working_set_bytes,
         fetches=counters.fetch_seconds.count,
         fetch_seconds=counters.fetch_seconds.sum_seconds,
+        adopted_records=counters.adopted_records,
+        adopted_bytes=counters.adopted_bytes,
+        dropped_records=counters.dropped_records,
     )
 
 

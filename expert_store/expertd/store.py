@@ -5,12 +5,17 @@ import itertools
 import secrets
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
+from expertd.adoption import adopt_records
 from expertd.arena import Arena
 from expertd.config import ServeConfig, check_model_name
+from expertd.description import Description, Origin, new_directory
 from expertd.errors import (
     CapacityError,
+    ExpertdError,
     IncarnationError,
     NotFoundError,
     PackError,
@@ -20,6 +25,7 @@ from expertd.errors import (
 from expertd.handshake import Role
 from expertd.histogram import Histogram
 from expertd.hosted_model import HostedModel, ModelState
+from expertd.inheritance import FdStore, Inheritance
 from expertd.loader import Loader, RecordFile
 from expertd.log import log
 from expertd.pack.files import check_path
@@ -30,15 +36,26 @@ from expertd.records import Records
 from expertd.session import Connection, Session
 from expertd.sizes import format_bytes
 from expertd.slots import Slots
+from expertd.systemd import Manager
 
 _DRAIN_POLL_SECONDS = 0.002
+ResultT = TypeVar("ResultT")
 
 
 class Store:
     """Made inside the running event loop that it is to live on."""
 
-    def __init__(self, config: ServeConfig, arena: Arena) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        arena: Arena,
+        fd_store: FdStore | None = None,
+        inheritance: Inheritance | None = None,
+    ) -> None:
         self.config, self.arena = config, arena
+        self._fd_store = fd_store or FdStore(Manager())
+        self._inheritance = inheritance or Inheritance(None, {})
+        self._stored_as: dict[str, str] = {}
         self.incarnation = secrets.token_hex(8)
         self.started_at = time.monotonic()
         self.started_time = time.time()
@@ -56,7 +73,7 @@ class Store:
         self.loader = Loader(config.loader_threads)
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
-        self._unloads: set[asyncio.Task[int]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.stopping = asyncio.Event()
         self.slots = Slots(
             arena.num_bytes,
@@ -80,22 +97,70 @@ class Store:
             raise NotFoundError(f"no model named {name!r} is loaded; loaded are: {held}.")
         return self.models[name]
 
-    async def load_model(self, name: str, path: Path) -> HostedModel:
+    async def load_model(self, name: str, path: Path, origin: Origin = Origin.ADMIN) -> HostedModel:
         """Opens the pack in ``path`` (absolute) under ``name``; records come when they are used.
 
+        Those that an earlier daemon left of the same pack are there already.
         Raises :class:`PackError`, :class:`CapacityError` if the budget is below the sum of
         the models' working sets, :class:`PreconditionError` if the name is taken.
         """
         check_model_name(name)
         check_path(path)
+        # To its end, even if the caller goes away: a model half loaded would be inherited.
+        return await self._finish(self._load(name, path, origin))
+
+    async def load_inherited(self) -> None:
+        """Brings back what an administrator had loaded, and gives up what else was left."""
+        inheritance = self._inheritance
+        for left in inheritance.of_admins():
+            try:
+                await self.load_model(left.name, Path(left.pack), left.origin)
+            except ExpertdError as error:
+                await inheritance.give_up(self._fd_store, left.name, error)
+        for name in list(inheritance.models):
+            await inheritance.give_up(self._fd_store, name, "no setting names it any more")
+
+    async def _load(self, name: str, path: Path, origin: Origin) -> HostedModel:
         async with self._admission:
             if name in self.models:
                 raise PreconditionError(f"a model named {name!r} is loaded already.")
             pack = await asyncio.to_thread(read_manifest, path)
             self._check_admission(name, pack)
             files = await asyncio.to_thread(self._open_files, path, pack)
-            model = self.models[name] = HostedModel(name, path, pack, files, self.config.policy)
+            model = await self._inherit(name, path, pack, files)
+            if model is None:
+                model = await self._begin(name, path, pack, files, origin)
+            self.models[name] = model
         log("model loaded", model=name, path=str(path), experts=model.num_entries)
+        return model
+
+    async def _begin(
+        self, name: str, path: Path, pack: Fingerprinted, files: list[RecordFile], origin: Origin
+    ) -> HostedModel:
+        """The model without any record, its directory in the fd store."""
+        description = Description(
+            name=name,
+            pack=str(path),
+            fingerprint=pack.fingerprint,
+            arena=self.arena.trailer.id,
+            origin=origin,
+        )
+        memory = new_directory(pack.manifest.num_experts, description)
+        if self._fd_store.is_full:
+            self._warn(f"{name!r} does not outlive a restart: raise FileDescriptorStoreMax.")
+        self._stored_as[name] = await self._fd_store.put_directory(memory)
+        return HostedModel(name, path, pack, files, memory, self.config.policy)
+
+    async def _inherit(
+        self, name: str, path: Path, pack: Fingerprinted, files: list[RecordFile]
+    ) -> HostedModel | None:
+        """The model as an earlier daemon left it, its records verified; None if it left none."""
+        found = await self._inheritance.claim(self._fd_store, name, path, pack)
+        if found is None:
+            return None
+        model = HostedModel(name, path, pack, files, found.memory, self.config.policy)
+        await adopt_records(model, self.arena, self.slots.extents)
+        self._stored_as[name] = found.stored_as
         return model
 
     async def unload_model(self, name: str) -> int:
@@ -108,10 +173,7 @@ class Store:
             raise PreconditionError(f"model {name!r} is being unloaded already.")
         model.state = ModelState.UNLOADING
         # To its end, even if the caller goes away: a model half dropped serves nobody.
-        task = asyncio.create_task(self._unload(model))
-        self._unloads.add(task)
-        task.add_done_callback(self._unloads.discard)
-        return await asyncio.shield(task)
+        return await self._finish(self._unload(model))
 
     # Sessions
 
@@ -166,7 +228,7 @@ class Store:
 
     async def close(self) -> None:
         """Ends all sessions, waits for reads in flight, gives the models back."""
-        for task in self._unloads:
+        for task in self._tasks:
             task.cancel()
         await self.records.close()
         await self.slots.close()
@@ -199,10 +261,19 @@ class Store:
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
         for session in self._sessions_of(model):
             self.detach(session)
+        # Only now: while a session may read, a next daemon must know of what.
+        await self._fd_store.remove(self._stored_as.pop(model.name))
         del self.models[model.name]
         model.close(self.slots.free)
         log("model unloaded", model=model.name)
         return released
+
+    async def _finish(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Does it in a task of its own, which goes on if the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     def _cut_off(self, session: Session) -> None:
         """Ends a session that stands still while others wait."""

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.directory import Directory, directory_bytes, pack_word
 from expertd.greeting import Greeting
 from expertd.handshake import Welcome
@@ -19,17 +20,21 @@ ARENA_PAGES = 64
 
 @dataclass
 class SharedMemory:
-    """``arena`` and ``directory`` as the daemon writes them, ``page`` as it reads it."""
+    """``arena`` and ``directory`` as the daemon writes them, ``page`` as it reads it.
+
+    ``trailer`` is the arena's; a session begun now is of its adoption.
+    """
 
     arena: mmap.mmap
     directory: Directory
     page: SessionPage
+    trailer: ArenaTrailer
     descriptors: list[int]
     sizes: dict[str, int]
 
     def mapping(self) -> Mapping:
         """A worker's mapping of it."""
-        return Mapping.map(self.descriptors, **self.sizes)
+        return Mapping.map(self.descriptors, adoption=self.trailer.adoptions, **self.sizes)
 
     def greeting(self) -> tuple[Greeting, socket.socket]:
         """A greeting as after a handshake, and the daemon's end of its connection."""
@@ -58,11 +63,13 @@ def shared_memory(num_entries: int = 16) -> Iterator[SharedMemory]:
     descriptors, maps = [], []
     for name, size in sizes.items():
         descriptor = os.memfd_create(name)
+        size += TRAILER_BYTES if name == "arena_bytes" else 0
         os.ftruncate(descriptor, size)
         descriptors.append(descriptor)
         maps.append(mmap.mmap(descriptor, size))
     directory = Directory.format(memoryview(maps[1]).cast("Q"), num_entries)
     page = SessionPage.format(memoryview(maps[2]), directory.epoch)
-    yield SharedMemory(maps[0], directory, page, descriptors, sizes)
+    trailer = ArenaTrailer.format(memoryview(maps[0])[-TRAILER_BYTES:].cast("Q"))
+    yield SharedMemory(maps[0], directory, page, trailer, descriptors, sizes)
     for descriptor in descriptors:
         os.close(descriptor)

@@ -82,6 +82,9 @@ def test_stats_keep_the_contract(store: Client) -> None:
         "nvme_bytes_read",
         "evictions",
         "records_lost",
+        "adopted_records",
+        "adopted_bytes",
+        "dropped_records",
         "prefetch",
     }
     assert set(model["prefetch"]) == {"issued", "useful", "late", "wasted"}

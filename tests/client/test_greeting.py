@@ -11,7 +11,7 @@ import pytest
 
 from expertd import errors
 from expertd.greeting import Greeting, handshake
-from expertd.handshake import ATTACH_SOCKET, Hello, Refusal, Role, Welcome
+from expertd.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Role, Welcome
 from tests.client.observing import num_open_files
 
 Answer = Callable[[socket.socket], None]
@@ -51,7 +51,7 @@ def greet(
         assert num_open_files() == before
         raise
     thread.join()
-    assert hellos == [Hello(protocol=1, role=role, model="m")]
+    assert hellos == [Hello(protocol=PROTOCOL_VERSION, role=role, model="m")]
     return greeting
 
 

@@ -167,7 +167,7 @@ def test_a_file_shorter_than_said_is_refused(shared: SharedMemory, which: int) -
     descriptors = list(shared.descriptors)
     descriptors[which] = short
     with pytest.raises(ValueError, match="smaller"):
-        Mapping.map(descriptors, **shared.sizes)
+        Mapping.map(descriptors, adoption=0, **shared.sizes)
     os.close(short)
 
 

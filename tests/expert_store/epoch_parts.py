@@ -49,6 +49,12 @@ class Rules:
     """Its new word is stored before the epoch is advanced."""
     retire_moved: bool = True
     """Its old bytes wait for the epoch like an evicted record's."""
+    announce_first: bool = True
+    """A daemon that took over stores its number before it reuses a byte."""
+    check_number: bool = True
+    """Workers look at that number before they use what they have read."""
+    count_all: bool = True
+    """Every adoption has a number of its own, also one that reused nothing."""
 
 
 class At(Enum):
@@ -102,17 +108,19 @@ class Worker:
     fetches: int = 0
     nudged: Nudged = Nudged.SLEEP
     nudge_epoch: int = 0
+    number: int = 0
+    """Which daemon it is attached to."""
 
     def state(self) -> tuple[Any, ...]:
         return (
             self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
-            self.epoch, self.fetches, self.nudged, self.nudge_epoch,
+            self.epoch, self.fetches, self.nudged, self.nudge_epoch, self.number,
         )  # fmt: skip
 
     def restore(self, state: tuple[Any, ...]) -> None:
         (
             self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
-            self.epoch, self.fetches, self.nudged, self.nudge_epoch,
+            self.epoch, self.fetches, self.nudged, self.nudge_epoch, self.number,
         ) = state  # fmt: skip
 
 
@@ -144,9 +152,16 @@ class Desk:
     num_moves: int = 0
     cutting: int | None = None
     num_cuts: int = 0
+    num_deaths: int = 0
+    number: int = 0
+    """Of this daemon."""
+    has_loaded: bool = False
+    announced: bool = True
+    """Whether all sessions of earlier daemons, if there were any, are told of reuse."""
 
     def state(self) -> tuple[Any, ...]:
         return (
             self.live, self.queue, self.leases, self.resident, self.loading, self.evicting,
             self.seen, self.moving, self.num_moves, self.cutting, self.num_cuts,
+            self.num_deaths, self.number, self.has_loaded, self.announced,
         )  # fmt: skip

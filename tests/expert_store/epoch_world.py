@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.directory import ABSENT, PAGE_BYTES, Directory, directory_bytes, pack_word, unpack_word
 from expertd.extents import Extent, Extents
 from expertd.reclaim import Reclaimer
@@ -43,6 +44,8 @@ class World:
     rules: Rules = field(default_factory=Rules)
     max_cuts: int = 0
     max_moves: int = 0
+    max_deaths: int = 0
+    """So often may the daemon be killed, anywhere; the next one takes over what it left."""
 
     def __post_init__(self) -> None:
         self._words = memoryview(bytearray(directory_bytes(self.num_entries))).cast("Q")
@@ -52,6 +55,8 @@ class World:
             SessionPage.format(memoryview(buffer), self.directory.epoch) for buffer in buffers
         ]
         self._page_words = [memoryview(buffer)[:PAGE_BYTES].cast("Q") for buffer in buffers]
+        self._trailer_words = memoryview(bytearray(TRAILER_BYTES)).cast("Q")
+        self.trailer = ArenaTrailer.format(self._trailer_words)
         self.extents = Extents(self.num_slots * PAGE_BYTES)
         self.reclaimer = Reclaimer()
         self.contents: list[int | None] = [None] * self.num_slots
@@ -70,11 +75,13 @@ class World:
             tuple([(page.epoch, page.released_fetch, page.revoked) for page in self.pages]),
             tuple(self.reclaimer._retired),
             tuple(self.extents._free),
+            (self.trailer.adoptions, self.trailer.reused_by),
         )
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Goes back to a state."""
-        workers, desk, contents, words, pages, retired, free = state
+        workers, desk, contents, words, pages, retired, free, trailer = state
+        self._trailer_words[3], self._trailer_words[4] = trailer
         for worker, values in zip(self.workers, workers, strict=True):
             worker.restore(values)
         self.desk = Desk(*desk)
@@ -94,7 +101,8 @@ class World:
     @property
     def is_finished(self) -> bool:
         """Whether every worker has done all its steps, or has been cut off."""
-        return all(worker.at in (At.DONE, At.LOST) for worker in self.workers)
+        ends = (At.DONE,) if self.max_deaths else (At.DONE, At.LOST)
+        return all(worker.at in ends for worker in self.workers)
 
     # What may happen
 
@@ -121,10 +129,12 @@ class World:
         return possible + self._daemon_actions()
 
     def _may_work(self, number: int, worker: Worker) -> bool:
-        if worker.at in (At.DONE, At.LOST):
+        if worker.at is At.LOST:
+            return bool(self.max_deaths)  # then it attaches again
+        if worker.at is At.DONE:
             return False
         if worker.at is At.WAIT:
-            return self.pages[number].revoked
+            return self.pages[number].revoked or number not in self.desk.live
         if worker.at in (At.HOLD, At.LOAD_EPOCH, At.STOP) and self.rules.nudge is Nudge.LOCKED:
             return worker.nudged is Nudged.SLEEP  # else the mutex is taken
         return True
@@ -141,6 +151,8 @@ class World:
     def _daemon_actions(self) -> list[Action]:
         desk = self.desk
         possible: list[Action] = []
+        if desk.num_deaths < self.max_deaths:
+            possible.append(("die",))
         possible += [
             ("end_lease", lease)
             for lease in desk.leases
@@ -161,10 +173,14 @@ class World:
         if desk.moving is not None:
             return [*possible, ("finish_move",)]
         if desk.num_moves < self.max_moves and self.extents.bytes_free:
+            if not desk.announced and self.rules.announce_first:
+                return [*possible, ("announce",)]
             # Leased ones too: what is promised is that they are there, not where.
             possible += [
                 ("move", entry) for entry, at in enumerate(desk.resident) if at is not None
             ]
+        if not desk.announced and not self.rules.announce_first and desk.has_loaded:
+            return [*possible, ("announce",)]
         if not desk.queue:
             return possible
         head = desk.queue[0]
@@ -172,6 +188,8 @@ class World:
         if not absent:
             return [*possible, ("grant",)]
         if self.extents.bytes_free:
+            if not desk.announced and self.rules.announce_first:
+                return [*possible, ("announce",)]
             return [*possible, ("load", absent[0])]
         if not self.reclaimer.bytes_retired:
             possible += [("evict", victim) for victim in self._evictable(head)]
@@ -257,7 +275,8 @@ class World:
         worker.at = At.FETCH if worker.missed else At.CHECK
 
     def _check(self, number: int, worker: Worker, page: SessionPage) -> None:
-        if page.revoked:
+        reused = self.trailer.reused_by > worker.number and self.rules.check_number
+        if page.revoked or reused:
             worker.at = At.LOST
             return
         if worker.tainted:
@@ -276,6 +295,13 @@ class World:
 
     def _wait(self, number: int, worker: Worker, page: SessionPage) -> None:
         worker.at = At.LOST
+
+    def _lost(self, number: int, worker: Worker, page: SessionPage) -> None:
+        """Attaches to the daemon that is there, with a new page, and repeats its step."""
+        page.epoch, page.released_fetch = self.directory.epoch, 0
+        self._page_words[number][6] = 0
+        self.workers[number] = Worker(worker.steps, step=worker.step, number=self.desk.number)
+        self.desk.live |= {number}
 
     def nudge(self, number: int) -> None:
         """The next load or store of the worker's small thread."""
@@ -327,6 +353,7 @@ class World:
         extent = self.extents.allocate(PAGE_BYTES)
         assert extent is not None
         self.desk.num_moves += 1
+        self.desk.has_loaded = True
         self.desk.moving = (entry, extent.offset, 0)
         if self.rules.copy_first:
             self.contents[extent.offset // PAGE_BYTES] = entry
@@ -366,6 +393,7 @@ class World:
         """D4: a slot's bytes are overwritten with another record."""
         extent = self.extents.allocate(PAGE_BYTES)
         assert extent is not None
+        self.desk.has_loaded = True
         self.contents[extent.offset // PAGE_BYTES] = entry
         self.desk.loading = (entry, extent.offset)
 
@@ -406,6 +434,37 @@ class World:
             self._forget(number)
         else:
             self.pages[number].revoke()
+
+    def die(self) -> None:
+        """The daemon is killed, wherever it stands, and the next takes over what is shared.
+
+        One step, since nothing that workers can see is changed by either.
+        """
+        places = [unpack_word(self.directory.word(entry)) for entry in range(self.num_entries)]
+        self.trailer.adopt()
+        number = self.trailer.adoptions if self.rules.count_all else self.trailer.reused_by + 1
+        self.desk = Desk(
+            frozenset(),
+            resident=tuple([None if place is None else place.offset for place in places]),
+            num_cuts=self.desk.num_cuts,
+            num_moves=self.desk.num_moves,
+            num_deaths=self.desk.num_deaths + 1,
+            number=number,
+            announced=False,
+        )
+        self.reclaimer = Reclaimer()
+        self.extents = Extents(self.num_slots * PAGE_BYTES)
+        for place in places:
+            if place is not None:
+                self.extents.take(Extent(place.offset, PAGE_BYTES))
+
+    def announce(self) -> None:
+        """Before the first byte is reused: sessions of earlier daemons are void."""
+        self.desk.announced = True
+        if self.rules.count_all:
+            self.trailer.begin_reuse()
+        else:
+            self._trailer_words[4] = self.desk.number
 
     def _forget(self, number: int) -> None:
         desk = self.desk

@@ -11,6 +11,7 @@ import pytest
 
 from expertd.arena import Arena, check_memory
 from expertd.errors import ConfigError
+from expertd.extents import Extent
 from expertd.host_memory import memory_available
 
 MIB = 1 << 20
@@ -28,7 +29,8 @@ print(arena.locked_bytes, *arena.warnings, sep="\\n")
 def test_it_is_writable_here_and_read_only_for_others() -> None:
     arena = Arena(MIB + 100, lock=False)
     assert arena.num_bytes == MIB == len(arena.view)
-    arena.view[-4:] = b"last"
+    assert arena.view.readonly
+    arena.writable(Extent(MIB - 4096, 4096))[-4:] = b"last"
     descriptor = arena.memory.open_read_only()
     assert os.fstat(descriptor).st_mode & 0o777 == 0o400
     with pytest.raises(PermissionError):

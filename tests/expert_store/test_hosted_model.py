@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from expertd.description import Description, Origin, new_directory
 from expertd.directory import unpack_word
 from expertd.errors import NotFoundError
 from expertd.extents import Extent, Extents
@@ -21,7 +22,11 @@ RECORD = 2 * PAGE
 
 def host(path: Path, pack: Fingerprinted) -> HostedModel:
     files = [RecordFile(path / file.name, direct=False) for file in pack.manifest.files]
-    return HostedModel("m", path, pack, files)
+    description = Description(
+        name="m", pack=str(path), fingerprint=pack.fingerprint, arena=1, origin=Origin.CONFIG
+    )
+    memory = new_directory(pack.manifest.num_experts, description)
+    return HostedModel("m", path, pack, files, memory)
 
 
 @pytest.fixture

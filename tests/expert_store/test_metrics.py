@@ -137,7 +137,7 @@ async def test_pins_losses_and_cut_offs(store: Store) -> None:
     assert value(now, "expertd_cut_offs_total") == 1
     extent = workers[0].model.extent(3)
     assert extent is not None
-    store.arena.view[extent.offset] ^= 1
+    store.arena.memory.view[extent.offset] ^= 1
     await store.records.read(workers[0].model, 3)
     assert value(text(store), "expertd_records_damaged_total", model="m") == 1
 

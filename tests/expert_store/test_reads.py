@@ -26,7 +26,7 @@ def damage(store: Store, worker: Worker, entry: int) -> None:
     """One bit of the record in the arena."""
     extent = worker.model.extent(entry)
     assert extent is not None
-    store.arena.view[extent.offset + 77] ^= 4
+    store.arena.memory.view[extent.offset + 77] ^= 4
 
 
 async def test_a_record_damaged_in_ram_is_read_from_the_pack_and_withdrawn(store: Store) -> None:

@@ -33,12 +33,18 @@ CROWD = World((((0,),), ((0,),), ((1,),)), num_entries=2, num_slots=1)
 CUTTING = World((((0,), (1,)), ((1,),)), num_entries=2, num_slots=1, max_cuts=1)
 # A record may move at any moment, leased or not, and another is read to where it was.
 MOVING = World((((0,), (1,)), ((1,), (0,))), num_entries=2, num_slots=2, max_moves=1)
+# The daemon is killed once, wherever it stands, and the next takes its arena over.
+KILLING = World((((0,), (1,)), ((1,),)), num_entries=2, num_slots=1, max_deaths=1)
+# It is killed twice, and workers may sleep through both.
+TWICE = World((((0,), (1,)), ((1,),)), num_entries=2, num_slots=1, max_deaths=2)
 WORLDS = {
     "contrary": CONTRARY,
     "pairs": PAIRS,
     "crowd": CROWD,
     "cutting": CUTTING,
     "moving": MOVING,
+    "killing": KILLING,
+    "twice": TWICE,
 }
 
 MAX_STATES = 300_000
@@ -121,6 +127,9 @@ def test_every_interleaving_is_safe_and_finishes(name: str) -> None:
         pytest.param(MOVING, {"show_first": False}, id="epoch advanced before the new word"),
         pytest.param(MOVING, {"retire_moved": False}, id="moved away and reused at once"),
         pytest.param(MOVING, {"check_epochs": False}, id="moved away without the epoch check"),
+        pytest.param(KILLING, {"announce_first": False}, id="bytes reused before that is told"),
+        pytest.param(KILLING, {"check_number": False}, id="a look at who reused bytes"),
+        pytest.param(TWICE, {"count_all": False}, id="a number for each adoption"),
     ],
 )
 def test_a_reader_sees_reused_bytes_without(world: World, broken: dict[str, Any]) -> None:
@@ -172,14 +181,18 @@ class EpochMachine(RuleBasedStateMachine):
         ),
         num_slots=st.integers(1, 3),
         max_cuts=st.integers(0, 1),
+        max_deaths=st.integers(0, 2),
     )
-    def begin(self, scripts: list[list[set[int]]], num_slots: int, max_cuts: int) -> None:
+    def begin(
+        self, scripts: list[list[set[int]]], num_slots: int, max_cuts: int, max_deaths: int
+    ) -> None:
         self.world = World(
             tuple(tuple(tuple(sorted(step)) for step in steps) for steps in scripts),
             num_entries=3,
             num_slots=num_slots,
             rules=self.rules_of_protocol,
             max_cuts=max_cuts,
+            max_deaths=max_deaths,
         )
 
     @rule(turns=st.lists(st.tuples(WHO, st.integers(1, 16)), min_size=10, max_size=40))
@@ -227,6 +240,7 @@ class EpochMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         self.world.max_cuts = 0
+        self.world.desk.num_deaths = self.world.max_deaths
         for turn in range(10_000):
             actions = self.world.actions()
             if not actions:

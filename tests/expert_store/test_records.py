@@ -429,7 +429,7 @@ class TestReads:
         await worker.fetch(0)
         extent = worker.model.extent(0)
         assert extent is not None
-        store.arena.view[extent.offset] ^= 1
+        store.arena.memory.view[extent.offset] ^= 1
         assert await store.records.read(worker.model, 0) == bytes_of(0)
 
     async def test_damage_on_disk_is_told(self, store: Store) -> None:

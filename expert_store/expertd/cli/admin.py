@@ -169,6 +169,8 @@ _MODEL_LINES = (
     "NVMe read",
     "evictions",
     "records lost",
+    "adopted",
+    "dropped",
     "prefetch issued",
     "prefetch useful",
     "prefetch late",
@@ -186,6 +188,8 @@ def _model_column(model: dict[str, Any]) -> list[object]:
         format_bytes(model["nvme_bytes_read"]),
         model["evictions"],
         model["records_lost"],
+        model["adopted_records"],
+        model["dropped_records"],
         *(prefetch[key] for key in ("issued", "useful", "late", "wasted")),
     ]
 

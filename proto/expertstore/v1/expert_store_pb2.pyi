@@ -942,6 +942,7 @@ class Stats(_message.Message):
     QUEUED_READS_FIELD_NUMBER: _builtins.int
     QUEUED_HINTS_FIELD_NUMBER: _builtins.int
     CUT_OFFS_FIELD_NUMBER: _builtins.int
+    ADOPTIONS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
@@ -953,6 +954,8 @@ class Stats(_message.Message):
     queued_hints: _builtins.int
     cut_offs: _builtins.int
     """Sessions ended because they stood still while others waited."""
+    adoptions: _builtins.int
+    """How many daemons have taken the arena over from the one before, this one included."""
     policy: _builtins.str
     """What stays in RAM when not all does: the name of the policy that decides."""
     @_builtins.property
@@ -982,12 +985,13 @@ class Stats(_message.Message):
         queued_reads: _builtins.int = ...,
         queued_hints: _builtins.int = ...,
         cut_offs: _builtins.int = ...,
+        adoptions: _builtins.int = ...,
         policy: _builtins.str = ...,
         peers: _abc.Iterable[Global___PeerStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "cut_offs", b"cut_offs", "fetches_waiting", b"fetches_waiting", "incarnation", b"incarnation", "models", b"models", "peers", b"peers", "policy", b"policy", "queued_hints", b"queued_hints", "queued_reads", b"queued_reads", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoptions", b"adoptions", "arena", b"arena", "cut_offs", b"cut_offs", "fetches_waiting", b"fetches_waiting", "incarnation", b"incarnation", "models", b"models", "peers", b"peers", "policy", b"policy", "queued_hints", b"queued_hints", "queued_reads", b"queued_reads", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1046,6 +1050,9 @@ class ModelStats(_message.Message):
     WORKING_SET_BYTES_FIELD_NUMBER: _builtins.int
     FETCHES_FIELD_NUMBER: _builtins.int
     FETCH_SECONDS_FIELD_NUMBER: _builtins.int
+    ADOPTED_RECORDS_FIELD_NUMBER: _builtins.int
+    ADOPTED_BYTES_FIELD_NUMBER: _builtins.int
+    DROPPED_RECORDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     num_experts: _builtins.int
     num_resident: _builtins.int
@@ -1065,6 +1072,11 @@ class ModelStats(_message.Message):
     fetches: _builtins.int
     """Fetches granted, and how long they took together, from request to grant."""
     fetch_seconds: _builtins.float
+    adopted_records: _builtins.int
+    """Records that the daemon before this one left in RAM, verified and taken over."""
+    adopted_bytes: _builtins.int
+    dropped_records: _builtins.int
+    """Those that it left but that failed verification; they are read again when needed."""
     @_builtins.property
     def prefetch(self) -> Global___PrefetchStats: ...
     def __init__(
@@ -1085,10 +1097,13 @@ class ModelStats(_message.Message):
         working_set_bytes: _builtins.int = ...,
         fetches: _builtins.int = ...,
         fetch_seconds: _builtins.float = ...,
+        adopted_records: _builtins.int = ...,
+        adopted_bytes: _builtins.int = ...,
+        dropped_records: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefetch", b"prefetch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "name", b"name", "num_experts", b"num_experts", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "name", b"name", "num_experts", b"num_experts", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,49 @@
+"""The arena in this process's memory, which more than one session may use in turn."""
+
+import ctypes
+import mmap
+import os
+
+from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
+
+_PY_BUFFER_BYTES = 128  # More than a Py_buffer has; its first member is the address.
+
+
+class ArenaMapping:
+    """The arena, mapped read-only; outlives a session if the next one's arena is the same.
+
+    Its address then stays too, and with it whatever was registered or derived from it.
+    """
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        """Raises ValueError if it is not an arena with ``num_bytes`` of records."""
+        self.identity = _identity(descriptor)
+        mapped = mmap.mmap(descriptor, num_bytes + TRAILER_BYTES, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_DONTDUMP)  # a crash must not write the host's copy to disk
+        self.address = address_of(mapped)
+        everything = memoryview(mapped)
+        self.records = everything[:num_bytes]
+        self.trailer = ArenaTrailer(everything[num_bytes:].cast("Q"))
+
+    def is_of(self, descriptor: int, num_bytes: int) -> bool:
+        """Whether it maps that very file, and as much of it."""
+        return _identity(descriptor) == self.identity and len(self.records) == num_bytes
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def address_of(mapped: mmap.mmap) -> int:
+    """Where ``mapped`` lies in this process.
+
+    ctypes' own from_buffer wants a writable buffer, so this asks the interpreter.
+    """
+    buffer = (ctypes.c_void_p * (_PY_BUFFER_BYTES // 8))()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapped), ctypes.byref(buffer), 0)
+    address = buffer[0]
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+    if address is None:
+        raise ValueError("an empty mapping has no address")
+    return address
