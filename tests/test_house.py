@@ -52,6 +52,29 @@ def test_the_commented_settings_are_the_defaults(tmp_path: Path) -> None:
             assert getattr(shipped, name) == getattr(spelled_out, name), name
 
 
+def test_the_log_s_events_are_documented_as_they_are() -> None:
+    levels = {"log": "info", "log_warning": "warning", "log_error": "error"}
+    written: dict[str, tuple[str, set[str]]] = {
+        "unexpected failure": ("error", {"doing", "traceback"})  # log_failure
+    }
+    for file in PACKAGES["expertd"].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                level = levels.get(node.func.id)
+                if level and node.args and isinstance(node.args[0], ast.Constant):
+                    event = node.args[0].value
+                    fields = {keyword.arg or "**" for keyword in node.keywords}
+                    fields |= written.get(event, ("", set()))[1]
+                    assert written.get(event, (level,))[0] == level, event
+                    written[event] = (level, fields)
+    table = re.findall(
+        r"(?m)^\| `([^`]+)` \| (info|warning|error) \| ([^|]*) \|",
+        (ROOT / "docs/operating.md").read_text(),
+    )
+    documented = {row[0]: (row[1], set(re.findall(r"`(\w+)`", row[2]))) for row in table}
+    assert written == documented
+
+
 def imports_of(file: Path) -> set[str]:
     """Top-level names that a file imports, wherever in it."""
     names: set[str] = set()

@@ -24,7 +24,7 @@ from expertd.handshake import (
     Role,
     Welcome,
 )
-from expertd.log import log
+from expertd.log import log, log_warning
 from expertd.session import Session
 from expertd.session_page import session_page_bytes
 from expertd.status import to_refusal
@@ -94,7 +94,7 @@ class AttachConnection:
             self._welcome(self.session)
         except Exception as error:
             # Expected or not: nobody may be left waiting, nor half attached.
-            log("attach refused", pid=self.pid, uid=self.uid, cause=error)
+            log_warning("attach refused", pid=self.pid, uid=self.uid, cause=error)
             refusal = to_refusal(error)
             self._server.store.refusals["attach", refusal.code] += 1
             with suppress(OSError):
@@ -125,7 +125,7 @@ class AttachConnection:
                 socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
             )
         except OSError as error:
-            log("attach failed", pid=self.pid, cause=error)
+            log_warning("attach failed", pid=self.pid, cause=error)
             store.detach(session)
             return
         finally:
@@ -238,7 +238,7 @@ class AttachServer:
         except BlockingIOError:
             return
         except OSError as error:  # no descriptor left: the listener stays readable, so pause
-            log("cannot accept", cause=error)
+            log_warning("cannot accept", cause=error)
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
             loop.call_later(_ACCEPT_PAUSE_SECONDS, self._listen)

@@ -3,7 +3,7 @@
 import grpc
 
 from expertd.errors import ConfigError
-from expertd.log import log
+from expertd.log import log, log_warning
 from expertd.tcp_config import TcpConfig
 from expertd.tls_files import read_identity
 
@@ -42,7 +42,7 @@ class Certificates:
         try:
             self._current = self._read()
         except ConfigError as error:
-            log("certificates not renewed", cause=error)
+            log_warning("certificates not renewed", cause=error)
             return None
         log("certificates renewed", certificate=str(self._paths[0]))
         return self._current

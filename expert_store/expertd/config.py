@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertd.errors import ConfigError
+from expertd.log import LogFormat
 from expertd.loopback import LoopbackAddress, parse_loopback
 from expertd.policy_names import DEFAULT_POLICY, PolicyName
 from expertd.sizes import parse_bytes
@@ -52,6 +53,8 @@ class ServeConfig:
     """Attached at once."""
     policy: PolicyName = DEFAULT_POLICY
     """What stays in RAM when not all does."""
+    log_format: LogFormat = LogFormat.TEXT
+    """How events are written to stderr."""
     metrics: LoopbackAddress | None = None
     """Where Prometheus may scrape; None: nowhere."""
     read_buffer_bytes: int = 256 << 20
@@ -158,6 +161,10 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
         if value not in list(PolicyName):
             raise ValueError(f"the policies are {', '.join(PolicyName)}")
         return PolicyName(value)
+    if name == "log_format":
+        if value not in list(LogFormat):
+            raise ValueError(f"the formats are {', '.join(LogFormat)}")
+        return LogFormat(value)
     if name == "socket_mode":
         return int(_typed(value, str), 8)
     if name == "socket":

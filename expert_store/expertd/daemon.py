@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import resource
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -21,7 +20,7 @@ from expertd.description import Origin
 from expertd.handshake import rpc_target
 from expertd.inheritance import FdStore, take_inheritance
 from expertd.interceptor import ErrorInterceptor
-from expertd.log import log, log_failure, open_log
+from expertd.log import log, log_failure, log_warning, open_log
 from expertd.metrics import StoreMetrics
 from expertd.metrics_server import Exposition, MetricsServer
 from expertd.rundir import RunDirectory
@@ -42,7 +41,7 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
 
 def serve(config: ServeConfig) -> None:
     """Runs a daemon until SIGTERM or SIGINT. Raises ``ConfigError`` and its siblings."""
-    open_log()
+    open_log(config.log_format)
     _raise_descriptor_limit()
     manager = Manager.take()
     try:
@@ -59,6 +58,9 @@ async def _serve(config: ServeConfig, manager: Manager) -> None:
     async with _running(config, manager) as (store, metrics):
         print(_banner(store, metrics), flush=True)  # noqa: T201 - what the starter waits for
         await manager.ready()
+        for warning in store.arena.warnings:  # not earlier: who refuses to start says one thing
+            log_warning("degraded", text=warning)
+        log("serving", version=__version__, incarnation=store.incarnation)
         await stop.wait()
         log("stopping", sessions=len(store.sessions))
         await manager.stopping()
@@ -185,8 +187,6 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 
 def _banner(store: Store, metrics: MetricsServer | None) -> str:
-    for warning in store.warnings:
-        print(f"expertd: warning: {warning}", file=sys.stderr)  # noqa: T201
     held = ", ".join(
         f"{model.name} ({model.num_entries} experts, "
         f"{format_bytes(model.manifest.expert_bytes)}, {model.path})"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from expertd.errors import CapacityError, PermissionDeniedError
-from expertd.log import log
+from expertd.log import log_warning
 from expertd.tcp_config import TcpConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Peers:
         shown = ", ".join(names)[:_MAX_SHOWN_BYTES] or "no name"
         if shown not in self._logged and len(self._logged) < _MAX_LOGGED:
             self._logged.add(shown)
-            log("peer refused", names=shown, address=context.peer())
+            log_warning("peer refused", names=shown, address=context.peer())
         raise PermissionDeniedError(
             f"a certificate for {shown} is not on this expertd's list; add the name to "
             "tcp.allowed_names."

@@ -23,7 +23,7 @@ from expertd.errors import (
 from expertd.extents import Extent
 from expertd.hosted_model import HostedModel, Load, ModelState
 from expertd.loader import Loader, ReadJob, read_verified
-from expertd.log import log
+from expertd.log import log_error
 from expertd.prefetcher import Prefetcher
 from expertd.session import Session
 from expertd.slots import Record, Slots
@@ -140,7 +140,8 @@ class Records:
                 if data is not None:
                     return data
                 model.counters.records_damaged += 1
-                log("record damaged in RAM", model=model.name, expert=model.expert(entry))
+                layer, expert = model.expert(entry)
+                log_error("record damaged in RAM", model=model.name, layer=layer, expert=expert)
                 if model.num_holds(entry) == 1:  # else a step counts on its being there
                     model.evict([entry])
             return await asyncio.to_thread(self._read_from_pack, model, entry)
@@ -257,7 +258,7 @@ class Records:
             self._slots.free(load.extent)
             model.counters.records_lost += 1
             layer, expert = model.expert(load.entry)
-            log("record lost", model=model.name, layer=layer, expert=expert, cause=problem)
+            log_error("record lost", model=model.name, layer=layer, expert=expert, cause=problem)
         load.done.set_result(problem)
 
     def _check_serving(self, model: HostedModel) -> None:

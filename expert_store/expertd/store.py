@@ -27,7 +27,7 @@ from expertd.histogram import Histogram
 from expertd.hosted_model import HostedModel, ModelState
 from expertd.inheritance import FdStore, Inheritance
 from expertd.loader import Loader, RecordFile
-from expertd.log import log
+from expertd.log import log, log_warning
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.peers import Peers
@@ -278,7 +278,7 @@ class Store:
     def _cut_off(self, session: Session) -> None:
         """Ends a session that stands still while others wait."""
         self.num_cut_off += 1
-        log("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
+        log_warning("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
         self.detach(session)
 
     def _sessions_of(self, model: HostedModel) -> list[Session]:
@@ -312,7 +312,7 @@ class Store:
                 size = file.path.stat().st_size
                 if size < spec.num_bytes:
                     # Records before the cut still serve; those behind it fail one by one.
-                    log("pack file truncated", file=str(file.path), bytes=size)
+                    log_warning("pack file truncated", file=str(file.path), bytes=size)
                 if self.config.direct_io and not file.direct:
                     self._warn(f"{path} is read through the page cache: no O_DIRECT there.")
         except PackError:
@@ -324,4 +324,4 @@ class Store:
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
-            log("warning", text=warning)
+            log_warning("degraded", text=warning)

@@ -14,7 +14,7 @@ from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from expertd.log import log
+from expertd.log import log_warning
 
 FIRST_DESCRIPTOR = 3
 ATTACH_NAME = "attach"
@@ -140,7 +140,7 @@ class Manager:
             async with asyncio.timeout(_DELIVERY_SECONDS):
                 await closed.wait()
         except TimeoutError:
-            log("service manager is slow", waited_seconds=_DELIVERY_SECONDS)
+            log_warning("service manager is slow", waited_seconds=_DELIVERY_SECONDS)
         finally:
             loop.remove_reader(ours)
             os.close(ours)
@@ -170,7 +170,7 @@ class Manager:
                         return
                     await asyncio.sleep(_RETRY_SECONDS)
         except (OSError, TimeoutError) as error:  # gone, or stuck
-            log("service manager not told", message=message.splitlines()[0], cause=error)
+            log_warning("service manager not told", message=message.splitlines()[0], cause=error)
 
 
 def _socket_address(address: str) -> str | None:
@@ -178,7 +178,7 @@ def _socket_address(address: str) -> str | None:
         return address
     if address.startswith("@"):
         return "\0" + address[1:]
-    log("service manager not told", cause=f"NOTIFY_SOCKET is {address!r}, no Unix socket")
+    log_warning("service manager not told", cause=f"NOTIFY_SOCKET is {address!r}, no Unix socket")
     return None
 
 
@@ -194,7 +194,7 @@ def _take_descriptors(variables: MutableMapping[str, str]) -> list[Passed]:
         try:
             os.set_inheritable(fd, False)
         except OSError as error:
-            log("passed descriptor is not there", fd=fd, cause=error)
+            log_warning("passed descriptor is not there", fd=fd, cause=error)
             continue
         passed.append(Passed(names[index] if index < len(names) else "", fd))
     return passed

@@ -8,7 +8,7 @@ is told, and the manager kills and restarts the daemon.
 import asyncio
 
 from expertd.loader import Loader
-from expertd.log import log
+from expertd.log import log_error
 from expertd.systemd import Manager
 
 FEEDS_PER_INTERVAL = 3
@@ -22,7 +22,7 @@ async def feed_watchdog(manager: Manager, loader: Loader) -> None:
     while True:
         answer = probe(loader)
         if not (await asyncio.wait([answer], timeout=pause))[0]:
-            log("loader does not answer", waited_seconds=pause)
+            log_error("loader does not answer", waited_seconds=pause)
             await answer
         await manager.alive()
         await asyncio.sleep(pause)

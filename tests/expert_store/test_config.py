@@ -6,6 +6,7 @@ import pytest
 
 from expertd.config import ServeConfig, load_config, parse_model
 from expertd.errors import ConfigError
+from expertd.log import LogFormat
 from expertd.loopback import LoopbackAddress
 
 
@@ -37,6 +38,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         drain_seconds = 0
         max_sessions = 9
         read_buffer = "64MiB"
+        log_format = "json"
         metrics = "127.0.0.1:9464"
         [models]
         tiny = "/packs/tiny"
@@ -57,6 +59,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         drain_seconds=0.0,
         max_sessions=9,
         read_buffer_bytes=64 << 20,
+        log_format=LogFormat.JSON,
         metrics=LoopbackAddress("127.0.0.1", 9464),
     )
     assert isinstance(config.stall_seconds, float)
@@ -101,6 +104,8 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("max_sessions = 0", ["max_sessions", "0"]),
         ("read_buffer = 0", ["read_buffer", "0"]),
         ('read_buffer = "much"', ["read_buffer = 'much'", "512MiB"]),
+        ('log_format = "xml"', ["log_format = 'xml'", "text, json"]),
+        ("log_format = []", ["log_format = []", "text, json"]),
         ("metrics = 9464", ["metrics = 9464", "int"]),
         ('metrics = "0.0.0.0:9464"', ["metrics = '0.0.0.0:9464'", "other hosts"]),
         ("allowed_uids = 1000", ["allowed_uids = 1000", "int"]),

@@ -1,5 +1,6 @@
 """How a daemon starts, refuses to, and stops."""
 
+import json
 import os
 import signal
 import socket
@@ -45,6 +46,21 @@ def test_says_in_one_line_what_it_serves(pack: Path) -> None:
         assert {path.stat().st_mode & 0o777 for path in daemon.socket.glob("*.sock")} == {0o660}
         assert daemon.terminate() == 0
         assert sockets(daemon.socket) == []
+
+
+def test_logs_an_object_a_line_if_told_to(pack: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('log_format = "json"\n')
+    with serving({"m": pack}, ram="1MiB", config=config) as daemon:
+        assert_serves(daemon.socket)
+        assert daemon.terminate() == 0
+        events = [json.loads(line) for line in daemon.stderr.splitlines()]
+    names = [event["event"] for event in events]
+    assert [name for name in names if name != "degraded"] == [
+        "model loaded", "serving", "attached", "stopping",
+    ]  # fmt: skip
+    loaded = events[names.index("model loaded")]
+    assert loaded["fields"] == {"model": "m", "path": str(pack), "experts": 24}
 
 
 def test_takes_over_from_a_killed_daemon(pack: Path) -> None:
