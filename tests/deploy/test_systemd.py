@@ -160,6 +160,26 @@ def test_metrics_take_the_network_that_a_drop_in_opens(machine: Machine) -> None
         machine.run("systemctl daemon-reload; systemctl restart expertd.service")
 
 
+@pytest.mark.parametrize("end", ["systemctl restart expertd.service", "kill -KILL {pid}"])
+def test_the_next_daemon_serves_warm(machine: Machine, end: str) -> None:
+    assert work(machine) == ""
+    resident = stats(machine)["models"][0]["num_resident"]
+    assert resident > 0
+    pid = machine.show("expertd", "MainPID")
+    machine.run("systemctl reset-failed expertd.service")  # its count of restarts
+    machine.run(end.format(pid=pid))
+    machine.until(
+        lambda: (
+            machine.show("expertd", "MainPID") not in ("0", pid)
+            and machine.show("expertd", "ActiveState") == "active"
+        ),
+        "the next daemon",
+    )
+    assert stats(machine)["models"][0]["num_resident"] == resident
+    assert work(machine) == ""
+    assert stats(machine)["models"][0]["nvme_bytes_read"] == 0
+
+
 def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
     drop_in = "/run/systemd/system/expertd.service.d/watchdog.conf"
     machine.run(f"install -D /dev/stdin {drop_in} <<< $'[Service]\\nWatchdogSec=1'")
