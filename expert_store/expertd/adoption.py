@@ -19,7 +19,7 @@ from expertd.arena import Arena
 from expertd.directory import ABSENT, unpack_word
 from expertd.extents import Extent, Extents
 from expertd.hosted_model import HostedModel
-from expertd.log import log
+from expertd.log import log, log_warning
 from expertd.sizes import format_bytes
 
 _BATCH_BYTES = 64 << 20
@@ -52,7 +52,7 @@ async def adopt_records(model: HostedModel, arena: Arena, extents: Extents) -> N
     model.adopt(kept, dropped)
     for entry in dropped:
         layer, expert = model.expert(entry)
-        log("record dropped", model=model.name, layer=layer, expert=expert)
+        log_warning("record dropped", model=model.name, layer=layer, expert=expert)
     num_bytes = sum(extent.num_bytes for extent in kept.values())
     log(
         "model adopted",

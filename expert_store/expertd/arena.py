@@ -15,7 +15,7 @@ from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.errors import ConfigError
 from expertd.extents import Extent
 from expertd.host_memory import memory_available
-from expertd.log import log
+from expertd.log import log, log_warning
 from expertd.memfd import SharedMemory
 from expertd.sizes import format_bytes
 
@@ -154,7 +154,7 @@ def discard_contents(memory: SharedMemory) -> None:
     length = memory.num_bytes - TRAILER_BYTES
     mode = ctypes.c_int(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE)
     if _libc.fallocate(memory.fd, mode, ctypes.c_int64(0), ctypes.c_int64(length)):
-        log("cannot give an arena back", cause=os.strerror(ctypes.get_errno()))
+        log_warning("cannot give an arena back", cause=os.strerror(ctypes.get_errno()))
 
 
 def huge_page_bytes(mapping: str) -> int:

@@ -17,7 +17,7 @@ from expertd.arena import arena_bytes, discard_contents, trailer_words
 from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.description import Description, Origin, read_description
 from expertd.directory import DirectoryView
-from expertd.log import log
+from expertd.log import log_warning
 from expertd.memfd import SharedMemory
 from expertd.pack.manifest import Fingerprinted
 from expertd.sizes import format_bytes
@@ -113,7 +113,7 @@ class Inheritance:
     async def give_up(self, store: FdStore, name: str, cause: object) -> None:
         """Drops what was left of a model; its room is free."""
         found = self.models.pop(name)
-        log("model not adopted", model=name, cause=cause)
+        log_warning("model not adopted", model=name, cause=cause)
         await store.remove(found.stored_as)
         found.memory.close()
 
@@ -133,7 +133,7 @@ async def take_inheritance(manager: Manager, store: FdStore, ram_bytes: int) -> 
         elif passed.name.startswith(DIRECTORY_PREFIX):
             directories.append(passed)
         else:
-            log("passed descriptor is unknown", name=passed.name)
+            log_warning("passed descriptor is unknown", name=passed.name)
             os.close(passed.fd)
             await store.remove(passed.name)
     arena = await _take_arena(store, arenas, ram_bytes)
@@ -144,7 +144,7 @@ async def take_inheritance(manager: Manager, store: FdStore, ram_bytes: int) -> 
         try:
             found = _open_directory(passed, arena, models)
         except ValueError as error:
-            log("directory not adopted", name=passed.name, cause=error)
+            log_warning("directory not adopted", name=passed.name, cause=error)
             await store.remove(passed.name)
         else:
             models[found.description.name] = found
@@ -161,7 +161,7 @@ async def _take_arena(
         try:
             memory = SharedMemory.adopt(each.fd)
         except ValueError as error:
-            log("arena not adopted", cause=error)
+            log_warning("arena not adopted", cause=error)
             os.close(each.fd)
             given_up = True
             continue
@@ -169,7 +169,7 @@ async def _take_arena(
         if problem is None and kept is None:
             kept = memory
             continue
-        log("arena not adopted", cause=problem or "there are two, and one is enough")
+        log_warning("arena not adopted", cause=problem or "there are two, and one is enough")
         await asyncio.to_thread(_discard, memory)
         given_up = True
     if given_up:
