@@ -145,7 +145,7 @@ async def _start_tcp(store: Store, status: health.aio.HealthServicer) -> grpc.ai
     """A server of its own: limits for the network, and none of its checks for local workers."""
     server = grpc.aio.server(
         interceptors=[
-            PeerInterceptor(store.peers),
+            PeerInterceptor(store.peers, store.refusals),
             ErrorInterceptor(store.config.stall_seconds, store.refusals, "tcp"),
         ],
         options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), *OPTIONS],

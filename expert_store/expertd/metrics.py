@@ -146,6 +146,21 @@ class StoreMetrics:
                 lambda m: m.counters.evictions,
             ),
             (
+                "expertd_records_moved",
+                "Resident records moved to make room in one piece.",
+                lambda m: m.counters.moves,
+            ),
+            (
+                "expertd_records_adopted",
+                "Records taken over, verified, from the daemon before this one.",
+                lambda m: m.counters.adopted_records,
+            ),
+            (
+                "expertd_records_dropped",
+                "Records that the daemon before left, but that failed verification.",
+                lambda m: m.counters.dropped_records,
+            ),
+            (
                 "expertd_prefetch_issued",
                 "Reads queued by hints.",
                 lambda m: m.counters.prefetch_queued,

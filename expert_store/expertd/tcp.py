@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc.aio's types take parameters only in the stubs
 
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,13 @@ OPTIONS = (
 
 
 class PeerInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call, health checks too, of those who are not on the list."""
+    """Refuses every call, health checks too, of those who are not on the list.
 
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
+    ``refusals`` counts them under ("tcp", code).
+    """
+
+    def __init__(self, peers: Peers, refusals: Counter[tuple[str, str]]) -> None:
+        self._peers, self._refusals = peers, refusals
 
     async def intercept_service(
         self,
@@ -60,6 +64,7 @@ class PeerInterceptor(grpc.aio.ServerInterceptor):
                 self._peers.of(context)
             except PermissionDeniedError as error:
                 status = to_status(error)
+                self._refusals["tcp", status.code.name] += 1
                 await context.abort(status.code, status.message, status.trailing_metadata)
 
         if handler.response_streaming:

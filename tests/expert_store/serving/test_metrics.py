@@ -1,13 +1,10 @@
 """The metrics of a real daemon, as Prometheus and ``promtool`` see them."""
 
-import re
 import socket
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from expertd.errors import NotFoundError
 from expertd_client import Client
@@ -15,31 +12,9 @@ from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.expert_store.serving.raw_worker import Caller
+from tests.expert_store.serving.scraping import ANY, scrape, values
 from tests.expert_store.serving.watching import eventually, expertd
 from tests.promtool import check, needs_promtool
-
-ANY = ("--metrics", "127.0.0.1:0")
-
-
-def url(daemon: Daemon) -> str:
-    found = re.search(r"metrics at (http://127\.0\.0\.1:\d+/metrics)\.$", daemon.stdout.strip())
-    assert found, daemon.stdout
-    return found[1]
-
-
-def scrape(daemon: Daemon) -> str:
-    with urllib.request.urlopen(url(daemon), timeout=10) as answer:
-        text: str = answer.read().decode()
-        return text
-
-
-def values(text: str) -> dict[tuple[str, ...], float]:
-    """By name and the labels' values."""
-    return {
-        (sample.name, *(sample.labels[label] for label in sorted(sample.labels))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @needs_promtool
