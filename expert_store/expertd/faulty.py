@@ -48,7 +48,7 @@ class FaultyFile(RecordFile):
         if faults.error is not None:
             raise OSError(faults.error, os.strerror(faults.error))
         most = sum(map(len, targets))
-        if faults.bad.intersection(range(offset, offset + most)):
+        if any(offset <= position < offset + most for position in tuple(faults.bad)):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if faults.end is not None:
             most = min(most, max(0, faults.end - offset))
@@ -58,7 +58,8 @@ class FaultyFile(RecordFile):
         for target in targets:
             part = target[: most - count]
             count += super().read_some([part], place) if len(part) else 0
-            for position in faults.flipped.intersection(range(place, place + len(part))):
-                target[position - place] ^= 1
+            for position in tuple(faults.flipped):
+                if place <= position < place + len(part):
+                    target[position - place] ^= 1
             place += len(part)
         return count

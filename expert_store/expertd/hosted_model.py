@@ -120,6 +120,7 @@ class HostedModel:
                 self._record_bytes.append(size)
                 self._experts.append((layer.layer, expert))
         self.num_entries = len(self._places)
+        self.max_record_bytes = max(self._record_bytes)
         self.touches_per_token = sum(layer.experts_per_token for layer in self.manifest.layers)
         layers = self.manifest.layers
         self.heat = make_policy(
@@ -158,11 +159,6 @@ class HostedModel:
     def resident_bytes(self) -> int:
         """Their size."""
         return int(self._lengths[self._resident].sum())
-
-    @property
-    def max_record_bytes(self) -> int:
-        """Size of the largest record."""
-        return max(self._record_bytes)
 
     @property
     def is_in_use(self) -> bool:

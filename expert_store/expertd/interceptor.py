@@ -28,6 +28,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, stall_seconds: float, refusals: Counter[tuple[str, str]], door: str) -> None:
         self._stall_seconds, self._refusals, self._door = stall_seconds, refusals, door
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
         self,
@@ -37,9 +38,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wraps the handler of one call."""
+        method = handler_call_details.method
+        if method in self._wrapped:  # to find and wrap it anew is a tenth of an empty call
+            return self._wrapped[method]
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/expertstore."):
+        if handler is None or not method.startswith("/expertstore."):
             return handler
+        self._wrapped[method] = self._wrap(handler)
+        return self._wrapped[method]
+
+    def _wrap(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.response_streaming:
             stream: Any = handler.unary_stream  # the stubs type only the synchronous server's
 

@@ -64,8 +64,17 @@ class Records:
         began = time.monotonic()  # uvloop's own clock counts whole milliseconds
         session.begin_fetch(number)
         held: list[int] = []
+
+        def claim() -> list[int]:
+            return self._claim(session, wanted, held)
+
         try:
-            missed = await self._make_resident(session, lambda: self._claim(session, wanted, held))
+            missed = 0
+            if self._slots.is_taken or not all(map(model.is_resident, wanted)):
+                missed = await self._make_resident(session, claim)
+            else:  # needs no room, and overtakes nobody who waits for some
+                self._check_serving(model)
+                claim()
         except BaseException:
             model.unhold(held)
             raise
@@ -225,6 +234,8 @@ class Records:
         """What has to be waited for until all of ``entries``, which are held, are resident."""
         loads = [self._join(model, load) for e in entries if (load := model.loads.get(e))]
         missing = [e for e in entries if not model.is_resident(e) and e not in model.loads]
+        if not missing and not to_pin:
+            return loads
         reserved = await self._slots.reserve(
             [Record(model, entry) for entry in missing],
             [Record(model, entry) for entry in entries],

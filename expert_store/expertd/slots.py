@@ -71,6 +71,11 @@ class Slots:
             yield
 
     @property
+    def is_taken(self) -> bool:
+        """Whether somebody is inside a turn."""
+        return self._turn.locked()
+
+    @property
     def working_set_bytes(self) -> int:
         """What one token of each model uses: the least that must not be pinned."""
         return sum(model.manifest.working_set_bytes for model in self._models.values())
