@@ -5,7 +5,8 @@
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
-#   make bench   what the hit path, a fetch and a read cost on this host
+#   make bench   all benchmarks
+#   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
@@ -18,7 +19,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup demo test check check-deploy proto bench soak train ci clean
+.PHONY: setup demo test check check-deploy proto bench bench-store soak train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -56,7 +57,10 @@ proto: setup
 	$(PROTOC) --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto \
 		--mypy_grpc_out=quiet:proto $(PROTO)
 
-bench: setup
+bench: bench-store
+	@$(BIN)/python -m bench.remote
+
+bench-store: setup
 	@$(BIN)/python -m bench.store
 
 SECONDS ?= 3600

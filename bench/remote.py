@@ -23,11 +23,12 @@ import trustme
 from rich.console import Console
 from rich.table import Table
 
-from bench.store import RECORD_BYTES, read_plainly
+from bench.cold import place, read_plainly
 from expertd_client import Client, TlsFiles
 from tests.handmade import make_pack
 
 LAYERS, EXPERTS = 6, 16
+RECORD_BYTES = 1728 << 10  # about a 30B-A3B expert at 4 bit
 ROUNDS = 5
 GIB = 1 << 30
 
@@ -52,6 +53,7 @@ def measure(directory: Path) -> dict[str, float]:
     num_bytes = LAYERS * EXPERTS * RECORD_BYTES
     tls = certificates(directory)
     rounds: dict[str, list[float]] = {}
+    memory = place(num_bytes)
     everything = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 
     def add(name: str, action: Callable[[], None]) -> None:
@@ -74,7 +76,7 @@ def measure(directory: Path) -> dict[str, float]:
         for _ in range(ROUNDS):
             for name, client in clients.items():
                 add(f"{name}, from disk", lambda client=client: read(client))
-            add("preadv", lambda: read_plainly(pack))
+            add("preadv", lambda: read_plainly(pack, RECORD_BYTES, memory))
         with unix.attach("m") as session:
             for layer in range(LAYERS):
                 session.acquire(layer, range(EXPERTS)).release()

@@ -43,6 +43,8 @@ class ServeConfig:
     """Read packs past the page cache where the file system can."""
     loader_threads: int = 4
     """Reads in flight at once."""
+    scrub_bytes_per_second: int = 64 << 20
+    """How fast resident records are verified again, to find bits that flip in RAM; 0: not."""
     stall_seconds: float = 30.0
     """How long a worker may hold up eviction before it is cut off."""
     fetch_seconds: float = 60.0
@@ -76,6 +78,10 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
         if not 0 <= self.drain_seconds < math.inf:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; it must be 0 or more.")
+        if self.scrub_bytes_per_second < 0:
+            raise ConfigError(
+                f"scrub_bytes_per_second is {self.scrub_bytes_per_second}; give 0 or more."
+            )
         if self.loader_threads > MAX_LOADER_THREADS:
             raise ConfigError(
                 f"loader_threads is {self.loader_threads}; give 1 to {MAX_LOADER_THREADS}."
@@ -151,7 +157,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     """A TOML value as the field of that name wants it. Raises TypeError or ValueError."""
     kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
-    if name in _SIZES.values() and isinstance(value, str):
+    if name in (*_SIZES.values(), "scrub_bytes_per_second") and isinstance(value, str):
         return parse_bytes(value)
     if name == "tcp":
         return TcpConfig.from_table(_typed(value, dict))

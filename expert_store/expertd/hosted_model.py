@@ -225,6 +225,11 @@ class HostedModel:
         for entry in entries:
             self._holds[entry] -= 1
 
+    def resident_from(self, start: int, most: int) -> list[int]:
+        """The first ``most`` resident entries that are not below ``start``."""
+        found: list[int] = (start + np.flatnonzero(self._resident[start:])[:most]).tolist()
+        return found
+
     def evictable(self) -> Entries:
         """Resident records that nobody holds."""
         return np.flatnonzero(self._resident & (self._holds == 0))

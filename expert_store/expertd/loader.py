@@ -101,17 +101,20 @@ class ReadJob:
 
 
 class Loader:
-    """``num_threads`` readers over two queues.
+    """``num_threads`` readers over three queues.
 
-    A demanded read waits for at most one hinted record: hinted ones are read one at a time, and
-    none is begun while a demanded one waits.
+    A demanded read is delayed by at most one hinted record: hinted ones are read one at a time,
+    and none is begun while a demanded one waits or is read. Checks of what is in the arena come
+    last, one at a time too.
     """
 
     def __init__(self, num_threads: int) -> None:
         self._urgent: deque[ReadJob] = deque()
         self._hinted: deque[ReadJob] = deque()
         self._probes: deque[Callable[[], object]] = deque()
-        self._reading_hint = False
+        self._checks: deque[Callable[[], object]] = deque()
+        self._reading_hint = self._checking = False
+        self._num_reading = 0
         self._wake = threading.Condition()
         self._closing = False
         self._threads = [
@@ -148,6 +151,12 @@ class Loader:
             self._probes.append(done)
             self._wake.notify()
 
+    def check(self, check: Callable[[], object]) -> None:
+        """Has a loader thread call ``check`` when nothing waits to be read; it must not raise."""
+        with self._wake:
+            self._checks.append(check)
+            self._wake.notify()
+
     def hurry(self, job: ReadJob) -> None:
         """Moves a hinted read that is not yet started among the urgent ones."""
         with self._wake:
@@ -172,6 +181,7 @@ class Loader:
             self._closing = True
             self._urgent.clear()
             self._hinted.clear()
+            self._checks.clear()
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
@@ -187,17 +197,33 @@ class Loader:
                 if self._probes:
                     return self._probes.popleft()
                 if self._urgent:
-                    return partial(read_run, _next_run(self._urgent))
-                if self._hinted and not self._reading_hint:
+                    self._num_reading += 1
+                    return partial(self._read, _next_run(self._urgent))
+                if self._hinted and not self._reading_hint and not self._num_reading:
                     self._reading_hint = True
                     return partial(self._read_hint, self._hinted.popleft())
+                if self._checks and not self._checking and not self._hinted:
+                    self._checking = True
+                    return partial(self._check, self._checks.popleft())
                 self._wake.wait()
         return None
+
+    # Who ends one of these looks for the next itself, so nobody else has to be woken.
+
+    def _read(self, run: Sequence[ReadJob]) -> None:
+        read_run(run)
+        with self._wake:
+            self._num_reading -= 1
 
     def _read_hint(self, job: ReadJob) -> None:
         read_run([job])
         with self._wake:
-            self._reading_hint = False  # this thread looks for the next one itself
+            self._reading_hint = False
+
+    def _check(self, check: Callable[[], object]) -> None:
+        check()
+        with self._wake:
+            self._checking = False
 
 
 def _next_run(queue: deque[ReadJob]) -> list[ReadJob]:
@@ -256,6 +282,9 @@ def read_verified(file: RecordFile, offset: int, target: memoryview, checksum: s
 
 def verify(file: RecordFile, target: memoryview, checksum: str) -> str | None:
     """What is wrong with a record that was read, or None."""
-    if xxh3_64_hexdigest(target) != checksum:
-        return f"its checksum does not match in {file.path}"
-    return None
+    return None if matches(target, checksum) else f"its checksum does not match in {file.path}"
+
+
+def matches(record: memoryview, checksum: str) -> bool:
+    """Whether a record is what its checksum says."""
+    return bool(xxh3_64_hexdigest(record) == checksum)

@@ -33,6 +33,7 @@ from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.peers import Peers
 from expertd.read_ahead import ByteBudget
 from expertd.records import Records
+from expertd.scrubber import Scrubber
 from expertd.session import Connection, Session
 from expertd.sizes import format_bytes
 from expertd.slots import Slots
@@ -84,6 +85,7 @@ class Store:
             config.stall_seconds,
         )
         self.records = Records(arena, self.slots, self.loader, config.fetch_seconds)
+        self._scrubber = Scrubber(arena, self.models, self.loader, config.scrub_bytes_per_second)
 
     def __repr__(self) -> str:
         return f"Store({list(self.models.values())}, {len(self.sessions)} sessions, {self.slots})"
@@ -231,6 +233,7 @@ class Store:
         for task in self._tasks:
             task.cancel()
         await self.records.close()
+        await self._scrubber.close()
         await self.slots.close()
         for session in self.sessions.values():
             session.close()  # not revoked: nobody reuses what workers still have mapped

@@ -69,7 +69,12 @@ async def storing(
     models: Mapping[str, Path], arena_bytes: int, **settings: Any
 ) -> AsyncIterator[Store]:
     """A store that holds ``models``; all their files are :class:`FaultyFile`."""
-    values: dict[str, Any] = {"stall_seconds": 5.0, "fetch_seconds": 5.0, "loader_threads": 2}
+    values: dict[str, Any] = {
+        "stall_seconds": 5.0,
+        "fetch_seconds": 5.0,
+        "loader_threads": 2,
+        "scrub_bytes_per_second": 0,  # it holds records, and tests count holds
+    }
     config = ServeConfig(Path("unused"), arena_bytes, **{**values, **settings})
     arena = Arena(arena_bytes, lock=False)
     with pytest.MonkeyPatch.context() as patch:

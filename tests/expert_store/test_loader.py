@@ -250,6 +250,22 @@ class TestHintsDelayDemandByOneRecord:
             file.faults.gate.set()
             assert reads.wait(3) == [0, 2, 4]
 
+    def test_none_is_begun_while_demand_is_read(self, path: Path) -> None:
+        slow, file = FaultyFile(path), FaultyFile(path)
+        reads, hints = Reads(slow), Reads(file)
+        with loading(2) as loader:
+            slow.faults.gate.clear()
+            loader.submit(reads.job(0))
+            started(slow, 1)
+            loader.submit(hints.job(1, urgent=False))
+            time.sleep(0.05)
+            assert not file.offsets
+            slow.faults.gate.set()
+            assert hints.wait(1) == [1]
+            assert reads.wait(1) == [0]
+        slow.close()
+        file.close()
+
     def test_demand_does_not_wait_for_a_hint_that_hangs(self, path: Path) -> None:
         slow, file = FaultyFile(path), FaultyFile(path)
         hints, reads = Reads(slow), Reads(file)
@@ -292,6 +308,32 @@ class TestHintsDelayDemandByOneRecord:
             assert hints.wait(1) == [0]
         slow.close()
         file.close()
+
+
+def test_checks_come_last_and_one_at_a_time(file: FaultyFile) -> None:
+    reads, order, may_end = Reads(file), list[str](), threading.Event()
+
+    def check(name: str) -> None:
+        order.append(name)
+        may_end.wait(10)
+
+    with loading(2) as loader:
+        file.faults.gate.clear()
+        loader.submit(reads.job(0), reads.job(2), reads.job(4))
+        started(file, 2)
+        loader.check(lambda: check("first"))
+        loader.check(lambda: check("second"))
+        time.sleep(0.05)
+        assert not order
+        file.faults.gate.set()
+        assert sorted(reads.wait(3)) == [0, 2, 4]
+        while not order:
+            time.sleep(0.001)
+        loader.submit(reads.job(6))
+        assert reads.wait(1) == [6], "a check under way left no thread for it"
+        assert order == ["first"]
+        may_end.set()
+    assert order[0] == "first"
 
 
 def test_closing_finishes_what_has_started_and_drops_the_rest(file: FaultyFile) -> None:

@@ -104,7 +104,7 @@ async def test_a_hint_without_room_is_given_up_and_later_ones_are_not(store: Sto
     holder, hinter = Worker(store), Worker(store)
     await holder.fetch(*range(8))
     hint(hinter, 8, 9)
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.5)
     holder.page.touch([0] * 24)
     holder.release()
     await asyncio.sleep(0.1)

@@ -1,0 +1,164 @@
+"""Part 3: fetching what is not in RAM, beside plain parallel reads of the same file."""
+
+import mmap
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import expertd.loader
+from bench.figures import Bench, Figure, compared, timed
+from expertd.config import ServeConfig
+from expertd.loader import Loader, ReadJob, RecordFile
+from expertd.pack.reader import PackReader, RecordPlace
+from expertd_client import Client
+from tests.daemon import serving
+from tests.handmade import PAGE, make_pack
+
+_SIZES = {"8 KiB": 8 << 10, "64 KiB": 64 << 10, "256 KiB": 256 << 10, "1.7 MiB": 1728 << 10,
+          "13 MiB": 13 << 20}  # fmt: skip
+_BATCH = 128  # a layer's experts, as a prompt touches them
+_FEW = 8  # a token's
+_THREADS = ServeConfig.loader_threads
+
+
+def measure(bench: Bench) -> Iterator[Figure]:
+    """Per record size: a layer at a time, 8 at a time, and what checksums cost."""
+    for name, size in _SIZES.items():
+        layers, experts = _shape(bench.pack_bytes, size)
+        bench.say(f"cold reads: a pack with {layers * experts} records of {name}")
+        pack = make_pack(
+            bench.folder / f"cold-{size}",
+            layers=layers,
+            experts=experts,
+            experts_per_token=min(8, experts),
+            record_bytes=size,
+        )
+        os.sync()
+        num_bytes = layers * experts * size
+        memory = place(num_bytes)
+        with serving({"m": pack}, ram=num_bytes, socket=bench.folder / f"s{size}") as daemon:
+            for batch in (_BATCH, _FEW):
+                if batch == _FEW and experts < 2 * _FEW:
+                    continue
+                turns = []
+                for number in range(bench.rounds):
+                    bench.say(f"cold reads: {name}, {batch} at a time, {number + 1}")
+                    plain = read_plainly(pack, size, memory)
+                    ours = fetch_all(daemon.socket, pack, batch)
+                    turns.append((num_bytes / ours / 2**30, num_bytes / plain / 2**30))
+                # A few at a time the disk rests while each answer and the next call travel.
+                goal = 0.9 if batch == _BATCH else None
+                at_once = min(batch, experts)
+                what = f"cold Fetch, {at_once} records of {name} at once / preadv"
+                yield compared("cold", what, "GiB/s", turns, at_least=goal)
+            bench.say(f"cold reads: checksums of {name}")
+            yield checksums(bench, pack, name, memory)
+
+
+def _shape(pack_bytes: int, record_bytes: int) -> tuple[int, int]:
+    """Layers and experts: batches of at least 64 MiB or of a whole layer."""
+    experts = min(_BATCH, max(8, pack_bytes // 4 // record_bytes))
+    layers = min(48, pack_bytes // (experts * record_bytes))
+    return max(1, layers), experts
+
+
+def place(num_bytes: int) -> memoryview:
+    """Shared memory with all pages present, like the arena's."""
+    memory = memoryview(mmap.mmap(-1, num_bytes))
+    for offset in range(0, num_bytes, PAGE):
+        memory[offset] = 1
+    return memory
+
+
+def fetch_all(socket: Path, pack: Path, batch: int) -> float:
+    """Seconds to fetch every record, ``batch`` of one layer at a time, none being resident."""
+    with Client(socket) as store:
+        store.unload_model("m")
+        store.load_model("m", pack)
+        with store.attach("m") as session:
+
+            def fetch() -> None:
+                for layer in session.model.layers.values():
+                    for start in range(0, layer.num_experts, batch):
+                        experts = range(start, min(start + batch, layer.num_experts))
+                        session.acquire(layer.layer, experts).release()
+
+            return timed(fetch)
+
+
+def read_plainly(pack: Path, record_bytes: int, memory: memoryview) -> float:
+    """Seconds to read every record by one preadv, with as many threads as the daemon has.
+
+    Each to a place of its own: the same bytes over and over would stay in the CPU's cache.
+    """
+    file = RecordFile(pack / "experts-00000.safetensors", direct=True)
+
+    def read(reader: int) -> None:
+        step = _THREADS * record_bytes
+        for offset in range(reader * record_bytes, len(memory), step):
+            os.preadv(file.fd, [memory[offset : offset + record_bytes]], PAGE + offset)
+
+    threads = [threading.Thread(target=read, args=(reader,)) for reader in range(_THREADS)]
+
+    def read_all() -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    seconds = timed(read_all)
+    file.close()
+    return seconds
+
+
+def checksums(bench: Bench, pack: Path, name: str, memory: memoryview) -> Figure:
+    """The loader by itself with and without verifying what it has read."""
+    with PackReader(pack) as reader:
+        places = list(reader.places())
+    file = RecordFile(places[0].path, direct=True)
+    turns = []
+    for _ in range(bench.rounds):
+        verified = timed(lambda: _load(file, places, memory))
+        with mock.patch.object(expertd.loader, "verify", return_value=None):
+            turns.append((1e3 * verified, 1e3 * timed(lambda: _load(file, places, memory))))
+    file.close()
+    what = f"loading records of {name}, verified / not"
+    return compared("cold", what, "ms", turns, at_most=1.1)
+
+
+def _load(file: RecordFile, places: list[RecordPlace], memory: memoryview) -> None:
+    loader, left, done = Loader(_THREADS), len(places), threading.Semaphore(0)
+    problems: list[str] = []
+
+    def finished(problem: str | None) -> None:
+        if problem is not None:
+            problems.append(problem)
+        done.release()
+
+    jobs, start = [], 0
+    for record in places:
+        target = memory[start : start + record.num_bytes]
+        jobs.append(ReadJob(file, record.offset, target, record.checksum, finished, urgent=True))
+        start += record.num_bytes
+    loader.submit(*jobs)
+    for _ in range(left):
+        done.acquire()
+    loader.close()
+    if problems:
+        raise RuntimeError(f"the bench's own pack is damaged: {problems[0]}")
+
+
+def median_read_seconds(pack: Path, record_bytes: int, count: int) -> float:
+    """What one record takes by itself."""
+    file = RecordFile(pack / "experts-00000.safetensors", direct=True)
+    memory, seconds = place(record_bytes), []
+    for offset in range(PAGE, PAGE + count * record_bytes, record_bytes):
+        began = time.perf_counter()
+        os.preadv(file.fd, [memory], offset)
+        seconds.append(time.perf_counter() - began)
+    file.close()
+    return statistics.median(seconds)
