@@ -4,7 +4,7 @@ Each way is measured in the same rounds as a copy within memory and parallel rea
 the ratios are what to read. It takes half a minute; ``--json`` prints one object instead of the
 table::
 
-    python bench/remote.py --json
+    python -m bench.remote --json
 """
 
 import argparse
