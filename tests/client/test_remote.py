@@ -152,6 +152,15 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(store: Client) -> Non
         assert seen == [record(2, expert) for expert in range(8)]
 
 
+def test_what_is_wanted_does_not_make_room_for_what_else_is(store: Client) -> None:
+    with store.attach("m", cache_bytes=4 * RECORD_BYTES) as session:
+        assert_reads(session, 0, [0, 1, 2, 3])
+        (before,) = store.stats()["peers"]
+        assert_reads(session, 0, [0, 4])  # 0 is the one unused for longest
+        (after,) = store.stats()["peers"]
+        assert after["bytes_read"] - before["bytes_read"] == RECORD_BYTES
+
+
 def test_a_cache_below_a_working_set_is_refused(store: Client) -> None:
     with pytest.raises(InvalidInputError, match=rf"cache_bytes is .* give {2 * RECORD_BYTES} or"):
         store.attach("m", cache_bytes=2 * RECORD_BYTES - 1)
