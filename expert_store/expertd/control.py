@@ -1,6 +1,7 @@
-"""What ``expertd stats``, ``top``, ``load`` and their like say to a running daemon."""
+"""What ``expertd stats``, ``top``, ``load``, ``record`` and their like say to a running daemon."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,28 @@ from expertstore.v1 import expert_store_pb2_grpc as rpc
 
 _CALL_SECONDS = 60.0
 _HEALTH_SECONDS = 5.0
+
+
+class TouchStream:
+    """Iterates over accesses. Ends when it is stopped, when its time is over, or the model goes."""
+
+    def __init__(self, call: Any, where: str) -> None:  # noqa: ANN401 - grpc's, and generic
+        self._call, self._where = call, where
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ends the iteration; may be called by a signal handler."""
+        self._stopped = True
+        self._call.cancel()
+
+    def __iter__(self) -> Iterator[pb.WatchTouchesResponse]:
+        """Raises the errors of :mod:`expertd.errors`."""
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            # Every RpcError that a call raises is also its grpc.Call.
+            if not self._stopped and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise from_rpc_error(error, self._where) from None
 
 
 class Control:
@@ -74,6 +97,28 @@ class Control:
         request = health_pb2.HealthCheckRequest()
         response = self._call(check, request, timeout_seconds=_HEALTH_SECONDS)
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def model(self, name: str) -> pb.GetModelResponse:
+        """One model, with its layers."""
+        response: pb.GetModelResponse = self._call(
+            self._stub.GetModel, pb.GetModelRequest(name=name)
+        )
+        return response
+
+    @contextmanager
+    def touches(self, name: str, timeout_seconds: float | None) -> Iterator["TouchStream"]:
+        """What the sessions of a model use from now on, for so long or until it is stopped."""
+        with handshake(self._directory, Role.ADMIN, "", _CALL_SECONDS) as greeting:
+            call = self._stub.WatchTouches(
+                pb.WatchTouchesRequest(model=name),
+                timeout=timeout_seconds,
+                metadata=greeting.credentials,
+            )
+            try:
+                call.initial_metadata()  # there when the daemon has begun
+                yield TouchStream(call, str(self._directory))
+            finally:
+                call.cancel()
 
     def load(self, name: str, pack: Path) -> dict[str, Any]:
         """Opens ``pack``, an absolute path, under ``name``. Raises ``PackError`` and others."""

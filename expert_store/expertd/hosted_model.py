@@ -19,6 +19,7 @@ from expertd.memfd import SharedMemory
 from expertd.pack.manifest import Fingerprinted, Layer
 from expertd.reclaim import Reclaimer
 from expertd.residency import DEFAULT_POLICY, Entries, make_policy
+from expertd.touch_watch import TouchWatch
 
 
 class ModelState(Enum):
@@ -105,6 +106,7 @@ class HostedModel:
         self.reclaimer = Reclaimer()
         self.loads: dict[int, Load] = {}
         self.num_sessions = 0
+        self.watches: list[TouchWatch] = []
         self.num_reads = 0
         self._rows: dict[int, tuple[Layer, int]] = {}
         self._places: list[Place] = []
@@ -299,6 +301,8 @@ class HostedModel:
     ) -> None:
         """Takes in what a worker accessed: in-range entries, and the totals to count."""
         self.heat.touch(entries, session)
+        for watch in self.watches:
+            watch.offer(session, entries, num_touches - len(entries))
         self.counters.host_hits += num_touches - num_misses
         self.counters.nvme_misses += num_misses
         used = entries[self._unused_hint[entries]]
@@ -320,6 +324,8 @@ class HostedModel:
         for extent in self.reclaimer.collect(()):
             free(extent)
         self._resident[:] = False
+        for watch in self.watches:
+            watch.close()
         for file in self.files:
             file.close()
         del self.directory

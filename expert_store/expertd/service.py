@@ -24,6 +24,7 @@ from expertd.read_ahead import read_ahead
 from expertd.session import Session
 from expertd.stats import collect_heat, collect_stats
 from expertd.store import Store
+from expertd.touch_watch import MAX_WATCHERS, TouchWatch
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20
 _MIN_INTERVAL_SECONDS = 0.05
+_MAX_WAIT_SECONDS = 0.5
 
 
 class ExpertStoreService(rpc.ExpertStoreServicer):
@@ -169,6 +171,37 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
 
     async def GetHeat(self, request: pb.GetHeatRequest, context: Context) -> pb.GetHeatResponse:
         return collect_heat(self._store.model(request.model))
+
+    async def WatchTouches(
+        self, request: pb.WatchTouchesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchTouchesResponse]:
+        self._admin(context)
+        model = self._store.model(request.model)
+        if len(model.watches) >= MAX_WATCHERS:
+            raise PreconditionError(
+                f"{MAX_WATCHERS} watch what {model.name} uses, the most there may be; end one."
+            )
+        self._store.slots.refresh()  # what was before is not for this watcher
+        watch = TouchWatch()
+        model.watches.append(watch)
+        try:
+            await context.send_initial_metadata(())  # says that it has begun
+            while True:
+                batch = await watch.take(_MAX_WAIT_SECONDS)
+                if batch is not None:
+                    yield pb.WatchTouchesResponse(
+                        session=batch.session,
+                        entries=batch.entries.tolist(),
+                        num_lost=batch.num_lost,
+                        ended=batch.ended,
+                    )
+                elif watch.closed:
+                    return
+                if self._store.stopping.is_set():
+                    raise UnavailableError("expertd is stopping.")
+                self._admin(context)  # its session may have ended
+        finally:
+            model.watches.remove(watch)
 
     def _session(self, context: Context) -> Session:
         if self._store.peers.of(context) is not None:

@@ -17,6 +17,7 @@ MAX_FETCHES_IN_FLIGHT = 8
 MAX_LEASES = 64
 _MAX_ROUND = 1 << 32
 _MAX_GAP_SECONDS = 0.05
+_NOTHING: Entries = np.zeros(0, np.int64)
 
 
 class Connection(Protocol):
@@ -181,6 +182,8 @@ class Session:
         self.unpin(self.pins.copy())
         self._model.num_sessions -= 1
         self._model.heat.leave(self.id)
+        for watch in self._model.watches:
+            watch.offer(self.id, _NOTHING, ended=True)
         del self._ring, self.page
         self.memory.close()
 

@@ -229,7 +229,7 @@ class TraceWriter:
     """
 
     def __init__(self, path: Path, model: TraceModel) -> None:
-        self.path, self._model = path, model
+        self.path, self.model = path, model
         self.num_rows = 0
         self._session = 0
         try:
@@ -268,7 +268,7 @@ class TraceWriter:
             self._session = row.session
             self._write(f"# session: {row.session}\n")
         experts = " ".join(map(str, row.experts))
-        self._write(f"{row.phase},{row.step},{self._model.layer_ids[row.layer]},{experts}\n")
+        self._write(f"{row.phase},{row.step},{self.model.layer_ids[row.layer]},{experts}\n")
         self.num_rows += 1
 
     def write_gap(self, session: int, num_lost: int) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from expertd import __version__
-from expertd.cli import admin, pack, replay, serve, top
+from expertd.cli import admin, pack, record, replay, serve, top
 from expertd.errors import ExpertdError
 
 _EXIT_INPUT = 2
@@ -28,6 +28,7 @@ app = typer.Typer(
 pack.register(app)
 serve.register(app)
 admin.register(app)
+record.register(app)
 replay.register(app)
 top.register(app)
 

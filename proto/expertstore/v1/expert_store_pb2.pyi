@@ -929,6 +929,62 @@ class HeatLayer(_message.Message):
 Global___HeatLayer: _TypeAlias = HeatLayer  # noqa: Y015
 
 @_typing.final
+class WatchTouchesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTouchesRequest: _TypeAlias = WatchTouchesRequest  # noqa: Y015
+
+@_typing.final
+class WatchTouchesResponse(_message.Message):
+    """Accesses of one session, in the order in which it made them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NUM_LOST_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    session: _builtins.int
+    num_lost: _builtins.int
+    """Accesses of this session that are missing just before these: its ring was
+    overrun, or the caller too slow.
+    """
+    ended: _builtins.bool
+    """The session has ended; its number does not come again."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Directory entries: layers in order, experts in order."""
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.int = ...,
+        entries: _abc.Iterable[_builtins.int] | None = ...,
+        num_lost: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "entries", b"entries", "num_lost", b"num_lost", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTouchesResponse: _TypeAlias = WatchTouchesResponse  # noqa: Y015
+
+@_typing.final
 class Stats(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -94,6 +94,11 @@ class ExpertStoreStub(object):
                 request_serializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatRequest.SerializeToString,
                 response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatResponse.FromString,
                 _registered_method=True)
+        self.WatchTouches = channel.unary_stream(
+                '/expertstore.v1.ExpertStore/WatchTouches',
+                request_serializer=expertstore_dot_v1_dot_expert__store__pb2.WatchTouchesRequest.SerializeToString,
+                response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.WatchTouchesResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertStoreServicer(object):
@@ -184,6 +189,14 @@ class ExpertStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTouches(self, request, context):
+        """Which experts a model's sessions use, from now on until the caller goes or the
+        model is unloaded. Admin sessions only: routing reveals what users do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -246,6 +259,11 @@ def add_ExpertStoreServicer_to_server(servicer, server):
                     servicer.GetHeat,
                     request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatRequest.FromString,
                     response_serializer=expertstore_dot_v1_dot_expert__store__pb2.GetHeatResponse.SerializeToString,
+            ),
+            'WatchTouches': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTouches,
+                    request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.WatchTouchesRequest.FromString,
+                    response_serializer=expertstore_dot_v1_dot_expert__store__pb2.WatchTouchesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -572,6 +590,33 @@ class ExpertStore(object):
             '/expertstore.v1.ExpertStore/GetHeat',
             expertstore_dot_v1_dot_expert__store__pb2.GetHeatRequest.SerializeToString,
             expertstore_dot_v1_dot_expert__store__pb2.GetHeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTouches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertstore.v1.ExpertStore/WatchTouches',
+            expertstore_dot_v1_dot_expert__store__pb2.WatchTouchesRequest.SerializeToString,
+            expertstore_dot_v1_dot_expert__store__pb2.WatchTouchesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,6 +79,10 @@ class ExpertStoreStub:
     """Stats now and then every interval until the caller goes."""
     GetHeat: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.GetHeatRequest, _expert_store_pb2.GetHeatResponse]
     """Which experts of a model are resident, and how hot each is: a byte an expert."""
+    WatchTouches: _grpc.UnaryStreamMultiCallable[_expert_store_pb2.WatchTouchesRequest, _expert_store_pb2.WatchTouchesResponse]
+    """Which experts a model's sessions use, from now on until the caller goes or the
+    model is unloaded. Admin sessions only: routing reveals what users do.
+    """
 
 @_typing.type_check_only
 class ExpertStoreAsyncStub(ExpertStoreStub):
@@ -111,6 +115,10 @@ class ExpertStoreAsyncStub(ExpertStoreStub):
     """Stats now and then every interval until the caller goes."""
     GetHeat: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.GetHeatRequest, _expert_store_pb2.GetHeatResponse]  # type: ignore[assignment]
     """Which experts of a model are resident, and how hot each is: a byte an expert."""
+    WatchTouches: _aio.UnaryStreamMultiCallable[_expert_store_pb2.WatchTouchesRequest, _expert_store_pb2.WatchTouchesResponse]  # type: ignore[assignment]
+    """Which experts a model's sessions use, from now on until the caller goes or the
+    model is unloaded. Admin sessions only: routing reveals what users do.
+    """
 
 class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -212,5 +220,15 @@ class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_store_pb2.GetHeatResponse, _abc.Awaitable[_expert_store_pb2.GetHeatResponse]]:
         """Which experts of a model are resident, and how hot each is: a byte an expert."""
+
+    @_abc_1.abstractmethod
+    def WatchTouches(
+        self,
+        request: _expert_store_pb2.WatchTouchesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_store_pb2.WatchTouchesResponse], _abc.AsyncIterator[_expert_store_pb2.WatchTouchesResponse]]:
+        """Which experts a model's sessions use, from now on until the caller goes or the
+        model is unloaded. Admin sessions only: routing reveals what users do.
+        """
 
 def add_ExpertStoreServicer_to_server(servicer: ExpertStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,107 @@
+"""``expertd record``."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expertd.cli.admin import Socket
+from expertd.errors import ExpertdError, InvalidInputError
+
+if TYPE_CHECKING:
+    from expertd.trace import TraceModel
+    from expertstore.v1 import expert_store_pb2 as pb
+
+_SHOW_SECONDS = 1.0
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to ``app``."""
+    app.command()(record)
+
+
+def record(
+    socket: Socket,
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model to watch.")],
+    output: Annotated[Path, typer.Option(metavar="TRACE.csv", help="The file to write.")],
+    seconds: Annotated[
+        float | None, typer.Option(metavar="N", help="How long; until Ctrl-C if not given.")
+    ] = None,
+) -> None:
+    """Writes down which experts the workers of a model use: a trace for `expertd replay`.
+
+    Needs root or the daemon's own user, and the file is readable by its owner alone: the experts
+    that a text uses tell something about the text. The file is there when the recording is
+    complete, also if it ended by Ctrl-C, with the model or with the daemon.
+
+    Example: `expertd record --socket /run/expertd --model mixtral --output t.csv --seconds 60`
+    """
+    from expertd.control import Control
+    from expertd.recorder import Recorder
+    from expertd.trace import TraceWriter
+
+    if seconds is not None and not 0 < seconds <= 1e9:
+        raise InvalidInputError(f"--seconds is {seconds:g}; give how long to record.")
+    failure: ExpertdError | None = None
+    num_touches = num_lost = 0
+    with (
+        Control(socket) as control,
+        TraceWriter(output, _trace_model(control.model(model), model)) as writer,
+        control.touches(model, seconds) as stream,
+    ):
+        recorder = Recorder(writer.model, writer.write)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stream.stop())
+        _note(f"recording {model} {f'for {seconds:g} s' if seconds else 'until Ctrl-C'}")
+        shown = time.monotonic()
+        try:
+            for batch in stream:
+                if batch.num_lost:
+                    num_lost += batch.num_lost
+                    recorder.end(batch.session)
+                    writer.write_gap(batch.session, batch.num_lost)
+                recorder.take(batch.session, batch.entries)
+                num_touches += len(batch.entries)
+                if batch.ended:
+                    recorder.forget(batch.session)
+                if sys.stderr.isatty() and time.monotonic() - shown > _SHOW_SECONDS:
+                    shown = time.monotonic()
+                    typer.echo(
+                        f"\r{num_touches} accesses, {writer.num_rows} rows ", nl=False, err=True
+                    )
+        except ExpertdError as error:  # what came until then is worth having
+            failure = error
+        recorder.finish()
+        writer.commit()
+    if num_lost:
+        _note(
+            f"{num_lost} accesses are missing, and marked as gaps: they came faster than they "
+            "could be read."
+        )
+    _note(f"wrote {num_touches} accesses in {writer.num_rows} rows to {output}")
+    if failure is not None:
+        raise failure
+
+
+def _trace_model(response: "pb.GetModelResponse", name: str) -> "TraceModel":
+    from expertd import __version__
+    from expertd.trace import TraceModel
+
+    layers = response.layers
+    return TraceModel(
+        tuple(layer.num_experts for layer in layers),
+        tuple(layer.experts_per_token for layer in layers),
+        tuple(layer.layer for layer in layers),
+        {
+            "model": f"{name}, {response.summary.architecture}, {response.summary.scheme}",
+            "expert_bytes": str(response.summary.record_bytes),
+            "recorded_by": f"expertd {__version__}",
+        },
+    )
+
+
+def _note(sentence: str) -> None:
+    typer.echo(sentence, err=True)
