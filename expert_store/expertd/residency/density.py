@@ -32,6 +32,9 @@ each of many workers. The fit weighs them; a denser or longer series measures th
 MEMORY_TOKENS = float(HALF_LIVES[-1])
 """Half-life of what the fit has seen: as far back as its averages look."""
 
+_MAX_PENDING_TOKENS = 16
+"""Tokens after which it learns unasked: so that it learns at all while nothing is evicted."""
+
 _STALE_TURNS = 4
 """A stream that let this many turns go by stands still, and is expected nowhere."""
 
@@ -54,16 +57,15 @@ class Density(Policy):
         self._num_layers, self._width = len(num_experts), max(num_experts)
         self._per_token = np.array(experts_per_token, np.float64)
         first = np.cumsum([0, *num_experts])[:-1]
-        self._cell = self._layer_of * self._width + np.arange(self.num_entries)
-        self._cell -= first[self._layer_of]
+        self._column = np.arange(self.num_entries) - first[self._layer_of]
         # Layers of fewer experts are padded with features of 0, from which nothing is learned.
         num_features = len(HALF_LIVES) + 1
         self._features: npt.NDArray[np.float32] = np.zeros(
-            (self._num_layers, self._width, num_features), np.float32
+            (self._num_layers, num_features, self._width), np.float32
         )
         # The last feature is what is known without history: all experts alike.
         for layer, (num, used) in enumerate(zip(num_experts, experts_per_token, strict=True)):
-            self._features[layer, :num, -1] = used / num
+            self._features[layer, -1, :num] = used / num
         self._decay = np.exp2(-1 / HALF_LIVES)
         # Before it has learned: the mean of all averages, worth one sample.
         self._prior = np.full(num_features, 1 / len(HALF_LIVES))
@@ -73,6 +75,8 @@ class Density(Policy):
         self._squares: npt.NDArray[np.float64] = np.zeros((num_features, num_features))
         self._products: npt.NDArray[np.float64] = np.zeros(num_features)
         self._streams: dict[int, _Position] = {}
+        self._pending: list[Entries] = []
+        self._num_pending = 0
 
     def leave(self, stream: int) -> None:
         """A stream has ended: nothing is expected of it."""
@@ -80,8 +84,9 @@ class Density(Policy):
 
     def of(self, entries: Entries) -> Values:
         """Expected hits per token of residency."""
+        self._learn()
         self._fit()
-        features = self._features.reshape(-1, len(self._weights))[self._cell[entries]]
+        features = self._features[self._layer_of[entries], :, self._column[entries]]
         # Two visits, the second a token after the first.
         per_hit = 2 * self._activity / (1 + self._tokens_to_visit())
         value: Values = features @ self._weights * per_hit[self._layer_of[entries]]
@@ -89,52 +94,51 @@ class Density(Policy):
 
     def _use(self, entries: Entries, stream: int, tokens: float) -> None:
         layers = self._layer_of[entries]
-        starts = np.flatnonzero(np.diff(layers, prepend=-1))
-        visited = layers[starts]
-        lengths = np.diff(starts, append=len(entries))
-        visit = np.repeat(np.arange(len(visited)), lengths)
-        fade = float(0.5 ** (tokens / MEMORY_TOKENS))
-        self._squares *= fade
-        self._products *= fade
-        # All visits at once, as far as they are of different layers.
-        rounds = _occurrences(visited)
-        columns = self._cell[entries] - layers * self._width
-        for number in range(rounds.max() + 1):
-            chosen = rounds == number
-            row = np.cumsum(chosen) - 1
-            taken = chosen[visit]
-            cells = row[visit[taken]] * self._width + columns[taken]
-            counts = np.bincount(cells, minlength=int(row[-1] + 1) * self._width)
-            self._learn(visited[chosen], counts.reshape(-1, self._width), lengths[chosen])
+        last = int(layers[-1])
         before = self._streams.get(stream)
         # Some workers take a prompt through each layer token by token.
-        stays = before is not None and len(visited) == 1 and before.layer == int(visited[0])
-        self._streams[stream] = _Position(int(visited[-1]), stays, self._num_touches)
+        stays = before is not None and before.layer == last and bool((layers == last).all())
+        self._streams[stream] = _Position(last, stays, self._num_touches)
+        # Learned from when it is asked for: one pass costs nearly as much for a row as for all.
+        self._pending.append(entries)
+        self._num_pending += len(entries)
+        if self._num_pending >= _MAX_PENDING_TOKENS * self.touches_per_token:
+            self._learn()
 
-    def _learn(
-        self,
-        layers: npt.NDArray[np.int64],  # [V], each once
-        counts: npt.NDArray[np.int64],  # [V, width]
-        lengths: npt.NDArray[np.int64],  # [V], touches
-    ) -> None:
-        """One visit of each of ``layers``: of one token, or of many (a prompt)."""
-        # A prompt's accesses come merged; they are those of at least so many tokens.
-        tokens = np.maximum(1.0, lengths / self._per_token[layers])
-        used = (counts / tokens[:, None]).astype(np.float32)
-        features = self._features[layers]
-        flat = features.reshape(-1, features.shape[2])
-        share = (1 / tokens).astype(np.float32)
-        weighted = (features * share[:, None, None]).reshape(flat.shape)
-        self._squares += weighted.T @ flat
-        self._products += weighted.T @ used.reshape(-1)
-        keep = (self._decay ** tokens[:, None]).astype(np.float32)[:, None, :]
-        averages = features[:, :, :-1]
-        averages *= keep
-        averages += (1 - keep) * used[:, :, None]
-        self._features[layers] = features
+    def _learn(self) -> None:
+        """Takes in what was used since it last did: into the fit, then into the averages."""
+        if not self._pending:
+            return
+        entries = np.concatenate(self._pending)
+        self._pending.clear()
+        self._num_pending = 0
+        layers = self._layer_of[entries]
+        starts = np.flatnonzero(np.diff(layers, prepend=-1))
+        lengths = np.diff(starts, append=len(entries))
+        visits = _Visits(layers[starts], lengths / self._per_token[layers[starts]])
+        visit = np.repeat(np.arange(len(starts)), lengths)
+        features = self._features[visits.layers]  # [V, features, width]
+        cells = visits.place[visit] * self._width + self._column[entries]
+        size = len(visits.layers) * self._width
+        # The fit sees each layer's first visit: of that the averages do not know yet.
+        fade = float(0.5 ** (len(entries) / self.touches_per_token / MEMORY_TOKENS))
+        first = visits.is_first[visit]
+        used = np.bincount(cells[first], 1 / visits.tokens[visit[first]], size)
+        used = used.reshape(-1, self._width).astype(np.float32)
+        weight = 1 / visits.tokens[visits.is_first][visits.place[visits.is_first].argsort()]
+        self._squares *= fade
+        self._squares += np.tensordot(weight, features @ features.transpose(0, 2, 1), 1)
+        self._products *= fade
+        self._products += weight @ (features @ used[:, :, None])[:, :, 0]
+        # Each visit moves the averages towards its use, and the later ones of its layer fade it.
+        features[:, :-1] *= (self._decay ** visits.total[:, None])[:, :, None]
+        for index, decay in enumerate(self._decay):
+            share = (1 - decay**visits.tokens) * decay**visits.tokens_after / visits.tokens
+            features[:, index] += np.bincount(cells, share[visit], size).reshape(-1, self._width)
+        self._features[visits.layers] = features
 
     def _use_expected(self, entry: int) -> None:
-        averages = self._features.reshape(-1, len(self._weights))[self._cell[entry], :-1]
+        averages = self._features[self._layer_of[entry], :-1, self._column[entry]]
         averages += (1 - averages) * (1 - self._decay)
 
     def _fit(self) -> None:
@@ -179,12 +183,22 @@ class Density(Policy):
                 del self._streams[stream]
 
 
-def _occurrences(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Per element, how many equal ones stand before it."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))
-    lengths = np.diff(starts, append=len(values))
-    counts = np.empty(len(values), np.int64)
-    counts[order] = np.arange(len(values)) - np.repeat(starts, lengths)
-    return counts
+class _Visits:
+    """Visits of layers, in order; ``tokens`` says of how many each is, at least."""
+
+    def __init__(self, visited: npt.NDArray[np.int64], tokens: Values) -> None:
+        # A prompt's accesses come merged; they are those of at least so many tokens.
+        self.tokens = np.maximum(1.0, tokens)
+        self.layers, self.place = np.unique(visited, return_inverse=True)
+        """Each layer once, and per visit its index among them."""
+        self.total = np.bincount(self.place, self.tokens)
+        """Per layer, tokens of all its visits."""
+        order = np.argsort(self.place, kind="stable")
+        first = np.flatnonzero(np.diff(self.place[order], prepend=-1))
+        self.is_first = np.zeros(len(visited), np.bool_)
+        """Per visit, whether it is its layer's first."""
+        self.is_first[order[first]] = True
+        done = np.cumsum(self.tokens[order])
+        self.tokens_after = np.empty(len(visited))
+        """Per visit, tokens of its layer's later visits."""
+        self.tokens_after[order] = np.cumsum(self.total)[self.place[order]] - done
