@@ -17,6 +17,7 @@ from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 from tests.certificates import Authority, Files, tcp_settings
 from tests.daemon import Daemon, serving
+from tests.expert_store.serving.scraping import ANY, scrape, values
 from tests.handmade import make_pack, record
 
 CALL_SECONDS = 10.0
@@ -46,7 +47,7 @@ def secured(
     config.write_text(
         "drain_seconds = 0.5\n" + tcp_settings(server, "worker-1.lab", "spiffe://lab/worker")
     )
-    with serving({"m": pack}, config=config) as daemon:
+    with serving({"m": pack}, config=config, arguments=ANY) as daemon:
         yield daemon
 
 
@@ -142,6 +143,7 @@ def test_a_local_sessions_token_is_of_no_use_elsewhere(secured: Daemon, worker: 
 
 def test_who_is_not_on_the_list(secured: Daemon, authority: Authority) -> None:
     stranger = authority.issue("worker-2.lab")
+    before = values(scrape(secured))["expertd_refusals_total", "PERMISSION_DENIED", "tcp"]
     with channel(address(secured), stranger) as made:
         health = health_pb2_grpc.HealthStub(made)
         calls = [
@@ -155,6 +157,8 @@ def test_who_is_not_on_the_list(secured: Daemon, authority: Authority) -> None:
                 call()
             assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert secured.stderr.count("peer refused names=worker-2.lab") == 1
+    now = values(scrape(secured))["expertd_refusals_total", "PERMISSION_DENIED", "tcp"]
+    assert now == before + 4
 
 
 def test_certificates_that_prove_nothing(
