@@ -141,7 +141,12 @@ def arena_bytes(ram_bytes: int) -> int:
 
 
 def trailer_words(memory: SharedMemory) -> memoryview:
-    """The last page of an arena's memory, as :class:`ArenaTrailer` wants it."""
+    """The last page of an arena's memory, as :class:`ArenaTrailer` wants it.
+
+    Raises ValueError if it is not made of whole pages.
+    """
+    if memory.num_bytes % TRAILER_BYTES:
+        raise ValueError("it is not made of whole pages")
     return memory.view[-TRAILER_BYTES:].cast("Q")
 
 

@@ -144,7 +144,7 @@ async def take_inheritance(manager: Manager, store: FdStore, ram_bytes: int) -> 
         try:
             found = _open_directory(passed, arena, models)
         except ValueError as error:
-            log_warning("directory not adopted", name=passed.name, cause=error)
+            log_warning("directory not adopted", name=passed.name, cause=str(error))
             await store.remove(passed.name)
         else:
             models[found.description.name] = found
@@ -161,7 +161,7 @@ async def _take_arena(
         try:
             memory = SharedMemory.adopt(each.fd)
         except ValueError as error:
-            log_warning("arena not adopted", cause=error)
+            log_warning("arena not adopted", cause=str(error))
             os.close(each.fd)
             given_up = True
             continue
@@ -183,8 +183,6 @@ async def _take_arena(
 
 def _problem_of(memory: SharedMemory, wanted: int) -> str | None:
     try:
-        if memory.num_bytes % TRAILER_BYTES:
-            raise ValueError("it is not made of whole pages")
         ArenaTrailer(trailer_words(memory))
     except ValueError as error:
         return str(error)

@@ -84,5 +84,30 @@ def test_nothing_is_left_open_when_it_cannot_be_made() -> None:
     assert _num_descriptors() == descriptors
 
 
+def test_adopting_it() -> None:
+    memory = SharedMemory("test", 8192, mode=0o400)
+    memory.view[:5] = b"bytes"
+    adopted = SharedMemory.adopt(os.dup(memory.fd))
+    memory.close()
+    assert (adopted.num_bytes, bytes(adopted.view[:5])) == (8192, b"bytes")
+    adopted.view[:5] = b"still"
+    adopted.close()
+
+
+def test_what_cannot_be_adopted_stays_the_callers() -> None:
+    memory = SharedMemory("test", 4096, mode=0o400)
+    read_only = memory.open_read_only()
+    unsealed, null = os.memfd_create("test"), os.open("/dev/null", os.O_RDWR)
+    os.ftruncate(unsealed, 4096)
+    descriptors = _num_descriptors()
+    for fd in (read_only, unsealed, null):
+        with pytest.raises(ValueError, match=r"it is (not sealed|no shared memory)"):
+            SharedMemory.adopt(fd)
+    assert _num_descriptors() == descriptors
+    for fd in (read_only, unsealed, null):
+        os.close(fd)
+    memory.close()
+
+
 def _num_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))

@@ -19,6 +19,7 @@ from expertd_inference.worker import Worker
 from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.worker_process import WorkerProcess
+from tests.supervised import supervised
 
 Make = Callable[..., Any]
 
@@ -93,6 +94,30 @@ def test_goes_on_with_the_next_daemon(
             worker.close()
             for successor in successors:
                 successor.close()
+
+
+@pytest.mark.parametrize("budget", ["all", "least"])
+def test_goes_on_in_the_same_arena(budget: str, packed: Make, stock: Make) -> None:
+    """Under a service manager the next daemon has what the worker needs in RAM."""
+    pack = packed("qwen3_moe")
+    manifest = read_manifest(pack).manifest
+    ram = manifest.expert_bytes if budget == "all" else manifest.working_set_bytes
+    prompt = prompt_of(30, seed=1)
+    expected = greedy(stock("qwen3_moe"), prompt, 24)
+    with (
+        supervised({"m": pack}, ram=ram) as service,
+        Worker(attach("m", service.socket), say=lambda _: None) as worker,
+    ):
+        assert greedy(worker.model, prompt, 24) == expected
+        address = worker.session.arena_address
+        assert generate(worker, prompt, 24, KillAfter(8, service.kill)) == expected
+        assert len(service.runs) == 2
+        assert worker.session.arena_address == address
+        with Client(service.socket) as client:
+            stats = client.stats()
+        assert stats["adoptions"] == 1
+        if budget == "all":
+            assert stats["models"][0]["nvme_bytes_read"] == 0
 
 
 def generate(worker: Worker, prompt: list[int], new: int, streamer: Any) -> list[int]:

@@ -1,0 +1,88 @@
+"""One mapping of the arena for several sessions in turn, as long as it is the same arena."""
+
+import os
+
+import pytest
+
+from expertd.arena_trailer import TRAILER_BYTES
+from expertd.errors import SessionLostError
+from expertd_client.arena_mapping import ArenaMapping
+from expertd_client.mapping import Mapping, State
+from tests.client.shared_memory import SharedMemory, shared_memory
+
+
+def test_the_same_arena_is_used_again(shared: SharedMemory) -> None:
+    first = shared.mapping()
+    shared.trailer.adopt()
+    second = Mapping.map(
+        shared.descriptors, adoption=1, previous=first.arena_mapping, **shared.sizes
+    )
+    address = first.arena_address
+    first.close()
+    assert first.arena_mapping is None
+    assert second.arena_address == address
+    shared.arena[:5] = b"bytes"
+    assert bytes(second.arena[:5]) == b"bytes"
+
+
+def test_another_is_not(shared: SharedMemory) -> None:
+    first = shared.mapping()
+    with shared_memory() as other:
+        second = Mapping.map(
+            other.descriptors, adoption=0, previous=first.arena_mapping, **other.sizes
+        )
+        assert second.arena_mapping is not first.arena_mapping
+        other.arena[:5] = b"other"
+        assert bytes(second.arena[:5]) == b"other"
+
+
+def test_another_extent_of_it_is_not(shared: SharedMemory) -> None:
+    arena = ArenaMapping(shared.descriptors[0], shared.sizes["arena_bytes"])
+    assert arena.is_of(shared.descriptors[0], shared.sizes["arena_bytes"])
+    assert not arena.is_of(shared.descriptors[0], shared.sizes["arena_bytes"] - 4096)
+    assert not arena.is_of(shared.descriptors[1], shared.sizes["arena_bytes"])
+
+
+def test_a_foreign_trailer_is_refused(shared: SharedMemory) -> None:
+    os.pwrite(shared.descriptors[0], b"\xff" * 8, shared.sizes["arena_bytes"])
+    with pytest.raises(ValueError, match="not an arena"):
+        ArenaMapping(shared.descriptors[0], shared.sizes["arena_bytes"])
+    assert os.fstat(shared.descriptors[0]).st_size == shared.sizes["arena_bytes"] + TRAILER_BYTES
+
+
+def test_a_next_daemon_that_reuses_bytes_voids_the_session(shared: SharedMemory) -> None:
+    mapping = shared.mapping()
+    shared.publish(0, 1)
+    mapping.disconnect()
+    shared.trailer.adopt()
+    assert mapping.try_hold([0])
+    mapping.release()  # nothing was changed yet
+    assert mapping.try_hold([0])
+    shared.trailer.begin_reuse()
+    with pytest.raises(SessionLostError, match="another daemon has taken over"):
+        mapping.release()
+    assert mapping.state is State.LOST
+
+
+@pytest.mark.parametrize("holding", [False, True])
+def test_a_session_that_hears_of_it_late(shared: SharedMemory, holding: bool) -> None:
+    mapping = shared.mapping()
+    shared.publish(0, 1)
+    if holding:
+        assert mapping.try_hold([0])
+    shared.trailer.retire()
+    mapping.disconnect()
+    assert mapping.state is (State.HOLDING if holding else State.LOST)
+    with pytest.raises(SessionLostError):
+        mapping.check_revoked()
+    with pytest.raises(SessionLostError):
+        mapping.release() if holding else mapping.try_hold([0])
+
+
+def test_the_next_daemons_own_sessions_stay(shared: SharedMemory) -> None:
+    shared.trailer.adopt()
+    mapping = shared.mapping()
+    shared.publish(0, 1)
+    shared.trailer.begin_reuse()
+    assert mapping.try_hold([0])
+    mapping.release()
