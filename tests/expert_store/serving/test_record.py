@@ -182,6 +182,8 @@ def test_only_an_administrator_watches(tight: Daemon) -> None:
         stream = worker.stub.WatchTouches(
             pb.WatchTouchesRequest(model="m"), metadata=worker.credentials, timeout=10
         )
+        stream.initial_metadata()
+        worker.touch(0, [1, 2])  # nothing of which it may get to see
         with pytest.raises(grpc.RpcError) as caught:
             next(iter(stream))
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
