@@ -50,6 +50,9 @@ def serve(
     """
     # numpy's BLAS, which nothing here calls, would start a thread and take 32 MiB per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Before gRPC is imported: it writes a line for each handshake that fails, and anybody who
+    # reaches the TCP port could fill the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from expertd.daemon import serve as run  # grpc and numpy: not for --help
 
     models = None

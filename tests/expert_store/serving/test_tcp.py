@@ -176,6 +176,7 @@ def test_certificates_that_prove_nothing(
         rpc.ExpertStoreStub(made).ListModels(pb.ListModelsRequest(), timeout=CALL_SECONDS)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert list_models(target, worker) == ["m"]
+    assert "andshake" not in secured.stderr, "anybody could fill the log"
 
 
 def test_names_are_also_uris(secured: Daemon, authority: Authority) -> None:
