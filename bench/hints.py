@@ -1,6 +1,7 @@
 """Part 3: how long a demanded record waits because others are being read ahead."""
 
 import os
+import random
 import time
 from collections.abc import Iterator
 
@@ -26,8 +27,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
     os.sync()
     count = layers * _EXPERTS
     one = median_read_seconds(pack, _RECORD_BYTES, min(count, 64))
-    # In an order without neighbours, so that no read helps the next.
-    experts = [divmod(7 * number % count, _EXPERTS) for number in range(count)]
+    experts = [divmod(entry, _EXPERTS) for entry in random.Random(0).sample(range(count), count)]
     delays = []
     with (
         serving({"m": pack}, ram=count * _RECORD_BYTES, socket=bench.folder / "hints-s") as daemon,
