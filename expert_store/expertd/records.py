@@ -42,7 +42,7 @@ class Records:
         self._arena, self._slots, self._loader = arena, slots, loader
         self._fetch_seconds = fetch_seconds
         self._loop = asyncio.get_running_loop()
-        self._finished: deque[tuple[HostedModel, Load, str | None]] = deque()
+        self._finished: deque[tuple[HostedModel, int, str | None]] = deque()
         self._finishing = False
         self._prefetcher = Prefetcher(slots, self._start_load, loader)
 
@@ -126,8 +126,9 @@ class Records:
 
         def finished(problem: str | None) -> None:
             # Small records end faster than the loop is woken: one wake-up for many. Who finds
-            # it on its way has put its own before the loop begins to take them out.
-            self._finished.append((model, load, problem))
+            # it on its way has put its own before the loop begins to take them out. By number,
+            # not the load, which refers to this: garbage in cycles costs more than reading.
+            self._finished.append((model, entry, problem))
             if not self._finishing:
                 self._finishing = True
                 self._loop.call_soon_threadsafe(self._finish_loads)
@@ -257,7 +258,8 @@ class Records:
     def _finish_loads(self) -> None:
         self._finishing = False  # before the first is taken: what comes later wakes the loop again
         while self._finished:
-            self._finish_load(*self._finished.popleft())
+            model, entry, problem = self._finished.popleft()
+            self._finish_load(model, model.loads[entry], problem)
 
     def _finish_load(self, model: HostedModel, load: Load, problem: str | None) -> None:
         model.counters.read_seconds.observe(load.job.seconds)
