@@ -43,7 +43,7 @@ class ServeConfig:
     """Read packs past the page cache where the file system can."""
     loader_threads: int = 4
     """Reads in flight at once."""
-    scrub_bytes_per_second: int = 64 << 20
+    scrub_bytes_per_second: int = 32 << 20
     """How fast resident records are verified again, to find bits that flip in RAM; 0: not."""
     stall_seconds: float = 30.0
     """How long a worker may hold up eviction before it is cut off."""

@@ -24,7 +24,7 @@ from expertd.pack.files import open_regular
 
 PAGE_BYTES = 4096
 RUN_BYTES = 512 << 10
-"""Neighbours are read together up to this size; larger reads gain nothing (bench/cold.py)."""
+"""Neighbours are read together up to this size; larger reads gain nothing (docs/store-speed.md)."""
 _MAX_RUN = 512  # records: the kernel takes 1024 pieces in a read
 
 
