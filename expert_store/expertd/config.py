@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertd.errors import ConfigError
+from expertd.limits import ModelConfig
 from expertd.log import LogFormat
 from expertd.loopback import LoopbackAddress, parse_loopback
 from expertd.policy_names import DEFAULT_POLICY, PolicyName
@@ -31,8 +32,8 @@ class ServeConfig:
     """Directory of the sockets and the lock; made if missing."""
     ram_bytes: int
     """The arena's size: the budget of all models together."""
-    models: dict[str, Path] = field(default_factory=dict)
-    """Packs to load at start, by model name."""
+    models: dict[str, ModelConfig] = field(default_factory=dict)
+    """Packs to load at start, by model name, and their limits."""
     allowed_uids: tuple[int, ...] = ()
     """Who may attach besides root and the daemon's own user."""
     socket_mode: int = 0o660
@@ -102,20 +103,21 @@ def check_model_name(name: str) -> None:
         )
 
 
-def parse_model(text: str) -> tuple[str, Path]:
+def parse_model(text: str) -> tuple[str, ModelConfig]:
     """``NAME=PACK`` as given on the command line. Raises :class:`ConfigError`."""
     name, equals, path = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"{text!r} is not a model: write --model NAME=PACK.")
     check_model_name(name)
-    return name, Path(path).absolute()
+    return name, ModelConfig(Path(path).absolute())
 
 
 def load_config(path: Path | None, **overrides: Any) -> ServeConfig:  # noqa: ANN401
     """The settings in TOML file ``path``, with those of ``overrides`` that are not None.
 
     In the file ``ram`` may stand for ``ram_bytes`` with a unit (``"16GiB"``), ``socket_mode``
-    is a string in octal, and ``[models]`` maps names to packs. Raises :class:`ConfigError`.
+    is a string in octal, and ``[models]`` maps names to packs or tables of a pack and its
+    limits. Raises :class:`ConfigError`.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -176,9 +178,8 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     if name == "socket":
         return Path(_typed(value, str))
     if name == "models":
-        return {
-            key: Path(_typed(path, str)).absolute() for key, path in _typed(value, dict).items()
-        }
+        models = _typed(value, dict)
+        return {key: ModelConfig.from_toml(key, model) for key, model in models.items()}
     if name == "allowed_uids":
         return tuple(_typed(uid, int) for uid in _typed(value, list))
     return kind(_typed(value, (int, float))) if kind is float else _typed(value, kind)

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from expertd.greeting import handshake
 from expertd.handshake import Role, rpc_target
 from expertd.heat_map import HeatMap
+from expertd.limits import NO_LIMITS, Limits
 from expertd.pack.files import check_path
 from expertd.plain import to_plain
 from expertd.status import from_rpc_error
@@ -120,11 +121,22 @@ class Control:
             finally:
                 call.cancel()
 
-    def load(self, name: str, pack: Path) -> dict[str, Any]:
+    def load(self, name: str, pack: Path, limits: Limits = NO_LIMITS) -> dict[str, Any]:
         """Opens ``pack``, an absolute path, under ``name``. Raises ``PackError`` and others."""
         check_path(pack)
-        request = pb.LoadModelRequest(name=name, pack_path=str(pack))
+        request = pb.LoadModelRequest(
+            name=name,
+            pack_path=str(pack),
+            min_bytes=limits.min_bytes,
+            max_bytes=limits.max_bytes or 0,
+            pins=limits.pins,
+        )
         return to_plain(self._call_as_admin(self._stub.LoadModel, request).summary)
+
+    def limit(self, name: str, min_bytes: int | None, max_bytes: int | None) -> dict[str, Any]:
+        """Changes limits; None: as it is, a maximum of 0: none."""
+        request = pb.SetLimitsRequest(name=name, min_bytes=min_bytes, max_bytes=max_bytes)
+        return to_plain(self._call_as_admin(self._stub.SetLimits, request).summary)
 
     def unload(self, name: str) -> int:
         """Drops a model; the bytes of RAM that this freed."""

@@ -88,8 +88,8 @@ async def _running(
         # 3. Models, which may be refused too; their records are verified if they were left.
         store = Store(config, arena, fd_store, inheritance)
         stack.push_async_callback(store.close)
-        for name, path in config.models.items():
-            await store.load_model(name, path, Origin.CONFIG)
+        for name, model in config.models.items():
+            await store.load_model(name, model.path, Origin.CONFIG, model.limits)
         await store.load_inherited()
         # 4. The pulse that reads what workers wrote, and the one that says that we live.
         for pulse in (_refresh(store), feed_watchdog(manager, store.loader)):

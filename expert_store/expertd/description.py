@@ -12,6 +12,8 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from expertd.directory import PAGE_BYTES, Directory, DirectoryView, directory_bytes
+from expertd.errors import ConfigError
+from expertd.limits import NO_LIMITS, Limits
 from expertd.memfd import SharedMemory
 
 _HEAD = struct.Struct("<QQ")
@@ -35,6 +37,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     arena: int
     origin: Origin
+    limits: Limits = NO_LIMITS
+    """Those that it was loaded with; changes at run time last as long as the daemon."""
 
 
 def new_directory(num_entries: int, description: Description) -> SharedMemory:
@@ -66,5 +70,5 @@ def read_description(memory: SharedMemory) -> Description:
         raise ValueError("the checksum of its description does not match")
     try:
         return msgspec.json.decode(text, type=Description)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ConfigError) as error:
         raise ValueError(f"its description makes no sense ({error})") from error

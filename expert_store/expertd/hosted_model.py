@@ -14,6 +14,7 @@ from expertd.directory import Directory, pack_word, unpack_word
 from expertd.errors import NotFoundError
 from expertd.extents import Extent
 from expertd.histogram import Histogram
+from expertd.limits import NO_LIMITS, Limits, pinned_entries
 from expertd.loader import ReadJob, RecordFile
 from expertd.memfd import SharedMemory
 from expertd.pack.manifest import Fingerprinted, Layer
@@ -35,6 +36,13 @@ class Place(NamedTuple):
     file: RecordFile
     offset: int
     checksum: str
+
+
+class Record(NamedTuple):
+    """One expert's record of a model."""
+
+    model: "HostedModel"
+    entry: int
 
 
 @dataclass(eq=False)
@@ -98,7 +106,9 @@ class HostedModel:
         files: Sequence[RecordFile],
         memory: SharedMemory,
         policy: str = DEFAULT_POLICY,
+        limits: Limits = NO_LIMITS,
     ) -> None:
+        self.limits = limits
         self.name, self.path, self.files = name, path, files
         self.manifest, self.fingerprint = pack.manifest, pack.fingerprint
         self.state = ModelState.SERVING
@@ -140,6 +150,8 @@ class HostedModel:
         self._lengths = np.array(self._record_bytes, np.int64)
         self._holds = np.zeros(self.num_entries, np.int64)
         self._unused_hint = np.zeros(self.num_entries, np.bool_)
+        self.pins = set(pinned_entries(limits.pins, self.manifest.layers, name))
+        self.hold(self.pins)
 
     def __repr__(self) -> str:
         return (
@@ -161,6 +173,24 @@ class HostedModel:
     def resident_bytes(self) -> int:
         """Their size."""
         return int(self._lengths[self._resident].sum())
+
+    @property
+    def arena_bytes(self) -> int:
+        """What it occupies: records that workers can see, come and may still be reading."""
+        loading = sum(load.extent.num_bytes for load in self.loads.values())
+        return self.resident_bytes + loading + self.reclaimer.bytes_retired
+
+    @property
+    def minimum_bytes(self) -> int:
+        """What other models' needs leave it, as long as it serves."""
+        return 0 if self.state is ModelState.UNLOADING else self.limits.min_bytes
+
+    @property
+    def guarded_bytes(self) -> int:
+        """What its minimum keeps from other models."""
+        if self.state is ModelState.UNLOADING:
+            return 0
+        return self.limits.guarded_bytes(self.manifest)
 
     @property
     def is_in_use(self) -> bool:
@@ -231,6 +261,12 @@ class HostedModel:
         """The first ``most`` resident entries that are not below ``start``."""
         found: list[int] = (start + np.flatnonzero(self._resident[start:])[:most]).tolist()
         return found
+
+    def unpin(self, entries: Iterable[int]) -> None:
+        """Gives up pins of the model itself; those not pinned are ignored."""
+        unpinned = self.pins.intersection(entries)
+        self.pins -= unpinned
+        self.unhold(unpinned)
 
     def evictable(self) -> Entries:
         """Resident records that nobody holds."""

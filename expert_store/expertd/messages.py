@@ -23,6 +23,9 @@ def model_summary(model: HostedModel) -> pb.ModelSummary:
         expert_bytes=model.manifest.expert_bytes,
         pack_path=str(model.path),
         state=_STATES[model.state],
+        min_bytes=model.limits.min_bytes,
+        max_bytes=model.limits.max_bytes or 0,
+        num_pinned=len(model.pins),
     )
 
 

@@ -105,7 +105,7 @@ class Prefetcher:
                 if model.is_resident(entry) or entry in model.loads:
                     hint.entries.popleft()
                     return
-                extent = self._slots.try_reserve(model.record_bytes(entry))
+                extent = self._slots.try_reserve(model, entry)
                 if extent is not None:
                     hint.entries.popleft()
                     load = self._start_load(model, entry, extent, hinted=True)

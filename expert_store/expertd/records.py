@@ -9,6 +9,7 @@ import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 from xxhash import xxh3_64_hexdigest
 
@@ -21,12 +22,15 @@ from expertd.errors import (
     SessionLostError,
 )
 from expertd.extents import Extent
-from expertd.hosted_model import HostedModel, Load, ModelState
+from expertd.hosted_model import HostedModel, Load, ModelState, Record
 from expertd.loader import Loader, ReadJob, read_verified
-from expertd.log import log_error
+from expertd.log import log, log_error
 from expertd.prefetcher import Prefetcher
 from expertd.session import Session
-from expertd.slots import Record, Slots
+from expertd.slots import Slots
+
+_PINS_AT_ONCE = 8
+_PROGRESS_SECONDS = 5.0
 
 
 class Records:
@@ -45,14 +49,6 @@ class Records:
         self._finished: deque[tuple[HostedModel, int, str | None]] = deque()
         self._finishing = False
         self._prefetcher = Prefetcher(slots, self._start_load, loader)
-
-    def max_fetch_records(self, model: HostedModel) -> int:
-        """How many of the model's records one fetch can make resident together.
-
-        As many as the pinned records leave room for, wherever they lie.
-        """
-        free = self._slots.extents.bytes_total - self._slots.pinned_bytes
-        return free // model.max_record_bytes
 
     async def fetch(self, session: Session, entries: Sequence[int], number: int) -> int:
         """Makes records resident and leases them to the session under ``number``.
@@ -95,6 +91,28 @@ class Records:
             session.unpin(pinned)
             raise
         return len(pinned)
+
+    async def keep(self, model: HostedModel) -> None:
+        """Reads what the model itself pins, a few at a time so that fetches come in between.
+
+        A record that is lost is not pinned any more. Ends early if the model is unloaded.
+        """
+        began = said = self._loop.time()
+        entries = sorted(model.pins)
+        for start in range(0, len(entries), _PINS_AT_ONCE):
+            async with self._slots.turn():
+                if model.state is not ModelState.SERVING:
+                    return
+                some = [e for e in entries[start : start + _PINS_AT_ONCE] if e in model.pins]
+                loads = await self._start_loads(model, some, to_pin=True)
+            if loads:
+                await asyncio.wait([load.done for load in loads])
+            model.unpin([load.entry for load in loads if load.done.result() is not None])
+            if self._loop.time() - said > _PROGRESS_SECONDS:
+                said = self._loop.time()
+                log("reading pinned records", model=model.name, done=start, of=len(entries))
+        seconds = round(self._loop.time() - began, 1)
+        log("pinned records read", model=model.name, records=len(model.pins), seconds=seconds)
 
     def prefetch(self, session: Session, entries: Sequence[int], priority: int) -> int:
         """Takes a hint, in place of the session's last; returns how many reads it may start."""
@@ -195,11 +213,12 @@ class Records:
 
     def _claim(self, session: Session, wanted: list[int], held: list[int]) -> list[int]:
         model = session.model
-        pinned = {entry for other, entry in self._slots.pinned if other is model}
-        count, most = len(set(wanted) - pinned), self.max_fetch_records(model)
+        budget = self._slots.budget
+        pinned = {entry for other, entry in budget.pinned if other is model}
+        count, most = len(set(wanted) - pinned), budget.max_fetch_records(model)
         if count > most:
             raise CapacityError(
-                f"{count} experts of {model.name} do not fit at once: the budget holds "
+                f"{count} experts of {model.name} do not fit at once: its budget holds "
                 f"{most} that are not pinned; fetch in waves of {most}.",
                 requested=count,
                 available=most,
@@ -212,19 +231,10 @@ class Records:
     def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
         model = session.model
         wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
-        slots = self._slots
-        others = slots.pinned
-        new = [entry for entry in wanted if Record(model, entry) not in others]
-        room = slots.extents.bytes_total - slots.pinned_bytes - slots.working_set_bytes
-        if sum(map(model.record_bytes, new)) > room:
-            most = max(0, room // model.max_record_bytes)
-            raise CapacityError(
-                f"{len(new)} experts cannot be pinned: beside what one token of each model uses "
-                f"there is room for {most}.",
-                requested=len(new),
-                available=most,
-                unit="records",
-            )
+        budget = self._slots.budget
+        pinned_by_any = budget.pinned
+        new = [entry for entry in wanted if Record(model, entry) not in pinned_by_any]
+        budget.check_pins(model, new)
         session.pin(wanted)
         pinned += wanted
         return wanted
@@ -238,14 +248,17 @@ class Records:
         if not missing and not to_pin:
             return loads
         reserved = await self._slots.reserve(
-            [Record(model, entry) for entry in missing],
-            [Record(model, entry) for entry in entries],
-            to_pin=to_pin and bool(entries),
+            model,
+            missing,
+            dict.fromkeys(entries, 0 if to_pin else 1),
+            to_pin=bool(entries) and (to_pin or not model.pins.isdisjoint(missing)),
         )
         # In one batch, so that the loader can read it in the order of the file.
         started = [self._new_load(*record, extent, hinted=False) for record, extent in reserved]
         self._loader.submit(*[load.job for load in started])
-        return loads + started
+        # Records of another model are among them if they had to make way: nobody waits for those.
+        ours = [record.model is model for record, _ in reserved]
+        return loads + list(compress(started, ours))
 
     def _join(self, model: HostedModel, load: Load) -> Load:
         """Demand for a record that is on its way: at once, so that no hint withdraws it."""

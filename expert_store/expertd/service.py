@@ -18,6 +18,7 @@ from expertd.errors import (
 )
 from expertd.handshake import INCARNATION_KEY, TOKEN_KEY, Role
 from expertd.hosted_model import HostedModel
+from expertd.limits import Limits
 from expertd.messages import model_response, model_summary
 from expertd.peers import Peer
 from expertd.read_ahead import read_ahead
@@ -58,7 +59,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model = self._store.model(request.name)
         return model_response(
-            model, self._store.records.max_fetch_records(model), self._store.incarnation
+            model, self._store.budget.max_fetch_records(model), self._store.incarnation
         )
 
     async def LoadModel(
@@ -69,8 +70,22 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             raise InvalidInputError(
                 f"{request.pack_path!r} is not an absolute path; the daemon has another directory."
             )
-        model = await self._store.load_model(request.name, Path(request.pack_path))
+        limits = Limits(request.min_bytes, request.max_bytes or None, tuple(request.pins))
+        model = await self._store.load_model(request.name, Path(request.pack_path), limits=limits)
         return pb.LoadModelResponse(summary=model_summary(model))
+
+    async def SetLimits(
+        self, request: pb.SetLimitsRequest, context: Context
+    ) -> pb.SetLimitsResponse:
+        self._admin(context)
+        limits = self._store.model(request.name).limits
+        smallest, largest = limits.min_bytes, limits.max_bytes
+        if request.HasField("min_bytes"):
+            smallest = request.min_bytes
+        if request.HasField("max_bytes"):
+            largest = request.max_bytes or None
+        model = await self._store.set_limits(request.name, smallest, largest)
+        return pb.SetLimitsResponse(summary=model_summary(model))
 
     async def UnloadModel(
         self, request: pb.UnloadModelRequest, context: Context

@@ -10,29 +10,22 @@ where pinned records leave no gap that is large enough, they are moved
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
 import numpy as np
 
-from expertd.compaction import next_move
+from expertd.budget import Budget
 from expertd.eviction import choose_victims
 from expertd.extents import Extent, Extents
-from expertd.hosted_model import HostedModel
+from expertd.hosted_model import HostedModel, Record
+from expertd.mover import Kept, Mover
+from expertd.residency import Entries
 from expertd.session import Session
 
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.002
 _LOOK_AGAIN_SECONDS = 0.05
-
-
-class Record(NamedTuple):
-    """An expert's record of some model."""
-
-    model: HostedModel
-    entry: int
 
 
 class Slots:
@@ -45,16 +38,16 @@ class Slots:
 
     def __init__(
         self,
-        num_bytes: int,
+        budget: Budget,
         copy: Callable[[Extent, Extent], None],
         models: dict[str, HostedModel],
         sessions: dict[str, Session],
         cut_off: Callable[[Session], None],
         stall_seconds: float,
     ) -> None:
-        self.extents = Extents(num_bytes)
-        self._copy = copy
-        self._moves: set[asyncio.Task[None]] = set()
+        self.extents = Extents(budget.num_bytes)
+        self.budget = budget
+        self.mover = Mover(self.extents, copy, models)
         self._models = models
         self._sessions = sessions
         self._cut_off = cut_off
@@ -75,25 +68,6 @@ class Slots:
         """Whether somebody is inside a turn."""
         return self._turn.locked()
 
-    @property
-    def working_set_bytes(self) -> int:
-        """What one token of each model uses: the least that must not be pinned."""
-        return sum(model.manifest.working_set_bytes for model in self._models.values())
-
-    @property
-    def pinned(self) -> Counter[Record]:
-        """All pinned records, resident or not, and how many pin each."""
-        return Counter(
-            Record(session.model, entry)
-            for session in self._sessions.values()
-            for entry in session.pins
-        )
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Their size."""
-        return sum(model.record_bytes(entry) for model, entry in self.pinned)
-
     def free(self, extent: Extent) -> None:
         """Gives back an extent that nobody can have seen, or no longer can."""
         self.extents.free(extent)
@@ -106,27 +80,34 @@ class Slots:
         self._collect()
 
     async def reserve(
-        self, wanted: Sequence[Record], own: Iterable[Record] = (), *, to_pin: bool = False
+        self,
+        model: HostedModel,
+        missing: Sequence[int],
+        own: Mapping[int, int] | None = None,
+        *,
+        to_pin: bool = False,
     ) -> list[tuple[Record, Extent]]:
-        """An extent for each wanted record, evicting the coldest of all models for them.
+        """Extents for missing records of a model, evicting the coldest of all models for them.
 
-        ``own`` are all that the caller holds: where nothing else makes room, some of those that
-        nobody else does are evicted, and get an extent of the result too. ``to_pin``: the caller
-        pins them, so a hole in which any record can be moved is left beside what is pinned.
+        ``own`` says how often the caller holds what it wants of the model, besides pinning it.
+        Where nothing else makes room, some records have to leave their place and be read again:
+        the caller's own, or those that another model's minimum guards. They get an extent of
+        the result too. ``to_pin``: some are pinned, so a hole in which any record can be moved
+        is left beside what is.
 
-        Call inside a turn, with what fits by size beside the pinned records. Waits for
-        readers as long as the caller lets it; cancelled, it leaves nothing allocated.
+        Call inside a turn, with what fits by size into the model's budget. Waits for readers as
+        long as the caller lets it; cancelled, it leaves nothing allocated.
         """
-        wanted, own = list(wanted), dict.fromkeys(own, 0 if to_pin else 1)
+        wanted = [Record(model, entry) for entry in missing]
         loop, spare = asyncio.get_running_loop(), list[int]()
         pause, seen, seen_at, on_its_way = _FIRST_PAUSE_SECONDS, (-1, -1, -1), 0.0, False
         while True:
-            sizes = [model.record_bytes(entry) for model, entry in wanted] + spare
+            sizes = [each.record_bytes(entry) for each, entry in wanted] + spare
             # All or none each time: what is taken early may lie where the rest would fit.
-            extents = self.extents.allocate_all(sizes)
+            extents = self._allocate(model, wanted, sizes)
             if extents is None:
                 self.refresh()
-                extents = self.extents.allocate_all(sizes)
+                extents = self._allocate(model, wanted, sizes)
             if extents is not None:
                 if spare or not to_pin or self._can_move_beside(extents):
                     break
@@ -137,13 +118,18 @@ class Slots:
             # Looking for victims among very many takes milliseconds: not at every pause.
             state = self._state()
             if state != seen or loop.time() > seen_at + _LOOK_AGAIN_SECONDS:
-                on_its_way = self._evict_for(sizes)
+                self._evict_over_max(model, _bytes_of(model, wanted))
+                on_its_way = self._evict_for(model, sizes)
                 seen, seen_at = self._state(), loop.time()
             if self._collect():
                 continue  # no session could read them: no need to wait
-            if not on_its_way and self._is_stuck() and await self._compact(wanted, own):
-                seen_at, pause = 0.0, _FIRST_PAUSE_SECONDS
-                continue
+            if not on_its_way and self._is_stuck():
+                step = await self.mover.step(self._kept(model, own or {}))
+                if isinstance(step, Record):
+                    wanted.append(step)
+                if step:
+                    seen_at, pause = 0.0, _FIRST_PAUSE_SECONDS
+                    continue
             self._press()
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -154,24 +140,40 @@ class Slots:
             self.free(extents.pop())
         return list(zip(wanted, extents, strict=True))
 
-    def try_reserve(self, size: int) -> Extent | None:
-        """An extent for a hint, if there is one now.
+    def try_reserve(self, model: HostedModel, entry: int) -> Extent | None:
+        """An extent for a hinted record, if there is one now.
 
         A hint takes nothing from a running step: only records are evicted that their model's
         last tokens did not use, one for each session and one more. Their bytes come free when
         the readers have moved on, so a later try may succeed where this one did not.
         """
+        size = model.record_bytes(entry)
+        if self.budget.over_max(model, size):
+            self._evict_over_max(model, size, sparing_steps=True)
+            self._collect()
+            if self.budget.over_max(model, size):
+                self._nudge()
+                return None
         extent = self.extents.allocate(size)
         if extent is None:
             self.refresh()
             extent = self.extents.allocate(size)
         if extent is None and self._retired_bytes() < size:
-            self._evict_for([size], sparing_steps=True)
+            self._evict_for(model, [size], sparing_steps=True)
             self._collect()
             extent = self.extents.allocate(size)
         if extent is None:
             self._nudge()
         return extent
+
+    def trim(self, model: HostedModel) -> None:
+        """Evicts what a lowered maximum does not allow, as far as nobody holds it."""
+        self.refresh()
+        self._evict_over_max(model, 0)
+
+    async def close(self) -> None:
+        """Waits for copies under way."""
+        await self.mover.close()
 
     @property
     def _largest_record_bytes(self) -> int:
@@ -179,7 +181,7 @@ class Slots:
 
     def _can_move_beside(self, extents: Iterable[Extent]) -> bool:
         """Whether pinned records, some of them in ``extents``, leave a gap for any record."""
-        placed = {model.placed(entry) for model, entry in self.pinned} | {*extents}
+        placed = {model.placed(entry) for model, entry in self.budget.pinned} | {*extents}
         start = 0
         for extent in sorted(extent for extent in placed if extent is not None):
             if extent.offset - start >= self._largest_record_bytes:
@@ -187,9 +189,12 @@ class Slots:
             start = sum(extent)
         return self.extents.bytes_total - start >= self._largest_record_bytes
 
-    async def close(self) -> None:
-        """Waits for copies under way."""
-        await asyncio.gather(*self._moves)
+    def _allocate(
+        self, model: HostedModel, wanted: Sequence[Record], sizes: Sequence[int]
+    ) -> list[Extent] | None:
+        if self.budget.over_max(model, _bytes_of(model, wanted)):
+            return None
+        return self.extents.allocate_all(sizes)
 
     def _is_stuck(self) -> bool:
         """Whether no eviction, read or lease that is under way can make room."""
@@ -205,29 +210,39 @@ class Slots:
         evictable = sum(len(model.evictable()) for model in self._models.values())
         return self.extents.bytes_free, self._retired_bytes(), evictable
 
-    def _evict_for(self, sizes: Sequence[int], *, sparing_steps: bool = False) -> bool:
+    def _evict_over_max(
+        self, model: HostedModel, num_bytes: int, *, sparing_steps: bool = False
+    ) -> None:
+        """Retires the model's coldest until it could have ``num_bytes`` more."""
+        excess = self.budget.over_max(model, num_bytes) - model.reclaimer.bytes_retired
+        if excess <= 0:
+            return
+        coldest = self._coldest(model, sparing_steps=sparing_steps)
+        _, lengths = model.places_of(coldest)
+        count = int(np.searchsorted(np.cumsum(lengths), excess)) + 1
+        model.evict(coldest[:count].tolist())
+
+    def _evict_for(
+        self, model: HostedModel, sizes: Sequence[int], *, sparing_steps: bool = False
+    ) -> bool:
         """Retires the coldest records in whose place, with what is free or will be, all fit.
 
         False, and nothing is retired, if no evictable records make room for all.
         """
         models = list(self._models.values())
         loose = [*self.extents.holes]
-        for model in models:
-            loose += model.reclaimer.extents
         owners, entries, heat, offsets, lengths = [], [], [], [], []
-        for number, model in enumerate(models):
-            candidates = model.evictable()
-            if sparing_steps and model.num_sessions:
-                candidates = model.heat.idle_since(candidates, 1 + model.num_sessions)
-            coldest = model.heat.coldest(candidates)
-            places = model.places_of(coldest)
+        for number, other in enumerate(models):
+            loose += other.reclaimer.extents
+            coldest = self._coldest(other, sparing_steps=sparing_steps)
+            if other is not model:
+                coldest = _beyond_minimum(other, coldest)
+            places = other.places_of(coldest)
             owners.append(np.full(len(coldest), number))
             entries.append(coldest)
-            heat.append(model.heat.of(coldest))
+            heat.append(other.heat.of(coldest))
             offsets.append(places[0])
             lengths.append(places[1])
-        if not models:
-            return False
         # Stable: within a model the order stays. Nearly sorted, so quick.
         order = np.argsort(np.concatenate(heat), kind="stable")
         victims = choose_victims(
@@ -241,73 +256,28 @@ class Slots:
             models[number].evict(entry[owner == number].tolist())
         return True
 
-    async def _compact(self, wanted: list[Record], own: dict[Record, int]) -> bool:
-        """Moves one record, or makes room for that; False if there is nothing to do but wait.
+    def _coldest(self, model: HostedModel, *, sparing_steps: bool = False) -> Entries:
+        """What may be evicted of a model, coldest first."""
+        candidates = model.evictable()
+        if sparing_steps and model.num_sessions:
+            candidates = model.heat.idle_since(candidates, 1 + model.num_sessions)
+        return model.heat.coldest(candidates)
 
-        To be called when only held records are in the way. Where none can be moved, one of
-        ``own`` is evicted, and wanted from then on. ``own`` says how often the caller holds
-        each, besides pinning it.
-        """
-        pinned = self.pinned
-        kept: list[tuple[Extent, Record, int]] = []
-        for model in self._models.values():
-            for entry in model.held().tolist():
-                record, extent = Record(model, entry), model.extent(entry)
-                num_holds = pinned[record] + own.get(record, 0)
-                if model.num_holds(entry) > num_holds:
-                    return False  # a call that is about to let go of it
-                assert extent is not None
-                kept.append((extent, record, num_holds))
-        kept.sort(key=lambda row: row[0])
-        move = next_move([extent for extent, _, _ in kept], self.extents.bytes_total)
-        if move is None:
-            for _, record, num_holds in kept:
-                if record in own and num_holds == 1:
-                    record.model.evict([record.entry])
-                    wanted.append(record)
-                    return True
-            return False
-        try:
-            self.extents.take(move.target)
-        except ValueError:
-            return self._clear(move.target)
-        _, record, num_holds = kept[move.number]
-        await self._move(record, num_holds, move.target)
-        return True
-
-    def _clear(self, extent: Extent) -> bool:
-        """Evicts what lies in ``extent``; whether that was anything."""
-        start, end = extent.offset, extent.offset + extent.num_bytes
-        cleared = False
-        for model in self._models.values():
-            entries = model.evictable()
-            offsets, lengths = model.places_of(entries)
-            inside = entries[(offsets < end) & (offsets + lengths > start)]
-            if len(inside):
-                model.evict(inside.tolist())
-                cleared = True
-        return cleared
-
-    async def _move(self, record: Record, num_holds: int, target: Extent) -> None:
-        """Copies a record into ``target``, which is allocated, and shows it there."""
-        # To its end, even if the caller goes away: a thread is at the arena's bytes.
-        task = asyncio.create_task(self._copy_and_publish(record, num_holds, target))
-        self._moves.add(task)
-        task.add_done_callback(self._moves.discard)
-        await asyncio.shield(task)
-
-    async def _copy_and_publish(self, record: Record, num_holds: int, target: Extent) -> None:
-        model, entry = record
-        source = model.extent(entry)
-        assert source is not None
-        await asyncio.to_thread(self._copy, source, target)
-        # Nobody else allocates meanwhile, so what was copied is still the record's bytes. But
-        # its model may have been unloaded, or a thread of ours be reading it, whom no epoch
-        # protects.
-        if model.extent(entry) == source and model.num_holds(entry) <= num_holds:
-            model.move(entry, target)
-        else:
-            self.free(target)
+    def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[Kept]:
+        """What is in the way of a model's records: pinned, its caller's own, and guarded ones."""
+        pinned = self.budget.pinned
+        kept: list[Kept] = []
+        for other in self._models.values():
+            for entry in other.held().tolist():
+                record = Record(other, entry)
+                mine = own.get(entry) if other is model else None
+                num_holds = pinned[record] + (mine or 0)
+                kept.append(Kept(record, num_holds, mine is not None and num_holds == 1))
+            if other is not model:
+                coldest = self._coldest(other)
+                guarded = coldest[len(_beyond_minimum(other, coldest)) :]
+                kept += [Kept(Record(other, entry), 0, True) for entry in guarded.tolist()]
+        return kept
 
     def _share_time(self) -> None:
         """A model's records cool while the others' work, or an idle one would keep its room."""
@@ -361,3 +331,14 @@ class Slots:
                 self._cut_off(session)
             else:
                 session.nudge()
+
+
+def _bytes_of(model: HostedModel, records: Iterable[Record]) -> int:
+    return sum(other.record_bytes(entry) for other, entry in records if other is model)
+
+
+def _beyond_minimum(model: HostedModel, coldest: Entries) -> Entries:
+    """The first of ``coldest``, without which the model still has its minimum."""
+    _, lengths = model.places_of(coldest)
+    spare = model.resident_bytes - model.minimum_bytes
+    return coldest[: int(np.searchsorted(np.cumsum(lengths), spare, side="right"))]

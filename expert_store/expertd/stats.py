@@ -1,6 +1,7 @@
 """What the daemon reports: numbers out of its state, and the same as plain values."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +16,9 @@ def collect_stats(store: Store) -> pb.Stats:
     """The store's state now, after taking in what the workers have written."""
     store.slots.refresh()
     extents = store.slots.extents
+    pinned: dict[HostedModel, list[int]] = {model: [] for model in store.models.values()}
+    for model, entry in store.budget.pinned:
+        pinned[model].append(entry)
     return pb.Stats(
         incarnation=store.incarnation,
         uptime_seconds=time.monotonic() - store.started_at,
@@ -25,7 +29,7 @@ def collect_stats(store: Store) -> pb.Stats:
             huge_pages=store.arena.huge_page_bytes,
             retired=sum(model.reclaimer.bytes_retired for model in store.models.values()),
         ),
-        models=[_model_stats(model) for model in store.models.values()],
+        models=[_model_stats(model, entries) for model, entries in pinned.items()],
         sessions=[_session_stats(session) for session in store.sessions.values()],
         warnings=store.warnings,
         policy=store.config.policy,
@@ -54,7 +58,7 @@ def collect_heat(model: HostedModel) -> pb.GetHeatResponse:
     )
 
 
-def _model_stats(model: HostedModel) -> pb.ModelStats:
+def _model_stats(model: HostedModel, pinned: Sequence[int]) -> pb.ModelStats:
     counters = model.counters
     return pb.ModelStats(
         name=model.name,
@@ -80,6 +84,11 @@ def _model_stats(model: HostedModel) -> pb.ModelStats:
         adopted_records=counters.adopted_records,
         adopted_bytes=counters.adopted_bytes,
         dropped_records=counters.dropped_records,
+        min_bytes=model.limits.min_bytes,
+        max_bytes=model.limits.max_bytes or 0,
+        num_pinned=len(pinned),
+        num_pinned_resident=sum(map(model.is_resident, pinned)),
+        moves=counters.moves,
     )
 
 

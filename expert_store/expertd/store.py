@@ -6,11 +6,13 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from expertd.adoption import adopt_records
 from expertd.arena import Arena
+from expertd.budget import Budget
 from expertd.config import ServeConfig, check_model_name
 from expertd.description import Description, Origin, new_directory
 from expertd.errors import (
@@ -26,8 +28,9 @@ from expertd.handshake import Role
 from expertd.histogram import Histogram
 from expertd.hosted_model import HostedModel, ModelState
 from expertd.inheritance import FdStore, Inheritance
+from expertd.limits import NO_LIMITS, Limits, pinned_bytes
 from expertd.loader import Loader, RecordFile
-from expertd.log import log, log_warning
+from expertd.log import log, log_failure, log_warning
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.peers import Peers
@@ -35,7 +38,6 @@ from expertd.read_ahead import ByteBudget
 from expertd.records import Records
 from expertd.scrubber import Scrubber
 from expertd.session import Connection, Session
-from expertd.sizes import format_bytes
 from expertd.slots import Slots
 from expertd.systemd import Manager
 
@@ -75,9 +77,11 @@ class Store:
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._pinning: dict[HostedModel, asyncio.Task[None]] = {}
         self.stopping = asyncio.Event()
+        self.budget = Budget(arena.num_bytes, self.models, self.sessions)
         self.slots = Slots(
-            arena.num_bytes,
+            self.budget,
             arena.copy,
             self.models,
             self.sessions,
@@ -99,45 +103,83 @@ class Store:
             raise NotFoundError(f"no model named {name!r} is loaded; loaded are: {held}.")
         return self.models[name]
 
-    async def load_model(self, name: str, path: Path, origin: Origin = Origin.ADMIN) -> HostedModel:
+    async def load_model(
+        self, name: str, path: Path, origin: Origin = Origin.ADMIN, limits: Limits = NO_LIMITS
+    ) -> HostedModel:
         """Opens the pack in ``path`` (absolute) under ``name``; records come when they are used.
 
-        Those that an earlier daemon left of the same pack are there already.
-        Raises :class:`PackError`, :class:`CapacityError` if the budget is below the sum of
-        the models' working sets, :class:`PreconditionError` if the name is taken.
+        Those that an earlier daemon left of the same pack are there already; those that
+        ``limits`` pin are read from now on, which is not waited for. Raises
+        :class:`PackError`, :class:`ConfigError` if the pack has not what is pinned,
+        :class:`CapacityError` naming each term of the sum that the budget does not hold,
+        :class:`PreconditionError` if the name is taken.
         """
         check_model_name(name)
         check_path(path)
         # To its end, even if the caller goes away: a model half loaded would be inherited.
-        return await self._finish(self._load(name, path, origin))
+        return await self._finish(self._load(name, path, origin, limits))
 
     async def load_inherited(self) -> None:
         """Brings back what an administrator had loaded, and gives up what else was left."""
         inheritance = self._inheritance
         for left in inheritance.of_admins():
             try:
-                await self.load_model(left.name, Path(left.pack), left.origin)
+                await self.load_model(left.name, Path(left.pack), left.origin, left.limits)
             except ExpertdError as error:
                 await inheritance.give_up(self._fd_store, left.name, error)
         for name in list(inheritance.models):
             await inheritance.give_up(self._fd_store, name, "no setting names it any more")
+        self._start_pinning()
 
-    async def _load(self, name: str, path: Path, origin: Origin) -> HostedModel:
+    async def _load(self, name: str, path: Path, origin: Origin, limits: Limits) -> HostedModel:
         async with self._admission:
             if name in self.models:
                 raise PreconditionError(f"a model named {name!r} is loaded already.")
             pack = await asyncio.to_thread(read_manifest, path)
-            self._check_admission(name, pack)
+            pinned = pinned_bytes(limits.pins, pack.manifest, name)
+            self.budget.check_model(name, pack.manifest, limits, pinned)
             files = await asyncio.to_thread(self._open_files, path, pack)
-            model = await self._inherit(name, path, pack, files)
+            model = await self._inherit(name, path, pack, files, limits)
             if model is None:
-                model = await self._begin(name, path, pack, files, origin)
+                model = await self._begin(name, path, pack, files, origin, limits)
             self.models[name] = model
         log("model loaded", model=name, path=str(path), experts=model.num_entries)
+        self.slots.trim(model)
+        self._start_pinning()
+        return model
+
+    def _start_pinning(self) -> None:
+        """Reads what models pin, once nothing can be inherited whose place that would take."""
+        if self._inheritance.models:
+            return
+        for model in self.models.values():
+            if model.pins and model not in self._pinning:
+                self._pinning[model] = asyncio.create_task(self._keep(model))
+
+    async def set_limits(self, name: str, min_bytes: int, max_bytes: int | None) -> HostedModel:
+        """Changes a loaded model's minimum and maximum; its pins stay.
+
+        Above a lowered maximum it gives up at once what nobody uses. Raises
+        :class:`CapacityError`, :class:`ConfigError`, :class:`NotFoundError`.
+        """
+        async with self._admission:
+            model = self.model(name)
+            limits = replace(model.limits, min_bytes=min_bytes, max_bytes=max_bytes)
+            pinned = self.budget.pinned_bytes().get(model, 0)
+            self.budget.check_model(name, model.manifest, limits, pinned)
+            model.limits = limits
+            self.slots.trim(model)
+        log("limits changed", model=name, min_bytes=min_bytes, max_bytes=max_bytes or "none")
         return model
 
     async def _begin(
-        self, name: str, path: Path, pack: Fingerprinted, files: list[RecordFile], origin: Origin
+        self,
+        name: str,
+        path: Path,
+        pack: Fingerprinted,
+        files: list[RecordFile],
+        origin: Origin,
+        limits: Limits,
     ) -> HostedModel:
         """The model without any record, its directory in the fd store."""
         description = Description(
@@ -146,21 +188,22 @@ class Store:
             fingerprint=pack.fingerprint,
             arena=self.arena.trailer.id,
             origin=origin,
+            limits=limits,
         )
         memory = new_directory(pack.manifest.num_experts, description)
         if self._fd_store.is_full:
             self._warn(f"{name!r} does not outlive a restart: raise FileDescriptorStoreMax.")
         self._stored_as[name] = await self._fd_store.put_directory(memory)
-        return HostedModel(name, path, pack, files, memory, self.config.policy)
+        return HostedModel(name, path, pack, files, memory, self.config.policy, limits)
 
     async def _inherit(
-        self, name: str, path: Path, pack: Fingerprinted, files: list[RecordFile]
+        self, name: str, path: Path, pack: Fingerprinted, files: list[RecordFile], limits: Limits
     ) -> HostedModel | None:
         """The model as an earlier daemon left it, its records verified; None if it left none."""
         found = await self._inheritance.claim(self._fd_store, name, path, pack)
         if found is None:
             return None
-        model = HostedModel(name, path, pack, files, found.memory, self.config.policy)
+        model = HostedModel(name, path, pack, files, found.memory, self.config.policy, limits)
         await adopt_records(model, self.arena, self.slots.extents)
         self._stored_as[name] = found.stored_as
         return model
@@ -230,7 +273,7 @@ class Store:
 
     async def close(self) -> None:
         """Ends all sessions, waits for reads in flight, gives the models back."""
-        for task in self._tasks:
+        for task in (*self._tasks, *self._pinning.values()):
             task.cancel()
         await self.records.close()
         await self._scrubber.close()
@@ -244,13 +287,22 @@ class Store:
             model.close(self.slots.free)
         self.models.clear()
 
+    async def _keep(self, model: HostedModel) -> None:
+        try:
+            await self.records.keep(model)
+        except Exception:  # a bug of ours; the pins count, and are read when they are used
+            log_failure("reading pinned records")
+
     async def _unload(self, model: HostedModel) -> int:
         released = model.resident_bytes
+        if (pinning := self._pinning.pop(model, None)) is not None:
+            pinning.cancel()
         deadline = self._loop.time() + self.config.stall_seconds
         async with self.slots.turn():  # who was inside has its room, who comes later is refused
             for session in self._sessions_of(model):
                 self.records.drop_hint(session)
                 session.unpin(session.pins.copy())
+            model.unpin(model.pins.copy())
         while model.is_in_use:
             self.slots.refresh()
             if len(idle := model.evictable()):
@@ -290,21 +342,6 @@ class Store:
             for session in self.sessions.values()
             if session.is_worker and session.model is model
         ]
-
-    def _check_admission(self, name: str, pack: Fingerprinted) -> None:
-        others = self.slots.working_set_bytes + self.slots.pinned_bytes
-        beside = f" beside {format_bytes(others)} for loaded models and pins" if others else ""
-        needed = others + pack.manifest.working_set_bytes
-        if needed > self.arena.num_bytes:
-            raise CapacityError(
-                f"the RAM budget of {format_bytes(self.arena.num_bytes)} is too small for "
-                f"{name!r}: one token uses {format_bytes(pack.manifest.working_set_bytes)} of "
-                f"experts{beside}; give --ram {needed} or more (all experts: "
-                f"{format_bytes(pack.manifest.expert_bytes)}).",
-                requested=needed,
-                available=self.arena.num_bytes,
-                unit="bytes",
-            )
 
     def _open_files(self, path: Path, pack: Fingerprinted) -> list[RecordFile]:
         files: list[RecordFile] = []

@@ -15,6 +15,7 @@ from expertd.directory import unpack_word
 from expertd.faulty import FaultyFile
 from expertd.handshake import Role
 from expertd.hosted_model import HostedModel
+from expertd.limits import NO_LIMITS, Limits
 from expertd.session import Session
 from expertd.store import Store
 from tests.handmade import PAGE, record
@@ -66,7 +67,10 @@ class Worker:
 
 @asynccontextmanager
 async def storing(
-    models: Mapping[str, Path], arena_bytes: int, **settings: Any
+    models: Mapping[str, Path],
+    arena_bytes: int,
+    limits: Mapping[str, Limits] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Store]:
     """A store that holds ``models``; all their files are :class:`FaultyFile`."""
     values: dict[str, Any] = {
@@ -81,7 +85,7 @@ async def storing(
         patch.setattr(expertd.store, "RecordFile", FaultyFile)
         store = Store(config, arena)
         for name, path in models.items():
-            await store.load_model(name, path)
+            await store.load_model(name, path, limits=(limits or {}).get(name, NO_LIMITS))
         files = [file for model in store.models.values() for file in model.files]
         try:
             yield store

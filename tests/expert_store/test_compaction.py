@@ -12,14 +12,21 @@ def _extent(start: int, pages: int) -> Extent:
 
 
 def test_the_first_gap_is_filled() -> None:
-    move = next_move([_extent(0, 2), _extent(4, 4), _extent(9, 2)], 12 * PAGE_BYTES)
-    assert move == (2, _extent(2, 2))
+    kept = [_extent(0, 2), _extent(4, 2), _extent(9, 2)]
+    assert next_move(kept, 12 * PAGE_BYTES) == (1, _extent(2, 2))
+    kept = [_extent(0, 2), _extent(4, 4), _extent(9, 2)]
+    assert next_move(kept, 15 * PAGE_BYTES) == (2, _extent(2, 2))
+
+
+def test_the_only_window_is_not_filled() -> None:
+    # Were the small one moved to 0, the large one could not move any more.
+    assert next_move([_extent(2, 2), _extent(4, 1)], 5 * PAGE_BYTES) == (0, _extent(0, 2))
 
 
 def test_who_fits_no_gap_below_makes_way_first() -> None:
     kept = [_extent(1, 4), _extent(6, 4)]
     assert next_move(kept, 14 * PAGE_BYTES) == (0, _extent(10, 4))
-    assert next_move([_extent(6, 4), _extent(10, 4)], 14 * PAGE_BYTES) == (1, _extent(0, 4))
+    assert next_move([_extent(6, 4), _extent(10, 4)], 14 * PAGE_BYTES) == (0, _extent(0, 4))
 
 
 def test_nothing_to_do() -> None:

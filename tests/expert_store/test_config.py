@@ -6,6 +6,7 @@ import pytest
 
 from expertd.config import ServeConfig, load_config, parse_model
 from expertd.errors import ConfigError
+from expertd.limits import ModelConfig
 from expertd.log import LogFormat
 from expertd.loopback import LoopbackAddress
 
@@ -48,7 +49,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
     assert config == ServeConfig(
         socket=Path("/run/expertd"),
         ram_bytes=3 << 29,
-        models={"tiny": Path("/packs/tiny")},
+        models={"tiny": ModelConfig(Path("/packs/tiny"))},
         allowed_uids=(1000, 1001),
         socket_mode=0o600,
         lock_memory=False,
@@ -67,9 +68,9 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
 
 def test_what_is_given_beside_the_file_wins(tmp_path: Path) -> None:
     path = _file(tmp_path, 'socket = "/run/a"\nram = "1GiB"\n[models]\na = "/a"')
-    config = load_config(path, ram_bytes=4096, socket=None, models={"b": Path("/b")})
+    config = load_config(path, ram_bytes=4096, socket=None, models={"b": ModelConfig(Path("/b"))})
     assert (config.ram_bytes, config.socket) == (4096, Path("/run/a"))
-    assert config.models == {"b": Path("/b")}
+    assert config.models == {"b": ModelConfig(Path("/b"))}
 
 
 def test_ram_in_plain_bytes(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ('allowed_uids = ["me"]', ["allowed_uids", "str"]),
         ("allowed_uids = [-1]", ["allowed_uids", "-1"]),
         ('models = "tiny"', ["models = 'tiny'", "str"]),
-        ("models = {tiny = 3}", ["models", "int"]),
+        ("models = {tiny = 3}", ["models.tiny", "int"]),
         ('models = {"a/b" = "/p"}', ["a/b", "name a model"]),
         ("ram = ", ["not valid TOML"]),
     ],
@@ -144,8 +145,8 @@ def test_what_must_be_given() -> None:
 
 
 def test_models_on_the_command_line() -> None:
-    assert parse_model("a=/packs/x=y") == ("a", Path("/packs/x=y"))
-    assert parse_model("a=packs/x") == ("a", Path("packs/x").absolute())
+    assert parse_model("a=/packs/x=y") == ("a", ModelConfig(Path("/packs/x=y")))
+    assert parse_model("a=packs/x") == ("a", ModelConfig(Path("packs/x").absolute()))
 
 
 @pytest.mark.parametrize("text", ["", "a", "a=", "=/p", "a/b=/p", "a\n=/p", "x" * 129 + "=/p"])

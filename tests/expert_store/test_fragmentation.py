@@ -77,7 +77,7 @@ def _needed_pages(store: Store) -> int:
 
 
 def _pinned_pages(store: Store) -> int:
-    return sum(SIZES[model.name] for model, _ in store.slots.pinned)
+    return sum(SIZES[model.name] for model, _ in store.budget.pinned)
 
 
 async def _load(store: Store, name: str, pack: Path) -> bool:
@@ -94,7 +94,7 @@ async def _step(
     store: Store, workers: dict[str, Worker], worker: Worker, what: str, entries: list[int]
 ) -> None:
     model, session = worker.model, worker.session
-    most = store.records.max_fetch_records(model)
+    most = store.budget.max_fetch_records(model)
     if what in ("fetch", "all"):
         assert most == (ROOM - _pinned_pages(store)) // SIZES[model.name]
         if what == "all":
@@ -140,7 +140,7 @@ async def test_pins_that_cannot_slide_make_way_first(packs: dict[str, Path]) -> 
             await middle.fetch_and_release(entry)
         await store.records.pin(middle.session, [0, 1, 2, 3])
         words = [middle.directory.word(entry) for entry in range(4)]
-        assert store.records.max_fetch_records(large.model) == 3
+        assert store.budget.max_fetch_records(large.model) == 3
         assert await asyncio.wait_for(large.fetch(0, 1, 2), 3) == 3
         assert_consistent(store)
         assert [middle.directory.word(entry) for entry in range(4)] != words
@@ -209,7 +209,7 @@ async def test_what_our_own_thread_reads_does_not_move(
             gate.set()
         fetch = asyncio.create_task(large.fetch(0, 1))
         if during:
-            await until(lambda: store.slots._moves)
+            await until(lambda: store.slots.mover.is_busy)
             little.model.hold([4])
             gate.set()
         await asyncio.sleep(0.03)
@@ -229,13 +229,13 @@ async def test_a_caller_that_goes_while_a_record_moves(
         await store.records.pin(little.session, [4])
         gate = _gate_copies(store, monkeypatch)
         fetch = asyncio.create_task(large.fetch(0, 1))
-        await until(lambda: store.slots._moves)
+        await until(lambda: store.slots.mover.is_busy)
         fetch.cancel()
         await asyncio.gather(fetch, return_exceptions=True)
         other = asyncio.create_task(Worker(store, "one").fetch(*range(9, 13)))
         await asyncio.sleep(0.01)
         gate.set()
-        await until(lambda: not store.slots._moves)
+        await until(lambda: not store.slots.mover.is_busy)
         await other
         assert little.read(4)
         assert_consistent(store)
@@ -243,11 +243,11 @@ async def test_a_caller_that_goes_while_a_record_moves(
 
 def _gate_copies(store: Store, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Records that move are copied once the event is set."""
-    gate, copy = threading.Event(), store.slots._copy
+    gate, copy = threading.Event(), store.slots.mover._copy
 
     def wait_and_copy(source: Extent, target: Extent) -> None:
         gate.wait(5)
         copy(source, target)
 
-    monkeypatch.setattr(store.slots, "_copy", wait_and_copy)
+    monkeypatch.setattr(store.slots.mover, "_copy", wait_and_copy)
     return gate

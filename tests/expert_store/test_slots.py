@@ -231,7 +231,7 @@ async def _step(
 ) -> None:
     model, session = worker.model, worker.session
     if what == "fetch":
-        fits = store.records.max_fetch_records(model)
+        fits = store.budget.max_fetch_records(model)
         if len(set(entries) - session.pins) <= fits:
             await worker.fetch(*entries)
             assert all(worker.read(entry) for entry in entries)

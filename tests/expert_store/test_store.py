@@ -72,7 +72,7 @@ async def test_pinned_records_move_where_they_leave_no_gap(packs: dict[str, Path
         await small.fetch_and_release(0, 1, 2, 3, 4, 5)
         await store.records.pin(small.session, [1, 3])  # .p.p...
         reads = len(disk(small.model).offsets)
-        assert store.records.max_fetch_records(large.model) == 2
+        assert store.budget.max_fetch_records(large.model) == 2
         assert await large.fetch(0, 1) == 2
         assert_consistent(store)
         assert small.model.counters.moves == 1
@@ -98,7 +98,9 @@ async def test_an_idle_model_cools_while_another_works(packs: dict[str, Path]) -
 
 async def test_budgets_are_checked_at_the_door(packs: dict[str, Path], tmp_path: Path) -> None:
     async with storing({"one": packs["one"]}, 4 * PAGE) as store:
-        with pytest.raises(CapacityError, match=r"24\.0 KiB of experts beside 4\.0 KiB") as caught:
+        with pytest.raises(
+            CapacityError, match=r"'three' uses 24\.0 KiB.*'one' uses 4\.0 KiB.*in all 28"
+        ) as caught:
             await store.load_model("three", packs["three"])
         assert caught.value.requested == 7 * PAGE
         with pytest.raises(PreconditionError, match="'one' is loaded already"):
@@ -241,7 +243,7 @@ async def test_records_of_all_sizes_by_everybody_at_once(packs: dict[str, Path],
     async def work(store: Store, name: str) -> None:
         worker = Worker(store, name)
         for _ in range(60):
-            most = min(store.records.max_fetch_records(worker.model), worker.model.num_entries)
+            most = min(store.budget.max_fetch_records(worker.model), worker.model.num_entries)
             entries = draw.sample(range(worker.model.num_entries), draw.randint(1, max(1, most)))
             with suppress(CapacityError):  # another has pinned since
                 await worker.fetch(*entries)

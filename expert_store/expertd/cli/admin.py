@@ -1,4 +1,4 @@
-"""``expertd stats``, ``models``, ``health``, ``load``, ``unload``: talking to a running daemon."""
+"""``expertd stats``, ``models``, ``health``, ``load``, ``limit``, ``unload``."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,8 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from expertd.errors import DeadlineError, PermissionDeniedError, UnavailableError
-from expertd.sizes import format_bytes
+from expertd.errors import (
+    ConfigError,
+    DeadlineError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+from expertd.limits import Limits
+from expertd.sizes import format_bytes, parse_bytes
 
 Socket = Annotated[
     Path, typer.Option(metavar="DIR", help="The daemon's socket directory.", show_default=False)
@@ -21,7 +27,7 @@ _EXIT_UNHEALTHY = 1
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to ``app``."""
-    for command in (stats, models, health, load, unload):
+    for command in (stats, models, health, load, limit, unload):
         app.command()(command)
 
 
@@ -93,19 +99,60 @@ def load(
     name: Annotated[str, typer.Argument(help="The name that workers attach to.")],
     pack: Annotated[Path, typer.Argument(help="The pack's directory.")],
     socket: Socket,
+    min_: Annotated[
+        str | None,
+        typer.Option("--min", metavar="SIZE", help="RAM that other models' needs leave it."),
+    ] = None,
+    max_: Annotated[
+        str | None, typer.Option("--max", metavar="SIZE", help="RAM that it never exceeds.")
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER:EXPERT",
+            help="Experts that stay resident; numbers, ranges A-B or * for all. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Opens another pack in a running daemon. Needs root or the daemon's own user.
 
-    Example: `expertd load mixtral /packs/mixtral --socket /run/expertd`
+    Example: `expertd load mixtral /packs/mixtral --socket /run/expertd --min 2GiB --pin "0:*"`
     """
     from expertd.control import Control
 
+    limits = Limits(_size("--min", min_) or 0, _size("--max", max_), tuple(pin or ()))
     with Control(socket) as control:
-        row = control.load(name, pack.absolute())
+        row = control.load(name, pack.absolute(), limits)
+    pinned = f"; {row['num_pinned']} are pinned and read now" if row["num_pinned"] else ""
     typer.echo(
         f"loaded {name}: {row['num_experts']} experts, {format_bytes(row['expert_bytes'])}; "
-        "they are read when they are used."
+        f"they are read when they are used{pinned}."
     )
+
+
+def limit(
+    name: Annotated[str, typer.Argument(help="The model.")],
+    socket: Socket,
+    min_: Annotated[
+        str | None,
+        typer.Option("--min", metavar="SIZE", help="RAM that other models' needs leave it."),
+    ] = None,
+    max_: Annotated[
+        str | None,
+        typer.Option("--max", metavar="SIZE", help="RAM that it never exceeds; none: no maximum."),
+    ] = None,
+) -> None:
+    """Changes how much RAM a loaded model keeps and may take; what is not given stays.
+
+    Example: `expertd limit mixtral --max 8GiB --socket /run/expertd`
+    """
+    from expertd.control import Control
+
+    largest = 0 if max_ == "none" else _size("--max", max_)
+    with Control(socket) as control:
+        row = control.limit(name, _size("--min", min_), largest)
+    most = format_bytes(row["max_bytes"]) if row["max_bytes"] else "all that the others leave"
+    typer.echo(f"{name} keeps {format_bytes(row['min_bytes'])} and may take {most}.")
 
 
 def unload(
@@ -118,6 +165,13 @@ def unload(
     with Control(socket) as control:
         released = control.unload(name)
     typer.echo(f"unloaded {name}: {format_bytes(released)} of RAM are free for other models.")
+
+
+def _size(option: str, text: str | None) -> int | None:
+    try:
+        return parse_bytes(text) if text is not None else None
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}.") from error
 
 
 def _print_stats(report: dict[str, Any]) -> None:
@@ -164,10 +218,15 @@ def _print_stats(report: dict[str, Any]) -> None:
 _MODEL_LINES = (
     "model",
     "resident",
+    "in RAM",
+    "minimum",
+    "maximum",
+    "pinned",
     "host hits",
     "NVMe misses",
     "NVMe read",
     "evictions",
+    "moves",
     "records lost",
     "adopted",
     "dropped",
@@ -183,10 +242,15 @@ def _model_column(model: dict[str, Any]) -> list[object]:
     return [
         model["name"],
         f"{model['num_resident']} of {model['num_experts']}",
+        format_bytes(model["resident_bytes"]),
+        format_bytes(model["min_bytes"]) if model["min_bytes"] else "-",
+        format_bytes(model["max_bytes"]) if model["max_bytes"] else "-",
+        f"{model['num_pinned_resident']} of {model['num_pinned']}" if model["num_pinned"] else "-",
         model["host_hits"],
         model["nvme_misses"],
         format_bytes(model["nvme_bytes_read"]),
         model["evictions"],
+        model["moves"],
         model["records_lost"],
         model["adopted_records"],
         model["dropped_records"],

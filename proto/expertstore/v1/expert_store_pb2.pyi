@@ -320,6 +320,9 @@ class ModelSummary(_message.Message):
     EXPERT_BYTES_FIELD_NUMBER: _builtins.int
     PACK_PATH_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    MIN_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     architecture: _builtins.str
     scheme: _builtins.str
@@ -331,6 +334,12 @@ class ModelSummary(_message.Message):
     """Of all records together."""
     pack_path: _builtins.str
     state: Global___ModelState.ValueType
+    min_bytes: _builtins.int
+    """What other models' needs leave it, in bytes."""
+    max_bytes: _builtins.int
+    """What it never exceeds, in bytes; 0: only the budget limits it."""
+    num_pinned: _builtins.int
+    """Records that its configuration pins."""
     def __init__(
         self,
         *,
@@ -343,10 +352,13 @@ class ModelSummary(_message.Message):
         expert_bytes: _builtins.int = ...,
         pack_path: _builtins.str = ...,
         state: Global___ModelState.ValueType = ...,
+        min_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        num_pinned: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "expert_bytes", b"expert_bytes", "name", b"name", "num_experts", b"num_experts", "num_resident", b"num_resident", "pack_path", b"pack_path", "record_bytes", b"record_bytes", "scheme", b"scheme", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "expert_bytes", b"expert_bytes", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_resident", b"num_resident", "pack_path", b"pack_path", "record_bytes", b"record_bytes", "scheme", b"scheme", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -457,17 +469,33 @@ class LoadModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     PACK_PATH_FIELD_NUMBER: _builtins.int
+    MIN_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pack_path: _builtins.str
+    min_bytes: _builtins.int
+    """What other models' needs leave it, in bytes."""
+    max_bytes: _builtins.int
+    """What it never exceeds, in bytes; 0: only the budget limits it."""
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Experts that stay resident while the model is loaded: LAYER:EXPERT, each a
+        number, a range A-B, or * for all. They are read after the answer.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         pack_path: _builtins.str = ...,
+        min_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        pins: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "pack_path", b"pack_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "name", b"name", "pack_path", b"pack_path", "pins", b"pins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,6 +558,60 @@ class UnloadModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
+
+@_typing.final
+class SetLimitsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MIN_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    min_bytes: _builtins.int
+    """In bytes; absent: as it is."""
+    max_bytes: _builtins.int
+    """In bytes; absent: as it is, 0: only the budget limits it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        min_bytes: _builtins.int | None = ...,
+        max_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_min_bytes", b"_min_bytes", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_min_bytes", b"_min_bytes", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__min_bytes: _TypeAlias = _typing.Literal["min_bytes"]  # noqa: Y015
+    _WhichOneofArgType__min_bytes: _TypeAlias = _typing.Literal["_min_bytes", b"_min_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes) -> _WhichOneofReturnType__max_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_bytes) -> _WhichOneofReturnType__min_bytes | None: ...
+
+Global___SetLimitsRequest: _TypeAlias = SetLimitsRequest  # noqa: Y015
+
+@_typing.final
+class SetLimitsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def summary(self) -> Global___ModelSummary: ...
+    def __init__(
+        self,
+        *,
+        summary: Global___ModelSummary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLimitsResponse: _TypeAlias = SetLimitsResponse  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):
@@ -1101,6 +1183,11 @@ class ModelStats(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     PREFETCH_FIELD_NUMBER: _builtins.int
     RECORDS_LOST_FIELD_NUMBER: _builtins.int
+    MIN_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PINNED_FIELD_NUMBER: _builtins.int
+    NUM_PINNED_RESIDENT_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     EXPERT_BYTES_FIELD_NUMBER: _builtins.int
     WORKING_SET_BYTES_FIELD_NUMBER: _builtins.int
@@ -1119,6 +1206,16 @@ class ModelStats(_message.Message):
     evictions: _builtins.int
     records_lost: _builtins.int
     """Records found damaged or unreadable."""
+    min_bytes: _builtins.int
+    """What other models' needs leave it, in bytes."""
+    max_bytes: _builtins.int
+    """What it never exceeds, in bytes; 0: only the budget limits it."""
+    num_pinned: _builtins.int
+    """Records pinned by the configuration or by sessions."""
+    num_pinned_resident: _builtins.int
+    """How many of these have been read."""
+    moves: _builtins.int
+    """Records copied within the arena to make room in one piece."""
     resident_bytes: _builtins.int
     """Size of the records in RAM now."""
     expert_bytes: _builtins.int
@@ -1148,6 +1245,11 @@ class ModelStats(_message.Message):
         evictions: _builtins.int = ...,
         prefetch: Global___PrefetchStats | None = ...,
         records_lost: _builtins.int = ...,
+        min_bytes: _builtins.int = ...,
+        max_bytes: _builtins.int = ...,
+        num_pinned: _builtins.int = ...,
+        num_pinned_resident: _builtins.int = ...,
+        moves: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
         expert_bytes: _builtins.int = ...,
         working_set_bytes: _builtins.int = ...,
@@ -1159,7 +1261,7 @@ class ModelStats(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefetch", b"prefetch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "name", b"name", "num_experts", b"num_experts", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,11 @@ class ExpertStoreStub(object):
                 request_serializer=expertstore_dot_v1_dot_expert__store__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.SetLimits = channel.unary_unary(
+                '/expertstore.v1.ExpertStore/SetLimits',
+                request_serializer=expertstore_dot_v1_dot_expert__store__pb2.SetLimitsRequest.SerializeToString,
+                response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.SetLimitsResponse.FromString,
+                _registered_method=True)
         self.Fetch = channel.unary_unary(
                 '/expertstore.v1.ExpertStore/Fetch',
                 request_serializer=expertstore_dot_v1_dot_expert__store__pb2.FetchRequest.SerializeToString,
@@ -128,6 +133,13 @@ class ExpertStoreServicer(object):
     def UnloadModel(self, request, context):
         """Drops a model: new sessions and fetches are refused, then its records are
         released once no session reads them. Admin sessions only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLimits(self, request, context):
+        """Changes how much RAM a model keeps and may take. Admin sessions only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +231,11 @@ def add_ExpertStoreServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.UnloadModelRequest.FromString,
                     response_serializer=expertstore_dot_v1_dot_expert__store__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'SetLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLimits,
+                    request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.SetLimitsRequest.FromString,
+                    response_serializer=expertstore_dot_v1_dot_expert__store__pb2.SetLimitsResponse.SerializeToString,
             ),
             'Fetch': grpc.unary_unary_rpc_method_handler(
                     servicer.Fetch,
@@ -374,6 +391,33 @@ class ExpertStore(object):
             '/expertstore.v1.ExpertStore/UnloadModel',
             expertstore_dot_v1_dot_expert__store__pb2.UnloadModelRequest.SerializeToString,
             expertstore_dot_v1_dot_expert__store__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertstore.v1.ExpertStore/SetLimits',
+            expertstore_dot_v1_dot_expert__store__pb2.SetLimitsRequest.SerializeToString,
+            expertstore_dot_v1_dot_expert__store__pb2.SetLimitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

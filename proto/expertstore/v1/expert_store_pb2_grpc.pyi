@@ -61,6 +61,8 @@ class ExpertStoreStub:
     """Drops a model: new sessions and fetches are refused, then its records are
     released once no session reads them. Admin sessions only.
     """
+    SetLimits: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.SetLimitsRequest, _expert_store_pb2.SetLimitsResponse]
+    """Changes how much RAM a model keeps and may take. Admin sessions only."""
     Fetch: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.FetchRequest, _expert_store_pb2.FetchResponse]
     """Makes experts resident and leases them to the session until the worker
     releases this fetch in its session page. All or none.
@@ -97,6 +99,8 @@ class ExpertStoreAsyncStub(ExpertStoreStub):
     """Drops a model: new sessions and fetches are refused, then its records are
     released once no session reads them. Admin sessions only.
     """
+    SetLimits: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.SetLimitsRequest, _expert_store_pb2.SetLimitsResponse]  # type: ignore[assignment]
+    """Changes how much RAM a model keeps and may take. Admin sessions only."""
     Fetch: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.FetchRequest, _expert_store_pb2.FetchResponse]  # type: ignore[assignment]
     """Makes experts resident and leases them to the session until the worker
     releases this fetch in its session page. All or none.
@@ -154,6 +158,14 @@ class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
         """Drops a model: new sessions and fetches are refused, then its records are
         released once no session reads them. Admin sessions only.
         """
+
+    @_abc_1.abstractmethod
+    def SetLimits(
+        self,
+        request: _expert_store_pb2.SetLimitsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_store_pb2.SetLimitsResponse, _abc.Awaitable[_expert_store_pb2.SetLimitsResponse]]:
+        """Changes how much RAM a model keeps and may take. Admin sessions only."""
 
     @_abc_1.abstractmethod
     def Fetch(

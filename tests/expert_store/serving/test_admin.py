@@ -116,7 +116,7 @@ def test_load_of_what_cannot_be(control: Control, pack: Path, tmp_path: Path) ->
     with pytest.raises(ExpertdError, match="cannot name a model"):
         control.load("a/b", pack)
     large = make_pack(tmp_path / "large", layers=4, experts_per_token=8)
-    with pytest.raises(CapacityError, match=r"beside 48\.0 KiB") as raised:
+    with pytest.raises(CapacityError, match=r"one token of 'm' uses 48\.0 KiB") as raised:
         control.load("large", large)
     assert raised.value.unit == "bytes"
     assert [model["name"] for model in control.models()] == ["m"]
@@ -306,6 +306,11 @@ def test_stats_of_a_script(pack: Path, settings: Path) -> None:
             "evictions": 5,
             "records_lost": 0,
             "prefetch": {"issued": 2, "useful": 1, "late": 0, "wasted": 1},
+            "min_bytes": 0,
+            "max_bytes": 0,
+            "num_pinned": 0,
+            "num_pinned_resident": 0,
+            "moves": 0,
         }
         assert {key: model[key] for key in contract} == contract
         (session,) = told["sessions"]
@@ -346,3 +351,38 @@ def test_a_hint_that_demand_overtakes_is_late(tmp_path: Path) -> None:
         assert (told.issued, told.useful, told.late, told.wasted) == (1, 0, 1, 0)
         assert worker.stats().models[0].nvme_bytes_read == size
         worker.let_go()
+
+
+def test_limits_of_a_model(daemon: Daemon, control: Control, other_pack: Path) -> None:
+    at = ("--socket", daemon.socket)
+    sizes = ("--min", "48KiB", "--max", "96KiB", "--pin", "0:0-1", "--pin", "1:7")
+    said = ran(expertd("load", "other", other_pack, *at, *sizes))
+    assert "3 are pinned and read now" in said
+
+    def other() -> dict[str, Any]:
+        (told,) = (each for each in control.stats()["models"] if each["name"] == "other")
+        return dict(told)
+
+    eventually(lambda: other()["num_pinned_resident"] == 3)
+    told = other()
+    assert (told["min_bytes"], told["max_bytes"]) == (48 << 10, 96 << 10)
+    assert told["resident_bytes"] == 3 * 3 * PAGE
+    rows = [line.split() for line in ran(expertd("stats", *at)).splitlines()]
+    assert ["minimum", "-", "48.0", "KiB"] in rows
+    assert ["maximum", "-", "96.0", "KiB"] in rows
+    assert ["pinned", "-", "3", "of", "3"] in rows
+    with Client(daemon.socket) as store, store.attach("other") as session:
+        assert session.model.max_fetch_records == (96 // 12) - 3
+    assert "keeps 12.0 KiB and may take 96.0 KiB" in ran(
+        expertd("limit", "other", *at, "--min", "12KiB")
+    )
+    assert "may take all that the others leave" in ran(
+        expertd("limit", "other", *at, "--max", "none")
+    )
+    listed = json.loads(ran(expertd("models", *at, "--json")))["models"][1]
+    assert (listed["min_bytes"], listed["max_bytes"], listed["num_pinned"]) == (12 << 10, 0, 3)
+    assert "the minimum of 'other'" in refused(expertd("limit", "other", *at, "--min", "1GiB"))
+    assert "is not a size" in refused(expertd("limit", "other", *at, "--max", "lots"))
+    assert "no model named" in refused(expertd("limit", "another", *at, "--max", "1GiB"))
+    control.unload("other")
+    assert "has no expert 8" in refused(expertd("load", "other", other_pack, *at, "--pin", "0:8"))

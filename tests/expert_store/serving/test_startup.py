@@ -82,7 +82,7 @@ def test_directory_of_a_live_daemon(roomy: Daemon, pack: Path) -> None:
 def test_budget_below_one_token(pack: Path, tmp_path: Path) -> None:
     # 3 layers of 2 experts of 8 KiB.
     says = refusal(tmp_path, "--model", f"m={pack}", ram="47KiB")
-    assert "one token uses 48.0 KiB" in says
+    assert "one token of 'm' uses 48.0 KiB" in says
     assert "--ram 49152" in says
 
 
