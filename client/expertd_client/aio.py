@@ -328,6 +328,7 @@ async def _begin(
         info = await rpc.call(
             calls.get_model(model),
             timeout_seconds=max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic()),
+            metadata=() if reached is None else reached.credentials,
             wait_for_ready=reached is not None,
         )
         return attachment_for(reached, info, cache_bytes, old)

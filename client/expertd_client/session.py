@@ -209,6 +209,7 @@ class Session(BaseSession):
             info = self._rpc.call(
                 calls.get_model(model),
                 timeout_seconds=max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic()),
+                metadata=() if reached is None else reached.credentials,
                 wait_for_ready=reached is not None,
             )
             return attachment_for(reached, info, self._cache_bytes, old)

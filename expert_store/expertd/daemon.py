@@ -34,7 +34,9 @@ from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
 _REFRESH_SECONDS = 0.05  # rings of 16 Ki touches: overrun only above 300 k accesses a second
-_MAX_REQUEST_BYTES = 1 << 20
+_MAX_REQUEST_BYTES = 512 << 10  # lists of 36 k experts
+_MAX_REF_BYTES = 14  # an ExpertRef with its tag and length, both numbers at their longest
+_MAX_OTHER_BYTES = 16 << 10  # names, paths
 _MAX_CALLS = 100  # at once on one connection; further ones wait in the caller
 _SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
 
@@ -122,7 +124,7 @@ async def _start_rpc(
     store: Store, directory: RunDirectory, status: health.aio.HealthServicer
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(store.config.stall_seconds, store.refusals, "rpc")],
+        interceptors=[_errors(store, "rpc")],
         options=[
             ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
             ("grpc.max_concurrent_streams", _MAX_CALLS),
@@ -146,7 +148,7 @@ async def _start_tcp(store: Store, status: health.aio.HealthServicer) -> grpc.ai
     server = grpc.aio.server(
         interceptors=[
             PeerInterceptor(store.peers, store.refusals),
-            ErrorInterceptor(store.config.stall_seconds, store.refusals, "tcp"),
+            _errors(store, "tcp"),
         ],
         options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), *OPTIONS],
     )
@@ -161,6 +163,14 @@ async def _start_tcp(store: Store, status: health.aio.HealthServicer) -> grpc.ai
 
 async def _stop(servers: list[grpc.aio.Server], drain_seconds: float) -> None:
     await asyncio.gather(*(server.stop(drain_seconds) for server in servers))
+
+
+def _errors(store: Store, door: str) -> ErrorInterceptor:
+    def longest_request() -> int:
+        experts = max((model.num_entries for model in store.models.values()), default=0)
+        return _MAX_OTHER_BYTES + experts * _MAX_REF_BYTES
+
+    return ErrorInterceptor(store.config.stall_seconds, store.refusals, door, longest_request)
 
 
 async def _refresh(store: Store) -> None:

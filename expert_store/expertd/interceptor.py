@@ -23,12 +23,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns exceptions into status codes, in this one place, and counts them.
 
     A stream whose reader takes nothing for ``stall_seconds`` is ended: what is on its way to it
-    is memory that others wait for. ``refusals`` counts under (``door``, code).
+    is memory that others wait for. ``refusals`` counts under (``door``, code). A request longer
+    than ``longest_request`` tells is not taken apart: half a million experts fit into what gRPC
+    lets through, and cost a hundred times their bytes.
     """
 
-    def __init__(self, stall_seconds: float, refusals: Counter[tuple[str, str]], door: str) -> None:
+    def __init__(
+        self,
+        stall_seconds: float,
+        refusals: Counter[tuple[str, str]],
+        door: str,
+        longest_request: Callable[[], int],
+    ) -> None:
         self._stall_seconds, self._refusals, self._door = stall_seconds, refusals, door
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._longest_request = longest_request
 
     async def intercept_service(
         self,
@@ -53,7 +62,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
             async def wrapped_stream(data: bytes, context: Context) -> None:
                 try:
-                    request = _decode(handler, data)
+                    request = self._decode(handler, data)
                     async with aclosing(stream(request, context)) as responses:
                         async for response in responses:
                             await self._write(context, response)
@@ -67,7 +76,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         async def wrapped(data: bytes, context: Context) -> Any:  # noqa: ANN401
             try:
-                return await unary(_decode(handler, data), context)
+                return await unary(self._decode(handler, data), context)
             except Exception as error:
                 await self._abort(context, error)
 
@@ -82,6 +91,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 f"the reader of this stream took nothing for {self._stall_seconds:g} s; call again."
             ) from None
 
+    def _decode(self, handler: grpc.RpcMethodHandler[Any, Any], data: bytes) -> Any:  # noqa: ANN401
+        """The request in ``data``: here and not in gRPC, which would answer UNKNOWN to garbage."""
+        most = self._longest_request()
+        if len(data) > most:
+            raise InvalidInputError(
+                f"the request has {len(data)} bytes; a list of all experts of the largest model "
+                f"here takes less than {most}."
+            )
+        decode: Any = handler.request_deserializer
+        try:
+            return decode(data)
+        except DecodeError:
+            raise InvalidInputError(
+                "the request is not what this call takes; run the same version on both sides."
+            ) from None
+
     async def _abort(self, context: Context, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
@@ -90,14 +115,3 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         status = to_status(error)
         self._refusals[self._door, status.code.name] += 1
         await context.abort(status.code, status.message, status.trailing_metadata)
-
-
-def _decode(handler: grpc.RpcMethodHandler[Any, Any], data: bytes) -> Any:  # noqa: ANN401
-    """The request in ``data``: here and not in gRPC, which would answer UNKNOWN to garbage."""
-    decode: Any = handler.request_deserializer
-    try:
-        return decode(data)
-    except DecodeError:
-        raise InvalidInputError(
-            "the request is not what this call takes; run the same version on both sides."
-        ) from None

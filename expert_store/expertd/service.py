@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertd.errors import (
+    ExpertdError,
     IncarnationError,
     InvalidInputError,
     PermissionDeniedError,
@@ -57,6 +58,9 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        # A worker's first call, by which it says that it will read; anybody else may ask too.
+        with suppress(ExpertdError):
+            self._session(context)
         model = self._store.model(request.name)
         return model_response(
             model, self._store.budget.max_fetch_records(model), self._store.incarnation

@@ -47,6 +47,8 @@ class Session:
         self.connection = connection
         self.attached_at = time.monotonic()
         self.closed = False
+        self.has_called = False
+        """Whether a call with its token was answered: before that, it reads nothing."""
         self.pins: set[int] = set()
         self.fetches_in_flight = 0
         self.bytes_read = 0

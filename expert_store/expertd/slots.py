@@ -304,10 +304,11 @@ class Slots:
         return [session.page.epoch for session in self._readers(model)]
 
     def _readers(self, model: HostedModel) -> list[Session]:
+        """Who may be reading. Not who has only attached, be it a thousand times."""
         return [
             session
             for session in self._sessions.values()
-            if session.is_worker and session.model is model
+            if session.is_worker and session.model is model and session.has_called
         ]
 
     def _laggards(self) -> list[Session]:

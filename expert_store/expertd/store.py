@@ -262,6 +262,7 @@ class Store:
         """
         session = self.sessions.get(token)
         if session is not None:
+            session.has_called = True
             return session
         if incarnation and incarnation != self.incarnation:
             raise IncarnationError(

@@ -29,6 +29,7 @@ class Worker:
         self.holding = self.closed = False
         self.num_nudges = self.num_fetches = 0
         self.session: Session = store.attach(Role.WORKER, model, self, pid=1, uid=0)
+        self.session.has_called = True  # as after its first call by RPC
         self.model: HostedModel = self.session.model
         self.page, self.directory = self.session.page, self.model.directory
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.handshake import ATTACH_SOCKET, Hello, Refusal, Welcome
+from expertd.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Welcome
 from tests.fuzz.budget import bounded
 from tests.fuzz.target import Culprit, Target, fuzzed
 
@@ -35,7 +35,7 @@ JSON = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 FIELDS = {
-    "protocol": st.one_of(st.just(1), st.just(1), st.integers(), JSON),
+    "protocol": st.one_of(st.just(PROTOCOL_VERSION), st.integers(0, 3), JSON),
     "role": st.one_of(st.sampled_from(["worker", "reader", "admin"]), JSON),
     "model": st.one_of(st.sampled_from(["m", "", "\0", "\ud800", "n" * 3900]), JSON),
 }
@@ -50,7 +50,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Target, Cu
 @st.composite
 def hellos(draw: st.DrawFn) -> bytes:
     """A hello of which something may be wrong."""
-    hello: dict[str, Any] = {"protocol": 1, "role": "worker", "model": "m"}
+    hello: dict[str, Any] = {"protocol": PROTOCOL_VERSION, "role": "worker", "model": "m"}
     for name in draw(st.sets(st.sampled_from(sorted(FIELDS)), max_size=2)):
         hello[name] = draw(FIELDS[name])
     for name in draw(st.sets(st.sampled_from(sorted(FIELDS)), max_size=1)):
@@ -70,7 +70,7 @@ PACKETS = st.one_of(
     st.binary(min_size=1, max_size=5000),
     JSON.map(lambda value: json.dumps(value).encode()),
     st.integers(1, 4000).map(lambda depth: b'{"model":' * (depth // 9) + b"[" * (depth % 2000)),
-    st.just(b'{"protocol":1' + b"0" * 4000 + b"}"),
+    st.just(b'{"protocol":2' + b"0" * 4000 + b"}"),
 )
 
 
@@ -133,4 +133,4 @@ def sound(packet: bytes) -> bool:
         hello = msgspec.json.decode(packet, type=Hello)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
-    return hello.protocol == 1 and (hello.role != "worker" or hello.model == "m")
+    return hello.protocol == PROTOCOL_VERSION and (hello.role != "worker" or hello.model == "m")

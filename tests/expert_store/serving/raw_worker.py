@@ -67,6 +67,7 @@ class RawWorker(Caller):
             self.directory_view = DirectoryView(memoryview(words).cast("Q"))
             self.page = SessionPage(memoryview(mmap.mmap(page, os.fstat(page).st_size)))
             super().__init__(directory, greeting.credentials)
+        self.call("GetModel", pb.GetModelRequest(name=model))  # before the first look-up
         self.id = self.welcome.session
         self.holding = False
         self.num_nudges = 0
@@ -93,12 +94,18 @@ class RawWorker(Caller):
         self, layer: int, experts: Iterable[int], *, number: int | None = None, seconds: float = 20
     ) -> list[int]:
         """Fetches and goes on holding; the directory words."""
-        self._number = self._number + 1 if number is None else number
-        refs = [pb.ExpertRef(layer=layer, expert=expert) for expert in experts]
-        request = pb.FetchRequest(experts=refs, fetch_number=self._number)
+        request = self.fetch_request(layer, experts, number=number)
         words = list(self.call("Fetch", request, seconds).words)
         self.hold()
         return words
+
+    def fetch_request(
+        self, layer: int, experts: Iterable[int], *, number: int | None = None
+    ) -> pb.FetchRequest:
+        """For a call that is not waited for here."""
+        self._number = self._number + 1 if number is None else number
+        refs = [pb.ExpertRef(layer=layer, expert=expert) for expert in experts]
+        return pb.FetchRequest(experts=refs, fetch_number=self._number)
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> int:
         refs = [pb.ExpertRef(layer=layer, expert=expert) for expert in experts]

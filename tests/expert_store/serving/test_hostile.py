@@ -103,11 +103,11 @@ def test_huge_request(roomy: Daemon) -> None:
         b"\xff\xfe\x00",
         b"[" * 4000,
         b"x" * 100_000,
-        b'{"protocol":1,"role":"king"}',
-        b'{"protocol":1,"role":"worker","model":"m","more":1}',
+        b'{"protocol":2,"role":"king"}',
+        b'{"protocol":2,"role":"worker","model":"m","more":1}',
         b'{"protocol":99,"role":"worker","model":"m"}',
-        b'{"protocol":1,"role":"worker","model":"' + b"m" * 5000 + b'"}',
-        b'{"protocol":1,"role":"worker","model":"\\u0000\\ud800%s"}',
+        b'{"protocol":2,"role":"worker","model":"' + b"m" * 5000 + b'"}',
+        b'{"protocol":2,"role":"worker","model":"\\u0000\\ud800%s"}',
     ],
 )
 def test_garbage_instead_of_a_hello(roomy: Daemon, packet: bytes) -> None:
@@ -127,7 +127,7 @@ def test_empty_packet_and_hanging_up(roomy: Daemon) -> None:
             pass
     for _ in range(50):
         with connected(roomy.socket) as connection:
-            connection.send(b'{"protocol":1,"role":"worker","model":"m"}')
+            connection.send(b'{"protocol":2,"role":"worker","model":"m"}')
 
 
 def test_garbage_instead_of_rpc(roomy: Daemon) -> None:
@@ -273,7 +273,7 @@ def test_a_daemon_without_descriptors(pack: Path) -> None:
         for spare in (0, 1, 2, 3):
             resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (files + spare, hard))
             with connected(daemon.socket) as connection:
-                connection.send(b'{"protocol":1,"role":"worker","model":"m"}')
+                connection.send(b'{"protocol":2,"role":"worker","model":"m"}')
                 before = cpu_seconds(daemon.pid)
                 time.sleep(0.2)
                 assert cpu_seconds(daemon.pid) - before < 0.1
