@@ -9,7 +9,7 @@ from bench import store
 from bench.figures import compared, counted, quartiles
 
 
-@pytest.mark.parametrize("part", ["cold", "hints", "hits", "calls"])
+@pytest.mark.parametrize("part", ["cold", "hints", "hits", "calls", "restart"])
 def test_a_part_runs(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     store.main(["--quick", "--json", "--only", part])
     figures = json.loads(capsys.readouterr().out)["figures"]
