@@ -79,6 +79,7 @@ async def _running(
         directory = RunDirectory(config.socket, keeps_attach_socket=bool(passed))
         stack.callback(directory.close)
         # 2. Memory: what the daemon before us left, or new, which may be refused.
+        await manager.status("preparing the arena")
         fd_store = FdStore(manager)
         inheritance = await take_inheritance(manager, fd_store, config.ram_bytes)
         arena = await asyncio.to_thread(
@@ -88,6 +89,7 @@ async def _running(
         if inheritance.arena is None:
             await fd_store.put_arena(arena.memory)
         # 3. Models, which may be refused too; their records are verified if they were left.
+        await manager.status("opening packs, and verifying records that were left")
         store = Store(config, arena, fd_store, inheritance)
         stack.push_async_callback(store.close)
         for name, model in config.models.items():

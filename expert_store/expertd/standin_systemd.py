@@ -46,7 +46,7 @@ class Run:
     pid: int
     ready: bool = False
     stopping: bool = False
-    status: str = ""
+    statuses: list[str] = field(default_factory=list)
     num_alive: int = 0
     """How often it has fed the watchdog."""
     fed_at: float = field(default_factory=time.monotonic)
@@ -54,6 +54,11 @@ class Run:
     """As ``os.waitstatus_to_exitcode`` gives it: -9 for one that was killed."""
     timed_out: bool = False
     """Whether the watchdog ended it."""
+
+    @property
+    def status(self) -> str:
+        """The last that it said of itself."""
+        return self.statuses[-1] if self.statuses else ""
 
 
 class StandInSystemd:
@@ -306,7 +311,7 @@ class StandInSystemd:
             if fields.get("STOPPING") == "1":
                 run.stopping = True
             if "STATUS" in fields:
-                run.status = fields["STATUS"]
+                run.statuses.append(fields["STATUS"])
             if fields.get("WATCHDOG") == "1":
                 run.num_alive, run.fed_at = run.num_alive + 1, time.monotonic()
             name = fields.get("FDNAME", "stored")

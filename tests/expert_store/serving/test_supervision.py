@@ -28,8 +28,13 @@ def test_ready_when_it_serves(pack: Path) -> None:
     with supervised({"m": pack}) as service:
         run = service.wait_ready()
         assert_serves(service.socket)
-        assert run.status == "serving"
+        assert run.statuses == [
+            "preparing the arena",
+            "opening packs, and verifying records that were left",
+            "serving",
+        ]
         service.stop()
+        assert run.status == "stopping"
         assert run.stopping
         assert run.exit_status == 0
 
