@@ -17,7 +17,11 @@ from expertd.tcp_config import TcpConfig
 MIN_RAM_BYTES = 4096
 MAX_LOADER_THREADS = 256
 
-_SIZES = {"ram": "ram_bytes", "read_buffer": "read_buffer_bytes"}
+_SIZES = {
+    "ram": "ram_bytes",
+    "read_buffer": "read_buffer_bytes",
+    "default_quota": "default_quota_bytes",
+}
 """Settings that take a size with its unit, and their fields."""
 
 
@@ -54,6 +58,12 @@ class ServeConfig:
     """How long SIGTERM waits for calls in flight."""
     max_sessions: int = 256
     """Attached at once."""
+    max_sessions_per_uid: int = 256
+    """Of one user at once."""
+    quotas: dict[int, int] = field(default_factory=dict)
+    """How many bytes the sessions of a user, by uid, may keep from being evicted at once."""
+    default_quota_bytes: int | None = None
+    """The same for users that have no quota of their own; None: no limit."""
     policy: PolicyName = DEFAULT_POLICY
     """What stays in RAM when not all does."""
     log_format: LogFormat = LogFormat.TEXT
@@ -73,6 +83,7 @@ class ServeConfig:
             "fetch_seconds",
             "loader_threads",
             "max_sessions",
+            "max_sessions_per_uid",
             "read_buffer_bytes",
         ):
             if not 0 < getattr(self, name) < math.inf:
@@ -93,6 +104,13 @@ class ServeConfig:
             raise ConfigError(f"allowed_uids is {list(self.allowed_uids)}; no uid is negative.")
         for name in self.models:
             check_model_name(name)
+        for uid, num_bytes in self.quotas.items():
+            if num_bytes <= 0:
+                raise ConfigError(f"the quota of {uid} is {num_bytes} bytes; it must be positive.")
+        if self.default_quota_bytes is not None and self.default_quota_bytes <= 0:
+            raise ConfigError(
+                f"default_quota is {self.default_quota_bytes} bytes; it must be positive."
+            )
 
 
 def check_model_name(name: str) -> None:
@@ -161,6 +179,10 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
     if name in (*_SIZES.values(), "scrub_bytes_per_second") and isinstance(value, str):
         return parse_bytes(value)
+    if name == "default_quota_bytes":
+        return _typed(value, int)
+    if name == "quotas":
+        return {_uid(uid): _quota(uid, size) for uid, size in _typed(value, dict).items()}
     if name == "tcp":
         return TcpConfig.from_table(_typed(value, dict))
     if name == "metrics":
@@ -183,6 +205,22 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     if name == "allowed_uids":
         return tuple(_typed(uid, int) for uid in _typed(value, list))
     return kind(_typed(value, (int, float))) if kind is float else _typed(value, kind)
+
+
+def _uid(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is no uid; quotas are by number")
+    return int(text)
+
+
+def _quota(uid: str, value: Any) -> int:  # noqa: ANN401
+    if isinstance(value, str):
+        return parse_bytes(value)
+    try:
+        size: int = _typed(value, int)
+    except TypeError as error:
+        raise TypeError(f"that of {uid} is a {type(value).__name__}") from error
+    return size
 
 
 def _typed(value: Any, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401

@@ -26,6 +26,7 @@ from expertd.hosted_model import HostedModel, Load, ModelState, Record
 from expertd.loader import Loader, ReadJob, read_verified
 from expertd.log import log, log_error
 from expertd.prefetcher import Prefetcher
+from expertd.quotas import Quotas
 from expertd.session import Session
 from expertd.slots import Slots
 
@@ -41,9 +42,11 @@ class Records:
         arena: Arena,
         slots: Slots,
         loader: Loader,
+        quotas: Quotas,
         fetch_seconds: float,
     ) -> None:
         self._arena, self._slots, self._loader = arena, slots, loader
+        self._quotas = quotas
         self._fetch_seconds = fetch_seconds
         self._loop = asyncio.get_running_loop()
         self._finished: deque[tuple[HostedModel, int, str | None]] = deque()
@@ -65,18 +68,19 @@ class Records:
             return self._claim(session, wanted, held)
 
         try:
-            missed = 0
-            if self._slots.is_taken or not all(map(model.is_resident, wanted)):
-                missed = await self._make_resident(session, claim)
-            else:  # needs no room, and overtakes nobody who waits for some
-                self._check_serving(model)
-                claim()
+            async with self._quotas.admitted(session, wanted):
+                missed = 0
+                if self._slots.is_taken or not all(map(model.is_resident, wanted)):
+                    missed = await self._make_resident(session, claim)
+                else:  # needs no room, and overtakes nobody who waits for some
+                    self._check_serving(model)
+                    claim()
+                session.lease(number, wanted)
         except BaseException:
             model.unhold(held)
             raise
         finally:
             session.fetches_in_flight -= 1
-        session.lease(number, wanted)
         model.counters.fetch_seconds.observe(time.monotonic() - began)
         return missed
 
@@ -84,9 +88,10 @@ class Records:
         """Makes records resident and keeps them so; returns how many are newly pinned."""
         pinned: list[int] = []
         try:
-            await self._make_resident(
-                session, lambda: self._claim_pins(session, entries, pinned), to_pin=True
-            )
+            async with self._quotas.admitted(session, entries):
+                await self._make_resident(
+                    session, lambda: self._claim_pins(session, entries, pinned), to_pin=True
+                )
         except BaseException:
             session.unpin(pinned)
             raise

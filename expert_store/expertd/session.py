@@ -8,7 +8,7 @@ import numpy as np
 
 from expertd.errors import InvalidInputError, PreconditionError
 from expertd.handshake import Role
-from expertd.hosted_model import HostedModel
+from expertd.hosted_model import HostedModel, Record
 from expertd.memfd import SharedMemory
 from expertd.residency import Entries
 from expertd.session_page import MISSED, SessionPage, session_page_bytes
@@ -51,6 +51,8 @@ class Session:
         """Whether a call with its token was answered: before that, it reads nothing."""
         self.pins: set[int] = set()
         self.fetches_in_flight = 0
+        self.asked: list[Sequence[int]] = []
+        """What fetches and pins under way want, once the user's quota lets them."""
         self.bytes_read = 0
         self._model = model
         self._leases: dict[int, list[int]] = {}
@@ -106,6 +108,29 @@ class Session:
         if self._model is None:
             return 0
         return max(0, self._model.directory.epoch - self.page.epoch)
+
+    @property
+    def pinned(self) -> set[Record]:
+        """What it pins."""
+        return {Record(self.model, entry) for entry in self.pins}
+
+    @property
+    def leased(self) -> set[Record]:
+        """What is leased to it."""
+        return {Record(self.model, entry) for lease in self._leases.values() for entry in lease}
+
+    @property
+    def kept(self) -> set[Record]:
+        """A worker's pins and leases, and those that it will have."""
+        asked = {Record(self.model, entry) for entries in self.asked for entry in entries}
+        return self.pinned | self.leased | asked
+
+    @property
+    def kept_bytes(self) -> int:
+        """Size of those; 0 for other roles."""
+        if not self.is_worker:
+            return 0
+        return sum(model.record_bytes(entry) for model, entry in self.kept)
 
     def begin_fetch(self, number: int) -> None:
         """Registers a fetch's number; numbers only grow, or leases could not be told apart."""

@@ -1,12 +1,13 @@
 """What the daemon reports: numbers out of its state, and the same as plain values."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from expertd.hosted_model import HostedModel
 from expertd.peers import Peer
+from expertd.quotas import Quotas
 from expertd.session import Session
 from expertd.store import Store
 from expertstore.v1 import expert_store_pb2 as pb
@@ -16,6 +17,8 @@ def collect_stats(store: Store) -> pb.Stats:
     """The store's state now, after taking in what the workers have written."""
     store.slots.refresh()
     extents = store.slots.extents
+    uids = {session.uid for session in store.sessions.values()}
+    kept = {uid: store.quotas.kept_bytes(uid) for uid in uids}
     pinned: dict[HostedModel, list[int]] = {model: [] for model in store.models.values()}
     for model, entry in store.budget.pinned:
         pinned[model].append(entry)
@@ -30,7 +33,7 @@ def collect_stats(store: Store) -> pb.Stats:
             retired=sum(model.reclaimer.bytes_retired for model in store.models.values()),
         ),
         models=[_model_stats(model, entries) for model, entries in pinned.items()],
-        sessions=[_session_stats(session) for session in store.sessions.values()],
+        sessions=[_session_stats(each, store.quotas, kept) for each in store.sessions.values()],
         warnings=store.warnings,
         policy=store.config.policy,
         peers=[_peer_stats(peer) for peer in store.peers],
@@ -92,7 +95,9 @@ def _model_stats(model: HostedModel, pinned: Sequence[int]) -> pb.ModelStats:
     )
 
 
-def _session_stats(session: Session) -> pb.SessionStats:
+def _session_stats(
+    session: Session, quotas: Quotas, kept_bytes: Mapping[int, int]
+) -> pb.SessionStats:
     return pb.SessionStats(
         id=session.id,
         pid=session.pid,
@@ -100,6 +105,9 @@ def _session_stats(session: Session) -> pb.SessionStats:
         model=session.model_name,
         attached_seconds=time.monotonic() - session.attached_at,
         epoch_lag=session.epoch_lag,
+        kept_bytes=session.kept_bytes,
+        quota_bytes=quotas.of(session.uid) or 0,
+        uid_kept_bytes=kept_bytes[session.uid],
         role=session.role,
         bytes_read=session.bytes_read,
         host_hits=session.host_hits,

@@ -34,6 +34,7 @@ from expertd.log import log, log_failure, log_warning
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.peers import Peers
+from expertd.quotas import Quotas
 from expertd.read_ahead import ByteBudget
 from expertd.records import Records
 from expertd.scrubber import Scrubber
@@ -88,7 +89,14 @@ class Store:
             self._cut_off,
             config.stall_seconds,
         )
-        self.records = Records(arena, self.slots, self.loader, config.fetch_seconds)
+        self.quotas = Quotas(
+            config.quotas,
+            config.default_quota_bytes,
+            self.sessions,
+            self.slots.refresh,
+            config.fetch_seconds,
+        )
+        self.records = Records(arena, self.slots, self.loader, self.quotas, config.fetch_seconds)
         self._scrubber = Scrubber(arena, self.models, self.loader, config.scrub_bytes_per_second)
 
     def __repr__(self) -> str:
@@ -233,6 +241,15 @@ class Store:
                 "detach one or raise it.",
                 requested=len(self.sessions) + 1,
                 available=self.config.max_sessions,
+                unit="sessions",
+            )
+        of_uid = sum(session.uid == uid for session in self.sessions.values())
+        if of_uid >= self.config.max_sessions_per_uid and role is not Role.ADMIN:
+            raise CapacityError(
+                f"{of_uid} sessions of uid {uid} are attached, the most that "
+                "max_sessions_per_uid allows; detach one or raise it.",
+                requested=of_uid + 1,
+                available=self.config.max_sessions_per_uid,
                 unit="sessions",
             )
         model = None

@@ -24,11 +24,13 @@ from tests.handmade import PAGE, record
 class Worker:
     """A worker, and its own attach connection. Fetches of it are numbered as they come."""
 
-    def __init__(self, store: Store, model: str = "m", *, answers_nudges: bool = True) -> None:
+    def __init__(
+        self, store: Store, model: str = "m", *, uid: int = 0, answers_nudges: bool = True
+    ) -> None:
         self.store, self.answers_nudges = store, answers_nudges
         self.holding = self.closed = False
         self.num_nudges = self.num_fetches = 0
-        self.session: Session = store.attach(Role.WORKER, model, self, pid=1, uid=0)
+        self.session: Session = store.attach(Role.WORKER, model, self, pid=1, uid=uid)
         self.session.has_called = True  # as after its first call by RPC
         self.model: HostedModel = self.session.model
         self.page, self.directory = self.session.page, self.model.directory

@@ -73,6 +73,16 @@ def test_what_is_given_beside_the_file_wins(tmp_path: Path) -> None:
     assert config.models == {"b": ModelConfig(Path("/b"))}
 
 
+def test_quotas_by_uid(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path,
+        'socket = "s"\nram = 8192\ndefault_quota = "1MiB"\n[quotas]\n1000 = "2GiB"\n7 = 4096',
+    )
+    config = load_config(path)
+    assert config.quotas == {1000: 2 << 30, 7: 4096}
+    assert config.default_quota_bytes == 1 << 20
+
+
 def test_ram_in_plain_bytes(tmp_path: Path) -> None:
     assert load_config(_file(tmp_path, 'socket = "s"\nram = 8192')).ram_bytes == 8192
 
@@ -103,6 +113,15 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("fetch_seconds = -1", ["fetch_seconds", "-1"]),
         ("drain_seconds = -0.5", ["drain_seconds", "-0.5"]),
         ("max_sessions = 0", ["max_sessions", "0"]),
+        ("max_sessions_per_uid = 0", ["max_sessions_per_uid", "0"]),
+        ('default_quota = "all"', ["default_quota = 'all'", "not a size"]),
+        ("default_quota = 0", ["default_quota", "positive"]),
+        ("default_quota = true", ["default_quota = True", "bool"]),
+        ('quotas = "1GiB"', ["quotas = '1GiB'", "str"]),
+        ('quotas = {me = "1GiB"}', ["quotas", "'me' is no uid"]),
+        ('quotas = {1000 = "lots"}', ["quotas", "'lots' is not a size"]),
+        ("quotas = {1000 = 1.5}", ["quotas", "that of 1000 is a float"]),
+        ("quotas = {1000 = -1}", ["quota of 1000", "positive"]),
         ("read_buffer = 0", ["read_buffer", "0"]),
         ('read_buffer = "much"', ["read_buffer = 'much'", "512MiB"]),
         ('log_format = "xml"', ["log_format = 'xml'", "text, json"]),

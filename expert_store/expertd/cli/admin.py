@@ -194,10 +194,11 @@ def _print_stats(report: dict[str, Any]) -> None:
         _print_table("models", names, lines)
     _print_table(
         "sessions",
-        ("id", "role", "pid", "uid", "model", "attached", "epoch lag", "read"),
+        ("id", "role", "pid", "uid", "model", "attached", "epoch lag", "keeps", "read"),
         [
             (row["id"], row["role"], row["pid"], row["uid"], row["model"] or "-",
-             f"{row['attached_seconds']:.0f} s", row["epoch_lag"], format_bytes(row["bytes_read"]))
+             f"{row['attached_seconds']:.0f} s", row["epoch_lag"], format_bytes(row["kept_bytes"]),
+             format_bytes(row["bytes_read"]))
             for row in report["sessions"]
         ],
     )  # fmt: skip

@@ -1305,6 +1305,9 @@ class SessionStats(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ATTACHED_SECONDS_FIELD_NUMBER: _builtins.int
     EPOCH_LAG_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    UID_KEPT_BYTES_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     BYTES_READ_FIELD_NUMBER: _builtins.int
     HOST_HITS_FIELD_NUMBER: _builtins.int
@@ -1317,6 +1320,12 @@ class SessionStats(_message.Message):
     attached_seconds: _builtins.float
     epoch_lag: _builtins.int
     """How many evictions' epochs the session has yet to acknowledge."""
+    kept_bytes: _builtins.int
+    """What it keeps from being evicted, in bytes: pins, leases, fetches under way."""
+    quota_bytes: _builtins.int
+    """What all sessions of this uid may keep, in bytes; 0: no limit."""
+    uid_kept_bytes: _builtins.int
+    """What they do keep, in bytes; a record counts once."""
     role: _builtins.str
     """"worker", "reader" or "admin"."""
     bytes_read: _builtins.int
@@ -1333,6 +1342,9 @@ class SessionStats(_message.Message):
         model: _builtins.str = ...,
         attached_seconds: _builtins.float = ...,
         epoch_lag: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
+        quota_bytes: _builtins.int = ...,
+        uid_kept_bytes: _builtins.int = ...,
         role: _builtins.str = ...,
         bytes_read: _builtins.int = ...,
         host_hits: _builtins.int = ...,
@@ -1340,7 +1352,7 @@ class SessionStats(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "host_hits", b"host_hits", "id", b"id", "model", b"model", "nvme_misses", b"nvme_misses", "pid", b"pid", "role", b"role", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "host_hits", b"host_hits", "id", b"id", "kept_bytes", b"kept_bytes", "model", b"model", "nvme_misses", b"nvme_misses", "pid", b"pid", "quota_bytes", b"quota_bytes", "role", b"role", "uid", b"uid", "uid_kept_bytes", b"uid_kept_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
