@@ -41,8 +41,6 @@ def measure(bench: Bench) -> Iterator[Figure]:
         os.sync()
         num_bytes = layers * experts * size
         memory = place(num_bytes)
-        if name == "1.7 MiB":
-            yield huge_pages(bench, pack, size, memory)
         with serving({"m": pack}, ram=num_bytes, socket=bench.folder / f"s{size}") as daemon:
             for batch in (_BATCH, _FEW):
                 if batch == _FEW and experts < 2 * _FEW:
@@ -69,16 +67,10 @@ def _shape(pack_bytes: int, record_bytes: int) -> tuple[int, int]:
     return max(1, layers), experts
 
 
-def place(num_bytes: int, *, huge: bool = False) -> memoryview:
-    """Shared memory with all pages present, like the arena's; or private and in huge pages.
-
-    How pages are made matters: those made at once lie side by side in the host's RAM, and the
-    disk's driver puts them together; page by page they came at two thirds of the speed.
-    """
-    kind = mmap.MAP_PRIVATE if huge else mmap.MAP_SHARED
-    pages = mmap.mmap(-1, num_bytes, flags=kind | mmap.MAP_ANONYMOUS)
-    if huge:
-        pages.madvise(mmap.MADV_HUGEPAGE)
+def place(num_bytes: int) -> memoryview:
+    """Private memory in huge pages, all present: what a disk's driver likes best."""
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
     pages.madvise(_MADV_POPULATE_WRITE)
     return memoryview(pages)
 
@@ -122,17 +114,6 @@ def read_plainly(pack: Path, record_bytes: int, memory: memoryview) -> float:
     seconds = timed(read_all)
     file.close()
     return seconds
-
-
-def huge_pages(bench: Bench, pack: Path, record_bytes: int, memory: memoryview) -> Figure:
-    """What the host would gain if it offered huge pages to shared memory."""
-    gib, huge = len(memory) / 2**30, place(len(memory), huge=True)
-    turns = []
-    for number in range(bench.rounds):
-        bench.say(f"cold reads: with and without huge pages, {number + 1}")
-        shared = gib / read_plainly(pack, record_bytes, memory)
-        turns.append((shared, gib / read_plainly(pack, record_bytes, huge)))
-    return compared("cold", "preadv into shared memory / into huge pages", "GiB/s", turns)
 
 
 def checksums(bench: Bench, pack: Path, name: str, memory: memoryview) -> Figure:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from xxhash import xxh3_64_hexdigest
 
 from expertd.errors import PackError
@@ -25,6 +26,8 @@ from expertd.pack.files import open_regular
 PAGE_BYTES = 4096
 RUN_BYTES = 512 << 10
 """Neighbours are read together up to this size; larger reads gain nothing (docs/store-speed.md)."""
+STAGE_BYTES = 4 << 20
+"""What a thread reads at once, where it reads by way of a buffer; no less than ``RUN_BYTES``."""
 _MAX_RUN = 512  # records: the kernel takes 1024 pieces in a read
 
 
@@ -103,12 +106,17 @@ class ReadJob:
 class Loader:
     """``num_threads`` readers over three queues.
 
+    ``staged``: direct reads go to a buffer of the thread in huge pages and are copied from there.
+    For an arena without huge pages: its memory lies scattered in the host's RAM, and some disks
+    read into thousands of small pieces at less than half their speed (docs/store-speed.md).
+
     A demanded read is delayed by at most one hinted record: hinted ones are read one at a time,
     and none is begun while a demanded one waits or is read. Checks of what is in the arena come
     last, one at a time too.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, *, staged: bool = False) -> None:
+        self._staged, self._of_thread = staged, threading.local()
         self._urgent: deque[ReadJob] = deque()
         self._hinted: deque[ReadJob] = deque()
         self._probes: deque[Callable[[], object]] = deque()
@@ -187,6 +195,7 @@ class Loader:
             thread.join()
 
     def _run(self) -> None:
+        self._of_thread.stage = _new_stage() if self._staged else None
         while work := self._take():
             work()
 
@@ -211,12 +220,12 @@ class Loader:
     # Who ends one of these looks for the next itself, so nobody else has to be woken.
 
     def _read(self, run: Sequence[ReadJob]) -> None:
-        read_run(run)
+        read_run(run, self._of_thread.stage)
         with self._wake:
             self._num_reading -= 1
 
     def _read_hint(self, job: ReadJob) -> None:
-        read_run([job])
+        read_run([job], self._of_thread.stage)
         with self._wake:
             self._reading_hint = False
 
@@ -243,16 +252,21 @@ def _next_run(queue: deque[ReadJob]) -> list[ReadJob]:
     return run
 
 
-def read_run(jobs: Sequence[ReadJob]) -> None:
-    """Reads and verifies records that lie side by side, and tells each job how it went."""
+def read_run(jobs: Sequence[ReadJob], stage: memoryview | None = None) -> None:
+    """Reads and verifies records that lie side by side, and tells each job how it went.
+
+    By way of ``stage``, if there is one and it helps.
+    """
+    if not jobs[0].file.direct:
+        stage = None
     began = time.monotonic()
-    whole = len(jobs) > 1 and _is_read_whole(jobs)
+    whole = len(jobs) > 1 and _is_read_whole(jobs, stage)
     for job in jobs:
         try:
             if whole:
                 problem = verify(job.file, job.target, job.checksum)
             else:
-                problem = read_verified(job.file, job.offset, job.target, job.checksum)
+                problem = read_verified(job.file, job.offset, job.target, job.checksum, stage)
         except Exception as error:
             # A bug of ours; without an answer every fetch of the record would hang.
             problem = f"reading it failed: {error!r}"
@@ -260,24 +274,57 @@ def read_run(jobs: Sequence[ReadJob]) -> None:
         job.done(problem)
 
 
-def _is_read_whole(jobs: Sequence[ReadJob]) -> bool:
+def _is_read_whole(jobs: Sequence[ReadJob], stage: memoryview | None) -> bool:
     """Reads all in one. If that fails each is read by itself: the damage is not its neighbours'."""
+    targets, start = [job.target for job in jobs], jobs[0].offset
+    pieces = targets
+    if stage is not None:
+        ends = [job.offset + len(job.target) - start for job in jobs]
+        pieces = [stage[job.offset - start : end] for job, end in zip(jobs, ends, strict=True)]
     try:
-        count = jobs[0].file.read_some([job.target for job in jobs], jobs[0].offset)
+        count = jobs[0].file.read_some(pieces, start)
     except OSError:
         return False
-    return count == sum(len(job.target) for job in jobs)
+    if count != sum(map(len, targets)):
+        return False
+    if stage is not None:
+        for target, piece in zip(targets, pieces, strict=True):
+            _copy(piece, target)
+    return True
 
 
-def read_verified(file: RecordFile, offset: int, target: memoryview, checksum: str) -> str | None:
+def read_verified(
+    file: RecordFile,
+    offset: int,
+    target: memoryview,
+    checksum: str,
+    stage: memoryview | None = None,
+) -> str | None:
     """Reads a record and verifies it; what is wrong with it, or None."""
     try:
-        file.read_into(target, offset)
+        if stage is None:
+            file.read_into(target, offset)
+        else:
+            for start in range(0, len(target), len(stage)):
+                part = target[start : start + len(stage)]
+                file.read_into(stage[: len(part)], offset + start)
+                _copy(stage[: len(part)], part)
     except EOFError:
         return f"{file.path} is truncated"
     except OSError as error:
         return f"{file.path} could not be read ({error.strerror})"
     return verify(file, target, checksum)
+
+
+def _new_stage() -> memoryview:
+    pages = mmap.mmap(-1, STAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    # numpy lets go of the interpreter's lock meanwhile, an assignment of slices does not.
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def verify(file: RecordFile, target: memoryview, checksum: str) -> str | None:

@@ -74,7 +74,7 @@ class Store:
         self.loop_lag = Histogram()
         """How much later than it was due the event loop ran the daemon's pulse."""
         self._loop = asyncio.get_running_loop()
-        self.loader = Loader(config.loader_threads)
+        self.loader = Loader(config.loader_threads, staged=not arena.huge_page_bytes)
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()

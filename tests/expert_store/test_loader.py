@@ -61,8 +61,8 @@ class Reads:
 
 
 @contextlib.contextmanager
-def loading(num_threads: int = 1) -> Iterator[Loader]:
-    loader = Loader(num_threads)
+def loading(num_threads: int = 1, *, staged: bool = False) -> Iterator[Loader]:
+    loader = Loader(num_threads, staged=staged)
     yield loader
     loader.close()  # not if the test failed, and left a read hanging
 
@@ -180,10 +180,20 @@ class TestRuns:
         monkeypatch.setattr(file, "read_some", counting)
         return sizes
 
+    @pytest.fixture(params=[False, True], ids=["in place", "staged"])
+    def staged(self, request: pytest.FixtureRequest) -> bool:
+        return bool(request.param)
+
+    @pytest.fixture
+    def file(self, path: Path, staged: bool) -> Iterator[FaultyFile]:
+        file = FaultyFile(path, direct=staged)
+        yield file
+        file.close()
+
     def read(self, file: FaultyFile, *experts: int) -> dict[int, str | None]:
         """What became of each of a batch; those without a problem are as in the pack."""
         reads = Reads(file)
-        with loading() as loader:
+        with loading(staged=file.direct) as loader:
             loader.submit(*map(reads.job, experts))
             problems = dict(reads.done.get(timeout=10) for _ in experts)
         for expert, problem in problems.items():
@@ -201,6 +211,14 @@ class TestRuns:
         monkeypatch.setattr(expertd.loader, "RUN_BYTES", 3 * RECORD - 1)
         assert set(self.read(file, *range(5)).values()) == {None}
         assert counted == [2, 2, 1]
+
+    def test_larger_than_the_stage(
+        self, file: FaultyFile, counted: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(expertd.loader, "STAGE_BYTES", PAGE)
+        monkeypatch.setattr(expertd.loader, "RUN_BYTES", PAGE)
+        assert self.read(file, 3) == {3: None}
+        assert counted == ([1, 1] if file.direct else [1])
 
     def test_not_across_files(self, file: FaultyFile, path: Path, counted: list[int]) -> None:
         other = FaultyFile(path)
