@@ -66,7 +66,10 @@ bench-store: setup
 SECONDS ?= 3600
 soak: setup
 	FUZZ_TIMES=100 $(BIN)/python -m pytest tests/fuzz
-	@$(BIN)/python -m tests.campaign --worker-kills 10000 --daemon-kills 1000 --seconds $(SECONDS)
+	@for restarts in cold warm; do \
+		$(BIN)/python -m tests.campaign --worker-kills 5000 --daemon-kills 500 \
+			--seconds $$(($(SECONDS) / 2)) --restarts $$restarts || exit 1; \
+	done
 
 train: setup
 	$(BIN)/python examples/tiny-mixtral/train.py

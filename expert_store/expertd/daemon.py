@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import resource
 import signal
 import time
@@ -58,7 +59,10 @@ async def _serve(config: ServeConfig, manager: Manager) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with _running(config, manager) as (store, metrics):
-        print(_banner(store, metrics), flush=True)  # noqa: T201 - what the starter waits for
+        # What the starter waits for. If nobody can hear it (a full disk, a pipe that is closed),
+        # that is no reason not to serve; and what print() could not flush would fail the exit.
+        with contextlib.suppress(OSError):
+            os.write(1, f"{_banner(store, metrics)}\n".encode(errors="replace"))
         await manager.ready()
         for warning in store.arena.warnings:  # not earlier: who refuses to start says one thing
             log_warning("degraded", text=warning)

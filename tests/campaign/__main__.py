@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tests.campaign.campaign import Campaign, Plan, Report, prepare
 from tests.campaign.models import BUDGET_BYTES
-from tests.campaign.supervisor import ColdSupervisor, short_directory
+from tests.campaign.supervisor import ColdSupervisor, WarmSupervisor, short_directory
 
 ROOT = Path(__file__).parents[2]
+SUPERVISORS = {"cold": ColdSupervisor, "warm": WarmSupervisor}
 
 
 def main() -> int:
@@ -28,6 +29,12 @@ def main() -> int:
     add = parser.add_argument
     add("--worker-kills", type=int, default=1000, metavar="N", help="at least (default 1000)")
     add("--daemon-kills", type=int, default=100, metavar="N", help="at least (default 100)")
+    add(
+        "--restarts",
+        choices=SUPERVISORS,
+        default="cold",
+        help="warm: under a stand-in for systemd that keeps the daemon's descriptors",
+    )
     add("--seconds", type=float, default=0, help="go on for so long (default: until all are dead)")
     add("--seed", type=int, default=None, help="of the choices made (default: a new one, said)")
     add("--json", action="store_true", help="print one JSON object")
@@ -45,7 +52,8 @@ def main() -> int:
     with short_directory() as sockets, tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         packs, settings = prepare(directory)
-        with ColdSupervisor(Path(sockets) / "s", packs, BUDGET_BYTES, settings) as supervisor:
+        supervise = SUPERVISORS[arguments.restarts]
+        with supervise(Path(sockets) / "s", packs, BUDGET_BYTES, settings) as supervisor:
             report = Campaign(plan, directory, supervisor, say).run()
     print(json.dumps(report.as_json(), indent=1) if arguments.json else described(report))
     return 0 if report.passed else 1

@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from tests.daemon import Daemon
+from tests.supervised import Supervised
 
 _LAST_LINES = 20
+_START_SECONDS = 30.0
 
 
 class Supervisor(Protocol):
@@ -97,12 +99,70 @@ class ColdSupervisor:
         daemon.close()
 
     def _look_at(self, daemon: Daemon) -> None:
-        log = daemon.stderr
-        for sign in ("unexpected failure", "Traceback", "record lost", "Exception"):
-            if sign in log:
-                lines = log[max(0, log.index(sign) - 200) :].splitlines()[:_LAST_LINES]
-                self._problems.append("the daemon logged:\n" + "\n".join(lines))
-                break
+        self._problems += _signs_in(daemon.stderr)
+
+
+class WarmSupervisor:
+    """The stand-in for systemd: the next daemon adopts arena and directories."""
+
+    def __init__(
+        self, directory: Path, models: Mapping[str, Path], ram: int, settings: Path
+    ) -> None:
+        self.directory = directory
+        self._num_models = len(models)
+        self._systemd = Supervised(
+            models, ram=ram, socket=directory, arguments=["--config", str(settings)]
+        )
+
+    def __enter__(self) -> Self:
+        self._systemd.wait_ready()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._systemd.close()
+
+    @property
+    def pid(self) -> int:
+        return self._systemd.pid
+
+    def restart(self, chance: random.Random) -> float:
+        began = time.monotonic()
+        self._kill()
+        while chance.random() < 0.1:
+            time.sleep(chance.uniform(0, 0.5))
+            self._kill()
+        self._systemd.wait_ready(starts=len(self._systemd.runs))
+        return time.monotonic() - began
+
+    def problems(self) -> list[str]:
+        stored = self._systemd.stored_names
+        if len(stored) > 1 + self._num_models:
+            return [f"the fd store holds {stored}"]
+        return _signs_in(self._systemd.output)
+
+    def _kill(self) -> None:
+        """And waits until the next one has been started."""
+        starts = len(self._systemd.runs)
+        self._systemd.wait_ended(self._systemd.kill())
+        deadline = time.monotonic() + _START_SECONDS
+        while len(self._systemd.runs) == starts:
+            if time.monotonic() > deadline:
+                raise RuntimeError("the stand-in starts nothing")
+            time.sleep(0.005)
+
+
+def _signs_in(log: str) -> list[str]:
+    """What no daemon should log."""
+    for sign in ("unexpected failure", "Traceback", "record lost", "Exception", "damaged"):
+        if sign in log:
+            lines = log[max(0, log.index(sign) - 200) :].splitlines()[:_LAST_LINES]
+            return ["the daemon logged:\n" + "\n".join(lines)]
+    return []
 
 
 def short_directory() -> "tempfile.TemporaryDirectory[str]":

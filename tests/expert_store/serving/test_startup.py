@@ -4,8 +4,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -243,3 +247,28 @@ def test_stop_with_silent_connections(pack: Path) -> None:
         assert daemon.terminate() == 0
         assert time.monotonic() - began < 2
         assert silent.recv(1) == b""
+
+
+@pytest.mark.parametrize("deaf", ["full disk", "closed pipe"])
+def test_serves_though_nobody_can_hear_it(deaf: str, pack: Path) -> None:
+    """Where its output goes is not worth the workers' while."""
+    with tempfile.TemporaryDirectory(prefix="expertd-") as private, ExitStack() as stack:
+        if deaf == "full disk":
+            output = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reading, output = os.pipe()
+            os.close(reading)
+        stack.callback(os.close, output)
+        command = [sys.executable, "-m", "expertd", "serve", "--socket", f"{private}/s"]
+        process = stack.enter_context(
+            subprocess.Popen(
+                [*command, "--ram", "1MiB", "--model", f"m={pack}"], stdout=output, stderr=output
+            )
+        )
+        try:
+            eventually(lambda: (Path(private) / "s/attach.sock").exists(), 20)
+            assert_serves(Path(private) / "s")
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
