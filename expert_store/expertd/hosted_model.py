@@ -150,7 +150,7 @@ class HostedModel:
         self._lengths = np.array(self._record_bytes, np.int64)
         self._holds = np.zeros(self.num_entries, np.int64)
         self._unused_hint = np.zeros(self.num_entries, np.bool_)
-        self.pins = set(pinned_entries(limits.pins, self.manifest.layers, name))
+        self.pins = set(pinned_entries(limits.pins, self.manifest, name))
         self.hold(self.pins)
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from expertd.errors import ConfigError
 from expertd.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:  # the command's --help needs no manifest
-    from expertd.pack.manifest import Layer, Manifest
+    from expertd.pack.manifest import Manifest
 
 _RANGE = r"(\d{1,7})(?:-(\d{1,7}))?|\*"
 _PIN = re.compile(rf"\s*({_RANGE})\s*:\s*({_RANGE})\s*")
@@ -106,19 +106,14 @@ def pinned_bytes(pins: Sequence[str], manifest: Manifest, model: str) -> int:
         for layer in manifest.layers
         for _ in range(layer.num_experts)
     ]
-    return sum(sizes[entry] for entry in pinned_entries(pins, manifest.layers, model))
+    return sum(sizes[entry] for entry in pinned_entries(pins, manifest, model))
 
 
-def pinned_entries(pins: Sequence[str], layers: Sequence[Layer], model: str) -> list[int]:
-    """The directory entries that ``pins`` name. Raises :class:`ConfigError` if one does not exist.
-
-    ``layers`` are the pack's, in its order.
-    """
-    first: dict[int, int] = {}
-    num_entries = 0
-    for layer in layers:
-        first[layer.layer] = num_entries
-        num_entries += layer.num_experts
+def pinned_entries(pins: Sequence[str], manifest: Manifest, model: str) -> list[int]:
+    """The directory entries that ``pins`` name. Raises :class:`ConfigError` if one is not there."""
+    layers = manifest.layers
+    numbers = [layer.layer for layer in layers]
+    first = dict(zip(numbers, manifest.first_entries, strict=True))
     sizes = {layer.layer: layer.num_experts for layer in layers}
     entries: dict[int, None] = {}
     for pin in pins:

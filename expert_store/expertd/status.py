@@ -89,14 +89,6 @@ class Status(NamedTuple):
     trailing_metadata: tuple[tuple[str, bytes], ...]
 
 
-def code_of(error: BaseException) -> grpc.StatusCode:
-    """The status code of ``error``; INTERNAL if it is none of ours."""
-    for kind in type(error).__mro__:
-        if kind in _CODES:
-            return _CODES[kind]
-    return grpc.StatusCode.INTERNAL
-
-
 def to_status(error: BaseException) -> Status:
     """How the daemon answers a call that failed with ``error``.
 

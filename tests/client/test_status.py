@@ -191,7 +191,7 @@ def test_refusal(error: errors.ExpertdError, code: str) -> None:
     refusal = status.to_refusal(error)
     assert refusal == Refusal(code, str(error))
     back = status.from_refusal(refusal)
-    assert status.code_of(back) is status.code_of(error)
+    assert status.to_status(back).code is status.to_status(error).code
     assert str(back) == str(error)
 
 

@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 
 from expertd.description import Description, Origin, new_directory, read_description
 from expertd.directory import PAGE_BYTES, Directory, directory_bytes
+from expertd.limits import Limits
 from expertd.memfd import SharedMemory
 
 NUM_ENTRIES = 24
 DESCRIPTION = Description(
-    name="m", pack="/packs/m", fingerprint="0123456789abcdef", arena=7, origin=Origin.CONFIG
+    name="m",
+    pack="/packs/m",
+    fingerprint="0123456789abcdef",
+    arena=7,
+    origin=Origin.CONFIG,
+    limits=Limits(4096, 1 << 40, ("0:*", "5:3")),
 )
 
 
@@ -42,6 +48,19 @@ def test_round_trip(num_entries: int, name: str, pack: str, arena: int, origin: 
         directory.publish(entry, 2**64 - 1)
     assert read_description(memory) == written
     del directory
+    memory.close()
+
+
+def test_limits_come_back(memory: SharedMemory) -> None:
+    assert read_description(memory).limits == DESCRIPTION.limits
+
+
+def test_limits_that_make_no_sense() -> None:
+    limits = Limits()
+    object.__setattr__(limits, "min_bytes", -1)  # as no daemon of ours writes it
+    memory = new_directory(NUM_ENTRIES, msgspec.structs.replace(DESCRIPTION, limits=limits))
+    with pytest.raises(ValueError, match="makes no sense"):
+        read_description(memory)
     memory.close()
 
 

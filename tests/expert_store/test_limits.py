@@ -68,16 +68,16 @@ def test_what_makes_no_sense_is_named(tmp_path: Path, line: str, names: list[str
 
 
 def test_pins_name_entries(tmp_path: Path) -> None:
-    layers = read_manifest(make_pack(tmp_path / "pack")).manifest.layers  # 3 of 8
-    assert pinned_entries(["0:3", " 2 : 1-2 ", "0:3"], layers, "m") == [3, 17, 18]
-    assert pinned_entries(["1:*"], layers, "m") == list(range(8, 16))
-    assert pinned_entries(["*:0"], layers, "m") == [0, 8, 16]
-    assert pinned_entries(["0-1:7"], layers, "m") == [7, 15]
-    assert pinned_entries([], layers, "m") == []
+    manifest = read_manifest(make_pack(tmp_path / "pack")).manifest  # 3 layers of 8
+    assert pinned_entries(["0:3", " 2 : 1-2 ", "0:3"], manifest, "m") == [3, 17, 18]
+    assert pinned_entries(["1:*"], manifest, "m") == list(range(8, 16))
+    assert pinned_entries(["*:0"], manifest, "m") == [0, 8, 16]
+    assert pinned_entries(["0-1:7"], manifest, "m") == [7, 15]
+    assert pinned_entries([], manifest, "m") == []
     with pytest.raises(ConfigError, match="'m' has no layer 3 with experts, which '1-3:0' pins"):
-        pinned_entries(["1-3:0"], layers, "m")
+        pinned_entries(["1-3:0"], manifest, "m")
     with pytest.raises(ConfigError, match=r"no expert 8 in layer 0, which '\*:8' pins; it has 8"):
-        pinned_entries(["*:8"], layers, "m")
+        pinned_entries(["*:8"], manifest, "m")
 
 
 def test_minima_are_kept_in_whole_records(tmp_path: Path) -> None:

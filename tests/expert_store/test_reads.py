@@ -22,6 +22,24 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
         yield store
 
 
+async def test_from_the_arena_and_from_the_pack(store: Store) -> None:
+    worker = Worker(store)
+    await worker.fetch(0)
+    offsets = len(disk(worker.model).offsets)
+    assert await store.records.read(worker.model, 0) == record(0, 0)
+    assert len(disk(worker.model).offsets) == offsets
+    assert await store.records.read(worker.model, 1) == record(0, 1)
+    assert not worker.model.is_resident(1)
+
+
+async def test_damage_on_disk_is_told(store: Store) -> None:
+    model = store.models["m"]
+    disk(model).faults.flipped.add(PAGE)
+    with pytest.raises(RecordLostError, match="layer 0 expert 0"):
+        await store.records.read(model, 0)
+    assert_nothing_held(store)
+
+
 def damage(store: Store, worker: Worker, entry: int) -> None:
     """One bit of the record in the arena."""
     extent = worker.model.extent(entry)

@@ -1,4 +1,4 @@
-"""Fetches, pins, hints and reads, against workers that behave and workers that do not."""
+"""Fetches and hints, against workers that behave and workers that do not."""
 
 import asyncio
 import errno
@@ -366,75 +366,3 @@ class TestHints:
         await until(lambda: not model.loads)
         await asyncio.sleep(0.02)
         assert model.num_resident <= 2
-
-
-class TestPins:
-    async def test_pinned_records_stay(self, store: Store) -> None:
-        worker, other = Worker(store), Worker(store)
-        assert await store.records.pin(worker.session, [0, 1, 1]) == 2
-        assert await store.records.pin(worker.session, [1]) == 0
-        for start in (2, 8, 14):
-            await other.fetch_and_release(*range(start, start + 6))
-        assert worker.model.is_resident(0)
-        assert worker.session.unpin([1, 5]) == 1
-        await other.fetch_and_release(*range(8, 15))
-        assert not worker.model.is_resident(1)
-
-    async def test_one_token_must_still_fit_beside_the_pins(self, store: Store) -> None:
-        worker = Worker(store)
-        with pytest.raises(CapacityError, match="room for 2"):
-            await store.records.pin(worker.session, [0, 1, 2])
-
-    async def test_pins_at_the_same_time_are_counted_together(self, store: Store) -> None:
-        workers = [Worker(store), Worker(store)]
-        disk(store.models["m"]).faults.gate.clear()
-        pins = [
-            asyncio.create_task(store.records.pin(worker.session, entries))
-            for worker, entries in zip(workers, ([0, 1], [2, 3]), strict=True)
-        ]
-        await asyncio.sleep(0.02)
-        disk(store.models["m"]).faults.gate.set()
-        results = await asyncio.gather(*pins, return_exceptions=True)
-        assert results[0] == 2
-        assert isinstance(results[1], CapacityError)
-
-    async def test_what_is_pinned_needs_no_room_in_a_fetch(self, store: Store) -> None:
-        worker = Worker(store)
-        await store.records.pin(worker.session, [0, 1])
-        assert await worker.fetch(*range(8)) == 6
-        with pytest.raises(CapacityError, match="waves of 6"):
-            await worker.fetch(*range(2, 9))
-
-    async def test_a_pin_that_fails_pins_nothing(self, store: Store) -> None:
-        worker = Worker(store)
-        disk(store.models["m"]).faults.end = 0
-        with pytest.raises(RecordLostError):
-            await store.records.pin(worker.session, [0, 1])
-        assert worker.session.pins == set()
-        assert_nothing_held(store)
-
-
-class TestReads:
-    async def test_from_the_arena_and_from_the_pack(self, store: Store) -> None:
-        worker = Worker(store)
-        await worker.fetch(0)
-        offsets = len(disk(worker.model).offsets)
-        assert await store.records.read(worker.model, 0) == bytes_of(0)
-        assert len(disk(worker.model).offsets) == offsets
-        assert await store.records.read(worker.model, 1) == bytes_of(1)
-        assert not worker.model.is_resident(1)
-
-    async def test_damage_in_ram_is_mended_from_the_pack(self, store: Store) -> None:
-        worker = Worker(store)
-        await worker.fetch(0)
-        extent = worker.model.extent(0)
-        assert extent is not None
-        store.arena.memory.view[extent.offset] ^= 1
-        assert await store.records.read(worker.model, 0) == bytes_of(0)
-
-    async def test_damage_on_disk_is_told(self, store: Store) -> None:
-        model = store.models["m"]
-        disk(model).faults.flipped.add(PAGE)
-        with pytest.raises(RecordLostError, match="layer 0 expert 0"):
-            await store.records.read(model, 0)
-        assert_nothing_held(store)

@@ -258,7 +258,8 @@ def test_models_loaded_at_run_time_come_back(pack: Path, tmp_path: Path) -> None
     late, moved = make_pack(tmp_path / "late", seed=1), make_pack(tmp_path / "moved", seed=2)
     with supervised({"m": pack}, ram=2 * ALL) as service:
         for name, path in (("late", late), ("moved", moved), ("gone", pack)):
-            assert expertd("load", name, path, "--socket", service.socket).returncode == 0
+            limits = ("--min", "16KiB", "--pin", "1:*") if name == "late" else ()
+            assert expertd("load", name, path, "--socket", service.socket, *limits).returncode == 0
         for name, seed in (("late", 1), ("moved", 2), ("gone", 0)):
             warm_up(service, name, seed)
         assert expertd("unload", "gone", "--socket", service.socket).returncode == 0
@@ -266,7 +267,9 @@ def test_models_loaded_at_run_time_come_back(pack: Path, tmp_path: Path) -> None
         assert {model["name"] for model in stats(service)["models"]} == {"m", "late"}
         assert "model not adopted model=moved" in service.output
         warm_up(service, "late", 1)
-        assert model_stats(service, "late")["nvme_bytes_read"] == 0
+        told = model_stats(service, "late")
+        assert told["nvme_bytes_read"] == 0
+        assert (told["min_bytes"], told["num_pinned"]) == (16 << 10, 8)
         assert sorted(service.stored_names)[0] == "arena"
         assert len(service.stored_names) == 3
 

@@ -20,7 +20,6 @@ from expertd.errors import (
 )
 from expertd.greeting import handshake
 from expertd.handshake import Role, rpc_target
-from expertd.status import code_of
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.raw_worker import Caller, RawWorker
@@ -52,9 +51,8 @@ def test_calls_without_a_token(roomy: Daemon, name: str) -> None:
         with pytest.raises(UnauthenticatedError, match="attach first"):
             nobody.call(name, request)
         nobody.credentials = (("expertd-token", "0" * 32), worker.credentials[1])
-        with pytest.raises(UnauthenticatedError) as raised:
+        with pytest.raises(UnauthenticatedError):
             nobody.call(name, request)
-        assert code_of(raised.value) is grpc.StatusCode.UNAUTHENTICATED
         # The token of a session that has ended is none.
         worker.detach()
         eventually(lambda: worker.id not in [each.id for each in nobody.stats().sessions])
@@ -66,9 +64,8 @@ def test_a_token_of_another_incarnation(roomy: Daemon) -> None:
     with Caller(roomy.socket) as stranger:
         stranger.credentials = (("expertd-token", "0" * 32), ("expertd-incarnation", "f" * 16))
         for name, request in OF_A_SESSION.items():
-            with pytest.raises(IncarnationError, match="attach again") as raised:
+            with pytest.raises(IncarnationError, match="attach again"):
                 stranger.call(name, request)
-            assert code_of(raised.value) is grpc.StatusCode.ABORTED
 
 
 @pytest.mark.parametrize("name", OF_AN_ADMIN)

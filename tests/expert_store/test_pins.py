@@ -1,0 +1,70 @@
+"""Pins of sessions: what is pinned stays, and leaves the models what they need."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from expertd.errors import CapacityError, RecordLostError
+from expertd.store import Store
+from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing
+from tests.handmade import PAGE, make_pack
+
+RECORD = 2 * PAGE
+ROOM = 8  # records; one token of the pack uses 6 of its 24
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    async with storing({"m": make_pack(tmp_path / "pack")}, ROOM * RECORD) as store:
+        yield store
+
+
+async def test_pinned_records_stay(store: Store) -> None:
+    worker, other = Worker(store), Worker(store)
+    assert await store.records.pin(worker.session, [0, 1, 1]) == 2
+    assert await store.records.pin(worker.session, [1]) == 0
+    for start in (2, 8, 14):
+        await other.fetch_and_release(*range(start, start + 6))
+    assert worker.model.is_resident(0)
+    assert worker.session.unpin([1, 5]) == 1
+    await other.fetch_and_release(*range(8, 15))
+    assert not worker.model.is_resident(1)
+
+
+async def test_one_token_must_still_fit_beside_the_pins(store: Store) -> None:
+    worker = Worker(store)
+    with pytest.raises(CapacityError, match="room for 2"):
+        await store.records.pin(worker.session, [0, 1, 2])
+
+
+async def test_pins_at_the_same_time_are_counted_together(store: Store) -> None:
+    workers = [Worker(store), Worker(store)]
+    disk(store.models["m"]).faults.gate.clear()
+    pins = [
+        asyncio.create_task(store.records.pin(worker.session, entries))
+        for worker, entries in zip(workers, ([0, 1], [2, 3]), strict=True)
+    ]
+    await asyncio.sleep(0.02)
+    disk(store.models["m"]).faults.gate.set()
+    results = await asyncio.gather(*pins, return_exceptions=True)
+    assert results[0] == 2
+    assert isinstance(results[1], CapacityError)
+
+
+async def test_what_is_pinned_needs_no_room_in_a_fetch(store: Store) -> None:
+    worker = Worker(store)
+    await store.records.pin(worker.session, [0, 1])
+    assert await worker.fetch(*range(8)) == 6
+    with pytest.raises(CapacityError, match="waves of 6"):
+        await worker.fetch(*range(2, 9))
+
+
+async def test_a_pin_that_fails_pins_nothing(store: Store) -> None:
+    worker = Worker(store)
+    disk(store.models["m"]).faults.end = 0
+    with pytest.raises(RecordLostError):
+        await store.records.pin(worker.session, [0, 1])
+    assert worker.session.pins == set()
+    assert_nothing_held(store)
