@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from expertd.errors import (
     CapacityError,
-    DeadlineError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -22,13 +21,13 @@ from expertd.greeting import handshake
 from expertd.handshake import Role
 from expertd_client import calls
 from expertd_client.address import Address, TlsFiles, UnixAddress, parse_address
-from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attaching import attachment_for, credentials_of, greet
 from expertd_client.attachment import Attachment
-from expertd_client.base_session import MAX_FETCHES, SESSION_OVER, BaseSession, WaveSize
+from expertd_client.base_session import MAX_FETCHES, NOT_YET, SESSION_OVER, BaseSession, WaveSize
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.endpoint import MIN_TIMEOUT_SECONDS, Metadata, retry_delays
 from expertd_client.lease import Lease
+from expertd_client.mapping import Mapping
 from expertd_client.model import ModelInfo, ModelSummary
 from expertd_client.record import Record, RecordAssembler
 from expertd_client.record_cache import RecordCache
@@ -108,7 +107,7 @@ class AsyncSession(BaseSession):
 
     async def reattach(self, timeout_seconds: float) -> None:
         """See :meth:`Session.reattach`."""
-        arena = self._begin_reattach()
+        previous = self._begin_reattach()
         deadline = time.monotonic() + timeout_seconds
         delays = retry_delays(timeout_seconds)
         while True:
@@ -121,10 +120,10 @@ class AsyncSession(BaseSession):
                     left,
                     self._cache_bytes,
                     self._cache,
-                    arena,
+                    previous,
                 )
                 break
-            except (UnavailableError, DeadlineError) as error:
+            except NOT_YET as error:
                 delay = next(delays, None)
                 if delay is None:
                     raise UnavailableError(
@@ -317,13 +316,13 @@ async def _begin(
     timeout_seconds: float,
     cache_bytes: int | None,
     old: RecordCache | None,
-    arena: ArenaMapping | None = None,
+    previous: Mapping | None = None,
 ) -> tuple[Attachment | CopyAttachment, ModelInfo]:
     deadline = time.monotonic() + timeout_seconds
     reached = None
     if isinstance(address, UnixAddress):
         directory = address.directory
-        reached = await _in_thread(lambda: greet(directory, model, timeout_seconds, arena))
+        reached = await _in_thread(lambda: greet(directory, model, timeout_seconds, previous))
     try:
         info = await rpc.call(
             calls.get_model(model),

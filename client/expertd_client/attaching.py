@@ -11,12 +11,11 @@ from pathlib import Path
 from expertd.greeting import DescriptorsError, Greeting, handshake
 from expertd.handshake import Role
 from expertd.host_memory import memory_available
-from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import check_directory
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.endpoint import Metadata
-from expertd_client.mapping import State
+from expertd_client.mapping import Mapping, State
 from expertd_client.model import ModelInfo
 from expertd_client.record_cache import RecordCache
 
@@ -30,15 +29,15 @@ class SharedMemoryWarning(UserWarning):
 
 
 def greet(
-    directory: Path, model: str, timeout_seconds: float, arena: ArenaMapping | None = None
+    directory: Path, model: str, timeout_seconds: float, previous: Mapping | None = None
 ) -> Attachment | Greeting:
     """A worker's attachment, or a reader's greeting where memory cannot be shared.
 
-    ``arena`` is what the session before had mapped, to go on with if it is the same.
+    ``previous`` is what the session had mapped before: its arena is kept if it is the same.
     """
     try:
         with handshake(directory, Role.WORKER, model, timeout_seconds) as greeting:
-            return Attachment(greeting, arena)
+            return Attachment(greeting, previous)
     except DescriptorsError as error:
         # A process that may open no more files can be helped; one in a sandbox cannot.
         if not _may_open_files():

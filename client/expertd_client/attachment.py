@@ -10,23 +10,29 @@ from typing import Protocol
 from expertd.errors import PreconditionError
 from expertd.greeting import Greeting
 from expertd.handshake import MAX_PACKET_BYTES, NUDGE
-from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping
+
+KEEP_SECONDS = 5.0
+"""How long the arena of a daemon that has gone stays mapped.
+
+A warm restart is over by then as a rule, and the mapping is still good after it. After a cold
+one the next daemon may need the RAM, and waits for it for longer than this.
+"""
 
 
 class Attachment:
     """What a worker has of the daemon: the mappings, and the connection that is its lease.
 
     A thread waits on the connection: for nudges, which it answers while the worker holds
-    nothing, and for its end.
+    nothing, and for its end, after which it keeps the arena for ``KEEP_SECONDS``.
     """
 
     shares_memory = True
 
-    def __init__(self, greeting: Greeting, previous: ArenaMapping | None = None) -> None:
+    def __init__(self, greeting: Greeting, previous: Mapping | None = None) -> None:
         """Takes over the greeting's connection. Raises PreconditionError, OSError.
 
-        ``previous`` is the arena as the session before had it mapped.
+        ``previous`` is what the session had mapped before.
         """
         welcome = greeting.welcome
         self.id = welcome.session
@@ -47,6 +53,7 @@ class Attachment:
                 "the same version on both sides."
             ) from error
         self._connected = True
+        self._over = threading.Event()
         # Two descriptors of one connection: the thread closes its own when it ends, so
         # that no other thread can close it beneath a recv; shutdown on the other ends both.
         with ExitStack() as on_failure:
@@ -76,16 +83,15 @@ class Attachment:
             self._thread.join()
 
     def leave(self) -> None:
-        """Before attaching again.
-
-        What a daemon that has gone left mapped is kept until there is another: what is resident
-        in it can still be read.
-        """
-        if self._connected:
-            self.close()
+        """Ends the connection before attaching again; the thread then lets go of the arena."""
+        self._disconnect()
 
     def hang_up(self) -> None:
-        """Ends the connection, without waiting for the thread; safe in a finalizer."""
+        """Ends connection and thread, without waiting for it; safe in a finalizer."""
+        self._over.set()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         self._connected = False
         # Not connected any more, or closed before.
         with suppress(OSError):
@@ -105,12 +111,16 @@ class Attachment:
                     self.mapping.publish()
         self._connected = False
         self.mapping.disconnect()
+        while not self._over.wait(KEEP_SECONDS):
+            if self.mapping.leave():
+                break
 
     def abandon_in_child(self) -> None:
         """After fork, in the child: the session is its parent's."""
         # Closed, not shut down: the connection is the parent's. Left open, it would keep
         # the parent's session alive after the parent.
         self._connected = False
+        self._over = threading.Event()  # its lock may have been held by the thread
         self._heard.close()
         self._control.close()
         self.mapping.abandon_in_child()

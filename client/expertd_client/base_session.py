@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from expertd.errors import (
     CapacityError,
+    DeadlineError,
     ExpertdError,
     IncarnationError,
     NotFoundError,
@@ -13,8 +14,8 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from expertd.greeting import ForbiddenSocketError
 from expertd_client import calls
-from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attachment import Attachment
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.lease import Lease
@@ -29,6 +30,10 @@ MAX_FETCHES = 4
 
 # After these a reader of copies has to attach again.
 SESSION_OVER = (UnavailableError, IncarnationError, UnauthenticatedError)
+
+# Nobody serves yet. Who was let in before may find a socket that has been made but not been
+# given to its group.
+NOT_YET = (UnavailableError, DeadlineError, ForbiddenSocketError)
 
 _NOTHING: frozenset[int] = frozenset()
 
@@ -176,10 +181,10 @@ class BaseSession:
             "each time; this is a fault of the daemon."
         )
 
-    def _begin_reattach(self) -> ArenaMapping | None:
+    def _begin_reattach(self) -> Mapping | None:
         """Ends the old connection, if it has not ended by itself. Raises PreconditionError.
 
-        Returns the arena that is mapped: if the next session's is the same, it stays so.
+        Returns what is mapped: if the next session's arena is the same, it stays so.
         """
         state = self._mapping.state
         if self._detached or state is State.FORKED:
@@ -188,9 +193,8 @@ class BaseSession:
             raise PreconditionError(
                 "Release the lease that this session holds or waits for, then reattach."
             )
-        arena = self._mapping.arena_mapping if isinstance(self._mapping, Mapping) else None
         self._attachment.leave()
-        return arena
+        return self._mapping if isinstance(self._mapping, Mapping) else None
 
     def _finish_reattach(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         """Moves to another attachment. Raises PreconditionError if the model is another."""

@@ -13,7 +13,12 @@ from enum import Enum, auto
 
 from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.directory import ABSENT, HEADER_WORDS, DirectoryView
-from expertd.errors import ExpertdError, PreconditionError, SessionLostError
+from expertd.errors import (
+    ExpertdError,
+    PreconditionError,
+    SessionLostError,
+    UnavailableError,
+)
 from expertd.session_page import SessionPage
 from expertd_client.arena_mapping import ArenaMapping
 
@@ -29,6 +34,8 @@ class State(Enum):
     """Reads records: nothing may be published."""
     LOST = auto()
     """Cut off by the daemon: nothing in the arena is what it was."""
+    LEFT = auto()
+    """The daemon has been gone for a while, and the arena is not mapped any more."""
     CLOSED = auto()
     """Detached."""
     FORKED = auto()
@@ -36,7 +43,7 @@ class State(Enum):
 
 
 _IDLE, _FETCHING, _HOLDING = State.IDLE, State.FETCHING, State.HOLDING
-_OVER = frozenset({State.LOST, State.CLOSED, State.FORKED})
+_OVER = frozenset({State.LOST, State.LEFT, State.CLOSED, State.FORKED})
 
 _REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
     State.FETCHING: (
@@ -53,6 +60,11 @@ _REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
         "The daemon ended this session, because it held records for too long while others "
         "waited, because the model was unloaded, or because another daemon has taken over; throw "
         "away what was computed since the last release, reattach, and repeat.",
+    ),
+    State.LEFT: (
+        UnavailableError,
+        "The daemon has gone, and this session has let go of its memory; reattach when one "
+        "serves again.",
     ),
     State.CLOSED: (PreconditionError, "This session is not attached any more; attach again."),
     State.FORKED: (
@@ -103,11 +115,12 @@ class Mapping:
         directory_bytes: int,
         page_bytes: int,
         adoption: int,
-        previous: ArenaMapping | None = None,
+        previous: "Mapping | None" = None,
     ) -> "Mapping":
         """Maps the three descriptors, which stay the caller's to close.
 
-        ``previous``, if it is of the same arena, is used again instead of mapping that anew.
+        The arena as ``previous`` has it, if it is the same, is used again instead of mapping it
+        anew.
         Raises ValueError if they are not what the protocol says, OSError if the system
         refuses to map them.
         """
@@ -117,10 +130,11 @@ class Mapping:
             if size <= 0 or os.fstat(descriptor).st_size < size:
                 raise ValueError("a shared file is smaller than it is said to be")
         arena, directory, page = descriptors
-        if previous is None or not previous.is_of(arena, arena_bytes):
-            previous = ArenaMapping(arena, arena_bytes)
+        mapped = previous.arena_mapping if previous is not None else None
+        if mapped is None or not mapped.is_of(arena, arena_bytes):
+            mapped = ArenaMapping(arena, arena_bytes)
         return cls(
-            previous,
+            mapped,
             mmap.mmap(directory, directory_bytes, access=mmap.ACCESS_READ),
             mmap.mmap(page, page_bytes, access=mmap.ACCESS_WRITE),
             adoption,
@@ -128,7 +142,7 @@ class Mapping:
 
     @property
     def arena_mapping(self) -> ArenaMapping | None:
-        """For the next session, if its arena is the same; None once closed."""
+        """For the next session, if its arena is the same; None once it was let go."""
         return self._arena_mapping
 
     @property
@@ -148,15 +162,15 @@ class Mapping:
         return self._state
 
     def check_attached(self) -> None:
-        """Raises if the session is over: PreconditionError or SessionLostError."""
+        """Raises if the session is over, what its state says."""
         if self._state in _OVER:
             raise state_error(self._state)
 
     def try_hold(self, entries: Sequence[int], expected: State = _IDLE) -> list[int] | None:
         """Starts holding, if all ``entries`` are resident; their directory words, or None.
 
-        ``expected`` is ``FETCHING`` after a fetch. Raises PreconditionError or
-        SessionLostError where nothing may be acquired.
+        ``expected`` is ``FETCHING`` after a fetch. Raises PreconditionError, SessionLostError
+        or UnavailableError where nothing may be acquired.
         """
         # W1. The mutex makes the nudge's "is it holding? then publish" one step: it either
         # sees HOLDING, or has stored its epoch before the loads below, which then see every
@@ -249,7 +263,7 @@ class Mapping:
         """The attach connection has ended: the daemon is gone, or has cut this session off.
 
         If it is gone, nobody moves the records any more, and those that are resident stay
-        readable, until a next daemon begins to reuse their bytes.
+        readable, until a next daemon begins to reuse their bytes, or :meth:`leave`.
         """
         with self._mutex:
             # A worker that holds learns it from release().
@@ -260,13 +274,28 @@ class Mapping:
         """Lets go of the arena; views that were given out keep it mapped."""
         with self._mutex:
             self._state = State.CLOSED
-            # By reference count, not munmap: a view that still exists would read, after
-            # that, at an address where nothing or something else is mapped. Directory and
-            # page stay until the object goes, for a thread that is in the midst of using
-            # them; the arena may be most of the host's RAM, and that of a dead daemon is
-            # freed with its last mapping.
-            self.arena = memoryview(b"")
-            self._arena_mapping = self._trailer = None
+            self._drop_arena()
+
+    def leave(self) -> bool:
+        """Lets go of the arena of a daemon that has gone; False while a lease needs it.
+
+        The next daemon may need the RAM, which is free with the last mapping of it.
+        """
+        with self._mutex:
+            if self._state in (_HOLDING, _FETCHING):
+                return False
+            if self._state not in _OVER:
+                self._state = State.LEFT
+            self._drop_arena()
+            return True
+
+    def _drop_arena(self) -> None:
+        # By reference count, not munmap: a view that still exists would read, after that, at
+        # an address where nothing or something else is mapped. Directory and page stay until
+        # the object goes, for a thread that is in the midst of using them; the arena may be
+        # most of the host's RAM.
+        self.arena = memoryview(b"")
+        self._arena_mapping = self._trailer = None
 
     def abandon_in_child(self) -> None:
         """After fork, in the child: this worker's epoch and touches are its parent's to write."""

@@ -4,16 +4,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-from expertd.errors import CapacityError, DeadlineError, UnauthenticatedError, UnavailableError
+from expertd.errors import CapacityError, UnauthenticatedError, UnavailableError
 from expertd_client import calls
 from expertd_client.address import Address, UnixAddress
-from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.attaching import attachment_for, greet
 from expertd_client.attachment import Attachment
-from expertd_client.base_session import MAX_FETCHES, SESSION_OVER, BaseSession, WaveSize
+from expertd_client.base_session import MAX_FETCHES, NOT_YET, SESSION_OVER, BaseSession, WaveSize
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.endpoint import MIN_TIMEOUT_SECONDS, retry_delays
 from expertd_client.lease import Lease
+from expertd_client.mapping import Mapping
 from expertd_client.model import ModelInfo
 from expertd_client.record_cache import RecordCache
 from expertd_client.rpc import Rpc
@@ -111,15 +111,15 @@ class Session(BaseSession):
         UnavailableError if none answers in time, NotFoundError if the daemon has no such
         model, PreconditionError if it is no longer the same.
         """
-        arena = self._begin_reattach()
+        previous = self._begin_reattach()
         deadline = time.monotonic() + timeout_seconds
         delays = retry_delays(timeout_seconds)
         while True:
             left = max(MIN_TIMEOUT_SECONDS, deadline - time.monotonic())
             try:
-                attachment, model = self._begin(self.model.name, left, self._cache, arena)
+                attachment, model = self._begin(self.model.name, left, self._cache, previous)
                 break
-            except (UnavailableError, DeadlineError) as error:
+            except NOT_YET as error:
                 delay = next(delays, None)
                 if delay is None:
                     raise UnavailableError(
@@ -197,12 +197,12 @@ class Session(BaseSession):
         model: str,
         timeout_seconds: float,
         old: RecordCache | None,
-        arena: ArenaMapping | None = None,
+        previous: Mapping | None = None,
     ) -> tuple[Attachment | CopyAttachment, ModelInfo]:
         deadline = time.monotonic() + timeout_seconds
         reached = None
         if isinstance(self._address, UnixAddress):
-            reached = greet(self._address.directory, model, timeout_seconds, arena)
+            reached = greet(self._address.directory, model, timeout_seconds, previous)
         try:
             # The daemon has answered, so what its channel may still believe from the time
             # before it was there is wrong: wait for the connection rather than fail.

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.errors import ConfigError
+from expertd.errors import ConfigError, ShortMemoryError
 from expertd.extents import Extent
-from expertd.host_memory import memory_available
+from expertd.host_memory import memory_available, memory_total
 from expertd.log import log, log_warning
 from expertd.memfd import SharedMemory
 from expertd.sizes import format_bytes
@@ -176,11 +176,18 @@ def huge_page_bytes(mapping: str) -> int:
 def check_memory(num_bytes: int) -> None:
     """Raises :class:`ConfigError` if the host or its cgroup cannot hold that much.
 
-    Locking more than there is makes the kernel kill processes, ours or others.
+    It is a :class:`ShortMemoryError` if they could, were it not for what others use now. Locking
+    more than there is makes the kernel kill processes, ours or others.
     """
+    total = memory_total()
+    if num_bytes > total:
+        raise ConfigError(
+            f"the RAM budget is {format_bytes(num_bytes)}, but there are only "
+            f"{format_bytes(total)} here (RAM, and the cgroup's limit); give a smaller --ram."
+        )
     available = memory_available()
     if num_bytes > available:
-        raise ConfigError(
-            f"the RAM budget is {format_bytes(num_bytes)}, but only {format_bytes(available)} are "
-            "available here (free memory, and the cgroup's limit); give a smaller --ram."
+        raise ShortMemoryError(
+            f"the RAM budget is {format_bytes(num_bytes)}, but of {format_bytes(total)} here only "
+            f"{format_bytes(available)} are free; end what uses them, or give a smaller --ram."
         )

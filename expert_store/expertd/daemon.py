@@ -14,10 +14,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertd import __version__
-from expertd.arena import Arena
+from expertd.arena import Arena, check_memory
 from expertd.attach import AttachServer, adopt_listener, listen
 from expertd.config import ServeConfig
 from expertd.description import Origin
+from expertd.errors import ShortMemoryError
 from expertd.handshake import rpc_target
 from expertd.inheritance import FdStore, take_inheritance
 from expertd.interceptor import ErrorInterceptor
@@ -39,6 +40,10 @@ _MAX_REQUEST_BYTES = 512 << 10  # lists of 36 k experts
 _MAX_REF_BYTES = 14  # an ExpertRef with its tag and length, both numbers at their longest
 _MAX_OTHER_BYTES = 16 << 10  # names, paths
 _MAX_CALLS = 100  # at once on one connection; further ones wait in the caller
+# Longer than workers keep what they have mapped (docs/protocol.md), and so long that systemd,
+# which starts us again after it, never counts five failures in a minute.
+_MEMORY_SECONDS = 15.0
+_MEMORY_POLL_SECONDS = 0.2
 _SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
 
 
@@ -86,6 +91,8 @@ async def _running(
         await manager.status("preparing the arena")
         fd_store = FdStore(manager)
         inheritance = await take_inheritance(manager, fd_store, config.ram_bytes)
+        if inheritance.arena is None and manager.is_there:
+            await _wait_for_memory(manager, config.ram_bytes)
         arena = await asyncio.to_thread(
             Arena, config.ram_bytes, lock=config.lock_memory, memory=inheritance.arena
         )
@@ -124,6 +131,25 @@ async def _running(
         attach = AttachServer(store, listener)
         stack.callback(attach.close)
         yield store, metrics
+
+
+async def _wait_for_memory(manager: Manager, num_bytes: int) -> None:
+    """Until it is free, or for ``_MEMORY_SECONDS``: workers still let go of an old arena.
+
+    With nobody to wait for, a person at a terminal, there is no use in it.
+    """
+    deadline, told = time.monotonic() + _MEMORY_SECONDS, False
+    while time.monotonic() < deadline:
+        try:
+            check_memory(num_bytes)
+        except ShortMemoryError as error:
+            if not told:
+                told = True
+                log_warning("waiting for memory", cause=error)
+                await manager.status("waiting for memory")
+        else:
+            return
+        await asyncio.sleep(_MEMORY_POLL_SECONDS)
 
 
 async def _start_rpc(

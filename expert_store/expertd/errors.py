@@ -5,6 +5,7 @@
     ExpertdError                 base of every failure that a caller may expect
     ├── InvalidInputError        the request or argument itself is wrong
     │   ├── ConfigError          a setting of the daemon
+    │   │   └── ShortMemoryError  the budget is more than is free just now: retry
     │   ├── CheckpointError      what was to be packed is not a usable checkpoint
     │   ├── PackError            what was to be served is not a usable pack
     │   └── TraceError           what was to be replayed is not a usable trace
@@ -36,6 +37,10 @@ class InvalidInputError(ExpertdError):
 
 class ConfigError(InvalidInputError):
     """A setting of the daemon is wrong."""
+
+
+class ShortMemoryError(ConfigError):
+    """The host has the memory that the budget asks for, but not free: retrying may help."""
 
 
 class CheckpointError(InvalidInputError):

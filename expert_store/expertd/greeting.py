@@ -43,6 +43,10 @@ class DescriptorsError(PreconditionError):
     """The daemon's descriptors did not get through to this process."""
 
 
+class ForbiddenSocketError(PermissionDeniedError):
+    """The file system does not let this process connect; nobody has answered."""
+
+
 class Greeting:
     """An accepted handshake: the daemon's welcome, the connection, the descriptors.
 
@@ -145,7 +149,7 @@ def _connect_error(error: OSError, directory: Path) -> ExpertdError:
             f"`expertd serve --socket {directory} ...`."
         )
     if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDeniedError(
+        return ForbiddenSocketError(
             f"User {os.geteuid()} may not connect to {directory / ATTACH_SOCKET}; join the group "
             "that it belongs to."
         )

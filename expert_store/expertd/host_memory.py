@@ -1,23 +1,43 @@
-"""How much memory a process may still take."""
+"""How much memory there is for a process, and how much of it is free."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process could still take: MemAvailable, or its cgroup's rest if less."""
-    fields = dict(
-        line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line
-    )
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    for group in _own_cgroups(proc, cgroups):
+    available = _meminfo_bytes(proc, "MemAvailable")
+    for group, limit in _limits(proc, cgroups):
         try:
-            limit = (group / "memory.max").read_text().strip()
             used = int((group / "memory.current").read_text()) - _droppable_bytes(group)
         except OSError:
             continue
-        if limit != "max":
-            available = min(available, max(0, int(limit) - used))
+        available = min(available, max(0, limit - used))
     return available
+
+
+def memory_total(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that it could take at most, if nobody else took any: MemTotal, or a cgroup's limit."""
+    limits = (limit for _, limit in _limits(proc, cgroups))
+    return min([_meminfo_bytes(proc, "MemTotal"), *limits])
+
+
+def _meminfo_bytes(proc: Path, name: str) -> int:
+    fields = dict(
+        line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line
+    )
+    return int(fields[name].split()[0]) << 10
+
+
+def _limits(proc: Path, cgroups: Path) -> Iterator[tuple[Path, int]]:
+    """This process's cgroups that have one."""
+    for group in _own_cgroups(proc, cgroups):
+        try:
+            limit = (group / "memory.max").read_text().strip()
+        except OSError:
+            continue
+        if limit != "max":
+            yield group, int(limit)
 
 
 def _droppable_bytes(group: Path) -> int:

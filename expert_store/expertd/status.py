@@ -27,6 +27,7 @@ from expertd.errors import (
     PreconditionError,
     RecordLostError,
     SessionLostError,
+    ShortMemoryError,
     TraceError,
     UnauthenticatedError,
     UnavailableError,
@@ -44,6 +45,7 @@ INTERNAL_MESSAGE = "expertd failed in a way it should not; its log says where."
 _CODES: dict[type[ExpertdError], grpc.StatusCode] = {
     InvalidInputError: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
+    ShortMemoryError: grpc.StatusCode.INVALID_ARGUMENT,
     CheckpointError: grpc.StatusCode.INVALID_ARGUMENT,
     # The request is sound; what it points at has to be repaired first.
     PackError: grpc.StatusCode.FAILED_PRECONDITION,

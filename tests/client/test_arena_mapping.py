@@ -14,9 +14,7 @@ from tests.client.shared_memory import SharedMemory, shared_memory
 def test_the_same_arena_is_used_again(shared: SharedMemory) -> None:
     first = shared.mapping()
     shared.trailer.adopt()
-    second = Mapping.map(
-        shared.descriptors, adoption=1, previous=first.arena_mapping, **shared.sizes
-    )
+    second = Mapping.map(shared.descriptors, adoption=1, previous=first, **shared.sizes)
     address = first.arena_address
     first.close()
     assert first.arena_mapping is None
@@ -28,9 +26,7 @@ def test_the_same_arena_is_used_again(shared: SharedMemory) -> None:
 def test_another_is_not(shared: SharedMemory) -> None:
     first = shared.mapping()
     with shared_memory() as other:
-        second = Mapping.map(
-            other.descriptors, adoption=0, previous=first.arena_mapping, **other.sizes
-        )
+        second = Mapping.map(other.descriptors, adoption=0, previous=first, **other.sizes)
         assert second.arena_mapping is not first.arena_mapping
         other.arena[:5] = b"other"
         assert bytes(second.arena[:5]) == b"other"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from expertd.errors import PreconditionError, SessionLostError
+from expertd.errors import PreconditionError, SessionLostError, UnavailableError
 from expertd.handshake import NUDGE
 from expertd_client.attachment import Attachment
 from expertd_client.mapping import State
@@ -69,6 +69,37 @@ def test_cut_off(shared: SharedMemory, attached: tuple[Attachment, socket.socket
     eventually(lambda: attachment.mapping.state is State.LOST)
     with pytest.raises(SessionLostError):
         attachment.mapping.try_hold([0])
+
+
+def test_the_arena_of_a_daemon_that_has_gone_is_let_go(
+    shared: SharedMemory,
+    attached: tuple[Attachment, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("expertd_client.attachment.KEEP_SECONDS", 0.1)
+    attachment, theirs = attached
+    arena = weakref.ref(attachment.mapping.arena_mapping)
+    shared.publish(0, 1)
+    assert attachment.mapping.try_hold([0])
+    theirs.close()
+    time.sleep(0.3)
+    assert arena() is not None, "a lease needs it"
+    attachment.mapping.release()
+    eventually(lambda: arena() is None)
+    assert attachment.mapping.state is State.LEFT
+    with pytest.raises(UnavailableError, match="reattach"):
+        attachment.mapping.try_hold([0])
+    with pytest.raises(UnavailableError):
+        attachment.mapping.begin_fetch()
+
+
+def test_the_arena_of_a_daemon_that_is_there_is_kept(
+    attached: tuple[Attachment, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertd_client.attachment.KEEP_SECONDS", 0.01)
+    time.sleep(0.1)
+    assert attached[0].mapping.state is State.IDLE
+    assert attached[0].mapping.arena_mapping is not None
 
 
 def test_close_twice_ends_thread_and_connection(shared: SharedMemory) -> None:

@@ -1,5 +1,7 @@
 """The daemon goes, and comes back."""
 
+import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +20,13 @@ from expertd_client import (
     UnauthenticatedError,
     UnavailableError,
 )
+from expertd_client.aio import AsyncClient
 from expertd_client.attachment import Attachment
 from tests.client.conftest import RECORD_BYTES
-from tests.client.observing import eventually, num_open_files
+from tests.client.observing import eventually, num_arenas, num_open_files
 from tests.daemon import Daemon, serving
 from tests.handmade import make_pack, record
+from tests.supervised import supervised
 
 RAM = 64 * RECORD_BYTES
 
@@ -121,6 +125,89 @@ def test_reattach_gives_up(mortal: Daemon, pack: Path) -> None:
         with serving({"m": pack}, ram=RAM, socket=mortal.socket):
             session.reattach(5)
             session.acquire(0, [7]).release()
+
+
+@pytest.mark.parametrize("waits", ["in reattach", "before it"])
+def test_a_worker_that_waits_lets_go_of_the_old_arena(
+    waits: str, mortal: Daemon, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next daemon may need the RAM to start at all."""
+    monkeypatch.setattr("expertd_client.attachment.KEEP_SECONDS", 0.2)
+    with attached(mortal) as session:
+        threads = threading.active_count()
+        session.acquire(0, [0]).release()
+        assert num_arenas() == 1
+        mortal.kill()
+        thread = threading.Thread(target=session.reattach, args=(20,))
+        if waits == "in reattach":
+            thread.start()
+        eventually(lambda: num_arenas() == 0)
+        if waits == "before it":
+            with pytest.raises(UnavailableError, match="let go of its memory"):
+                session.acquire(0, [0])
+            with pytest.raises(UnavailableError):
+                session.prefetch([(0, 0)])
+            thread.start()
+        with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+            thread.join(10)
+            assert not thread.is_alive()
+            with session.acquire(0, [0]) as lease:
+                assert bytes(lease.views[0]) == record(0, 0)
+            assert num_arenas() == 1
+            assert threading.active_count() == threads
+
+
+def test_it_lets_go_in_the_queue_of_a_service_too(
+    pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket unit listens, so that reattaching waits for an answer and never fails."""
+    monkeypatch.setattr("expertd_client.attachment.KEEP_SECONDS", 0.2)
+    with supervised({"m": pack}, ram=RAM) as service, Client(service.socket) as store:
+        session = store.attach("m")
+        session.acquire(0, [0]).release()
+        with service.holding_restarts():
+            service.wait_ended(service.kill())
+            thread = threading.Thread(target=session.reattach, args=(20,))
+            thread.start()
+            eventually(lambda: num_arenas() == 0)
+        thread.join(10)
+        assert not thread.is_alive()
+        with session.acquire(0, [0]) as lease:
+            assert bytes(lease.views[0]) == record(0, 0)
+        assert (session.host_hits, session.nvme_misses) == (1, 1), "it was a warm restart"
+        session.detach()
+
+
+def test_reattach_waits_for_a_socket_that_lets_nobody_in_yet(mortal: Daemon, pack: Path) -> None:
+    with attached(mortal) as session:
+        mortal.kill()
+        mortal.socket.chmod(0)
+        uid = os.geteuid()
+        if uid == 0:  # who may connect to any socket
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UnavailableError, match="may not connect"):
+                session.reattach(0.3)
+        finally:
+            os.seteuid(uid)
+            mortal.socket.chmod(0o750)
+        with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+            session.reattach(10)
+
+
+async def test_the_asyncio_client_lets_go_too(
+    mortal: Daemon, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertd_client.attachment.KEEP_SECONDS", 0.2)
+    async with AsyncClient(mortal.socket) as store, await store.attach("m") as session:
+        (await session.acquire(0, [0])).release()
+        mortal.kill()
+        task = asyncio.create_task(session.reattach(20))
+        await asyncio.to_thread(eventually, lambda: num_arenas() == 0)
+        with serving({"m": pack}, ram=RAM, socket=mortal.socket):
+            await asyncio.wait_for(task, 10)
+            with await session.acquire(0, [0]) as lease:
+                assert bytes(lease.views[0]) == record(0, 0)
 
 
 def test_reattach_to_another_model(mortal: Daemon, tmp_path: Path) -> None:

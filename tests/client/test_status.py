@@ -18,6 +18,7 @@ from expertstore.v1 import expert_store_pb2_grpc as rpc
 CASES: list[tuple[errors.ExpertdError, str]] = [
     (errors.InvalidInputError("say it otherwise"), "INVALID_ARGUMENT"),
     (errors.ConfigError("no such setting"), "INVALID_ARGUMENT"),
+    (errors.ShortMemoryError("too little is free"), "INVALID_ARGUMENT"),
     (errors.CheckpointError("no weights"), "INVALID_ARGUMENT"),
     (errors.PackError("/p has no pack.json"), "FAILED_PRECONDITION"),
     (errors.TraceError("/t.csv, line 3: no number."), "INVALID_ARGUMENT"),

@@ -23,6 +23,22 @@ from pathlib import Path
 from tests.expert_store.serving.watching import assert_serves
 assert_serves(Path("/run/expertd"))
 """
+WAITING_WORKER = """
+import sys
+from expertd_client import Client
+with Client("/run/expertd") as store, store.attach("m") as session:
+    session.acquire(0, [0]).release()
+    print("attached", flush=True)
+    sys.stdin.readline()
+    session.reattach(60)
+    session.acquire(0, [0]).release()
+    print("attached again", flush=True)
+    sys.stdin.readline()
+"""
+DROP_IN = "/run/systemd/system/expertd.service.d/test.conf"
+SMALL_HOST = r"[Service]\nBindReadOnlyPaths=/opt/shared/meminfo:/proc/meminfo"
+MEMINFO = "MemTotal: 8192 kB\nMemAvailable: {} kB\n"
+MAPPED = "grep -l memfd:expertd-arena /proc/[0-9]*/maps"
 SCRAPE = r"""
 exec 3<>/dev/tcp/127.0.0.1/9464
 printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3
@@ -180,9 +196,49 @@ def test_the_next_daemon_serves_warm(machine: Machine, end: str) -> None:
     assert stats(machine)["models"][0]["nvme_bytes_read"] == 0
 
 
+def test_a_cold_restart_waits_for_the_memory_of_the_old_arena(machine: Machine) -> None:
+    """As on a host with room for one arena: a worker keeps the old one for a while."""
+    machine.run(f"install -D /dev/stdin {DROP_IN} <<< $'{SMALL_HOST}'")
+    memory = machine.shared / "meminfo"
+    memory.write_text(MEMINFO.format(6144))
+    machine.run("systemctl daemon-reload && systemctl restart expertd.service")
+    worker = machine.python(UID, "expertd", WAITING_WORKER)
+    try:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "attached\n"
+        machine.run("systemctl stop expertd.socket expertd.service")
+        assert machine.run(MAPPED, check=False).stdout != ""
+        memory.write_text(MEMINFO.format(2048))
+        worker.stdin.write("daemon gone\n")
+        worker.stdin.flush()
+        machine.run("systemctl start --no-block expertd.service")
+        machine.until(
+            lambda: "waiting for memory" in machine.show("expertd", "StatusText"), "the daemon"
+        )
+        machine.until(
+            lambda: machine.run(MAPPED, check=False).stdout == "", "the end of the mapping"
+        )
+        memory.write_text(MEMINFO.format(6144))
+        machine.until(lambda: machine.show("expertd", "ActiveState") == "active", "the start")
+        assert worker.stdout.readline() == "attached again\n"
+        assert stats(machine)["models"][0]["adopted_records"] == 0
+        # Nobody lets go: that is tried again, and not given up.
+        machine.run("systemctl stop expertd.service expertd.socket")
+        memory.write_text(MEMINFO.format(2048))
+        machine.run("systemctl start --no-block expertd.service")
+        machine.until(lambda: machine.show("expertd", "NRestarts") == "1", "the second attempt")
+        assert "only 2.0 MiB are free" in machine.journal("expertd")
+        memory.write_text(MEMINFO.format(6144))
+        machine.until(lambda: machine.show("expertd", "ActiveState") == "active", "its success")
+    finally:
+        worker.kill()
+        worker.communicate()
+        machine.run(f"rm {DROP_IN}; systemctl daemon-reload; systemctl restart expertd.service")
+
+
 def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
-    drop_in = "/run/systemd/system/expertd.service.d/watchdog.conf"
-    machine.run(f"install -D /dev/stdin {drop_in} <<< $'[Service]\\nWatchdogSec=1'")
+    machine.run(f"install -D /dev/stdin {DROP_IN} <<< $'[Service]\\nWatchdogSec=1'")
     machine.run("systemctl daemon-reload && systemctl restart expertd.service")
     try:
         pid = machine.show("expertd", "MainPID")
@@ -197,7 +253,7 @@ def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
         assert "Watchdog timeout" in machine.journal("expertd")
         assert work(machine) == ""
     finally:
-        machine.run(f"rm {drop_in}; systemctl daemon-reload; systemctl restart expertd.service")
+        machine.run(f"rm {DROP_IN}; systemctl daemon-reload; systemctl restart expertd.service")
 
 
 def test_nothing_is_left_when_it_is_uninstalled(machine: Machine) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from expertd import arena
 from expertd.arena import Arena, check_memory
-from expertd.errors import ConfigError
+from expertd.errors import ConfigError, ShortMemoryError
 from expertd.extents import Extent
-from expertd.host_memory import memory_available
+from expertd.host_memory import memory_available, memory_total
 
 MIB = 1 << 20
 
@@ -91,10 +92,16 @@ def test_missing_huge_pages_are_said() -> None:
 
 def test_more_than_the_host_has_is_refused() -> None:
     # So much that it cannot even be mapped: nobody is killed for want of memory here.
-    with pytest.raises(ConfigError, match=r"budget is .* only .* smaller --ram"):
+    with pytest.raises(ConfigError, match=r"budget is .* only .* smaller --ram") as refused:
         Arena(1 << 55, lock=False)
-    with pytest.raises(ConfigError, match="smaller --ram"):
-        check_memory(2 * memory_available())
+    assert not isinstance(refused.value, ShortMemoryError)
+
+
+def test_more_than_is_free_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "memory_available", lambda: MIB)
+    check_memory(MIB)
+    with pytest.raises(ShortMemoryError, match=r"only 1\.0 MiB are free.* smaller --ram"):
+        check_memory(MIB + 1)
 
 
 class Host:
@@ -118,9 +125,14 @@ class Host:
     def available(self) -> int:
         return memory_available(self.proc, self.cgroups)
 
+    @property
+    def total(self) -> int:
+        return memory_total(self.proc, self.cgroups)
+
 
 def test_without_cgroups_the_host_decides(tmp_path: Path) -> None:
     assert Host(tmp_path, 100 * MIB).available == 100 * MIB
+    assert Host(tmp_path / "other", 100 * MIB).total == 999999999 << 10
 
 
 @pytest.mark.parametrize("limited", ["slice/unit", "slice", ""])
@@ -131,6 +143,7 @@ def test_every_cgroup_above_limits(tmp_path: Path, limited: str) -> None:
     assert host.available == 100 * MIB
     host.limit(limited, str(50 * MIB), 20 * MIB)
     assert host.available == 30 * MIB
+    assert host.total == 50 * MIB
 
 
 def test_page_cache_is_not_used_memory(tmp_path: Path) -> None:

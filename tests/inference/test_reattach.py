@@ -2,6 +2,7 @@
 
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 
 from expertd.errors import UnavailableError
 from expertd.pack.manifest import read_manifest
-from expertd_client import Client
+from expertd_client import Client, attachment
 from expertd_inference import experts
 from expertd_inference.attachment import attach
 from expertd_inference.kernels import reference
 from expertd_inference.worker import Worker
+from tests.client.observing import num_arenas
 from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.worker_process import WorkerProcess
@@ -94,6 +96,51 @@ def test_goes_on_with_the_next_daemon(
             worker.close()
             for successor in successors:
                 successor.close()
+
+
+@pytest.mark.parametrize("when", ["while it generates", "before its next step"])
+def test_goes_on_after_it_has_let_go_of_the_old_arena(
+    when: str, packed: Make, stock: Make, socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cold start of the next daemon takes longer than the memory of the old one is kept."""
+    monkeypatch.setattr(attachment, "KEEP_SECONDS", 0.2)
+    pack = packed("qwen3_moe")
+    ram = read_manifest(pack).manifest.working_set_bytes
+    prompt = prompt_of(30, seed=1)
+    expected = greedy(stock("qwen3_moe"), prompt, 24)
+    successors: list[threading.Thread] = []
+    done = threading.Event()
+
+    def succeed() -> None:
+        deadline = time.monotonic() + 10
+        while num_arenas() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert num_arenas() == 0
+        with serving({"m": pack}, ram=ram, socket=socket):
+            done.wait(60)
+
+    def replace() -> None:
+        daemon.kill()
+        successors.append(threading.Thread(target=succeed))
+        successors[0].start()
+
+    with serving({"m": pack}, ram=ram, socket=socket) as daemon:
+        worker = Worker(attach("m", socket), say=lambda _: None)
+        try:
+            if when == "before its next step":
+                assert generate(worker, prompt, 24, KillAfter(24, replace)) == expected
+                deadline = time.monotonic() + 10
+                while num_arenas() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                assert greedy(worker.model, prompt, 24) == expected
+            else:
+                assert generate(worker, prompt, 24, KillAfter(8, replace)) == expected
+            assert num_arenas() == 1
+        finally:
+            done.set()
+            for thread in successors:
+                thread.join()
+            worker.close()
 
 
 @pytest.mark.parametrize("budget", ["all", "least"])

@@ -7,9 +7,10 @@ import typer
 
 from expertd import __version__
 from expertd.cli import admin, pack, record, replay, serve, top
-from expertd.errors import ExpertdError
+from expertd.errors import ExpertdError, ShortMemoryError
 
 _EXIT_INPUT = 2
+_EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: a service manager may try again
 
 app = typer.Typer(
     name="expertd",
@@ -52,12 +53,12 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command; expected failures are one line and exit code 2."""
+    """Runs the command; expected failures are one line, and exit code 2 or, if time helps, 75."""
     try:
         app()
     except ExpertdError as error:
         typer.echo(f"expertd: {error}", err=True)
-        sys.exit(_EXIT_INPUT)
+        sys.exit(_EXIT_TEMPORARY if isinstance(error, ShortMemoryError) else _EXIT_INPUT)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing to say to it
         sys.exit(1)

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 from expertd.attach import adopt_listener, listen
 from expertd.errors import ConfigError
 from expertd.handshake import ATTACH_SOCKET
+from expertd.standin_systemd import StandInSystemd
 from expertd_client import Client
 from tests.expert_store.serving.watching import assert_serves, eventually
 from tests.supervised import supervised
@@ -45,6 +48,51 @@ def test_not_ready_when_it_cannot_serve(tmp_path: Path) -> None:
         supervised({"m": tmp_path}, restarts=False),
     ):
         pass
+
+
+# As if the host had no more free memory than a file says.
+SHORT = """
+import sys
+from pathlib import Path
+from expertd import arena, daemon
+from expertd.cli import main
+free = Path(sys.argv.pop(1))
+arena.memory_available = lambda: int(free.read_text())
+daemon._MEMORY_SECONDS = float(sys.argv.pop(1))
+main()
+"""
+
+
+def test_memory_that_comes_free_is_waited_for(directory: Path) -> None:
+    free = directory / "free"
+    free.write_text("4096")
+    command = [sys.executable, "-c", SHORT, str(free), "60", "serve"]
+    command += ["--socket", str(directory / "s"), "--ram", "1MiB"]
+    with StandInSystemd(command) as service:
+        eventually(lambda: "waiting for memory" in [run.status for run in service.runs], 20)
+        assert service.output.count("waiting for memory") == 1
+        free.write_text(str(1 << 20))
+        assert service.wait_ready() is service.runs[0]
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_memory_that_does_not_is_a_temporary_failure(managed: bool, directory: Path) -> None:
+    free = directory / "free"
+    free.write_text("4096")
+    # Nobody waits at a terminal.
+    command = [sys.executable, "-c", SHORT, str(free), "0.5" if managed else "60", "serve"]
+    command += ["--socket", str(directory / "s"), "--ram", "1MiB"]
+    if managed:
+        with StandInSystemd(command, restarts=False) as service:
+            eventually(lambda: bool(service.runs), 5)
+            assert service.wait_ended(service.runs[0]) == os.EX_TEMPFAIL
+            told = service.output.splitlines()[-1]
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == os.EX_TEMPFAIL
+        (told,) = done.stderr.splitlines()
+    assert told.startswith("expertd: the RAM budget is 1.0 MiB, but of ")
+    assert "only 4.0 KiB are free" in told
 
 
 def test_its_own_attach_socket_under_a_manager(pack: Path) -> None:
