@@ -3,12 +3,12 @@
 import asyncio
 import os
 import socket
-import struct
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from expertd.allow_list import AllowList, peer_of
 from expertd.directory import directory_bytes
 from expertd.errors import (
     ConfigError,
@@ -33,7 +33,6 @@ from expertd.store import Store
 _HELLO_SECONDS = 5.0
 _MAX_PENDING = 64
 _ACCEPT_PAUSE_SECONDS = 0.1
-_PEER = struct.Struct("3i")
 _WRONG_KIND = (
     "the descriptor that the service manager passed as 'attach' is no listening SOCK_SEQPACKET "
     "socket; use ListenSequentialPacket= in its socket unit."
@@ -45,9 +44,7 @@ class AttachConnection:
 
     def __init__(self, server: "AttachServer", peer: socket.socket) -> None:
         self._server, self._socket = server, peer
-        self.pid, self.uid, _ = _PEER.unpack(
-            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        )
+        self.pid, self.uid, _ = peer_of(peer)
         self.session: Session | None = None
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(_HELLO_SECONDS, self.close)
@@ -88,7 +85,7 @@ class AttachConnection:
 
     def _answer(self, packet: bytes) -> None:
         try:
-            hello = self._server.check(packet, self.uid)
+            hello = self._server.check(packet, self._socket, self.uid)
             store = self._server.store
             self.session = store.attach(hello.role, hello.model, self, self.pid, self.uid)
             self._welcome(self.session)
@@ -186,19 +183,19 @@ def _is_same_file(one: str, other: Path) -> bool:
 class AttachServer:
     """Listens on ``listener``; the connections it accepts are the sessions' leases."""
 
-    def __init__(self, store: Store, listener: socket.socket) -> None:
+    def __init__(self, store: Store, listener: socket.socket, allowed: AllowList) -> None:
         self.store = store
         self._connections: dict[AttachConnection, None] = {}  # in the order of their coming
         self._listener = listener
         self._listener.setblocking(False)
-        self._allowed = {0, os.geteuid(), *store.config.allowed_uids}
+        self._allowed = allowed
         self._listen()
 
-    def check(self, packet: bytes, uid: int) -> Hello:
+    def check(self, packet: bytes, peer: socket.socket, uid: int) -> Hello:
         """The hello in ``packet``, if that user may say it."""
-        if uid not in self._allowed:
+        if not self._allowed.admits(peer):
             raise PermissionDeniedError(
-                f"uid {uid} may not attach to this expertd; add it to allowed_uids."
+                f"uid {uid} may not attach to this expertd; {self._allowed.remedy}."
             )
         try:
             hello = msgspec.json.decode(packet[:MAX_PACKET_BYTES], type=Hello)

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertd import __version__
+from expertd.allow_list import AllowList
 from expertd.arena import Arena, check_memory
 from expertd.attach import AttachServer, adopt_listener, listen
 from expertd.config import ServeConfig
@@ -63,6 +64,8 @@ async def _serve(config: ServeConfig, manager: Manager) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    # At a terminal it says that the terminal has gone, and this process goes with it.
+    loop.add_signal_handler(signal.SIGHUP, stop.set if _has_terminal() else _explain_hangup)
     async with _running(config, manager) as (store, metrics):
         # What the starter waits for. If nobody can hear it (a full disk, a pipe that is closed),
         # that is no reason not to serve; and what print() could not flush would fail the exit.
@@ -77,6 +80,19 @@ async def _serve(config: ServeConfig, manager: Manager) -> None:
         await manager.stopping()
 
 
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _explain_hangup() -> None:
+    """Settings are read once, and certificates looked at anyway: there is nothing to reload."""
+    log_warning("SIGHUP ignored", advice="restart to read the settings again; it is warm")
+
+
 @contextlib.asynccontextmanager
 async def _running(
     config: ServeConfig, manager: Manager
@@ -87,6 +103,7 @@ async def _running(
         passed = manager.take_descriptors(ATTACH_NAME)
         directory = RunDirectory(config.socket, keeps_attach_socket=bool(passed))
         stack.callback(directory.close)
+        allowed = AllowList(config.allowed_uids, config.allowed_groups)
         # 2. Memory: what the daemon before us left, or new, which may be refused.
         await manager.status("preparing the arena")
         fd_store = FdStore(manager)
@@ -128,7 +145,7 @@ async def _running(
             listener = adopt_listener(passed[0], directory.attach_socket)
         else:
             listener = listen(directory.attach_socket, config.socket_mode)
-        attach = AttachServer(store, listener)
+        attach = AttachServer(store, listener, allowed)
         stack.callback(attach.close)
         yield store, metrics
 

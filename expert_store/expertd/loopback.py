@@ -1,5 +1,6 @@
-"""Addresses that only this host can reach."""
+"""Addresses that only this host can reach, and what helps where none can be listened at."""
 
+import errno
 import ipaddress
 from typing import NamedTuple
 
@@ -32,3 +33,12 @@ def parse_loopback(text: str) -> LoopbackAddress:
     if not address.is_loopback:
         raise ValueError(f"{host} can be reached from other hosts; give a loopback address")
     return LoopbackAddress(str(address), int(digits))
+
+
+def listen_remedy(error: OSError) -> str:
+    """What an operator does about an address that cannot be listened at."""
+    if error.errno == errno.EAFNOSUPPORT:  # what RestrictAddressFamilies= answers
+        return "give the service a network (systemd/network.conf, docs/install.md)"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "give an address of this host"
+    return "give another port"

@@ -5,7 +5,6 @@ it here, and who asks while another's snapshot is being taken shares the next on
 """
 
 import asyncio
-import errno
 import socketserver
 import threading
 import time
@@ -23,7 +22,7 @@ from prometheus_client.exposition import generate_latest
 
 from expertd.errors import ConfigError
 from expertd.log import log_failure
-from expertd.loopback import LoopbackAddress
+from expertd.loopback import LoopbackAddress, listen_remedy
 
 SNAPSHOT_SECONDS = 2.0
 """How long a scrape waits for the event loop, and for a scrape before it."""
@@ -88,11 +87,8 @@ class MetricsServer:
         try:
             self._server = _Server(address, exposition)
         except OSError as error:
-            remedy = "give another port"
-            if error.errno == errno.EAFNOSUPPORT:  # what RestrictAddressFamilies= answers
-                remedy = "give the service a network (systemd/network.conf, docs/install.md)"
             raise ConfigError(
-                f"metrics cannot be served at {address}: {error.strerror}; {remedy}."
+                f"metrics cannot be served at {address}: {error.strerror}; {listen_remedy(error)}."
             ) from error
         self.address = LoopbackAddress(address.host, self._server.server_address[1])
         self._thread = threading.Thread(

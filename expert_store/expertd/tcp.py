@@ -11,6 +11,7 @@ import grpc
 
 from expertd.certificates import Certificates
 from expertd.errors import ConfigError, PermissionDeniedError
+from expertd.loopback import listen_remedy
 from expertd.peers import Peers
 from expertd.status import to_status
 from expertd.tcp_config import TcpConfig
@@ -91,13 +92,14 @@ def open_port(server: grpc.aio.Server, config: TcpConfig) -> str:
     host, port = config.address
     # gRPC says only that it failed.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen()
-        except OSError as error:
-            raise _unusable(config, error.strerror or str(error)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _unusable(config, reason, listen_remedy(error)) from error
     shown = f"[{host}]" if ":" in host else host
     try:
         if config.plaintext:
@@ -105,9 +107,9 @@ def open_port(server: grpc.aio.Server, config: TcpConfig) -> str:
         else:
             port = server.add_secure_port(f"{shown}:{port}", Certificates(config).credentials())
     except RuntimeError as error:
-        raise _unusable(config, "it is taken") from error
+        raise _unusable(config, "it is taken", "give another port") from error
     return f"{shown}:{port}"
 
 
-def _unusable(config: TcpConfig, reason: str) -> ConfigError:
-    return ConfigError(f"tcp.listen {config.listen} cannot be used: {reason}; give another.")
+def _unusable(config: TcpConfig, reason: str, remedy: str) -> ConfigError:
+    return ConfigError(f"tcp.listen {config.listen} cannot be used: {reason}; {remedy}.")

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import yaml
 
 from expertd.config import load_config
 from expertd.sizes import parse_bytes
+from expertd_client import Client
 from tests.daemon import serving
-from tests.expert_store.serving.watching import expertd
+from tests.expert_store.serving.watching import eventually, expertd
 from tests.handmade import make_pack
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +97,26 @@ def test_a_worker_in_namespaces_of_its_own(user: list[str], tmp_path: Path) -> N
         assert re.fullmatch(r"\[[1-9]\d*\]\n", done.stdout)
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
+
+
+def test_a_pid_that_the_daemon_cannot_see_is_no_number(tmp_path: Path) -> None:
+    unshare = ["unshare", *NAMESPACES]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make namespaces")
+    make_pack(tmp_path / "pack")
+    with tempfile.TemporaryDirectory(prefix="expertd-") as directory:
+        socket = Path(directory) / "s"
+        serve = ["serve", "--socket", str(socket), "--ram", "1MiB"]
+        serve += ["--model", f"m={tmp_path}/pack"]
+        process = subprocess.Popen([*unshare, sys.executable, "-m", "expertd", *serve])
+        try:
+            eventually(lambda: (socket / "attach.sock").exists(), 20)
+            with Client(socket) as store, store.attach("m"):
+                assert [each["pid"] for each in store.stats()["sessions"]] == [0]
+                for command in (["stats"], ["top", "--once"]):
+                    shown = expertd(*command, "--socket", socket).stdout
+                    row = next(line.split() for line in shown.splitlines() if " worker " in line)
+                    assert "-" in row[1:3], shown
+        finally:
+            process.kill()  # --kill-child
+            process.wait(20)

@@ -70,6 +70,29 @@ def test_serves_packs_without_torch(lean: dict[str, str], pack: Path) -> None:
     assert "trunk.safetensors cannot be used" in run(lean, "inspect", pack).stderr
 
 
+# Refused once everything is imported.
+THREADS = """
+import os, sys
+from expertd.cli import main
+sys.argv = ["expertd", "serve", "--config", "/nowhere.toml"]
+try:
+    main()
+except SystemExit:
+    print(len(os.listdir("/proc/self/task")), "numpy" in sys.modules)
+"""
+
+
+def test_numpy_starts_no_threads(lean: dict[str, str]) -> None:
+    """Its BLAS, which the daemon never calls, would have one and 32 MiB for each core."""
+    environment = {**os.environ, **lean}
+    environment.pop("OPENBLAS_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        capture_output=True, text=True, timeout=30, check=False, env=environment,
+    )  # fmt: skip
+    assert done.stdout.split() == ["1", "True"], done.stderr
+
+
 def test_packing_says_what_is_missing(lean: dict[str, str], tmp_path: Path) -> None:
     done = run(lean, "pack", tmp_path, tmp_path / "new")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr

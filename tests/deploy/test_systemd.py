@@ -11,10 +11,10 @@ from tests.deploy.machine import ROOT, Machine, UnbootableError, booted
 from tests.handmade import make_pack
 
 UID = 4321  # a worker's
-CONFIG = f"""
+CONFIG = """
 socket = "/run/expertd"
 ram = "4MiB"
-allowed_uids = [{UID}]
+allowed_groups = ["expertd"]
 [models]
 m = "/var/lib/expertd/m"
 """
@@ -117,9 +117,9 @@ def test_the_journal_has_times_and_priorities_once(machine: Machine) -> None:
 
 
 def test_workers_of_the_group_attach_and_no_others(machine: Machine) -> None:
-    assert work(machine) == ""
-    assert "4322 may not attach" in work(machine, uid=4322)
-    assert "join the group" in work(machine, groups="65534")
+    for uid in (UID, UID + 1):
+        assert work(machine, uid) == ""
+        assert "join the group" in work(machine, uid, groups="65534")
     modes = machine.run("stat -c '%a %U %G' /run/expertd /run/expertd/*.sock").stdout
     assert modes.splitlines() == ["750 expertd expertd", *["660 expertd expertd"] * 2]
 
@@ -160,6 +160,19 @@ def test_a_wrong_setting_is_one_line_and_no_restart(machine: Machine) -> None:
     finally:
         machine.run("sed -i 's/^ramm/ram/' /etc/expertd/expertd.toml")
         machine.run("systemctl reset-failed expertd.service; systemctl start expertd.service")
+
+
+def test_tcp_without_a_network_says_what_to_add(machine: Machine) -> None:
+    settings = r'[tcp]\nlisten = "127.0.0.1:7443"\nplaintext = true'
+    machine.run(f"printf '{settings}' >>/etc/expertd/expertd.toml")
+    try:
+        assert machine.run("systemctl restart expertd.service", check=False).returncode != 0
+        assert machine.show("expertd", "ExecMainStatus") == "2"
+        said = "127.0.0.1:7443 cannot be used: Address family .*; give the service a network"
+        assert re.search(said, machine.journal("expertd"))
+    finally:
+        machine.run("cp /opt/shared/expertd.toml /etc/expertd/expertd.toml")
+        machine.run("systemctl restart expertd.service")
 
 
 def test_metrics_take_the_network_that_a_drop_in_opens(machine: Machine) -> None:

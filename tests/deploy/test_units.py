@@ -71,7 +71,7 @@ def test_limits_suffice_for_the_defaults() -> None:
 
 
 def test_sample_config_holds_the_defaults() -> None:
-    assert ServeConfig(SAMPLE.socket, SAMPLE.ram_bytes) == SAMPLE
+    assert ServeConfig(SAMPLE.socket, SAMPLE.ram_bytes, allowed_groups=("expertd",)) == SAMPLE
 
 
 def test_requirements_are_the_daemons_part_of_the_distributions() -> None:

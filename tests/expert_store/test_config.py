@@ -30,6 +30,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         socket = "/run/expertd"
         ram = "1.5GiB"
         allowed_uids = [1000, 1001]
+        allowed_groups = ["expertd", 990]
         socket_mode = "600"
         lock_memory = false
         direct_io = false
@@ -51,6 +52,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         ram_bytes=3 << 29,
         models={"tiny": ModelConfig(Path("/packs/tiny"))},
         allowed_uids=(1000, 1001),
+        allowed_groups=("expertd", 990),
         socket_mode=0o600,
         lock_memory=False,
         direct_io=False,
@@ -131,6 +133,9 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("allowed_uids = 1000", ["allowed_uids = 1000", "int"]),
         ('allowed_uids = ["me"]', ["allowed_uids", "str"]),
         ("allowed_uids = [-1]", ["allowed_uids", "-1"]),
+        ('allowed_groups = "expertd"', ["allowed_groups = 'expertd'", "str"]),
+        ("allowed_groups = [1.5]", ["allowed_groups", "float"]),
+        ("allowed_groups = [-1]", ["allowed_groups", "-1"]),
         ('models = "tiny"', ["models = 'tiny'", "str"]),
         ("models = {tiny = 3}", ["models.tiny", "int"]),
         ('models = {"a/b" = "/p"}', ["a/b", "name a model"]),

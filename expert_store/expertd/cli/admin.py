@@ -196,7 +196,7 @@ def _print_stats(report: dict[str, Any]) -> None:
         "sessions",
         ("id", "role", "pid", "uid", "model", "attached", "epoch lag", "keeps", "read"),
         [
-            (row["id"], row["role"], row["pid"], row["uid"], row["model"] or "-",
+            (row["id"], row["role"], row["pid"] or "-", row["uid"], row["model"] or "-",
              f"{row['attached_seconds']:.0f} s", row["epoch_lag"], format_bytes(row["kept_bytes"]),
              format_bytes(row["bytes_read"]))
             for row in report["sessions"]

@@ -165,7 +165,7 @@ class View:
             each = rate.get(row["id"], _NOTHING)
             table.add_row(
                 str(row["id"]),
-                str(row["pid"]),
+                str(row["pid"] or "-"),
                 str(row["uid"]),
                 row["role"],
                 Text(row["model"] or "-"),

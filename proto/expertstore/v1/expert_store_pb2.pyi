@@ -1314,6 +1314,7 @@ class SessionStats(_message.Message):
     NVME_MISSES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     pid: _builtins.int
+    """0 if the daemon cannot see it: a process of another pid namespace."""
     uid: _builtins.int
     model: _builtins.str
     """Empty for an admin session."""

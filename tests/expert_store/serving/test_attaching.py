@@ -155,6 +155,38 @@ def test_another_user(pack: Path, tmp_path: Path) -> None:
     assert attach(f"[{NOBODY}]", "ADMIN").startswith(f"PermissionDeniedError uid {NOBODY}")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("allowed", "groups", "admitted"),
+    [
+        ("[]", [4000], False),
+        ("[4000]", [], False),
+        ("[4000]", [4000], True),
+        ("[4000, 4001]", [4001], True),
+        ("[4000]", [*range(5000, 6000), 4000], True),
+        ("[65534]", [], True),  # the primary group
+        ('["daemon"]', [1], True),
+        ('["daemon"]', [4000], False),
+    ],
+)
+def test_members_of_allowed_groups(
+    allowed: str, groups: list[int], admitted: bool, pack: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'allowed_groups = {allowed}\nsocket_mode = "666"\n')
+    with serving({"m": pack}, ram="1MiB", config=config) as daemon:
+        daemon.socket.chmod(0o755)
+        daemon.socket.parent.chmod(0o755)
+        script = AS_NOBODY.replace("os.setgroups([])", f"os.setgroups({groups})")
+        out, err = python(script, daemon.socket, "WORKER").communicate(timeout=20)
+        assert err == ""
+        if admitted:
+            assert out == "attached\n"
+            out, _ = python(script, daemon.socket, "ADMIN").communicate(timeout=20)
+        assert out.startswith(f"PermissionDeniedError uid {NOBODY} may not ")
+        assert admitted or allowed == "[]" or "join the group" in out
+
+
 def test_health(roomy: Daemon) -> None:
     with grpc.insecure_channel(rpc_target(roomy.socket)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -150,6 +150,58 @@ def test_unknown_setting(tmp_path: Path) -> None:
     assert "stall_seconds" in says
 
 
+def test_unknown_group(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('allowed_groups = ["nobody-has-this"]\n')
+    says = refusal(tmp_path, "--config", config)
+    assert "allowed_groups names 'nobody-has-this'" in says
+    assert "groupadd" in says
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_hangup(terminal: bool) -> None:
+    """A service is not ended by what other daemons reload at; one at a terminal goes with it."""
+    with tempfile.TemporaryDirectory(prefix="expertd-") as private, ExitStack() as stack:
+        command = [sys.executable, "-m", "expertd", "serve", "--socket", f"{private}/s"]
+        command = [sys.executable, "-c", TAKE_TERMINAL, *command] if terminal else command
+        ours, theirs = os.openpty()
+        process = stack.enter_context(
+            subprocess.Popen(
+                [*command, "--ram", "1MiB"],
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        os.close(theirs)
+        try:
+            eventually(lambda: (Path(private) / "s/attach.sock").exists(), 20)
+            if terminal:
+                os.close(ours)
+                ours = -1
+                assert process.wait(20) == 0
+            else:
+                process.send_signal(signal.SIGHUP)
+                time.sleep(0.3)
+                process.terminate()
+                assert process.wait(20) == 0
+                assert process.stderr is not None
+                assert process.stderr.read().count("SIGHUP ignored") == 1
+        finally:
+            process.kill()
+            if ours >= 0:
+                os.close(ours)
+
+
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def test_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("")
     assert "cannot be used" in refusal(tmp_path)
