@@ -35,7 +35,8 @@ def stats(socket: Socket, as_json: Json = False) -> None:
     """Shows what the daemon holds and what moved: arena, models, sessions.
 
     Host hits are accesses of all workers to records that were in RAM, NVMe misses those
-    that had to be read first.
+    that had to be read first. docs/operating.md says what each line means; `expertd top` is a live
+    view.
 
     Example: `expertd stats --socket /run/expertd --json`
     """
@@ -50,7 +51,10 @@ def stats(socket: Socket, as_json: Json = False) -> None:
 
 
 def models(socket: Socket, as_json: Json = False) -> None:
-    """Lists the models that the daemon holds."""
+    """Lists the models that the daemon holds.
+
+    Example: `expertd models --socket /run/expertd`
+    """
     from expertd.control import Control
 
     with Control(socket) as control:
@@ -96,8 +100,8 @@ def health(socket: Socket) -> None:
 
 
 def load(
-    name: Annotated[str, typer.Argument(help="The name that workers attach to.")],
-    pack: Annotated[Path, typer.Argument(help="The pack's directory.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What workers ask for.")],
+    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")],
     socket: Socket,
     min_: Annotated[
         str | None,
@@ -131,7 +135,7 @@ def load(
 
 
 def limit(
-    name: Annotated[str, typer.Argument(help="The model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
     socket: Socket,
     min_: Annotated[
         str | None,
@@ -143,6 +147,8 @@ def limit(
     ] = None,
 ) -> None:
     """Changes how much RAM a loaded model keeps and may take; what is not given stays.
+
+    Needs root or the daemon's own user.
 
     Example: `expertd limit mixtral --max 8GiB --socket /run/expertd`
     """
@@ -156,15 +162,20 @@ def limit(
 
 
 def unload(
-    name: Annotated[str, typer.Argument(help="The model to drop.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model to drop.")],
     socket: Socket,
 ) -> None:
-    """Drops a model from a running daemon and ends its sessions."""
+    """Drops a model from a running daemon and ends its sessions.
+
+    Needs root or the daemon's own user.
+
+    Example: `expertd unload mixtral --socket /run/expertd`
+    """
     from expertd.control import Control
 
     with Control(socket) as control:
         released = control.unload(name)
-    typer.echo(f"unloaded {name}: {format_bytes(released)} of RAM are free for other models.")
+    typer.echo(f"unloaded {name}: {format_bytes(released)} of RAM came free.")
 
 
 def _size(option: str, text: str | None) -> int | None:

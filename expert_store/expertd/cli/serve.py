@@ -46,6 +46,9 @@ def serve(
     What does not fit into the RAM budget stays on disk and is read when it is asked for.
     Runs in the foreground until SIGTERM or Ctrl-C; prints one line when it serves.
 
+    Exit code 0: it was stopped, 2: a setting or a pack is wrong, 75: too little memory is free
+    just now.
+
     Example: `expertd serve --socket /run/expertd --ram 24GiB --model mixtral=/packs/mixtral`
     """
     # numpy's BLAS, which nothing here calls, would start a thread and take 32 MiB per core.
