@@ -48,7 +48,7 @@ class ServeConfig:
     """mlock the arena; if that fails the daemon warns and goes on."""
     direct_io: bool = True
     """Read packs past the page cache where the file system can."""
-    loader_threads: int = 4
+    loader_threads: int = 8
     """Reads in flight at once."""
     scrub_bytes_per_second: int = 32 << 20
     """How fast resident records are verified again, to find bits that flip in RAM; 0: not."""

@@ -19,10 +19,10 @@ from expertd.arena import Arena, check_memory
 from expertd.attach import AttachServer, adopt_listener, listen
 from expertd.config import ServeConfig
 from expertd.description import Origin
+from expertd.edge import Edge
 from expertd.errors import ShortMemoryError
 from expertd.handshake import rpc_target
 from expertd.inheritance import FdStore, take_inheritance
-from expertd.interceptor import ErrorInterceptor
 from expertd.log import log, log_failure, log_warning, open_log
 from expertd.metrics import StoreMetrics
 from expertd.metrics_server import Exposition, MetricsServer
@@ -34,7 +34,6 @@ from expertd.systemd import ATTACH_NAME, Manager
 from expertd.tcp import OPTIONS, PeerInterceptor, open_port
 from expertd.watchdog import feed_watchdog
 from expertstore.v1 import expert_store_pb2 as pb
-from expertstore.v1 import expert_store_pb2_grpc as rpc
 
 _REFRESH_SECONDS = 0.05  # rings of 16 Ki touches: overrun only above 300 k accesses a second
 _MAX_REQUEST_BYTES = 512 << 10  # lists of 36 k experts
@@ -45,7 +44,7 @@ _MAX_CALLS = 100  # at once on one connection; further ones wait in the caller
 # which starts us again after it, never counts five failures in a minute.
 _MEMORY_SECONDS = 15.0
 _MEMORY_POLL_SECONDS = 0.2
-_SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"].full_name
+_SERVICE = pb.DESCRIPTOR.services_by_name["ExpertStore"]
 
 
 def serve(config: ServeConfig) -> None:
@@ -173,18 +172,17 @@ async def _start_rpc(
     store: Store, directory: RunDirectory, status: health.aio.HealthServicer
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=[_errors(store, "rpc")],
         options=[
             ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
             ("grpc.max_concurrent_streams", _MAX_CALLS),
         ],
     )
-    rpc.add_ExpertStoreServicer_to_server(ExpertStoreService(store), server)
+    server.add_generic_rpc_handlers((_handler(store, "rpc"),))
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    for name in ("", _SERVICE):
+    for name in ("", _SERVICE.full_name):
         await status.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection(
-        (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     server.add_insecure_port(rpc_target(directory.path))
     await server.start()
@@ -195,13 +193,10 @@ async def _start_rpc(
 async def _start_tcp(store: Store, status: health.aio.HealthServicer) -> grpc.aio.Server:
     """A server of its own: limits for the network, and none of its checks for local workers."""
     server = grpc.aio.server(
-        interceptors=[
-            PeerInterceptor(store.peers, store.refusals),
-            _errors(store, "tcp"),
-        ],
+        interceptors=[PeerInterceptor(store.peers, store.refusals)],
         options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES), *OPTIONS],
     )
-    rpc.add_ExpertStoreServicer_to_server(ExpertStoreService(store), server)
+    server.add_generic_rpc_handlers((_handler(store, "tcp"),))
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     address = open_port(server, store.config.tcp)
     await server.start()
@@ -214,12 +209,13 @@ async def _stop(servers: list[grpc.aio.Server], drain_seconds: float) -> None:
     await asyncio.gather(*(server.stop(drain_seconds) for server in servers))
 
 
-def _errors(store: Store, door: str) -> ErrorInterceptor:
+def _handler(store: Store, door: str) -> grpc.GenericRpcHandler:
     def longest_request() -> int:
         experts = max((model.num_entries for model in store.models.values()), default=0)
         return _MAX_OTHER_BYTES + experts * _MAX_REF_BYTES
 
-    return ErrorInterceptor(store.config.stall_seconds, store.refusals, door, longest_request)
+    edge = Edge(store.config.stall_seconds, store.refusals, door, longest_request)
+    return edge.handler(ExpertStoreService(store), _SERVICE)
 
 
 async def _refresh(store: Store) -> None:

@@ -43,7 +43,7 @@ _MAX_WAIT_SECONDS = 0.5
 class ExpertStoreService(rpc.ExpertStoreServicer):
     """``expertstore.v1.ExpertStore`` over a :class:`~expertd.store.Store`.
 
-    Exceptions leave through :class:`~expertd.interceptor.ErrorInterceptor`.
+    Exceptions leave through :class:`~expertd.edge.Edge`.
     """
 
     def __init__(self, store: Store) -> None:
