@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import expertd.loader
+import expertd.disk.loader
 from bench.figures import Bench, Figure, compared, timed
-from expertd.config import ServeConfig
-from expertd.loader import Loader, ReadJob, RecordFile
+from expertd.disk.loader import Loader, ReadJob, RecordFile
 from expertd.pack.reader import PackReader, RecordPlace
+from expertd.settings.config import ServeConfig
 from expertd_client import Client
 from tests.daemon import serving
 from tests.handmade import PAGE, make_pack
@@ -124,7 +124,7 @@ def checksums(bench: Bench, pack: Path, name: str, memory: memoryview) -> Figure
     turns = []
     for _ in range(bench.rounds):
         verified = timed(lambda: _load(file, places, memory))
-        with mock.patch.object(expertd.loader, "verify", return_value=None):
+        with mock.patch.object(expertd.disk.loader, "verify", return_value=None):
             turns.append((1e3 * verified, 1e3 * timed(lambda: _load(file, places, memory))))
     file.close()
     what = f"loading records of {name}, verified / not"

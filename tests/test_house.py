@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.config import load_config
+from expertd.settings.config import load_config
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {

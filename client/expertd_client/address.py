@@ -10,9 +10,9 @@ import grpc
 import grpc.aio
 
 from expertd.errors import ExpertdError, InvalidInputError, UnavailableError
-from expertd.handshake import rpc_target
+from expertd.settings.tls_files import TlsIdentity, read_identity
+from expertd.shared.handshake import rpc_target
 from expertd.status import from_rpc_error
-from expertd.tls_files import TlsIdentity, read_identity
 from expertd_client.diagnosis import explain
 from expertd_client.endpoint import CHANNEL_OPTIONS
 

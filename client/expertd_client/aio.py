@@ -17,8 +17,8 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from expertd.greeting import handshake
-from expertd.handshake import Role
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import Role
 from expertd_client import calls
 from expertd_client.address import Address, TlsFiles, UnixAddress, parse_address
 from expertd_client.attaching import attachment_for, credentials_of, greet

@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 
-from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
 
 _PY_BUFFER_BYTES = 128  # More than a Py_buffer has; its first member is the address.
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from expertd.greeting import DescriptorsError, Greeting, handshake
-from expertd.handshake import Role
-from expertd.host_memory import memory_available
+from expertd.shared.greeting import DescriptorsError, Greeting, handshake
+from expertd.shared.handshake import Role
+from expertd.shared.host_memory import memory_available
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import check_directory
 from expertd_client.copy_attachment import CopyAttachment

@@ -8,8 +8,8 @@ from contextlib import ExitStack, suppress
 from typing import Protocol
 
 from expertd.errors import PreconditionError
-from expertd.greeting import Greeting
-from expertd.handshake import MAX_PACKET_BYTES, NUDGE
+from expertd.shared.greeting import Greeting
+from expertd.shared.handshake import MAX_PACKET_BYTES, NUDGE
 from expertd_client.mapping import Mapping
 
 KEEP_SECONDS = 5.0

@@ -14,7 +14,7 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from expertd.greeting import ForbiddenSocketError
+from expertd.shared.greeting import ForbiddenSocketError
 from expertd_client import calls
 from expertd_client.attachment import Attachment
 from expertd_client.copy_attachment import CopyAttachment

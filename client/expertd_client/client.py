@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from expertd.greeting import handshake
-from expertd.handshake import Role
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import Role
 from expertd_client import calls
 from expertd_client.address import TlsFiles, UnixAddress, parse_address
 from expertd_client.attaching import credentials_of

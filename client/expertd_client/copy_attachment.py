@@ -3,8 +3,8 @@
 import socket
 from contextlib import suppress
 
-from expertd.greeting import Greeting
-from expertd.handshake import INCARNATION_KEY
+from expertd.shared.greeting import Greeting
+from expertd.shared.handshake import INCARNATION_KEY
 from expertd_client.attachment import abandon_in_child
 from expertd_client.endpoint import Metadata
 from expertd_client.record_cache import RecordCache

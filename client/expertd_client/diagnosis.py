@@ -12,7 +12,7 @@ from expertd.errors import (
     PreconditionError,
     UnavailableError,
 )
-from expertd.tls_files import TlsIdentity, load_identity
+from expertd.settings.tls_files import TlsIdentity, load_identity
 
 _SECONDS = 2.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from expertd.directory import PAGE_BYTES
 from expertd.errors import PreconditionError, SessionLostError
+from expertd.shared.directory import PAGE_BYTES
 from expertd_client.mapping import Mapping, State
 from expertd_client.record_cache import RecordCache
 

@@ -11,15 +11,15 @@ import threading
 from collections.abc import Sequence
 from enum import Enum, auto
 
-from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.directory import ABSENT, HEADER_WORDS, DirectoryView
 from expertd.errors import (
     ExpertdError,
     PreconditionError,
     SessionLostError,
     UnavailableError,
 )
-from expertd.session_page import SessionPage
+from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertd.shared.directory import ABSENT, HEADER_WORDS, DirectoryView
+from expertd.shared.session_page import SessionPage
 from expertd_client.arena_mapping import ArenaMapping
 
 

@@ -9,8 +9,8 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 
-from expertd.directory import PAGE_BYTES, pack_word
 from expertd.errors import CapacityError, InvalidInputError, RecordLostError
+from expertd.shared.directory import PAGE_BYTES, pack_word
 from expertd.sizes import format_bytes
 from expertd_client.arena_mapping import address_of
 from expertd_client.mapping import State, state_error

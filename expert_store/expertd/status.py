@@ -32,7 +32,7 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from expertd.handshake import ERROR_DETAIL_KEY, Refusal
+from expertd.shared.handshake import ERROR_DETAIL_KEY, Refusal
 from expertstore.v1 import expert_store_pb2 as pb
 
 # gRPC's metadata of one response may take 8 KiB in all by default, and a non-ASCII

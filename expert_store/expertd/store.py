@@ -10,11 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from expertd.adoption import adopt_records
-from expertd.arena import Arena
-from expertd.budget import Budget
-from expertd.config import ServeConfig, check_model_name
-from expertd.description import Description, Origin, new_directory
+from expertd.disk.loader import Loader, RecordFile
 from expertd.errors import (
     CapacityError,
     ExpertdError,
@@ -24,23 +20,27 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
-from expertd.handshake import Role
 from expertd.histogram import Histogram
-from expertd.hosted_model import HostedModel, ModelState
-from expertd.inheritance import FdStore, Inheritance
-from expertd.limits import NO_LIMITS, Limits, pinned_bytes
-from expertd.loader import Loader, RecordFile
+from expertd.hosting.budget import Budget
+from expertd.hosting.hosted_model import HostedModel, ModelState
+from expertd.hosting.quotas import Quotas
+from expertd.hosting.records import Records
+from expertd.hosting.scrubber import Scrubber
+from expertd.hosting.session import Connection, Session
+from expertd.hosting.slots import Slots
 from expertd.log import log, log_failure, log_warning
+from expertd.manager.adoption import adopt_records
+from expertd.manager.inheritance import FdStore, Inheritance
+from expertd.manager.systemd import Manager
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
-from expertd.peers import Peers
-from expertd.quotas import Quotas
-from expertd.read_ahead import ByteBudget
-from expertd.records import Records
-from expertd.scrubber import Scrubber
-from expertd.session import Connection, Session
-from expertd.slots import Slots
-from expertd.systemd import Manager
+from expertd.serving.peers import Peers
+from expertd.serving.read_ahead import ByteBudget
+from expertd.settings.config import ServeConfig, check_model_name
+from expertd.settings.limits import NO_LIMITS, Limits, pinned_bytes
+from expertd.shared.arena import Arena
+from expertd.shared.description import Description, Origin, new_directory
+from expertd.shared.handshake import Role
 
 _DRAIN_POLL_SECONDS = 0.002
 ResultT = TypeVar("ResultT")

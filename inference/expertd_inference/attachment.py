@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from expertd.errors import InvalidInputError, NotFoundError
-from expertd.greeting import MAX_SOCKET_PATH_BYTES
-from expertd.handshake import ATTACH_SOCKET
+from expertd.shared.greeting import MAX_SOCKET_PATH_BYTES
+from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client, Session, TlsFiles
 from expertd_client.address import TCP
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.config import check_model_name
 from expertd.errors import ConfigError, UnavailableError
-from expertd.host_memory import memory_available
+from expertd.manager.systemd import VARIABLES
 from expertd.pack.manifest import Manifest, read_manifest
-from expertd.systemd import VARIABLES
+from expertd.settings.config import check_model_name
+from expertd.shared.host_memory import memory_available
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0

@@ -7,11 +7,11 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.directory import Directory, directory_bytes, pack_word
-from expertd.greeting import Greeting
-from expertd.handshake import Welcome
-from expertd.session_page import SessionPage, session_page_bytes
+from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertd.shared.directory import Directory, directory_bytes, pack_word
+from expertd.shared.greeting import Greeting
+from expertd.shared.handshake import Welcome
+from expertd.shared.session_page import SessionPage, session_page_bytes
 from expertd_client.mapping import Mapping
 
 PAGE = 4096

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from expertd.arena_trailer import TRAILER_BYTES
 from expertd.errors import SessionLostError
+from expertd.shared.arena_trailer import TRAILER_BYTES
 from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping, State
 from tests.client.shared_memory import SharedMemory, shared_memory

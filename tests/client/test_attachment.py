@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from expertd.errors import PreconditionError, SessionLostError, UnavailableError
-from expertd.handshake import NUDGE
+from expertd.shared.handshake import NUDGE
 from expertd_client.attachment import Attachment
 from expertd_client.mapping import State
 from tests.client.observing import eventually, num_open_files

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from expertd import errors
-from expertd.greeting import Greeting, handshake
-from expertd.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Role, Welcome
+from expertd.shared.greeting import Greeting, handshake
+from expertd.shared.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Role, Welcome
 from tests.client.observing import num_open_files
 
 Answer = Callable[[socket.socket], None]

@@ -20,8 +20,8 @@ READ_ONLY = """
 import ctypes, mmap, os, sys
 from pathlib import Path
 from expertd.errors import PermissionDeniedError
-from expertd.greeting import handshake
-from expertd.handshake import Role
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import Role
 from expertd_client import Client
 
 os.setresgid(65534, 65534, 65534)

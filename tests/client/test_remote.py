@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from expertd.handshake import Role
+from expertd.shared.handshake import Role
 from expertd_client import (
     CapacityError,
     Client,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd import errors, status
-from expertd.handshake import ERROR_DETAIL_KEY, Refusal
+from expertd.shared.handshake import ERROR_DETAIL_KEY, Refusal
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 

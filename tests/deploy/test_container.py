@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from expertd.config import load_config
+from expertd.settings.config import load_config
 from expertd.sizes import parse_bytes
 from expertd_client import Client
 from tests.daemon import serving
@@ -30,7 +30,7 @@ NAMESPACES = ["--pid", "--fork", "--mount-proc", "--ipc", "--net", "--uts", "--k
 WORKER = """
 import sys
 from pathlib import Path
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd_client import Client
 from tests.expert_store.serving.watching import assert_serves
 socket = Path(sys.argv[1])

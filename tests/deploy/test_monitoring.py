@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from expertd.config import ServeConfig
-from expertd.metrics import StoreMetrics
+from expertd.settings.config import ServeConfig
+from expertd.sight.metrics import StoreMetrics
 from tests.expert_store.in_memory import storing
 from tests.handmade import PAGE, make_pack
 from tests.promtool import check, needs_promtool

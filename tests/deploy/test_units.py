@@ -5,9 +5,9 @@ import shlex
 import tomllib
 from pathlib import Path
 
-from expertd.config import ServeConfig, load_config
-from expertd.handshake import ATTACH_SOCKET
-from expertd.rundir import RunDirectory
+from expertd.serving.rundir import RunDirectory
+from expertd.settings.config import ServeConfig, load_config
+from expertd.shared.handshake import ATTACH_SOCKET
 from tests.expert_store.serving.watching import expertd
 
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertd.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.directory import ABSENT, PAGE_BYTES, Directory, directory_bytes, pack_word, unpack_word
-from expertd.extents import Extent, Extents
-from expertd.reclaim import Reclaimer
-from expertd.session_page import SessionPage, session_page_bytes
+from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertd.shared.directory import (
+    ABSENT,
+    PAGE_BYTES,
+    Directory,
+    directory_bytes,
+    pack_word,
+    unpack_word,
+)
+from expertd.shared.extents import Extent, Extents
+from expertd.shared.reclaim import Reclaimer
+from expertd.shared.session_page import SessionPage, session_page_bytes
 from tests.expert_store.epoch_parts import (
     At,
     Desk,

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import expertd.store
-from expertd.arena import Arena
-from expertd.config import ServeConfig
-from expertd.directory import unpack_word
-from expertd.faulty import FaultyFile
-from expertd.handshake import Role
-from expertd.hosted_model import HostedModel
-from expertd.limits import NO_LIMITS, Limits
-from expertd.session import Session
+from expertd.disk.faulty import FaultyFile
+from expertd.hosting.hosted_model import HostedModel
+from expertd.hosting.session import Session
+from expertd.settings.config import ServeConfig
+from expertd.settings.limits import NO_LIMITS, Limits
+from expertd.shared.arena import Arena
+from expertd.shared.directory import unpack_word
+from expertd.shared.handshake import Role
 from expertd.store import Store
 from tests.handmade import PAGE, record
 

@@ -15,7 +15,7 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
-from expertd.handshake import Role
+from expertd.shared.handshake import Role
 from expertd.store import Store
 from tests.expert_store.in_memory import (
     Worker,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd.errors import (
     CapacityError,
     InvalidInputError,

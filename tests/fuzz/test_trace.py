@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertd.errors import TraceError
-from expertd.trace import TraceReader
+from expertd.traces.trace import TraceReader
 from tests.fuzz.budget import bounded
 
 SOUND = """\

@@ -13,7 +13,7 @@ from expertd.errors import (
     PermissionDeniedError,
     UnavailableError,
 )
-from expertd.limits import Limits
+from expertd.settings.limits import Limits
 from expertd.sizes import format_bytes, parse_bytes
 
 Socket = Annotated[
@@ -40,7 +40,7 @@ def stats(socket: Socket, as_json: Json = False) -> None:
 
     Example: `expertd stats --socket /run/expertd --json`
     """
-    from expertd.control import Control
+    from expertd.cli.control import Control
 
     with Control(socket) as control:
         report = control.stats()
@@ -55,7 +55,7 @@ def models(socket: Socket, as_json: Json = False) -> None:
 
     Example: `expertd models --socket /run/expertd`
     """
-    from expertd.control import Control
+    from expertd.cli.control import Control
 
     with Control(socket) as control:
         rows = control.models()
@@ -86,7 +86,7 @@ def health(socket: Socket) -> None:
 
     Example: `expertd health --socket /run/expertd`
     """
-    from expertd.control import Control
+    from expertd.cli.control import Control
 
     try:
         with Control(socket) as control:
@@ -122,7 +122,7 @@ def load(
 
     Example: `expertd load mixtral /packs/mixtral --socket /run/expertd --min 2GiB --pin "0:*"`
     """
-    from expertd.control import Control
+    from expertd.cli.control import Control
 
     limits = Limits(_size("--min", min_) or 0, _size("--max", max_), tuple(pin or ()))
     with Control(socket) as control:
@@ -152,7 +152,7 @@ def limit(
 
     Example: `expertd limit mixtral --max 8GiB --socket /run/expertd`
     """
-    from expertd.control import Control
+    from expertd.cli.control import Control
 
     largest = 0 if max_ == "none" else _size("--max", max_)
     with Control(socket) as control:
@@ -171,7 +171,7 @@ def unload(
 
     Example: `expertd unload mixtral --socket /run/expertd`
     """
-    from expertd.control import Control
+    from expertd.cli.control import Control
 
     with Control(socket) as control:
         released = control.unload(name)

@@ -12,7 +12,7 @@ from expertd.cli.admin import Socket
 from expertd.errors import ExpertdError, InvalidInputError
 
 if TYPE_CHECKING:
-    from expertd.trace import TraceModel
+    from expertd.traces.trace import TraceModel
     from expertstore.v1 import expert_store_pb2 as pb
 
 _SHOW_SECONDS = 1.0
@@ -39,9 +39,9 @@ def record(
 
     Example: `expertd record --socket /run/expertd --model mixtral --output t.csv --seconds 60`
     """
-    from expertd.control import Control
-    from expertd.recorder import Recorder
-    from expertd.trace import TraceWriter
+    from expertd.cli.control import Control
+    from expertd.traces.recorder import Recorder
+    from expertd.traces.trace import TraceWriter
 
     if seconds is not None and not 0 < seconds <= 1e9:
         raise InvalidInputError(f"--seconds is {seconds:g}; give how long to record.")
@@ -88,7 +88,7 @@ def record(
 
 def _trace_model(response: "pb.GetModelResponse", name: str) -> "TraceModel":
     from expertd import __version__
-    from expertd.trace import TraceModel
+    from expertd.traces.trace import TraceModel
 
     layers = response.layers
     return TraceModel(

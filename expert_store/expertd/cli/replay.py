@@ -12,8 +12,8 @@ import typer
 from expertd.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from expertd.replay import Trace
     from expertd.residency import Policy
+    from expertd.traces.replay import Trace
 
 _OPTIMUM = "optimum"
 _MAX_WORKERS = 1024
@@ -64,8 +64,8 @@ def replay(
     """
     # numpy: not for --help
     from expertd.cli.progress import ProgressDisplay
-    from expertd.replay import read_trace
     from expertd.residency import POLICIES
+    from expertd.traces.replay import read_trace
 
     shares = _shares(share)
     policies = [_policy(name) for name in dict.fromkeys(policy or POLICIES)]
@@ -96,9 +96,9 @@ def _run(
     trace: "Trace", shares: Sequence[float], policies: "Sequence[tuple[str, type[Policy]]]"
 ) -> Iterator[_Result]:
     from expertd.cli.progress import ProgressDisplay
-    from expertd.replay import replay as replay_policy
-    from expertd.replay import replay_optimum
     from expertd.residency import DEFAULT_POLICY
+    from expertd.traces.replay import replay as replay_policy
+    from expertd.traces.replay import replay_optimum
 
     model = trace.model
     num_rows, done = trace.num_rows * len(shares) * (len(policies) + 1), 0

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from expertd.config import load_config, parse_model
 from expertd.errors import ConfigError
-from expertd.loopback import LoopbackAddress, parse_loopback
+from expertd.settings.config import load_config, parse_model
+from expertd.settings.loopback import LoopbackAddress, parse_loopback
 from expertd.sizes import parse_bytes
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd.errors import NotFoundError, UnavailableError
-from expertd.heat_map import HeatMap
+from expertd.residency.heat_map import HeatMap
 
 _RETRY_SECONDS = 0.5
 

@@ -8,7 +8,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from expertd.heat_map import HeatMap
+from expertd.residency.heat_map import HeatMap
 
 # From "in RAM, unused" to "hottest"; and what is not in RAM, from never used to wanted.
 _RESIDENT = ((22, 50, 92), (33, 119, 148), (72, 178, 120), (205, 200, 70), (255, 244, 190))

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from expertd.cli.progress import format_seconds
+from expertd.cli.rates import hit_rate, rates
 from expertd.cli.top_feed import Sample
 from expertd.cli.top_heat import draw_heat
-from expertd.rates import hit_rate, rates
 from expertd.sizes import format_bytes
 
 _MAX_MODELS = 8

@@ -1,16 +1,16 @@
 """Residency: which records are worth their RAM.
 
-A :class:`Policy` per model says so; ``expertd.slots`` evicts by it, and ``expertd replay``
+A :class:`Policy` per model says so; ``expertd.hosting.slots`` evicts by it, and ``expertd replay``
 shows how it does on a trace (``docs/residency.md``).
 """
 
 from collections.abc import Sequence
 
-from expertd.policy_names import DEFAULT_POLICY
 from expertd.residency.aged import Aged
 from expertd.residency.density import Density
 from expertd.residency.lru import Lru, LruPerLayer
 from expertd.residency.policy import HALF_LIFE_TOKENS, Entries, Policy, Values
+from expertd.settings.policy_names import DEFAULT_POLICY
 
 __all__ = [
     "DEFAULT_POLICY",

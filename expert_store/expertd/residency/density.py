@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertd.policy_names import PolicyName
 from expertd.residency.policy import Entries, Policy, Values
+from expertd.settings.policy_names import PolicyName
 
 HALF_LIVES = 4.0 ** np.arange(5)
 """In visits of the layer: from the shortest there is to a few answers' length, or a few tokens'

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertd.policy_names import PolicyName
 from expertd.residency.policy import Entries, Policy, Values
+from expertd.settings.policy_names import PolicyName
 
 
 class Lru(Policy):

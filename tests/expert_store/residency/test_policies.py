@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.policy_names import PolicyName
 from expertd.residency import POLICIES, Policy, make_policy
+from expertd.settings.policy_names import PolicyName
 
 NUM_EXPERTS = [4, 3, 4]
 PER_TOKEN = [2, 1, 1]

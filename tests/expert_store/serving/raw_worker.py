@@ -11,10 +11,10 @@ from typing import Any, Self
 
 import grpc
 
-from expertd.directory import DirectoryView, unpack_word
-from expertd.greeting import handshake
-from expertd.handshake import NUDGE, Role, rpc_target
-from expertd.session_page import SessionPage
+from expertd.shared.directory import DirectoryView, unpack_word
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import NUDGE, Role, rpc_target
+from expertd.shared.session_page import SessionPage
 from expertd.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc

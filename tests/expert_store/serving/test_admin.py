@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd.errors import (
     CapacityError,
     ExpertdError,

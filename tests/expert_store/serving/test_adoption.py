@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from expertd.arena_trailer import TRAILER_BYTES
-from expertd.directory import EPOCH_WORD, HEADER_WORDS, directory_bytes, pack_word
+from expertd.shared.arena_trailer import TRAILER_BYTES
+from expertd.shared.directory import EPOCH_WORD, HEADER_WORDS, directory_bytes, pack_word
 from expertd_client import Client, ExpertdError, Session, SessionLostError
 from expertd_client.mapping import Mapping
 from tests.expert_store.serving.conftest import RECORD_BYTES

@@ -18,8 +18,8 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
-from expertd.greeting import handshake
-from expertd.handshake import Role, rpc_target
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import Role, rpc_target
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.raw_worker import Caller, RawWorker
@@ -105,8 +105,8 @@ AS_NOBODY = """
 import mmap, os, sys
 from pathlib import Path
 from expertd.errors import ExpertdError
-from expertd.greeting import handshake
-from expertd.handshake import Role
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import Role
 
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)

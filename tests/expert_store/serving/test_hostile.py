@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from expertd.errors import ExpertdError, InvalidInputError, NotFoundError, PreconditionError
-from expertd.greeting import handshake
-from expertd.handshake import ATTACH_SOCKET, RPC_SOCKET, Refusal, Role
+from expertd.shared.greeting import handshake
+from expertd.shared.handshake import ATTACH_SOCKET, RPC_SOCKET, Refusal, Role
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from tests.daemon import serving
 from tests.expert_store.serving.watching import assert_serves, eventually, python
 from tests.handmade import PAGE, make_pack

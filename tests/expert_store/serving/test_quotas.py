@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd.errors import CapacityError
 from expertd_client import Client
 from tests.daemon import serving

@@ -13,13 +13,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd.errors import PreconditionError
-from expertd.replay import read_trace, replay
+from expertd.hosting.touch_watch import MAX_WATCHERS
 from expertd.residency import make_policy
-from expertd.session_page import RING_ENTRIES
-from expertd.touch_watch import MAX_WATCHERS
-from expertd.trace import Phase, Row, TraceReader
+from expertd.shared.session_page import RING_ENTRIES
+from expertd.traces.replay import read_trace, replay
+from expertd.traces.trace import Phase, Row, TraceReader
 from expertd_client import Client
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from expertd.errors import DeadlineError, ExpertdError, UnavailableError
-from expertd.handshake import ATTACH_SOCKET
+from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving

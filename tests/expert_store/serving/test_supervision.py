@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from expertd.attach import adopt_listener, listen
 from expertd.errors import ConfigError
-from expertd.handshake import ATTACH_SOCKET
-from expertd.standin_systemd import StandInSystemd
+from expertd.manager.standin_systemd import StandInSystemd
+from expertd.serving.attach import adopt_listener, listen
+from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client
 from tests.expert_store.serving.watching import assert_serves, eventually
 from tests.supervised import supervised
@@ -54,7 +54,8 @@ def test_not_ready_when_it_cannot_serve(tmp_path: Path) -> None:
 SHORT = """
 import sys
 from pathlib import Path
-from expertd import arena, daemon
+from expertd import daemon
+from expertd.shared import arena
 from expertd.cli import main
 free = Path(sys.argv.pop(1))
 arena.memory_available = lambda: int(free.read_text())

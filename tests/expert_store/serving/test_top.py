@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertd.control import Control
+from expertd.cli.control import Control
 from expertd.errors import NotFoundError
 from expertd_client import Client
 from tests.daemon import Daemon, serving

@@ -1,0 +1,1 @@
+"""What is hosted: models and sessions, and the room that they share."""

@@ -1,0 +1,1 @@
+"""The doors: RPC by Unix socket and TCP, and the attach socket."""

@@ -1,0 +1,1 @@
+"""What the daemon is told: its settings, checked."""

@@ -1,0 +1,70 @@
+"""The messages of the attach socket: JSON in one SOCK_SEQPACKET packet each.
+
+The worker sends one :class:`Hello`; the daemon answers with one :class:`Welcome` (with
+the descriptors of arena, directory and session page, in this order, for a worker) or
+one :class:`Refusal`. From then on the connection is the session's lease: the daemon
+sends :data:`NUDGE` packets when it waits for the session to publish its epoch, the
+worker sends nothing, and when either side closes the session is over.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+PROTOCOL_VERSION = 2
+MAX_PACKET_BYTES = 4096
+NUDGE = b"N"
+ATTACH_SOCKET = "attach.sock"
+RPC_SOCKET = "rpc.sock"
+TOKEN_KEY = "expertd-token"
+INCARNATION_KEY = "expertd-incarnation"
+ERROR_DETAIL_KEY = "expertd-error-bin"
+
+
+def rpc_target(directory: Path) -> str:
+    """The gRPC address of the daemon in ``directory``, which is absolute."""
+    return "unix:" + quote(str(directory / RPC_SOCKET))  # gRPC percent-decodes it
+
+
+class Role(StrEnum):
+    """What a session is for."""
+
+    WORKER = "worker"
+    """Maps the arena and computes from it."""
+    READER = "reader"
+    """Reads records by RPC, without shared memory."""
+    ADMIN = "admin"
+    """Loads and unloads models; the daemon's own user or root only."""
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker says first."""
+
+    protocol: int
+    role: Role
+    model: str = ""
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
+    """The daemon's answer to a session that it accepts; sizes in bytes.
+
+    ``arena_bytes`` is that of the records, without the trailer page behind them.
+    """
+
+    session: int
+    token: str
+    incarnation: str
+    arena_bytes: int = 0
+    directory_bytes: int = 0
+    page_bytes: int = 0
+    adoption: int = 0
+    """Which of the daemons that the arena has had; see :mod:`expertd.shared.arena_trailer`."""
+
+
+class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
+    """The daemon's answer to one that it refuses; ``code`` names a gRPC status."""
+
+    code: str
+    message: str

@@ -1,0 +1,1 @@
+"""Routing traces: recorded from live workers, replayed through the policies."""
