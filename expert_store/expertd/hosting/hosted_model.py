@@ -22,6 +22,10 @@ from expertd.shared.extents import Extent
 from expertd.shared.memfd import SharedMemory
 from expertd.shared.reclaim import Reclaimer
 
+MAX_LEARNED_TOUCHES = 16384
+"""At one look, of all sessions of a model together: of more the newest tell as much, and one
+that claims millions must not take the event loop from the others."""
+
 
 class ModelState(Enum):
     """Where a model is in its life."""
@@ -336,7 +340,8 @@ class HostedModel:
         self, entries: Entries, num_touches: int, num_misses: int, session: int = 0
     ) -> None:
         """Takes in what a worker accessed: in-range entries, and the totals to count."""
-        self.heat.touch(entries, session)
+        learned = MAX_LEARNED_TOUCHES // max(1, self.num_sessions)
+        self.heat.touch(entries[-learned:], session)
         for watch in self.watches:
             watch.offer(session, entries, num_touches - len(entries))
         self.counters.host_hits += num_touches - num_misses

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from expertd.errors import PreconditionError
+from expertd.hosting.hosted_model import MAX_LEARNED_TOUCHES
 from expertd.settings.policy_names import PolicyName
 from expertd.shared.handshake import Role
 from expertd.shared.session_page import MISSED, RING_ENTRIES
@@ -48,6 +49,17 @@ async def test_a_ring_that_was_overrun_loses_heat_but_no_counts(store: Store) ->
     assert (counters.host_hits, counters.nvme_misses) == (RING_ENTRIES - 54, 64)
     assert heat(worker)[3] == 0
     assert heat(worker)[4] > 0
+
+
+async def test_of_many_touches_in_many_sessions_the_newest_are_learned(store: Store) -> None:
+    workers = [Worker(store) for _ in range(4)]
+    share = MAX_LEARNED_TOUCHES // len(workers)
+    workers[0].page.touch([3] * share)
+    workers[0].page.touch([4] * share)
+    workers[0].session.refresh()
+    assert heat(workers[0])[3] == 0
+    assert heat(workers[0])[4] > 0
+    assert workers[0].model.counters.host_hits == 2 * share, "all are counted"
 
 
 async def test_the_ring_wraps(store: Store) -> None:
