@@ -16,6 +16,23 @@ PACKAGES = {
     "expertd_inference": ROOT / "inference/expertd_inference",
 }
 ORDER = list(PACKAGES)
+# Inside expertd, from the ground up; README.md says what each holds. Its other modules are used
+# from everywhere (errors, log) and import none of these, but for what both sides speak.
+FLOORS = [
+    "pack",
+    "settings",
+    "shared",
+    "disk",
+    "residency",
+    "traces",
+    "hosting",
+    "manager",
+    "store",
+    "serving",
+    "sight",
+    "daemon",
+    "cli",
+]
 TORCH = {"torch", "transformers", "hqq", "safetensors", "accelerate"}
 
 
@@ -24,6 +41,18 @@ def test_imports_point_one_way(package: str) -> None:
     above = set(ORDER[ORDER.index(package) + 1 :])
     for file in PACKAGES[package].rglob("*.py"):
         assert not imports_of(file) & above, f"{file} imports from a package above it"
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_inside_the_daemon_point_down(floor: str) -> None:
+    above = FLOORS[FLOORS.index(floor) + 1 :]
+    place = PACKAGES["expertd"] / floor
+    files = [*place.rglob("*.py")] or [place.with_suffix(".py")]
+    for file in files:
+        for name in re.findall(
+            r"^\s*(?:from|import) expertd\.(\w+)", file.read_text(), re.MULTILINE
+        ):
+            assert name not in above, f"{file} imports from {name}, which stands above it"
 
 
 def test_only_packing_and_inference_know_torch() -> None:

@@ -23,7 +23,9 @@ from expertd.errors import (
 from expertd.histogram import Histogram
 from expertd.hosting.budget import Budget
 from expertd.hosting.hosted_model import HostedModel, ModelState
+from expertd.hosting.peers import Peers
 from expertd.hosting.quotas import Quotas
+from expertd.hosting.read_ahead import ByteBudget
 from expertd.hosting.records import Records
 from expertd.hosting.scrubber import Scrubber
 from expertd.hosting.session import Connection, Session
@@ -34,8 +36,6 @@ from expertd.manager.inheritance import FdStore, Inheritance
 from expertd.manager.systemd import Manager
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
-from expertd.serving.peers import Peers
-from expertd.serving.read_ahead import ByteBudget
 from expertd.settings.config import ServeConfig, check_model_name
 from expertd.settings.limits import NO_LIMITS, Limits, pinned_bytes
 from expertd.shared.arena import Arena

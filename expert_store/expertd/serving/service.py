@@ -18,11 +18,11 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd.hosting.hosted_model import HostedModel
+from expertd.hosting.peers import Peer
+from expertd.hosting.read_ahead import read_ahead
 from expertd.hosting.session import Session
 from expertd.hosting.touch_watch import MAX_WATCHERS, TouchWatch
 from expertd.serving.messages import model_response, model_summary
-from expertd.serving.peers import Peer
-from expertd.serving.read_ahead import read_ahead
 from expertd.serving.stats import collect_heat, collect_stats
 from expertd.settings.limits import Limits
 from expertd.shared.handshake import INCARNATION_KEY, TOKEN_KEY, Role

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from expertd.hosting.hosted_model import HostedModel
+from expertd.hosting.peers import Peer
 from expertd.hosting.quotas import Quotas
 from expertd.hosting.session import Session
-from expertd.serving.peers import Peer
 from expertd.store import Store
 from expertstore.v1 import expert_store_pb2 as pb
 

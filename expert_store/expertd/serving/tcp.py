@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from expertd.errors import ConfigError, PermissionDeniedError
+from expertd.hosting.peers import Peers
 from expertd.serving.certificates import Certificates
-from expertd.serving.peers import Peers
 from expertd.settings.loopback import listen_remedy
 from expertd.settings.tcp_config import TcpConfig
 from expertd.status import to_status

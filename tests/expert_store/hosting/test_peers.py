@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from expertd.errors import CapacityError, PermissionDeniedError
-from expertd.serving.peers import PLAINTEXT_NAME, Peers, certificate_names, matches
+from expertd.hosting.peers import PLAINTEXT_NAME, Peers, certificate_names, matches
 from expertd.settings.tcp_config import TcpConfig
 
 

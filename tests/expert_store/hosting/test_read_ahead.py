@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from expertd.errors import RecordLostError
-from expertd.serving.read_ahead import ByteBudget, read_ahead
+from expertd.hosting.read_ahead import ByteBudget, read_ahead
 
 SIZE = 10
 
@@ -98,7 +98,7 @@ def stream(disk: Disk, budget: ByteBudget, entries: Sequence[int]):  # type: ign
 
 
 async def test_the_next_is_read_while_one_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertd.serving.read_ahead.AHEAD_BYTES", SIZE)
+    monkeypatch.setattr("expertd.hosting.read_ahead.AHEAD_BYTES", SIZE)
     disk, budget = Disk(), ByteBudget(10 * SIZE)
     records = stream(disk, budget, [4, 5, 6])
     assert await anext(records) == (4, bytes([4]))
@@ -110,7 +110,7 @@ async def test_the_next_is_read_while_one_is_sent(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_as_many_as_keep_the_disk_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertd.serving.read_ahead.AHEAD_BYTES", 3 * SIZE)
+    monkeypatch.setattr("expertd.hosting.read_ahead.AHEAD_BYTES", 3 * SIZE)
     disk, budget = Disk(), ByteBudget(10 * SIZE)
     records = stream(disk, budget, range(9))
     await anext(records)
