@@ -19,7 +19,7 @@ from tests.handmade import PAGE, make_pack
 from tests.promtool import check, needs_promtool
 
 RECORD = 2 * PAGE
-DOCS = Path(__file__).parents[2] / "docs/monitoring.md"
+DOCS = Path(__file__).parents[3] / "docs/monitoring.md"
 HITS = ("expertd_accesses_total",)
 LABELS = {
     "code": set(CODE_NAMES),
