@@ -276,8 +276,9 @@ def test_readers_that_stop_reading_cost_bounded_memory_and_hold_up_nobody(
         assert sum(len(chunk.data) for chunk in read) == 96 << 20
         for lease in session.waves(0, range(8)):
             lease.release()
-        # The buffer, a chunk or two for each stream, and what glibc keeps of what was freed.
-        assert anonymous_bytes(daemon.pid) - before < 80 << 20
+        # The buffer, the loader threads' own, a chunk or two for each stream, and what glibc keeps
+        # of what was freed. Without a limit it would be five times 96 MiB.
+        assert anonymous_bytes(daemon.pid) - before < 160 << 20
         time.sleep(3)  # past stall_seconds: nothing that a client may see says so
         for stream in stalled:
             with pytest.raises(grpc.RpcError, match="took nothing for 2 s"):
