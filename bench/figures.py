@@ -23,7 +23,7 @@ class Bench:
     rounds: int = 9
     seconds: float = 12.0
     """For what is watched over a time."""
-    pack_bytes: int = 384 << 20
+    pack_bytes: int = 1 << 30
     traces: tuple[Path, ...] = ()
     """Routing traces to replay."""
 
