@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -56,6 +57,17 @@ def serve(config: ServeConfig) -> None:
         uvloop.run(_serve(config, manager))
     finally:
         manager.close()
+        _forget_unheard()
+
+
+def _forget_unheard() -> None:
+    """What nobody could be told must not fail the exit, at which Python tries again."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
 
 async def _serve(config: ServeConfig, manager: Manager) -> None:

@@ -36,6 +36,7 @@ INIT = next((path for path in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd
 _BOOT = r"""
 set -e
 echo $$ >"$2/cgroup.procs"
+PATH=$PATH:/usr/sbin:/sbin
 exec setpriv --pdeathsig KILL \
     unshare --pid --fork --mount --uts --ipc --net --cgroup --kill-child bash -ec '
     mount --make-rprivate /

@@ -47,8 +47,13 @@ def other_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def daemon(pack: Path, settings: Path) -> Iterator[Daemon]:
-    with serving({"m": pack}, ram=32 * RECORD_BYTES, config=settings) as daemon:
+def daemon(
+    pack: Path, settings: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Daemon]:
+    # With one loader thread: each takes its buffer only when it first reads.
+    config = tmp_path_factory.mktemp("config") / "one.toml"
+    config.write_text(settings.read_text() + "loader_threads = 1\n")
+    with serving({"m": pack}, ram=32 * RECORD_BYTES, config=config) as daemon:
         yield daemon
 
 
