@@ -38,7 +38,7 @@ def pack(
         str,
         typer.Option(
             metavar="NAME",
-            help="bf16, 8bit, 4bit, paper-3bit or paper-2bit: see above.",
+            help="bf16, 8bit, 4bit, 4bit-fast, paper-3bit or paper-2bit: see above.",
         ),
     ] = "4bit",
     experts: Annotated[
@@ -55,6 +55,22 @@ def pack(
         typer.Option(
             metavar="PRECISION",
             help="The same for the attention's linear layers.",
+            show_default=False,
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="The same for dense layers and shared experts.",
+            show_default=False,
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="The same for the output head, unless it is tied to the embeddings.",
             show_default=False,
         ),
     ] = None,
@@ -75,12 +91,14 @@ def pack(
     - `bf16` (16): nothing is quantized. Weights keep the checkpoint's own 16-bit type; those of
     a float32 checkpoint become bfloat16.
 
-    - `8bit` (8.25), `4bit` (4.5): experts and attention, in groups of 128 and 64.
+    - `8bit` (8.25), `4bit` (4.5): experts, attention, dense layers and shared experts, in groups
+    of 128 and 64. `4bit-fast` is `4bit` with the output head in 8 bits.
 
     - `paper-3bit` (3.26), `paper-2bit` (3.03): experts in 3 bits (groups of 64) or 2 bits
     (groups of 16), attention in 4, scales in 8; as in arXiv 2312.17238.
 
-    Embeddings, routers, norms, shared experts and the output head always have 16 bits.
+    Embeddings, routers and norms always have 16 bits, and so has a matrix of the trunk whose
+    sizes do not fit.
 
     One expert at a time is in memory. After an interruption, even a hard one, the same command
     goes on where it was; the work lies in PACK.partial until the pack is whole.
@@ -89,7 +107,7 @@ def pack(
     """
     from expertd.packing.schemes import choose_scheme
 
-    chosen = choose_scheme(scheme, experts, attention)
+    chosen = choose_scheme(scheme, experts, attention, dense, head)
     if not destination.absolute().parent.is_dir():
         raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
     # torch takes seconds to import: only once the arguments are known to be good.
@@ -195,6 +213,11 @@ def _report(pack: Path) -> dict[str, Any]:
         "trunk_weights": found.trunk_weights,
         "trunk_bits_per_weight": round(found.trunk_bits, 3),
         "trunk_quantized_tensors": len(manifest.trunk_quantized),
+        "trunk_plain_matrices": [
+            {"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype,
+             "num_bytes": tensor.num_bytes}
+            for tensor in found.trunk_plain
+        ],
         "working_set_bytes": manifest.working_set_bytes,
         "files": [msgspec.to_builtins(file) for file in (*manifest.files, manifest.trunk)],
         "layers": [
@@ -242,6 +265,7 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{report['trunk_bits_per_weight']:.2f} bits per weight, "
             f"{report['trunk_quantized_tensors']} matrices quantized",
         ),
+        ("of it not quantized", _largest(report["trunk_plain_matrices"])),
         ("least RAM to serve", f"{format_bytes(report['working_set_bytes'])} (one token)"),
         ("fingerprint", report["fingerprint"]),
     ):
@@ -277,6 +301,13 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
+
+
+def _largest(tensors: list[dict[str, Any]], num_shown: int = 2) -> str:
+    """The first few of ``tensors`` with their sizes, and how many more there are."""
+    shown = [f"{item['name']} ({format_bytes(item['num_bytes'])})" for item in tensors[:num_shown]]
+    rest = len(tensors) - len(shown)
+    return ", ".join(shown + ([f"{rest} smaller matrices"] if rest else [])) or "no matrix"
 
 
 def _distinct(layers: list[dict[str, Any]], key: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from expertd.errors import PackError
 from expertd.pack.manifest import Fingerprinted, Manifest, RecordLayout, read_manifest
-from expertd.pack.tensor_file import read_header
+from expertd.pack.tensor_file import TensorEntry, read_header
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Inspection:
     pack: Fingerprinted
     expert_weights: int
     trunk_weights: int
+    trunk_plain: tuple[TensorEntry, ...]
+    """The trunk's matrices that are not quantized, the largest first."""
 
     @property
     def manifest(self) -> Manifest:
@@ -45,16 +47,19 @@ def inspect(pack: Path) -> Inspection:
     except ValueError as error:
         raise PackError(f"{path} cannot be used: {error}; copy or make the pack again.") from error
     prefixes = tuple(f"{tensor.name}." for tensor in manifest.trunk_quantized)
-    trunk_weights = sum(
-        math.prod(tensor.shape) for name, tensor in tensors.items() if not name.startswith(prefixes)
-    ) + sum(
+    plain = [tensor for name, tensor in tensors.items() if not name.startswith(prefixes)]
+    trunk_weights = sum(math.prod(tensor.shape) for tensor in plain) + sum(
         tensor.matrix.out_features * tensor.matrix.in_features
         for tensor in manifest.trunk_quantized
     )
     expert_weights = sum(
         layer.num_experts * num_weights(manifest.layouts[layer.layout]) for layer in manifest.layers
     )
-    return Inspection(found, expert_weights, trunk_weights)
+    matrices = sorted(
+        (tensor for tensor in plain if len(tensor.shape) > 1),
+        key=lambda tensor: (-tensor.num_bytes, tensor.name),
+    )
+    return Inspection(found, expert_weights, trunk_weights, tuple(matrices))
 
 
 def num_weights(layout: RecordLayout) -> int:

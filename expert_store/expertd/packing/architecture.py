@@ -21,6 +21,15 @@ from expertd.pack.manifest import GateOrder
 
 CONFIG_NAME = "config.json"
 
+_ATTENTION = {"self_attn", "attention", "attn"}
+"""Names of attention modules."""
+_FEED_FORWARD = {
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2",
+    "input_linear", "output_linear",
+}  # fmt: skip
+"""Names of a feed-forward's linear layers. Routers and the gates of shared experts, which are
+linear layers too in some models, have others."""
+
 
 @dataclass(frozen=True)
 class ExpertsModule:
@@ -59,11 +68,27 @@ class Architecture:
 
     def attention_linears(self) -> set[str]:
         """The weights of the linear layers under an attention module, by full name."""
+        return {f"{name}.weight" for name in self._linears() if _ATTENTION & {*name.split(".")}}
+
+    def dense_linears(self) -> set[str]:
+        """The weights of the linear layers of dense layers and shared experts, by full name."""
         return {
             f"{name}.weight"
+            for name in self._linears()
+            if name.rpartition(".")[2] in _FEED_FORWARD and not _ATTENTION & {*name.split(".")}
+        }
+
+    def head(self) -> set[str]:
+        """The weight of the output head by full name; none where it is the embeddings'."""
+        head = self.model.get_output_embeddings()
+        names = {f"{name}.weight" for name, module in self._linears().items() if module is head}
+        return names - set(self.model.all_tied_weights_keys)
+
+    def _linears(self) -> dict[str, nn.Module]:
+        return {
+            name: module
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear)
-            and any(step in {"self_attn", "attention", "attn"} for step in name.split("."))
         }
 
     def required_parameters(self) -> set[str]:

@@ -113,6 +113,12 @@ def pack(
                 f"place for are left out, such as {checkpoint.unused[0]}."
             )
         plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
+        if plan.misfits:
+            more = len(plan.misfits) - 1
+            on_notice(
+                f"{plan.misfits[0]}: it stays in 16 bits"
+                + (f", and so do {more} more matrices of the trunk." if more else ".")
+            )
         try:
             _check_partial(partial)
             (partial / "pack").mkdir(parents=True, exist_ok=True)

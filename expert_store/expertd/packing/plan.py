@@ -21,7 +21,7 @@ from expertd.pack.manifest import (
     QuantizedTensor,
 )
 from expertd.pack.tensor_file import build_header
-from expertd.packing.architecture import ExpertsModule
+from expertd.packing.architecture import Architecture, ExpertsModule
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.schemes import Precision, Scheme
 from expertd.packing.source import SourceTensor
@@ -72,6 +72,8 @@ class Plan:
     files: tuple[PlannedFile, ...]
     layouts: tuple[RecordLayout, ...]
     steps: tuple[Step, ...]
+    misfits: tuple[str, ...] = ()
+    """Matrices of the trunk that stay in 16 bits since the scheme does not fit them, and why."""
 
     @property
     def num_bytes(self) -> int:
@@ -103,8 +105,8 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_
             steps.append(ExpertStep(module, expert, layout, len(files), offset, source_bytes))
             offset += layout.record_bytes
         files.append(PlannedFile(f"experts-{len(files):05d}.safetensors", header, offset))
-    trunk, trunk_steps = _plan_trunk(checkpoint, scheme.attention, len(files))
-    return Plan((*files, trunk), tuple(layouts), (*trunk_steps, *steps))
+    trunk, trunk_steps, misfits = _plan_trunk(checkpoint, scheme, len(files))
+    return Plan((*files, trunk), tuple(layouts), (*trunk_steps, *steps), tuple(misfits))
 
 
 def make_manifest(
@@ -181,9 +183,10 @@ def _split(
 
 
 def _plan_trunk(
-    checkpoint: Checkpoint, attention: Precision, file: int
-) -> tuple[PlannedFile, list[TrunkStep]]:
-    linears = checkpoint.architecture.attention_linears()
+    checkpoint: Checkpoint, scheme: Scheme, file: int
+) -> tuple[PlannedFile, list[TrunkStep], list[str]]:
+    precisions = _trunk_precisions(checkpoint.architecture, scheme)
+    misfits: list[str] = []
     pending: list[tuple[SourceTensor, Matrix | None, str]] = []
     for parameter, source in checkpoint.trunk:
         entry = source.entry
@@ -197,8 +200,14 @@ def _plan_trunk(
         ):
             dtype = checkpoint.dtype
         matrix = None
-        if attention.bits and parameter in linears and len(entry.shape) == 2:
-            matrix = _fitting_matrix(attention, source.name, entry.shape, dtype)
+        precision = precisions.get(parameter)
+        if precision is not None and len(entry.shape) == 2:
+            matrix = precision.matrix(source.name, *entry.shape)
+            try:
+                matrix_parts(matrix, dtype)
+            except ValueError as error:
+                misfits.append(str(error))
+                matrix = None
         pending.append((source, matrix, dtype))
     # Wide types first, bytes last: each tensor is then aligned to its type.
     pending.sort(key=lambda item: (item[1] is not None, -DTYPE_BYTES[item[2]]))
@@ -218,16 +227,14 @@ def _plan_trunk(
     for (source, matrix, dtype), num_bytes in zip(pending, sizes, strict=True):
         steps.append(TrunkStep(source, matrix, dtype, file, offset, source.entry.num_bytes))
         offset += num_bytes
-    return PlannedFile(TRUNK_NAME, header, offset), steps
+    return PlannedFile(TRUNK_NAME, header, offset), steps, misfits
 
 
-def _fitting_matrix(
-    precision: Precision, name: str, shape: tuple[int, ...], dtype: str
-) -> Matrix | None:
-    """How to quantize a linear layer of the trunk, or None if its sizes do not allow it."""
-    matrix = precision.matrix(name, shape[0], shape[1])
-    try:
-        matrix_parts(matrix, dtype)
-    except ValueError:
-        return None
-    return matrix
+def _trunk_precisions(architecture: Architecture, scheme: Scheme) -> dict[str, Precision]:
+    """The precision of each parameter of the trunk that the scheme wants quantized."""
+    parts = (
+        (architecture.attention_linears(), scheme.attention),
+        (architecture.dense_linears(), scheme.dense),
+        (architecture.head(), scheme.head),
+    )
+    return {name: precision for names, precision in parts if precision.bits for name in names}

@@ -67,8 +67,8 @@ def test_inspect(pack: Path) -> None:
     result = run("inspect", pack)
     assert result.exit_code == 0
     for words in ("MixtralForCausalLM", "4bit, 16-bit weights in BF16", "24 (8 per layer, 2 per "
-                  "token)", "0-2", "gate_up.scale", "512 x 2", "4.67 bits per weight",
-                  "12 matrices quantized"):  # fmt: skip
+                  "token)", "lm_head.weight (64.2 KiB)", "0-2", "gate_up.scale", "512 x 2",
+                  "4.67 bits per weight", "12 matrices quantized"):  # fmt: skip
         assert words in result.stdout, words
     report = json.loads(run("inspect", pack, "--json").stdout)
     assert report["num_experts"] == 24

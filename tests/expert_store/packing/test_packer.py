@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertd.errors import CheckpointError, PackError
+from expertd.pack.inspect import inspect
 from expertd.pack.layout import Encoding
 from expertd.pack.manifest import Manifest
 from expertd.pack.reader import PackReader
@@ -112,10 +113,10 @@ def test_a_quantized_pack_is_near_the_checkpoint(
     assert manifest.scheme == scheme
     quantized = {tensor.name for tensor in manifest.trunk_quantized}
     assert quantized
-    assert all(("self_attn" in name and name.endswith("proj.weight")) or "_a_proj" in name
-               or "_b_proj" in name for name in quantized)  # fmt: skip
-    attention = SCHEMES[scheme].attention
-    bound = ERRORS["8bit" if attention.bits == 8 else "4bit"]
+    has_dense = architecture == "deepseek_v3" and not scheme.startswith("paper")
+    assert any(".mlp." in name for name in quantized) is has_dense
+    assert all(name.endswith("proj.weight") or "kv_a_proj" in name for name in quantized)
+    bound = ERRORS["8bit" if SCHEMES[scheme].attention.bits == 8 else "4bit"]
     trunk = trunk_parts(manifest, load_file(tmp_path / "pack/trunk.safetensors"))
     for name, values in trunk.items():
         if name in quantized:
@@ -123,6 +124,48 @@ def test_a_quantized_pack_is_near_the_checkpoint(
             assert (values - expected).norm() < bound * expected.norm()
         else:
             assert torch.equal(values, original[name])
+
+
+def quantized_in(pack: Path) -> set[str]:
+    with PackReader(pack) as reader:
+        return {tensor.name for tensor in reader.manifest.trunk_quantized}
+
+
+def test_dense_layers_and_the_head_have_precisions(tmp_path: Path) -> None:
+    """Of Qwen2-MoE: a dense layer, shared experts whose gates have one row, and its head."""
+    make_checkpoint("qwen2_moe", tmp_path / "source", vocab_size=264)
+    scheme = choose_scheme("4bit-fast", attention="16")
+    notices: list[str] = []
+    pack(
+        Request(tmp_path / "source", tmp_path / "pack", scheme, optimize=False),
+        on_notice=notices.append,
+    )
+    leaves = {"gate_proj", "up_proj", "down_proj"}
+    assert quantized_in(tmp_path / "pack") == {
+        "lm_head.weight",
+        *(f"model.layers.1.mlp.{leaf}.weight" for leaf in leaves),
+        *(f"model.layers.{n}.mlp.shared_expert.{leaf}.weight" for n in (0, 2) for leaf in leaves),
+    }
+    assert not notices
+    assert not verify(tmp_path / "pack").damages
+
+
+def test_a_head_of_an_odd_size_stays_as_it_is(
+    tmp_path: Path, checkpoint_of: MakeCheckpoint
+) -> None:
+    """257 rows: 8 bits can, 4 bits cannot, and both the packing and the inspection say so."""
+    notices: list[str] = []
+    for text in ("4g64", "8g128"):
+        scheme = choose_scheme("bf16", head=text)
+        request = Request(checkpoint_of("mixtral"), tmp_path / text, scheme, optimize=False)
+        pack(request, on_notice=notices.append)
+    assert notices == [
+        "lm_head.weight has 257 rows, and 4 bits need a multiple of 2: it stays in 16 bits."
+    ]
+    assert not quantized_in(tmp_path / "4g64")
+    assert quantized_in(tmp_path / "8g128") == {"lm_head.weight"}
+    assert "lm_head.weight" in {entry.name for entry in inspect(tmp_path / "4g64").trunk_plain}
+    assert "lm_head.weight" not in {entry.name for entry in inspect(tmp_path / "8g128").trunk_plain}
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "paper-2bit"])
@@ -198,7 +241,8 @@ def test_the_journal_never_runs_ahead_of_the_disk(
 
 def test_tied_embeddings(tmp_path: Path) -> None:
     make_checkpoint("mixtral", tmp_path / "tied", tie_word_embeddings=True, num_hidden_layers=1)
-    pack(Request(tmp_path / "tied", tmp_path / "pack", choose_scheme("bf16")))
+    pack(Request(tmp_path / "tied", tmp_path / "pack", choose_scheme("bf16", head="8g128")))
+    assert not quantized_in(tmp_path / "pack")
     trunk = load_file(tmp_path / "pack/trunk.safetensors")
     assert "lm_head.weight" not in trunk
     assert "model.embed_tokens.weight" in trunk

@@ -8,6 +8,7 @@ from expertd.errors import ConfigError
 from expertd.pack.layout import Encoding
 from expertd.packing.schemes import (
     GROUP_SIZES,
+    PARTS,
     PLAIN,
     SCHEMES,
     Precision,
@@ -41,14 +42,16 @@ def test_other_precisions_are_refused(text: str) -> None:
 
 def test_presets() -> None:
     described = {
-        name: (str(scheme.experts), str(scheme.attention)) for name, scheme in SCHEMES.items()
+        name: " ".join(str(getattr(scheme, part)) for part in PARTS)
+        for name, scheme in SCHEMES.items()
     }
     assert described == {
-        "bf16": ("16", "16"),
-        "8bit": ("8g128", "8g128"),
-        "4bit": ("4g64", "4g64"),
-        "paper-3bit": ("3g64m", "4g64m"),
-        "paper-2bit": ("2g16m", "4g64m"),
+        "bf16": "16 16 16 16",
+        "8bit": "8g128 8g128 8g128 16",
+        "4bit": "4g64 4g64 4g64 16",
+        "4bit-fast": "4g64 4g64 4g64 8g128",
+        "paper-3bit": "3g64m 4g64m 16 16",
+        "paper-2bit": "2g16m 4g64m 16 16",
     }
 
 
@@ -56,6 +59,9 @@ def test_a_part_of_a_preset_can_be_replaced() -> None:
     scheme = choose_scheme("4bit", experts="3g64", attention="16")
     assert (scheme.experts, scheme.attention) == (Precision(3, 64), PLAIN)
     assert scheme.name == "4bit experts=3g64 attention=16"
+    scheme = choose_scheme("bf16", dense="4g32", head="8g128m")
+    assert (scheme.dense, scheme.head) == (Precision(4, 32), Precision(8, 128, 128))
+    assert scheme.name == "bf16 dense=4g32 head=8g128m"
     with pytest.raises(ConfigError, match="no scheme 'q4'; there are bf16, 8bit"):
         choose_scheme("q4")
 
