@@ -138,7 +138,7 @@ def test_an_address_of_another_kind_is_ignored() -> None:
     ("pid", "interval", "seconds"),
     [
         ("", "3000000", 3.0),
-        (str(os.getpid()), "500000", 0.5),
+        pytest.param(str(os.getpid()), "500000", 0.5, id="ours"),
         ("1", "3000000", None),
         ("", "0", None),
         ("", "soon", None),
