@@ -18,7 +18,10 @@
     ├── SessionLostError         the session was cut off: attach again, redo the step
     ├── UnauthenticatedError     no session, or a token that is none
     ├── PermissionDeniedError    this user may not do that
-    └── DeadlineError            not done in the time given
+    ├── DeadlineError            not done in the time given
+    └── DeviceError              a worker's own GPU failed it; never by RPC
+        ├── DeviceLostError      it does not answer any more
+        └── DeviceMemoryError    its memory is full
 
 Each message is one sentence that says what, where, and what to do. Anything else
 that escapes is a bug of ours. Status codes stand in :mod:`expertd.status`.
@@ -106,3 +109,15 @@ class PermissionDeniedError(ExpertdError):
 
 class DeadlineError(ExpertdError):
     """Not done in the time given."""
+
+
+class DeviceError(ExpertdError):
+    """A worker's own device failed it; other workers and the daemon do not notice."""
+
+
+class DeviceLostError(DeviceError):
+    """The device does not answer any more: this process cannot use it again."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device's memory is full; the message says what to make smaller."""

@@ -1,0 +1,1 @@
+"""Experts on a device of its own memory: cache, copies, speculation."""

@@ -1,0 +1,329 @@
+"""A device that a machine without a GPU can have: the seam's promises, and no more than them.
+
+What it computes is real, by the reference over its own memory; only time is not. A copy takes
+what latency and bandwidth say, on several engines and with random delays by ``seed``, so copies
+complete out of order. Until one has completed in virtual time, the slot holds NaNs; the source
+is read at completion, not before. What CUDA leaves undefined is an error here, a
+:class:`HazardError`: overwriting a slot that a kernel may still read, copying into a slot that
+another copy is still writing, letting go of host memory in the midst of a copy.
+"""
+
+import ctypes
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertd.errors import DeviceLostError, DeviceMemoryError, ExpertdError
+from expertd.sizes import format_bytes
+from expertd_inference.arena import ArenaTensors
+from expertd_inference.device.device import CopyMode, Event, HostMemory
+from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
+
+GARBAGE = 0xFF
+"""What a slot's bytes are before its copy has arrived: NaN as bf16, fp16 and fp32."""
+
+
+class HazardError(AssertionError):
+    """The caller relied on an order that nothing establishes."""
+
+
+@dataclass(frozen=True)
+class FakeSpeed:
+    """How long what takes, in virtual seconds; by default a server GPU on PCIe 5."""
+
+    link_bytes_per_second: float = 50e9
+    staged_bytes_per_second: float = 12e9
+    copy_seconds: float = 8e-6
+    """A copy's latency."""
+    delay_seconds: float = 0.0
+    """A random delay of each copy, up to so much."""
+    num_engines: int = 1
+    """So many copies run at once, each at the link's speed."""
+    memory_bytes_per_second: float = 2e12
+    """At which kernels read records."""
+    call_seconds: float = 4e-6
+    """What any call costs the host."""
+    trunk_seconds: float = 30e-6
+    """What the compute stream does between two readings of a routing, besides our kernels."""
+
+
+class SpanKind(Enum):
+    """What a line of the fake's log is about."""
+
+    COPY = auto()
+    COMPUTE = auto()
+    SYNC = auto()
+
+
+class Span(NamedTuple):
+    """Something that took virtual time."""
+
+    kind: SpanKind
+    begin: float
+    end: float
+    slots: tuple[int, ...]
+    """The slots' addresses: written by a copy, read by a kernel."""
+
+
+class FakeEvent:
+    """A moment of a :class:`FakeDevice`."""
+
+    def __init__(self, device: "FakeDevice", time: float) -> None:
+        self.time = time
+        self._device = device
+
+    def __repr__(self) -> str:
+        return f"<FakeEvent {self.time * 1e6:.1f} us>"
+
+    @property
+    def done(self) -> bool:
+        """Whether the host's time has reached it. Asking takes time, as it does for real."""
+        self._device.call()
+        return self.time <= self._device.host_time
+
+    def wait(self) -> None:
+        """Moves the host's time there."""
+        self._device.call()
+        if self.time > self._device.host_time:
+            self._device.sync(self.time)
+
+
+class FakeMemory:
+    """A registered range, of which nobody may let go while a copy reads it."""
+
+    def __init__(self, device: "FakeDevice", address: int, num_bytes: int, mode: CopyMode) -> None:
+        self.address, self.num_bytes, self.mode = address, num_bytes, mode
+        self.closed = False
+        self._device = device
+
+    def close(self) -> None:
+        """Raises HazardError if a copy from it is under way."""
+        with self._device.lock:
+            if not self.closed and not self._device.lost:
+                self._device.check_idle(self)
+            self.closed = True
+
+
+class _Copy(NamedTuple):
+    arrival: float
+    slot: int  # its address
+    source: int
+    num_bytes: int
+    memory: FakeMemory
+
+
+class FakeDevice:
+    """A device of ``memory_bytes``, which may refuse to register. :meth:`lose` ends it."""
+
+    def __init__(
+        self,
+        name: str = "fake:0",
+        *,
+        memory_bytes: int = 64 << 20,
+        speed: FakeSpeed | None = None,
+        seed: int = 0,
+        registers: bool = True,
+    ) -> None:
+        self.name = name
+        self.torch_device = torch.device("cpu")
+        self.num_syncs = 0
+        self.host_time = 0.0
+        self.lost = False
+        self.log: list[Span] = []
+        self.lock = threading.RLock()
+        self.memory: list[FakeMemory] = []
+        """All that was ever registered."""
+        self._speed = speed or FakeSpeed()
+        self._random = random.Random(seed)
+        self._registers = registers
+        self._memory_bytes = memory_bytes
+        self._allocated: list[Tensor] = []
+        self._compute_time = 0.0
+        self._engines = [0.0] * self._speed.num_engines
+        self._copies: list[_Copy] = []
+        self._read_until: dict[int, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<FakeDevice {self.name} {len(self._copies)} copies under way>"
+
+    # The seam
+
+    def free_bytes(self) -> int:
+        """What is left of ``memory_bytes``."""
+        self.call()
+        return self._memory_bytes - sum(tensor.nbytes for tensor in self._allocated)
+
+    def allocate(self, num_slots: int, slot_bytes: int) -> Tensor:
+        """Slots of garbage."""
+        if num_slots * slot_bytes > (free := self.free_bytes()):
+            raise DeviceMemoryError(
+                f"{self.name} has {format_bytes(free)} free, and a cache of "
+                f"{format_bytes(num_slots * slot_bytes)} was asked for; give a smaller "
+                "--cache-bytes."
+            )
+        tensor = torch.full((num_slots, slot_bytes), GARBAGE, dtype=torch.uint8)
+        self._allocated.append(tensor)
+        return tensor
+
+    def register(self, address: int, num_bytes: int) -> FakeMemory:
+        """Registered, or staged if this device refuses."""
+        self.call()
+        mode = CopyMode.REGISTERED if self._registers else CopyMode.STAGED
+        memory = FakeMemory(self, address, num_bytes, mode)
+        self.memory.append(memory)
+        return memory
+
+    def copy(
+        self,
+        memory: HostMemory,
+        offset: int,
+        num_bytes: int,
+        slot: Tensor,
+        after: Sequence[Event] = (),
+    ) -> FakeEvent:
+        """Spoils the slot now; the record arrives when the event comes to pass."""
+        assert isinstance(memory, FakeMemory)
+        self.call()
+        with self.lock:
+            address, speed = slot.data_ptr(), self._speed
+            if memory.closed:
+                raise HazardError("a copy from memory that was let go of")
+            if offset < 0 or offset + num_bytes > memory.num_bytes or num_bytes > slot.nbytes:
+                raise HazardError("a copy past the end of its source or its slot")
+            staged = memory.mode is CopyMode.STAGED
+            if staged:
+                self.host_time += num_bytes / speed.staged_bytes_per_second
+            engine = self._engines.index(min(self._engines))
+            begin = max(self.host_time, self._engines[engine], *map(_time, after), 0.0)
+            if begin < self._read_until.get(address, 0.0):
+                raise HazardError(f"{slot.storage_offset()}: overwritten while a kernel reads it")
+            if any(copy.slot == address and copy.arrival > begin for copy in self._copies):
+                raise HazardError(f"{slot.storage_offset()}: two copies write it at once")
+            duration = num_bytes / speed.link_bytes_per_second
+            self._engines[engine] = begin + duration
+            delay = self._random.uniform(0, speed.delay_seconds)
+            arrival = begin + duration + speed.copy_seconds + delay
+            self._deliver(min(begin, self.host_time))
+            slot.fill_(GARBAGE)
+            self._copies.append(_Copy(arrival, address, memory.address + offset, num_bytes, memory))
+            self.log.append(Span(SpanKind.COPY, begin, arrival, (address,)))
+            return FakeEvent(self, arrival)
+
+    def mark(self) -> FakeEvent:
+        """The end of the compute stream."""
+        self.call()
+        return FakeEvent(self, self._compute_time)
+
+    def wait_for(self, event: Event) -> None:
+        """Moves the compute stream's time there."""
+        self.call()
+        self._compute_time = max(self._compute_time, _time(event))
+
+    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Moves the host's time to the end of the compute stream."""
+        self.call()
+        self._compute_time = max(self._compute_time, self.host_time) + self._speed.trunk_seconds
+        self.sync(self._compute_time)
+        return tuple(tensor.clone() for tensor in tensors)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A clone, since the caller may go on to write."""
+        self.call()
+        return tensor.clone()
+
+    def fill_slots_cached(
+        self,
+        slots: Tensor,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        cache: Tensor,
+        slot_of: Tensor,
+        spec: ExpertsSpec,
+    ) -> None:
+        """The reference, over what the slots hold at that moment of virtual time."""
+        self.call()
+        slot_bytes = cache.shape[1]
+        places = slot_of.tolist()
+        wanted = {e for e in top_k_index.flatten().tolist() if e < len(places)}
+        experts = sorted(e for e in wanted if places[e] >= 0)
+        begin = max(self._compute_time, self.host_time)
+        with self.lock:
+            self._deliver(begin)
+        fill_slots(
+            slots,
+            hidden,
+            top_k_index,
+            top_k_weights,
+            experts=experts,
+            records=[places[e] * slot_bytes for e in experts],
+            arena=ArenaTensors(cache.data_ptr(), cache.nbytes),
+            spec=spec,
+        )
+        num_bytes = len(experts) * spec.layout.record_bytes
+        self._compute_time = begin + num_bytes / self._speed.memory_bytes_per_second
+        read = tuple(cache[places[e]].data_ptr() for e in experts)
+        self._read_until.update(dict.fromkeys(read, self._compute_time))
+        self.log.append(Span(SpanKind.COMPUTE, begin, self._compute_time, read))
+
+    def clock(self) -> float:
+        """Virtual seconds."""
+        self.call()
+        return self.host_time
+
+    def explain(self, error: BaseException) -> ExpertdError | None:
+        """Nothing of torch's fails here."""
+        return None
+
+    def close(self) -> None:
+        """Forgets its memory."""
+        self._allocated.clear()
+
+    # What a test may do to it, and what its parts need
+
+    def lose(self) -> None:
+        """From now on it does not answer."""
+        self.lost = True
+
+    def call(self) -> None:
+        """Any call takes the host some time. Raises DeviceLostError."""
+        if self.lost:
+            raise DeviceLostError(
+                f"{self.name} does not answer any more; look at the host's log for why, then start "
+                "this worker again, or one without --device."
+            )
+        self.host_time += self._speed.call_seconds
+
+    def sync(self, time: float) -> None:
+        """The host waits until ``time``, and sees what has arrived by then."""
+        self.num_syncs += 1
+        self.log.append(Span(SpanKind.SYNC, self.host_time, max(time, self.host_time), ()))
+        self.host_time = max(time, self.host_time)
+        with self.lock:
+            self._deliver(self.host_time)
+
+    def check_idle(self, memory: FakeMemory) -> None:
+        """Raises HazardError if a copy from ``memory`` is under way."""
+        self._deliver(self.host_time)
+        if any(copy.memory is memory for copy in self._copies):
+            raise HazardError("host memory was let go of while a copy reads it")
+
+    def _deliver(self, until: float) -> None:
+        """Lets all copies arrive that have by then, in the order of their arrival."""
+        for copy in sorted(self._copies, key=lambda copy: copy.arrival):
+            if copy.arrival > until:
+                break
+            ctypes.memmove(copy.slot, copy.source, copy.num_bytes)
+        self._copies = [copy for copy in self._copies if copy.arrival > until]
+
+
+def _time(event: Event) -> float:
+    assert isinstance(event, FakeEvent)
+    return event.time
