@@ -13,8 +13,9 @@ from expertd.errors import PackError
 from expertd.pack.manifest import Manifest
 from expertd.packing.codec import TORCH_DTYPES
 from expertd_inference.experts import IMPLEMENTATION
+from expertd_inference.kernels.weights import Linear
 from expertd_inference.quantizer import ExpertdConfig
-from expertd_inference.trunk import trunk_state
+from expertd_inference.trunk import TrunkFile
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,36 @@ class TrunkModel:
     experts: Mapping[int, nn.Module]
 
 
-def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = None) -> TrunkModel:
+def load_trunk(
+    pack: Path,
+    manifest: Manifest,
+    *,
+    dtype: torch.dtype | None = None,
+    linear: Linear | None = None,
+    device_map: Any = None,  # noqa: ANN401 - transformers is untyped
+) -> TrunkModel:
     """Loads everything of the pack but its experts, in ``dtype`` or the checkpoint's own.
+
+    With ``linear`` the matrices that the trunk holds quantized stay so, and it computes with
+    them; on the CPU they take no memory of this process, since they lie in the mapped file.
+    Without, they are dequantized. ``device_map`` is transformers'.
 
     Raises PackError if this transformers does not know the architecture, cannot have its
     experts replaced, or misses a weight in the trunk.
     """
     model_class = _model_class(pack, manifest)
     config = _config(pack, model_class)
+    trunk = TrunkFile(pack, manifest)
+    quantized = linear is not None and bool(manifest.trunk_quantized)
     model, report = model_class.from_pretrained(
         None,
         config=config,
-        state_dict=trunk_state(pack, manifest),
-        quantization_config=ExpertdConfig(manifest),
+        state_dict=trunk.state(dequantized=not quantized),
+        quantization_config=ExpertdConfig(manifest, trunk.names if quantized else frozenset()),
         experts_implementation=IMPLEMENTATION,
         dtype=dtype or _dtype(manifest),
         generation_config=_generation_config(pack, config),
+        device_map=device_map,
         local_files_only=True,
         # Reported, and so refused below in our own words.
         ignore_mismatched_sizes=True,
@@ -56,6 +71,9 @@ def load_trunk(pack: Path, manifest: Manifest, *, dtype: torch.dtype | None = No
         raise PackError(f"The trunk of {pack} lacks {min(missing)}; make the pack again.")
     if wrong:
         raise PackError(f"{min(wrong)} in the trunk of {pack} does not fit its config.json.")
+    if linear is not None:
+        for name, module in model.hf_quantizer.linears.items():
+            module.load(trunk.parts(name), linear)
     model.requires_grad_(requires_grad=False)
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)

@@ -2,14 +2,22 @@
 
 transformers hands a model that it has built on the meta device to its ``HfQuantizer``
 before it loads any weight. Ours, registered under the name "expertd", removes the experts'
-parameters there, so no memory is ever allocated for them and none is missed. The rest of
-the model is loaded as if it were a checkpoint in full precision.
+parameters there, so no memory is ever allocated for them and none is missed; and it puts a
+:class:`QuantizedLinear` for each linear layer that the trunk holds quantized, if there is a
+kernel for it. The rest of the model is loaded as if it were a checkpoint in full precision.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -17,6 +25,7 @@ from expertd.errors import PackError
 from expertd.pack.manifest import Manifest
 from expertd_inference.experts import IMPLEMENTATION, experts_modules, layer_numbers
 from expertd_inference.kernels.reference import DOWN, GATE_UP
+from expertd_inference.quantized_linear import QuantizedLinear
 
 METHOD = IMPLEMENTATION
 
@@ -26,11 +35,16 @@ _REPLACED = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 
 @register_quantization_config(METHOD)
 class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is untyped
-    """Carries the pack's manifest to :class:`ExpertdQuantizer`."""
+    """Carries the pack's manifest to :class:`ExpertdQuantizer`.
 
-    def __init__(self, manifest: Manifest) -> None:
+    ``trunk_names`` are those of all the trunk's tensors if its quantized matrices are to stay
+    so, and empty if they come dequantized.
+    """
+
+    def __init__(self, manifest: Manifest, trunk_names: frozenset[str] = frozenset()) -> None:
         self.quant_method = METHOD
         self.manifest = manifest
+        self.trunk_names = trunk_names
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.to_dict`` shows; the manifest is not configuration."""
@@ -39,15 +53,18 @@ class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transforme
 
 @register_quantizer(METHOD)
 class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is untyped
-    """Removes the experts' parameters.
+    """Removes the experts' parameters, and puts quantized layers in the place of linear ones.
 
-    ``experts`` are then the modules by layer, ``shapes`` those of the parameters that are left.
+    ``experts`` are then the modules by layer, ``linears`` the quantized layers, yet to be loaded,
+    by the checkpoint's name of their weight, and ``shapes`` those of the parameters left.
     """
 
     def __init__(self, quantization_config: ExpertdConfig, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(quantization_config, **kwargs)
         self.manifest = quantization_config.manifest
+        self.trunk_names = quantization_config.trunk_names
         self.experts: dict[int, nn.Module] = {}
+        self.linears: dict[str, QuantizedLinear] = {}
         self.shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
@@ -58,6 +75,8 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
                 module.register_parameter(name, None)
             # Else transformers would draw random weights for what it takes for missing.
             module._is_hf_initialized = True
+        if self.trunk_names:
+            self.linears = replace_linears(model, self.manifest, self.trunk_names)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def is_serializable(self) -> bool:
@@ -68,6 +87,44 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
     def is_trainable(self) -> bool:
         """No: the experts are shared and read-only."""
         return False
+
+
+def replace_linears(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    manifest: Manifest,
+    trunk_names: frozenset[str],
+) -> dict[str, QuantizedLinear]:
+    """Puts a quantized layer for each matrix of the trunk that is one; by the checkpoint's names.
+
+    Raises PackError if the model has another layer than a linear one there.
+    """
+    matrices = {tensor.name: tensor.matrix for tensor in manifest.trunk_quantized}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    linears = {}
+    # All names, in transformers' own order, which its lazily activated renamings depend on.
+    for name in sorted(trunk_names, key=dot_natural_key):
+        renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed = name
+        if name not in matrices:
+            continue
+        parent_name, _, leaf = renamed.removesuffix(".weight").rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            linear = parent.get_submodule(leaf)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise PackError(
+                f"{manifest.architecture} of this transformers has no linear layer for {name} of "
+                "the trunk; make the pack again."
+            )
+        linears[name] = QuantizedLinear(linear, matrices[name])
+        setattr(parent, leaf, linears[name])
+    return linears
 
 
 def match_experts(model: nn.Module, manifest: Manifest) -> dict[int, nn.Module]:

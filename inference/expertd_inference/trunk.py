@@ -1,8 +1,8 @@
-"""The trunk of a pack as a state dict that reads a tensor when it is asked for.
+"""The trunk of a pack, a tensor at a time.
 
 transformers slices each value of a state dict with ``[...]`` when it needs it. Tensors that
-are stored as they are come straight from the mapped file, whose pages all workers share;
-quantized ones are dequantized one at a time.
+are stored as they are come straight from the mapped file, and so do the parts of quantized
+ones; where no kernel computes from these, they are dequantized one at a time.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertd.errors import PackError
+from expertd.pack.layout import matrix_parts
 from expertd.pack.manifest import Manifest, QuantizedTensor
 from expertd.packing.codec import TORCH_DTYPES, dequantize
 
@@ -38,27 +39,49 @@ class QuantizedSlice:
         return dequantize(self._tensor.matrix, parts, TORCH_DTYPES[self._tensor.dtype])
 
 
-def trunk_state(pack: Path, manifest: Manifest) -> dict[str, Any]:
-    """The trunk's tensors by the checkpoint's names; values are sliced with ``[...]``.
+class TrunkFile:
+    """The open trunk of a pack. Its tensors lie in the mapped file, whose pages all workers share.
 
-    Raises PackError if the file is missing, damaged, or lacks a tensor of the manifest.
+    ``names`` are the checkpoint's names of all tensors, quantized ones included.
     """
-    path = pack / manifest.trunk.name
-    try:
-        if path.stat().st_size != manifest.trunk.num_bytes:
-            raise PackError(f"{path} does not have its full size; copy or make the pack again.")
-        file: Any = safe_open(path, framework="pt")
-        names = frozenset(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise PackError(f"{path} cannot be read: {error}.") from error
-    state: dict[str, Any] = {}
-    stored = set(names)
-    for tensor in manifest.trunk_quantized:
-        parts = frozenset(name for name in names if name.startswith(f"{tensor.name}."))
-        if not parts:
-            raise PackError(f"{path} lacks {tensor.name}; make the pack again.")
-        stored -= parts
-        state[tensor.name] = QuantizedSlice(file, tensor, parts)
-    for name in stored:
-        state[name] = file.get_slice(name)
-    return state
+
+    def __init__(self, pack: Path, manifest: Manifest) -> None:
+        """Raises PackError if the file is missing, damaged, or lacks a tensor of the manifest."""
+        path = pack / manifest.trunk.name
+        try:
+            if path.stat().st_size != manifest.trunk.num_bytes:
+                raise PackError(f"{path} does not have its full size; copy or make the pack again.")
+            file: Any = safe_open(path, framework="pt")
+            stored = frozenset(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise PackError(f"{path} cannot be read: {error}.") from error
+        self._file = file
+        self._quantized: dict[str, tuple[QuantizedTensor, frozenset[str]]] = {}
+        plain = set(stored)
+        for tensor in manifest.trunk_quantized:
+            parts = {name for name, *_ in matrix_parts(tensor.matrix, tensor.dtype)}
+            if not parts <= stored:
+                raise PackError(f"{path} lacks {min(parts - stored)}; make the pack again.")
+            plain -= parts
+            self._quantized[tensor.name] = tensor, frozenset(parts)
+        self._plain = frozenset(plain)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The checkpoint's names."""
+        return self._plain | self._quantized.keys()
+
+    def state(self, *, dequantized: bool) -> dict[str, Any]:
+        """A state dict whose values are sliced with ``[...]``, of the plain tensors.
+
+        With ``dequantized`` the quantized ones are in it too, as if they were plain.
+        """
+        state = {name: self._file.get_slice(name) for name in self._plain}
+        if dequantized:
+            for name, (tensor, parts) in self._quantized.items():
+                state[name] = QuantizedSlice(self._file, tensor, parts)
+        return state
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The parts of the quantized matrix ``name``, in the mapped file."""
+        return {part: self._file.get_tensor(part) for part in self._quantized[name][1]}

@@ -22,6 +22,7 @@ from torch.nn import functional
 from expertd.pack.manifest import Encoding, GateOrder, Matrix, RecordLayout
 from expertd.packing.codec import dequantize
 from expertd_inference.arena import ArenaTensors
+from expertd_inference.kernels.weights import QuantizedWeight
 
 GATE_UP = "gate_up"
 DOWN = "down"
@@ -73,6 +74,11 @@ def fill_slots(
 def sum_slots(slots: Tensor, dtype: torch.dtype) -> Tensor:
     """The layer's output [T, H] from its filled slots [T, k, H]."""
     return slots.sum(dim=1).to(dtype)
+
+
+def linear(rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
+    """``rows`` [..., in] times the weight, dequantized for this call: [..., out]."""
+    return functional.linear(rows, dequantize(weight.matrix, weight.parts, rows.dtype))
 
 
 def _linear(
