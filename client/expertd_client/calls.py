@@ -19,7 +19,11 @@ from expertstore.v1 import expert_store_pb2 as pb
 ResultT = TypeVar("ResultT")
 
 MAX_LAYER_OR_EXPERT = (1 << 32) - 1
-_ENCODINGS = {pb.ENCODING_PLAIN: Encoding.PLAIN, pb.ENCODING_HQQ: Encoding.HQQ}
+_ENCODINGS = {
+    pb.ENCODING_PLAIN: Encoding.PLAIN,
+    pb.ENCODING_HQQ: Encoding.HQQ,
+    pb.ENCODING_MXFP4: Encoding.MXFP4,
+}
 
 
 class Call(NamedTuple, Generic[ResultT]):

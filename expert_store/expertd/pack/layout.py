@@ -6,7 +6,8 @@ A record is one expert. Its parts lie one after the other, each on a 64-byte bou
 
 ``gate_up`` is [2I, H], gate rows before up rows whatever the model's own order, and ``down``
 is [H, I]. A matrix is quantized in groups of ``group_size`` weights along its input
-dimension: ``w = (q - zero) * scale``, with a scale and a zero per group. The integers are
+dimension: ``w = (q - zero) * scale``, with a scale and a zero per group; or it came as MXFP4
+and is kept so: ``w = e2m1(q) * 2 ** (scale - 127)``, without a zero. The integers are
 packed along the output dimension (:mod:`expertd.packing.codec` has the bits), so a part of q
 is a byte matrix of ``out_features * bits / 8`` rows.
 
@@ -30,6 +31,10 @@ DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64":
 ROWS_PER_BYTE = {8: 1, 4: 2, 3: 8, 2: 4}
 """By bit width, what the number of rows must be a multiple of: rows share bytes."""
 
+MXFP4_BITS = 4
+MXFP4_GROUP_SIZE = 32
+"""Of the OCP Microscaling formats' MXFP4; no other is one."""
+
 Count = Annotated[int, Meta(ge=1, le=1 << 32)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]
 
@@ -41,6 +46,9 @@ class Encoding(StrEnum):
     """The tensor itself."""
     HQQ = "hqq"
     """q, scale and zero with w = (q - zero) * scale, groups along the input dimension."""
+    MXFP4 = "mxfp4"
+    """q and scale with w = e2m1(q) * 2 ** (scale - 127): the OCP Microscaling format, whose 4 bits
+    are a sign, two bits of exponent and one of mantissa, in groups of 32."""
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,11 +78,14 @@ class Matrix(Struct, frozen=True):
                                                                  so for ``NAME.zero``
     ``NAME.scale.scale``    [out * in / group_size /      F16    the same; ``.zero`` too
                             meta_group_size]
+    ``NAME.q``              [out / 2, in]                 U8     MXFP4
+    ``NAME.scale``          [out, in / 32]                U8     MXFP4
     ``NAME.bias``           [out]                         model  experts with biases
     ======================  ============================  =====  ==========================
 
     Meta groups run over the flattened ``NAME.scale.q``: element i belongs to group
-    ``i // meta_group_size``. ``meta_group_size`` is 0 where scale and zero are F16.
+    ``i // meta_group_size``. ``meta_group_size`` is 0 where scale and zero are F16. MXFP4 has
+    4 bits, groups of 32 and no meta groups.
     """
 
     name: str
@@ -116,6 +127,13 @@ def matrix_parts(matrix: Matrix, dtype: str) -> list[tuple[str, tuple[int, ...],
     shape = (matrix.out_features, matrix.in_features)
     if matrix.encoding is Encoding.PLAIN:
         return [(f"{matrix.name}.weight", shape, dtype)]
+    if matrix.encoding is Encoding.MXFP4 and (
+        (matrix.bits, matrix.group_size, matrix.meta_group_size)
+        != (MXFP4_BITS, MXFP4_GROUP_SIZE, 0)
+    ):
+        raise ValueError(
+            f"{matrix.name} is MXFP4, which has {MXFP4_BITS} bits and groups of {MXFP4_GROUP_SIZE}"
+        )
     rows_per_byte = ROWS_PER_BYTE.get(matrix.bits)
     if rows_per_byte is None:
         raise ValueError(f"{matrix.name} has {matrix.bits} bits; known are 2, 3, 4 and 8")
@@ -132,6 +150,8 @@ def matrix_parts(matrix: Matrix, dtype: str) -> list[tuple[str, tuple[int, ...],
     groups = (matrix.out_features, matrix.in_features // matrix.group_size)
     q_shape = (matrix.out_features * matrix.bits // 8, matrix.in_features)
     parts: list[tuple[str, tuple[int, ...], str]] = [(f"{matrix.name}.q", q_shape, "U8")]
+    if matrix.encoding is Encoding.MXFP4:
+        return [*parts, (f"{matrix.name}.scale", groups, "U8")]
     for name in (f"{matrix.name}.scale", f"{matrix.name}.zero"):
         if not matrix.meta_group_size:
             parts.append((name, groups, "F16"))

@@ -11,7 +11,8 @@ one below the other: the low two bits as a 2-bit matrix, then the high bits as a
     3     r ... (low two bits, as 2), then r ... r + 7N/8 (high bit)     N/4 + N/8
 
 So of [2I, H] gate-and-up weights a 4-bit byte has gate row r in its high and up row r in its
-low half, and 3 bits take 3.0 bits instead of the 3.2 of HQQ's ten to an int32.
+low half, and 3 bits take 3.0 bits instead of the 3.2 of HQQ's ten to an int32. The nibbles of
+MXFP4 lie as those of 4 bit do; they stand for :data:`E2M1`, not for an integer.
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 """torch's types by safetensors' names."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the nibbles of MXFP4 stand for: one bit of sign, two of exponent, one of mantissa."""
+
+E8M0_BIAS = 127
+E8M0_NAN = 255
+"""A scale of MXFP4 is 2 ** (byte - 127); the last byte is not a number."""
 
 
 def encode(q: Tensor, bits: int) -> Tensor:
@@ -66,6 +74,11 @@ def dequantize(matrix: Matrix, parts: Mapping[str, Tensor], dtype: torch.dtype) 
     if matrix.encoding is Encoding.PLAIN:
         return parts[f"{matrix.name}.weight"].to(dtype)
     groups = (matrix.out_features, matrix.in_features // matrix.group_size, 1)
+    if matrix.encoding is Encoding.MXFP4:
+        values = torch.tensor(E2M1)[decode(parts[f"{matrix.name}.q"], matrix.bits).int()]
+        exponents = parts[f"{matrix.name}.scale"].int().view(groups) - E8M0_BIAS
+        weight = torch.ldexp(values.view(*groups[:2], matrix.group_size), exponents)
+        return weight.view(matrix.out_features, matrix.in_features).to(dtype)
     scale = _per_group(matrix, parts, "scale").view(groups)
     zero = _per_group(matrix, parts, "zero").view(groups)
     q = decode(parts[f"{matrix.name}.q"], matrix.bits).to(torch.float32)

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expertd.errors import ConfigError
-from expertd.pack.layout import ROWS_PER_BYTE, Encoding, Matrix
+from expertd.pack.layout import (
+    MXFP4_BITS,
+    MXFP4_GROUP_SIZE,
+    ROWS_PER_BYTE,
+    Encoding,
+    Matrix,
+)
 
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
@@ -23,8 +29,12 @@ class Precision:
     group_size: int = 0
     meta_group_size: int = 0
     """Group of the 8-bit scales and zeros; 0: these are fp16."""
+    encoding: Encoding = Encoding.HQQ
+    """Of what has bits."""
 
     def __str__(self) -> str:
+        if self.encoding is Encoding.MXFP4:
+            return "mxfp4"
         if not self.bits:
             return "16"
         return f"{self.bits}g{self.group_size}" + ("m" if self.meta_group_size else "")
@@ -46,7 +56,7 @@ class Precision:
             meta_group_size = 0
         return Matrix(
             name=name,
-            encoding=Encoding.HQQ,
+            encoding=self.encoding,
             out_features=out_features,
             in_features=in_features,
             bits=self.bits,
@@ -56,6 +66,8 @@ class Precision:
 
 
 PLAIN = Precision()
+MXFP4 = Precision(MXFP4_BITS, MXFP4_GROUP_SIZE, encoding=Encoding.MXFP4)
+"""As the checkpoint has it: nothing is made MXFP4 that is not."""
 
 
 @dataclass(frozen=True)

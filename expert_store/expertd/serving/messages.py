@@ -8,7 +8,11 @@ _STATES = {
     ModelState.SERVING: pb.MODEL_STATE_SERVING,
     ModelState.UNLOADING: pb.MODEL_STATE_UNLOADING,
 }
-_ENCODINGS = {Encoding.PLAIN: pb.ENCODING_PLAIN, Encoding.HQQ: pb.ENCODING_HQQ}
+_ENCODINGS = {
+    Encoding.PLAIN: pb.ENCODING_PLAIN,
+    Encoding.HQQ: pb.ENCODING_HQQ,
+    Encoding.MXFP4: pb.ENCODING_MXFP4,
+}
 
 
 def model_summary(model: HostedModel) -> pb.ModelSummary:

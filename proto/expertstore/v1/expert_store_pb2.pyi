@@ -50,6 +50,8 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """The tensor's own dtype, nothing packed."""
     ENCODING_HQQ: _Encoding.ValueType  # 2
     """HQQ: w = (q - zero) * scale, groups along the input dimension."""
+    ENCODING_MXFP4: _Encoding.ValueType  # 3
+    """MXFP4: w = e2m1(q) * 2^(scale - 127), groups of 32 along the input dimension."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper): ...
 
@@ -58,6 +60,8 @@ ENCODING_PLAIN: Encoding.ValueType  # 1
 """The tensor's own dtype, nothing packed."""
 ENCODING_HQQ: Encoding.ValueType  # 2
 """HQQ: w = (q - zero) * scale, groups along the input dimension."""
+ENCODING_MXFP4: Encoding.ValueType  # 3
+"""MXFP4: w = e2m1(q) * 2^(scale - 127), groups of 32 along the input dimension."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 class _ModelState:

@@ -30,6 +30,11 @@ def hqq(name: str, bits: int, rows: int, columns: int, group: int, meta: int = 0
     )
 
 
+def mxfp4(name: str, **changes: int) -> Matrix:
+    matrix = hqq(name, 4, 128, 64, 32)
+    return msgspec.structs.replace(matrix, encoding=Encoding.MXFP4, **changes)
+
+
 def plain(name: str, rows: int, columns: int) -> Matrix:
     return Matrix(name=name, encoding=Encoding.PLAIN, out_features=rows, in_features=columns)
 
@@ -46,6 +51,16 @@ def test_layout_of_two_bits_with_meta_groups() -> None:
         ("down.zero.zero", (4,), "F16"),
         ("down.bias", (128,), "BF16"),
     ]
+
+
+def test_layout_of_mxfp4() -> None:
+    layout = record_layout((mxfp4("gate_up"),), "BF16", has_bias=True)
+    assert [(part.name, part.shape, part.dtype) for part in layout.parts] == [
+        ("gate_up.q", (64, 64), "U8"),
+        ("gate_up.scale", (128, 2), "U8"),
+        ("gate_up.bias", (128,), "BF16"),
+    ]
+    check_layout(layout)
 
 
 @given(
@@ -78,6 +93,11 @@ def test_what_is_built_passes_the_check(
         (hqq("down", 4, 128, 96, 64), "group size 64 does not divide the 96 inputs of down"),
         (hqq("down", 4, 128, 64, 0), "group size 0"),
         (hqq("down", 5, 128, 64, 64), "5 bits; known are 2, 3, 4 and 8"),
+        (mxfp4("down", bits=8), "down is MXFP4, which has 4 bits and groups of 32"),
+        (mxfp4("down", group_size=64), "groups of 32"),
+        (mxfp4("down", meta_group_size=128), "groups of 32"),
+        (mxfp4("down", in_features=48), "group size 32 does not divide the 48 inputs"),
+        (mxfp4("down", out_features=127), "127 rows, and 4 bits need a multiple of 2"),
         (hqq("down", 4, 2, 64, 64, 128), "meta group size 128 does not divide the 2 groups"),
     ],
 )

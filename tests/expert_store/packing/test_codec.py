@@ -5,6 +5,7 @@ import torch
 from hqq.core.bitpack import BitPack
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from expertd.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, record_layout
 from expertd.packing.codec import decode, dequantize, encode, record_parts
@@ -93,6 +94,44 @@ def test_dequantize_with_meta_groups_by_hand() -> None:
     }
     expected = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.0] * 4])
     assert torch.equal(dequantize(matrix, parts, torch.float32), expected)
+
+
+def mxfp4(rows: int, columns: int) -> Matrix:
+    return Matrix(
+        name="m",
+        encoding=Encoding.MXFP4,
+        out_features=rows,
+        in_features=columns,
+        bits=4,
+        group_size=32,
+    )
+
+
+def test_mxfp4_by_hand() -> None:
+    """All sixteen values, in a row times 2 and in one times 1/4."""
+    nibbles = torch.arange(32, dtype=torch.uint8) % 16
+    parts = {
+        "m.q": encode(torch.stack((nibbles, nibbles)), 4),
+        "m.scale": torch.tensor([[128], [125]], dtype=torch.uint8),
+    }
+    magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    values = torch.tensor([*magnitudes, *(-value for value in magnitudes)] * 2)
+    expected = torch.stack((values * 2, values / 4))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # exact in each
+        assert torch.equal(dequantize(mxfp4(2, 32), parts, dtype), expected.to(dtype))
+
+
+def test_mxfp4_is_transformers() -> None:
+    """Every scale but the one that is not a number, with every nibble."""
+    rows, columns = 510, 64
+    scales = torch.arange(rows * 2).remainder(255).to(torch.uint8).view(rows, 2)
+    nibbles = torch.arange(rows * columns).remainder(16).to(torch.uint8).view(rows, columns)
+    blocks = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(1, rows, 2, 16)
+    theirs = convert_moe_packed_tensors(blocks, scales[None])[0].T
+    ours = dequantize(
+        mxfp4(rows, columns), {"m.q": encode(nibbles, 4), "m.scale": scales}, torch.bfloat16
+    )
+    assert torch.equal(ours.view(torch.int16), theirs.contiguous().view(torch.int16))
 
 
 def test_parts_are_views_of_the_record() -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd.pack.layout import record_layout
+from expertd.pack.layout import Encoding, record_layout
 from expertd.pack.manifest import GateOrder
 from expertd.packing.codec import TORCH_DTYPES, dequantize
 from expertd.packing.quantizer import quantize
-from expertd.packing.schemes import parse_precision
+from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
+from tests.random_mxfp4 import random_mxfp4
 
 
 class Layer:
@@ -34,7 +35,7 @@ class Layer:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         name = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}[dtype]
-        chosen = parse_precision(precision)
+        chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
         matrices = (chosen.matrix("gate_up", 2 * i, h), chosen.matrix("down", h, i))
         self.layout = record_layout(matrices, name, has_bias=bias)
         # A page before the first record: an offset of 0 hides its misuse.
@@ -49,11 +50,12 @@ class Layer:
             for matrix in matrices:
                 shape = (matrix.out_features, matrix.in_features)
                 weight = torch.randn(shape, generator=generator).div(shape[1] ** 0.5).to(dtype)
-                parts = (
-                    quantize(weight, matrix, optimize=False)
-                    if matrix.bits
-                    else {f"{matrix.name}.weight": weight}
-                )
+                if matrix.encoding is Encoding.MXFP4:
+                    parts = random_mxfp4(matrix, generator)
+                elif matrix.bits:
+                    parts = quantize(weight, matrix, optimize=False)
+                else:
+                    parts = {f"{matrix.name}.weight": weight}
                 weights[matrix.name] = dequantize(matrix, parts, dtype)
                 if bias:
                     parts[f"{matrix.name}.bias"] = weights[f"{matrix.name}.bias"] = torch.randn(
@@ -153,7 +155,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g32m", "3g64m", "2g16m"])
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g32m", "3g64m", "2g16m", "mxfp4"])
 def test_quantized(precision: str) -> None:
     layer = Layer(4, 128, 128, precision=precision, bias=True)
     hidden = torch.randn(9, 128, generator=torch.Generator().manual_seed(1))
