@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import os
+import weakref
+from collections.abc import Callable
 
 from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
 
@@ -24,6 +26,11 @@ class ArenaMapping:
         everything = memoryview(mapped)
         self.records = everything[:num_bytes]
         self.trailer = ArenaTrailer(everything[num_bytes:].cast("Q"))
+
+    def before_unmapping(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called once nobody uses this mapping, and while it is still mapped."""
+        # A finalizer runs before the attributes go, and with them the memory.
+        weakref.finalize(self, call).atexit = False
 
     def is_of(self, descriptor: int, num_bytes: int) -> bool:
         """Whether it maps that very file, and as much of it."""

@@ -1,7 +1,7 @@
 """What the sync and the asyncio session share: everything but the RPCs."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from expertd.errors import (
     CapacityError,
@@ -14,6 +14,7 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from expertd.shared.directory import ABSENT
 from expertd.shared.greeting import ForbiddenSocketError
 from expertd_client import calls
 from expertd_client.attachment import Attachment
@@ -97,6 +98,36 @@ class BaseSession:
     def arena_bytes(self) -> int:
         """The size of that mapping."""
         return self._mapping.arena_bytes
+
+    def hold(self) -> Lease:
+        """A lease of nothing yet, to look resident experts up with :meth:`Lease.find`.
+
+        For who reads experts of several layers and gives them all back at once. While it is
+        held, nothing can be fetched. Raises as ``acquire`` does, but costs no call.
+        """
+        words = self._mapping.try_hold(())
+        assert words is not None
+        return Lease(self, self._mapping, None, (), words)
+
+    def before_unmapping(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called once the memory at :attr:`arena_address` is about to be unmapped.
+
+        For who has registered it somewhere. That moment comes when the session ends, or after
+        it has attached to a daemon with another arena, or a few seconds after a daemon has gone;
+        in the last case in another thread. ``call`` must neither use the session nor refer to it.
+        Nothing calls it when the process exits.
+        """
+        self._mapping.before_unmapping(call)
+
+    def _find(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
+        """The directory words of those that are resident, while a lease is held."""
+        entries = self._entries_of(layer, experts)
+        words = self._mapping.look_up(entries)
+        if ABSENT in words:
+            entries = [entry for entry, word in zip(entries, words, strict=True) if word]
+        self._mapping.touch(entries, _NOTHING)
+        self.host_hits += len(entries)
+        return {expert: word for expert, word in zip(experts, words, strict=True) if word != ABSENT}
 
     def _take(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         """Lives in ``attachment`` from now on."""

@@ -1,5 +1,6 @@
 """A lease: records that stay where they are until it is released."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from expertd.errors import PreconditionError, SessionLostError
@@ -17,7 +18,7 @@ class Lease:
     """Experts of one layer that may be read, where they lie in the arena.
 
     A context manager that releases. ``offsets`` are those of the records in the arena, in
-    bytes, in the order of ``experts``.
+    bytes, in the order of ``experts``. What :meth:`find` finds besides is held as long.
     """
 
     __slots__ = ("_mapping", "_released", "_session", "_views", "experts", "layer", "offsets")
@@ -26,7 +27,7 @@ class Lease:
         self,
         session: "BaseSession",
         mapping: Mapping | RecordCache,
-        layer: int,
+        layer: int | None,
         experts: tuple[int, ...],
         words: list[int],
     ) -> None:
@@ -56,6 +57,21 @@ class Lease:
             if kind is None or issubclass(kind, Exception):
                 raise
 
+    def find(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
+        """Those of ``experts`` that are resident, and where: their offsets in the arena.
+
+        They stay there until this lease is released. Costs no call, and fetches nothing: for
+        what is not found, release, and acquire it.
+        """
+        if self._released:
+            raise PreconditionError("This lease is released; acquire the experts again.")
+        found = self._session._find(layer, experts)
+        return {expert: _offset(word) for expert, word in found.items()}
+
+    def check(self) -> None:
+        """Raises SessionLostError if what was read until now may have changed beneath it."""
+        self._mapping.check_revoked()
+
     @property
     def views(self) -> list[memoryview]:
         """The records, read-only and not copied; not to be read after the release."""
@@ -64,9 +80,11 @@ class Lease:
         if self._views is None:
             if self._mapping.state is State.CLOSED:
                 raise PreconditionError("The session of this lease is detached; attach again.")
-            size = self._session.model.layers[self.layer].layout.record_bytes
-            arena = self._mapping.arena
-            self._views = [arena[offset : offset + size] for offset in self.offsets]
+            self._views = []
+            if self.layer is not None:
+                size = self._session.model.layers[self.layer].layout.record_bytes
+                arena = self._mapping.arena
+                self._views = [arena[offset : offset + size] for offset in self.offsets]
         return self._views
 
     def release(self) -> None:
@@ -81,6 +99,10 @@ class Lease:
         if self._views is not None:
             _invalidate(self._views)
         self._mapping.release()
+
+
+def _offset(word: int) -> int:
+    return ((word & _PAGE_MASK) - 1) * PAGE_BYTES
 
 
 def _invalidate(views: list[memoryview]) -> None:

@@ -8,7 +8,7 @@ worker thread and, for nudges, by the thread that listens on the attach connecti
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 from expertd.errors import (
@@ -145,6 +145,12 @@ class Mapping:
         """For the next session, if its arena is the same; None once it was let go."""
         return self._arena_mapping
 
+    def before_unmapping(self, call: Callable[[], None]) -> None:
+        """See :meth:`expertd_client.Session.before_unmapping`."""
+        if self._arena_mapping is None:
+            raise state_error(self._state)
+        self._arena_mapping.before_unmapping(call)
+
     @property
     def is_void(self) -> bool:
         """Whether bytes that this session has read may have been reused beneath it.
@@ -187,6 +193,16 @@ class Mapping:
             self.publish()
             return None
         return words
+
+    def look_up(self, entries: Sequence[int]) -> list[int]:
+        """Further directory words while holding; ABSENT of those that are not resident."""
+        # W2 once more. Nothing was published since W1, so what is found now stays as it is
+        # until the release, as what was found then.
+        if self._state is not _HOLDING:
+            self.check_attached()
+            raise PreconditionError("This session holds no lease; hold one to look experts up.")
+        table = self._entries
+        return [table[entry] for entry in entries]
 
     def absent(self, entries: Sequence[int]) -> set[int]:
         """Which of ``entries`` are not resident just now: for hints and counts only."""

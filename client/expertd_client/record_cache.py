@@ -7,10 +7,10 @@ needs no epoch; when a record must make room, it is the one that was used longes
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from expertd.errors import CapacityError, InvalidInputError, RecordLostError
-from expertd.shared.directory import PAGE_BYTES, pack_word
+from expertd.errors import CapacityError, InvalidInputError, PreconditionError, RecordLostError
+from expertd.shared.directory import ABSENT, PAGE_BYTES, pack_word
 from expertd.sizes import format_bytes
 from expertd_client.arena_mapping import address_of
 from expertd_client.mapping import State, state_error
@@ -45,6 +45,7 @@ class RecordCache:
         self.num_entries = model.num_experts
         self._slots: OrderedDict[int, int] = OrderedDict()  # by entry, longest unused first
         self._free = list(range(self.num_slots))
+        self._before_unmapping: list[Callable[[], None]] = []
         self._num_fetches = 0
         self._state = State.IDLE
 
@@ -76,6 +77,20 @@ class RecordCache:
             return None
         self._state = State.HOLDING
         return words
+
+    def look_up(self, entries: Sequence[int]) -> list[int]:
+        """Further directory words while holding; ABSENT of those that are not here."""
+        if self._state is not State.HOLDING:
+            self.check_attached()
+            raise PreconditionError("This session holds no lease; hold one to look experts up.")
+        places = [self._slots.get(entry) for entry in entries]
+        return [
+            ABSENT if slot is None else pack_word(slot * self._slot_bytes, 0) for slot in places
+        ]
+
+    def before_unmapping(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called before the memory goes."""
+        self._before_unmapping.append(call)
 
     def absent(self, entries: Sequence[int]) -> set[int]:
         """Which of ``entries`` are not here."""
@@ -132,6 +147,8 @@ class RecordCache:
     def close(self) -> None:
         """Lets go of the memory; views that were given out keep it."""
         self._state = State.CLOSED
+        while self._before_unmapping:
+            self._before_unmapping.pop()()
         self._slots.clear()
         self._free.clear()
         self.arena = self._writable = memoryview(b"")

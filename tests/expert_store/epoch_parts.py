@@ -100,6 +100,12 @@ class Worker:
     at: At = At.HOLD
     step: int = 0
     holding: bool = False
+    looked: int = 0
+    """So many of the step's entries have been looked up since it holds."""
+    absent: tuple[int, ...] = ()
+    """What it has looked up in vain since it holds."""
+    left: tuple[int, ...] = ()
+    """What it is yet to read of its step, if not all of it; the first of them is fetched."""
     refs: tuple[Ref, ...] = ()
     missed: bool = False
     granted: bool = False
@@ -113,14 +119,26 @@ class Worker:
 
     def state(self) -> tuple[Any, ...]:
         return (
-            self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
-            self.epoch, self.fetches, self.nudged, self.nudge_epoch, self.number,
+            self.at, self.step, self.holding, self.looked, self.absent, self.left, self.refs,
+            self.missed, self.granted, self.tainted, self.epoch, self.fetches, self.nudged,
+            self.nudge_epoch, self.number,
         )  # fmt: skip
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """What it looks up while it holds, in this order."""
+        return self.left or self.steps[self.step]
+
+    @property
+    def fetched(self) -> tuple[int, ...]:
+        """What it fetches of that."""
+        return self.left[:1] or self.steps[self.step]
 
     def restore(self, state: tuple[Any, ...]) -> None:
         (
-            self.at, self.step, self.holding, self.refs, self.missed, self.granted, self.tainted,
-            self.epoch, self.fetches, self.nudged, self.nudge_epoch, self.number,
+            self.at, self.step, self.holding, self.looked, self.absent, self.left, self.refs,
+            self.missed, self.granted, self.tainted, self.epoch, self.fetches, self.nudged,
+            self.nudge_epoch, self.number,
         ) = state  # fmt: skip
 
 

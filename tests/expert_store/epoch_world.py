@@ -5,7 +5,9 @@ and daemon are automata whose every action is one load or store of shared memory
 docs/protocol.md. :meth:`World.actions` lists what may happen next, :meth:`World.do` lets it
 happen and raises :class:`Violation` if a promise of the protocol is broken by it.
 
-A worker runs through its steps; each holds the records of a few entries together.
+A worker runs through its steps; each holds the records of a few entries together. Where workers
+look on (``looks_on``), what is absent does not end the holding: they go on to look up, use what
+they have found, then fetch the rest, and hold what was fetched and whatever they find besides.
 """
 
 from collections.abc import Callable
@@ -49,6 +51,7 @@ class World:
     num_entries: int
     num_slots: int
     rules: Rules = field(default_factory=Rules)
+    looks_on: bool = False
     max_cuts: int = 0
     max_moves: int = 0
     max_deaths: int = 0
@@ -228,7 +231,8 @@ class World:
 
     def _hold(self, number: int, worker: Worker, page: SessionPage) -> None:  # W1
         worker.holding = True
-        worker.refs, worker.missed, worker.tainted = (), False, False
+        worker.refs, worker.looked, worker.absent = (), 0, ()
+        worker.missed, worker.tainted = False, False
         worker.at = At.EARLY if self.rules.publish is Publish.EARLY_LOAD else At.LOOK
 
     def _early(self, number: int, worker: Worker, page: SessionPage) -> None:
@@ -236,20 +240,25 @@ class World:
         worker.at = At.LOOK
 
     def _look(self, number: int, worker: Worker, page: SessionPage) -> None:  # W2
-        entries = worker.steps[worker.step]
-        entry = entries[len(worker.refs)]
+        entries = worker.wanted
+        entry = entries[worker.looked]
+        worker.looked += 1
         location = unpack_word(self.directory.word(entry))
-        if location is None:
-            if worker.granted and number in self.desk.live:
+        if location is not None:
+            worker.refs += (Ref(entry, location.offset),)
+        else:
+            if worker.granted and entry in worker.fetched and number in self.desk.live:
                 raise Violation(f"worker {number} was granted {entry}, and it is gone")
             worker.missed = True
-            if self.rules.release_first:
-                worker.at = At.STOP
-            else:
+            if self.looks_on:
+                worker.absent += (entry,)
+            if not self.rules.release_first:
                 worker.at = At.FETCH
-            return
-        worker.refs += (Ref(entry, location.offset),)
-        if len(worker.refs) == len(entries):
+                return
+            if not self.looks_on:
+                worker.at = At.STOP
+                return
+        if worker.looked == len(entries):
             worker.at = {
                 Publish.QUIESCENT: At.STOP,
                 Publish.EARLY_LOAD: At.PUBLISH_HELD,
@@ -279,7 +288,8 @@ class World:
 
     def _store_epoch(self, number: int, worker: Worker, page: SessionPage) -> None:  # W4
         page.epoch, worker.epoch = worker.epoch, 0
-        worker.at = At.FETCH if worker.missed else At.CHECK
+        # What was found is used, if there was more: that needs the check.
+        worker.at = At.FETCH if worker.missed and not self.looks_on else At.CHECK
 
     def _check(self, number: int, worker: Worker, page: SessionPage) -> None:
         reused = self.trailer.reused_by > worker.number and self.rules.check_number
@@ -288,7 +298,11 @@ class World:
             return
         if worker.tainted:
             raise Violation(f"worker {number} uses what it read of reused bytes")
-        worker.step += 1
+        if worker.missed:
+            worker.left = worker.absent
+            worker.at = At.FETCH
+            return
+        worker.step, worker.left = worker.step + 1, ()
         worker.at = At.HOLD if worker.step < len(worker.steps) else At.DONE
 
     def _fetch(self, number: int, worker: Worker, page: SessionPage) -> None:
@@ -296,7 +310,7 @@ class World:
             worker.at = At.LOST  # its token is void
             return
         worker.fetches += 1
-        request = Request(number, worker.fetches, worker.steps[worker.step])
+        request = Request(number, worker.fetches, worker.fetched)
         self.desk.queue += (request,)
         worker.at = At.WAIT
 

@@ -37,6 +37,13 @@ MOVING = World((((0,), (1,)), ((1,), (0,))), num_entries=2, num_slots=2, max_mov
 KILLING = World((((0,), (1,)), ((1,),)), num_entries=2, num_slots=1, max_deaths=1)
 # It is killed twice, and workers may sleep through both.
 TWICE = World((((0,), (1,)), ((1,),)), num_entries=2, num_slots=1, max_deaths=2)
+# Steps of three experts that are looked up as long as they hold, with room for two of them.
+LOOKING_ON = World((((0, 1, 2),), ((2,), (0,))), num_entries=3, num_slots=2, looks_on=True)
+# The same with little room, and who stands still is cut off.
+LOOKING_CUT = World((((0, 1),), ((1,),)), num_entries=2, num_slots=1, looks_on=True, max_cuts=1)
+LOOKING_KILLED = World(
+    (((0, 1),), ((1,),)), num_entries=2, num_slots=1, looks_on=True, max_deaths=1
+)
 WORLDS = {
     "contrary": CONTRARY,
     "pairs": PAIRS,
@@ -45,6 +52,9 @@ WORLDS = {
     "moving": MOVING,
     "killing": KILLING,
     "twice": TWICE,
+    "looking on": LOOKING_ON,
+    "looking on, cut": LOOKING_CUT,
+    "looking on, killed": LOOKING_KILLED,
 }
 
 MAX_STATES = 300_000
@@ -129,6 +139,9 @@ def test_every_interleaving_is_safe_and_finishes(name: str) -> None:
         pytest.param(MOVING, {"check_epochs": False}, id="moved away without the epoch check"),
         pytest.param(KILLING, {"announce_first": False}, id="bytes reused before that is told"),
         pytest.param(KILLING, {"check_number": False}, id="a look at who reused bytes"),
+        pytest.param(LOOKING_ON, {"check_epochs": False}, id="looked on without the epoch check"),
+        pytest.param(LOOKING_ON, {"publish": Publish.HOLDING}, id="looked on, published, read"),
+        pytest.param(LOOKING_CUT, {"revoke_first": False}, id="looked on without a warning"),
         pytest.param(TWICE, {"count_all": False}, id="a number for each adoption"),
     ],
 )
@@ -147,7 +160,11 @@ def test_workers_deadlock_if_they_hold_while_they_wait() -> None:
     assert stuck(explored)
 
 
-@pytest.mark.parametrize("name", ["contrary", "pairs", "cutting"])
+def test_workers_deadlock_if_they_look_on_while_they_wait() -> None:
+    assert stuck(explore(with_rules(LOOKING_ON, release_first=False)))
+
+
+@pytest.mark.parametrize("name", ["contrary", "pairs", "cutting", "looking on, cut"])
 def test_an_epoch_loaded_before_the_look_up_may_be_stored_at_any_time(name: str) -> None:
     # What was withdrawn before the load, the look-up finds absent; what was withdrawn after
     # it has a later epoch. An old epoch is only modest: it vouches for less.
