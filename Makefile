@@ -1,5 +1,6 @@
 # Few verbs do everything; CI runs `make ci`.
 #   make setup   the virtual environment in .venv
+#   make native  build the native libraries again, if their sources changed
 #   make demo    pack the example model, serve it, generate with two workers at once
 #   make test    all tests
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
@@ -19,7 +20,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup demo test check check-deploy proto bench bench-store soak train ci clean
+.PHONY: setup native demo test check check-deploy proto bench bench-store soak train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -32,10 +33,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup
+native: setup
+	$(BIN)/python hatch_build.py
+
+demo: setup native
 	@$(BIN)/python examples/demo.py
 
-test: setup
+test: setup native
 	$(BIN)/python -m pytest
 
 check: setup

@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expertd.errors import PreconditionError, SessionLostError, UnavailableError
 from expertd.pack.manifest import Manifest
+from expertd_inference.activation import activation_of
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
 from expertd_inference.recovery import SESSION_ENDED, Recovery
@@ -134,7 +135,12 @@ def connect(
     runner = ExpertsRunner(source, recovery, first_layer=min(experts))
     for layer in manifest.layers:
         module: Any = experts[layer.layer]
-        spec = ExpertsSpec(manifest.layouts[layer.layout], manifest.gate_order, module._apply_gate)
+        spec = ExpertsSpec(
+            manifest.layouts[layer.layout],
+            manifest.gate_order,
+            module._apply_gate,
+            activation_of(module),
+        )
         module._expertd = (runner, layer.layer, spec, layer.num_experts)
     return runner
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from expertd.pack.manifest import Encoding, GateOrder, Matrix, RecordLayout
 from expertd.packing.codec import dequantize
+from expertd_inference.activation import Activation
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.weights import QuantizedWeight
 
@@ -33,12 +34,14 @@ class ExpertsSpec:
     """What all experts of a layer share: their records' layout and their activation.
 
     ``apply_gate`` is the model's own, [n, 2I] to [n, I]; it expects its columns in
-    ``gate_order``, while records always hold gate, then up.
+    ``gate_order``, while records always hold gate, then up. ``activation`` says what it does,
+    if that is one of those that kernels know.
     """
 
     layout: RecordLayout
     gate_order: GateOrder
     apply_gate: Callable[[Tensor], Tensor]
+    activation: Activation | None = None
 
 
 def empty_slots(hidden: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""Loads a shared library of ours, if it is there and wanted. No torch.
+
+The libraries are C++ with a plain C interface of addresses and sizes, built by ``hatch_build.py``
+where a compiler was. Whoever loads one has something slower to fall back on.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+SWITCH = "EXPERTD_NATIVE"
+"""Set to 0 in the environment, no native code is used."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A library, or else in a few words why it is not there."""
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+
+
+def load(path: Path, *, abi: int | None = None) -> Loaded:
+    """The library at ``path``; its calls release the GIL.
+
+    With ``abi`` its function ``expertd_abi`` must return that number: structures that it and
+    Python share may have changed since it was built.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return Loaded(None, f"{SWITCH}=0 turns native code off")
+    if not path.exists():
+        return Loaded(None, f"{path.name} was not built; python hatch_build.py builds it")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return Loaded(None, f"{path.name} cannot be loaded: {error}")
+    if abi is not None:
+        try:
+            found = library.expertd_abi()
+        except AttributeError:
+            found = None
+        if found != abi:
+            return Loaded(None, f"{path.name} is of other sources; python hatch_build.py builds it")
+    return Loaded(library)

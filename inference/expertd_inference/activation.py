@@ -1,0 +1,75 @@
+"""What stands between an expert's two matrices, by name, so that kernels can compute it.
+
+An experts module of transformers has a function for it, ``_apply_gate``. Only the reference can
+call that; everything else needs to know what it does.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+from transformers import activations
+from transformers.integrations import moe
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+
+class ActivationKind(Enum):
+    """The function of gate and up; ``limit`` and ``alpha`` are :class:`Activation`'s."""
+
+    SILU = "silu"
+    """gate · sigmoid(gate) · up"""
+    GELU = "gelu"
+    """gelu(gate) · up, with the error function"""
+    GELU_TANH = "gelu_tanh"
+    """gelu(gate) · up, in the approximation by tanh"""
+    RELU = "relu"
+    """max(gate, 0) · up"""
+    GPT_OSS = "gpt_oss"
+    """g · sigmoid(alpha · g) · (u + 1), where g = min(gate, limit) and u = up within ± limit"""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A kind with its constants; ``alpha`` and ``limit`` are of GPT_OSS alone.
+
+    The operations are rounded to the activations' dtype as torch does it: after the
+    activation of gate and after each product, sum or clamp.
+    """
+
+    kind: ActivationKind
+    alpha: float = 1.0
+    limit: float = math.inf
+
+
+_KINDS: dict[type[nn.Module], ActivationKind] = {
+    nn.SiLU: ActivationKind.SILU,
+    activations.SiLUActivation: ActivationKind.SILU,
+    activations.GELUTanh: ActivationKind.GELU_TANH,
+    activations.GELUActivation: ActivationKind.GELU,
+    nn.ReLU: ActivationKind.RELU,
+}
+
+
+def activation_of(experts: nn.Module) -> Activation | None:
+    """The activation of an experts module of transformers; None if it is none of ours.
+
+    It is told by identity: a class that brings an ``_apply_gate`` or an ``act_fn`` of its own
+    may do anything.
+    """
+    module: Any = experts
+    apply_gate = getattr(type(module), "_apply_gate", None)
+    if apply_gate is GptOssExperts._apply_gate:
+        return Activation(ActivationKind.GPT_OSS, float(module.alpha), float(module.limit))
+    if apply_gate is not moe._default_apply_gate:
+        return None
+    function: Any = getattr(module, "act_fn", None)
+    kind = _KINDS.get(type(function))
+    # Of these two there is also a form written out in Python, which rounds elsewhere.
+    if kind is ActivationKind.GELU and function.act is not nn.functional.gelu:
+        return None
+    if kind is ActivationKind.GELU_TANH and not isinstance(function.act, functools.partial):
+        return None
+    return None if kind is None else Activation(kind)
