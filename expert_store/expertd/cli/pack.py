@@ -35,12 +35,14 @@ def pack(
         Path, typer.Argument(metavar="PACK", help="Directory to make; its parent must exist.")
     ],
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="bf16, 8bit, 4bit, 4bit-fast, paper-3bit or paper-2bit: see above.",
+            help="bf16, 8bit, 4bit, 4bit-fast, mxfp4, paper-3bit or paper-2bit: see above. 4bit "
+            "unless given; mxfp4 for a checkpoint that is.",
+            show_default=False,
         ),
-    ] = "4bit",
+    ] = None,
     experts: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +96,9 @@ def pack(
     - `8bit` (8.25), `4bit` (4.5): experts, attention, dense layers and shared experts, in groups
     of 128 and 64. `4bit-fast` is `4bit` with the output head in 8 bits.
 
+    - `mxfp4` (4.25): experts that come in MXFP4, as GPT-OSS does, stay bit for bit what they are.
+    Other schemes make of them what they make of any weights. `--experts mxfp4` keeps them too.
+
     - `paper-3bit` (3.26), `paper-2bit` (3.03): experts in 3 bits (groups of 64) or 2 bits
     (groups of 16), attention in 4, scales in 8; as in arXiv 2312.17238.
 
@@ -105,9 +110,9 @@ def pack(
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
-    from expertd.packing.schemes import choose_scheme
+    from expertd.packing.schemes import choose_scheme, default_scheme
 
-    chosen = choose_scheme(scheme, experts, attention, dense, head)
+    chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
     if not destination.absolute().parent.is_dir():
         raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
     # torch takes seconds to import: only once the arguments are known to be good.

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertd.errors import CheckpointError
 from expertd.pack.manifest import GateOrder
-
-CONFIG_NAME = "config.json"
+from expertd.packing.mxfp4 import METHOD as MXFP4
+from expertd.packing.source import CONFIG_NAME, quantization_method
 
 _ATTENTION = {"self_attn", "attention", "attn"}
 """Names of attention modules."""
@@ -65,6 +65,8 @@ class Architecture:
     model_type: str
     model: Any
     experts: tuple[ExpertsModule, ...]
+    is_mxfp4: bool = False
+    """Whether the checkpoint has its experts in MXFP4."""
 
     def attention_linears(self) -> set[str]:
         """The weights of the linear layers under an attention module, by full name."""
@@ -106,11 +108,10 @@ def read_architecture(path: Path) -> Architecture:
     """The architecture of the checkpoint in ``path``. Raises :class:`CheckpointError`."""
     raw = _read_config(path)
     name = str((raw.get("architectures") or [raw.get("model_type")])[0])
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = dict(quantization).get("quant_method", "an unnamed format")
+    method = quantization_method(raw)
+    if method not in {"", MXFP4}:
         raise CheckpointError(
-            f"{path} is already quantized ({method}), which is not supported yet; pack the "
+            f"{path} is already quantized ({method}), and only MXFP4 is supported; pack the "
             "16-bit checkpoint of the model."
         )
     try:
@@ -146,6 +147,7 @@ def read_architecture(path: Path) -> Architecture:
         model_type=str(config.model_type),
         model=model,
         experts=tuple(sorted(experts, key=lambda module: module.layer)),
+        is_mxfp4=method == MXFP4,
     )
 
 

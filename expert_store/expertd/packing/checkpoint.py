@@ -5,7 +5,8 @@ would do when it loads the model: its conversion mapping (``transformers.convers
 internal; the range of versions in pyproject is the tested one) names the checkpoint's tensors
 of each fused parameter and the operations from one to the other. These are applied to one
 expert's slice. So per-expert tensors (Mixtral's w1, w2, w3), fused ones (GPT-OSS, GraniteMoE)
-and renamed modules need no code here.
+and renamed modules need no code here. What comes in MXFP4 (:mod:`expertd.packing.mxfp4`) is read
+as it is.
 """
 
 import os
@@ -28,10 +29,12 @@ from transformers.core_model_loading import (
 )
 
 from expertd.errors import CheckpointError
+from expertd.pack.layout import MXFP4_GROUP_SIZE
 from expertd.pack.manifest import GateOrder
 from expertd.pack.tensor_file import read_fully
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.codec import TORCH_DTYPES
+from expertd.packing.mxfp4 import BITS_PER_WEIGHT, BLOCKS, SCALES, Mxfp4Weight
 from expertd.packing.source import SourceTensor, find_tensors, fingerprint
 
 
@@ -39,8 +42,8 @@ from expertd.packing.source import SourceTensor, find_tensors, fingerprint
 class ExpertTensors:
     """One expert in the order of a record: gate rows before up rows, [out, in]."""
 
-    gate_up: Tensor  # [2I, H]
-    down: Tensor  # [H, I]
+    gate_up: Tensor | Mxfp4Weight  # [2I, H]
+    down: Tensor | Mxfp4Weight  # [H, I]
     gate_up_bias: Tensor | None  # [2I]
     down_bias: Tensor | None  # [H]
 
@@ -54,7 +57,13 @@ class _Parameter:
     """[num_experts, ...], as the model has it."""
     converter: WeightConverter | None = None
     sources: dict[str, list[SourceTensor]] = field(default_factory=dict)
-    """By the converter's source pattern; in the experts' order, or one tensor of all."""
+    """By the converter's source pattern; in the experts' order, or one tensor of all. Of what is
+    MXFP4, by the ends of the tensors' names."""
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether it comes as blocks and scales."""
+        return BLOCKS in self.sources
 
     def is_fused(self, pattern: str) -> bool:
         """Whether the checkpoint has one tensor of all experts."""
@@ -81,11 +90,12 @@ class Checkpoint:
         self._sort(tensors)
         for module in self.architecture.experts:
             self._check(module)
-        first = self._parameters[self.architecture.experts[0].parameter("gate_up_proj")]
-        source_dtype = next(iter(first.sources.values()))[0].entry.dtype
+        source_dtype = self._source_dtype()
         self.is_float32 = source_dtype not in {"BF16", "F16"}
         self.dtype = "BF16" if self.is_float32 else source_dtype
         """Of the model's 16-bit weights, in safetensors' names; float32 becomes BF16."""
+        self.expert_bits = BITS_PER_WEIGHT if self.architecture.is_mxfp4 else 16.0
+        """Size of an expert's weights in the checkpoint, about: one in float32 is twice that."""
 
     def __enter__(self) -> Self:
         return self
@@ -108,25 +118,47 @@ class Checkpoint:
         return self._read_slice(tensor, 0, tensor.entry.num_bytes).view(tensor.entry.shape)
 
     def expert(self, module: ExpertsModule, expert: int) -> ExpertTensors:
-        """One expert's weights in :attr:`dtype`. Raises :class:`CheckpointError`."""
-        tensors: dict[str, Tensor | None] = {}
-        for leaf in ("gate_up_proj", "down_proj"):
-            weight = self._slice_parameter(module.parameter(leaf), expert)
-            bias = (
-                self._slice_parameter(module.parameter(f"{leaf}_bias"), expert)
-                if module.has_bias
-                else None
+        """One expert's weights in :attr:`dtype`, or as MXFP4 if that is what they are.
+
+        Raises :class:`CheckpointError`.
+        """
+        biases: list[Tensor | None] = [None, None]
+        if module.has_bias:
+            interleaved = module.gate_order is GateOrder.INTERLEAVED
+            gate_up, down = (
+                self._slice_parameter(module.parameter(f"{leaf}_proj_bias"), expert)
+                for leaf in ("gate_up", "down")
             )
-            if module.is_transposed:
-                weight = weight.T
-            if leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED:
-                weight = torch.cat((weight[0::2], weight[1::2]))
-                bias = None if bias is None else torch.cat((bias[0::2], bias[1::2]))
-            tensors[leaf], tensors[f"{leaf}_bias"] = weight.contiguous(), bias
-        gate_up, down = tensors["gate_up_proj"], tensors["down_proj"]
-        if gate_up is None or down is None:
-            raise AssertionError
-        return ExpertTensors(gate_up, down, tensors["gate_up_proj_bias"], tensors["down_proj_bias"])
+            biases = [_gate_rows_first(gate_up) if interleaved else gate_up, down]
+        return ExpertTensors(
+            self._weight(module, "gate_up_proj", expert),
+            self._weight(module, "down_proj", expert),
+            *biases,
+        )
+
+    def _weight(self, module: ExpertsModule, leaf: str, expert: int) -> Tensor | Mxfp4Weight:
+        """The expert's matrix [out, in], gate rows first."""
+        name = module.parameter(leaf)
+        interleaved = leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED
+        order = _gate_rows_first if interleaved else Tensor.contiguous
+        parameter = self._parameters[name]
+        if parameter.is_mxfp4:
+            blocks, scales = (
+                self._slice_fused(parameter.sources[end][0], expert) for end in (BLOCKS, SCALES)
+            )
+            return Mxfp4Weight.from_blocks(order(blocks), order(scales))
+        weight = self._slice_parameter(name, expert)
+        return order(weight.T if module.is_transposed else weight)
+
+    def _source_dtype(self) -> str:
+        """The type of the experts' weights, or of their biases where they are MXFP4."""
+        first = self.architecture.experts[0]
+        names = first.parameters()
+        if self._parameters[names[0]].is_mxfp4:
+            if not first.has_bias:
+                return "BF16"
+            names = names[2:]
+        return next(iter(self._parameters[names[0]].sources.values()))[0].entry.dtype
 
     def _sort(self, tensors: Sequence[SourceTensor]) -> None:
         """Finds for each tensor the parameter that it belongs to."""
@@ -141,16 +173,19 @@ class Checkpoint:
         # In transformers' own order, which its lazily activated renamings depend on.
         for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
             prefix = model.base_model_prefix
-            name, pattern = rename_source_key(tensor.name, renamings, converters, prefix, state)
-            if name not in state and tensor.name in state:
-                name, pattern = rename_source_key(tensor.name, [], [], prefix, state)
+            stem, end = tensor.name, ""
+            if self.architecture.is_mxfp4:
+                stem, end = _split_end(stem)
+            name, pattern = rename_source_key(stem, renamings, converters, prefix, state)
+            if name not in state and stem in state:
+                name, pattern = rename_source_key(stem, [], [], prefix, state)
             if name in experts:
                 parameter = self._parameters.setdefault(
                     name, _Parameter(name, tuple(state[name].shape))
                 )
                 parameter.converter = by_pattern[pattern] if pattern else None
-                parameter.sources.setdefault(pattern or "", []).append(tensor)
-            elif name in state:
+                parameter.sources.setdefault(end or pattern or "", []).append(tensor)
+            elif name in state and not end:
                 if not pattern:
                     _check_shape(tensor, tuple(state[name].shape))
                 self.trunk.append(("" if pattern else name, tensor))
@@ -173,6 +208,9 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path} lacks the weights of {name}; download the checkpoint again."
                 )
+            if self.architecture.is_mxfp4 and not name.endswith("_bias"):
+                self._check_mxfp4(parameter, module)
+                continue
             patterns = parameter.converter.source_patterns if parameter.converter else [""]
             for pattern in patterns:
                 sources = parameter.sources.get(pattern, [])
@@ -181,16 +219,26 @@ class Checkpoint:
                 else:
                     _check_each_expert(self.path, sources, module, pattern)
 
+    def _check_mxfp4(self, parameter: _Parameter, module: ExpertsModule) -> None:
+        rows, columns = parameter.shape[1:]
+        if module.is_transposed:  # the parameter, not its blocks
+            rows, columns = columns, rows
+        groups = (module.num_experts, rows, columns // MXFP4_GROUP_SIZE)
+        for end, shape in ((BLOCKS, (*groups, MXFP4_GROUP_SIZE // 2)), (SCALES, groups)):
+            sources = parameter.sources.get(end)
+            if not sources:
+                raise CheckpointError(
+                    f"{self.path} lacks {parameter.name}{end}; download the checkpoint again."
+                )
+            _check_shape(sources[0], shape)
+
     def _slice_parameter(self, name: str, expert: int) -> Tensor:
         """The expert's slice of the module's parameter, in :attr:`dtype`."""
         parameter = self._parameters[name]
         slices: dict[str, list[Tensor]] = {}
         for pattern, sources in parameter.sources.items():
             if parameter.is_fused(pattern):
-                entry = sources[0].entry
-                num_bytes = entry.num_bytes // entry.shape[0]
-                data = self._read_slice(sources[0], expert * num_bytes, num_bytes)
-                slices[pattern] = [data.view(1, *entry.shape[1:])]
+                slices[pattern] = [self._slice_fused(sources[0], expert)[None]]
             else:
                 slices[pattern] = [self.read(sources[expert])]
         if parameter.converter is None:
@@ -203,6 +251,12 @@ class Checkpoint:
                 f"and its config.json asks for {list(parameter.shape[1:])}; download it again."
             )
         return result[0].to(TORCH_DTYPES[self.dtype])
+
+    def _slice_fused(self, tensor: SourceTensor, expert: int) -> Tensor:
+        """One expert's piece of a tensor of all experts, in the tensor's dtype."""
+        shape = tensor.entry.shape
+        num_bytes = tensor.entry.num_bytes // shape[0]
+        return self._read_slice(tensor, expert * num_bytes, num_bytes).view(shape[1:])
 
     def _convert(
         self, converter: WeightConverter, name: str, slices: dict[str, list[Tensor]]
@@ -239,6 +293,19 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def _gate_rows_first(rows: Tensor) -> Tensor:
+    """Rows gate, up, gate, up ... become all gate rows, then all up rows."""
+    return torch.cat((rows[0::2], rows[1::2]))
+
+
+def _split_end(name: str) -> tuple[str, str]:
+    """A tensor's name without the end that tells MXFP4's blocks from its scales, and that end."""
+    for end in (BLOCKS, SCALES):
+        if name.endswith(end):
+            return name.removesuffix(end), end
+    return name, ""
 
 
 def _targets(name: str, converter: WeightConverter) -> set[str]:

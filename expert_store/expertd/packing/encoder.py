@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from expertd.errors import CheckpointError
+from expertd.pack.layout import Encoding, Matrix
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.codec import TORCH_DTYPES, record_parts
+from expertd.packing.mxfp4 import Mxfp4Weight
 from expertd.packing.plan import ExpertStep, Step, TrunkStep
 from expertd.packing.quantizer import quantize
 
@@ -34,20 +36,30 @@ def _encode_expert(step: ExpertStep, checkpoint: Checkpoint, *, optimize: bool) 
         (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
         (step.layout.matrix("down"), tensors.down, tensors.down_bias),
     ):
-        parts = {f"{matrix.name}.weight": weight}
-        if matrix.bits:
-            try:
-                parts = quantize(weight, matrix, optimize=optimize)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"Expert {step.expert} of layer {step.module.layer} cannot be quantized: "
-                    f"{error}."
-                ) from error
+        try:
+            parts = _parts(weight, matrix, TORCH_DTYPES[checkpoint.dtype], optimize=optimize)
+        except ValueError as error:
+            raise CheckpointError(
+                f"Expert {step.expert} of layer {step.module.layer} cannot be quantized: {error}."
+            ) from error
         if bias is not None:
             parts[f"{matrix.name}.bias"] = bias
         for name, values in parts.items():
             targets[name].copy_(values)
     return record
+
+
+def _parts(
+    weight: Tensor | Mxfp4Weight, matrix: Matrix, dtype: torch.dtype, *, optimize: bool
+) -> dict[str, Tensor]:
+    """The parts of ``matrix`` by name. Raises ValueError if ``weight`` cannot be written so."""
+    if isinstance(weight, Mxfp4Weight):
+        if matrix.encoding is Encoding.MXFP4:
+            return weight.parts(matrix.name)
+        weight = weight.dequantize(dtype)
+    if matrix.encoding is Encoding.PLAIN:
+        return {f"{matrix.name}.weight": weight}
+    return quantize(weight, matrix, optimize=optimize)
 
 
 def _bytes(tensors: list[Tensor]) -> bytearray:

@@ -30,13 +30,14 @@ from expertd.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.encoder import encode_step
 from expertd.packing.journal import Journal
+from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.plan import (
     MAX_FILE_BYTES,
     Plan,
     make_manifest,
     make_plan,
 )
-from expertd.packing.schemes import Scheme
+from expertd.packing.schemes import MXFP4, Scheme
 
 PARTIAL_SUFFIX = ".partial"
 COMMIT_SECONDS = 1.0
@@ -111,6 +112,11 @@ def pack(
             on_notice(
                 f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "
                 f"place for are left out, such as {checkpoint.unused[0]}."
+            )
+        if checkpoint.architecture.is_mxfp4 and request.scheme.experts != MXFP4:
+            on_notice(
+                f"The experts come in MXFP4, {BITS_PER_WEIGHT} bits per weight, and are made "
+                f"{request.scheme.experts} of that; --experts mxfp4 keeps them as they are."
             )
         plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
         if plan.misfits:

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from expertd.errors import CheckpointError
-from expertd.pack.layout import DTYPE_BYTES, Matrix, RecordLayout, matrix_parts, record_layout
+from expertd.pack.layout import (
+    DTYPE_BYTES,
+    Encoding,
+    Matrix,
+    RecordLayout,
+    matrix_parts,
+    record_layout,
+)
 from expertd.pack.manifest import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -101,7 +108,8 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_
         )
         offset = len(header)
         for module, expert, layout in group:
-            source_bytes = 3 * 2 * module.hidden_size * module.intermediate_size
+            num_weights = 3 * module.hidden_size * module.intermediate_size
+            source_bytes = int(num_weights * checkpoint.expert_bits / 8)
             steps.append(ExpertStep(module, expert, layout, len(files), offset, source_bytes))
             offset += layout.record_bytes
         files.append(PlannedFile(f"experts-{len(files):05d}.safetensors", header, offset))
@@ -154,6 +162,11 @@ def make_manifest(
 
 def _layout(checkpoint: Checkpoint, module: ExpertsModule, precision: Precision) -> RecordLayout:
     hidden, intermediate = module.hidden_size, module.intermediate_size
+    if precision.encoding is Encoding.MXFP4 and not checkpoint.architecture.is_mxfp4:
+        raise CheckpointError(
+            f"{checkpoint.path} does not have its experts in MXFP4, and nothing else is made it; "
+            "choose another scheme, such as 4bit."
+        )
     try:
         matrices = (
             precision.matrix("gate_up", 2 * intermediate, hidden),

@@ -6,7 +6,10 @@ attention in 4, and embeddings, routers, norms and the output head in 16.
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from expertd.errors import ConfigError
 from expertd.pack.layout import (
@@ -16,6 +19,7 @@ from expertd.pack.layout import (
     Encoding,
     Matrix,
 )
+from expertd.packing.source import CONFIG_NAME, quantization_method
 
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
@@ -102,6 +106,7 @@ SCHEMES = {
             dense=Precision(4, 64),
             head=Precision(8, 128),
         ),
+        Scheme("mxfp4", MXFP4, PLAIN),
         Scheme(
             "paper-3bit",
             Precision(3, 64, META_GROUP_SIZE),
@@ -114,6 +119,18 @@ SCHEMES = {
         ),
     )
 }
+
+
+def default_scheme(checkpoint: Path) -> str:
+    """The name of the scheme for who names none: what comes in MXFP4 is left alone.
+
+    Whether ``checkpoint`` is one at all is for others to say.
+    """
+    try:
+        config = msgspec.json.decode((checkpoint / CONFIG_NAME).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        config = {}
+    return str(MXFP4) if quantization_method(config) == str(MXFP4) else "4bit"
 
 
 def parse_precision(text: str) -> Precision:
@@ -148,7 +165,7 @@ def choose_scheme(
     scheme = SCHEMES[name]
     for part, text in zip(PARTS, (experts, attention, dense, head), strict=True):
         if text is not None:
-            precision = parse_precision(text)
+            precision = MXFP4 if part == "experts" and text == str(MXFP4) else parse_precision(text)
             changes: dict[str, Any] = {part: precision, "name": f"{scheme.name} {part}={precision}"}
             scheme = replace(scheme, **changes)
     return scheme

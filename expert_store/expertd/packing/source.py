@@ -1,8 +1,9 @@
 """Which tensors a checkpoint's files hold, by their headers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
@@ -10,6 +11,7 @@ import xxhash
 from expertd.errors import CheckpointError
 from expertd.pack.tensor_file import TensorEntry, read_header
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -25,6 +27,15 @@ class SourceTensor:
     def name(self) -> str:
         """The checkpoint's name of it."""
         return self.entry.name
+
+
+def quantization_method(config: Mapping[str, Any]) -> str:
+    """How the checkpoint of that configuration is quantized already; empty if it is not."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return ""
+    named = isinstance(quantization, dict) and quantization.get("quant_method")
+    return str(named or "an unnamed format")
 
 
 class _Index(msgspec.Struct):
@@ -72,7 +83,7 @@ def find_tensors(path: Path) -> list[SourceTensor]:
 
 def fingerprint(path: Path, tensors: Sequence[SourceTensor]) -> str:
     """Changes when the configuration, or the size, time or header of a weight file does."""
-    state = xxhash.xxh3_64((path / "config.json").read_bytes())
+    state = xxhash.xxh3_64((path / CONFIG_NAME).read_bytes())
     for file in sorted({tensor.file for tensor in tensors}):
         stat = file.stat()
         state.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())

@@ -267,16 +267,6 @@ def test_architectures_without_the_seam(
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq"])
-def test_quantized_checkpoints(tmp_path: Path, checkpoint_of: MakeCheckpoint, method: str) -> None:
-    shutil.copy(checkpoint_of("gpt_oss") / "config.json", tmp_path)
-    write_config(tmp_path, quantization_config={"quant_method": method})
-    with pytest.raises(
-        CheckpointError, match=rf"already quantized \({method}\).*not supported yet"
-    ):
-        Checkpoint(tmp_path)
-
-
 def test_types_that_cannot_be_packed(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
     path = edited(
         checkpoint_of("mixtral"),
