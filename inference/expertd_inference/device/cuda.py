@@ -1,0 +1,328 @@
+"""A CUDA device: its copy stream, its events, and the arena registered with its driver."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor
+
+from expertd.errors import DeviceError, DeviceLostError, DeviceMemoryError, ExpertdError
+from expertd.sizes import format_bytes
+from expertd_inference.device.cudart import Cudart, Runtime
+from expertd_inference.device.device import CopyMode, Event, HostMemory
+from expertd_inference.device.registration import (
+    RefusedError,
+    Registration,
+    check,
+    explain_refusal,
+)
+from expertd_inference.device.staging import BUFFER_BYTES, NUM_BUFFERS, StagingRing
+from expertd_inference.kernels.reference import ExpertsSpec
+
+_ALIGNMENT = 64
+_LOST = (
+    "look at the host's log (dmesg, nvidia-smi) for why, then start this worker again, or one "
+    "without --device."
+)
+
+
+class CudaEvent:
+    """A moment on one of the device's streams."""
+
+    def __init__(self, device: "CudaDevice", stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record(stream)
+        self._device = device
+
+    @property
+    def done(self) -> bool:
+        """Whether it has come to pass."""
+        with self._device.translating():
+            return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Has the host wait."""
+        if not self.done:
+            self._device.num_syncs += 1
+            with self._device.translating():
+                self.event.synchronize()
+
+
+class CudaMemory:
+    """A range of host memory, registered or else staged, until :meth:`close`."""
+
+    def __init__(
+        self, address: int, num_bytes: int, registration: Registration | None, reason: str = ""
+    ) -> None:
+        self.address, self.num_bytes = address, num_bytes
+        self.registration = registration
+        self.reason = reason
+        """Why it is staged; empty if it is not."""
+
+    def __repr__(self) -> str:
+        return f"<CudaMemory {self.mode} {format_bytes(self.num_bytes)}>"
+
+    @property
+    def mode(self) -> CopyMode:
+        """How it is read."""
+        return CopyMode.STAGED if self.registration is None else CopyMode.REGISTERED
+
+    @property
+    def device_address(self) -> int:
+        """Where kernels read it; 0 if they cannot."""
+        return 0 if self.registration is None else self.registration.device_address
+
+    def close(self) -> None:
+        """Before it is unmapped."""
+        if self.registration is not None:
+            self.registration.close()
+
+
+class CudaDevice:
+    """:class:`~expertd_inference.device.device.Device` for ``cuda:N``.
+
+    ``say`` is told once, in one sentence, if memory cannot be registered. ``staged``: do not even
+    try. Raises DeviceError if there is no such device.
+    """
+
+    def __init__(
+        self,
+        name: str = "cuda:0",
+        *,
+        say: Callable[[str], None] | None = None,
+        staged: bool = False,
+        runtime: Runtime | None = None,
+    ) -> None:
+        self.torch_device = _device(name)
+        self.name = str(self.torch_device)
+        self.num_syncs = 0
+        self.runtime: Runtime = runtime or Cudart()
+        self._index = self.torch_device.index
+        self._say = say or _say_on_stderr
+        self._staged = staged
+        with self.translating():
+            torch.cuda.set_device(self.torch_device)
+            self.copy_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._ring: StagingRing | None = None
+        self._ring_memory: Tensor | None = None
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._memories: list[CudaMemory] = []
+
+    def __repr__(self) -> str:
+        return f"<CudaDevice {self.name} {self._memories}>"
+
+    @property
+    def compute_stream(self) -> torch.cuda.Stream:
+        """Where the model's work goes: whichever stream is current."""
+        return torch.cuda.current_stream(self.torch_device)
+
+    def free_bytes(self) -> int:
+        """What the driver has left, and what torch keeps for later."""
+        with self.translating():
+            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            reserved = torch.cuda.memory_reserved(self.torch_device)
+            return int(free) + reserved - torch.cuda.memory_allocated(self.torch_device)
+
+    def allocate(self, num_slots: int, slot_bytes: int) -> Tensor:
+        """Slots of undefined content."""
+        try:
+            return torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{self.name} has {format_bytes(self.free_bytes())} free, and a cache of "
+                f"{format_bytes(num_slots * slot_bytes)} was asked for; give a smaller "
+                "--cache-bytes, or end what else uses the GPU."
+            ) from error
+        except Exception as error:
+            raise self._translated(error) from error
+
+    def register(self, address: int, num_bytes: int) -> CudaMemory:
+        """Registered if the driver allows it."""
+        memory = self._register(address, num_bytes)
+        if memory.reason:
+            self._say(explain_refusal(memory.reason, num_bytes))
+        self._memories.append(memory)
+        return memory
+
+    def copy(
+        self,
+        memory: HostMemory,
+        offset: int,
+        num_bytes: int,
+        slot: Tensor,
+        after: Sequence[Event] = (),
+    ) -> CudaEvent:
+        """On the copy stream; returns once it is queued, or for staged memory once it is read."""
+        assert isinstance(memory, CudaMemory)
+        with self.translating():
+            for event in after:
+                assert isinstance(event, CudaEvent)
+                self.copy_stream.wait_event(event.event)
+            target, source = slot.data_ptr(), memory.address + offset
+            if memory.registration is None:
+                self._staging().copy(target, source, num_bytes)
+            else:
+                for start, size in memory.registration.pieces(offset, num_bytes):
+                    self._send(target + start - offset, memory.address + start, size)
+            return CudaEvent(self, self.copy_stream)
+
+    def mark(self) -> CudaEvent:
+        """The end of the current stream."""
+        with self.translating():
+            return CudaEvent(self, self.compute_stream)
+
+    def wait_for(self, event: Event) -> None:
+        """The current stream waits."""
+        assert isinstance(event, CudaEvent)
+        with self.translating():
+            self.compute_stream.wait_event(event.event)
+
+    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """By way of one pinned buffer; one wait for all of them."""
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        with self.translating():
+            if end > self._pinned.nbytes:
+                self._pinned = torch.empty(max(4096, end), dtype=torch.uint8, pin_memory=True)
+            views = []
+            for start, tensor in zip(starts, tensors, strict=True):
+                view = self._pinned[start : start + tensor.nbytes].view(tensor.dtype)
+                views.append(view.view(tensor.shape))
+                views[-1].copy_(tensor, non_blocking=True)
+            self.num_syncs += 1
+            self.compute_stream.synchronize()
+            return tuple(view.clone() for view in views)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """By way of pinned memory, which torch keeps until the copy is done."""
+        with self.translating():
+            return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def fill_slots_cached(
+        self,
+        slots: Tensor,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        cache: Tensor,
+        slot_of: Tensor,
+        spec: ExpertsSpec,
+    ) -> None:
+        """By the Triton kernels."""
+        # Here: Triton takes a second to import, and a machine without a GPU need not have it.
+        from expertd_inference.kernels.triton_experts import (  # type: ignore[import-not-found,unused-ignore]
+            fill_slots_cached,
+        )
+
+        with self.translating():
+            fill_slots_cached(
+                slots, hidden, top_k_index, top_k_weights, cache=cache, slot_of=slot_of, spec=spec
+            )
+
+    def clock(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def explain(self, error: BaseException) -> ExpertdError | None:
+        """Out of memory, and everything that CUDA calls an error."""
+        if isinstance(error, ExpertdError):
+            return error
+        if isinstance(error, torch.OutOfMemoryError):
+            return DeviceMemoryError(
+                f"{self.name} is out of memory with {self._free()} left; give a smaller "
+                "--cache-bytes, or a shorter prompt."
+            )
+        text = str(error)
+        if isinstance(error, RuntimeError) and ("CUDA" in text or "cuda" in text):
+            return DeviceLostError(
+                f"{self.name} does not answer any more ({text.splitlines()[0]}); {_LOST}"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for the copies, and unregisters what is still registered."""
+        # A lost device copies nothing any more, and has nothing to let go of.
+        with suppress(RuntimeError):
+            self.copy_stream.synchronize()
+        memories, self._memories = self._memories, []
+        for memory in memories:
+            memory.close()
+        if self._ring is not None:
+            self._ring.close()
+        self._ring = self._ring_memory = None
+
+    @contextmanager
+    def translating(self) -> Iterator[None]:
+        """Errors of torch's about this device become ours."""
+        try:
+            yield
+        except ExpertdError:
+            raise
+        except Exception as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> Exception:
+        return self.explain(error) or error
+
+    def _register(self, address: int, num_bytes: int) -> CudaMemory:
+        if self._staged:
+            return CudaMemory(address, num_bytes, None)
+        try:
+            registration = Registration(self.runtime, self._index, address, num_bytes)
+        except RefusedError as refused:
+            return CudaMemory(address, num_bytes, None, str(refused))
+        return CudaMemory(address, num_bytes, registration)
+
+    def _send(self, target: int, source: int, num_bytes: int) -> None:
+        code = self.runtime.copy_to_device(target, source, num_bytes, self.copy_stream.cuda_stream)
+        if code:
+            self.runtime.last_error()
+            check(self.runtime, code, "copying an expert", lost=True)
+
+    def _staging(self) -> StagingRing:
+        if self._ring is None:
+            self._ring_memory = torch.empty(
+                (NUM_BUFFERS, BUFFER_BYTES), dtype=torch.uint8, pin_memory=True
+            )
+            self._ring = StagingRing(
+                [buffer.data_ptr() for buffer in self._ring_memory],
+                BUFFER_BYTES,
+                self._send,
+                lambda: CudaEvent(self, self.copy_stream),
+            )
+        return self._ring
+
+    def _free(self) -> str:
+        try:
+            return format_bytes(torch.cuda.mem_get_info(self.torch_device)[0])
+        except RuntimeError:
+            return "nothing"
+
+
+def _device(name: str) -> torch.device:
+    """``cuda`` or ``cuda:N``, checked."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"{name} is no device; give cuda or cuda:N.") from error
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise DeviceError(
+            f"There is no CUDA device for {name} here; leave out --device to compute on the CPU, "
+            "or install a torch built for CUDA and the driver."
+        )
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"There is no {name}; this host has {torch.cuda.device_count()} CUDA devices."
+        )
+    return torch.device("cuda", index)
+
+
+def _say_on_stderr(message: str) -> None:
+    sys.stderr.write(f"expert-run: {message}\n")
+    sys.stderr.flush()
