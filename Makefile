@@ -8,6 +8,7 @@
 #   make proto   regenerate the protobuf code
 #   make bench   all benchmarks
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
+#   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
@@ -20,7 +21,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy proto bench bench-store soak train ci clean
+.PHONY: setup native demo test check check-deploy proto bench bench-store bench-quantize soak train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -66,6 +67,9 @@ bench: bench-store
 
 bench-store: setup
 	@$(BIN)/python -m bench.store
+
+bench-quantize: setup
+	@$(BIN)/python -m bench.quantize
 
 SECONDS ?= 3600
 soak: setup

@@ -1,69 +1,85 @@
 """The bytes of one step: a record, or a tensor of the trunk."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from expertd.errors import CheckpointError
-from expertd.pack.layout import Encoding, Matrix
+from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, matrix_parts
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.codec import TORCH_DTYPES, record_parts
 from expertd.packing.mxfp4 import Mxfp4Weight
 from expertd.packing.plan import ExpertStep, Step, TrunkStep
-from expertd.packing.quantizer import quantize
+from expertd.packing.quantizer import quantize_to
+from expertd.packing.solver import Solver
 
 
-def encode_step(step: Step, checkpoint: Checkpoint, *, optimize: bool) -> bytearray:
-    """The bytes that a step writes: a padded record, or a tensor of the trunk.
+@dataclass(frozen=True)
+class Encoder:
+    """Reads and quantizes the steps of a packing."""
 
-    Raises :class:`CheckpointError`.
-    """
-    if isinstance(step, TrunkStep):
-        tensor = checkpoint.read(step.source)
+    checkpoint: Checkpoint
+    solver: Solver
+    optimize: bool
+
+    def encode(self, step: Step) -> bytearray:
+        """The bytes that a step writes: a padded record, or a tensor of the trunk.
+
+        Raises :class:`CheckpointError`.
+        """
+        return self._tensor(step) if isinstance(step, TrunkStep) else self._expert(step)
+
+    def _tensor(self, step: TrunkStep) -> bytearray:
+        tensor = self.checkpoint.read(step.source)
         if step.matrix is None:
-            return _bytes([tensor.to(TORCH_DTYPES[step.dtype])])
+            tensor = tensor.to(TORCH_DTYPES[step.dtype])
+            return bytearray(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        pieces = matrix_parts(step.matrix, step.dtype)
+        sizes = [math.prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in pieces]
+        data = bytearray(sum(sizes))
+        parts, offset = {}, 0
+        for (name, shape, dtype), num_bytes in zip(pieces, sizes, strict=True):
+            view = memoryview(data)[offset : offset + num_bytes]
+            parts[name] = torch.frombuffer(view, dtype=TORCH_DTYPES[dtype]).view(shape)
+            offset += num_bytes
+        self._write(parts, tensor, step.matrix, str(step.source.file))
+        return data
+
+    def _expert(self, step: ExpertStep) -> bytearray:
+        tensors = self.checkpoint.expert(step.module, step.expert)
+        record = bytearray(step.layout.record_bytes)
+        parts = record_parts(record, step.layout)
+        for matrix, weight, bias in (
+            (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
+            (step.layout.matrix("down"), tensors.down, tensors.down_bias),
+        ):
+            what = f"Expert {step.expert} of layer {step.module.layer}"
+            self._write(parts, weight, matrix, what)
+            if bias is not None:
+                parts[f"{matrix.name}.bias"].copy_(bias)
+        return record
+
+    def _write(
+        self,
+        parts: Mapping[str, Tensor],
+        weight: Tensor | Mxfp4Weight,
+        matrix: Matrix,
+        what: str,
+    ) -> None:
+        """Fills the parts of ``matrix``; ``what`` names it in an error."""
         try:
-            return _bytes(list(quantize(tensor, step.matrix, optimize=optimize).values()))
+            if isinstance(weight, Mxfp4Weight):
+                if matrix.encoding is Encoding.MXFP4:
+                    for name, values in weight.parts(matrix.name).items():
+                        parts[name].copy_(values)
+                    return
+                weight = weight.dequantize(TORCH_DTYPES[self.checkpoint.dtype])
+            if matrix.encoding is Encoding.PLAIN:
+                parts[f"{matrix.name}.weight"].copy_(weight)
+            else:
+                quantize_to(parts, weight, matrix, optimize=self.optimize, solver=self.solver)
         except ValueError as error:
-            raise CheckpointError(f"{step.source.file} cannot be quantized: {error}.") from error
-    return _encode_expert(step, checkpoint, optimize=optimize)
-
-
-def _encode_expert(step: ExpertStep, checkpoint: Checkpoint, *, optimize: bool) -> bytearray:
-    tensors = checkpoint.expert(step.module, step.expert)
-    record = bytearray(step.layout.record_bytes)
-    targets = record_parts(record, step.layout)
-    for matrix, weight, bias in (
-        (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
-        (step.layout.matrix("down"), tensors.down, tensors.down_bias),
-    ):
-        try:
-            parts = _parts(weight, matrix, TORCH_DTYPES[checkpoint.dtype], optimize=optimize)
-        except ValueError as error:
-            raise CheckpointError(
-                f"Expert {step.expert} of layer {step.module.layer} cannot be quantized: {error}."
-            ) from error
-        if bias is not None:
-            parts[f"{matrix.name}.bias"] = bias
-        for name, values in parts.items():
-            targets[name].copy_(values)
-    return record
-
-
-def _parts(
-    weight: Tensor | Mxfp4Weight, matrix: Matrix, dtype: torch.dtype, *, optimize: bool
-) -> dict[str, Tensor]:
-    """The parts of ``matrix`` by name. Raises ValueError if ``weight`` cannot be written so."""
-    if isinstance(weight, Mxfp4Weight):
-        if matrix.encoding is Encoding.MXFP4:
-            return weight.parts(matrix.name)
-        weight = weight.dequantize(dtype)
-    if matrix.encoding is Encoding.PLAIN:
-        return {f"{matrix.name}.weight": weight}
-    return quantize(weight, matrix, optimize=optimize)
-
-
-def _bytes(tensors: list[Tensor]) -> bytearray:
-    data = bytearray()
-    for tensor in tensors:
-        data += tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-    return data
+            raise CheckpointError(f"{what} cannot be quantized: {error}.") from error

@@ -26,9 +26,10 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import expertd
 from expertd.errors import CheckpointError, PackError
+from expertd.pack.layout import Encoding
 from expertd.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.encoder import encode_step
+from expertd.packing.encoder import Encoder
 from expertd.packing.journal import Journal
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.plan import (
@@ -37,7 +38,8 @@ from expertd.packing.plan import (
     make_manifest,
     make_plan,
 )
-from expertd.packing.schemes import MXFP4, Scheme
+from expertd.packing.schemes import MXFP4, PARTS, Scheme
+from expertd.packing.solver import Solver, choose_solver
 
 PARTIAL_SUFFIX = ".partial"
 COMMIT_SECONDS = 1.0
@@ -82,6 +84,8 @@ class Request:
     destination: Path
     scheme: Scheme
     optimize: bool = True
+    device: str = "cpu"
+    """Where the weights are quantized: cpu, cuda or cuda:N."""
     force: bool = False
     """Replace the pack at ``destination``."""
     max_file_bytes: int = MAX_FILE_BYTES
@@ -96,18 +100,21 @@ def pack(
 ) -> None:
     """Makes the pack at ``request.destination``.
 
-    ``on_notice`` gets sentences for the user: resumed, begun anew, tensors left out.
-    Raises :class:`CheckpointError` and :class:`PackError`.
+    ``on_notice`` gets sentences for the user: resumed, begun anew, tensors left out. Raises
+    :class:`CheckpointError` and :class:`PackError`; ConfigError and PreconditionError for a device.
     """
+    choice = choose_solver(request.device)
     destination = request.destination
     partial = destination.parent / (destination.name + PARTIAL_SUFFIX)
     with Checkpoint(request.source) as checkpoint:
-        key = _key(request, checkpoint)
+        key = _key(request, checkpoint, choice.solver)
         if _was_completed(destination, partial, key):
             on_notice(f"{destination} was complete already.")
             shutil.rmtree(partial)
             return
         _check_destination(request)
+        if choice.drawback and request.optimize and _quantizes(request.scheme):
+            on_notice(choice.drawback)
         if checkpoint.unused:
             on_notice(
                 f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "
@@ -131,7 +138,8 @@ def pack(
             with Journal(partial / "journal", key) as journal:
                 try:
                     _prepare(plan, partial, journal, on_notice)
-                    _run_steps(plan, checkpoint, request, partial, journal, on_progress)
+                    encoder = Encoder(checkpoint, choice.solver, request.optimize)
+                    _run_steps(plan, encoder, partial, journal, on_progress)
                     _finish(plan, checkpoint, request, partial, journal)
                 except CheckpointError as error:
                     raise CheckpointError(f"{error} {_kept(journal, plan, partial)}") from error
@@ -168,7 +176,13 @@ def _check_partial(partial: Path) -> None:
             raise PackError(f"{partial} is needed for the work and holds other files; move them.")
 
 
-def _key(request: Request, checkpoint: Checkpoint) -> str:
+def _quantizes(scheme: Scheme) -> bool:
+    """Whether a solver has anything to do."""
+    precisions = [getattr(scheme, part) for part in PARTS]
+    return any(each.bits and each.encoding is Encoding.HQQ for each in precisions)
+
+
+def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
     """One line that is the same when the resulting bytes are."""
     return msgspec.json.encode(
         {
@@ -177,7 +191,7 @@ def _key(request: Request, checkpoint: Checkpoint) -> str:
             "optimize": request.optimize,
             "max_file_bytes": request.max_file_bytes,
             "format": FORMAT_VERSION,
-            "versions": [expertd.__version__, version("torch"), version("hqq")],
+            "versions": [expertd.__version__, version("torch"), solver.version],
         }
     ).decode()
 
@@ -207,8 +221,7 @@ def _prepare(plan: Plan, partial: Path, journal: Journal, notice: Callable[[str]
 
 def _run_steps(
     plan: Plan,
-    checkpoint: Checkpoint,
-    request: Request,
+    encoder: Encoder,
     partial: Path,
     journal: Journal,
     on_progress: Callable[[Progress], None],
@@ -228,7 +241,7 @@ def _run_steps(
             on_progress(
                 Progress(len(journal.done), len(plan.steps), done_bytes, total_bytes, resumed)
             )
-            data = encode_step(step, checkpoint, optimize=request.optimize)
+            data = encoder.encode(step)
             _write(fds[step.file], data, step.offset)
             dirty.add(fds[step.file])
             journal.add(index, xxh3_64_hexdigest(data))

@@ -1,92 +1,52 @@
-"""HQQ's decision on q, scale and zero, for one matrix.
+"""The parts of a quantized matrix: a solver's decision in the bytes of a pack."""
 
-Half-Quadratic Quantization (Badri & Shaji, 2023), as its authors' package ``hqq`` does it.
-"""
-
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Mapping
 
 import torch
-from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from expertd.pack.layout import Matrix
-from expertd.packing.codec import encode
-
-SOLVER_ELEMENTS = 1 << 16
-"""Weights that the solver gets at a time: its dozen temporaries then stay in a core's cache,
-and its stopping criterion is that of a few rows."""
+from expertd.pack.layout import Matrix, matrix_parts
+from expertd.packing.codec import TORCH_DTYPES
+from expertd.packing.solver import Solver, choose_solver
 
 
-def quantize(weight: Tensor, matrix: Matrix, *, optimize: bool) -> dict[str, Tensor]:
+def quantize(
+    weight: Tensor, matrix: Matrix, *, optimize: bool, solver: Solver | None = None
+) -> dict[str, Tensor]:
     """The parts of ``matrix`` for ``weight`` [out, in] (floating), by their full names.
 
-    ``optimize`` runs HQQ's solver; without it the groups' extremes decide, 10 to 20 times faster
-    and less exact. Equal input gives equal bytes, on any number of cores. Raises
-    ValueError if a weight is not finite or its group lies outside the range of fp16.
+    Raises ValueError if a weight is not finite or its group lies outside the range of fp16.
     """
-    # Rows in whole groups; HQQ's own grouping of axis 1 is then ours.
-    num_rows = max(1, SOLVER_ELEMENTS // matrix.in_features)
-    results = _solvers().map(
-        lambda rows: _solve(rows, matrix.bits, matrix.group_size, optimize=optimize),
-        torch.split(weight.to(torch.float32), num_rows),
-    )
-    q, scale, zero = (torch.cat(pieces) for pieces in zip(*results, strict=True))
-    parts = {f"{matrix.name}.q": encode(q, matrix.bits)}
-    groups = (matrix.out_features, matrix.in_features // matrix.group_size)
-    for name, values in ((f"{matrix.name}.scale", scale), (f"{matrix.name}.zero", zero)):
-        if matrix.meta_group_size:
-            parts |= _quantize_meta(name, values.view(groups), matrix.meta_group_size)
-        else:
-            parts[name] = _to_half(name, values.view(groups))
+    parts = {
+        name: torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+        for name, shape, dtype in matrix_parts(matrix, "")
+    }
+    quantize_to(parts, weight, matrix, optimize=optimize, solver=solver or choose_solver().solver)
     return parts
 
 
-@cache
-def _solvers() -> ThreadPoolExecutor:
-    """A thread per core, each computing alone.
+def quantize_to(
+    parts: Mapping[str, Tensor], weight: Tensor, matrix: Matrix, *, optimize: bool, solver: Solver
+) -> None:
+    """As :func:`quantize`, but writes ``parts``, which may be those of a record.
 
-    The solver is hundreds of small operations. Sharing each among all cores would mean a
-    barrier after every one, where the others spin while one is not scheduled: on two busy
-    cores that takes 5 to 30 times as long. And a sum then depends on the number of threads.
+    With ``optimize`` the solver looks for the best zeros; without it the groups' extremes
+    decide, faster and less exact.
     """
-    return ThreadPoolExecutor(
-        len(os.sched_getaffinity(0)), "expertd-quantizer", lambda: torch.set_num_threads(1)
-    )
+    results = solver.solve(weight, matrix, parts[f"{matrix.name}.q"], optimize=optimize)
+    for name, values in zip((f"{matrix.name}.scale", f"{matrix.name}.zero"), results, strict=True):
+        if not matrix.meta_group_size:
+            halves = parts[name]
+            halves.copy_(values)
+            _check(name, values, halves)
+            continue
+        q, scale, zero = solver.quantize_meta(values.view(-1), matrix.meta_group_size)
+        _check(name, values, scale, zero)
+        parts[f"{name}.q"].copy_(q.view(values.shape))
+        parts[f"{name}.scale"].copy_(scale)
+        parts[f"{name}.zero"].copy_(zero)
 
 
-def _solve(
-    weight: Tensor, bits: int, group_size: int, *, optimize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantized [rows, in] (uint8), scale and zero [rows * in / group_size] (float32)."""
-    q, meta = Quantizer.quantize(
-        weight,
-        nbits=bits,
-        group_size=group_size,
-        optimize=optimize,
-        axis=1,
-        bitpack=False,
-        device="cpu",
-    )
-    return q.view(weight.shape).to(torch.uint8), meta["scale"].view(-1), meta["zero"].view(-1)
-
-
-def _quantize_meta(name: str, values: Tensor, group_size: int) -> dict[str, Tensor]:
-    """8-bit parts of a scale or zero [out, groups], in groups over its flattened values."""
-    # HQQ takes a group that spans less than 1e-4 for constant. That is made for weights;
-    # scales are smaller, so they are brought near 1 first. A power of two costs no bits.
-    unit = torch.exp2(values.abs().max().clamp(min=1e-30).log2().ceil())
-    q, scale, zero = _solve((values / unit).view(1, -1), 8, group_size, optimize=False)
-    return {
-        f"{name}.q": q.view(values.shape),
-        f"{name}.scale": _to_half(name, scale * unit),
-        f"{name}.zero": _to_half(name, zero),
-    }
-
-
-def _to_half(name: str, values: Tensor) -> Tensor:
-    half = values.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
+def _check(name: str, *values: Tensor) -> None:
+    if not all(bool(torch.isfinite(part).all()) for part in values):
         raise ValueError(f"{name} is not finite in fp16: the weights are damaged or too large")
-    return half

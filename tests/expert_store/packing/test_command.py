@@ -95,6 +95,7 @@ def test_refusals_are_one_sentence(checkpoint_of: MakeCheckpoint, tmp_path: Path
         (("pack", source, tmp_path / "p", "--scheme", "q4"), ConfigError),
         (("pack", source, tmp_path / "p", "--experts", "4"), ConfigError),
         (("pack", source, tmp_path / "absent/p"), ConfigError),
+        (("pack", source, tmp_path / "p", "--device", "tpu"), ConfigError),
         (("pack", source, tmp_path), PackError),
         (("pack", tmp_path, tmp_path / "p"), CheckpointError),
         (("verify", tmp_path), PackError),
@@ -116,5 +117,12 @@ def test_seconds_are_readable(seconds: float, text: str) -> None:
 
 def test_help_teaches() -> None:
     text = run("pack", "--help").stdout
-    for words in ("paper-2bit", "Example:", "--experts", "goes on where it was"):
+    for words in (
+        "paper-2bit",
+        "4bit-fast",
+        "Example:",
+        "--experts",
+        "--device",
+        "goes on where it was",
+    ):
         assert words in text

@@ -83,9 +83,13 @@ def test_a_killed_packing_goes_on(
         assert not notices
 
 
-@pytest.mark.parametrize("change", ["scheme", "optimize", "source", "size"])
+@pytest.mark.parametrize("change", ["scheme", "optimize", "source", "size", "solver"])
 def test_another_packing_begins_anew(
-    change: str, uninterrupted: dict[str, bytes], source: Path, tmp_path: Path
+    change: str,
+    uninterrupted: dict[str, bytes],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     request = Request(source, tmp_path / "pack", choose_scheme("4bit"), optimize=False)
     interrupt(request, before_step=14)
@@ -95,6 +99,9 @@ def test_another_packing_begins_anew(
         request = replace(request, scheme=choose_scheme("8bit"))
     elif change == "optimize":
         request = replace(request, optimize=True)
+    elif change == "solver":  # without native code, or else with another version of it
+        monkeypatch.setenv("EXPERTD_NATIVE", "0")
+        monkeypatch.setattr("expertd.packing.hqq_solver.version", lambda _: "0.3")
     elif change == "source":
         request = replace(request, source=shutil.copytree(source, tmp_path / "copy"))
         os.utime(request.source / "model.safetensors", (0, 0))

@@ -126,6 +126,20 @@ def test_a_quantized_pack_is_near_the_checkpoint(
             assert torch.equal(values, original[name])
 
 
+def test_a_slow_solver_is_said_once(
+    tmp_path: Path, checkpoint_of: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTD_NATIVE", "0")
+    notices: list[str] = []
+    for name, scheme, optimize in (("a", "4bit", True), ("b", "4bit", False), ("c", "bf16", True)):
+        request = Request(
+            checkpoint_of("mixtral"), tmp_path / name, choose_scheme(scheme), optimize=optimize
+        )
+        pack(request, on_notice=notices.append)
+    assert len(notices) == 1
+    assert "so hqq's solver runs" in notices[0]
+
+
 def quantized_in(pack: Path) -> set[str]:
     with PackReader(pack) as reader:
         return {tensor.name for tensor in reader.manifest.trunk_quantized}

@@ -8,10 +8,12 @@ from hqq.core.quantize import Quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.packing import quantizer
+from expertd.packing import hqq_solver, native_solver
 from expertd.packing.codec import decode, dequantize
+from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import Precision, parse_precision
+from expertd.packing.solver import Solver, choose_solver, cores
 
 # Relative error of a normal matrix, measured; with and without the solver.
 ERRORS = {
@@ -27,12 +29,18 @@ def weights(rows: int, columns: int, deviation: float = 0.02, seed: int = 0) -> 
     return deviation * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(params=["fastest", "hqq"])
+def solver(request: pytest.FixtureRequest) -> Solver:
+    """The native one, where it is built, and hqq's."""
+    return choose_solver().solver if request.param == "fastest" else HqqSolver()
+
+
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_it_is_what_hqq_dequantizes(bits: int, optimize: bool) -> None:
     weight = weights(64, 128).to(torch.bfloat16)
     matrix = Precision(bits, 64).matrix("m", 64, 128)
-    parts = quantize(weight, matrix, optimize=optimize)
+    parts = quantize(weight, matrix, optimize=optimize, solver=HqqSolver())
     packed, meta = Quantizer.quantize(
         weight, nbits=bits, group_size=64, axis=1, optimize=optimize, device="cpu"
     )
@@ -46,7 +54,8 @@ def test_it_is_what_hqq_dequantizes(bits: int, optimize: bool) -> None:
 
 def test_three_bits_are_hqqs_integers() -> None:
     weight = weights(64, 128)
-    parts = quantize(weight, Precision(3, 64).matrix("m", 64, 128), optimize=True)
+    matrix = Precision(3, 64).matrix("m", 64, 128)
+    parts = quantize(weight, matrix, optimize=True, solver=HqqSolver())
     packed, _ = Quantizer.quantize(weight, nbits=3, group_size=64, axis=1, device="cpu")
     unpacked = Quantizer.unpack["3bit_32"](packed)[: 64 * 128 // 64]
     assert torch.equal(decode(parts["m.q"], 3).view(-1, 64), unpacked)
@@ -54,33 +63,38 @@ def test_three_bits_are_hqqs_integers() -> None:
 
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("text", ERRORS)
-def test_error_of_a_normal_matrix(text: str, optimize: bool) -> None:
+def test_error_of_a_normal_matrix(text: str, optimize: bool, solver: Solver) -> None:
     weight = weights(256, 512)
     matrix = parse_precision(text).matrix("m", 256, 512)
-    result = dequantize(matrix, quantize(weight, matrix, optimize=optimize), torch.float32)
+    parts = quantize(weight, matrix, optimize=optimize, solver=solver)
+    result = dequantize(matrix, parts, torch.float32)
     error = ((result - weight).norm() / weight.norm()).item()
     expected = ERRORS[text][0 if optimize else 1]
     assert 0.95 * expected < error < 1.03 * expected
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.02, 1.0, 30.0])
-def test_meta_groups_follow_the_size_of_the_weights(deviation: float) -> None:
+def test_meta_groups_follow_the_size_of_the_weights(deviation: float, solver: Solver) -> None:
     """HQQ alone takes scales that span less than 1e-4 for equal, which small weights have."""
     weight = weights(64, 512, deviation)
     errors = []
     for text in ("4g64", "4g64m"):
         matrix = parse_precision(text).matrix("m", 64, 512)
-        result = dequantize(matrix, quantize(weight, matrix, optimize=False), torch.float32)
+        parts = quantize(weight, matrix, optimize=False, solver=solver)
+        result = dequantize(matrix, parts, torch.float32)
         errors.append((result - weight).norm() / weight.norm())
     assert errors[1] < 1.02 * errors[0]
 
 
-def test_pieces_of_rows_are_joined_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_rows_are_joined_in_order(
+    monkeypatch: pytest.MonkeyPatch, solver: Solver
+) -> None:
     weight = weights(40, 64)
     matrix = Precision(4, 32).matrix("m", 40, 64)
-    whole = quantize(weight, matrix, optimize=False)
-    monkeypatch.setattr("expertd.packing.quantizer.SOLVER_ELEMENTS", 7 * 64)
-    pieces = quantize(weight, matrix, optimize=False)
+    whole = quantize(weight, matrix, optimize=False, solver=solver)
+    monkeypatch.setattr(hqq_solver, "CPU_ELEMENTS", 7 * 64)
+    monkeypatch.setattr(native_solver, "TASK_ELEMENTS", 7 * 64)
+    pieces = quantize(weight, matrix, optimize=False, solver=solver)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
@@ -93,31 +107,35 @@ def test_equal_input_gives_equal_bytes(text: str, seed: int) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_bytes_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_do_not_depend_on_the_number_of_cores(
+    monkeypatch: pytest.MonkeyPatch, solver: Solver
+) -> None:
+    monkeypatch.setattr(native_solver, "TASK_ELEMENTS", 1 << 14)
     weight = weights(256, 1024)
     matrix = Precision(4, 64).matrix("m", 256, 1024)
     results = []
-    for cores in (1, 5):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        quantizer._solvers.cache_clear()
-        results.append(quantize(weight, matrix, optimize=True))
-        quantizer._solvers().shutdown()
-    quantizer._solvers.cache_clear()
+    for number in (1, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, number=number: set(range(number)))
+        cores.cache_clear()
+        results.append(quantize(weight, matrix, optimize=True, solver=solver))
+        cores().shutdown()
+    cores.cache_clear()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
-def test_equal_weights_survive(value: float) -> None:
+def test_equal_weights_survive(value: float, solver: Solver) -> None:
     weight = torch.full((16, 64), value)
     matrix = Precision(4, 64).matrix("m", 16, 64)
-    result = dequantize(matrix, quantize(weight, matrix, optimize=True), torch.float32)
+    parts = quantize(weight, matrix, optimize=True, solver=solver)
+    result = dequantize(matrix, parts, torch.float32)
     assert torch.allclose(result, weight, atol=1e-3)
 
 
 @pytest.mark.parametrize("text", ["4g64", "4g64m"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(value: float, text: str) -> None:
+def test_weights_that_are_no_numbers_are_refused(value: float, text: str, solver: Solver) -> None:
     weight = weights(128, 64)
     weight[3, 5] = value
     with pytest.raises(ValueError, match=r"m\.(scale|zero).* is not finite"):
-        quantize(weight, parse_precision(text).matrix("m", 128, 64), optimize=True)
+        quantize(weight, parse_precision(text).matrix("m", 128, 64), optimize=True, solver=solver)

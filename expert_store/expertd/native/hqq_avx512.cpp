@@ -1,0 +1,6 @@
+#define LANES 16
+#include "hqq_lanes.h"
+
+void expertd::hqq_units_avx512(const HqqMatrix& matrix, int64_t begin, int64_t end) {
+    quantize_units(matrix, begin, end);
+}

@@ -1,0 +1,70 @@
+"""The solver of the package ``hqq`` (Badri & Shaji, 2023), on the CPU or on a GPU."""
+
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from expertd.pack.layout import Matrix
+from expertd.packing.codec import encode
+from expertd.packing.solver import cores
+
+CPU_ELEMENTS = 1 << 16
+"""Weights that the solver gets at a time: its dozen temporaries then stay in a core's cache,
+and its stopping criterion is that of a few rows."""
+GPU_ELEMENTS = 1 << 24
+"""The same on a GPU, where the temporaries take half a GiB."""
+
+
+class HqqSolver:
+    """Calls ``hqq``, with as many weights at a time as suit the device."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.version = f"hqq {version('hqq')} on {device.partition(':')[0]}"
+
+    def solve(
+        self, weight: Tensor, matrix: Matrix, q: Tensor, *, optimize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`expertd.packing.solver.Solver`."""
+        on_gpu = self.device != "cpu"
+        # Rows in whole groups; HQQ's own grouping of axis 1 is then ours.
+        num_rows = max(1, (GPU_ELEMENTS if on_gpu else CPU_ELEMENTS) // matrix.in_features)
+        rows = torch.split(weight, num_rows)
+        run = map if on_gpu else cores().map
+        results = run(
+            lambda part: self._quantize(part, matrix.bits, matrix.group_size, optimize=optimize),
+            rows,
+        )
+        integers, scale, zero = (torch.cat(pieces) for pieces in zip(*results, strict=True))
+        q.copy_(encode(integers, matrix.bits))
+        groups = (matrix.out_features, matrix.in_features // matrix.group_size)
+        return scale.view(groups).cpu(), zero.view(groups).cpu()
+
+    def quantize_meta(self, values: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`expertd.packing.solver.Solver`."""
+        # HQQ takes a group that spans less than 1e-4 for constant. That is made for weights;
+        # scales are smaller, so they are brought near 1 first. A power of two costs no bits.
+        unit = torch.exp2(values.abs().max().clamp(min=1e-30).log2().ceil())
+        scaled = (values / unit).view(1, -1)
+        q, scale, zero = (part.cpu() for part in self._quantize(scaled, 8, group_size))
+        return q.view(-1), (scale * unit).to(torch.float16), zero.to(torch.float16)
+
+    def _quantize(
+        self, weight: Tensor, bits: int, group_size: int, *, optimize: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers [rows, in] (uint8), scale and zero [rows * in / group_size] (float32)."""
+        # Half a second, which a packing with the native solver does not need.
+        from hqq.core.quantize import Quantizer
+
+        q, meta = Quantizer.quantize(
+            weight.to(self.device, torch.float32),
+            nbits=bits,
+            group_size=group_size,
+            optimize=optimize,
+            axis=1,
+            bitpack=False,
+            device=self.device,
+        )
+        scale, zero = (meta[name].to(torch.float32).view(-1) for name in ("scale", "zero"))
+        return q.view(weight.shape).to(torch.uint8), scale, zero
