@@ -83,11 +83,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def read_fully(fd: int, num_bytes: int, offset: int) -> bytearray:
     """``num_bytes`` from byte ``offset``. Raises OSError; EOFError if the file ends before."""
     buffer = bytearray(num_bytes)
-    view = memoryview(buffer)
+    read_into(fd, memoryview(buffer), offset)
+    return buffer
+
+
+def read_into(fd: int, view: memoryview, offset: int) -> None:
+    """Fills ``view`` from byte ``offset``. Raises OSError; EOFError if the file ends before."""
     done = 0
-    while done < num_bytes:
+    while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
         if not count:
             raise EOFError
         done += count
-    return buffer

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -31,10 +34,11 @@ from transformers.core_model_loading import (
 from expertd.errors import CheckpointError
 from expertd.pack.layout import MXFP4_GROUP_SIZE
 from expertd.pack.manifest import GateOrder
-from expertd.pack.tensor_file import read_fully
+from expertd.pack.tensor_file import read_into
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.codec import TORCH_DTYPES
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT, BLOCKS, SCALES, Mxfp4Weight
+from expertd.packing.scratch import Scratch
 from expertd.packing.source import SourceTensor, find_tensors, fingerprint
 
 
@@ -70,9 +74,32 @@ class _Parameter:
         sources = self.sources.get(pattern, [])
         return len(sources) == 1 and len(sources[0].entry.shape) == len(self.shape)
 
+    def stacked(self, expert: int) -> list[SourceTensor]:
+        """The matrices that, one below the other, are the expert's; none if more is to be done.
+
+        That is Mixtral's conversion and most others': experts are stacked, and then gate and up
+        are concatenated. transformers' operations would copy what can be read in place.
+        """
+        if self.converter is None or len(self.shape) != 3:
+            return []
+        merge, *concatenate = self.converter.operations
+        plain = isinstance(merge, MergeModulelist) and merge.dim == 0
+        if concatenate:
+            (then,) = concatenate[:1]
+            plain &= isinstance(then, Concatenate) and then.dim == 1 and not concatenate[1:]
+        patterns = self.converter.source_patterns
+        if not plain or any(self.is_fused(pattern) for pattern in patterns):
+            return []
+        pieces = [self.sources[pattern][expert] for pattern in patterns]
+        kinds = {(piece.entry.dtype, piece.entry.shape[1:]) for piece in pieces}
+        return pieces if len(kinds) == 1 and len(pieces[0].entry.shape) == 2 else []
+
 
 class Checkpoint:
-    """An open checkpoint. Close it, or use it as a context manager."""
+    """An open checkpoint. Close it, or use it as a context manager; threads may read from it.
+
+    What is read lies in the :class:`Scratch` given, or in new memory.
+    """
 
     def __init__(self, path: Path) -> None:
         """Reads the configuration and all headers. Raises :class:`CheckpointError`."""
@@ -81,6 +108,7 @@ class Checkpoint:
         tensors = find_tensors(path)
         self.fingerprint = fingerprint(path, tensors)
         self._fds: dict[Path, int] = {}
+        self._opening = Lock()
         self._parameters: dict[str, _Parameter] = {}
         self.trunk: list[tuple[str, SourceTensor]] = []
         """The other tensors, each with the model's own name of the parameter it fills: one that
@@ -113,30 +141,36 @@ class Checkpoint:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def read(self, tensor: SourceTensor) -> Tensor:
+    def read(self, tensor: SourceTensor, scratch: Scratch | None = None) -> Tensor:
         """The whole tensor, as it is. Raises :class:`CheckpointError`."""
-        return self._read_slice(tensor, 0, tensor.entry.num_bytes).view(tensor.entry.shape)
+        buffer = (scratch or Scratch()).take(tensor.entry.num_bytes)
+        return self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
 
-    def expert(self, module: ExpertsModule, expert: int) -> ExpertTensors:
+    def expert(
+        self, module: ExpertsModule, expert: int, scratch: Scratch | None = None
+    ) -> ExpertTensors:
         """One expert's weights in :attr:`dtype`, or as MXFP4 if that is what they are.
 
         Raises :class:`CheckpointError`.
         """
+        scratch = scratch or Scratch()
         biases: list[Tensor | None] = [None, None]
         if module.has_bias:
             interleaved = module.gate_order is GateOrder.INTERLEAVED
             gate_up, down = (
-                self._slice_parameter(module.parameter(f"{leaf}_proj_bias"), expert)
+                self._slice_parameter(module.parameter(f"{leaf}_proj_bias"), expert, scratch)
                 for leaf in ("gate_up", "down")
             )
             biases = [_gate_rows_first(gate_up) if interleaved else gate_up, down]
         return ExpertTensors(
-            self._weight(module, "gate_up_proj", expert),
-            self._weight(module, "down_proj", expert),
+            self._weight(module, "gate_up_proj", expert, scratch),
+            self._weight(module, "down_proj", expert, scratch),
             *biases,
         )
 
-    def _weight(self, module: ExpertsModule, leaf: str, expert: int) -> Tensor | Mxfp4Weight:
+    def _weight(
+        self, module: ExpertsModule, leaf: str, expert: int, scratch: Scratch
+    ) -> Tensor | Mxfp4Weight:
         """The expert's matrix [out, in], gate rows first."""
         name = module.parameter(leaf)
         interleaved = leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED
@@ -144,10 +178,11 @@ class Checkpoint:
         parameter = self._parameters[name]
         if parameter.is_mxfp4:
             blocks, scales = (
-                self._slice_fused(parameter.sources[end][0], expert) for end in (BLOCKS, SCALES)
+                self._slice_fused(parameter.sources[end][0], expert, scratch)
+                for end in (BLOCKS, SCALES)
             )
             return Mxfp4Weight.from_blocks(order(blocks), order(scales))
-        weight = self._slice_parameter(name, expert)
+        weight = self._slice_parameter(name, expert, scratch)
         return order(weight.T if module.is_transposed else weight)
 
     def _source_dtype(self) -> str:
@@ -232,18 +267,21 @@ class Checkpoint:
                 )
             _check_shape(sources[0], shape)
 
-    def _slice_parameter(self, name: str, expert: int) -> Tensor:
+    def _slice_parameter(self, name: str, expert: int, scratch: Scratch) -> Tensor:
         """The expert's slice of the module's parameter, in :attr:`dtype`."""
         parameter = self._parameters[name]
-        slices: dict[str, list[Tensor]] = {}
-        for pattern, sources in parameter.sources.items():
-            if parameter.is_fused(pattern):
-                slices[pattern] = [self._slice_fused(sources[0], expert)[None]]
-            else:
-                slices[pattern] = [self.read(sources[expert])]
+        pieces = parameter.stacked(expert)
         if parameter.converter is None:
-            result = slices[""][0]
+            result = self._slice_fused(parameter.sources[""][0], expert, scratch)[None]
+        elif pieces:
+            result = self._read_stacked(pieces, scratch)[None]
         else:
+            slices: dict[str, list[Tensor]] = {}
+            for pattern, sources in parameter.sources.items():
+                if parameter.is_fused(pattern):
+                    slices[pattern] = [self._slice_fused(sources[0], expert, scratch)[None]]
+                else:
+                    slices[pattern] = [self.read(sources[expert], scratch)]
             result = self._convert(parameter.converter, name, slices)
         if result[0].shape != parameter.shape[1:]:
             raise CheckpointError(
@@ -252,11 +290,22 @@ class Checkpoint:
             )
         return result[0].to(TORCH_DTYPES[self.dtype])
 
-    def _slice_fused(self, tensor: SourceTensor, expert: int) -> Tensor:
+    def _slice_fused(self, tensor: SourceTensor, expert: int, scratch: Scratch) -> Tensor:
         """One expert's piece of a tensor of all experts, in the tensor's dtype."""
         shape = tensor.entry.shape
         num_bytes = tensor.entry.num_bytes // shape[0]
-        return self._read_slice(tensor, expert * num_bytes, num_bytes).view(shape[1:])
+        buffer = scratch.take(num_bytes)
+        return self._read_slice(tensor, expert * num_bytes, buffer).view(shape[1:])
+
+    def _read_stacked(self, pieces: Sequence[SourceTensor], scratch: Scratch) -> Tensor:
+        """Matrices of equal width and type, one below the other."""
+        buffer = scratch.take(sum(piece.entry.num_bytes for piece in pieces))
+        end = 0
+        for piece in pieces:
+            begin, end = end, end + piece.entry.num_bytes
+            self._read_slice(piece, 0, buffer[begin:end])
+        dtype = TORCH_DTYPES[pieces[0].entry.dtype]
+        return buffer.view(dtype).view(-1, pieces[0].entry.shape[1])
 
     def _convert(
         self, converter: WeightConverter, name: str, slices: dict[str, list[Tensor]]
@@ -274,8 +323,8 @@ class Checkpoint:
         fused: Tensor = result[0] if isinstance(result, list) else result
         return fused
 
-    def _read_slice(self, tensor: SourceTensor, begin: int, num_bytes: int) -> Tensor:
-        """``num_bytes`` of the tensor from byte ``begin``, flat, in the tensor's dtype."""
+    def _read_slice(self, tensor: SourceTensor, begin: int, buffer: Tensor) -> Tensor:
+        """``buffer`` (uint8), filled from the tensor's byte ``begin``, in its dtype."""
         dtype = TORCH_DTYPES.get(tensor.entry.dtype)
         if dtype is None:
             raise CheckpointError(
@@ -283,16 +332,18 @@ class Checkpoint:
                 "be packed yet; pack a checkpoint in 16 or 32 bits."
             )
         try:
-            if tensor.file not in self._fds:
-                self._fds[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-            data = read_fully(self._fds[tensor.file], num_bytes, tensor.entry.offset + begin)
+            with self._opening:
+                if tensor.file not in self._fds:
+                    self._fds[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+            view = buffer.numpy().data
+            read_into(self._fds[tensor.file], view, tensor.entry.offset + begin)
         except EOFError as error:
             raise CheckpointError(
                 f"{tensor.file} is truncated: {tensor.name} lies past its end; download it again."
             ) from error
         except OSError as error:
             raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return buffer.view(dtype)
 
 
 def _gate_rows_first(rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from expertd.packing.codec import TORCH_DTYPES, record_parts
 from expertd.packing.mxfp4 import Mxfp4Weight
 from expertd.packing.plan import ExpertStep, Step, TrunkStep
 from expertd.packing.quantizer import quantize_to
+from expertd.packing.scratch import Scratch
 from expertd.packing.solver import Solver
 
 
@@ -25,33 +26,33 @@ class Encoder:
     solver: Solver
     optimize: bool
 
-    def encode(self, step: Step) -> bytearray:
-        """The bytes that a step writes: a padded record, or a tensor of the trunk.
+    def encode(self, step: Step, scratch: Scratch) -> memoryview:
+        """The bytes that a step writes, in ``scratch``: a padded record, or a tensor of the trunk.
 
         Raises :class:`CheckpointError`.
         """
-        return self._tensor(step) if isinstance(step, TrunkStep) else self._expert(step)
+        encode = self._tensor if isinstance(step, TrunkStep) else self._expert
+        return encode(step, scratch).numpy().data  # type: ignore[arg-type]
 
-    def _tensor(self, step: TrunkStep) -> bytearray:
-        tensor = self.checkpoint.read(step.source)
+    def _tensor(self, step: TrunkStep, scratch: Scratch) -> Tensor:
+        tensor = self.checkpoint.read(step.source, scratch)
         if step.matrix is None:
-            tensor = tensor.to(TORCH_DTYPES[step.dtype])
-            return bytearray(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            return tensor.to(TORCH_DTYPES[step.dtype]).view(-1).view(torch.uint8)
         pieces = matrix_parts(step.matrix, step.dtype)
         sizes = [math.prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in pieces]
-        data = bytearray(sum(sizes))
+        data = scratch.take(sum(sizes))
         parts, offset = {}, 0
         for (name, shape, dtype), num_bytes in zip(pieces, sizes, strict=True):
-            view = memoryview(data)[offset : offset + num_bytes]
-            parts[name] = torch.frombuffer(view, dtype=TORCH_DTYPES[dtype]).view(shape)
+            piece = data[offset : offset + num_bytes]
+            parts[name] = piece.view(TORCH_DTYPES[dtype]).view(shape)
             offset += num_bytes
         self._write(parts, tensor, step.matrix, str(step.source.file))
         return data
 
-    def _expert(self, step: ExpertStep) -> bytearray:
-        tensors = self.checkpoint.expert(step.module, step.expert)
-        record = bytearray(step.layout.record_bytes)
-        parts = record_parts(record, step.layout)
+    def _expert(self, step: ExpertStep, scratch: Scratch) -> Tensor:
+        tensors = self.checkpoint.expert(step.module, step.expert, scratch)
+        record = scratch.take(step.layout.record_bytes).zero_()  # what is between parts
+        parts = record_parts(record.numpy().data, step.layout)
         for matrix, weight, bias in (
             (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
             (step.layout.matrix("down"), tensors.down, tensors.down_bias),

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.encoder import Encoder
 from expertd.packing.journal import Journal
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
+from expertd.packing.pipeline import encode_ahead
 from expertd.packing.plan import (
     MAX_FILE_BYTES,
     Plan,
@@ -231,27 +233,28 @@ def _run_steps(
     fds: list[int] = []
     dirty: set[int] = set()
     last_commit, uncommitted_bytes = time.monotonic(), 0
+
+    def report() -> None:
+        on_progress(Progress(len(journal.done), len(plan.steps), done_bytes, total_bytes, resumed))
+
     try:
         for file in plan.files:
             fd = os.open(partial / "pack" / file.name, os.O_WRONLY | os.O_CLOEXEC)
             fds.append(fd)  # one by one, so that an error closes those that are open
-        for index, step in enumerate(plan.steps):
-            if index in journal.done:
-                continue
-            on_progress(
-                Progress(len(journal.done), len(plan.steps), done_bytes, total_bytes, resumed)
-            )
-            data = encoder.encode(step)
-            _write(fds[step.file], data, step.offset)
-            dirty.add(fds[step.file])
-            journal.add(index, xxh3_64_hexdigest(data))
-            done_bytes += step.source_bytes
-            uncommitted_bytes += len(data)
-            now = time.monotonic()
-            if now - last_commit >= COMMIT_SECONDS or uncommitted_bytes >= COMMIT_BYTES:
-                _commit(dirty, journal)
-                last_commit, uncommitted_bytes = time.monotonic(), 0
-        on_progress(Progress(len(plan.steps), len(plan.steps), done_bytes, total_bytes, resumed))
+        todo = [item for item in enumerate(plan.steps) if item[0] not in journal.done]
+        with closing(encode_ahead(encoder.encode, todo)) as encoded:
+            report()
+            for index, step, data in encoded:
+                _write(fds[step.file], data, step.offset)
+                dirty.add(fds[step.file])
+                journal.add(index, xxh3_64_hexdigest(data))
+                done_bytes += step.source_bytes
+                uncommitted_bytes += len(data)
+                now = time.monotonic()
+                if now - last_commit >= COMMIT_SECONDS or uncommitted_bytes >= COMMIT_BYTES:
+                    _commit(dirty, journal)
+                    last_commit, uncommitted_bytes = time.monotonic(), 0
+                report()
     finally:
         # Also when interrupted: what is done stays done.
         try:
@@ -269,11 +272,10 @@ def _commit(dirty: set[int], journal: Journal) -> None:
     journal.commit()
 
 
-def _write(fd: int, data: bytearray, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def _finish(

@@ -232,7 +232,7 @@ def test_the_journal_never_runs_ahead_of_the_disk(
     commits = []
     write, fdatasync, commit = packer._write, os.fdatasync, Journal.commit
 
-    def on_write(fd: int, data: bytearray, offset: int) -> None:
+    def on_write(fd: int, data: memoryview, offset: int) -> None:
         unflushed.add(fd)
         write(fd, data, offset)
 
@@ -363,7 +363,7 @@ def test_a_write_error_keeps_what_is_done(
     write = packer._write
     written: list[int] = []
 
-    def failing(fd: int, data: bytearray, offset: int) -> None:
+    def failing(fd: int, data: memoryview, offset: int) -> None:
         if len(written) == 30:
             raise OSError(5, os.strerror(5))
         written.append(offset)

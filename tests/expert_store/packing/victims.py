@@ -62,7 +62,7 @@ def pack_and_die(source: Path, destination: Path, moment: str) -> None:
         if moment == "uncommitted" and progress.done_steps == STEP_UNCOMMITTED:
             die()
 
-    def tear(fd: int, data: bytearray, offset: int) -> None:
+    def tear(fd: int, data: memoryview, offset: int) -> None:
         if offset > OFFSET_TORN:
             write(fd, data[: len(data) // 2], offset)
             die()
