@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    Glm4MoeConfig,
     GptOssConfig,
     GraniteMoeConfig,
     MixtralConfig,
@@ -58,7 +59,8 @@ _LATENT_ATTENTION: dict[str, Any] = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
     "head_dim": 32,
-    "n_group": 1,
+    # Group-limited routing: the two best experts of the best group.
+    "n_group": 2,
     "topk_group": 1,
     "n_shared_experts": 1,
     "n_routed_experts": 8,
@@ -89,7 +91,10 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "olmoe": (OlmoeConfig, {"intermediate_size": 128, "num_experts": 16}),
-    "deepseek_v2": (DeepseekV2Config, _LATENT_ATTENTION),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        {**_LATENT_ATTENTION, "topk_method": "group_limited_greedy"},
+    ),
     "deepseek_v3": (DeepseekV3Config, _LATENT_ATTENTION),
     "gpt_oss": (
         GptOssConfig,
@@ -101,7 +106,21 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         },
     ),
-    "granitemoe": (GraniteMoeConfig, {"intermediate_size": 128, "num_local_experts": 8}),
+    "granitemoe": (
+        GraniteMoeConfig,
+        {"intermediate_size": 128, "num_local_experts": 8, "tie_word_embeddings": True},
+    ),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        {
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "phimoe": (PhimoeConfig, {"intermediate_size": 256, "num_local_experts": 8}),
 }
 """What differs from the common settings; the keys are what :func:`make_checkpoint` takes."""
@@ -146,13 +165,16 @@ def save_model(model: Any, path: Path, max_shard_size: str = "5GB") -> None:
 def randomize(model: nn.Module, seed: int) -> None:
     """Draws all parameters anew; see the top of this file for how."""
     generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if "norm" in leaf:
             noise = 1 + 0.1 * noise if leaf_is_weight(name) else 0.1 * noise
         elif "embed" in leaf:
-            pass
+            # Tied and large, they would make each token repeat itself.
+            noise *= 0.1 if tied else 1.0
         elif leaf in {"gate", "router"}:
             noise *= 2 / parameter.shape[-1] ** 0.5
         elif parameter.dim() < 2 or "bias" in leaf:

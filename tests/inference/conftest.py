@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from tests.inference.worker_process import WorkerProcess
+from tests.random_mxfp4 import make_mxfp4_checkpoint
 from tests.tiny_models import make_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny-mixtral"
@@ -37,12 +38,17 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A checkpoint of an architecture, by name; ``example`` is the trained one."""
+    """A checkpoint of an architecture, by name.
+
+    ``example`` is the trained one, ``gpt_oss_mxfp4`` one whose experts come in MXFP4.
+    """
 
     @cache
     def make(architecture: str) -> Path:
         if architecture == "example":
             return EXAMPLE
+        if architecture == "gpt_oss_mxfp4":
+            return make_mxfp4_checkpoint(tmp_path_factory.mktemp("checkpoint") / architecture)
         return make_checkpoint(architecture, tmp_path_factory.mktemp("checkpoint") / architecture)
 
     return make

@@ -1,0 +1,59 @@
+"""Each architecture in each scheme: what stock transformers computes from the same weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from expertd.pack.manifest import Encoding, read_manifest
+from expertd.packing.packer import Request, pack
+from expertd.packing.schemes import choose_scheme
+from tests.architectures.parity import fill, load, logits
+from tests.inference.greedy import greedy, prompt_of
+from tests.tiny_models import CONFIGS, make_checkpoint
+
+Make = Callable[..., Any]
+SCHEMES = ["8bit", "4bit-fast", "paper-3bit", "paper-2bit"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("architecture", list(CONFIGS))
+def test_quantized_is_stock_on_the_dequantized(
+    architecture: str, scheme: str, checkpoint: Make, packed: Make, stock: Make
+) -> None:
+    ours = load(packed(architecture, scheme))
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint(architecture), dtype=torch.bfloat16)
+    fill(theirs, packed(architecture, scheme), ours)
+    prompt = prompt_of(30, seed=1)
+    # The reference dequantizes and then does what stock does: not a bit may differ.
+    assert torch.equal(logits(ours, prompt), logits(theirs, prompt))
+    assert greedy(ours, prompt, 8) == greedy(theirs, prompt, 8)
+    # And not by having ignored the quantization.
+    assert not torch.equal(logits(ours, prompt), logits(stock(architecture), prompt))
+
+
+def test_mxfp4_is_stocks(packed: Make, stock: Make) -> None:
+    """transformers dequantizes to bfloat16, which holds every value of MXFP4."""
+    path = packed("gpt_oss_mxfp4", "mxfp4")
+    layout = read_manifest(path).manifest.layouts[0]
+    assert {matrix.encoding for matrix in layout.matrices} == {Encoding.MXFP4}
+    ours, theirs = load(path), stock("gpt_oss_mxfp4")
+    prompt = prompt_of(40, seed=1)
+    assert torch.equal(logits(ours, prompt), logits(theirs, prompt))
+    tokens = greedy(ours, prompt, 32)
+    assert tokens == greedy(theirs, prompt, 32)
+    assert len(set(tokens)) > 8
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_sharded_checkpoints(architecture: str, tmp_path: Path) -> None:
+    """Experts of one layer lie in different files, and a fused tensor in one of its own."""
+    source = make_checkpoint(architecture, tmp_path / "c", max_shard_size="400KB")
+    assert len(list(source.glob("*.safetensors"))) > 5
+    pack(Request(source, tmp_path / "p", choose_scheme("bf16")))
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    prompt = prompt_of(30, seed=1)
+    assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
