@@ -135,14 +135,16 @@ def connect(
     runner = ExpertsRunner(source, recovery, first_layer=min(experts))
     for layer in manifest.layers:
         module: Any = experts[layer.layer]
-        spec = ExpertsSpec(
-            manifest.layouts[layer.layout],
-            manifest.gate_order,
-            module._apply_gate,
-            activation_of(module),
-        )
+        spec = experts_spec(module, manifest, layer.layout)
         module._expertd = (runner, layer.layer, spec, layer.num_experts)
     return runner
+
+
+def experts_spec(module: Any, manifest: Manifest, layout: int) -> ExpertsSpec:  # noqa: ANN401
+    """What the experts of ``module`` share, whose records have that layout of the manifest."""
+    return ExpertsSpec(
+        manifest.layouts[layout], manifest.gate_order, module._apply_gate, activation_of(module)
+    )
 
 
 def _experts_forward(

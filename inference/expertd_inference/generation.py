@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd.errors import InvalidInputError
+from expertd_inference.device.stats import DeviceStats
 from expertd_inference.memory import PeakPss
 from expertd_inference.settings import GenerationSettings
 from expertd_inference.streaming import TokenStreamer
@@ -23,7 +24,8 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     runs from the prompt's tokens to the first new one (null if there was none);
     ``tokens_per_second`` counts from the first to the last (null below two). ``host_hits``
     and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read,
-    ``remote_misses`` those copied from a daemon whose memory this process cannot share.
+    ``remote_misses`` those copied from a daemon whose memory this process cannot share;
+    ``device`` is what moved to GPUs, null on the CPU.
     """
 
     text: str
@@ -36,6 +38,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     nvme_misses: int
     remote_misses: int
     peak_pss_bytes: int
+    device: DeviceStats | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,12 @@ def generate(
     context, or with ``chat`` if the model has no template.
     """
     settings = settings or GenerationSettings()
-    input_ids = encode_prompt(worker, prompt, chat=chat)
+    input_ids = encode_prompt(worker, prompt, chat=chat).to(worker.model.device)
     streamer = TokenStreamer(worker.tokenizer, on_text)
     interrupted = False
     session = worker.session
     hits, misses, copied = session.host_hits, session.nvme_misses, session.remote_misses
+    moved = worker.device_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     with PeakPss() as memory:
@@ -91,8 +95,13 @@ def generate(
         nvme_misses=session.nvme_misses - misses,
         remote_misses=session.remote_misses - copied,
         peak_pss_bytes=memory.peak_bytes,
+        device=_since(moved, worker.device_stats),
     )
     return Generation(result, interrupted)
+
+
+def _since(before: DeviceStats | None, now: DeviceStats | None) -> DeviceStats | None:
+    return None if before is None or now is None else now.since(before)
 
 
 def encode_prompt(worker: Worker, prompt: str, *, chat: bool) -> Tensor:  # [1, T], int64

@@ -35,3 +35,78 @@ class GenerationSettings:
             raise InvalidInputError(f"top_p is {self.top_p}; give more than 0 and at most 1.")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise InvalidInputError(f"seed is {self.seed}; give 0 to 2**64 - 1.")
+
+
+class CachePolicy(StrEnum):
+    """Which expert a device's cache gives up."""
+
+    LRU = "lru"
+    """The least recently used of its layer; each layer has its share of the slots."""
+    AGED = "aged"
+    """The least used of all layers, where a use counts half after each half-life."""
+
+
+class OnMiss(StrEnum):
+    """What is done about an expert that is not in the device's cache."""
+
+    COPY = "copy"
+    CPU = "cpu"
+    """Computed from the host's memory, where it stays."""
+    AUTO = "auto"
+    """Whatever is measured to be faster, for each layer."""
+
+
+MAX_SPECULATE_LAYERS = 3
+MIN_STAGING_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Where experts are computed, and how they come there.
+
+    ``device``: ``cpu``, or such as ``cuda`` or ``cuda:1``; several, with commas between them, share
+    the layers. ``cache_bytes`` bounds the experts on each device; None takes what is free once
+    the trunk is there, but for a reserve. ``staging_slots`` of them are for guesses, None for as
+    many as guesses need. ``speculate_layers`` is how many layers ahead is guessed, 0 for not at
+    all, ``speculate_experts`` how many experts of each. Raises InvalidInputError if a value makes
+    no sense.
+    """
+
+    device: str = "cpu"
+    cache_bytes: int | None = None
+    cache_policy: CachePolicy = CachePolicy.LRU
+    speculate_layers: int = 1
+    speculate_experts: int = 2
+    staging_slots: int | None = None
+    on_miss: OnMiss = OnMiss.AUTO
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise InvalidInputError(f"cache_bytes is {self.cache_bytes}; give at least 1.")
+        if not 0 <= self.speculate_layers <= MAX_SPECULATE_LAYERS:
+            raise InvalidInputError(
+                f"speculate_layers is {self.speculate_layers}; give 0 to {MAX_SPECULATE_LAYERS}."
+            )
+        if self.speculate_experts < 1:
+            raise InvalidInputError(
+                f"speculate_experts is {self.speculate_experts}; give at least 1, or "
+                "speculate_layers 0 for none."
+            )
+        if self.staging_slots is not None and self.staging_slots < self.num_guesses:
+            raise InvalidInputError(
+                f"staging_slots is {self.staging_slots}, and {self.speculate_experts} experts of "
+                f"each of {self.speculate_layers} layers are guessed, which need "
+                f"{self.num_guesses}; give as many, or guess less."
+            )
+
+    @property
+    def num_guesses(self) -> int:
+        """How many guessed experts may wait to be used at once."""
+        return self.speculate_layers * self.speculate_experts
+
+    @property
+    def num_staging(self) -> int:
+        """The staging slots of each device."""
+        if self.staging_slots is not None:
+            return self.staging_slots
+        return max(MIN_STAGING_SLOTS, self.num_guesses) if self.speculate_layers else 0

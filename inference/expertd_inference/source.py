@@ -3,7 +3,7 @@
 :class:`expertd_client.Session` is the real one; tests put another in its place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -52,3 +52,32 @@ class ExpertSource(Protocol):
 
     def reattach(self, timeout_seconds: float) -> None:
         """Attaches to whichever daemon answers in time; UnavailableError if none does."""
+
+
+class HeldLease(ExpertLease, Protocol):
+    """A lease that finds more while it is held; see :class:`expertd_client.lease.Lease`."""
+
+    def find(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
+        """Those of ``experts`` that are resident, and their offsets in the arena."""
+
+    def check(self) -> None:
+        """Raises SessionLostError if what was read until now may have changed."""
+
+    def release(self) -> None:
+        """Ends it. Raises SessionLostError if the bytes may have changed."""
+
+
+class HeldSource(ExpertSource, Protocol):
+    """A source from which a device copies, over the layers of a step."""
+
+    def hold(self) -> HeldLease:
+        """A lease of nothing yet."""
+
+    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[HeldLease]:
+        """As :meth:`ExpertSource.waves`."""
+
+    def prefetch(self, experts: Sequence[tuple[int, int]]) -> int:
+        """Hints which (layer, expert) pairs are wanted next, likeliest first."""
+
+    def before_unmapping(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called before the arena that is mapped now is unmapped."""

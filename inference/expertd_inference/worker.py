@@ -17,9 +17,14 @@ from expertd_inference.attachment import (
     ModelAttachment,
     attach,
 )
-from expertd_inference.experts import connect
+from expertd_inference.device.cost import TYPICAL, CostModel
+from expertd_inference.device.group import DeviceGroup, open_devices
+from expertd_inference.device.placement import CPU
+from expertd_inference.device.stats import DeviceStats
+from expertd_inference.experts import ExpertsRunner, connect
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
+from expertd_inference.settings import DeviceSettings
 
 
 class Worker:
@@ -37,6 +42,7 @@ class Worker:
         pack: str | Path | None = None,
         dtype: torch.dtype | None = None,
         reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
+        device: DeviceSettings | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         """Loads the trunk of the attached model; the attachment is closed with the worker.
@@ -44,16 +50,31 @@ class Worker:
         ``pack`` is where this host has the pack, of which the experts' files may be left out;
         without it, where the daemon has it. ``dtype`` is the checkpoint's unless given. After
         the daemon's end the model waits for another for ``reattach_seconds``; ``say`` is told
-        so, once per outage (without it, a line on stderr). Raises PackError if the pack cannot
-        be loaded.
+        so, once per outage (without it, a line on stderr). ``device`` says where experts are
+        computed, by default on the CPU. Raises PackError if the pack cannot be loaded,
+        InvalidInputError if the device's cache would be too small, DeviceError.
         """
         self._attachment = attachment
         self.session = session = attachment.session
         self.pack = session.model.pack_path if pack is None else Path(pack)
         self.manifest = _manifest_of(session, self.pack)
+        settings = device or DeviceSettings()
+        devices = open_devices(self.manifest, settings, say)
         loaded = load_trunk(self.pack, self.manifest, dtype=dtype)
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
-        self._runner = connect(loaded.experts, self.manifest, session, recovery)
+        self._runner: ExpertsRunner | DeviceGroup
+        if devices:
+            self._runner = DeviceGroup(
+                self.manifest,
+                session,
+                recovery,
+                settings,
+                devices,
+                cost=lambda _: CostModel(TYPICAL),
+            )
+            self._runner.connect(loaded.model, loaded.experts, self.manifest)
+        else:
+            self._runner = connect(loaded.experts, self.manifest, session, recovery)
         self.model = loaded.model
         self._tokenizer: Any = None
 
@@ -69,6 +90,11 @@ class Worker:
                     "tokenizer beside it."
                 ) from error
         return self._tokenizer
+
+    @property
+    def device_stats(self) -> DeviceStats | None:
+        """What moved where since the worker began; None on the CPU."""
+        return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
 
     def close(self) -> None:
         """Ends the session; its leases are free at once."""
@@ -96,6 +122,7 @@ def load_model(
     pack: str | Path | None = None,
     dtype: torch.dtype | None = None,
     reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
+    device: str | DeviceSettings = CPU,
 ) -> Any:  # noqa: ANN401 - a transformers.PreTrainedModel, which is untyped
     """The transformers model ``name`` that the daemon in directory ``socket`` serves.
 
@@ -107,8 +134,15 @@ def load_model(
     if it serves no such model, PackError if the pack cannot be loaded.
     """
     attachment = attach(name, socket, tls=tls, cache_bytes=cache_bytes)
+    settings = DeviceSettings(device=device) if isinstance(device, str) else device
     try:
-        worker = Worker(attachment, pack=pack, dtype=dtype, reattach_seconds=reattach_seconds)
+        worker = Worker(
+            attachment,
+            pack=pack,
+            dtype=dtype,
+            reattach_seconds=reattach_seconds,
+            device=settings,
+        )
     except BaseException:
         attachment.close()
         raise

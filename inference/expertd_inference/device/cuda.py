@@ -32,7 +32,7 @@ class CudaEvent:
     """A moment on one of the device's streams."""
 
     def __init__(self, device: "CudaDevice", stream: torch.cuda.Stream) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.event.record(stream)
         self._device = device
 
@@ -48,6 +48,11 @@ class CudaEvent:
             self._device.num_syncs += 1
             with self._device.translating():
                 self.event.synchronize()
+
+    def seconds_since(self, earlier: "CudaEvent") -> float:
+        """From ``earlier`` to this one on the device."""
+        with self._device.translating():
+            return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
 class CudaMemory:

@@ -17,7 +17,7 @@ routing; ``num_syncs`` counts how often the host waited at all.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ class Event(Protocol):
 
     def wait(self) -> None:
         """Has the host wait for it; counted as a sync unless it is done. DeviceLostError."""
+
+    def seconds_since(self, earlier: Self) -> float:
+        """From ``earlier`` to this one on the device; both are done, and copies' events.
+
+        What the link takes for a copy is learned from how far apart two arrivals are.
+        """
 
 
 class HostMemory(Protocol):

@@ -93,6 +93,12 @@ class FakeEvent:
         if self.time > self._device.host_time:
             self._device.sync(self.time)
 
+    def seconds_since(self, earlier: "FakeEvent") -> float:
+        """Raises HazardError unless both are done."""
+        if max(self.time, earlier.time) > self._device.host_time:
+            raise HazardError("an event's time was asked for before it had come to pass")
+        return self.time - earlier.time
+
 
 class FakeMemory:
     """A registered range, of which nobody may let go while a copy reads it."""
@@ -110,12 +116,18 @@ class FakeMemory:
             self.closed = True
 
 
-class _Copy(NamedTuple):
+@dataclass(eq=False)
+class _Copy:
     arrival: float
     slot: int  # its address
     source: int
     num_bytes: int
     memory: FakeMemory
+    arrived: int | None = None
+    """A hash of the bytes, once a kernel that is ahead of the host has had them delivered."""
+
+    def read(self) -> int:
+        return hash(ctypes.string_at(self.source, self.num_bytes))
 
 
 class FakeDevice:
@@ -209,7 +221,6 @@ class FakeDevice:
             self._engines[engine] = begin + duration
             delay = self._random.uniform(0, speed.delay_seconds)
             arrival = begin + duration + speed.copy_seconds + delay
-            self._deliver(min(begin, self.host_time))
             slot.fill_(GARBAGE)
             self._copies.append(_Copy(arrival, address, memory.address + offset, num_bytes, memory))
             self.log.append(Span(SpanKind.COPY, begin, arrival, (address,)))
@@ -299,7 +310,9 @@ class FakeDevice:
                 f"{self.name} does not answer any more; look at the host's log for why, then start "
                 "this worker again, or one without --device."
             )
-        self.host_time += self._speed.call_seconds
+        with self.lock:
+            self.host_time += self._speed.call_seconds
+            self._deliver(self.host_time)
 
     def sync(self, time: float) -> None:
         """The host waits until ``time``, and sees what has arrived by then."""
@@ -311,17 +324,24 @@ class FakeDevice:
 
     def check_idle(self, memory: FakeMemory) -> None:
         """Raises HazardError if a copy from ``memory`` is under way."""
-        self._deliver(self.host_time)
         if any(copy.memory is memory for copy in self._copies):
             raise HazardError("host memory was let go of while a copy reads it")
 
     def _deliver(self, until: float) -> None:
-        """Lets all copies arrive that have by then, in the order of their arrival."""
+        """Lets all copies arrive that have by then, in the order of their arrival.
+
+        The host's time may be earlier. Until it has come as far, the source must not change.
+        """
         for copy in sorted(self._copies, key=lambda copy: copy.arrival):
             if copy.arrival > until:
                 break
-            ctypes.memmove(copy.slot, copy.source, copy.num_bytes)
-        self._copies = [copy for copy in self._copies if copy.arrival > until]
+            if copy.arrived is None:
+                copy.arrived = copy.read()
+                ctypes.memmove(copy.slot, copy.source, copy.num_bytes)
+            if copy.arrival <= self.host_time:
+                self._copies.remove(copy)
+                if copy.read() != copy.arrived:
+                    raise HazardError("host memory was overwritten while a copy read it")
 
 
 def _time(event: Event) -> float:

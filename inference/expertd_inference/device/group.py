@@ -1,0 +1,143 @@
+"""All devices of one worker: from settings to runners, and what they did together."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from expertd.errors import InvalidInputError
+from expertd.pack.manifest import Manifest
+from expertd_inference.device.cache import SlotCache
+from expertd_inference.device.cost import CostModel
+from expertd_inference.device.device import Device
+from expertd_inference.device.fake import FakeDevice
+from expertd_inference.device.placement import cache_size, device_names, place_layers
+from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
+from expertd_inference.device.stats import DeviceStats
+from expertd_inference.device.step import Step, install
+from expertd_inference.experts import experts_spec
+from expertd_inference.kernels.reference import fill_slots
+from expertd_inference.recovery import Recovery
+from expertd_inference.routers import find_routers
+from expertd_inference.settings import DeviceSettings
+from expertd_inference.source import HeldSource
+
+FAKE = "fake"
+
+
+CUDA = "cuda"
+
+
+def open_device(name: str, say: Callable[[str], None] | None = None) -> Device:
+    """The device of that name: ``cuda``, ``cuda:1``; ``fake:0`` for tests.
+
+    ``say`` is told what is degraded. Raises InvalidInputError for a name that no device has,
+    DeviceError if there is no such one here.
+    """
+    kind, _, number = name.partition(":")
+    if not number or number.isdecimal():
+        if kind == FAKE:
+            return FakeDevice(name)
+        if kind == CUDA:
+            # It looks for a driver, which the CPU's workers do without.
+            from expertd_inference.device.cuda import CudaDevice
+
+            return CudaDevice(name, say=say)
+    raise InvalidInputError(f"There is no device {name!r}; give cpu, or such as cuda:0.")
+
+
+def open_devices(
+    manifest: Manifest, settings: DeviceSettings, say: Callable[[str], None] | None = None
+) -> dict[int, Device]:
+    """The device of each MoE layer; none at all for the CPU. Raises as :func:`open_device`."""
+    names = device_names(settings)
+    if not names:
+        return {}
+    devices = {name: open_device(name, say) for name in names}
+    placed = place_layers([layer.layer for layer in manifest.layers], names)
+    return {layer: devices[name] for layer, name in placed.items()}
+
+
+class DeviceGroup:
+    """The runners of a model's layers, by device, and the steps that they share."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        source: HeldSource,
+        recovery: Recovery,
+        settings: DeviceSettings,
+        devices: Mapping[int, Device],
+        *,
+        cost: Callable[[Device], CostModel],
+        fill: FillSlots = fill_slots,
+    ) -> None:
+        """``devices`` are those of the MoE layers, opened, with their part of the trunk on them.
+
+        Allocates their caches. Raises InvalidInputError, DeviceMemoryError.
+        """
+        self._stats = DeviceStats()
+        self.devices = list({id(device): device for device in devices.values()}.values())
+        self.step = Step(source, recovery, self.devices)
+        self._runners: dict[int, DeviceExpertsRunner] = {}
+        """By layer."""
+        layouts = {layer.layer: manifest.layouts[layer.layout] for layer in manifest.layers}
+        for device in self.devices:
+            own = {
+                layer.layer: layer.num_experts
+                for layer in manifest.layers
+                if devices[layer.layer] is device
+            }
+            size = cache_size(
+                manifest, list(own), settings, free_bytes=device.free_bytes(), name=device.name
+            )
+            parts = DeviceParts(
+                device,
+                SlotCache(size.num_slots, size.num_staging, own, settings.cache_policy),
+                device.allocate(size.num_slots + size.num_staging, size.slot_bytes),
+                {layer: layouts[layer].record_bytes for layer in own},
+                cost(device),
+                fill,
+            )
+            runner = DeviceExpertsRunner(parts, source, self.step, settings, self._stats)
+            self._runners.update(dict.fromkeys(own, runner))
+        self._settings = settings
+
+    def __repr__(self) -> str:
+        return f"<DeviceGroup {self.runners!r}>"
+
+    @property
+    def runners(self) -> list[DeviceExpertsRunner]:
+        """One per device."""
+        return list(dict.fromkeys(self._runners.values()))
+
+    @property
+    def stats(self) -> DeviceStats:
+        """The counts until now, over all devices."""
+        stats = self._stats.copy()
+        stats.syncs = sum(device.num_syncs for device in self.devices)
+        stats.prefetch_wasted = sum(runner.cache.num_wasted for runner in self.runners)
+        return stats
+
+    def connect(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        experts: Mapping[int, nn.Module],
+        manifest: Manifest,
+    ) -> None:
+        """Lets ``experts``, the modules of ``model`` by MoE layer, compute by these runners."""
+        for layer in manifest.layers:
+            module: Any = experts[layer.layer]
+            runner = self._runners[layer.layer]
+            spec = experts_spec(module, manifest, layer.layout)
+            module._expertd = (runner, layer.layer, spec, layer.num_experts)
+        if self._settings.speculate_layers:
+            routers = find_routers(model, experts)
+            for runner in self.runners:
+                runner.speculate(routers, self._runners)
+        install(model, self.step)
+
+    def close(self) -> None:
+        """From now on the model refuses to be called; the devices' memory is let go of."""
+        for runner in self.runners:
+            runner.close()

@@ -1,0 +1,127 @@
+"""A step of a model on devices: one forward pass, at whose end all that was held is given back.
+
+A layer's results are passed on before it is known that the records they come from stayed what
+they were: to know that, the host would have to wait for the copies. It is known at the next
+layer's routing, which the host waits for anyway, and at the step's end. Should a session turn
+out to be lost then (it was cut off after standing still for many seconds, or its model was
+unloaded), what was copied is forgotten, and the step is repeated as a whole:
+:class:`StepLostError`.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from expertd.errors import SessionLostError, UnavailableError
+from expertd_inference.device.device import Device
+from expertd_inference.device.hold import StepHold
+from expertd_inference.device.kv_mark import KvMark
+from expertd_inference.recovery import SESSION_ENDED, Recovery
+from expertd_inference.source import HeldSource
+
+
+class StepLostError(SessionLostError):
+    """What this forward pass has computed so far is void; the session is attached again."""
+
+
+class Step:
+    """The steps of one model, one at a time, over all of its devices."""
+
+    def __init__(self, source: HeldSource, recovery: Recovery, devices: Sequence[Device]) -> None:
+        self.hold = StepHold(source)
+        self._source = source
+        self._recovery = recovery
+        self._devices = tuple(devices)
+        # Models are called from several threads, and a session has one holder at a time.
+        self._lock = threading.RLock()
+        self._inside = False
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A forward pass; within another, nothing. Raises StepLostError at its end too."""
+        with self._lock:
+            if self._inside:
+                yield
+                return
+            self._inside = True
+            try:
+                self._leave_dead_daemon()
+                yield
+                self._finish()
+            except BaseException:
+                self.hold.undo()
+                raise
+            finally:
+                self._inside = False
+
+    def verify(self) -> None:
+        """Where the host has waited for the devices: what was copied before is good.
+
+        Raises StepLostError if it is not.
+        """
+        try:
+            self.hold.check()
+        except SessionLostError as error:
+            self._lose(error)
+
+    def recover(self, error: Exception) -> None:
+        """A layer failed with one of SESSION_ENDED: returns attached again, or raises."""
+        self.hold.undo()
+        self._recovery.recover(error)
+
+    def progressed(self) -> None:
+        """A layer was computed: what failed before no longer counts."""
+        self._recovery.progressed()
+
+    def explain(self, error: BaseException) -> BaseException:
+        """What an error on a device means to the user, or else itself."""
+        for device in self._devices:
+            if (explained := device.explain(error)) is not None:
+                return explained
+        return error
+
+    def _leave_dead_daemon(self) -> None:
+        """As ``ExpertsRunner`` does: not to keep its arena beside the next daemon's."""
+        while not self._source.connected:
+            self._recovery.recover(UnavailableError("The daemon is gone."))
+
+    def _finish(self) -> None:
+        try:
+            self.hold.release()
+        except SESSION_ENDED as error:
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        computed = self.hold.undo()
+        self._recovery.recover(error)
+        if computed:
+            raise StepLostError(str(error)) from error
+
+
+def install(model: Any, step: Step) -> None:  # noqa: ANN401 - transformers is untyped
+    """Makes each call of ``model`` a step, repeated if it is lost.
+
+    What the step has added to its KV cache is undone; if that cannot be, the error stands.
+    """
+    forward: Callable[..., Any] = model.forward
+
+    @functools.wraps(forward)
+    def stepped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        mark = KvMark(kwargs.get("past_key_values"))
+        while True:
+            try:
+                with step.whole():
+                    return forward(*args, **kwargs)
+            except StepLostError:
+                if not mark.can_restore:
+                    raise
+                mark.restore()
+            except RuntimeError as error:
+                explained = step.explain(error)
+                if explained is error:
+                    raise
+                raise explained from error
+
+    model.forward = stepped

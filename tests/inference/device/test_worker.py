@@ -1,0 +1,188 @@
+"""A worker on fake devices, against a real daemon."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertd.errors import DeviceLostError, InvalidInputError
+from expertd_client import Client
+from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference.attachment import attach
+from expertd_inference.device import group
+from expertd_inference.device.fake import FakeDevice
+from expertd_inference.settings import DeviceSettings, OnMiss
+from tests.daemon import Daemon, serving
+from tests.inference.greedy import greedy, prompt_of
+
+Make = Callable[..., Any]
+PROMPT = prompt_of(24, seed=1)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevice]:
+    """The devices that workers have opened."""
+    opened: list[FakeDevice] = []
+    real = group.open_device
+
+    def opening(name: str, say: Any = None) -> Any:
+        device = real(name, say)
+        assert isinstance(device, FakeDevice)
+        opened.append(device)
+        return device
+
+    monkeypatch.setattr(group, "open_device", opening)
+    return opened
+
+
+def worker_of(daemon: Daemon, model: str = "m", **settings: Any) -> Worker:
+    return Worker(attach(model, daemon.socket), device=DeviceSettings(device="fake", **settings))
+
+
+def record_bytes(pack: Path) -> int:
+    layouts = json.loads((pack / "pack.json").read_text())["layouts"]
+    return max(layout["record_bytes"] for layout in layouts)
+
+
+@pytest.fixture(scope="module")
+def pack(packed: Make) -> Path:
+    path: Path = packed("mixtral")
+    return path
+
+
+@pytest.fixture(scope="module")
+def roomy(pack: Path) -> Iterator[Daemon]:
+    with serving({"m": pack}) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def expected(stock: Make) -> list[int]:
+    return greedy(stock("mixtral"), PROMPT, 16)
+
+
+@pytest.mark.parametrize("on_miss", [OnMiss.COPY, OnMiss.AUTO])
+@pytest.mark.parametrize("num_records", [6, 12, 24])
+def test_tokens_of_stock_from_any_budget(
+    num_records: int, on_miss: OnMiss, pack: Path, expected: list[int]
+) -> None:
+    size = record_bytes(pack)
+    with (
+        serving({"m": pack}, ram=num_records * size) as daemon,
+        worker_of(daemon, cache_bytes=7 * size, on_miss=on_miss) as worker,
+    ):
+        assert greedy(worker.model, PROMPT, 16) == expected
+        stats = worker.device_stats
+        assert stats is not None
+        assert (stats.nvme_misses > 24) == (num_records < 24)
+
+
+def test_what_moved_is_in_the_result(roomy: Daemon, pack: Path) -> None:
+    with worker_of(roomy, cache_bytes=12 * record_bytes(pack), on_miss=OnMiss.COPY) as worker:
+        generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=4))
+        done = generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=8))
+        moved = done.result.device
+        assert moved is not None
+        # 7 forward passes of one token by 3 layers of 2 experts, and the prefill's.
+        assert moved.device_hits + moved.host_hits + moved.nvme_misses + moved.prefetch_useful > 42
+        assert moved.bytes_copied == moved.copies * record_bytes(pack)
+        assert moved.copies == moved.host_hits + moved.nvme_misses + moved.prefetch_issued
+        assert 3 * 8 <= moved.syncs <= 4 * 8 + moved.nvme_misses
+        assert worker.session.host_hits > 0
+
+
+def test_a_session_holds_nothing_between_steps(roomy: Daemon) -> None:
+    with worker_of(roomy) as worker:
+        greedy(worker.model, PROMPT, 2)
+        worker.session.acquire(0, [0]).release()
+
+
+def test_a_cut_off_worker_repeats_the_step(
+    pack: Path, expected: list[int], fakes: list[FakeDevice], tmp_path: Path
+) -> None:
+    """It stands still in the midst of a step, holding, while another wants all the room."""
+    config = tmp_path / "config.toml"
+    config.write_text("stall_seconds = 0.5\n")
+    size = record_bytes(pack)
+    with (
+        serving({"m": pack}, ram=8 * size, config=config) as daemon,
+        worker_of(daemon, cache_bytes=7 * size, on_miss=OnMiss.COPY) as worker,
+        Client(daemon.socket) as store,
+        store.attach("m") as other,
+    ):
+        assert greedy(worker.model, PROMPT, 16) == expected
+        (device,) = fakes
+        real, sessions = device.to_host, []
+
+        def to_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = worker._runner.step.hold._lease is not None  # type: ignore[union-attr]
+            if found and len(sessions) < 3:
+                sessions.append(worker.session.id)
+                for lease in other.waves(2, range(8), timeout_seconds=20):
+                    lease.release()
+            return real(*tensors)
+
+        device.to_host = to_host  # type: ignore[method-assign]
+        assert greedy(worker.model, PROMPT, 16) == expected
+        assert len(sessions) == 3
+        assert worker.session.id not in sessions, "it has attached again"
+
+
+def test_a_daemon_that_is_killed_and_comes_back(
+    pack: Path, expected: list[int], fakes: list[FakeDevice], tmp_path: Path
+) -> None:
+    size = record_bytes(pack)
+    with serving({"m": pack}) as first:
+        said: list[str] = []
+        worker = Worker(
+            attach("m", first.socket),
+            device=DeviceSettings(device="fake", cache_bytes=7 * size),
+            say=said.append,
+        )
+        with worker:
+            assert greedy(worker.model, PROMPT, 16) == expected
+            first.kill()
+
+            def serve_again() -> None:
+                time.sleep(0.2)
+                with serving({"m": pack}, socket=first.socket):
+                    done.wait(60)
+
+            done = threading.Event()
+            thread = threading.Thread(target=serve_again)
+            thread.start()
+            try:
+                assert greedy(worker.model, PROMPT, 16) == expected
+            finally:
+                done.set()
+                thread.join()
+            assert said == ["daemon gone, waiting to re-attach", "re-attached"]
+            (device,) = fakes
+            assert [memory.closed for memory in device.memory] == [True, False]
+        assert all(memory.closed for memory in device.memory)
+
+
+def test_a_device_that_vanishes_ends_the_session_alone(
+    roomy: Daemon, expected: list[int], fakes: list[FakeDevice]
+) -> None:
+    with worker_of(roomy) as worker, worker_of(roomy) as other:
+        greedy(worker.model, PROMPT, 4)
+        fakes[0].lose()
+        with pytest.raises(DeviceLostError, match=r"fake does not answer.*--device"):
+            greedy(worker.model, PROMPT, 4)
+        assert worker.session.connected
+        assert greedy(other.model, PROMPT, 16) == expected
+
+
+def test_a_budget_below_a_layer_s_need_is_refused_at_the_door(roomy: Daemon, pack: Path) -> None:
+    size = record_bytes(pack)
+    with pytest.raises(InvalidInputError, match=rf"2 experts.*4 staging.*give {6 * size} or more"):
+        worker_of(roomy, cache_bytes=5 * size)
+    worker_of(roomy, cache_bytes=6 * size).close()
+    with pytest.raises(InvalidInputError, match="no device 'tpu'"):
+        Worker(attach("m", roomy.socket), device=DeviceSettings(device="tpu"))
