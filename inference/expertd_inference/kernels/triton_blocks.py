@@ -1,0 +1,86 @@
+"""How kernels divide their work: the one table to tune.
+
+Sums are taken in an order that follows from these sizes. So they are a function of a matrix's
+form and of the number of tokens alone, and nothing chooses among them while a model runs: equal
+inputs give equal bits, whatever is cached. ``python -m bench.gpu_kernels --tune`` tries others.
+
+The reasoning behind the figures, which no GPU has confirmed yet (H200: 132 SMs, 4.8 TB/s; some
+30 KB must be under way per SM to hide a latency of 0.8 us):
+
+- A GEMV step reads ``rows x columns`` bytes, 64 per thread in four loads of 16: 8 KB for the
+  usual 128 threads, with three or more blocks per SM. A lane reads 16 columns of a row, so 512
+  columns keep a warp on contiguous 512 bytes and every sector is read once.
+- Few rows per block, so that one token's experts fill the GPU: gate-and-up of 30B-A3B at 4 bit
+  is 768 units of 2 KB, times eight experts: 768 blocks of eight rows.
+- GEMM tiles multiply at least 16 tokens (the tensor core's height) by 64 or more rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+from expertd_inference.kernels.triton_form import Form
+
+MAX_GEMV_TOKENS = 8
+"""Up to so many tokens each (token, expert) pair reads its expert by itself."""
+MAX_LINEAR_GEMV_TOKENS = 2
+"""The trunk's rows are shared by all tokens: from three on a tensor core reads them once."""
+
+
+@dataclass(frozen=True)
+class GemvBlocks:
+    """``rows`` units by ``spans`` spans of 16 bytes a step, per block of ``num_warps`` warps."""
+
+    rows: int
+    spans: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GemmBlocks:
+    """A tile of ``tokens`` by ``rows`` units, ``columns`` at a step."""
+
+    tokens: int
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+GEMV_ROWS = {"plain": 16, 8: 8, 4: 16, 3: 8, 2: 8}
+"""Units at a step, by encoding or bits; a 3-bit unit is three byte rows and sums eight."""
+GEMV_SPANS = 32
+GEMV_WARPS = 4
+
+GEMM_TOKENS = (16, 32, 64, 128)
+GEMM_ROWS = 128
+"""Rows of the matrix a tile; the units are fewer where rows share bytes."""
+GEMM_COLUMNS = 64
+GEMM_WARPS = 4
+GEMM_STAGES = 3
+
+
+def gemv_blocks(form: Form) -> GemvBlocks:
+    """The blocks of a GEMV over a matrix of this form."""
+    num_spans = math.ceil(form.columns / form.span)
+    # A divisor of the row keeps the last step as full as the others, if it is not too small.
+    spans = math.gcd(num_spans, GEMV_SPANS)
+    if spans < GEMV_SPANS // 4:
+        spans = min(GEMV_SPANS, _power_of_two_above(num_spans))
+    key: str | int = "plain" if form.encoding == "plain" else form.bits
+    return GemvBlocks(GEMV_ROWS[key], spans, GEMV_WARPS)
+
+
+def gemm_blocks(form: Form, tokens: int) -> GemmBlocks:
+    """The tiles of a GEMM in which a matrix (an expert, on average) sees ``tokens`` tokens."""
+    height = next((size for size in GEMM_TOKENS if size >= tokens), GEMM_TOKENS[-1])
+    return GemmBlocks(
+        tokens=height,
+        rows=max(16, GEMM_ROWS // max(2, form.rows_per_unit)),
+        columns=GEMM_COLUMNS,
+        num_warps=GEMM_WARPS if height <= 64 else 2 * GEMM_WARPS,
+        num_stages=GEMM_STAGES,
+    )
+
+
+def _power_of_two_above(value: int) -> int:
+    return 1 << (value - 1).bit_length()
