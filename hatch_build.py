@@ -40,14 +40,18 @@ FLAGS = [
     "-pthread",
 ]  # fmt: skip
 WARNINGS = ["-Wall", "-Wextra"]
+# Where products and sums can be fused, they are: always the same ones, so a result stays a result.
+_FUSED = ["-ffp-contract=fast"]
 TARGETS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", *_FUSED],
     "avx512": [
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mbmi2",
+        *_FUSED,
     ],
     "avx512bf16": [
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2",
         "-mavx512bf16", "-mfma", "-mf16c", "-mbmi2",
+        *_FUSED,
     ],
 }  # fmt: skip
 TARGET_MACHINES = {"x86_64", "AMD64"}
@@ -127,8 +131,9 @@ def _build(library: Library, compiler: list[str], *, force: bool) -> bool:
 def _compile(library: Library, compiler: list[str], targets: dict[str, list[str]]) -> None:
     """Raises CalledProcessError if the compiler refuses."""
     command = [*compiler, *FLAGS, *WARNINGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    command += [f"-DWITH_{target.upper()}" for target in targets]
     sources = [s for s in library.sources if (t := _target_of(s)) is None or t in targets]
+    present = {target for source in sources if (target := _target_of(source))}
+    command += [f"-DWITH_{target.upper()}" for target in sorted(present)]
     with tempfile.TemporaryDirectory(prefix="expertd-native-") as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
@@ -139,7 +144,7 @@ def _compile(library: Library, compiler: list[str], targets: dict[str, list[str]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
         linked = Path(folder) / library.name
-        _run([*command, "-shared", *map(str, objects), "-o", str(linked)])
+        _run([*command, "-shared", "-Wl,-z,defs", *map(str, objects), "-o", str(linked)])
         # A process that has the old library mapped keeps it: the new one is another file.
         beside = library.result.with_name(f".{library.name}.{os.getpid()}")
         shutil.copy(linked, beside)
@@ -168,7 +173,7 @@ def _key(library: Library, compiler: list[str], targets: dict[str, list[str]]) -
     version = _run([*compiler, "--version"])
     flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
     digest = hashlib.sha256(repr((version, compiler, flags, targets)).encode())
-    for file in sorted([*library.sources, *library.folder.glob("*.h")]):
+    for file in sorted([Path(__file__), *library.sources, *library.folder.glob("*.h")]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

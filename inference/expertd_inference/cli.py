@@ -4,18 +4,16 @@ torch and transformers are imported only once the arguments are right and the da
 answered, so help and most refusals come at once.
 """
 
-import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
 
 import expertd
 import expertd_inference
@@ -29,7 +27,8 @@ from expertd_inference.attachment import (
     attach,
 )
 from expertd_inference.embedded import EmbeddedDaemon
-from expertd_inference.settings import ComputeDtype, GenerationSettings
+from expertd_inference.settings import ComputeDtype, GenerationSettings, KernelsName
+from expertd_inference.text_output import TextOutput, status
 
 if TYPE_CHECKING:
     from expertd_inference.worker import Worker
@@ -158,6 +157,13 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")
     ] = None,
+    kernels: Annotated[
+        KernelsName,
+        typer.Option(
+            help="What computes on the CPU. auto: native, but for packs of 16-bit experts, whose "
+            "reference gives the very tokens of stock transformers."
+        ),
+    ] = KernelsName.AUTO,
     reattach_seconds: Annotated[
         float, typer.Option(min=0, help="Wait so long for a new daemon if this one ends.")
     ] = DEFAULT_REATTACH_SECONDS,
@@ -186,19 +192,19 @@ def generate(
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
     tls = _tls_files(tls_ca, tls_cert, tls_key)
     cache_bytes = _cache_bytes(cache)
-    output = _TextOutput(json=json, stream=stream)
+    output = TextOutput(json=json, stream=stream)
     with ExitStack() as stack:
         if embedded is not None:
             if model is not None:
                 raise InvalidInputError("Choose one of --embedded and --model.")
-            with _status("Starting a daemon"):
+            with status("Starting a daemon"):
                 daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
             socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
         attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=cache_bytes))
-        with _status("Loading the model"):
+        with status("Loading the model"):
             _prepare_environment(verbose)
             worker = stack.enter_context(
-                _load(attachment, pack, dtype, threads, reattach_seconds, output.say)
+                _load(attachment, pack, dtype, threads, kernels, reattach_seconds, output.say)
             )
         try:
             generation = expertd_inference.generate(
@@ -256,6 +262,7 @@ def _load(
     pack: Path | None,
     dtype: ComputeDtype | None,
     threads: int | None,
+    kernels: KernelsName,
     reattach_seconds: float,
     say: Callable[[str], None],
 ) -> "Worker":
@@ -273,49 +280,7 @@ def _load(
         attachment,
         pack=pack,
         dtype=None if dtype is None else getattr(torch, dtype),
+        kernels=kernels,
         reattach_seconds=reattach_seconds,
         say=say,
     )
-
-
-class _TextOutput:
-    """Where new text goes while it comes, if anywhere, and what is said in between."""
-
-    def __init__(self, *, json: bool, stream: bool) -> None:
-        self._output = sys.stderr if json else sys.stdout
-        self._silent = json and not stream
-        self._in_line = False
-        if isinstance(self._output, io.TextIOWrapper):
-            # A terminal that cannot show a character is no reason to stop.
-            self._output.reconfigure(errors="replace")
-
-    @property
-    def write(self) -> Callable[[str], None] | None:
-        """What takes the text, piece by piece; None if nobody wants it."""
-        return None if self._silent else self._write
-
-    def say(self, message: str) -> None:
-        """A line on stderr."""
-        self.end_line()
-        sys.stderr.write(f"expert-run: {message}\n")
-        sys.stderr.flush()
-
-    def end_line(self) -> None:
-        """Lets what stderr says begin a line of its own, where both are seen together."""
-        if self._in_line and (self._output is sys.stderr or self._output.isatty()):
-            self._write("\n")
-
-    def _write(self, text: str) -> None:
-        self._output.write(text)
-        self._output.flush()
-        self._in_line = not text.endswith("\n")
-
-
-@contextmanager
-def _status(what: str) -> Iterator[None]:
-    """A spinner on a terminal; nothing elsewhere."""
-    if sys.stderr.isatty():
-        with Console(stderr=True).status(what):
-            yield
-    else:
-        yield

@@ -8,7 +8,7 @@ there: the :class:`ExpertsRunner` of the model, and which layer this is.
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from expertd.errors import PreconditionError, SessionLostError, UnavailableError
 from expertd.pack.manifest import Manifest
 from expertd_inference.activation import activation_of
 from expertd_inference.arena import ArenaTensors
-from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
+from expertd_inference.kernels.choice import CpuKernels, ReferenceKernels
+from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
 from expertd_inference.recovery import SESSION_ENDED, Recovery
 from expertd_inference.source import ExpertSource
 
@@ -32,8 +33,11 @@ MAX_SLOT_BYTES = 256 << 20
 class ExpertsRunner:
     """Computes the MoE layers of one model, one at a time."""
 
-    def __init__(self, source: ExpertSource, recovery: Recovery, *, first_layer: int) -> None:
+    def __init__(
+        self, source: ExpertSource, recovery: Recovery, kernels: CpuKernels, *, first_layer: int
+    ) -> None:
         self._source = source
+        self._kernels = kernels
         self._recovery = recovery
         self._first_layer = first_layer
         self._arena = ArenaTensors(source.arena_address, source.arena_bytes)
@@ -88,30 +92,39 @@ class ExpertsRunner:
     ) -> Tensor:
         # What is past the last expert means "none" where tokens are spread over devices.
         experts = sorted({e for e in top_k_index.flatten().tolist() if e < num_experts})
-        slots = empty_slots(hidden, top_k_weights)
+        slots: Tensor | None = None
         limit = len(experts)
         while experts:
             try:
                 for lease in self._source.waves(layer, experts[:limit]):
                     with lease:
-                        fill_slots(
-                            slots,
-                            hidden,
-                            top_k_index,
-                            top_k_weights,
+                        arguments = _Arguments(
                             experts=lease.experts,
                             records=lease.offsets,
                             arena=self._arena,
                             spec=spec,
                         )
+                        if slots is None and len(lease.experts) == len(experts):
+                            whole = self._kernels.output(
+                                hidden, top_k_index, top_k_weights, **arguments
+                            )
+                        else:
+                            whole = None
+                            slots = empty_slots(hidden, top_k_weights) if slots is None else slots
+                            self._kernels.fill_slots(
+                                slots, hidden, top_k_index, top_k_weights, **arguments
+                            )
                     # Only now is it certain that the bytes were good until the end. Had they
                     # not been, the same experts are computed again, into the same slots.
                     experts = experts[len(lease.experts) :]
                     self._recovery.progressed()
+                    if whole is not None:
+                        return whole
             except SESSION_ENDED as error:
                 if isinstance(error, SessionLostError):
                     limit = max(1, limit // 2)
                 self._recover(error)
+        slots = empty_slots(hidden, top_k_weights) if slots is None else slots
         return sum_slots(slots, hidden.dtype)
 
     def _begin_step(self) -> None:
@@ -128,11 +141,29 @@ class ExpertsRunner:
         self._arena = ArenaTensors(self._source.arena_address, self._source.arena_bytes)
 
 
+class _Arguments(TypedDict):
+    """What kernels are told about a wave."""
+
+    experts: Sequence[int]
+    records: Sequence[int]
+    arena: ArenaTensors
+    spec: ExpertsSpec
+
+
 def connect(
-    experts: Mapping[int, nn.Module], manifest: Manifest, source: ExpertSource, recovery: Recovery
+    experts: Mapping[int, nn.Module],
+    manifest: Manifest,
+    source: ExpertSource,
+    recovery: Recovery,
+    kernels: CpuKernels | None = None,
 ) -> ExpertsRunner:
-    """Lets ``experts``, a module per MoE layer, compute from ``source``."""
-    runner = ExpertsRunner(source, recovery, first_layer=min(experts))
+    """Lets ``experts``, a module per MoE layer, compute from ``source``.
+
+    By the reference kernels, unless others are given.
+    """
+    runner = ExpertsRunner(
+        source, recovery, kernels or ReferenceKernels(), first_layer=min(experts)
+    )
     for layer in manifest.layers:
         module: Any = experts[layer.layer]
         spec = experts_spec(module, manifest, layer.layout)

@@ -25,7 +25,8 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     ``tokens_per_second`` counts from the first to the last (null below two). ``host_hits``
     and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read,
     ``remote_misses`` those copied from a daemon whose memory this process cannot share;
-    ``device`` is what moved to GPUs, null on the CPU.
+    ``device`` is what moved to GPUs, null on the CPU; ``kernels`` are those that the CPU
+    computed with.
     """
 
     text: str
@@ -39,6 +40,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     remote_misses: int
     peak_pss_bytes: int
     device: DeviceStats | None = None
+    kernels: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def generate(
         remote_misses=session.remote_misses - copied,
         peak_pss_bytes=memory.peak_bytes,
         device=_since(moved, worker.device_stats),
+        kernels=worker.kernels.name,
     )
     return Generation(result, interrupted)
 

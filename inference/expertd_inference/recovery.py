@@ -41,7 +41,7 @@ class Recovery:
     ) -> None:
         self.reattach_seconds = reattach_seconds
         self._source = source
-        self._say = say or _say_on_stderr
+        self._say = say or say_on_stderr
         self._futile = 0
 
     def progressed(self) -> None:
@@ -78,6 +78,7 @@ class Recovery:
         self._say("re-attached")
 
 
-def _say_on_stderr(message: str) -> None:
+def say_on_stderr(message: str) -> None:
+    """A line, where nobody else wants to be told."""
     sys.stderr.write(f"expert-run: {message}\n")
     sys.stderr.flush()

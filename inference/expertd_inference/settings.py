@@ -14,6 +14,15 @@ class ComputeDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class KernelsName(StrEnum):
+    """What computes on the CPU."""
+
+    AUTO = "auto"
+    """Native, but for packs of 16-bit experts, whose reference gives stock's very bits."""
+    NATIVE = "native"
+    REFERENCE = "reference"
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to choose tokens. ``temperature`` 0 takes the likeliest each time.

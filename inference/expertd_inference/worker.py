@@ -22,9 +22,10 @@ from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.experts import ExpertsRunner, connect
+from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.loading import load_trunk
-from expertd_inference.recovery import Recovery
-from expertd_inference.settings import DeviceSettings
+from expertd_inference.recovery import Recovery, say_on_stderr
+from expertd_inference.settings import DeviceSettings, KernelsName
 
 
 class Worker:
@@ -41,6 +42,7 @@ class Worker:
         *,
         pack: str | Path | None = None,
         dtype: torch.dtype | None = None,
+        kernels: KernelsName | str = KernelsName.AUTO,
         reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
         device: DeviceSettings | None = None,
         say: Callable[[str], None] | None = None,
@@ -48,11 +50,13 @@ class Worker:
         """Loads the trunk of the attached model; the attachment is closed with the worker.
 
         ``pack`` is where this host has the pack, of which the experts' files may be left out;
-        without it, where the daemon has it. ``dtype`` is the checkpoint's unless given. After
+        without it, where the daemon has it. ``dtype`` is the checkpoint's unless given;
+        ``kernels`` are chosen by :func:`~expertd_inference.kernels.choice.cpu_kernels`. After
         the daemon's end the model waits for another for ``reattach_seconds``; ``say`` is told
-        so, once per outage (without it, a line on stderr). ``device`` says where experts are
-        computed, by default on the CPU. Raises PackError if the pack cannot be loaded,
-        InvalidInputError if the device's cache would be too small, DeviceError.
+        so, once per outage, and what else is not as it should be (without it, a line on
+        stderr). ``device`` says where experts are computed, by default on the CPU. Raises
+        PackError if the pack cannot be loaded, InvalidInputError if the device's cache would be
+        too small, DeviceError.
         """
         self._attachment = attachment
         self.session = session = attachment.session
@@ -60,7 +64,11 @@ class Worker:
         self.manifest = _manifest_of(session, self.pack)
         settings = device or DeviceSettings()
         devices = open_devices(self.manifest, settings, say)
-        loaded = load_trunk(self.pack, self.manifest, dtype=dtype)
+        self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
+        # Of the reference every step would dequantize the trunk anew.
+        native = not devices and not isinstance(self.kernels, ReferenceKernels)
+        linear = self.kernels.linear if native else None
+        loaded = load_trunk(self.pack, self.manifest, dtype=dtype, linear=linear)
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
         self._runner: ExpertsRunner | DeviceGroup
         if devices:
@@ -71,10 +79,11 @@ class Worker:
                 settings,
                 devices,
                 cost=lambda _: CostModel(TYPICAL),
+                fill=self.kernels.fill_slots,
             )
             self._runner.connect(loaded.model, loaded.experts, self.manifest)
         else:
-            self._runner = connect(loaded.experts, self.manifest, session, recovery)
+            self._runner = connect(loaded.experts, self.manifest, session, recovery, self.kernels)
         self.model = loaded.model
         self._tokenizer: Any = None
 
@@ -121,6 +130,7 @@ def load_model(
     cache_bytes: int | None = None,
     pack: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    kernels: KernelsName | str = KernelsName.AUTO,
     reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
     device: str | DeviceSettings = CPU,
 ) -> Any:  # noqa: ANN401 - a transformers.PreTrainedModel, which is untyped
@@ -140,6 +150,7 @@ def load_model(
             attachment,
             pack=pack,
             dtype=dtype,
+            kernels=kernels,
             reattach_seconds=reattach_seconds,
             device=settings,
         )

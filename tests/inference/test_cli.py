@@ -71,6 +71,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "nvme_misses",
         "remote_misses",
         "peak_pss_bytes",
+        "kernels",
     }
     tokenizer = AutoTokenizer.from_pretrained(packed("example"))
     prompt = tokenizer(PROMPT).input_ids

@@ -1,4 +1,4 @@
-// The C interface of the kernels: what Python calls, through ctypes.
+// The C interface of the kernels: what Python calls, through ctypes. Addresses and sizes only.
 #pragma once
 
 #include <cstdint>
@@ -7,3 +7,52 @@
 
 // Changes with any structure or function here; kernels/native_library.py has the same number.
 #define EXPERTD_ABI 1
+
+// How values are stored; the first three are also the types of activations.
+enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4 };
+
+enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS };
+
+// A matrix as docs/packing.md has it. Places are byte offsets from an address given at the call:
+// a record's, or 0 where they are addresses themselves.
+struct Matrix {
+    int64_t rows, columns;
+    int64_t weight;                         // the plain weights, or q
+    int64_t scale, scale_scale, scale_zero; // the last two with meta groups only
+    int64_t zero, zero_scale, zero_zero;    // HQQ only
+    int64_t bias;                           // -1: none
+    int32_t format, group_size, meta_group_size, bias_format;
+};
+
+struct Activation {
+    int32_t kind;
+    float alpha, limit;
+};
+
+struct Layer {
+    Matrix gate_up, down;
+    Activation activation;
+    int32_t padding;
+};
+
+struct ExpertsCall {
+    const Layer* layer;
+    const uint8_t* arena;
+    const int64_t* experts; // [num_experts]
+    const int64_t* records; // [num_experts], byte offsets in the arena
+    const void* hidden;     // [tokens, H]
+    const int64_t* top_k_index;
+    const void* top_k_weights; // [tokens, k] both
+    void* slots;               // [tokens, k, H]
+    void* out;                 // [tokens, H], or null: the sum over slots as well
+    int64_t num_experts, tokens, k;
+    int32_t type, weights_type, slots_type, threads;
+};
+
+struct LinearCall {
+    const Matrix* matrix;
+    const void* x; // [tokens, columns]
+    void* out;     // [tokens, rows]
+    int64_t tokens;
+    int32_t type, threads;
+};

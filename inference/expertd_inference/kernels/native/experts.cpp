@@ -1,0 +1,214 @@
+// A MoE layer in one call, in phases that threads share: the activations are brought into the
+// form that products want; gate and up; the activation; down, into the slots; the sum.
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "pool.h"
+#include "tasks.h"
+#include "variant.h"
+
+namespace {
+
+struct Pair {
+    int64_t token, slot; // slot = token * k + position
+};
+
+// The pairs of one expert, in order of token and position.
+struct Group {
+    int64_t first, count;
+    const uint8_t* record;
+};
+
+class ExpertsJob final : public Job {
+  public:
+    explicit ExpertsJob(const ExpertsCall& call)
+        : call(call), layer(*call.layer), impl(variant()), hidden_size(layer.down.rows),
+          inner(layer.down.columns) {
+        collect();
+        const auto num_groups = static_cast<int64_t>(groups.size());
+        gate_up_tasks = Chunks(layer.gate_up);
+        down_tasks = Chunks(layer.down);
+        prepare_hidden_end = call.tokens;
+        gate_up_end = prepare_hidden_end + num_groups * gate_up_tasks.count;
+        activate_end = gate_up_end + static_cast<int64_t>(pairs.size());
+        down_end = activate_end + num_groups * down_tasks.count;
+        sum_end = down_end + (call.out ? call.tokens : 0);
+        hidden_bytes = impl.prepared_bytes(layer.gate_up);
+        inner_bytes = impl.prepared_bytes(layer.down);
+    }
+
+    int64_t num_tasks() const { return sum_end; }
+
+    int64_t scratch_bytes() const {
+        const auto num_pairs = static_cast<int64_t>(pairs.size());
+        return call.tokens * hidden_bytes +
+               num_pairs * (inner_bytes + float_bytes(2 * inner) + float_bytes(hidden_size));
+    }
+
+    void use_scratch(uint8_t* memory) {
+        const auto num_pairs = static_cast<int64_t>(pairs.size());
+        hidden = memory;
+        activated = hidden + call.tokens * hidden_bytes;
+        gate_up = activated + num_pairs * inner_bytes;
+        down = gate_up + num_pairs * float_bytes(2 * inner);
+    }
+
+    int64_t barrier(int64_t task) const override {
+        if (task < prepare_hidden_end) return 0;
+        if (task < gate_up_end) return prepare_hidden_end;
+        if (task < activate_end) return gate_up_end;
+        if (task < down_end) return activate_end;
+        return down_end;
+    }
+
+    void run(int64_t task) override {
+        if (task < prepare_hidden_end) run_prepare(task);
+        else if (task < gate_up_end) run_gate_up(task - prepare_hidden_end);
+        else if (task < activate_end) run_activate(task - gate_up_end);
+        else if (task < down_end) run_down(task - activate_end);
+        else run_sum(task - down_end);
+    }
+
+  private:
+    static int64_t float_bytes(int64_t count) { return (count * 4 + 63) / 64 * 64; }
+
+    // Orders the (token, position) pairs by expert, in the order of the call's experts.
+    void collect() {
+        const int64_t num_pairs = call.tokens * call.k;
+        int64_t highest = -1;
+        for (int64_t e = 0; e < call.num_experts; ++e)
+            highest = std::max(highest, call.experts[e]);
+        std::vector<int64_t> place(highest + 1, -1), count(call.num_experts, 0);
+        for (int64_t e = 0; e < call.num_experts; ++e) place[call.experts[e]] = e;
+        const auto place_of = [&](int64_t i) {
+            const int64_t expert = call.top_k_index[i];
+            return expert < 0 || expert > highest ? -1 : place[expert];
+        };
+        int64_t total = 0;
+        for (int64_t i = 0; i < num_pairs; ++i)
+            if (const int64_t e = place_of(i); e >= 0) ++count[e], ++total;
+        std::vector<int64_t> next(call.num_experts);
+        int64_t first = 0;
+        for (int64_t e = 0; e < call.num_experts; ++e) {
+            next[e] = first;
+            if (count[e]) groups.push_back({first, count[e], call.arena + call.records[e]});
+            first += count[e];
+        }
+        pairs.resize(total);
+        for (int64_t i = 0; i < num_pairs; ++i)
+            if (const int64_t e = place_of(i); e >= 0) pairs[next[e]++] = {i / call.k, i};
+        group_of.resize(total);
+        for (size_t g = 0; g < groups.size(); ++g)
+            for (int64_t i = 0; i < groups[g].count; ++i)
+                group_of[groups[g].first + i] = static_cast<int64_t>(g);
+    }
+
+    const uint8_t* prepared_hidden(int64_t token) const { return hidden + token * hidden_bytes; }
+    uint8_t* prepared_inner(int64_t pair) const { return activated + pair * inner_bytes; }
+    float* gate_up_of(int64_t pair) const {
+        return reinterpret_cast<float*>(gate_up + pair * float_bytes(2 * inner));
+    }
+    float* down_of(int64_t pair) const {
+        return reinterpret_cast<float*>(down + pair * float_bytes(hidden_size));
+    }
+
+    void run_prepare(int64_t token) const {
+        Floats row(hidden_size);
+        const int64_t bytes = hidden_size * size_of(call.type);
+        impl.widen(static_cast<const uint8_t*>(call.hidden) + token * bytes, call.type,
+                   hidden_size, row.data());
+        impl.prepare(layer.gate_up, row.data(), call.type, hidden + token * hidden_bytes);
+    }
+
+    void run_gate_up(int64_t task) const {
+        const Group& group = groups[task / gate_up_tasks.count];
+        const auto [first, last] = gate_up_tasks.range(task % gate_up_tasks.count);
+        multiply_in_blocks(impl, layer.gate_up, group.record, first, last, group.count, call.type,
+                           [&](int64_t i) { return prepared_hidden(pairs[group.first + i].token); },
+                           [&](int64_t i) { return gate_up_of(group.first + i); });
+    }
+
+    void run_activate(int64_t pair) const {
+        const uint8_t* record = groups[group_of[pair]].record;
+        float* values = gate_up_of(pair);
+        finish(impl, layer.gate_up, record, 0, 2 * inner, call.type, values);
+        impl.activate(layer.activation, values, values + inner, inner, call.type, values);
+        impl.prepare(layer.down, values, call.type, prepared_inner(pair));
+    }
+
+    void run_down(int64_t task) const {
+        const Group& group = groups[task / down_tasks.count];
+        const auto [first, last] = down_tasks.range(task % down_tasks.count);
+        multiply_in_blocks(impl, layer.down, group.record, first, last, group.count, call.type,
+                           [&](int64_t i) { return prepared_inner(group.first + i); },
+                           [&](int64_t i) { return down_of(group.first + i); });
+        const int64_t units = num_units(layer.down);
+        for (int64_t i = 0; i < group.count; ++i)
+            for (int64_t k = 0; k < rows_per_unit(layer.down.format); ++k)
+                store(group, group.first + i, first + k * units, last - first);
+    }
+
+    // Rows [row, row + count) of a pair's result: rounded, biased, weighted, into its slot.
+    void store(const Group& group, int64_t pair, int64_t row, int64_t count) const {
+        float* values = down_of(pair) + row;
+        finish(impl, layer.down, group.record, row, count, call.type, values);
+        const int64_t slot = pairs[pair].slot;
+        float weight;
+        impl.widen(static_cast<const uint8_t*>(call.top_k_weights) +
+                       slot * size_of(call.weights_type),
+                   call.weights_type, 1, &weight);
+        for (int64_t i = 0; i < count; ++i) values[i] *= weight;
+        impl.narrow(values, count, call.slots_type,
+                    static_cast<uint8_t*>(call.slots) +
+                        (slot * hidden_size + row) * size_of(call.slots_type));
+    }
+
+    // As torch adds up fewer than 16 rows: one after the other, in float32.
+    void run_sum(int64_t token) const {
+        Floats sum(hidden_size), row(hidden_size);
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        const int64_t bytes = hidden_size * size_of(call.slots_type);
+        const auto* slots = static_cast<const uint8_t*>(call.slots) + token * call.k * bytes;
+        for (int64_t position = 0; position < call.k; ++position) {
+            impl.widen(slots + position * bytes, call.slots_type, hidden_size, row.data());
+            for (int64_t i = 0; i < hidden_size; ++i) sum[i] += row[i];
+        }
+        // torch rounds the sum to the slots' type, and that to the result's.
+        impl.narrow(sum.data(), hidden_size, call.slots_type, row.data());
+        Floats rounded(hidden_size);
+        impl.widen(row.data(), call.slots_type, hidden_size, rounded.data());
+        impl.narrow(rounded.data(), hidden_size, call.type,
+                    static_cast<uint8_t*>(call.out) + token * hidden_size * size_of(call.type));
+    }
+
+    const ExpertsCall& call;
+    const Layer& layer;
+    const Variant& impl;
+    const int64_t hidden_size, inner;
+    std::vector<Pair> pairs;
+    std::vector<Group> groups;
+    std::vector<int64_t> group_of;
+    Chunks gate_up_tasks, down_tasks;
+    // Where the tasks of each phase end.
+    int64_t prepare_hidden_end, gate_up_end, activate_end, down_end, sum_end;
+    int64_t hidden_bytes, inner_bytes;
+    uint8_t *hidden, *activated, *gate_up, *down;
+};
+
+} // namespace
+
+// Fills the slots of the call's experts, and with `out` sums them. 0, or 1 without memory.
+EXPERTD_API int32_t expertd_experts(const ExpertsCall* call) {
+    try {
+        PoolLock lock;
+        ExpertsJob job(*call);
+        job.use_scratch(pool_scratch(job.scratch_bytes()));
+        run_job(job, job.num_tasks(), call->threads);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}

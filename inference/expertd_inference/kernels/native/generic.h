@@ -1,0 +1,232 @@
+// Every operation in plain C++, over loops that the compiler vectorizes for the instruction set
+// of the file that includes this: weights are decoded to float32, a block of columns at a time,
+// and multiplied there.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "values.h"
+#include "variant.h"
+
+namespace {
+namespace generic {
+
+constexpr int64_t BLOCK = 256; // columns decoded at a time: 8 rows of it stay in the L1 cache
+constexpr int64_t LANES = 16;  // partial sums of a product, whatever the registers' width
+
+constexpr float E2M1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+
+inline float e8m0(uint8_t exponent) {
+    if (exponent == 255) return from_bits(0x7fc00000);
+    return from_bits(exponent ? static_cast<uint32_t>(exponent) << 23 : 0x00400000u);
+}
+
+// Scale and zero of groups [first, first + count) of the flattened matrix.
+inline void decode_groups(const Matrix& m, const uint8_t* base, int64_t first, int64_t count,
+                          float* scale, float* zero) {
+    if (m.format == MXFP4) {
+        for (int64_t i = 0; i < count; ++i) {
+            scale[i] = e8m0(base[m.scale + first + i]);
+            zero[i] = 0;
+        }
+    } else if (!m.meta_group_size) {
+        widen(base + m.scale + first * 2, F16, count, scale);
+        widen(base + m.zero + first * 2, F16, count, zero);
+    } else {
+        const auto decode = [&](int64_t q, int64_t scales, int64_t zeros, float* out) {
+            for (int64_t i = 0; i < count;) {
+                const int64_t group = (first + i) / m.meta_group_size;
+                const int64_t end = std::min(count, (group + 1) * m.meta_group_size - first);
+                uint16_t s, z;
+                memcpy(&s, base + scales + group * 2, 2);
+                memcpy(&z, base + zeros + group * 2, 2);
+                const float scale_here = from_f16(s), zero_here = from_f16(z);
+                for (; i < end; ++i)
+                    out[i] = (static_cast<float>(base[q + first + i]) - zero_here) * scale_here;
+            }
+        };
+        decode(m.scale, m.scale_scale, m.scale_zero, scale);
+        decode(m.zero, m.zero_scale, m.zero_zero, zero);
+    }
+}
+
+// The integers of row `k` of a unit, `count` of them.
+inline void decode_integers(const Matrix& m, const uint8_t* q, int64_t unit, int64_t k,
+                            int64_t column, int64_t count, float* out) {
+    const uint8_t* low = q + unit * m.columns + column;
+    if (m.format == HQQ8) {
+        for (int64_t i = 0; i < count; ++i) out[i] = low[i];
+    } else if (m.format == HQQ4) {
+        const int shift = k ? 0 : 4;
+        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(low[i] >> shift & 15);
+    } else if (m.format == MXFP4) {
+        const int shift = k ? 0 : 4;
+        for (int64_t i = 0; i < count; ++i) out[i] = E2M1[low[i] >> shift & 15];
+    } else if (m.format == HQQ2) {
+        const int shift = static_cast<int>(6 - 2 * k);
+        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(low[i] >> shift & 3);
+    } else {
+        // Low bits of every second row lie half a low plane further; the high plane follows.
+        low += (k % 2) * (m.rows / 8) * m.columns;
+        const uint8_t* high = q + (m.rows / 4 + unit) * m.columns + column;
+        const int shift = static_cast<int>(6 - k / 2 * 2), bit = static_cast<int>(7 - k);
+        for (int64_t i = 0; i < count; ++i)
+            out[i] = static_cast<float>((low[i] >> shift & 3) | (high[i] >> bit & 1) << 2);
+    }
+}
+
+// Weights [column, column + count) of row `k` of a unit, count <= BLOCK, as the reference
+// computes them in float32. `column` is a multiple of BLOCK.
+inline void decode(const Matrix& m, const uint8_t* base, int64_t unit, int64_t k, int64_t column,
+                   int64_t count, float* out) {
+    const int64_t row = unit + k * num_units(m);
+    if (m.format <= F32) {
+        const int64_t size = m.format == F32 ? 4 : 2;
+        widen(base + m.weight + (row * m.columns + column) * size, m.format, count, out);
+        return;
+    }
+    float scale[BLOCK / 16], zero[BLOCK / 16];
+    const int64_t groups = m.columns / m.group_size;
+    const int64_t g = m.group_size;
+    decode_groups(m, base, row * groups + column / g, (count + g - 1) / g, scale, zero);
+    decode_integers(m, base + m.weight, unit, k, column, count, out);
+    for (int64_t i = 0; i < count;) {
+        const float s = scale[i / g], z = zero[i / g];
+        const int64_t end = std::min(count, i + g);
+        for (; i < end; ++i) out[i] = (out[i] - z) * s;
+    }
+}
+
+inline int64_t prepared_bytes(const Matrix& m) {
+    return round_up(m.columns, BLOCK) * static_cast<int64_t>(sizeof(float));
+}
+
+inline void prepare(const Matrix& m, const float* row, int32_t, uint8_t* prepared) {
+    auto* out = reinterpret_cast<float*>(prepared);
+    memcpy(out, row, m.columns * sizeof(float));
+    memset(out + m.columns, 0, prepared_bytes(m) - m.columns * sizeof(float));
+}
+
+inline float sum_lanes(const float* lanes) {
+    float sum[LANES];
+    memcpy(sum, lanes, sizeof sum);
+    for (int64_t width = LANES / 2; width; width /= 2)
+        for (int64_t i = 0; i < width; ++i) sum[i] += sum[i + width];
+    return sum[0];
+}
+
+void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
+              const uint8_t* const* prepared, float* const* results, int64_t num_rows, int32_t) {
+    constexpr int64_t ROWS = 16; // of activations, which share one decoding
+    for (int64_t unit = first; unit < last; ++unit)
+        for (int64_t k = 0; k < rows_per_unit(m.format); ++k)
+            for (int64_t n0 = 0; n0 < num_rows; n0 += ROWS) {
+                const int64_t n1 = std::min(num_rows, n0 + ROWS);
+                float lanes[ROWS][LANES] = {};
+                float weights[BLOCK];
+                for (int64_t column = 0; column < m.columns; column += BLOCK) {
+                    const int64_t count = std::min(BLOCK, m.columns - column);
+                    const int64_t padded = round_up(count, LANES);
+                    decode(m, base, unit, k, column, count, weights);
+                    for (int64_t i = count; i < padded; ++i) weights[i] = 0;
+                    for (int64_t n = n0; n < n1; ++n) {
+                        const float* x = reinterpret_cast<const float*>(prepared[n]) + column;
+                        float sums[LANES];
+                        memcpy(sums, lanes[n - n0], sizeof sums);
+                        for (int64_t i = 0; i < padded; i += LANES)
+                            for (int64_t j = 0; j < LANES; ++j)
+                                sums[j] += weights[i + j] * x[i + j];
+                        memcpy(lanes[n - n0], sums, sizeof sums);
+                    }
+                }
+                const int64_t row = unit + k * num_units(m);
+                for (int64_t n = n0; n < n1; ++n) results[n][row] = sum_lanes(lanes[n - n0]);
+            }
+}
+
+void dequantize(const Matrix& m, const uint8_t* base, int64_t first, int64_t last, uint8_t* out,
+                int64_t stride, int32_t type) {
+    const int64_t size = type == F32 ? 4 : 2;
+    for (int64_t k = 0; k < rows_per_unit(m.format); ++k) {
+        uint8_t* bytes = out + k * stride;
+        for (int64_t unit = first; unit < last; ++unit)
+            for (int64_t column = 0; column < m.columns; column += BLOCK) {
+                const int64_t count = std::min(BLOCK, m.columns - column);
+                float weights[BLOCK];
+                decode(m, base, unit, k, column, count, weights);
+                narrow(weights, count, type, bytes);
+                bytes += count * size;
+            }
+    }
+}
+
+// exp to within 2 units in the last place; the polynomial is the one of Cephes' expf
+// (S. Moshier), which compilers can turn into vector code.
+inline float exponential(float x) {
+    const float clamped = x < -87.3f ? -87.3f : x > 88.7f ? 88.7f : x;
+    const float shifted = clamped * 1.44269504f + 12582912.0f; // 1.5 * 2^23: rounds to nearest
+    const float n = shifted - 12582912.0f;
+    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // In two factors, since 2^128 is no float. A NaN goes its way through p.
+    const int32_t power = static_cast<int32_t>(to_bits(shifted)) - 0x4b400000;
+    const int32_t half = power >> 1;
+    const float result = p * from_bits(static_cast<uint32_t>(half + 127) << 23) *
+                         from_bits(static_cast<uint32_t>(power - half + 127) << 23);
+    return x < -87.3f ? 0.0f : x > 88.7f ? from_bits(0x7f800000) : result;
+}
+
+template <int32_t TYPE> inline void silu(const float* gate, const float* up, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float activated = gate[i] / (1.0f + exponential(-gate[i]));
+        out[i] = round_to(round_to(activated, TYPE) * up[i], TYPE);
+    }
+}
+
+template <int32_t TYPE>
+inline void gpt_oss(const Activation& a, const float* gate, const float* up, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        // Written so that NaN stays: a comparison with it is false.
+        const float g = gate[i] > a.limit ? a.limit : gate[i];
+        const float below = up[i] > a.limit ? a.limit : up[i];
+        const float u = below < -a.limit ? -a.limit : below;
+        const float scaled = round_to(g * a.alpha, TYPE);
+        const float sigmoid = round_to(1.0f / (1.0f + exponential(-scaled)), TYPE);
+        const float glu = round_to(g * sigmoid, TYPE);
+        out[i] = round_to(round_to(u + 1.0f, TYPE) * glu, TYPE);
+    }
+}
+
+template <int32_t TYPE>
+inline void activate_as(const Activation& a, const float* gate, const float* up, int64_t n,
+                        float* out) {
+    if (a.kind == SILU) return silu<TYPE>(gate, up, n, out);
+    if (a.kind == GPT_OSS) return gpt_oss<TYPE>(a, gate, up, n, out);
+    for (int64_t i = 0; i < n; ++i) {
+        const float g = gate[i];
+        float activated;
+        if (a.kind == RELU) activated = g < 0 ? 0.0f : g;
+        else if (a.kind == GELU) activated = g * 0.5f * (1.0f + std::erf(g * 0.70710678118f));
+        else
+            activated = 0.5f * g *
+                        (1.0f + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g)));
+        out[i] = round_to(round_to(activated, TYPE) * up[i], TYPE);
+    }
+}
+
+void activate(const Activation& a, const float* gate, const float* up, int64_t n, int32_t type,
+              float* out) {
+    if (type == BF16) activate_as<BF16>(a, gate, up, n, out);
+    else if (type == F16) activate_as<F16>(a, gate, up, n, out);
+    else activate_as<F32>(a, gate, up, n, out);
+}
+
+} // namespace generic
+} // namespace

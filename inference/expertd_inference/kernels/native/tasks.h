@@ -1,0 +1,80 @@
+// How a matrix is divided among threads, and what is done with a piece of it.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "variant.h"
+
+inline int64_t size_of(int32_t type) { return type == F32 ? 4 : 2; }
+
+// Scratch of one task, not initialized.
+class Floats {
+  public:
+    explicit Floats(int64_t count) : values(new float[count]), count(count) {}
+    float* data() { return values.get(); }
+    float* begin() { return values.get(); }
+    float* end() { return values.get() + count; }
+    float& operator[](int64_t i) { return values[i]; }
+
+  private:
+    std::unique_ptr<float[]> values;
+    int64_t count;
+};
+
+// A matrix in tasks of about CHUNK_BYTES of weights: enough that a stream gets up to speed,
+// few enough that a thread which comes late, or is held up, leaves little to wait for.
+class Chunks {
+  public:
+    static constexpr int64_t CHUNK_BYTES = 128 << 10;
+
+    Chunks() = default;
+
+    explicit Chunks(const Matrix& matrix) : units(num_units(matrix)) {
+        const int64_t wanted = bytes_per_unit(matrix) * units / CHUNK_BYTES;
+        const int64_t most = std::max<int64_t>(1, std::min(wanted, units));
+        units_each = (units + most - 1) / most;
+        count = (units + units_each - 1) / units_each;
+    }
+
+    std::pair<int64_t, int64_t> range(int64_t chunk) const {
+        return {chunk * units_each, std::min(units, (chunk + 1) * units_each)};
+    }
+
+    int64_t count = 0;
+
+  private:
+    int64_t units = 0, units_each = 0;
+};
+
+// Units [first, last) times `num_rows` rows of activations; `input` and `output` say where.
+template <class Input, class Output>
+void multiply_in_blocks(const Variant& impl, const Matrix& matrix, const uint8_t* base,
+                        int64_t first, int64_t last, int64_t num_rows, int32_t type, Input input,
+                        Output output) {
+    constexpr int64_t BLOCK = 32;
+    const uint8_t* inputs[BLOCK];
+    float* outputs[BLOCK];
+    for (int64_t start = 0; start < num_rows; start += BLOCK) {
+        const int64_t count = std::min(BLOCK, num_rows - start);
+        for (int64_t i = 0; i < count; ++i) {
+            inputs[i] = input(start + i);
+            outputs[i] = output(start + i);
+        }
+        impl.multiply(matrix, base, first, last, inputs, outputs, count, type);
+    }
+}
+
+// Rounds products [row, row + count) as torch does after a product, and adds the bias.
+inline void finish(const Variant& impl, const Matrix& matrix, const uint8_t* base, int64_t row,
+                   int64_t count, int32_t type, float* values) {
+    if (type != F32) impl.round(values, count, type);
+    if (matrix.bias < 0) return;
+    Floats bias(count);
+    impl.widen(base + matrix.bias + row * size_of(matrix.bias_format), matrix.bias_format, count,
+               bias.data());
+    impl.round(bias.data(), count, type);
+    for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
+    impl.round(values, count, type);
+}

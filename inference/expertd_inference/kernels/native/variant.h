@@ -1,0 +1,57 @@
+// One implementation of the arithmetic, for one instruction set.
+#pragma once
+
+#include "kernels.h"
+
+// Rows of a matrix that share bytes, a unit: row u of unit u, then u + rows / n and so on.
+constexpr int64_t rows_per_unit(int32_t format) {
+    switch (format) {
+    case HQQ4:
+    case MXFP4: return 2;
+    case HQQ3: return 8;
+    case HQQ2: return 4;
+    default: return 1;
+    }
+}
+
+inline int64_t num_units(const Matrix& matrix) {
+    return matrix.rows / rows_per_unit(matrix.format);
+}
+
+inline int64_t bytes_per_unit(const Matrix& matrix) {
+    switch (matrix.format) {
+    case HQQ3: return matrix.columns * 3;
+    case BF16:
+    case F16: return matrix.columns * 2;
+    case F32: return matrix.columns * 4;
+    default: return matrix.columns;
+    }
+}
+
+struct Variant {
+    const char* name;
+    // Bytes of a row of activations as `multiply` wants it.
+    int64_t (*prepared_bytes)(const Matrix& matrix);
+    // `row` [columns] holds values of `type`, which was rounded to before.
+    void (*prepare)(const Matrix& matrix, const float* row, int32_t type, uint8_t* prepared);
+    // The products of units [first, last) with `num_rows` rows of activations, without bias:
+    // results[n][row], float32. Does not depend on what else is computed.
+    void (*multiply)(const Matrix& matrix, const uint8_t* base, int64_t first, int64_t last,
+                     const uint8_t* const* prepared, float* const* results, int64_t num_rows,
+                     int32_t type);
+    // The weights of units [first, last) in `type`; from one row of a unit to its next are
+    // `stride` bytes in `out`.
+    void (*dequantize)(const Matrix& matrix, const uint8_t* base, int64_t first, int64_t last,
+                       uint8_t* out, int64_t stride, int32_t type);
+    // out[i] from gate[i] and up[i], all rounded to `type`. May be in place of gate.
+    void (*activate)(const Activation& activation, const float* gate, const float* up,
+                     int64_t count, int32_t type, float* out);
+    // Between values of a type and float32; the latter rounds to nearest even.
+    void (*widen)(const void* values, int32_t type, int64_t count, float* out);
+    void (*narrow)(const float* values, int64_t count, int32_t type, void* out);
+    // Rounds to `type` in place.
+    void (*round)(float* values, int64_t count, int32_t type);
+};
+
+// The one in use: the best that this processor has, unless expertd_use_isa chose another.
+const Variant& variant();

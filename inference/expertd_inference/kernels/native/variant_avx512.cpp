@@ -1,0 +1,12 @@
+#include "generic.h"
+
+extern const Variant VARIANT_AVX512;
+const Variant VARIANT_AVX512 = {"avx512",
+                               generic::prepared_bytes,
+                               generic::prepare,
+                               generic::multiply,
+                               generic::dequantize,
+                               generic::activate,
+                               widen,
+                               narrow,
+                               round_all};

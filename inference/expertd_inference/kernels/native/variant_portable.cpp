@@ -1,0 +1,12 @@
+#include "generic.h"
+
+extern const Variant VARIANT_PORTABLE;
+const Variant VARIANT_PORTABLE = {"portable",
+                               generic::prepared_bytes,
+                               generic::prepare,
+                               generic::multiply,
+                               generic::dequantize,
+                               generic::activate,
+                               widen,
+                               narrow,
+                               round_all};

@@ -1,0 +1,182 @@
+"""The native kernels' C interface, as ``native/kernels.h`` declares it.
+
+A matrix is described once, and a call is a structure of addresses and sizes: ctypes takes about
+two microseconds for it, however much the call computes.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from expertd.native.library import Loaded, load
+from expertd.pack.layout import Encoding, Matrix, RecordLayout, matrix_parts
+from expertd_inference.activation import Activation, ActivationKind
+from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
+
+PATH = Path(__file__).parent / "native" / "libexpertd_kernels.so"
+ABI = 1
+GROUP_SIZES = (16, 32, 64, 128)
+META_GROUP_SIZE = 128
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Types of activations by number; plain weights have the same ones as formats."""
+_PLAIN = {"BF16": 0, "F16": 1, "F32": 2}
+_HQQ = {8: 3, 4: 4, 3: 5, 2: 6}
+_MXFP4 = 7
+_ACTIVATIONS = {
+    ActivationKind.SILU: 0,
+    ActivationKind.GELU: 1,
+    ActivationKind.GELU_TANH: 2,
+    ActivationKind.RELU: 3,
+    ActivationKind.GPT_OSS: 4,
+}
+
+
+class NativeMatrix(ctypes.Structure):
+    """``Matrix`` of kernels.h; -1 for what is not there."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "weight")),
+        *((name, ctypes.c_int64) for name in ("scale", "scale_scale", "scale_zero")),
+        *((name, ctypes.c_int64) for name in ("zero", "zero_scale", "zero_zero", "bias")),
+        *((name, ctypes.c_int32) for name in ("format", "group_size")),
+        *((name, ctypes.c_int32) for name in ("meta_group_size", "bias_format")),
+    )
+
+
+class NativeActivation(ctypes.Structure):
+    """``Activation`` of kernels.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    )
+
+
+class NativeLayer(ctypes.Structure):
+    """``Layer`` of kernels.h."""
+
+    _fields_ = (
+        ("gate_up", NativeMatrix),
+        ("down", NativeMatrix),
+        ("activation", NativeActivation),
+        ("padding", ctypes.c_int32),
+    )
+
+
+class ExpertsCall(ctypes.Structure):
+    """``ExpertsCall`` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layer", "arena", "experts", "records")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "top_k_index", "top_k_weights")),
+        *((name, ctypes.c_void_p) for name in ("slots", "out")),
+        *((name, ctypes.c_int64) for name in ("num_experts", "tokens", "k")),
+        *((name, ctypes.c_int32) for name in ("type", "weights_type", "slots_type", "threads")),
+    )
+
+
+class LinearCall(ctypes.Structure):
+    """``LinearCall`` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("matrix", "x", "out")),
+        ("tokens", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+@cache
+def native_library() -> Loaded:
+    """The library with its functions declared, or why it is not there. Loaded once."""
+    loaded = load(PATH, abi=ABI)
+    library = loaded.library
+    if library is not None:
+        library.expertd_experts.argtypes = [ctypes.c_void_p]
+        library.expertd_linear.argtypes = [ctypes.c_void_p]
+        library.expertd_dequantize.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
+        ]
+        library.expertd_dequantize.restype = None
+        library.expertd_use_isa.argtypes = [ctypes.c_char_p]
+        library.expertd_use_isa.restype = ctypes.c_char_p
+    return loaded
+
+
+def native_matrix(
+    matrix: Matrix, place: Callable[[str], int], plain: str, bias: tuple[str, int] | None = None
+) -> NativeMatrix | None:
+    """``matrix`` for the kernels, or None if they do not know its form.
+
+    ``place`` tells where a part is, by its full name; ``plain`` is the type of its weights if
+    they are not quantized, and ``bias`` the type and place of its bias.
+    """
+    native = NativeMatrix(
+        rows=matrix.out_features,
+        columns=matrix.in_features,
+        group_size=matrix.group_size,
+        meta_group_size=matrix.meta_group_size,
+        **dict.fromkeys(("weight", "scale", "scale_scale", "scale_zero", "zero"), -1),
+        **dict.fromkeys(("zero_scale", "zero_zero", "bias"), -1),
+    )
+    if bias is not None:
+        if bias[0] not in _PLAIN:
+            return None
+        native.bias_format, native.bias = _PLAIN[bias[0]], bias[1]
+    if matrix.encoding is Encoding.PLAIN:
+        if plain not in _PLAIN:
+            return None
+        native.format, native.weight = _PLAIN[plain], place(f"{matrix.name}.weight")
+        return native
+    if matrix.group_size not in GROUP_SIZES:
+        return None
+    if matrix.meta_group_size not in (0, META_GROUP_SIZE):
+        return None
+    if matrix.encoding is Encoding.MXFP4:
+        native.format = _MXFP4
+    elif matrix.encoding is Encoding.HQQ and matrix.bits in _HQQ:
+        native.format = _HQQ[matrix.bits]
+    else:
+        return None
+    for name, _, _ in matrix_parts(matrix, ""):
+        part = name.removeprefix(f"{matrix.name}.")
+        if part == "q":
+            field = "weight"
+        elif part.endswith(".q"):
+            field = part.removesuffix(".q")
+        else:
+            field = part.replace(".", "_")
+        setattr(native, field, place(name))
+    return native
+
+
+def native_layer(spec: ExpertsSpec) -> NativeLayer | None:
+    """The layer for the kernels, or None if they do not know a part of it."""
+    if spec.activation is None:
+        return None
+    gate_up, down = _of_record(spec.layout, GATE_UP), _of_record(spec.layout, DOWN)
+    if gate_up is None or down is None:
+        return None
+    return NativeLayer(gate_up=gate_up, down=down, activation=_activation(spec.activation))
+
+
+def _of_record(layout: RecordLayout, name: str) -> NativeMatrix | None:
+    parts = {part.name: part for part in layout.parts}
+    bias = parts.get(f"{name}.bias")
+    weight = parts.get(f"{name}.weight")
+    return native_matrix(
+        layout.matrix(name),
+        lambda part: parts[part].offset,
+        "" if weight is None else weight.dtype,
+        None if bias is None else (bias.dtype, bias.offset),
+    )
+
+
+def _activation(activation: Activation) -> NativeActivation:
+    return NativeActivation(_ACTIVATIONS[activation.kind], activation.alpha, activation.limit)
