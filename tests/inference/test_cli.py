@@ -72,6 +72,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "remote_misses",
         "peak_pss_bytes",
         "kernels",
+        "device",
     }
     tokenizer = AutoTokenizer.from_pretrained(packed("example"))
     prompt = tokenizer(PROMPT).input_ids
