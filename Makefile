@@ -2,7 +2,7 @@
 #   make setup   the virtual environment in .venv
 #   make native  build the native libraries again, if their sources changed
 #   make demo    pack the example model, serve it, generate with two workers at once
-#   make test    all tests
+#   make test    all tests, in JOBS=3 processes
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
@@ -40,8 +40,12 @@ native: setup
 demo: setup native
 	@$(BIN)/python examples/demo.py
 
+# Tests wait more than they compute, so there may be more processes than cores. Each takes the
+# tests of whole folders, so that what a module sets up is set up once, and at the end some from
+# whoever has most left.
+JOBS ?= 3
 test: setup native
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

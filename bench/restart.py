@@ -36,7 +36,14 @@ _SHAPE = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
-_QUICK_SHAPE = {"num_hidden_layers": 2}
+_QUICK_SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 896,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 257,
+}
 
 _MAKE = """
 import json, sys

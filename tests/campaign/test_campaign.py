@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+WORKER_KILLS, DAEMON_KILLS = 200, 20  # with cold restarts, and as many with warm ones
 SECONDS = 900  # several times what it takes on two busy cores
 
 COMMAND = [sys.executable, "-m", "tests.campaign"]
@@ -45,22 +46,22 @@ def run(*command: object) -> tuple[int, dict[str, Any], str]:
     return process.returncode, json.loads(out), err
 
 
-# Together a thousand workers and a hundred daemons.
 @pytest.mark.parametrize("restarts", ["cold", "warm"])
 def test_workers_and_daemons_killed_at_random(restarts: str) -> None:
     code, report, err = run(
-        *COMMAND, "--worker-kills", 500, "--daemon-kills", 50, "--restarts", restarts, "--json"
+        *(*COMMAND, "--worker-kills", WORKER_KILLS, "--daemon-kills", DAEMON_KILLS),
+        *("--restarts", restarts, "--json"),
     )
     assert report["problems"] == [], err
     assert code == 0
-    assert report["worker_kills"] >= 500
-    assert report["daemon_kills"] >= 50
+    assert report["worker_kills"] >= WORKER_KILLS
+    assert report["daemon_kills"] >= DAEMON_KILLS
     work = report["work"]
     assert work["records_wrong"] == 0
-    assert work["records_used"] > 10 * 500
+    assert work["records_used"] > 10 * WORKER_KILLS
     assert min(work["hits"], work["misses"], work["reads"], report["worker_stops"]) > 0
     # Each worker attached, most of those that lived through a daemon's end once more.
-    assert work["attaches"] > 500
+    assert work["attaches"] > WORKER_KILLS
 
 
 def test_a_wrong_byte_is_found() -> None:
