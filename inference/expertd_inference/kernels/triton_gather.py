@@ -1,12 +1,16 @@
 """Misses without the host: the GPU looks its experts up, and copies those that it lacks.
 
 Two kernels. :func:`resolve` (one program) finds the routed experts in the device's slot table,
-chooses victims for those that are missing, and reads from the directory, which is mapped into the
-device's address space, where in the arena their records lie. :func:`gather` copies these records
-from the arena, mapped likewise, into the slots. Neither returns anything to the host, so both can
-be part of a CUDA graph. Only a directory word of 0, a record that is not in RAM, needs the host:
-it is noted in ``Resolution.absent``, the expert stays out of the slot table, and the step is to be
-run again once the daemon has brought the record.
+chooses victims for those that are missing, and reads from the directory's words where in the
+arena their records lie. :func:`gather` copies these records from the arena, which is mapped into
+the device's address space, into the slots. Neither returns anything to the host, so both can be
+part of a CUDA graph. Only a record that is not in RAM needs the host: it is noted in
+``Resolution.noted``, the expert stays out of the slot table, and the step is to be run again once
+the daemon has brought the record.
+
+The words are those that the host has read after it began to hold (``docs/protocol.md``): a few
+tens of kilobytes per step, where reading the shared directory itself would cost each layer a
+round trip over the link.
 
 The slots of a layer are chosen least recently used first. What this very call uses is stamped
 before a victim is chosen, so nothing that it needs can be evicted by it.
@@ -21,10 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd.shared.directory import HEADER_WORDS, PAGE_BYTES
+from expertd.shared.directory import PAGE_BYTES
 
 MAX_ROUTED = 128
 """The most (token, position) pairs that one call resolves."""
+
+COPIED, ABSENT = 1, 2
+"""What a step notes of an entry: it was copied from the arena, or is not in it."""
 
 _WORDS_PER_TURN = 2048
 """64-bit words that one program of gather copies at a time: 16 KiB, a whole DMA burst."""
@@ -70,14 +77,14 @@ class Resolution:
 
     ``source``: int64 [MAX_ROUTED], byte offsets in the arena, -1 where nothing is to be copied;
     ``target``: int32 [MAX_ROUTED], the slots. ``counts``: int64 [3]: hits, copies, and experts
-    absent from RAM, over all calls since :meth:`begin_step`. ``absent``: int32 [num_entries], 1
-    for each of those.
+    absent from RAM, over all calls since :meth:`begin_step`. ``noted``: int32 [num_entries],
+    ``COPIED`` or ``ABSENT`` for each of those, else 0.
     """
 
     source: Tensor
     target: Tensor
     counts: Tensor
-    absent: Tensor
+    noted: Tensor
 
     @classmethod
     def empty(cls, num_entries: int, device: torch.device | str) -> "Resolution":
@@ -86,19 +93,19 @@ class Resolution:
             source=torch.full((MAX_ROUTED,), -1, dtype=torch.int64, device=device),
             target=torch.zeros(MAX_ROUTED, dtype=torch.int32, device=device),
             counts=torch.zeros(3, dtype=torch.int64, device=device),
-            absent=torch.zeros(num_entries, dtype=torch.int32, device=device),
+            noted=torch.zeros(num_entries, dtype=torch.int32, device=device),
         )
 
     def begin_step(self) -> None:
         """Counts from 0 again."""
         self.counts.zero_()
-        self.absent.zero_()
+        self.noted.zero_()
 
 
 @triton.jit
 def _resolve(
     top_k_index,  # int [num_routed], on the device
-    directory,  # int64: the address at which the device sees the directory's words
+    directory,  # int64 [num_entries]
     slot_of,  # int32 [num_entries]
     entry_in,  # int32 [num_slots]
     stamp,  # int64 [num_slots]
@@ -106,7 +113,7 @@ def _resolve(
     source,  # int64 [MAX_ROUTED]
     target,  # int32 [MAX_ROUTED]
     counts,  # int64 [3]
-    absent,  # int32 [num_entries]
+    noted,  # int32 [num_entries]
     num_routed,
     num_experts,
     first_entry,
@@ -114,8 +121,9 @@ def _resolve(
     num_slots,
     ROUTED: tl.constexpr,
     SLOTS: tl.constexpr,
-    HEADER: tl.constexpr,
     PAGE: tl.constexpr,
+    COPIED_NOTE: tl.constexpr,
+    ABSENT_NOTE: tl.constexpr,
 ):
     now = tl.load(clock) + 1
     num_hits, num_copied, num_absent = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
@@ -138,14 +146,13 @@ def _resolve(
     hit = (slot[:, None] == (first_slot + places)[None, :]) & valid[:, None]
     stamps = tl.where(tl.max(hit.to(tl.int32), axis=0) > 0, now, stamps)
 
-    # The directory is read once per call, by those that miss; a hit needs no word.
     missing = first & (slot < 0) & (not given_up)
-    word_at = (directory + (HEADER + entry.to(tl.int64)) * 8).to(tl.pointer_type(tl.int64))
-    # Volatile: the daemon writes these words while we run, and no cache may keep them.
-    word = tl.load(word_at, mask=missing, other=0, volatile=True)
-    gone = missing & (word == 0)
-    copied = missing & (word != 0)
-    offset = ((word & 0xFFFFFFFF) - 1) * PAGE
+    word = tl.load(directory + entry, mask=missing, other=0)
+    # Only the half that says where: a word that was read while it changed may have any other.
+    page = word & 0xFFFFFFFF
+    gone = missing & (page == 0)
+    copied = missing & (page != 0)
+    offset = (page - 1) * PAGE
 
     # All have loaded before any stores: warps may hold copies of one value, and run apart.
     tl.debug_barrier()
@@ -167,7 +174,7 @@ def _resolve(
     tl.store(stamp + first_slot + places, stamps, mask=ours)
     tl.store(entry_in + first_slot + places, holds, mask=ours)
     tl.store(clock, now)
-    tl.store(absent + entry, 1, mask=gone)
+    tl.store(noted + entry, tl.where(gone, ABSENT_NOTE, COPIED_NOTE), mask=missing)
     tl.store(counts, num_hits + tl.sum((first & (slot >= 0)).to(tl.int64), axis=0))
     tl.store(counts + 1, num_copied + tl.sum(copied.to(tl.int64), axis=0))
     tl.store(counts + 2, num_absent + tl.sum(gone.to(tl.int64), axis=0))
@@ -203,7 +210,7 @@ def resolve(
     table: SlotTable,
     resolution: Resolution,
     *,
-    directory: int,
+    directory: Tensor,  # int64 [num_entries]
     num_experts: int,
     first_entry: int,
     first_slot: int,
@@ -211,10 +218,9 @@ def resolve(
 ) -> None:
     """Assigns slots ``first_slot`` and on, ``num_slots`` of them, to the routed experts of a layer.
 
-    ``directory`` is the address at which the device sees the mapped directory, ``first_entry`` the
-    layer's first in it. Once an expert was found absent from RAM, later calls of the step copy
-    nothing: what was routed to is then garbage. Raises ValueError if the layer has fewer slots
-    than the tokens may need.
+    ``directory`` are its words as the host read them, ``first_entry`` is the layer's first. Once an
+    expert was found absent from RAM, later calls of the step copy nothing: what was routed to is
+    then garbage. Raises ValueError if the layer has fewer slots than the tokens may need.
     """
     num_routed = top_k_index.numel()
     if not 0 < num_routed <= MAX_ROUTED:
@@ -233,7 +239,7 @@ def resolve(
         resolution.source,
         resolution.target,
         resolution.counts,
-        resolution.absent,
+        resolution.noted,
         num_routed,
         num_experts,
         first_entry,
@@ -241,8 +247,9 @@ def resolve(
         num_slots,
         ROUTED=triton.next_power_of_2(num_routed),
         SLOTS=triton.next_power_of_2(num_slots),
-        HEADER=HEADER_WORDS,
         PAGE=PAGE_BYTES,
+        COPIED_NOTE=COPIED,
+        ABSENT_NOTE=ABSENT,
         num_warps=4,
     )
 

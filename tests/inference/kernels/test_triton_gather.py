@@ -1,10 +1,9 @@
 """The GPU's own look-up and copy against a plain model of the same policy.
 
-Here under Triton's interpreter, which reads directory and arena in host memory by address; on a
-GPU, with the memory registered, the same tests run as they are (``make gpu-test``).
+Here under Triton's interpreter, which reads the arena in host memory by address; on a GPU, from
+pinned memory, the same tests run as they are (``make gpu-test``).
 """
 
-import ctypes
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.shared.directory import HEADER_WORDS, PAGE_BYTES, pack_word
+from expertd.shared.directory import PAGE_BYTES, pack_word
 from tests.inference.kernels.gpu import DEVICE, host_memory
 
 triton_gather = pytest.importorskip("expertd_inference.kernels.triton_gather")
@@ -52,9 +51,8 @@ class Host:
 
     def __init__(self, num_entries: int, record_bytes: int = SLOT_BYTES) -> None:
         self.num_entries, self.record_bytes = num_entries, record_bytes
-        self.directory = host_memory(PAGE_BYTES + num_entries * 8)
+        self.words = torch.zeros(num_entries, dtype=torch.int64)
         self.arena = host_memory(PAGE_BYTES + num_entries * SLOT_BYTES)
-        self.words = self.directory.tensor.view(torch.int64)
         generator = torch.Generator().manual_seed(num_entries)
         self.arena.tensor.random_(0, 256, generator=generator)
         # Not in order, and the first page is nobody's: an offset taken for another shows.
@@ -66,7 +64,7 @@ class Host:
             # A generation that fills the upper half: it must not leak into the offset.
             word = pack_word(offset, 0xFFFFFF00 + entry) if entry in entries else 0
             # torch has no unsigned 64-bit numbers to speak of.
-            self.words[HEADER_WORDS + entry] = word - (1 << 64) if word >> 63 else word
+            self.words[entry] = word - (1 << 64) if word >> 63 else word
 
     def record(self, entry: int) -> Tensor:
         start = self.offsets[entry]
@@ -108,7 +106,7 @@ def test_it_decides_as_the_model_does(
                 torch.tensor(rows, device=DEVICE),
                 table,
                 resolution,
-                directory=host.directory.address,
+                directory=host.words.to(DEVICE),
                 num_experts=experts,
                 first_entry=first,
                 first_slot=layer * slots,
@@ -140,9 +138,32 @@ def test_it_decides_as_the_model_does(
                     ours = cache[slot, :record_bytes].cpu()
                     assert torch.equal(ours, host.record(first + expert))
             if not given_up:
-                noted = resolution.absent[first : first + experts].nonzero().flatten().tolist()
-                assert noted == sorted(absent)
+                noted = resolution.noted[first : first + experts].tolist()
+                for note, entries in (
+                    (triton_gather.COPIED, copied),
+                    (triton_gather.ABSENT, absent),
+                ):
+                    assert [e for e, n in enumerate(noted) if n == note] == sorted(entries)
         assert resolution.counts.tolist() == expected
+
+
+def test_a_word_that_was_read_while_it_changed_is_absent() -> None:
+    host = Host(4)
+    host.set_resident({0, 1, 2, 3})
+    host.words[2] &= ~0xFFFFFFFF  # the generation is there yet, the place is not
+    table = triton_gather.SlotTable.empty(4, 4, DEVICE)
+    resolution = triton_gather.Resolution.empty(4, DEVICE)
+    triton_gather.resolve(
+        torch.tensor([[1, 2]], device=DEVICE),
+        table,
+        resolution,
+        directory=host.words.to(DEVICE),
+        num_experts=4,
+        first_entry=0,
+        first_slot=0,
+        num_slots=4,
+    )
+    assert resolution.noted.tolist() == [0, triton_gather.COPIED, triton_gather.ABSENT, 0]
 
 
 def test_choices_past_the_last_expert_are_none() -> None:
@@ -154,7 +175,7 @@ def test_choices_past_the_last_expert_are_none() -> None:
         torch.tensor([[4, 2, -1]], device=DEVICE),
         table,
         resolution,
-        directory=host.directory.address,
+        directory=host.words.to(DEVICE),
         num_experts=4,
         first_entry=0,
         first_slot=0,
@@ -181,7 +202,7 @@ def test_what_cannot_be_resolved_is_refused(routing: Tensor, num_slots: int, wha
             routing.to(DEVICE),
             table,
             triton_gather.Resolution.empty(128, DEVICE),
-            directory=ctypes.addressof(ctypes.c_char()),
+            directory=torch.zeros(128, dtype=torch.int64, device=DEVICE),
             num_experts=128,
             first_entry=0,
             first_slot=0,

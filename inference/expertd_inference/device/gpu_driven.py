@@ -1,0 +1,182 @@
+"""The experts of a decoding step without the host: the GPU finds, copies and computes them.
+
+For each layer three kernels: resolve the routing against the slot table, gather what is missing
+from the arena, compute (:mod:`~expertd_inference.kernels.triton_gather`). Nothing comes back to
+the host, so a whole step can be one CUDA graph; it reads once, at the step's end, what was copied,
+and whether an expert was not in RAM. Then the step is void: the daemon brings the record, and the
+step is run again from its beginning.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertd_inference.device.device import Device
+from expertd_inference.device.recorder import Recorder
+from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
+
+
+@dataclass(frozen=True)
+class LayerEntries:
+    """A MoE layer in the directory, and its share of the slots."""
+
+    layer: int
+    num_experts: int
+    first_entry: int
+    first_slot: int
+    num_slots: int
+    record_bytes: int
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a step did; ``copied`` and ``absent`` are experts by layer."""
+
+    num_hits: int
+    copied: Mapping[int, Sequence[int]]
+    absent: Mapping[int, Sequence[int]]
+
+    @property
+    def num_copied(self) -> int:
+        """Of all layers."""
+        return sum(map(len, self.copied.values()))
+
+    @property
+    def num_absent(self) -> int:
+        """Of all layers."""
+        return sum(map(len, self.absent.values()))
+
+
+FillSlotsCached = Callable[..., None]
+"""As ``Device.fill_slots_cached``."""
+
+
+class GpuExperts:
+    """Computes MoE layers whose records the device finds by itself.
+
+    ``slots`` are [num_slots, slot_bytes] on ``device``; nobody else may use them meanwhile.
+    ``arena`` is the address at which the device sees the arena.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        slots: Tensor,
+        layers: Sequence[LayerEntries],
+        arena: int,
+        recorder: Recorder,
+    ) -> None:
+        # Triton takes a second to import, and most workers have no GPU.
+        from expertd_inference.kernels import triton_gather
+
+        self.arena = arena
+        self._kernels = triton_gather
+        self._device, self._slots, self._recorder = device, slots, recorder
+        self._layers = {each.layer: each for each in layers}
+        num_entries = max(each.first_entry + each.num_experts for each in layers)
+        where = slots.device
+        self.table = triton_gather.SlotTable.empty(num_entries, len(slots), where)
+        self._resolution = triton_gather.Resolution.empty(num_entries, where)
+        self._words = torch.zeros(num_entries, dtype=torch.int64, device=where)
+        self._read = torch.zeros(num_entries, dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        return f"<GpuExperts {len(self._layers)} layers, {len(self._slots)} slots>"
+
+    def run(
+        self,
+        layer: int,
+        spec: ExpertsSpec,
+        num_experts: int,
+        hidden: Tensor,  # [T, H]
+        top_k_index: Tensor,  # [T, k]
+        top_k_weights: Tensor,  # [T, k]
+    ) -> Tensor:  # [T, H]
+        """The layer's output, queued or recorded; garbage if an expert turns out to be absent."""
+        place = self._layers[layer]
+        index = top_k_index.contiguous()
+        slots = empty_slots(hidden, top_k_weights)
+        first = place.first_entry
+        slot_of = self.table.slot_of[first : first + place.num_experts]
+
+        def launch() -> None:
+            self._kernels.resolve(
+                index,
+                self.table,
+                self._resolution,
+                directory=self._words,
+                num_experts=num_experts,
+                first_entry=first,
+                first_slot=place.first_slot,
+                num_slots=place.num_slots,
+            )
+            self._kernels.gather(
+                self._resolution,
+                self._slots,
+                arena=self.arena,
+                num_items=index.numel(),
+                record_bytes=place.record_bytes,
+            )
+            self._device.fill_slots_cached(
+                slots,
+                hidden,
+                index,
+                top_k_weights,
+                cache=self._slots,
+                slot_of=slot_of,
+                spec=spec,
+            )
+
+        self._recorder.launch(launch)
+        return sum_slots(slots, hidden.dtype)
+
+    def begin_step(self, directory: int) -> None:
+        """Before the first layer, with the session held.
+
+        ``directory`` is the address of its first entry in this process.
+        """
+        ctypes.memmove(self._read.data_ptr(), directory, self._read.nbytes)
+        self._words.copy_(self._device.to_device(self._read))
+        self._resolution.begin_step()
+
+    def end_step(self) -> StepCounts:
+        """What the step did; the host waits for all of it."""
+        counts, noted = self._device.to_host(self._resolution.counts, self._resolution.noted)
+        return StepCounts(
+            int(counts[0]),
+            self._by_layer(noted == self._kernels.COPIED),
+            self._by_layer(noted == self._kernels.ABSENT),
+        )
+
+    def clear(self) -> None:
+        """Forgets what the slots hold."""
+        self.table.clear()
+
+    def _by_layer(self, chosen: Tensor) -> dict[int, list[int]]:
+        if not chosen.any():
+            return {}
+        found = {}
+        for each in self._layers.values():
+            part = chosen[each.first_entry : each.first_entry + each.num_experts]
+            if experts := torch.nonzero(part).flatten().tolist():
+                found[each.layer] = experts
+        return found
+
+
+def share_slots(
+    layers: Sequence[tuple[int, int, int, int]], num_slots: int, experts_per_token: int
+) -> list[LayerEntries] | None:
+    """Equal shares of the slots, or None if a share is below what one token needs.
+
+    ``layers`` are (layer, num_experts, first_entry, record_bytes).
+    """
+    share = num_slots // len(layers)
+    if share < experts_per_token:
+        return None
+    return [
+        LayerEntries(layer, num_experts, first_entry, place * share, share, record_bytes)
+        for place, (layer, num_experts, first_entry, record_bytes) in enumerate(layers)
+    ]

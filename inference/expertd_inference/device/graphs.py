@@ -1,0 +1,275 @@
+"""Decoding by replay: a step of one token recorded once, as CUDA graphs, and repeated.
+
+transformers' static cache keeps positions and lengths on the device, so a recorded forward pass
+advances by itself: all that a step is given is the token. Two ways:
+
+- *segments*: the recording is cut where the model calls its experts. Between two segments the
+  host reads the routing and lets the experts be computed as always. No modelling code is copied:
+  the cut is made by the experts function itself, in the midst of one ordinary forward pass.
+- *whole*: the device finds and copies experts by itself (:mod:`.gpu_driven`), the step is one
+  recording, and the host looks once, at its end, whether an expert was not in RAM. Then the
+  daemon brings it, and the step is repeated: what it wrote to the cache is written again.
+
+Prompts, batches and whatever else is not one more token of one sequence run as always.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from expertd_inference.device.recorder import Recorder, Recording
+from expertd_inference.kernels.reference import ExpertsSpec
+
+
+class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped
+    """A static cache whose every layer has full length, since others count in Python.
+
+    Sliding windows are then a matter of the mask. ``num_tokens`` counts what completed steps have
+    written.
+    """
+
+    def __init__(self, config: Any, max_tokens: int) -> None:  # noqa: ANN401
+        super().__init__(config, max_cache_len=max_tokens)
+        self.layers: list[Any] = [StaticLayer(max_cache_len=max_tokens) for _ in range(len(self))]
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+
+    def crop(self, length: Any) -> None:  # noqa: ANN401
+        """Goes back to the last completed step.
+
+        ``length`` is ignored: who asked for it before the step has the live counter in hand.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.cumulative_length.fill_(self.num_tokens)
+
+
+class Runner(Protocol):
+    """What computes the experts of a layer."""
+
+    def run(
+        self,
+        layer: int,
+        spec: ExpertsSpec,
+        num_experts: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """The layer's output [T, H]."""
+
+
+class Steps(Protocol):
+    """One way to run steps of one token."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether what was recorded may still be replayed."""
+
+    def run(self, *call: Any) -> Tensor:  # noqa: ANN401 - as Runner.run
+        """A layer's experts, while a step of ours runs: see :class:`Runner`."""
+
+    def first(self, forward: Callable[[], Tensor]) -> Tensor:
+        """A step that is not recorded: what has to be compiled or allocated once is, by it."""
+
+    def record(self, forward: Callable[[], Tensor]) -> Tensor:
+        """A step that is also recorded; the logits, at an address that stays."""
+
+    def replay(self) -> None:
+        """A step."""
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where a recording is cut: what came before, and the experts to be computed there."""
+
+    before: Recording
+    compute: Callable[[], None]
+
+
+class SegmentSteps:
+    """The trunk recorded, the experts between: ``runners`` by layer."""
+
+    def __init__(self, recorder: Recorder, runners: Mapping[int, Runner]) -> None:
+        self._recorder = recorder
+        self._runners = runners
+        self._stops: list[_Stop] = []
+        self._last: Recording | None = None
+        self._recording = False
+
+    @property
+    def valid(self) -> bool:
+        """Always: the experts are not part of it."""
+        return True
+
+    def run(
+        self,
+        layer: int,
+        spec: ExpertsSpec,
+        num_experts: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """Cuts the recording, and computes; the recording's next segment reads the result."""
+        call = (layer, spec, num_experts, hidden, top_k_index, top_k_weights)
+        runner = self._runners[layer]
+        if not self._recording:
+            return runner.run(*call)
+        before = self._recorder.end()
+        # Outside of the recordings' memory: theirs may be used again by later segments.
+        output = torch.empty_like(hidden)
+
+        def compute() -> None:
+            output.copy_(runner.run(*call))
+
+        self._stops.append(_Stop(before, compute))
+        before.replay()
+        compute()
+        self._recorder.begin()
+        return output
+
+    def first(self, forward: Callable[[], Tensor]) -> Tensor:
+        """As it is."""
+        return forward()
+
+    def record(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Each segment is replayed as soon as it is recorded: the experts need its results."""
+        self._stops.clear()
+        with self._recorder.session():
+            self._recording = True
+            try:
+                self._recorder.begin()
+                logits = forward()
+                self._last = self._recorder.end()
+            finally:
+                self._recording = False
+            self._last.replay()
+        return logits
+
+    def replay(self) -> None:
+        """Segment, experts, segment, ..."""
+        assert self._last is not None
+        for stop in self._stops:
+            stop.before.replay()
+            stop.compute()
+        self._last.replay()
+
+
+class DecodeGraphs:
+    """Takes over the steps of one token of ``model``, whose cache is a :class:`DecodeCache`.
+
+    ``experts`` are its modules by MoE layer, connected to their runners, ``make_steps`` gives a
+    way to run steps, anew for each cache. ``say`` is told if the model cannot be recorded; it then
+    runs as before.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        experts: Mapping[int, nn.Module],
+        make_steps: Callable[[DecodeCache], Steps],
+        *,
+        say: Callable[[str], None],
+    ) -> None:
+        self.num_replays = 0
+        self._forward: Callable[..., Any] = model.forward
+        self._make_steps, self._say = make_steps, say
+        self._steps: Steps | None = None
+        """While one of ours runs."""
+        self._current: _Recorded | None = None
+        self._off = False
+        for module in experts.values():
+            self._interpose(module)
+        model.forward = self._call
+
+    def forget(self) -> None:
+        """Nothing that was recorded is to be replayed: the next steps record anew."""
+        self._current = None
+
+    def _interpose(self, module: Any) -> None:  # noqa: ANN401 - one of sixty classes
+        runner, *rest = module._expertd
+        module._expertd = (_Interposed(self, runner), *rest)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, DecodeCache):
+            return self._forward(*args, **kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or ids.shape != (1, 1) or self._off or not cache.num_tokens:
+            result = self._forward(*args, **kwargs)
+            cache.num_tokens += 0 if ids is None else ids.shape[1]
+            return result
+        with torch.no_grad():
+            logits = self._step(ids, cache)
+        cache.num_tokens += 1
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _step(self, ids: Tensor, cache: DecodeCache) -> Tensor:
+        usable = self._current is not None and self._current.steps.valid
+        if not usable or self._current is None or self._current.cache is not cache:
+            self._current = _Recorded(self._make_steps(cache), cache, ids.clone())
+        current = self._current
+        current.token.copy_(ids)
+
+        def forward() -> Tensor:
+            result = self._forward(input_ids=current.token, past_key_values=cache, use_cache=True)
+            logits: Tensor = result.logits
+            return logits
+
+        self._steps = current.steps
+        try:
+            if not current.warm:
+                current.warm = True
+                return current.steps.first(forward)
+            if current.logits is None:
+                current.logits = current.steps.record(forward)
+            else:
+                current.steps.replay()
+                self.num_replays += 1
+            # The recorded ones are overwritten by the next step.
+            return current.logits.clone()
+        except RuntimeError as error:
+            if current.logits is not None or "captur" not in str(error):
+                raise
+            self._give_up(error, cache)
+            return forward()
+        finally:
+            self._steps = None
+
+    def _give_up(self, error: RuntimeError, cache: DecodeCache) -> None:
+        self._off, self._current, self._steps = True, None, None
+        cache.crop(None)
+        self._say(
+            "this model's steps cannot be recorded as CUDA graphs "
+            f"({str(error).splitlines()[0]}); it runs without."
+        )
+
+
+@dataclass
+class _Recorded:
+    """The steps of one cache: a warm one, then a recorded one, then replays."""
+
+    steps: Steps
+    cache: DecodeCache
+    token: Tensor  # [1, 1]
+    warm: bool = False
+    logits: Tensor | None = None
+
+
+class _Interposed:
+    """In the place of a runner: hands over to the steps that are being run, if any."""
+
+    def __init__(self, graphs: DecodeGraphs, runner: Runner) -> None:
+        self._graphs, self._runner = graphs, runner
+
+    def run(self, *call: Any) -> Tensor:  # noqa: ANN401 - as Runner.run
+        """As the runner, or as the steps want it."""
+        steps = self._graphs._steps
+        return self._runner.run(*call) if steps is None else steps.run(*call)
