@@ -84,6 +84,6 @@ class WholeSteps:
             self._store.bring(counts.absent)
             self._rewind()
         raise ExpertdError(
-            f"A step was repeated {MAX_REPEATS} times, each time for an expert that was not in RAM; "
+            f"A step was repeated {MAX_REPEATS} times, each time as an expert was not in RAM; "
             "give the daemon more --ram, or this worker --decode-graphs segments."
         )
