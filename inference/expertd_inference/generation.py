@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd.errors import InvalidInputError
+from expertd_inference.decoding import Decoding
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.memory import PeakPss
 from expertd_inference.settings import GenerationSettings
@@ -81,6 +82,7 @@ def generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 streamer=streamer,
+                custom_generate=Decoding(streamer),
                 **_generate_arguments(worker.model, settings, input_ids.shape[1]),
             )
         except KeyboardInterrupt:

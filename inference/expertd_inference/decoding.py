@@ -1,0 +1,126 @@
+"""The loop over new tokens, for one sequence.
+
+transformers' own loop prepares for everything at every token: batches, padding, encoders,
+several devices. For one sequence without padding what is left are a forward, the same logits
+processors, the choice of a token and the same stopping criteria, and the tokens are the same.
+:class:`Decoding` is given to ``generate`` as ``custom_generate``, which does everything before
+the loop and hands over there; what is not one plain sequence goes back to transformers' loop.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from expertd_inference.kv_cache import growing
+
+_PLAIN_ARGUMENTS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}
+"""What ``generate`` hands on for a text model that was given tokens and nothing else."""
+
+
+class Decoding:
+    """Call ``model.generate(..., custom_generate=Decoding(streamer), streamer=streamer)``.
+
+    The streamer is given twice, since transformers 5.23 does not pass it on.
+    """
+
+    def __init__(self, streamer: Any = None) -> None:  # noqa: ANN401 - transformers is untyped
+        self._streamer = streamer
+
+    def __call__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        input_ids: Tensor,  # [batch, T], int64
+        logits_processor: Any,  # noqa: ANN401
+        stopping_criteria: Any,  # noqa: ANN401
+        generation_config: Any,  # noqa: ANN401
+        **model_kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 - whatever transformers' own loop returns
+        """All tokens, [1, T + new]; or what transformers' loop gives for what is not plain."""
+        model_kwargs.pop("streamer", None)
+        if not _is_plain(model, input_ids, generation_config, model_kwargs):
+            model_kwargs.setdefault("synced_gpus", False)
+            return model._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=self._streamer,
+                **model_kwargs,
+            )
+        cache = model_kwargs["past_key_values"]
+        growing(cache)
+        return self._decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, cache
+        )
+
+    def _decode(
+        self,
+        model: Any,  # noqa: ANN401
+        prompt: Tensor,  # [1, T]
+        logits_processor: Any,  # noqa: ANN401
+        stopping_criteria: Any,  # noqa: ANN401
+        generation_config: Any,  # noqa: ANN401
+        cache: DynamicCache,
+    ) -> Tensor:
+        room = prompt.new_empty(1, 2 * prompt.shape[1] + 256)
+        room[:, : prompt.shape[1]] = prompt
+        length = prompt.shape[1]
+        new: Tensor = prompt
+        while True:
+            # The last position's alone: a prompt's would be its length times the vocabulary.
+            logits = model(
+                input_ids=new,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+            ).logits
+            scores = logits_processor(room[:, :length], logits[:, -1].to(torch.float32, copy=True))
+            if generation_config.do_sample:
+                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+            else:
+                chosen = torch.argmax(scores, dim=-1, keepdim=True)
+            if length == room.shape[1]:
+                room = torch.cat((room, torch.empty_like(room)), dim=1)
+            room[:, length : length + 1] = new = chosen
+            length += 1
+            if self._streamer is not None:
+                self._streamer.put(new[0].cpu())
+            if stopping_criteria(room[:, :length], None).all():
+                break
+        if self._streamer is not None:
+            self._streamer.end()
+        return room[:, :length].clone()
+
+
+def _is_plain(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    input_ids: Tensor,
+    generation_config: Any,  # noqa: ANN401
+    model_kwargs: dict[str, Any],
+) -> bool:
+    """Whether it is one sequence from its beginning, without padding or anything asked beside."""
+    cache: Any = model_kwargs.get("past_key_values")
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    return (
+        input_ids.shape[0] == 1
+        and input_ids.shape[1] > 0
+        and not model_kwargs.keys() - _PLAIN_ARGUMENTS
+        and bool(model_kwargs.get("use_cache"))
+        and model_kwargs.get("logits_to_keep") == 1
+        and type(cache) is DynamicCache
+        and cache.get_seq_length() == 0
+        and (mask is None or bool((mask == 1).all()))
+        and generation_config.num_beams == 1
+        and not generation_config.return_dict_in_generate
+        and generation_config.prefill_chunk_size is None
+        and not model.config.is_encoder_decoder
+    )

@@ -1,0 +1,126 @@
+"""The small operations between the matrices of a decoding step, each as one native call.
+
+Torch takes a microsecond or three for every operation, and a decoder layer has about sixty for a
+single token. What is here is rounded where transformers' modules round it, and otherwise differs
+by the order of float32 sums. It runs on the calling thread: for few rows only.
+"""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertd.native.library import load
+
+LIBRARY = Path(__file__).parent / "native" / "libexpertd_kernels.so"
+
+DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+"""What the native code computes with, by its numbers."""
+
+_POINTERS_3 = [c_void_p] * 3
+_SIGNATURES = {
+    "expertd_rms_norm": [*_POINTERS_3, c_int64, c_int64, c_float, c_int32, c_int32],
+    "expertd_attend": [*_POINTERS_3, c_void_p, *[c_int64] * 9, c_float, c_int32],
+    "expertd_route": [
+        c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_void_p, c_int32,
+    ],
+}  # fmt: skip
+
+
+class StepKernels:
+    """The native functions. Tensors are on the CPU, of one dtype of :data:`DTYPES`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._rms_norm, self._attend, self._route = (
+            _function(library, name) for name in _SIGNATURES
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
+        """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension of contiguous ``x``.
+
+        With ``round_first`` the quotient is rounded before it meets the weight.
+        """
+        result = torch.empty_like(x)
+        n = x.shape[-1]
+        self._rms_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            result.data_ptr(),
+            x.numel() // n,
+            n,
+            eps,
+            round_first,
+            DTYPES[x.dtype],
+        )
+        return result
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of one token to all that there is: [1, heads, 1, d] to [1, 1, heads, d].
+
+        ``key`` and ``value`` are [1, kv_heads, length, d]; a row of d has no gaps. Scores are not
+        rounded, so the result is closer to the exact one than that of most implementations.
+        """
+        _, heads, _, d = query.shape
+        _, kv_heads, length, _ = key.shape
+        result = query.new_empty(1, 1, heads, d)
+        _, q_head, _, _ = query.stride()
+        _, k_head, k_row, _ = key.stride()
+        _, v_head, v_row, _ = value.stride()
+        self._attend(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            result.data_ptr(),
+            heads,
+            kv_heads,
+            length,
+            d,
+            q_head,
+            k_head,
+            k_row,
+            v_head,
+            v_row,
+            scale,
+            DTYPES[query.dtype],
+        )
+        return result
+
+    def route(
+        self, logits: Tensor, k: int, *, normalize: bool, float_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The ``k`` likeliest of each row of ``logits`` [T, E]: weights and experts, [T, k] each.
+
+        Weights are their probabilities by softmax, with ``normalize`` divided by their sum,
+        float32 or of the logits' dtype.
+        """
+        rows, n = logits.shape
+        index = logits.new_empty(rows, k, dtype=torch.int64)
+        weights = logits.new_empty(rows, k, dtype=torch.float32 if float_weights else None)
+        self._route(
+            logits.data_ptr(),
+            rows,
+            n,
+            k,
+            normalize,
+            float_weights,
+            weights.data_ptr(),
+            index.data_ptr(),
+            DTYPES[logits.dtype],
+        )
+        return weights, index
+
+
+def step_kernels() -> StepKernels | None:
+    """The kernels, or None where native code is not built or turned off."""
+    library = load(LIBRARY).library
+    return None if library is None else StepKernels(library)
+
+
+def _function(library: ctypes.CDLL, name: str) -> Any:  # noqa: ANN401 - ctypes' own
+    function: Any = library[name]
+    function.argtypes = _SIGNATURES[name]
+    function.restype = None
+    return function
