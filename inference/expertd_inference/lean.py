@@ -19,7 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from expertd_inference.kernels.step import DTYPES, StepKernels
+from expertd_inference.kernels.native import FUSED_TOKENS
+from expertd_inference.kernels.step import DTYPES, StepKernels, describe
 
 ATTENTION = "expertd"
 """Our name among transformers' attention implementations."""
@@ -108,6 +109,8 @@ def _lean_router(module: Any, kernels: StepKernels) -> type | None:  # noqa: ANN
             return None  # It asks for more than hidden states, or answers otherwise.
         if not torch.equal(logits, functional.linear(x, trial.weight)):
             return None
+        if not weight.is_contiguous():
+            return None
         float_weights = weights.dtype == torch.float32
         if not float_weights and weights.dtype != logits.dtype:
             return None
@@ -132,17 +135,20 @@ def _router_class(
     route = kernels.route
 
     class LeanRouter(kind):  # type: ignore[misc] # of a class that is known at run time
-        """Softmax and top k in one call."""
+        """Logits in one call, and softmax and top k in another."""
 
         def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             weight = self.weight
             if (
                 hidden_states.dtype is weight.dtype
-                and hidden_states.numel() <= MAX_ROWS * weight.shape[1]
+                and hidden_states.numel() <= FUSED_TOKENS * weight.shape[1]
                 and hidden_states.is_cpu
             ):
-                rows = hidden_states.reshape(-1, weight.shape[1])
-                logits = functional.linear(rows, weight)
+                described = self.__dict__.get("_described")
+                if described is None or described.weight != weight.data_ptr():
+                    described = self.__dict__["_described"] = describe(weight)
+                rows = hidden_states.reshape(-1, weight.shape[1]).contiguous()
+                logits = kernels.linear(rows, weight, described)
                 weights, index = route(
                     logits, self.top_k, normalize=normalize, float_weights=float_weights
                 )

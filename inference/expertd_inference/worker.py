@@ -23,6 +23,8 @@ from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.experts import ExpertsRunner, connect
 from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
+from expertd_inference.kernels.step import step_kernels
+from expertd_inference.lean import make_lean
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery, say_on_stderr
 from expertd_inference.settings import DeviceSettings, KernelsName
@@ -85,6 +87,9 @@ class Worker:
         else:
             self._runner = connect(loaded.experts, self.manifest, session, recovery, self.kernels)
         self.model = loaded.model
+        steps = step_kernels()
+        if native and steps is not None:
+            make_lean(self.model, steps)
         self._tokenizer: Any = None
 
     @property

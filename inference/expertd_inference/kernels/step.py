@@ -7,18 +7,20 @@ by the order of float32 sums. It runs on the calling thread: for few rows only.
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertd.native.library import load
+from expertd_inference.kernels.native_library import (
+    TYPES,
+    LinearCall,
+    NativeMatrix,
+    native_library,
+)
 
-LIBRARY = Path(__file__).parent / "native" / "libexpertd_kernels.so"
-
-DTYPES = {torch.bfloat16: 0, torch.float32: 1}
-"""What the native code computes with, by its numbers."""
+DTYPES = (torch.bfloat16, torch.float32)
+"""What these operations compute with."""
 
 _POINTERS_3 = [c_void_p] * 3
 _SIGNATURES = {
@@ -37,6 +39,25 @@ class StepKernels:
         self._rms_norm, self._attend, self._route = (
             _function(library, name) for name in _SIGNATURES
         )
+        self._linear: Any = library.expertd_linear
+
+    def linear(self, rows: Tensor, weight: Tensor, described: NativeMatrix) -> Tensor:
+        """Contiguous ``rows`` [n, in] times ``weight`` [out, in], of one dtype: [n, out].
+
+        ``described`` is :func:`describe`'s of the weight.
+        """
+        out = rows.new_empty(rows.shape[0], weight.shape[0])
+        call = LinearCall(
+            ctypes.addressof(described),
+            rows.data_ptr(),
+            out.data_ptr(),
+            rows.shape[0],
+            TYPES[rows.dtype],
+            torch.get_num_threads(),
+        )
+        if self._linear(ctypes.addressof(call)):
+            raise MemoryError("There is no memory left for the kernels' intermediate results.")
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
         """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension of contiguous ``x``.
@@ -53,7 +74,7 @@ class StepKernels:
             n,
             eps,
             round_first,
-            DTYPES[x.dtype],
+            TYPES[x.dtype],
         )
         return result
 
@@ -84,7 +105,7 @@ class StepKernels:
             v_head,
             v_row,
             scale,
-            DTYPES[query.dtype],
+            TYPES[query.dtype],
         )
         return result
 
@@ -108,14 +129,24 @@ class StepKernels:
             float_weights,
             weights.data_ptr(),
             index.data_ptr(),
-            DTYPES[logits.dtype],
+            TYPES[logits.dtype],
         )
         return weights, index
 
 
+def describe(weight: Tensor) -> NativeMatrix:
+    """A contiguous ``weight`` [out, in] for :meth:`StepKernels.linear`, as long as it lives."""
+    rows, columns = weight.shape
+    absent = dict.fromkeys(("scale", "scale_scale", "scale_zero", "zero"), -1)
+    absent |= dict.fromkeys(("zero_scale", "zero_zero", "bias"), -1)
+    return NativeMatrix(
+        rows=rows, columns=columns, weight=weight.data_ptr(), format=TYPES[weight.dtype], **absent
+    )
+
+
 def step_kernels() -> StepKernels | None:
     """The kernels, or None where native code is not built or turned off."""
-    library = load(LIBRARY).library
+    library = native_library().library
     return None if library is None else StepKernels(library)
 
 

@@ -15,8 +15,6 @@
 
 namespace {
 
-enum Dtype : int32_t { BF16 = 0, F32 = 1 };
-
 constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -220,8 +218,8 @@ CLONES void attend_f32(const float *q, const float *k, const float *v, float *ou
 }  // namespace
 
 EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, int64_t rows,
-                                  int64_t n, float eps, int32_t round_first, int32_t dtype) {
-    if (dtype == BF16)
+                                  int64_t n, float eps, int32_t round_first, int32_t type) {
+    if (type == BF16)
         rms_norm_bf16(static_cast<const Bf16 *>(x), static_cast<const Bf16 *>(weight),
                       static_cast<Bf16 *>(y), rows, n, eps, round_first);
     else
@@ -233,9 +231,9 @@ EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, in
 EXPERTD_API void expertd_attend(const void *q, const void *k, const void *v, void *out,
                                 int64_t heads, int64_t kv_heads, int64_t length, int64_t d,
                                 int64_t q_head, int64_t k_head, int64_t k_row, int64_t v_head,
-                                int64_t v_row, float scale, int32_t dtype) {
+                                int64_t v_row, float scale, int32_t type) {
     const Attention a = {heads, kv_heads, length, d, q_head, k_head, k_row, v_head, v_row, scale};
-    if (dtype == BF16)
+    if (type == BF16)
         attend_bf16(static_cast<const Bf16 *>(q), static_cast<const Bf16 *>(k),
                     static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a);
     else
@@ -246,9 +244,9 @@ EXPERTD_API void expertd_attend(const void *q, const void *k, const void *v, voi
 // The k likeliest of n by softmax, with their probabilities, in the logits' dtype or in float32.
 EXPERTD_API void expertd_route(const void *logits, int64_t rows, int64_t n, int64_t k,
                                int32_t normalize, int32_t float_weights, void *weights,
-                               int64_t *index, int32_t dtype) {
+                               int64_t *index, int32_t type) {
     float *as_float = float_weights ? static_cast<float *>(weights) : nullptr;
-    if (dtype == BF16)
+    if (type == BF16)
         route(static_cast<const Bf16 *>(logits), rows, n, k, normalize,
               float_weights ? nullptr : static_cast<Bf16 *>(weights), as_float, index);
     else
