@@ -46,7 +46,7 @@ class GemmBlocks:
     num_stages: int
 
 
-GEMV_ROWS = {"plain": 16, 8: 8, 4: 16, 3: 8, 2: 8}
+GEMV_ROWS: dict[str | int, int] = {"plain": 16, 8: 8, 4: 16, 3: 4, 2: 8}
 """Units at a step, by encoding or bits; a 3-bit unit is three byte rows and sums eight."""
 GEMV_SPANS = 32
 GEMV_WARPS = 4
@@ -54,8 +54,10 @@ GEMV_WARPS = 4
 GEMM_TOKENS = (16, 32, 64, 128)
 GEMM_ROWS = 128
 """Rows of the matrix a tile; the units are fewer where rows share bytes."""
-GEMM_COLUMNS = 64
-GEMM_WARPS = 4
+GEMM_COLUMNS: dict[str | int, int] = {"plain": 64, 8: 64, 4: 64, 3: 32, 2: 64}
+"""By encoding or bits; a 3-bit step holds three byte tiles and eight of weights."""
+GEMM_WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
+"""By tokens: from 64 on the sums of four warps do not fit in registers."""
 GEMM_STAGES = 3
 
 
@@ -66,8 +68,7 @@ def gemv_blocks(form: Form) -> GemvBlocks:
     spans = math.gcd(num_spans, GEMV_SPANS)
     if spans < GEMV_SPANS // 4:
         spans = min(GEMV_SPANS, _power_of_two_above(num_spans))
-    key: str | int = "plain" if form.encoding == "plain" else form.bits
-    return GemvBlocks(GEMV_ROWS[key], spans, GEMV_WARPS)
+    return GemvBlocks(GEMV_ROWS[_key(form)], spans, GEMV_WARPS)
 
 
 def gemm_blocks(form: Form, tokens: int) -> GemmBlocks:
@@ -76,10 +77,14 @@ def gemm_blocks(form: Form, tokens: int) -> GemmBlocks:
     return GemmBlocks(
         tokens=height,
         rows=max(16, GEMM_ROWS // max(2, form.rows_per_unit)),
-        columns=GEMM_COLUMNS,
-        num_warps=GEMM_WARPS if height <= 64 else 2 * GEMM_WARPS,
+        columns=GEMM_COLUMNS[_key(form)],
+        num_warps=GEMM_WARPS[height],
         num_stages=GEMM_STAGES,
     )
+
+
+def _key(form: Form) -> str | int:
+    return "plain" if form.encoding == "plain" else form.bits
 
 
 def _power_of_two_above(value: int) -> int:

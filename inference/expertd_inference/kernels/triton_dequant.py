@@ -6,8 +6,9 @@ to have whole bytes: byte row r of a matrix of N rows, which gives the ``planes`
 multiplied with, a 2-bit one two of each; 3 bits take three byte rows to a unit of eight rows.
 Where rows share no bytes (16 and 8 bit) a unit of gate and up is made of two byte rows.
 
-All these functions are Triton's, compiled into the kernels that call them. ``F`` is the
-matrix's :class:`~expertd_inference.kernels.triton_form.Form`.
+All these functions are Triton's, compiled into the kernels that call them. They return in one
+place: Triton leaves out what a constant condition excludes, but not what follows a return. ``F``
+is the matrix's :class:`~expertd_inference.kernels.triton_form.Form`.
 """
 
 import triton
@@ -24,8 +25,10 @@ def rounded(x, DTYPE: tl.constexpr):
         # The interpreter cuts bits off. NaN would become an infinity by the addition.
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
+        result = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(DTYPE)
+    return result
 
 
 @triton.jit
@@ -60,33 +63,32 @@ def record_parts(record, F: tl.constexpr):
 @triton.jit
 def load_unit(q, rows, columns, mask, F: tl.constexpr, PLANES: tl.constexpr):
     """The bytes (or plain weights) of units ``rows`` at ``columns``: a tuple of tiles."""
+    at = rows * F.columns + columns
+    unit = (tl.load(q + at, mask=mask, other=0),)
     if F.encoding == "plain" or F.bits == 8:
-        tiles = ()
-        for j in tl.static_range(PLANES):
-            at = (rows + j * (F.rows // PLANES)) * F.columns + columns
-            tiles += (tl.load(q + at, mask=mask, other=0),)
-        return tiles
-    if F.bits == 3:
-        at = rows * F.columns + columns
-        low = tl.load(q + at, mask=mask, other=0)
-        next_low = tl.load(q + at + F.rows // 8 * F.columns, mask=mask, other=0)
-        high = tl.load(q + at + F.rows // 4 * F.columns, mask=mask, other=0)
-        return (low, next_low, high)
-    return (tl.load(q + rows * F.columns + columns, mask=mask, other=0),)
+        for j in tl.static_range(1, PLANES):
+            unit += (tl.load(q + at + j * (F.rows // PLANES * F.columns), mask=mask, other=0),)
+    elif F.bits == 3:
+        # Low bits of rows N/8 further down, and the high bits of all.
+        unit += (tl.load(q + at + F.rows // 8 * F.columns, mask=mask, other=0),)
+        unit += (tl.load(q + at + F.rows // 4 * F.columns, mask=mask, other=0),)
+    return unit
 
 
 @triton.jit
 def plane(unit, j: tl.constexpr, F: tl.constexpr):
     """The integers (int32) of the ``j``-th row of each unit."""
     if F.bits == 8:
-        return unit[j].to(tl.int32)
-    if F.bits == 4:
-        return (unit[0].to(tl.int32) >> (4 - 4 * j)) & 15
-    if F.bits == 2:
-        return (unit[0].to(tl.int32) >> (6 - 2 * j)) & 3
-    # Row r + j N/8 has its low bits in byte row r or, for odd j, r + N/8.
-    low = (unit[j % 2].to(tl.int32) >> (6 - 2 * (j // 2))) & 3
-    return low | (((unit[2].to(tl.int32) >> (7 - j)) & 1) << 2)
+        q = unit[j].to(tl.int32)
+    elif F.bits == 4:
+        q = (unit[0].to(tl.int32) >> (4 - 4 * j)) & 15
+    elif F.bits == 2:
+        q = (unit[0].to(tl.int32) >> (6 - 2 * j)) & 3
+    else:
+        # Row r + j N/8 has its low bits in byte row r or, for odd j, r + N/8.
+        q = (unit[j % 2].to(tl.int32) >> (6 - 2 * (j // 2))) & 3
+        q |= ((unit[2].to(tl.int32) >> (7 - j)) & 1) << 2
+    return q
 
 
 @triton.jit
@@ -116,8 +118,10 @@ def span_columns(first, F: tl.constexpr, SPANS: tl.constexpr):
     columns = spans[:, None] * F.span + tl.arange(0, F.span)[None, :]
     if F.columns % F.span == 0:
         # Known to hold for whole spans, so that they are read in one load.
-        return columns, (spans < F.columns // F.span)[:, None]
-    return columns, columns < F.columns
+        mask = (spans < F.columns // F.span)[:, None]
+    else:
+        mask = columns < F.columns
+    return columns, mask
 
 
 @triton.jit

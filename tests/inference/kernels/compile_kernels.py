@@ -1,0 +1,126 @@
+"""Compiles every Triton kernel for GPUs that need not be there.
+
+    python -m tests.inference.kernels.compile_kernels 80 90 120
+
+The interpreter takes Python that the compiler refuses; only compiling shows that. Launches go
+through Triton's own path, up to the point where they would need a device. One line per kernel:
+compute capability, name, registers of a thread, bytes spilled.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from expertd.pack.layout import record_layout
+from expertd.pack.manifest import GateOrder
+from expertd.packing.schemes import MXFP4, parse_precision
+from expertd_inference.activation import Activation, ActivationKind
+from expertd_inference.kernels import triton_experts, triton_linear, triton_sum
+from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.kernels.weights import QuantizedWeight
+
+SILU = Activation(ActivationKind.SILU)
+GPT_OSS = Activation(ActivationKind.GPT_OSS, 1.702, 7.0)
+FEW, MANY = 1, 64
+
+EXPERTS = [  # precision, tokens, hidden, inner, bias
+    ("4g64", FEW, 2048, 768, False),
+    ("4g64m", MANY, 2048, 768, False),
+    ("3g64m", FEW, 2048, 768, False),
+    ("2g16m", FEW, 4096, 14336, False),
+    ("mxfp4", FEW, 2880, 2880, True),
+    ("mxfp4", MANY, 2880, 2880, True),
+    ("16", FEW, 37, 21, False),
+]
+LINEARS = [("8g128", FEW), ("4g64", MANY)]
+
+
+class NoDriver:
+    """What Triton asks its driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        # Kernels are kept by device.
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_all(capability: int) -> None:
+    driver.set_active(NoDriver(capability))
+    for precision, tokens, hidden, inner, bias in EXPERTS:
+        chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
+        matrices = (
+            chosen.matrix("gate_up", 2 * inner, hidden),
+            chosen.matrix("down", hidden, inner),
+        )
+        layout = record_layout(matrices, "BF16", has_bias=bias)
+        spec = ExpertsSpec(
+            layout, GateOrder.CONCATENATED, torch.nn.functional.silu, GPT_OSS if bias else SILU
+        )
+        triton_experts.fill_slots_cached(
+            torch.zeros(tokens, 4, hidden),
+            torch.zeros(tokens, hidden, dtype=torch.bfloat16),
+            torch.zeros(tokens, 4, dtype=torch.int64),
+            torch.zeros(tokens, 4),
+            cache=torch.zeros(1, layout.record_bytes, dtype=torch.uint8),
+            slot_of=torch.zeros(16, dtype=torch.int32),
+            spec=spec,
+        )
+    for precision, tokens in LINEARS:
+        matrix = parse_precision(precision).matrix("weight", 2048, 4096)
+        parts: dict[str, Tensor] = {
+            "weight.q": torch.zeros(matrix.bits * 256, 4096, dtype=torch.uint8),
+            "weight.scale": torch.zeros(2048, 4096 // matrix.group_size, dtype=torch.float16),
+            "weight.zero": torch.zeros(2048, 4096 // matrix.group_size, dtype=torch.float16),
+        }
+        x = torch.zeros(tokens, 4096, dtype=torch.bfloat16)
+        triton_linear.linear(x, QuantizedWeight(matrix, parts))
+    triton_sum.sum_slots(torch.zeros(1, 8, 2048), torch.bfloat16)
+
+
+def show(name: str, kernel: Any) -> None:
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _resources(kernel.asm["cubin"]))
+    registers, spilled = found.groups() if found else ("?", "?")
+    sys.stdout.write(f"{driver.active.capability} {name} {registers} {spilled}\n")
+
+
+def _resources(cubin: bytes) -> str:
+    tool = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+
+
+def main() -> None:
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **rest: Any) -> None:
+        show(self.__name__, run(self, *args, grid=grid, warmup=True, **rest))
+
+    JITFunction.run = compile_only
+    for capability in sys.argv[1:]:
+        compile_all(int(capability))
+
+
+if __name__ == "__main__":
+    main()
