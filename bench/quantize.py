@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +41,8 @@ HIDDEN, INTERMEDIATE, EXPERTS = 4096, 14336, 8
 MIXTRAL_WEIGHTS = 45.1e9
 """Of Mixtral-8x7B's experts."""
 SLICE_ROWS = 512
+TINY = 16
+"""What sizes are divided by to see it work: 128 still divides them."""
 _FILE_COLUMNS = 150
 
 
@@ -82,30 +84,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--scheme", action="append", choices=[s for s in SCHEMES if s != "bf16"])
+    parser.add_argument("--only", choices=["matrices", "packs"], help="one of the two parts")
     parser.add_argument("--dir", type=Path, help="where to pack; default: $TMPDIR or /tmp")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see it work")
     options = parser.parse_args(arguments)
     schemes = options.scheme or ["8bit", "4bit", "paper-3bit", "paper-2bit"]
-    scale = 32 if options.quick else 1
+    scale = TINY if options.quick else 1
     choice = choose_solver()
     console = Console(stderr=True)
     if choice.drawback:
         console.print(choice.drawback)
-    matrices, packs = [], []
-    weight = random_weights(2 * INTERMEDIATE // scale, HIDDEN // scale)
-    for scheme in schemes:
-        precision = SCHEMES[scheme].experts
-        console.print(f"a matrix in {precision}")
-        matrix = precision.matrix("m", *weight.shape)
-        matrices.append(measure_matrix(str(precision), weight, matrix, choice.solver))
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder:
-        console.print("writing a checkpoint")
-        source = Path(folder) / "checkpoint"
-        write_checkpoint(source, scale)
+    matrices: list[MatrixRow] = []
+    packs: list[PackRow] = []
+    if options.only != "packs":
+        weight = random_weights(2 * INTERMEDIATE // scale, HIDDEN // scale)
         for scheme in schemes:
-            for optimize in (True, False):
-                console.print(f"packing as {scheme}{'' if optimize else ', without optimizing'}")
-                packs.append(measure_pack(source, Path(folder) / "pack", scheme, optimize=optimize))
+            precision = SCHEMES[scheme].experts
+            console.print(f"a matrix in {precision}")
+            matrix = precision.matrix("m", *weight.shape)
+            matrices.append(measure_matrix(str(precision), weight, matrix, choice.solver))
+        del weight
+    if options.only != "matrices":
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as name:
+            packs += measure_packs(Path(name), schemes, scale, console)
     solver, load = choice.solver.version, os.getloadavg()[0]
     if options.json:
         report = {
@@ -114,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         print(json.dumps({"solver": solver, **report, "load_average": load}, indent=1))
         return
-    show(matrices, packs)
+    if matrices:
+        show_matrices(matrices)
+    if packs:
+        show_packs(packs)
     print(f"{solver}, load average {load:.1f} on {len(os.sched_getaffinity(0))} CPUs")
 
 
@@ -140,6 +144,21 @@ def measure_matrix(precision: str, weight: Tensor, matrix: Matrix, solver: Solve
         found = dequantize(small, quantize(part, small, optimize=True, solver=each), torch.float32)
         errors.append(((found - part).norm() / part.float().norm()).item())
     return MatrixRow(precision, seconds, hqq_seconds, pieces, *errors)
+
+
+def measure_packs(
+    folder: Path, schemes: Sequence[str], scale: int, console: Console
+) -> Iterator[PackRow]:
+    """Each scheme with and without the solver."""
+    console.print("writing a checkpoint")
+    tiny, source = folder / "tiny", folder / "checkpoint"
+    write_checkpoint(tiny, TINY)
+    measure_pack(tiny, folder / "pack", schemes[0], optimize=True)  # imports what is needed
+    write_checkpoint(source, scale)
+    for scheme in schemes:
+        for optimize in (True, False):
+            console.print(f"packing as {scheme}{'' if optimize else ', without optimizing'}")
+            yield measure_pack(source, folder / "pack", scheme, optimize=optimize)
 
 
 def measure_pack(source: Path, destination: Path, scheme: str, *, optimize: bool) -> PackRow:
@@ -215,14 +234,13 @@ def drop_from_memory(path: Path) -> None:
     os.close(fd)
 
 
-def show(matrices: Sequence[MatrixRow], packs: Sequence[PackRow]) -> None:
-    """As tables."""
-    console = Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS)
-    table = Table(title="a matrix of Mixtral's gate and up", title_justify="left")
+def show_matrices(rows: Sequence[MatrixRow]) -> None:
+    """As a table."""
+    table = Table(title="a matrix [28672, 4096], with the solver", title_justify="left")
     for column in ("precision", "ours", "hqq, scaled", "times", "hqq in pieces, scaled", "times",
                    "error", "hqq's"):  # fmt: skip
         table.add_column(column)
-    for row in matrices:
+    for row in rows:
         table.add_row(
             row.precision,
             f"{row.seconds:.2f} s",
@@ -233,19 +251,23 @@ def show(matrices: Sequence[MatrixRow], packs: Sequence[PackRow]) -> None:
             f"{row.error:.5f}",
             f"{row.hqq_error:.5f}",
         )
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS).print(table)
+
+
+def show_packs(rows: Sequence[PackRow]) -> None:
+    """As a table."""
     table = Table(title="a whole packing of a layer", title_justify="left")
     for column in ("scheme", "solver", "seconds", "M weights/s", "Mixtral-8x7B"):
         table.add_column(column)
-    for pack_row in packs:
+    for row in rows:
         table.add_row(
-            pack_row.scheme,
-            "yes" if pack_row.optimize else "no",
-            f"{pack_row.seconds:.1f}",
-            f"{pack_row.weights / pack_row.seconds / 1e6:.0f}",
-            f"{pack_row.mixtral_minutes:.1f} minutes",
+            row.scheme,
+            "yes" if row.optimize else "no",
+            f"{row.seconds:.1f}",
+            f"{row.weights / row.seconds / 1e6:.0f}",
+            f"{row.mixtral_minutes:.1f} minutes",
         )
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS).print(table)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def pack(
     Embeddings, routers and norms always have 16 bits, and so has a matrix of the trunk whose
     sizes do not fit.
 
-    One expert at a time is in memory. After an interruption, even a hard one, the same command
+    A few experts are in memory at a time. After an interruption, even a hard one, the same command
     goes on where it was; the work lies in PACK.partial until the pack is whole.
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`

@@ -1,4 +1,4 @@
-"""From a checkpoint to a pack: one tensor in memory at a time, resumable, whole or absent.
+"""From a checkpoint to a pack: a few tensors in memory at a time, resumable, whole or absent.
 
 The work lies in ``DST.partial``, beside the pack to be::
 

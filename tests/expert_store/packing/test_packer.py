@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertd.errors import CheckpointError, PackError
@@ -253,12 +253,18 @@ def test_the_journal_never_runs_ahead_of_the_disk(
     assert commits == [*range(1, 49), 48]
 
 
-def test_tied_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_both", [False, True])
+def test_tied_embeddings(has_both: bool, tmp_path: Path) -> None:
+    """A head that is the embeddings is not quantized, also where the checkpoint has it twice."""
     make_checkpoint("mixtral", tmp_path / "tied", tie_word_embeddings=True, num_hidden_layers=1)
+    if has_both:
+        tensors = load_file(tmp_path / "tied/model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, tmp_path / "tied/model.safetensors", {"format": "pt"})
     pack(Request(tmp_path / "tied", tmp_path / "pack", choose_scheme("bf16", head="8g128")))
     assert not quantized_in(tmp_path / "pack")
     trunk = load_file(tmp_path / "pack/trunk.safetensors")
-    assert "lm_head.weight" not in trunk
+    assert ("lm_head.weight" in trunk) is has_both
     assert "model.embed_tokens.weight" in trunk
 
 
