@@ -122,6 +122,7 @@ class _Checkpoint:
     trunk: list[tuple[str, SourceTensor]]
     dtype: str = _DTYPE
     is_float32: bool = False
+    expert_bits: float = 16.0
 
 
 def make_pack(
