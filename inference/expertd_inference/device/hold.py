@@ -58,17 +58,20 @@ class StepHold:
         """A copy was queued that reads what is held."""
         self._copies.append(HeldCopy(event, forget))
 
-    def check(self) -> None:
-        """Whether the copies that have arrived are good. Raises SessionLostError if not.
+    def check(self) -> bool:
+        """Whether there are copies that have arrived, which are good: else SessionLostError.
 
         To be called where the host knows that copies have arrived, and before it passes on
         what was computed from them.
         """
-        if self._lease is not None:
-            # Asked before the check: what arrives after it may be bad all the same.
-            open_copies = [copy for copy in self._copies if not copy.event.done]
-            self._lease.check()
-            self._copies = open_copies
+        if self._lease is None:
+            return False
+        # Asked before the check: what arrives after it may be bad all the same.
+        open_copies = [copy for copy in self._copies if not copy.event.done]
+        self._lease.check()
+        num_verified = len(self._copies) - len(open_copies)
+        self._copies = open_copies
+        return num_verified > 0
 
     def release(self) -> None:
         """Waits for the copies, and gives everything back. Raises SessionLostError.

@@ -221,7 +221,6 @@ class DeviceExpertsRunner:
                 continue
             done = set(wave)
             left = [expert for expert in left if expert not in done]
-            self._step.progressed()
 
     def _compute_wave(self, block: _Block, experts: Sequence[int]) -> None:
         layer, stats = block.layer, self._stats

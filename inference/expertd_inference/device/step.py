@@ -62,7 +62,8 @@ class Step:
         Raises StepLostError if it is not.
         """
         try:
-            self.hold.check()
+            if self.hold.check():
+                self._recovery.progressed()
         except SessionLostError as error:
             self._lose(error)
 
@@ -70,10 +71,6 @@ class Step:
         """A layer failed with one of SESSION_ENDED: returns attached again, or raises."""
         self.hold.undo()
         self._recovery.recover(error)
-
-    def progressed(self) -> None:
-        """A layer was computed: what failed before no longer counts."""
-        self._recovery.progressed()
 
     def explain(self, error: BaseException) -> BaseException:
         """What an error on a device means to the user, or else itself."""
@@ -92,6 +89,8 @@ class Step:
             self.hold.release()
         except SESSION_ENDED as error:
             self._lose(error)
+        else:
+            self._recovery.progressed()
 
     def _lose(self, error: Exception) -> None:
         computed = self.hold.undo()
