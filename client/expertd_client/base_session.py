@@ -99,6 +99,16 @@ class BaseSession:
         """The size of that mapping."""
         return self._mapping.arena_bytes
 
+    @property
+    def directory_address(self) -> int:
+        """Where this process has mapped the directory's first entry; 0 if it has copies.
+
+        The entries are 64-bit words in the order of the model's layers and experts. Those read
+        while a lease is held say where records are until its release; only the low half of a
+        word that is not read as one is to be believed, and 0 there means absent.
+        """
+        return self._mapping.directory_address if isinstance(self._mapping, Mapping) else 0
+
     def hold(self) -> Lease:
         """A lease of nothing yet, to look resident experts up with :meth:`Lease.find`.
 

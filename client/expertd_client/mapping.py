@@ -20,7 +20,7 @@ from expertd.errors import (
 from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
 from expertd.shared.directory import ABSENT, HEADER_WORDS, DirectoryView
 from expertd.shared.session_page import SessionPage
-from expertd_client.arena_mapping import ArenaMapping
+from expertd_client.arena_mapping import ArenaMapping, address_of
 
 
 class State(Enum):
@@ -92,6 +92,7 @@ class Mapping:
         self._trailer: ArenaTrailer | None = arena.trailer
         self._adoption = adoption
         view = memoryview(directory)
+        self.directory_address = address_of(directory) + HEADER_WORDS * 8
         self._directory = DirectoryView(view.cast("Q"))
         self.num_entries = self._directory.num_entries
         # The entries without the header: an entry's number is its index.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.kv_cache import growing
 
 _PLAIN_ARGUMENTS = {
@@ -56,7 +57,8 @@ class Decoding:
                 **model_kwargs,
             )
         cache = model_kwargs["past_key_values"]
-        growing(cache)
+        if isinstance(cache, DynamicCache):
+            growing(cache)
         return self._decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config, cache
         )
@@ -68,7 +70,7 @@ class Decoding:
         logits_processor: Any,  # noqa: ANN401
         stopping_criteria: Any,  # noqa: ANN401
         generation_config: Any,  # noqa: ANN401
-        cache: DynamicCache,
+        cache: DynamicCache | DecodeCache,
     ) -> Tensor:
         room = prompt.new_empty(1, 2 * prompt.shape[1] + 256)
         room[:, : prompt.shape[1]] = prompt
@@ -116,7 +118,7 @@ def _is_plain(
         and not model_kwargs.keys() - _PLAIN_ARGUMENTS
         and bool(model_kwargs.get("use_cache"))
         and model_kwargs.get("logits_to_keep") == 1
-        and type(cache) is DynamicCache
+        and type(cache) in (DynamicCache, DecodeCache)
         and cache.get_seq_length() == 0
         and (mask is None or bool((mask == 1).all()))
         and generation_config.num_beams == 1

@@ -83,7 +83,7 @@ def generate(
                 attention_mask=torch.ones_like(input_ids),
                 streamer=streamer,
                 custom_generate=Decoding(streamer),
-                **_generate_arguments(worker.model, settings, input_ids.shape[1]),
+                **_generate_arguments(worker, settings, input_ids.shape[1]),
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -134,10 +134,9 @@ def encode_prompt(worker: Worker, prompt: str, *, chat: bool) -> Tensor:  # [1, 
 
 
 def _generate_arguments(
-    model: Any,  # noqa: ANN401 - transformers is untyped
-    settings: GenerationSettings,
-    prompt_tokens: int,
+    worker: Worker, settings: GenerationSettings, prompt_tokens: int
 ) -> dict[str, Any]:
+    model = worker.model
     room = _context_tokens(model)
     new_tokens = settings.max_new_tokens
     arguments: dict[str, Any] = {
@@ -155,6 +154,10 @@ def _generate_arguments(
         arguments |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     else:
         arguments |= {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+    cache = worker.new_cache(prompt_tokens + arguments["max_new_tokens"])
+    if cache is not None:
+        # transformers would compile the model for a cache of this kind.
+        arguments |= {"past_key_values": cache, "disable_compile": True}
     return arguments
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from expertd.errors import PackError
 from expertd.pack.manifest import Manifest
 from expertd.packing.codec import TORCH_DTYPES
+from expertd_inference.device.trunk_map import trunk_map
 from expertd_inference.experts import IMPLEMENTATION
 from expertd_inference.kernels.weights import Linear
 from expertd_inference.quantizer import ExpertdConfig
@@ -32,13 +33,14 @@ def load_trunk(
     *,
     dtype: torch.dtype | None = None,
     linear: Linear | None = None,
-    device_map: Any = None,  # noqa: ANN401 - transformers is untyped
+    placed: Mapping[int, str] | None = None,
 ) -> TrunkModel:
     """Loads everything of the pack but its experts, in ``dtype`` or the checkpoint's own.
 
     With ``linear`` the matrices that the trunk holds quantized stay so, and it computes with
     them; on the CPU they take no memory of this process, since they lie in the mapped file.
-    Without, they are dequantized. ``device_map`` is transformers'.
+    Without, they are dequantized. ``placed`` says on which device each MoE layer computes, by
+    torch's names: its part of the trunk is loaded there.
 
     Raises PackError if this transformers does not know the architecture, cannot have its
     experts replaced, or misses a weight in the trunk.
@@ -55,7 +57,7 @@ def load_trunk(
         experts_implementation=IMPLEMENTATION,
         dtype=dtype or _dtype(manifest),
         generation_config=_generation_config(pack, config),
-        device_map=device_map,
+        device_map=_device_map(model_class, config, placed),
         local_files_only=True,
         # Reported, and so refused below in our own words.
         ignore_mismatched_sizes=True,
@@ -78,6 +80,28 @@ def load_trunk(
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)
     return TrunkModel(model, model.hf_quantizer.experts)
+
+
+def _device_map(
+    model_class: Any,  # noqa: ANN401 - transformers is untyped
+    config: Any,  # noqa: ANN401
+    placed: Mapping[int, str] | None,
+) -> dict[str, str] | None:
+    if placed is None:
+        return None
+    if len(set(placed.values())) == 1:
+        return trunk_map((), placed)
+    with torch.device("meta"):
+        model = model_class(config)
+    return trunk_map(
+        [
+            name
+            for name, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+            or any(True for _ in module.buffers(recurse=False))
+        ],
+        placed,
+    )
 
 
 def _model_class(pack: Path, manifest: Manifest) -> Any:  # noqa: ANN401 - transformers is untyped

@@ -65,6 +65,18 @@ class OnMiss(StrEnum):
     """Whatever is measured to be faster, for each layer."""
 
 
+class DecodeGraphsMode(StrEnum):
+    """Whether steps of one token are recorded on a GPU, and replayed."""
+
+    AUTO = "auto"
+    """Off, until measurements on GPUs say which of the others is better."""
+    OFF = "off"
+    SEGMENTS = "segments"
+    """The trunk is recorded, and the host brings the experts."""
+    WHOLE = "whole"
+    """All is recorded, and the GPU finds and copies experts by itself."""
+
+
 MAX_SPECULATE_LAYERS = 3
 MIN_STAGING_SLOTS = 4
 
@@ -77,8 +89,8 @@ class DeviceSettings:
     the layers. ``cache_bytes`` bounds the experts on each device; None takes what is free once
     the trunk is there, but for a reserve. ``staging_slots`` of them are for guesses, None for as
     many as guesses need. ``speculate_layers`` is how many layers ahead is guessed, 0 for not at
-    all, ``speculate_experts`` how many experts of each. Raises InvalidInputError if a value makes
-    no sense.
+    all, ``speculate_experts`` how many experts of each. ``decode_graphs`` is for one GPU.
+    Raises InvalidInputError if a value makes no sense.
     """
 
     device: str = "cpu"
@@ -88,6 +100,7 @@ class DeviceSettings:
     speculate_experts: int = 2
     staging_slots: int | None = None
     on_miss: OnMiss = OnMiss.AUTO
+    decode_graphs: DecodeGraphsMode = DecodeGraphsMode.AUTO
 
     def __post_init__(self) -> None:
         if self.cache_bytes is not None and self.cache_bytes < 1:

@@ -70,6 +70,10 @@ class HeldLease(ExpertLease, Protocol):
 class HeldSource(ExpertSource, Protocol):
     """A source from which a device copies, over the layers of a step."""
 
+    @property
+    def directory_address(self) -> int:
+        """Of the directory's first entry in this process; 0 if there is no directory."""
+
     def hold(self) -> HeldLease:
         """A lease of nothing yet."""
 

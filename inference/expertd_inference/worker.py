@@ -18,6 +18,7 @@ from expertd_inference.attachment import (
     attach,
 )
 from expertd_inference.device.cost import TYPICAL, CostModel
+from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
@@ -69,8 +70,17 @@ class Worker:
         self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
         # Of the reference every step would dequantize the trunk anew.
         native = not devices and not isinstance(self.kernels, ReferenceKernels)
-        linear = self.kernels.linear if native else None
-        loaded = load_trunk(self.pack, self.manifest, dtype=dtype, linear=linear)
+        # A device's name is torch's, or the fake's, whose trunk is computed by the CPU.
+        placed = {
+            layer: str(device.torch_device)
+            for layer, device in devices.items()
+            if device.torch_device.type != CPU
+        }
+        # On a GPU the linears choose kernels of their own.
+        linear = self.kernels.linear if native or placed else None
+        loaded = load_trunk(
+            self.pack, self.manifest, dtype=dtype, linear=linear, placed=placed or None
+        )
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
         self._runner: ExpertsRunner | DeviceGroup
         if devices:
@@ -83,7 +93,7 @@ class Worker:
                 cost=lambda _: CostModel(TYPICAL),
                 fill=self.kernels.fill_slots,
             )
-            self._runner.connect(loaded.model, loaded.experts, self.manifest)
+            self._runner.connect(loaded.model, loaded.experts, self.manifest, say or say_on_stderr)
         else:
             self._runner = connect(loaded.experts, self.manifest, session, recovery, self.kernels)
         self.model = loaded.model
@@ -109,6 +119,12 @@ class Worker:
     def device_stats(self) -> DeviceStats | None:
         """What moved where since the worker began; None on the CPU."""
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
+
+    def new_cache(self, max_tokens: int) -> DecodeCache | None:
+        """For a sequence whose steps are to be recorded; None if the settings want none."""
+        if isinstance(self._runner, DeviceGroup) and self._runner.graphs is not None:
+            return DecodeCache(self.model.config, max_tokens)
+        return None
 
     def close(self) -> None:
         """Ends the session; its leases are free at once."""

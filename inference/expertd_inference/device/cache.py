@@ -157,6 +157,19 @@ class SlotCache:
         if slot is not None:
             self._free_staging.append(slot)
 
+    def clear(self) -> None:
+        """Forgets everything: others are going to write to the slots."""
+        for layer, cached in self._cached.items():
+            for expert in list(cached):
+                self.forget(layer, expert)
+        for layer, expert in list(self._staged):
+            self.forget(layer, expert)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no slot holds anything that counts."""
+        return not self._staged and not any(self._cached.values())
+
     def _place(self, layer: int, expert: int) -> Placed:
         placed = self._find_or_make_room(layer, expert)
         # Now that it is cached: the heat of what is absent is not looked at.

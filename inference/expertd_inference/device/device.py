@@ -59,6 +59,10 @@ class HostMemory(Protocol):
     def mode(self) -> CopyMode:
         """How it is read."""
 
+    @property
+    def device_address(self) -> int:
+        """Where kernels on the device read its beginning; 0 if they cannot."""
+
     def close(self) -> None:
         """Before the range is unmapped; no copy from it may be under way.
 

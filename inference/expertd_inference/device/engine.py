@@ -26,6 +26,13 @@ class CopyEngine:
         """How the device reads the arena; empty before the first copy."""
         return "" if self._registered is None else self._registered.memory.mode.value
 
+    @property
+    def device_address(self) -> int:
+        """Where kernels read the arena that is attached now; 0 if they cannot."""
+        self.attach()
+        assert self._registered is not None
+        return self._registered.memory.device_address
+
     def attach(self) -> None:
         """Registers the arena, unless it is; after the source has attached anew."""
         address, num_bytes = self._source.arena_address, self._source.arena_bytes

@@ -108,6 +108,11 @@ class FakeMemory:
         self.closed = False
         self._device = device
 
+    @property
+    def device_address(self) -> int:
+        """Its own address, if it is registered."""
+        return self.address if self.mode is CopyMode.REGISTERED else 0
+
     def close(self) -> None:
         """Raises HazardError if a copy from it is under way."""
         with self._device.lock:

@@ -40,11 +40,8 @@ class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped
         self.max_tokens = max_tokens
         self.num_tokens = 0
 
-    def crop(self, length: Any) -> None:  # noqa: ANN401
-        """Goes back to the last completed step.
-
-        ``length`` is ignored: who asked for it before the step has the live counter in hand.
-        """
+    def rewind(self) -> None:
+        """Goes back to the last completed step; what was written after it will be again."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.cumulative_length.fill_(self.num_tokens)
@@ -181,8 +178,7 @@ class DecodeGraphs:
         self.num_replays = 0
         self._forward: Callable[..., Any] = model.forward
         self._make_steps, self._say = make_steps, say
-        self._steps: Steps | None = None
-        """While one of ours runs."""
+        self._steps: Steps | None = None  # while one of ours runs
         self._current: _Recorded | None = None
         self._off = False
         for module in experts.values():
@@ -245,7 +241,7 @@ class DecodeGraphs:
 
     def _give_up(self, error: RuntimeError, cache: DecodeCache) -> None:
         self._off, self._current, self._steps = True, None, None
-        cache.crop(None)
+        cache.rewind()
         self._say(
             "this model's steps cannot be recorded as CUDA graphs "
             f"({str(error).splitlines()[0]}); it runs without."

@@ -9,17 +9,19 @@ from expertd.errors import InvalidInputError
 from expertd.pack.manifest import Manifest
 from expertd_inference.device.cache import SlotCache
 from expertd_inference.device.cost import CostModel
+from expertd_inference.device.decode_graphs import record_decoding
 from expertd_inference.device.device import Device
 from expertd_inference.device.fake import FakeDevice
+from expertd_inference.device.graphs import DecodeGraphs
 from expertd_inference.device.placement import cache_size, device_names, place_layers
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, install
 from expertd_inference.experts import experts_spec
 from expertd_inference.kernels.reference import fill_slots
-from expertd_inference.recovery import Recovery
+from expertd_inference.recovery import Recovery, say_on_stderr
 from expertd_inference.routers import find_routers
-from expertd_inference.settings import DeviceSettings
+from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertd_inference.source import HeldSource
 
 FAKE = "fake"
@@ -102,6 +104,9 @@ class DeviceGroup:
             runner = DeviceExpertsRunner(parts, source, self.step, settings, self._stats)
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
+        self._source = source
+        self.graphs: DecodeGraphs | None = None
+        """What replays steps, if the settings want it."""
 
     def __repr__(self) -> str:
         return f"<DeviceGroup {self.runners!r}>"
@@ -124,8 +129,12 @@ class DeviceGroup:
         model: Any,  # noqa: ANN401 - transformers is untyped
         experts: Mapping[int, nn.Module],
         manifest: Manifest,
+        say: Callable[[str], None] = say_on_stderr,
     ) -> None:
-        """Lets ``experts``, the modules of ``model`` by MoE layer, compute by these runners."""
+        """Lets ``experts``, the modules of ``model`` by MoE layer, compute by these runners.
+
+        ``say`` is told what of the settings is not possible.
+        """
         for layer in manifest.layers:
             module: Any = experts[layer.layer]
             runner = self._runners[layer.layer]
@@ -135,7 +144,33 @@ class DeviceGroup:
             routers = find_routers(model, experts)
             for runner in self.runners:
                 runner.speculate(routers, self._runners)
+        self._record(model, experts, manifest, say)
         install(model, self.step)
+
+    def _record(
+        self,
+        model: Any,  # noqa: ANN401
+        experts: Mapping[int, nn.Module],
+        manifest: Manifest,
+        say: Callable[[str], None],
+    ) -> None:
+        mode = self._settings.decode_graphs
+        if mode in (DecodeGraphsMode.AUTO, DecodeGraphsMode.OFF):
+            return
+        if len(self.runners) > 1:
+            say("steps over several devices are not recorded; --decode-graphs is for one.")
+            return
+        self.graphs = record_decoding(
+            model,
+            experts,
+            manifest,
+            self.runners[0],
+            self._source,
+            self.step,
+            self._stats,
+            mode=mode,
+            say=say,
+        )
 
     def close(self) -> None:
         """From now on the model refuses to be called; the devices' memory is let go of."""

@@ -15,7 +15,10 @@ class KvMark:
 
     def __init__(self, cache: Any) -> None:  # noqa: ANN401 - transformers is untyped
         self._cache = cache
-        self._layers = [_LayerMark(layer) for layer in getattr(cache, "layers", ())]
+        # One that goes back by itself keeps the addresses that recorded steps know.
+        self._rewind = getattr(cache, "rewind", None)
+        layers = () if self._rewind else getattr(cache, "layers", ())
+        self._layers = [_LayerMark(layer) for layer in layers]
 
     @property
     def can_restore(self) -> bool:
@@ -24,6 +27,9 @@ class KvMark:
 
     def restore(self) -> None:
         """Goes back to it."""
+        if self._rewind is not None:
+            self._rewind()
+            return
         if self._cache is None:
             return
         # Layers that a cache adds as it meets them.

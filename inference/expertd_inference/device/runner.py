@@ -113,6 +113,11 @@ class DeviceExpertsRunner:
         self._timed: tuple[Event, Event, int] | None = None
         self._closed = False
 
+    @property
+    def engine(self) -> CopyEngine:
+        """What brings records to the device; its slots are the cache's."""
+        return self._engine
+
     def __repr__(self) -> str:
         return f"<DeviceExpertsRunner {self.device.name} {self.cache!r}>"
 

@@ -30,7 +30,7 @@ from tests.inference.pack_source import PackSource
 from tests.tiny_models import CONFIGS
 
 Make = Callable[..., Any]
-NUM_TOKENS = 10
+NUM_TOKENS = 7
 
 
 class Served:
@@ -173,7 +173,7 @@ def whole_graphs(served: Served, store: Store, num_slots: int) -> DecodeGraphs:
     def make_steps(cache: DecodeCache) -> WholeSteps:
         recorder = FakeRecorder()
         experts = GpuExperts(device, slots, layers, store.arena, recorder)
-        return WholeSteps(experts, recorder, store, lambda: cache.crop(None))
+        return WholeSteps(experts, recorder, store, cache.rewind)
 
     return DecodeGraphs(
         served.trunk.model, served.trunk.experts, make_steps, say=served.said.append

@@ -1,0 +1,142 @@
+"""A worker whose steps are recorded, on a fake device, against a real daemon."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertd.pack.manifest import read_manifest
+from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference.attachment import attach
+from expertd_inference.device.fake import FakeDevice
+from expertd_inference.device.group import DeviceGroup
+from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
+from tests.daemon import Daemon, serving
+
+Make = Callable[..., Any]
+NUM_TOKENS = 7
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def pack(packed: Make) -> Path:
+    path: Path = packed("example")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(pack: Path) -> list[int]:
+    with serving({"m": pack}) as daemon, Worker(attach("m", daemon.socket)) as worker:
+        return tokens_of(worker)
+
+
+def tokens_of(worker: Worker) -> list[int]:
+    return generate(worker, PROMPT, GenerationSettings(max_new_tokens=NUM_TOKENS)).result.tokens
+
+
+def worker_of(daemon: Daemon, mode: DecodeGraphsMode, **settings: Any) -> Worker:
+    device = DeviceSettings(device="fake", decode_graphs=mode, **settings)
+    return Worker(attach("m", daemon.socket), device=device, say=lambda _: None)
+
+
+def replays(worker: Worker) -> int:
+    assert isinstance(worker._runner, DeviceGroup)
+    assert worker._runner.graphs is not None
+    return worker._runner.graphs.num_replays
+
+
+@pytest.mark.parametrize("mode", [DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE])
+def test_the_text_is_the_same(mode: DecodeGraphsMode, pack: Path, expected: list[int]) -> None:
+    with serving({"m": pack}) as daemon, worker_of(daemon, mode) as worker:
+        # The second prompt finds a device that has been used by itself meanwhile.
+        assert [tokens_of(worker) for _ in range(2)] == [expected] * 2
+        # All but the prompt's token, the warm step and the recorded one.
+        assert replays(worker) == 2 * (NUM_TOKENS - 3)
+        stats = worker.device_stats
+        assert stats is not None
+        assert stats.device_hits
+        if mode is DecodeGraphsMode.WHOLE:
+            # One look per step, apart from the prompts.
+            num_layers = len(worker.manifest.layers)
+            assert stats.syncs <= 2 * (NUM_TOKENS - 1) + 4 * num_layers
+
+
+def test_from_a_daemon_that_has_too_little_ram(pack: Path, expected: list[int]) -> None:
+    manifest = read_manifest(pack).manifest
+    ram = 2 * manifest.working_set_bytes
+    with (
+        serving({"m": pack}, ram=ram) as daemon,
+        worker_of(daemon, DecodeGraphsMode.WHOLE, speculate_layers=0) as worker,
+    ):
+        assert tokens_of(worker) == expected
+        assert replays(worker)
+        stats = worker.device_stats
+        assert stats is not None
+        assert stats.nvme_misses
+        # Nothing is held once a step is over.
+        worker.session.acquire(manifest.layers[0].layer, [0]).release()
+
+
+def test_a_small_cache_has_segments_and_says_so(pack: Path, expected: list[int]) -> None:
+    manifest = read_manifest(pack).manifest
+    said: list[str] = []
+    settings = DeviceSettings(
+        device="fake",
+        decode_graphs=DecodeGraphsMode.WHOLE,
+        cache_bytes=manifest.max_record_bytes * (2 * len(manifest.layers) - 1),
+        speculate_layers=0,
+    )
+    with (
+        serving({"m": pack}) as daemon,
+        Worker(attach("m", daemon.socket), device=settings, say=said.append) as worker,
+    ):
+        assert tokens_of(worker) == expected
+        assert replays(worker)
+    assert len(said) == 1
+    assert "less than one token's experts" in said[0]
+
+
+def test_a_daemon_that_is_killed_and_comes_back(pack: Path, expected: list[int]) -> None:
+    with serving({"m": pack}) as first, worker_of(first, DecodeGraphsMode.WHOLE) as worker:
+        assert tokens_of(worker) == expected
+        step = worker.model.forward
+        calls = []
+
+        def killing(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 5:
+                first.kill()
+                thread.start()
+            return step(*args, **kwargs)
+
+        worker.model.forward = killing
+        done = threading.Event()
+
+        def serve_again() -> None:
+            with serving({"m": pack}, socket=first.socket):
+                done.wait(60)
+
+        thread = threading.Thread(target=serve_again)
+        try:
+            assert tokens_of(worker) == expected
+        finally:
+            done.set()
+            thread.join()
+        device = worker._runner.devices[0]  # type: ignore[union-attr]
+        assert isinstance(device, FakeDevice)
+        assert [memory.closed for memory in device.memory] == [True, False]
+
+
+def test_several_devices_are_not_recorded(pack: Path, expected: list[int]) -> None:
+    said: list[str] = []
+    settings = DeviceSettings(device="fake:0,fake:1", decode_graphs=DecodeGraphsMode.SEGMENTS)
+    with (
+        serving({"m": pack}) as daemon,
+        Worker(attach("m", daemon.socket), device=settings, say=said.append) as worker,
+    ):
+        assert worker.new_cache(32) is None
+        assert tokens_of(worker) == expected
+    assert len(said) == 1
+    assert "several devices" in said[0]
