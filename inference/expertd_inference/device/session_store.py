@@ -59,7 +59,6 @@ class SessionStore:
             except SESSION_ENDED as error:
                 self._lose(error)
             self._stats.nvme_misses += len(experts)
-        self._step.progressed()
 
     def finished(self, counts: StepCounts) -> None:
         """Counts, and tells the daemon what the device has read of the arena."""

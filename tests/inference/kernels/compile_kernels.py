@@ -25,7 +25,7 @@ from expertd.pack.layout import record_layout
 from expertd.pack.manifest import GateOrder
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.activation import Activation, ActivationKind
-from expertd_inference.kernels import triton_experts, triton_linear, triton_sum
+from expertd_inference.kernels import triton_experts, triton_gather, triton_linear, triton_sum
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
 
@@ -42,6 +42,8 @@ EXPERTS = [  # precision, tokens, hidden, inner, bias
     ("mxfp4", MANY, 2880, 2880, True),
     ("16", FEW, 37, 21, False),
 ]
+LOOKUPS = [(1, 8, 128, 20), (1, 2, 8, 2), (8, 8, 128, 128), (1, 1, 4, 1)]
+"""Tokens, top k, experts, slots of a layer."""
 LINEARS = [("8g128", FEW), ("4g64", MANY)]
 
 
@@ -93,6 +95,28 @@ def compile_all(capability: int) -> None:
         x = torch.zeros(tokens, 4096, dtype=torch.bfloat16)
         triton_linear.linear(x, QuantizedWeight(matrix, parts))
     triton_sum.sum_slots(torch.zeros(1, 8, 2048), torch.bfloat16)
+    for tokens, k, experts, num_slots in LOOKUPS:
+        entries = 48 * experts
+        table = triton_gather.SlotTable.empty(entries, 48 * num_slots, "cpu")
+        resolution = triton_gather.Resolution.empty(entries, "cpu")
+        triton_gather.resolve(
+            torch.zeros(tokens, k, dtype=torch.int64),
+            table,
+            resolution,
+            directory=torch.zeros(entries, dtype=torch.int64),
+            num_experts=experts,
+            first_entry=experts,
+            first_slot=num_slots,
+            num_slots=num_slots,
+        )
+        triton_gather.gather(
+            resolution,
+            torch.zeros(1, 4096 * 600, dtype=torch.uint8),
+            # As high as addresses of mappings are.
+            arena=0x7F0000000000,
+            num_items=tokens * k,
+            record_bytes=4096 * 599,
+        )
 
 
 def show(name: str, kernel: Any) -> None:
