@@ -10,6 +10,7 @@
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
+#   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
 
@@ -21,7 +22,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy proto bench bench-store bench-quantize soak train ci clean
+.PHONY: setup native demo test check check-deploy proto bench bench-store bench-quantize soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -82,6 +83,9 @@ soak: setup
 		$(BIN)/python -m tests.campaign --worker-kills 5000 --daemon-kills 500 \
 			--seconds $$(($(SECONDS) / 2)) --restarts $$restarts || exit 1; \
 	done
+
+architectures: setup
+	@$(BIN)/python -m tests.architectures
 
 train: setup
 	$(BIN)/python examples/tiny-mixtral/train.py

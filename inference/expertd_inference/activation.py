@@ -67,6 +67,8 @@ def activation_of(experts: nn.Module) -> Activation | None:
         return None
     function: Any = getattr(module, "act_fn", None)
     kind = _KINDS.get(type(function))
+    if function is nn.functional.silu:  # Lfm2Moe's, which has no module of it
+        kind = ActivationKind.SILU
     # Of these two there is also a form written out in Python, which rounds elsewhere.
     if kind is ActivationKind.GELU and function.act is not nn.functional.gelu:
         return None

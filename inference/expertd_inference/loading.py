@@ -76,6 +76,8 @@ def load_trunk(
     if linear is not None:
         for name, module in model.hf_quantizer.linears.items():
             module.load(trunk.parts(name), linear)
+    if not model.hf_quantizer.linears:
+        _say_not_quantized(model)
     model.requires_grad_(requires_grad=False)
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)
@@ -102,6 +104,16 @@ def _device_map(
         ],
         placed,
     )
+
+
+def _say_not_quantized(model: nn.Module) -> None:
+    """All that is left in the model are plain weights; transformers has noted otherwise.
+
+    Some models (Jamba's) go around weights that they take for quantized, and round elsewhere.
+    """
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), transformers.PreTrainedConfig):
+            vars(config).pop("_is_quantized", None)
 
 
 def _model_class(pack: Path, manifest: Manifest) -> Any:  # noqa: ANN401 - transformers is untyped

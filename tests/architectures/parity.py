@@ -10,21 +10,22 @@ from expertd.pack.manifest import GateOrder
 from expertd.pack.reader import PackReader
 from expertd.packing.codec import dequantize, record_parts
 from expertd_inference.experts import connect, experts_modules, layer_numbers
+from expertd_inference.kernels.choice import CpuKernels
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
 from tests.inference.pack_source import PackSource
 
 
-def load(pack: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Our model, its experts computed by the reference and its trunk dequantized."""
+def load(pack: Path, dtype: torch.dtype = torch.bfloat16, kernels: CpuKernels | None = None) -> Any:
+    """Our model, computed by ``kernels``, quantized linear layers included.
+
+    Without, by the reference, and its trunk is dequantized.
+    """
     source = PackSource(pack)
-    trunk = load_trunk(pack, source.manifest, dtype=dtype)
-    connect(
-        trunk.experts,
-        source.manifest,
-        source,
-        Recovery(source, reattach_seconds=1.0, say=lambda _: None),
-    )
+    linear = None if kernels is None else kernels.linear
+    trunk = load_trunk(pack, source.manifest, dtype=dtype, linear=linear)
+    recovery = Recovery(source, reattach_seconds=1.0, say=lambda _: None)
+    connect(trunk.experts, source.manifest, source, recovery, kernels)
     return trunk.model
 
 

@@ -72,5 +72,12 @@ def test_a_gate_of_its_own_is_not_guessed() -> None:
 def test_a_function_without_a_module_is_not_guessed() -> None:
     module = Experts(nn.SiLU())
     del module.act_fn
-    module.act_fn = functional.silu
+    module.act_fn = lambda gate: functional.silu(gate)
     assert activation_of(module) is None
+
+
+def test_silu_itself_is_known() -> None:
+    module = Experts(nn.SiLU())
+    del module.act_fn
+    module.act_fn = functional.silu
+    assert activation_of(module) == Activation(ActivationKind.SILU)

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 from expertd.pack.manifest import Encoding, read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd_inference.kernels.choice import ReferenceKernels
+from expertd_inference.kernels.native import NativeKernels
+from expertd_inference.kernels.native_library import native_library
 from tests.architectures.parity import fill, load, logits
 from tests.inference.greedy import greedy, prompt_of
 from tests.tiny_models import CONFIGS, make_checkpoint
@@ -46,6 +49,35 @@ def test_mxfp4_is_stocks(packed: Make, stock: Make) -> None:
     tokens = greedy(ours, prompt, 32)
     assert tokens == greedy(theirs, prompt, 32)
     assert len(set(tokens)) > 8
+
+
+needs_native = pytest.mark.skipif(
+    native_library().library is None, reason="no native kernels: no compiler, or EXPERTD_NATIVE=0"
+)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("architecture", "scheme"),
+    [
+        *((architecture, "4bit-fast") for architecture in CONFIGS),
+        *(("gpt_oss", scheme) for scheme in SCHEMES if scheme != "4bit-fast"),
+        ("gpt_oss_mxfp4", "mxfp4"),
+    ],
+)
+def test_native_kernels_say_what_the_reference_says(
+    architecture: str, scheme: str, packed: Make
+) -> None:
+    """Experts and the quantized trunk; in float32, where no tie of a router is decided anew."""
+    path, dtype = packed(architecture, scheme), torch.float32
+    native = load(path, dtype, NativeKernels())
+    reference = load(path, dtype, ReferenceKernels())
+    prompt = prompt_of(30, seed=1)
+    expected = logits(reference, prompt)
+    # Sums of a few hundred products in another order, through three layers.
+    error = (logits(native, prompt) - expected).norm() / expected.norm()
+    assert error < 1e-5
+    assert greedy(native, prompt, 8) == greedy(reference, prompt, 8)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])

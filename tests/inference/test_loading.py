@@ -20,6 +20,7 @@ from expertd.packing.codec import dequantize
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_inference import load_model
+from expertd_inference.kernels.reference import linear
 from expertd_inference.loading import load_trunk
 from expertd_inference.quantizer import match_experts
 from tests.daemon import serving
@@ -223,3 +224,13 @@ def test_architecture_that_the_seam_does_not_reach(packed: Make) -> None:
         del model.model.layers[0].mlp.experts
     with pytest.raises(PackError, match="DbrxForCausalLM cannot be served"):
         match_experts(model, manifest)
+
+
+def test_plain_weights_are_not_called_quantized(packed: Make) -> None:
+    """Some models compute otherwise where they are told so, and stock is not."""
+    pack = packed("mixtral", "4bit")
+    plain = load_trunk(pack, manifest_of(pack)).model
+    quantized = load_trunk(pack, manifest_of(pack), linear=linear).model
+    for model, expected in ((plain, False), (quantized, True)):
+        assert hasattr(model.config, "_is_quantized") is expected
+        assert hasattr(model.model.layers[0].self_attn.config, "_is_quantized") is expected

@@ -1,0 +1,107 @@
+"""The page docs/architectures.md, from the results of a sweep that are committed beside this."""
+
+from pathlib import Path
+
+import msgspec
+
+from tests.architectures import sweep
+from tests.architectures.sweep import Result, Results
+from tests.tiny_models import CONFIGS
+
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = Path(__file__).parents[2] / "docs/architectures.md"
+
+_HEAD = """# Architectures
+
+What `expertd pack` packs and `expert-run` runs. transformers lets the experts of {num} of its
+models be replaced (its *experts interface*); expertd needs no code of its own for any of them.
+This page is made by `make architectures`, with transformers {transformers} and torch {torch}: it
+makes a tiny model with random weights of each architecture, packs it, and runs it beside stock
+transformers, which gets the same weights, dequantized. What is listed here gave **equal logits,
+bit for bit, and the same greedy tokens** (prefill of {prompt} tokens, {new} decoded), in every
+scheme: {schemes}.
+The reference kernels computed the experts, with transformers' own default (`grouped_mm`) on the
+other side.
+
+"""
+
+_COLUMNS = """
+- **Features**: what the tiny model of it has, and so what was tried.
+- **Native**: the activation, if the native CPU and GPU kernels know it. The others are computed
+  by the reference kernels, which call the model's own function: right, and slower.
+- **Ahead**: whether its routers can be asked ahead of time, for prefetching and speculation.
+- **Tests**: *every change*: part of `make test`, where the native kernels are compared with the
+  reference as well, and much else is tried; *swept*: by `make architectures`.
+
+"""
+
+
+def read_results() -> Results:
+    """Those of the last sweep."""
+    return msgspec.json.decode(RESULTS.read_bytes(), type=Results)
+
+
+def merge(old: Results, new: Results) -> Results:
+    """``old`` with the rows of ``new`` in place of its own; both with the same versions."""
+    if (old.transformers, old.torch) != (new.transformers, new.torch):
+        raise SystemExit(
+            f"The table was made with transformers {old.transformers} and torch {old.torch}; "
+            "give no names, and all is made anew."
+        )
+    changed = {result.architecture: result for result in new.results}
+    rows = tuple(changed.get(result.architecture, result) for result in old.results)
+    return msgspec.structs.replace(old, results=rows)
+
+
+def render(results: Results) -> str:
+    """The page."""
+    served = [result for result in results.results if not result.refused]
+    schemes = ", ".join(f"`{scheme}`" for scheme in ("bf16", *sweep.SCHEMES))
+    lines = [
+        _HEAD.format(
+            num=len(results.results),
+            transformers=results.transformers,
+            torch=results.torch,
+            prompt=sweep.PROMPT_TOKENS,
+            new=sweep.NEW_TOKENS,
+            schemes=schemes,
+        )
+        + "| architecture | features | native | ahead | tests |\n|---|---|---|---|---|"
+    ]
+    lines += [_row(result) for result in served if not result.differs]
+    lines.append(_COLUMNS.rstrip("\n"))
+    lines.append(_MXFP4)
+    if differing := [result for result in served if result.differs]:
+        lines.append("\n## Not equal\n")
+        lines += [f"- {_name(result)}: {', '.join(result.differs)}" for result in differing]
+    lines.append(
+        "\n## Refused\n\nWith a sentence that says so, when a checkpoint of it is packed.\n"
+    )
+    lines += [
+        f"- {_name(result)}: {result.refused}." for result in results.results if result.refused
+    ]
+    lines.append(
+        "- DBRX, JetMoE, Llama 4, Switch Transformers: outside of transformers' experts interface."
+    )
+    return "\n".join(lines) + "\n"
+
+
+_MXFP4 = """
+GPT-OSS is also tried as it is published, with its experts in MXFP4: they are kept bit for bit,
+and the logits are those of transformers, which dequantizes them."""
+
+
+def _row(result: Result) -> str:
+    tests = "every change" if result.architecture in CONFIGS else "swept"
+    cells = (
+        _name(result),
+        ", ".join(result.features),
+        f"`{result.activation}`" if result.activation else "no",
+        "yes" if result.routers else "no",
+        tests,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _name(result: Result) -> str:
+    return f"`{result.model}`" if result.model else f"`{result.architecture}`"
