@@ -91,9 +91,9 @@ def default_traces() -> list[Path]:
     return beside or sorted((_ROOT / "examples").glob("*/*.csv"))
 
 
-def show(figures: Sequence[Figure]) -> None:
+def show(figures: Sequence[Figure], title: str = "the store on this host") -> None:
     """As a table."""
-    table = Table(title="the store on this host", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("part", "what", "ours", "its limit", "ratio (middle half)", "goal", ""):
         table.add_column(column)
     for figure in figures:

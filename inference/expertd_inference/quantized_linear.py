@@ -1,7 +1,6 @@
 """A linear layer of the trunk whose weight stays quantized in memory."""
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from expertd.errors import PackError
 from expertd.pack.layout import Matrix, matrix_parts
 from expertd.packing.codec import TORCH_DTYPES, dequantize
+from expertd_inference.kernels.gpu_choice import gpu_kernels
 from expertd_inference.kernels.weights import Linear, QuantizedWeight
 
 
@@ -18,7 +18,7 @@ class QuantizedLinear(nn.Module):
 
     The weight's parts are buffers, and so go where the model goes; they are no part of the
     state dict, since they are loaded by :meth:`load` and by nothing else. Casting the model
-    leaves their types alone. On CUDA the product is that of ``kernels.triton_linear``, elsewhere
+    leaves their types alone. On CUDA the product is that of ``kernels.gpu_choice``, elsewhere
     that of the ``linear`` given to :meth:`load`.
     """
 
@@ -111,6 +111,4 @@ def _linear_on(part: Tensor, linear: Linear) -> Linear:
     """The product on the device of ``part``."""
     if not part.is_cuda:
         return linear
-    # Triton is there only where a GPU is.
-    product: Linear = import_module("expertd_inference.kernels.triton_linear").linear
-    return product
+    return gpu_kernels().linear

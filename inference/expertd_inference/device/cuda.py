@@ -19,6 +19,7 @@ from expertd_inference.device.registration import (
     explain_refusal,
 )
 from expertd_inference.device.staging import BUFFER_BYTES, NUM_BUFFERS, StagingRing
+from expertd_inference.kernels.gpu_choice import gpu_kernels
 from expertd_inference.kernels.reference import ExpertsSpec
 
 _ALIGNMENT = 64
@@ -218,14 +219,9 @@ class CudaDevice:
         slot_of: Tensor,
         spec: ExpertsSpec,
     ) -> None:
-        """By the Triton kernels."""
-        # Here: Triton takes a second to import, and a machine without a GPU need not have it.
-        from expertd_inference.kernels.triton_experts import (  # type: ignore[import-not-found,unused-ignore]
-            fill_slots_cached,
-        )
-
+        """By the kernels of :mod:`~expertd_inference.kernels.gpu_choice`."""
         with self.translating():
-            fill_slots_cached(
+            gpu_kernels().fill_slots_cached(
                 slots, hidden, top_k_index, top_k_weights, cache=cache, slot_of=slot_of, spec=spec
             )
 
