@@ -57,9 +57,14 @@ inline bool any(Ints mask) {
 // Transposes LANES vectors of LANES values: log2(LANES) rounds of exchanging blocks of size H.
 template <int H, typename Vector, size_t... I>
 inline void exchange(Vector& a, Vector& b, std::index_sequence<I...>) {
-    const Vector upper = __builtin_shufflevector(a, b, (int(I) & H ? LANES + int(I) - H : int(I))...);
-    b = __builtin_shufflevector(a, b, (int(I) & H ? LANES + int(I) : int(I) + H)...);
-    a = upper;
+    const Vector first = a;
+#if defined(__clang__)
+    a = __builtin_shufflevector(first, b, (int(I) & H ? LANES + int(I) - H : int(I))...);
+    b = __builtin_shufflevector(first, b, (int(I) & H ? LANES + int(I) : int(I) + H)...);
+#else  // which GCC has had for longer
+    a = __builtin_shuffle(first, b, Ints{(int(I) & H ? LANES + int(I) - H : int(I))...});
+    b = __builtin_shuffle(first, b, Ints{(int(I) & H ? LANES + int(I) : int(I) + H)...});
+#endif
 }
 
 template <int H, typename Vector>

@@ -131,10 +131,9 @@ def test_a_slow_solver_is_said_once(
 ) -> None:
     monkeypatch.setenv("EXPERTD_NATIVE", "0")
     notices: list[str] = []
-    for name, scheme, optimize in (("a", "4bit", True), ("b", "4bit", False), ("c", "bf16", True)):
-        request = Request(
-            checkpoint_of("mixtral"), tmp_path / name, choose_scheme(scheme), optimize=optimize
-        )
+    for name, attention, optimize in (("a", "8g64", True), ("b", "8g64", False), ("c", "16", True)):
+        scheme = choose_scheme("bf16", attention=attention)
+        request = Request(checkpoint_of("mixtral"), tmp_path / name, scheme, optimize=optimize)
         pack(request, on_notice=notices.append)
     assert len(notices) == 1
     assert "so hqq's solver runs" in notices[0]
