@@ -18,8 +18,8 @@ import typer
 import expertd
 import expertd_inference
 from expertd.errors import ExpertdError, InvalidInputError, PreconditionError
-from expertd.sizes import parse_bytes
 from expertd_client import TlsFiles
+from expertd_inference import options
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
     DEFAULT_SOCKET,
@@ -27,7 +27,7 @@ from expertd_inference.attachment import (
     attach,
 )
 from expertd_inference.embedded import EmbeddedDaemon
-from expertd_inference.settings import ComputeDtype, GenerationSettings, KernelsName
+from expertd_inference.settings import ComputeDtype, DeviceSettings, GenerationSettings, KernelsName
 from expertd_inference.text_output import TextOutput, status
 
 if TYPE_CHECKING:
@@ -164,6 +164,14 @@ def generate(
             "reference gives the very tokens of stock transformers."
         ),
     ] = KernelsName.AUTO,
+    device: options.Device = options.DEFAULTS.device,
+    cache_bytes: options.CacheBytes = None,
+    cache_policy: options.Policy = options.DEFAULTS.cache_policy,
+    speculate_layers: options.SpeculateLayers = options.DEFAULTS.speculate_layers,
+    speculate_experts: options.SpeculateExperts = options.DEFAULTS.speculate_experts,
+    staging_slots: options.StagingSlots = options.DEFAULTS.staging_slots,
+    on_miss: options.OnMissOption = options.DEFAULTS.on_miss,
+    decode_graphs: options.DecodeGraphs = options.DEFAULTS.decode_graphs,
     reattach_seconds: Annotated[
         float, typer.Option(min=0, help="Wait so long for a new daemon if this one ends.")
     ] = DEFAULT_REATTACH_SECONDS,
@@ -179,6 +187,8 @@ def generate(
 
       expert-run generate --embedded ./mixtral-pack --prompt "Once upon a time"
 
+      expert-run generate --model mixtral --device cuda --cache-bytes 12GiB -p "Once upon"
+
       expert-run generate --model mixtral --chat --temperature 0.7 -p "Why is the sky blue?"
 
       expert-run generate --socket tcp://store.lab:7443 --tls-ca ca.pem --tls-cert me.pem
@@ -191,7 +201,17 @@ def generate(
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
     tls = _tls_files(tls_ca, tls_cert, tls_key)
-    cache_bytes = _cache_bytes(cache)
+    copies_bytes = options.size_of("--cache", cache)
+    devices = DeviceSettings(
+        device,
+        options.size_of("--cache-bytes", cache_bytes),
+        cache_policy,
+        speculate_layers,
+        speculate_experts,
+        staging_slots,
+        on_miss,
+        decode_graphs,
+    )
     output = TextOutput(json=json, stream=stream)
     with ExitStack() as stack:
         if embedded is not None:
@@ -200,11 +220,13 @@ def generate(
             with status("Starting a daemon"):
                 daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
             socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
-        attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=cache_bytes))
+        attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
         with status("Loading the model"):
             _prepare_environment(verbose)
             worker = stack.enter_context(
-                _load(attachment, pack, dtype, threads, kernels, reattach_seconds, output.say)
+                _load(
+                    attachment, pack, dtype, threads, kernels, devices, reattach_seconds, output.say
+                )
             )
         try:
             generation = expertd_inference.generate(
@@ -227,13 +249,6 @@ def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> T
     if ca is None or certificate is None or key is None:
         raise InvalidInputError("--tls-ca, --tls-cert and --tls-key belong together; give all.")
     return TlsFiles(ca, certificate, key)
-
-
-def _cache_bytes(cache: str | None) -> int | None:
-    try:
-        return None if cache is None else parse_bytes(cache)
-    except ValueError as error:
-        raise InvalidInputError(f"--cache: {error}.") from error
 
 
 def _read_stdin() -> str:
@@ -263,6 +278,7 @@ def _load(
     dtype: ComputeDtype | None,
     threads: int | None,
     kernels: KernelsName,
+    devices: DeviceSettings,
     reattach_seconds: float,
     say: Callable[[str], None],
 ) -> "Worker":
@@ -282,5 +298,6 @@ def _load(
         dtype=None if dtype is None else getattr(torch, dtype),
         kernels=kernels,
         reattach_seconds=reattach_seconds,
+        device=devices,
         say=say,
     )

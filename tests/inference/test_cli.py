@@ -301,3 +301,39 @@ def generate_json(socket: Path, *arguments: str) -> dict[str, Any]:
     assert process.returncode == 0, stderr
     result: dict[str, Any] = json.loads(stdout)
     return result
+
+
+def test_device(daemon: Daemon, stock: Make) -> None:
+    arguments = ["--model", "mixtral", "-p", "Once", "--max-new-tokens", "8", "--json"]
+    plain = generate(daemon, *arguments)
+    done = generate(daemon, *arguments, "--device", "fake:0,fake:1", "--cache-bytes", "2MiB")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    ours, theirs = json.loads(done.stdout), json.loads(plain.stdout)
+    assert ours["tokens"] == theirs["tokens"]
+    assert theirs["device"] is None
+    assert ours["device"]["copies"] > 0
+    assert ours["device"]["nvme_misses"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--device", "tpu"], "There is no device 'tpu'; give cpu", id="no such"),
+        pytest.param(
+            ["--device", "fake:0", "--cache-bytes", "1MiB"],
+            "one token uses 2 experts of a layer, beside 4 staging slots",
+            id="too small a cache",
+        ),
+        pytest.param(
+            ["--device", "fake:0", "--cache-bytes", "much"], "--cache-bytes: ", id="no size"
+        ),
+        pytest.param(["--device", "fake:0,"], "not a list of different GPUs", id="no list"),
+        pytest.param(
+            ["--speculate-layers", "3", "--staging-slots", "2"],
+            "need 6; give as many, or guess less",
+            id="too few staging slots",
+        ),
+    ],
+)
+def test_devices_that_cannot_be(daemon: Daemon, arguments: list[str], message: str) -> None:
+    assert_refused(generate(daemon, "--model", "mixtral", "-p", "x", *arguments), message)

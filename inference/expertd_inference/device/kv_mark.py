@@ -49,11 +49,21 @@ class _LayerMark:
 
     def restore(self) -> None:
         if self._length is None:
-            vars(self._layer).update(self._state)
+            for name, value in self._state.items():
+                now = getattr(self._layer, name)
+                if _is_number(value) and _is_number(now):
+                    # In place: what was recorded knows its address.
+                    now.copy_(value)
+                else:
+                    setattr(self._layer, name, value)
         else:
             self._layer.keys = self._layer.keys[..., : self._length, :]
             self._layer.values = self._layer.values[..., : self._length, :]
 
 
 def _kept(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return value.clone() if isinstance(value, Tensor) and _is_number(value) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
