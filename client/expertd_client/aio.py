@@ -90,7 +90,7 @@ class AsyncSession(BaseSession):
 
     async def prefetch(self, experts: Sequence[tuple[int, int]], *, priority: int = 0) -> int:
         """See :meth:`Session.prefetch`."""
-        absent = self._absent_of(experts)
+        absent = self.absent(experts)
         if not absent or not self.shares_memory:
             return 0
         return await self._call(calls.prefetch(absent, priority))

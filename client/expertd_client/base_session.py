@@ -109,6 +109,24 @@ class BaseSession:
         """
         return self._mapping.directory_address if isinstance(self._mapping, Mapping) else 0
 
+    def absent(self, experts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those (layer, expert) pairs that are not resident just now, in order.
+
+        Costs no call; any thread may ask, also while a lease is held. For hints and counts: by
+        the time that one looks again it may be otherwise. Raises NotFoundError.
+        """
+        self._mapping.check_attached()
+        return [
+            (layer, expert)
+            for layer, expert in experts
+            if self._mapping.absent(self._entries_of(layer, (expert,)))
+        ]
+
+    def anything_absent(self) -> bool:
+        """Whether any expert of the model is not resident just now; as :meth:`absent`."""
+        self._mapping.check_attached()
+        return self._mapping.anything_absent()
+
     def hold(self) -> Lease:
         """A lease of nothing yet, to look resident experts up with :meth:`Lease.find`.
 
@@ -182,15 +200,6 @@ class BaseSession:
 
     def _absent(self, layer: int, experts: Sequence[int]) -> set[int]:
         return self._mapping.absent(self._entries_of(layer, experts))
-
-    def _absent_of(self, experts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those (layer, expert) pairs that are not resident just now, in order."""
-        self._mapping.check_attached()
-        return [
-            (layer, expert)
-            for layer, expert in experts
-            if self._mapping.absent(self._entries_of(layer, (expert,)))
-        ]
 
     def _entries_of(self, layer: int, experts: Sequence[int]) -> list[int]:
         try:

@@ -210,6 +210,10 @@ class Mapping:
         table = self._entries
         return {entry for entry in entries if table[entry] == ABSENT}
 
+    def anything_absent(self) -> bool:
+        """Whether any entry is not resident just now."""
+        return ABSENT in self._entries[: self.num_entries]
+
     def touch(self, entries: Sequence[int], missed: set[int] | frozenset[int]) -> None:
         """Tells the daemon of accesses; ``missed`` are those that had to be fetched."""
         self._page.touch(entries, missed)

@@ -96,6 +96,10 @@ class RecordCache:
         """Which of ``entries`` are not here."""
         return {entry for entry in entries if entry not in self._slots}
 
+    def anything_absent(self) -> bool:
+        """Whether any entry is not here."""
+        return len(self._slots) < self.num_entries
+
     def touch(self, entries: Sequence[int], missed: Collection[int]) -> None:
         """Takes note of a use."""
         for entry in entries:

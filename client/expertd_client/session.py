@@ -86,7 +86,7 @@ class Session(BaseSession):
         supersedes what an older one has not begun; it evicts nothing that a running step
         uses. Allowed while a lease is held. Does nothing in a session that has copies.
         """
-        absent = self._absent_of(experts)
+        absent = self.absent(experts)
         if not absent or not self.shares_memory:
             return 0
         return self._call(calls.prefetch(absent, priority))

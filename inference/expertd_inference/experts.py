@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from expertd.errors import PreconditionError, SessionLostError, UnavailableError
 from expertd.pack.manifest import Manifest
 from expertd_inference.activation import activation_of
+from expertd_inference.ahead import RouterAhead
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.choice import CpuKernels, ReferenceKernels
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
@@ -34,10 +35,17 @@ class ExpertsRunner:
     """Computes the MoE layers of one model, one at a time."""
 
     def __init__(
-        self, source: ExpertSource, recovery: Recovery, kernels: CpuKernels, *, first_layer: int
+        self,
+        source: ExpertSource,
+        recovery: Recovery,
+        kernels: CpuKernels,
+        *,
+        first_layer: int,
+        ahead: RouterAhead | None = None,
     ) -> None:
         self._source = source
         self._kernels = kernels
+        self._ahead = ahead
         self._recovery = recovery
         self._first_layer = first_layer
         self._arena = ArenaTensors(source.arena_address, source.arena_bytes)
@@ -70,6 +78,8 @@ class ExpertsRunner:
         with self._lock, torch.no_grad():
             if layer == self._first_layer:
                 self._begin_step()
+            if self._ahead is not None:
+                self._ahead.begin(layer, hidden, top_k_index)
             blocks = [
                 self._run_block(layer, spec, num_experts, *rows)
                 for rows in zip(
@@ -156,13 +166,14 @@ def connect(
     source: ExpertSource,
     recovery: Recovery,
     kernels: CpuKernels | None = None,
+    ahead: RouterAhead | None = None,
 ) -> ExpertsRunner:
-    """Lets ``experts``, a module per MoE layer, compute from ``source``.
+    """Lets ``experts``, a module per MoE layer, compute from ``source``; ``ahead`` hints.
 
     By the reference kernels, unless others are given.
     """
     runner = ExpertsRunner(
-        source, recovery, kernels or ReferenceKernels(), first_layer=min(experts)
+        source, recovery, kernels or ReferenceKernels(), first_layer=min(experts), ahead=ahead
     )
     for layer in manifest.layers:
         module: Any = experts[layer.layer]

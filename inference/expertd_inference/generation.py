@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from expertd.errors import InvalidInputError
 from expertd_inference.decoding import Decoding
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.hints import HintStats
 from expertd_inference.memory import PeakPss
 from expertd_inference.settings import GenerationSettings
 from expertd_inference.streaming import TokenStreamer
 from expertd_inference.worker import Worker
+
+
+StatsT = TypeVar("StatsT", DeviceStats, HintStats)
 
 
 class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +31,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read,
     ``remote_misses`` those copied from a daemon whose memory this process cannot share;
     ``device`` is what moved to GPUs, null on the CPU; ``kernels`` are those that the CPU
-    computed with.
+    computed with; ``hints`` is what became of hints to the daemon, null where none are given.
     """
 
     text: str
@@ -42,6 +46,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     peak_pss_bytes: int
     device: DeviceStats | None = None
     kernels: str = ""
+    hints: HintStats | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def generate(
     interrupted = False
     session = worker.session
     hits, misses, copied = session.host_hits, session.nvme_misses, session.remote_misses
-    moved = worker.device_stats
+    moved, hinted = worker.device_stats, worker.hint_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     with PeakPss() as memory:
@@ -101,11 +106,12 @@ def generate(
         peak_pss_bytes=memory.peak_bytes,
         device=_since(moved, worker.device_stats),
         kernels=worker.kernels.name,
+        hints=_since(hinted, worker.hint_stats),
     )
     return Generation(result, interrupted)
 
 
-def _since(before: DeviceStats | None, now: DeviceStats | None) -> DeviceStats | None:
+def _since(before: StatsT | None, now: StatsT | None) -> StatsT | None:
     return None if before is None or now is None else now.since(before)
 
 

@@ -33,18 +33,27 @@ class Router:
         the others by their mean probability. A layer has no more than its experts, so the
         answer may be shorter. On ``hidden``'s device; waits for nothing there.
         """
-        with torch.no_grad():
-            logits, weights, chosen = self._decide(hidden)
-            score = torch.softmax(logits.float(), dim=-1).mean(dim=0)  # [E], all below 1
-            votes = 1 + weights.float().abs()
-            score = score.scatter_add(0, chosen.flatten(), votes.flatten())
-            likeliest = torch.topk(score, min(num, self._num_experts)).indices
-        return likeliest.to(hidden.device)
+        return torch.topk(self._scores(hidden), min(num, self._num_experts)).indices
+
+    def foreseen(self, hidden: Tensor) -> list[int]:  # [T, H]
+        """All experts that the router chooses for some of these tokens, likeliest first."""
+        scores = self._scores(hidden)
+        num_chosen = int((scores >= 1).sum())
+        likeliest: list[int] = torch.topk(scores, num_chosen).indices.tolist()
+        return likeliest
 
     def chosen(self, hidden: Tensor) -> Tensor:  # [T, H] -> [T, k], int64
         """The experts that the layer uses for ``hidden``, in the router's order."""
         with torch.no_grad():
             return self._decide(hidden)[2].to(hidden.device)
+
+    def _scores(self, hidden: Tensor) -> Tensor:  # [T, H] -> [E], float32
+        """The sum of votes for those that are chosen, each 1 or more; below 1 for the others."""
+        with torch.no_grad():
+            logits, weights, chosen = self._decide(hidden)
+            scores = torch.softmax(logits.float(), dim=-1).mean(dim=0)
+            votes = 1 + weights.float().abs()
+            return scores.scatter_add(0, chosen.flatten(), votes.flatten()).to(hidden.device)
 
     def _decide(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [T, E], weights [T, k] and experts [T, k]. Raises ValueError for another answer.

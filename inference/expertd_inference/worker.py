@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from expertd.errors import PackError
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd_client import Session, TlsFiles
+from expertd_inference.ahead import RouterAhead
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
     DEFAULT_SOCKET,
@@ -23,11 +24,13 @@ from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.experts import ExpertsRunner, connect
+from expertd_inference.hints import HintStats
 from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.step import step_kernels
 from expertd_inference.lean import make_lean
-from expertd_inference.loading import load_trunk
+from expertd_inference.loading import TrunkModel, load_trunk
 from expertd_inference.recovery import Recovery, say_on_stderr
+from expertd_inference.routers import find_routers
 from expertd_inference.settings import DeviceSettings, KernelsName
 
 
@@ -83,6 +86,7 @@ class Worker:
         )
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
         self._runner: ExpertsRunner | DeviceGroup
+        self._ahead: RouterAhead | None = None
         if devices:
             self._runner = DeviceGroup(
                 self.manifest,
@@ -95,7 +99,10 @@ class Worker:
             )
             self._runner.connect(loaded.model, loaded.experts, self.manifest, say or say_on_stderr)
         else:
-            self._runner = connect(loaded.experts, self.manifest, session, recovery, self.kernels)
+            self._ahead = self._look_ahead(loaded, settings, say or say_on_stderr)
+            self._runner = connect(
+                loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
+            )
         self.model = loaded.model
         steps = step_kernels()
         if native and steps is not None:
@@ -126,8 +133,15 @@ class Worker:
             return DecodeCache(self.model.config, max_tokens)
         return None
 
+    @property
+    def hint_stats(self) -> HintStats | None:
+        """What became of the hints to the daemon; None if this worker gives none."""
+        return None if self._ahead is None else self._ahead.stats
+
     def close(self) -> None:
         """Ends the session; its leases are free at once."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._runner.close()
         self._attachment.close()
 
@@ -141,6 +155,28 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _look_ahead(
+        self, loaded: TrunkModel, settings: DeviceSettings, say: Callable[[str], None]
+    ) -> RouterAhead | None:
+        """What hints at the experts of the layers to come; None if nothing can or shall."""
+        # Of copies nothing is read ahead: the daemon's disk is not what is waited for.
+        if not settings.speculate_layers or not self.session.shares_memory:
+            return None
+        routers = find_routers(loaded.model, loaded.experts)
+        layers = sorted(loaded.experts)
+        if missing := [layer for layer in layers[1:] if layer not in routers]:
+            say(
+                f"{len(missing)} of {len(layers)} layers have a router that cannot be asked ahead "
+                "of time; their experts are not hinted at"
+            )
+        return RouterAhead(
+            layers,
+            routers,
+            self.session,
+            num_layers=settings.speculate_layers,
+            num_experts=settings.speculate_experts,
+        )
 
 
 def load_model(

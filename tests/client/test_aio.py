@@ -65,7 +65,7 @@ async def test_hints_and_pins(aio_store: AsyncClient) -> None:
         assert await session.prefetch([(2, 0), (2, 1)]) == 2
 
         async def resident() -> bool:
-            return not session._absent_of([(2, 0), (2, 1)])
+            return not session.absent([(2, 0), (2, 1)])
 
         await eventually(resident)
         assert await session.pin([(2, 0)]) == 1

@@ -25,7 +25,7 @@ def test_finds_what_is_resident_in_any_layer(store: Client) -> None:
         session.acquire(0, [1, 2]).release()
         session.acquire(2, [5]).release()
         hits, misses = session.host_hits, session.nvme_misses
-        missing = session._absent_of([(2, expert) for expert in range(8)])
+        missing = session.absent([(2, expert) for expert in range(8)])
         with session.hold() as lease:
             assert (lease.layer, lease.experts, lease.views) == (None, (), [])
             first, second = lease.find(0, [2, 1]), lease.find(2, range(8))

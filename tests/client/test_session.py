@@ -89,7 +89,7 @@ def test_prefetch_then_hit(store: Client) -> None:
     with store.attach("m") as session:
         wanted = [(2, 4), (2, 5)]
         assert session.prefetch(wanted, priority=3) == 2
-        eventually(lambda: not session._absent_of(wanted))
+        eventually(lambda: not session.absent(wanted))
         with session.acquire(2, [4, 5]):
             assert session.prefetch([(2, 6)]) == 1  # while holding, too
         assert (session.host_hits, session.nvme_misses) == (2, 0)

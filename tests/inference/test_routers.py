@@ -72,6 +72,7 @@ def test_every_router_answers_as_in_its_model(case: str) -> None:
             assert sorted(router.likeliest(hidden[row : row + 1], len(mine)).tolist()) == mine
         needed = chosen.unique().tolist()
         assert sorted(router.likeliest(hidden, len(needed)).tolist()) == needed
+        assert router.foreseen(hidden) == router.likeliest(hidden, len(needed)).tolist()
 
 
 def test_asking_ahead_is_not_seen_by_the_model_s_hooks() -> None:

@@ -1,0 +1,175 @@
+"""Hints while a layer computes: when they are given, by whom they are sent, what they leave."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from expertd.errors import UnavailableError
+from expertd.pack.manifest import read_manifest
+from expertd_inference import load_model
+from expertd_inference.ahead import HintSender, RouterAhead
+from expertd_inference.hints import HintStats, Pair
+from expertd_inference.settings import DeviceSettings
+from tests.daemon import serving
+from tests.expert_store.serving.watching import eventually
+from tests.inference.greedy import greedy
+
+Make = Callable[..., Any]
+
+EXAMPLE = Path(__file__).parents[2] / "examples/tiny-mixtral"
+ONE = torch.zeros(1, 4)
+CHOSEN = torch.tensor([[0, 1]])
+
+
+@dataclass
+class Target:
+    """A session of which ``gone`` is absent."""
+
+    gone: set[Pair]
+    nvme_misses: int = 0
+    sent: list[list[Pair]] = field(default_factory=list)
+    looked: int = 0
+
+    def absent(self, experts: Sequence[Pair]) -> list[Pair]:
+        return [pair for pair in experts if pair in self.gone]
+
+    def anything_absent(self) -> bool:
+        self.looked += 1
+        return bool(self.gone)
+
+    def prefetch(self, experts: Sequence[Pair]) -> int:
+        self.sent.append(list(experts))
+        return len(experts)
+
+
+@dataclass
+class FixedRouter:
+    """Always foresees the same."""
+
+    experts: list[int]
+    asked: int = 0
+
+    def likeliest(self, hidden: Tensor, num: int) -> Tensor:
+        self.asked += 1
+        return torch.tensor(self.experts[:num])
+
+    def foreseen(self, hidden: Tensor) -> list[int]:
+        self.asked += 1
+        return self.experts
+
+
+def ahead_of(target: Target, routers: dict[int, Any], **options: int) -> RouterAhead:
+    return RouterAhead([0, 1, 2], routers, target, **{"num_layers": 1, "num_experts": 2, **options})
+
+
+def test_what_is_absent_of_the_next_layer_is_hinted() -> None:
+    target = Target({(1, 3), (1, 5), (2, 2)})
+    routers = {layer: FixedRouter([3, 4, 5]) for layer in range(3)}
+    ahead = ahead_of(target, routers)
+    ahead.begin(0, ONE, CHOSEN)
+    eventually(lambda: target.sent == [[(1, 3)]])
+    target.gone.clear()
+    ahead.begin(1, ONE, torch.tensor([[3, 7]]))
+    ahead.begin(2, ONE, CHOSEN)
+    assert ahead.stats == HintStats(issued=1, useful=1)
+    assert target.sent == [[(1, 3)]], "what is resident costs no call"
+    ahead.close()
+
+
+def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
+    target = Target({(layer, expert) for layer in range(3) for expert in range(8)})
+    ahead = ahead_of(target, {2: FixedRouter([5, 6, 7]), 1: FixedRouter([1, 2, 3])}, num_layers=2)
+    ahead.begin(0, torch.zeros(9, 4), CHOSEN)
+    eventually(lambda: target.sent == [[(1, 1), (1, 2), (1, 3), (2, 5), (2, 6), (2, 7)]])
+    ahead.close()
+
+
+def test_nothing_is_asked_while_all_is_resident() -> None:
+    target, router = Target(set()), FixedRouter([0, 1])
+    ahead = ahead_of(target, {1: router, 2: router})
+    for _ in range(3):
+        for layer in range(3):
+            ahead.begin(layer, ONE, CHOSEN)
+    assert (router.asked, target.looked, target.sent) == (0, 1, [])
+    assert not [each for each in threading.enumerate() if each.name == "hints"]
+    target.gone, target.nvme_misses = {(1, 0)}, 1
+    for layer in range(3):
+        ahead.begin(layer, ONE, CHOSEN)
+    assert router.asked == 2
+    eventually(lambda: target.sent == [[(1, 0)]])
+    ahead.close()
+
+
+def test_a_session_that_is_over_is_somebody_else_s_to_mend() -> None:
+    target = Target({(1, 0)})
+
+    def over() -> bool:
+        raise UnavailableError("gone")
+
+    target.anything_absent = over  # type: ignore[method-assign]
+    ahead_of(target, {1: FixedRouter([0])}).begin(0, ONE, CHOSEN)
+
+
+def test_one_hint_is_under_way_and_of_the_others_only_the_newest_is_sent() -> None:
+    sent: list[Sequence[Pair]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def send(pairs: Sequence[Pair]) -> None:
+        sent.append(pairs)
+        begun.set()
+        assert go_on.wait(20)
+
+    sender = HintSender(send)
+    sender.put([(0, 0)])
+    assert begun.wait(20)
+    for expert in range(1, 5):
+        sender.put([(0, expert)])
+    assert sent == [[(0, 0)]]
+    go_on.set()
+    eventually(lambda: sent == [[(0, 0)], [(0, 4)]])
+    sender.close()
+    sender.close()
+
+
+def test_a_hint_that_fails_is_not_the_last() -> None:
+    sent: list[Sequence[Pair]] = []
+
+    def send(pairs: Sequence[Pair]) -> None:
+        sent.append(pairs)
+        raise UnavailableError("gone")
+
+    sender = HintSender(send)
+    for number in range(2):
+        sender.put([(number, 0)])
+        eventually(lambda number=number: len(sent) == number + 1)  # type: ignore[misc]
+    sender.close()
+    eventually(lambda: not [each for each in threading.enumerate() if each.name == "hints"])
+    sender.put([(2, 0)])
+    assert len(sent) == 2, "closed"
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_the_same_tokens_with_half_of_the_experts_in_ram(
+    layers: int, packed: Make, stock: Make
+) -> None:
+    pack = packed("example")
+    text = (EXAMPLE / "heldout.txt").read_text()[4000:6000]
+    prompt = AutoTokenizer.from_pretrained(EXAMPLE)(text).input_ids[:40]
+    with serving({"m": pack}, ram=read_manifest(pack).manifest.expert_bytes // 2) as daemon:
+        device = DeviceSettings(speculate_layers=layers)
+        model = load_model("m", socket=daemon.socket, device=device)
+        assert greedy(model, prompt, 20) == greedy(stock("example"), prompt, 20)
+        stats = model.expertd.hint_stats
+        if layers:
+            assert stats.issued == stats.useful + stats.late + stats.wasted > 0
+            assert stats.useful + stats.late > stats.issued / 4, "as many as by chance"
+        else:
+            assert stats is None
+        model.expertd.close()
