@@ -18,7 +18,6 @@ from expertd_inference.settings import GenerationSettings
 from expertd_inference.streaming import TokenStreamer
 from expertd_inference.worker import Worker
 
-
 StatsT = TypeVar("StatsT", DeviceStats, HintStats)
 
 

@@ -13,9 +13,9 @@ import pytest
 from expertd.errors import UnavailableError
 from expertd.pack.manifest import read_manifest
 from expertd_client import Client, attachment
-from expertd_inference import experts
 from expertd_inference.attachment import attach
 from expertd_inference.kernels import reference
+from expertd_inference.kernels.choice import ReferenceKernels
 from expertd_inference.worker import Worker
 from tests.client.observing import num_arenas
 from tests.daemon import Daemon, serving
@@ -80,7 +80,7 @@ def test_goes_on_with_the_next_daemon(
         reference.fill_slots(*args, **kwargs)
 
     if when == "within a step":
-        monkeypatch.setattr(experts, "fill_slots", fill_slots)
+        monkeypatch.setattr(ReferenceKernels, "fill_slots", staticmethod(fill_slots))
     with serving({"m": pack}, ram=ram, socket=socket) as daemon:
         worker = Worker(attach("m", socket), say=said.append)
         streamer = KillAfter(8 if when == "between steps" else 1000, replace)
@@ -243,7 +243,7 @@ def test_a_worker_that_was_cut_off_repeats(
             answers.append(processes[0].answer())
         reference.fill_slots(*args, **kwargs)
 
-    monkeypatch.setattr(experts, "fill_slots", fill_slots)
+    monkeypatch.setattr(ReferenceKernels, "fill_slots", staticmethod(fill_slots))
     manifest = read_manifest(pack).manifest
     with (
         serving({"m": pack}, ram=manifest.working_set_bytes, config=config) as daemon,

@@ -78,7 +78,7 @@ class ReferenceKernels:
     ) -> Tensor:
         """As :class:`CpuKernels` says."""
         slots = empty_slots(hidden, top_k_weights)
-        reference.fill_slots(
+        ReferenceKernels.fill_slots(
             slots,
             hidden,
             top_k_index,
