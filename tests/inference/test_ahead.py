@@ -92,13 +92,14 @@ def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
 
 
 def test_nothing_is_asked_while_all_is_resident() -> None:
+    before = set(threading.enumerate())
     target, router = Target(set()), FixedRouter([0, 1])
     ahead = ahead_of(target, {1: router, 2: router})
     for _ in range(3):
         for layer in range(3):
             ahead.begin(layer, ONE, CHOSEN)
     assert (router.asked, target.looked, target.sent) == (0, 1, [])
-    assert not [each for each in threading.enumerate() if each.name == "hints"]
+    assert not [each for each in set(threading.enumerate()) - before if each.name == "hints"]
     target.gone, target.nvme_misses = {(1, 0)}, 1
     for layer in range(3):
         ahead.begin(layer, ONE, CHOSEN)
@@ -139,6 +140,7 @@ def test_one_hint_is_under_way_and_of_the_others_only_the_newest_is_sent() -> No
 
 
 def test_a_hint_that_fails_is_not_the_last() -> None:
+    before = set(threading.enumerate())
     sent: list[Sequence[Pair]] = []
 
     def send(pairs: Sequence[Pair]) -> None:
@@ -150,7 +152,7 @@ def test_a_hint_that_fails_is_not_the_last() -> None:
         sender.put([(number, 0)])
         eventually(lambda number=number: len(sent) == number + 1)  # type: ignore[misc]
     sender.close()
-    eventually(lambda: not [each for each in threading.enumerate() if each.name == "hints"])
+    eventually(lambda: "hints" not in {each.name for each in set(threading.enumerate()) - before})
     sender.put([(2, 0)])
     assert len(sent) == 2, "closed"
 
