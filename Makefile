@@ -9,6 +9,8 @@
 #   make bench   all benchmarks
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
+#   make gpu-test   what needs a GPU, and the Triton kernels on it, under the host's own python3
+#   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
 #   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
 #   make train   train the example model again (hours)
@@ -22,7 +24,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy proto bench bench-store bench-quantize soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy proto bench bench-store bench-quantize gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -75,6 +77,20 @@ bench-store: setup
 
 bench-quantize: setup
 	@$(BIN)/python -m bench.quantize
+
+# A GPU host's own Python, which has its torch: no virtual environment, no network.
+GPU_PYTHON = PYTHONPATH="$(CURDIR)/proto:$(CURDIR)/expert_store:$(CURDIR)/client:$(CURDIR)/inference:$$PYTHONPATH" \
+	$(PYTHON)
+
+gpu-test:
+	@$(GPU_PYTHON) -m bench.gpu_needs
+	@$(GPU_PYTHON) hatch_build.py
+	$(GPU_PYTHON) -m pytest -c tests/gpu.ini --rootdir . tests/inference/device tests/inference/kernels
+
+gpu-bench:
+	@$(GPU_PYTHON) -m bench.gpu_needs
+	@$(GPU_PYTHON) hatch_build.py
+	$(GPU_PYTHON) -m bench.gpu $(GPU_BENCH)
 
 SECONDS ?= 3600
 soak: setup

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from expertd.pack.manifest import read_manifest
 from expertd_inference import GenerationSettings, Worker, generate
@@ -16,6 +17,9 @@ from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is for hosts without a GPU"
+)
 NUM_TOKENS = 7
 PROMPT = "Once upon a time"
 
@@ -47,6 +51,7 @@ def replays(worker: Worker) -> int:
     return worker._runner.graphs.num_replays
 
 
+@interpreted
 @pytest.mark.parametrize("mode", [DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE])
 def test_the_text_is_the_same(mode: DecodeGraphsMode, pack: Path, expected: list[int]) -> None:
     with serving({"m": pack}) as daemon, worker_of(daemon, mode) as worker:
@@ -63,6 +68,7 @@ def test_the_text_is_the_same(mode: DecodeGraphsMode, pack: Path, expected: list
             assert stats.syncs <= 2 * (NUM_TOKENS - 1) + 4 * num_layers
 
 
+@interpreted
 def test_from_a_daemon_that_has_too_little_ram(pack: Path, expected: list[int]) -> None:
     manifest = read_manifest(pack).manifest
     ram = 2 * manifest.working_set_bytes
@@ -98,6 +104,7 @@ def test_a_small_cache_has_segments_and_says_so(pack: Path, expected: list[int])
     assert "less than one token's experts" in said[0]
 
 
+@interpreted
 def test_a_daemon_that_is_killed_and_comes_back(pack: Path, expected: list[int]) -> None:
     with serving({"m": pack}) as first, worker_of(first, DecodeGraphsMode.WHOLE) as worker:
         assert tokens_of(worker) == expected

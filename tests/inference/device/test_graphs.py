@@ -30,6 +30,9 @@ from tests.inference.pack_source import PackSource
 from tests.tiny_models import CONFIGS
 
 Make = Callable[..., Any]
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is for hosts without a GPU"
+)
 NUM_TOKENS = 7
 
 
@@ -180,6 +183,7 @@ def whole_graphs(served: Served, store: Store, num_slots: int) -> DecodeGraphs:
     )
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("architecture", "slots_each", "room"),
     [
@@ -206,6 +210,7 @@ def test_a_whole_step_is_the_model(
     assert all(not counts.absent for counts in store.counts)
 
 
+@interpreted
 def test_what_is_in_ram_costs_no_call(packed: Make) -> None:
     served = Served(packed("mixtral"))
     store = Store(served.source, 24)
@@ -219,6 +224,7 @@ def test_what_is_in_ram_costs_no_call(packed: Make) -> None:
     assert sum(c.num_copied for c in store.counts) > 6
 
 
+@interpreted
 def test_an_arena_elsewhere_is_recorded_anew(packed: Make) -> None:
     served = Served(packed("mixtral"))
     expected = served.decode(prompt_of(9), served.cache())
@@ -240,6 +246,7 @@ def test_an_arena_elsewhere_is_recorded_anew(packed: Make) -> None:
     assert graphs.num_replays == NUM_TOKENS - 3 - 2
 
 
+@interpreted
 def test_a_step_that_never_completes_is_an_error(
     packed: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
