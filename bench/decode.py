@@ -1,0 +1,370 @@
+"""Tokens per second at real models' shapes, beside llama.cpp on the same cores: make bench-decode.
+
+Packs are synthetic (bench/synthetic.py) and served by a daemon; the worker computes from the shared
+arena. llama.cpp runs the same shape at the same bits per weight, once from a private copy that it
+repacks for its kernels, and once from the page cache, which processes can share as ours do. All are
+measured in turns if they fit in memory together, else one after the other (--in-turns no).
+
+Example: python -m bench.decode --shape olmoe-1b-7b --llama-python ~/llama/bin/python --json
+         python -m bench.decode --shape qwen3-30b-a3b --layers 8
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+# Before torch: its threads must sleep while ours compute, as in expert-run.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+
+import torch
+import transformers
+from rich.console import Console
+
+from bench.figures import Figure, compared, counted
+from bench.store import show
+from bench.synthetic import SHAPES, make_pack
+from expertd.pack.manifest import read_manifest
+from expertd.packing.schemes import choose_scheme
+from expertd_inference import load_model
+from expertd_inference.decoding import Decoding
+from expertd_inference.kernels.native import NativeKernels
+from tests.daemon import serving
+
+LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}
+"""What is measured, and how much of it: a Mixtral of eight layers takes 7 GiB."""
+CONTEXT = 64
+"""Tokens before those that are timed in decoding."""
+PEER = Path(__file__).parent / "peers" / "llama.py"
+_RESERVE_BYTES = 3 << 30
+
+
+class Contestant(Protocol):
+    """Who is measured."""
+
+    def decode(self, tokens: int) -> float:
+        """Seconds for ``tokens`` tokens, one after the other, after a context of 64."""
+
+    def prompt(self, tokens: int) -> float:
+        """Seconds for a prompt of ``tokens`` tokens and its last logits."""
+
+    def close(self) -> None:
+        """Frees its memory."""
+
+
+class Ours:
+    """A worker of a daemon that has all experts in RAM."""
+
+    def __init__(self, folder: Path, shape: str, layers: int, precision: str) -> None:
+        scheme = choose_scheme("4bit", precision, precision, precision, precision)
+        pack = make_pack(folder / "pack", shape, scheme, layers)
+        self._stack = ExitStack()
+        ram = _expert_bytes(pack)
+        daemon = self._stack.enter_context(serving({"m": pack}, ram=ram, socket=folder / "s"))
+        self.model = load_model("m", socket=daemon.socket)
+        worker = self.model.expertd
+        self._stack.callback(worker.close)
+        for layer in worker.manifest.layers:
+            for lease in worker.session.waves(layer.layer, range(layer.num_experts)):
+                lease.release()
+        self.kernels = worker.kernels.name
+        self._clock = _Clock(worker.kernels) if self.kernels == "native" else None
+        self.overheads: list[float] = []
+        """Seconds outside of kernels per second inside, of each :meth:`decode`."""
+        self._vocab = self.model.config.vocab_size
+
+    def decode(self, tokens: int) -> float:
+        """As :class:`Contestant` says."""
+        times = _Times(self._clock)
+        self.model.generate(
+            self._tokens(CONTEXT),
+            max_new_tokens=tokens + 1,
+            min_new_tokens=tokens + 1,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=times,
+            custom_generate=Decoding(times),
+        )
+        seconds = times.seconds[-1] - times.seconds[1]
+        if self._clock is not None:
+            inside = times.inside[-1] - times.inside[1]
+            self.overheads.append((seconds - inside) / inside)
+        return seconds
+
+    def prompt(self, tokens: int) -> float:
+        """As :class:`Contestant` says."""
+        ids = self._tokens(tokens)
+        began = time.perf_counter()
+        with torch.no_grad():
+            self.model(ids, logits_to_keep=1)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """As :class:`Contestant` says."""
+        self._stack.close()
+
+    def _tokens(self, count: int) -> torch.Tensor:
+        return torch.randint(10, self._vocab, (1, count))
+
+
+class _Clock:
+    """Stands before the native library and adds up the time spent in it."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self.seconds = 0.0
+        self._library = kernels._library
+        kernels._library = self
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._library, name)
+
+        def timed(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the function takes
+            began = time.perf_counter()
+            result = function(*arguments)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        setattr(self, name, timed)
+        return timed
+
+
+class _Times:
+    """A streamer that notes when tokens came, and the kernels' clock then."""
+
+    def __init__(self, clock: _Clock | None) -> None:
+        self.seconds: list[float] = []
+        self.inside: list[float] = []
+        self._clock = clock
+
+    def put(self, _: torch.Tensor) -> None:
+        """The prompt first, then each token."""
+        self.seconds.append(time.perf_counter())
+        self.inside.append(0.0 if self._clock is None else self._clock.seconds)
+
+    def end(self) -> None:
+        """Nothing is left."""
+
+
+class Llama:
+    """llama.cpp in a process of its own."""
+
+    def __init__(self, python: str, path: Path, load: str, threads: int, vocab: int) -> None:
+        arguments = {
+            "path": str(path),
+            "load": load,
+            "threads": threads,
+            "context": 2048,
+            "vocab": vocab,
+        }
+        self._process = subprocess.Popen(
+            [python, str(PEER), "run", json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read()
+
+    def decode(self, tokens: int) -> float:
+        """As :class:`Contestant` says."""
+        self._ask("clear 0")
+        self._ask(f"prompt {CONTEXT}")
+        return self._ask(f"decode {tokens}")
+
+    def prompt(self, tokens: int) -> float:
+        """As :class:`Contestant` says."""
+        self._ask("clear 0")
+        return self._ask(f"prompt {tokens}")
+
+    def close(self) -> None:
+        """As :class:`Contestant` says."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _ask(self, line: str) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return float(self._read()["seconds"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("bench.decode: llama.cpp ended; its message is above.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class Turns:
+    """What each contestant took, by name: seconds of each round, decoding and for a prompt."""
+
+    def __init__(self, rounds: int, tokens: int, prompt_tokens: int) -> None:
+        self._rounds, self._tokens, self._prompt_tokens = rounds, tokens, prompt_tokens
+        self.decode: dict[str, list[float]] = {}
+        self.prompt: dict[str, list[float]] = {}
+
+    def run(self, contestants: dict[str, Contestant], say: Callable[[str], None]) -> Self:
+        """Measures them in turns, after one round that does not count."""
+        for number in range(self._rounds + 1):
+            for name, contestant in contestants.items():
+                say(f"{name}, round {number} of {self._rounds}")
+                decode = self._tokens / contestant.decode(self._tokens)
+                prompt = self._prompt_tokens / contestant.prompt(self._prompt_tokens)
+                if number:
+                    self.decode.setdefault(name, []).append(decode)
+                    self.prompt.setdefault(name, []).append(prompt)
+        return self
+
+
+PRIVATE, SHARED, OURS = "llama.cpp, private and repacked", "llama.cpp, shared", "ours"
+
+
+def measure(
+    shape: str, options: argparse.Namespace, folder: Path, say: Callable[[str], None]
+) -> Iterator[Figure]:
+    """The figures of one shape."""
+    layers = options.layers or LAYERS[shape]
+    makers: dict[str, Callable[[], Contestant]] = {}
+    ours: list[Ours] = []
+
+    def make_ours() -> Ours:
+        say(f"{shape}: making and loading a pack of {layers} layers")
+        ours.append(Ours(folder, shape, layers, options.precision))
+        return ours[-1]
+
+    makers[OURS] = make_ours
+    config = dict(SHAPES[shape])
+    config["num_hidden_layers"] = layers
+    if options.llama_python:
+        path = folder / "model.gguf"
+        say(f"{shape}: making a model of {layers} layers for llama.cpp")
+        _make_peer(options.llama_python, path, config)
+        for name, load in ((PRIVATE, "private"), (SHARED, "shared")):
+            makers[name] = lambda load=load: Llama(
+                options.llama_python, path, load, options.threads, config["vocab_size"]
+            )
+    turns = Turns(options.rounds, options.tokens, options.prompt_tokens)
+    if options.in_turns == "yes" or (options.in_turns == "auto" and _fits(shape, layers)):
+        with ExitStack() as stack:
+            made = {}
+            for name, maker in makers.items():
+                made[name] = maker()
+                stack.callback(made[name].close)
+            turns.run(made, say)
+    else:
+        for name, maker in makers.items():
+            contestant = maker()
+            try:
+                turns.run({name: contestant}, say)
+            finally:
+                contestant.close()
+    what = f"{shape}, {layers} layers"
+    yield from _figures(what, turns, ours[0])
+
+
+def _figures(what: str, turns: Turns, ours: Ours) -> Iterator[Figure]:
+    for kind, values, bounds in (
+        ("decode", turns.decode, {PRIVATE: 1.1, SHARED: 1.7}),
+        ("prompt", turns.prompt, {PRIVATE: 1.0, SHARED: None}),
+    ):
+        if len(values) == 1:
+            yield counted(kind, f"{what}: {ours.kernels} kernels", "tokens/s", values[OURS])
+        for name, bound in bounds.items():
+            if name in values:
+                pairs = list(zip(values[OURS], values[name], strict=True))
+                yield compared(kind, f"{what} / {name}", "tokens/s", pairs, at_least=bound)
+    if ours.overheads:
+        yield counted(
+            "overhead",
+            f"{what}: time outside kernels / in them",
+            "",
+            ours.overheads[1:],
+            at_most=0.15,
+        )
+
+
+def _make_peer(python: str, path: Path, shape: dict[str, Any]) -> None:
+    arguments = json.dumps({"path": str(path), "shape": shape})
+    done = subprocess.run(
+        [python, str(PEER), "make", arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"bench.decode: {python} cannot make a model for llama.cpp; install llama-cpp-python "
+            f"and gguf for it.\n{done.stderr}"
+        )
+
+
+def _expert_bytes(pack: Path) -> int:
+    return read_manifest(pack).manifest.expert_bytes
+
+
+def _fits(shape: str, layers: int) -> bool:
+    """Whether three copies of the model and what else they need are less than the free memory."""
+    config = SHAPES[shape]
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    copy = layers * experts * 3 * inner * config["hidden_size"] * 4.5 / 8
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+    return bool(3 * copy + _RESERVE_BYTES < available)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    description, _, epilog = (__doc__ or "").partition("\n\nExample:")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode",
+        description=description,
+        epilog=f"Example:{epilog}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", action="append", choices=sorted(LAYERS), help="default: all")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers")
+    parser.add_argument("--precision", default="4g64", help="of every matrix of ours; 4g64")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a round; 32")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of a round's prompt; 512")
+    parser.add_argument("--rounds", type=int, default=5, help="that count; 5")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each; all cores")
+    parser.add_argument(
+        "--llama-python", help="an interpreter that has llama-cpp-python and gguf; else only ours"
+    )
+    parser.add_argument(
+        "--in-turns", choices=("auto", "yes", "no"), default="auto", help="auto: if they fit in RAM"
+    )
+    parser.add_argument("--dir", type=Path, help="where to write models; default: $TMPDIR or /tmp")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+    if not options.llama_python:
+        console.print("without --llama-python PATH only ours is measured", highlight=False)
+    figures: list[Figure] = []
+    with console.status("starting") as status:
+        for shape in options.shape or LAYERS:
+            with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder:
+                for figure in measure(shape, options, Path(folder), status.update):
+                    figures.append(figure)
+                    value = figure.ours if figure.ratio is None else figure.ratio
+                    console.print(f"  {figure.what}: {value:.3g}", highlight=False)
+    load = os.getloadavg()[0]
+    if options.json:
+        rows = [asdict(figure) for figure in figures]
+        print(json.dumps({"figures": rows, "load_average": load}, indent=1))
+    else:
+        show(figures, "decoding and prompts on this host")
+        print(f"{options.threads} threads, load average {load:.1f} on {os.cpu_count()} CPUs")
+
+
+if __name__ == "__main__":
+    main()
