@@ -8,6 +8,7 @@
 #   make proto   regenerate the protobuf code
 #   make bench   all benchmarks
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
+#   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
 #   make gpu-test   what needs a GPU, and the Triton kernels on it, under the host's own python3
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
@@ -24,7 +25,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy proto bench bench-store bench-quantize gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy proto bench bench-store bench-decode bench-quantize gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -74,6 +75,9 @@ bench: bench-store
 
 bench-store: setup
 	@$(BIN)/python -m bench.store
+
+bench-decode: setup
+	@$(BIN)/python -m bench.decode $(if $(LLAMA),--llama-python $(LLAMA))
 
 bench-quantize: setup
 	@$(BIN)/python -m bench.quantize

@@ -43,6 +43,16 @@ LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}
 CONTEXT = 64
 """Tokens before those that are timed in decoding."""
 PEER = Path(__file__).parent / "peers" / "llama.py"
+TINY: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+}
+"""A model to see it work with."""
 _RESERVE_BYTES = 3 << 30
 
 
@@ -62,13 +72,18 @@ class Contestant(Protocol):
 class Ours:
     """A worker of a daemon that has all experts in RAM."""
 
-    def __init__(self, folder: Path, shape: str, layers: int, precision: str) -> None:
+    def __init__(
+        self, folder: Path, shape: str, layers: int, precision: str, *, tiny: bool = False
+    ) -> None:
         scheme = choose_scheme("4bit", precision, precision, precision, precision)
-        pack = make_pack(folder / "pack", shape, scheme, layers)
+        overrides = TINY if tiny else None
+        pack = make_pack(folder / "pack", shape, scheme, layers, overrides=overrides)
         self._stack = ExitStack()
         ram = _expert_bytes(pack)
-        daemon = self._stack.enter_context(serving({"m": pack}, ram=ram, socket=folder / "s"))
+        daemon = self._stack.enter_context(serving({"m": pack}, ram=ram))
         self.model = load_model("m", socket=daemon.socket)
+        # Every round has its full length.
+        self.model.generation_config.eos_token_id = None
         worker = self.model.expertd
         self._stack.callback(worker.close)
         for layer in worker.manifest.layers:
@@ -86,7 +101,6 @@ class Ours:
         self.model.generate(
             self._tokens(CONTEXT),
             max_new_tokens=tokens + 1,
-            min_new_tokens=tokens + 1,
             do_sample=False,
             pad_token_id=0,
             streamer=times,
@@ -236,11 +250,11 @@ def measure(
 
     def make_ours() -> Ours:
         say(f"{shape}: making and loading a pack of {layers} layers")
-        ours.append(Ours(folder, shape, layers, options.precision))
+        ours.append(Ours(folder, shape, layers, options.precision, tiny=options.quick))
         return ours[-1]
 
     makers[OURS] = make_ours
-    config = dict(SHAPES[shape])
+    config = {**SHAPES[shape], **(TINY if options.quick else {})}
     config["num_hidden_layers"] = layers
     if options.llama_python:
         path = folder / "model.gguf"
@@ -342,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--in-turns", choices=("auto", "yes", "no"), default="auto", help="auto: if they fit in RAM"
     )
     parser.add_argument("--dir", type=Path, help="where to write models; default: $TMPDIR or /tmp")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to see it work")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
