@@ -18,7 +18,6 @@ from expertd_inference.attachment import (
     ModelAttachment,
     attach,
 )
-from expertd_inference.device.cost import TYPICAL, CostModel
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
@@ -94,7 +93,6 @@ class Worker:
                 recovery,
                 settings,
                 devices,
-                cost=lambda _: CostModel(TYPICAL),
                 fill=self.kernels.fill_slots,
             )
             self._runner.connect(loaded.model, loaded.experts, self.manifest, say or say_on_stderr)

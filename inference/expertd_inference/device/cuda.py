@@ -106,6 +106,8 @@ class CudaDevice:
         self.num_syncs = 0
         self.runtime: Runtime = runtime or Cudart()
         self._index = self.torch_device.index
+        with self.translating():
+            self.hardware = torch.cuda.get_device_name(self.torch_device)
         self._say = say or _say_on_stderr
         self._staged = staged
         with self.translating():

@@ -78,6 +78,8 @@ class Device(Protocol):
 
     name: str
     """As the user names it: ``cuda:0``."""
+    hardware: str
+    """What it is: measurements on one are good for others of that name."""
     torch_device: torch.device
     """Where tensors for it lie."""
     num_syncs: int

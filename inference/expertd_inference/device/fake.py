@@ -148,6 +148,7 @@ class FakeDevice:
         registers: bool = True,
     ) -> None:
         self.name = name
+        self.hardware = "fake"
         self.torch_device = torch.device("cpu")
         self.num_syncs = 0
         self.host_time = 0.0

@@ -1,14 +1,17 @@
 """All devices of one worker: from settings to runners, and what they did together."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 from expertd.errors import InvalidInputError
 from expertd.pack.manifest import Manifest
 from expertd_inference.device.cache import SlotCache
-from expertd_inference.device.cost import CostModel
+from expertd_inference.device.calibration import Probe, calibrated
+from expertd_inference.device.cost import TYPICAL, CostModel, Rates
 from expertd_inference.device.decode_graphs import record_decoding
 from expertd_inference.device.device import Device
 from expertd_inference.device.fake import FakeDevice
@@ -19,9 +22,9 @@ from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, install
 from expertd_inference.experts import experts_spec
 from expertd_inference.kernels.reference import fill_slots
-from expertd_inference.recovery import Recovery, say_on_stderr
+from expertd_inference.recovery import SESSION_ENDED, Recovery, say_on_stderr
 from expertd_inference.routers import find_routers
-from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
+from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_inference.source import HeldSource
 
 FAKE = "fake"
@@ -71,12 +74,13 @@ class DeviceGroup:
         settings: DeviceSettings,
         devices: Mapping[int, Device],
         *,
-        cost: Callable[[Device], CostModel],
+        rates: Rates | None = None,
         fill: FillSlots = fill_slots,
     ) -> None:
         """``devices`` are those of the MoE layers, opened, with their part of the trunk on them.
 
-        Allocates their caches. Raises InvalidInputError, DeviceMemoryError.
+        ``rates`` are measured when it connects, unless they are given or nobody asks. Allocates
+        the devices' caches. Raises InvalidInputError, DeviceMemoryError.
         """
         self._stats = DeviceStats()
         self.devices = list({id(device): device for device in devices.values()}.values())
@@ -98,13 +102,14 @@ class DeviceGroup:
                 SlotCache(size.num_slots, size.num_staging, own, settings.cache_policy),
                 device.allocate(size.num_slots + size.num_staging, size.slot_bytes),
                 {layer: layouts[layer].record_bytes for layer in own},
-                cost(device),
+                CostModel(rates or TYPICAL),
                 fill,
             )
             runner = DeviceExpertsRunner(parts, source, self.step, settings, self._stats)
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
         self._source = source
+        self._measures = rates is None and settings.on_miss is OnMiss.AUTO
         self.graphs: DecodeGraphs | None = None
         """What replays steps, if the settings want it."""
 
@@ -144,8 +149,34 @@ class DeviceGroup:
             routers = find_routers(model, experts)
             for runner in self.runners:
                 runner.speculate(routers, self._runners)
+        if self._measures:
+            self._calibrate(experts, manifest, model.dtype)
         self._record(model, experts, manifest, say)
         install(model, self.step)
+
+    def _calibrate(
+        self,
+        experts: Mapping[int, nn.Module],
+        manifest: Manifest,
+        dtype: torch.dtype,
+    ) -> None:
+        """What this host's link and kernels take, for each device's first layer."""
+        for runner in self.runners:
+            first = next(layer for layer in manifest.layers if self._runners[layer.layer] is runner)
+            num = min(max(2, first.experts_per_token), runner.cache.num_slots, first.num_experts)
+            probe = Probe(
+                runner.device,
+                runner.engine,
+                self._source,
+                first.layer,
+                range(num),
+                experts_spec(experts[first.layer], manifest, first.layout),
+                runner.fill_slots,
+                dtype,
+            )
+            # Who has lost the session here attaches again with the first step.
+            with suppress(*SESSION_ENDED):
+                runner.cost = CostModel(calibrated(probe))
 
     def _record(
         self,

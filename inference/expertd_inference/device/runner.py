@@ -10,7 +10,7 @@ on what came when, or from where.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from expertd.errors import ExpertdError, PreconditionError
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cache import Found, Placed, SlotCache
-from expertd_inference.device.cost import CostModel
+from expertd_inference.device.cost import TYPICAL, CostModel
 from expertd_inference.device.device import Device, Event
 from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.device.stats import DeviceStats
@@ -59,7 +59,7 @@ class DeviceParts:
     slots: Tensor  # [num_slots + num_staging, slot_bytes], uint8, on the device
     record_bytes: Mapping[int, int]
     """By layer."""
-    cost: CostModel
+    cost: CostModel = field(default_factory=lambda: CostModel(TYPICAL))
     fill_slots: FillSlots = fill_slots
 
 
@@ -104,8 +104,8 @@ class DeviceExpertsRunner:
         self._settings = settings
         self._stats = stats
         self._record_bytes = parts.record_bytes
-        self._cost = parts.cost
-        self._fill_slots = parts.fill_slots
+        self.cost = parts.cost
+        self.fill_slots = parts.fill_slots
         self._engine = CopyEngine(parts.device, parts.slots, source)
         self._table = SlotTable(parts.device)
         self._routers: Mapping[int, Router] = {}
@@ -319,7 +319,7 @@ class DeviceExpertsRunner:
             first, last, num_bytes = self._timed
             self._timed = None
             if first.done and last.done:
-                self._cost.observe_copies(num_bytes, last.seconds_since(first))
+                self.cost.observe_copies(num_bytes, last.seconds_since(first))
 
     # Guesses
 
@@ -367,7 +367,7 @@ class DeviceExpertsRunner:
             return set()
         if self._settings.on_miss is OnMiss.CPU:
             return set(found)
-        num = self._cost.num_on_cpu(len(found), self._record_bytes[block.layer])
+        num = self.cost.num_on_cpu(len(found), self._record_bytes[block.layer])
         # Of those the last: whichever are copied are of use to the next tokens.
         return set(found[len(found) - num :])
 
@@ -378,7 +378,7 @@ class DeviceExpertsRunner:
         weights = block.on_host.weights
         rows = empty_slots(hidden, weights)
         begin = self.device.clock()
-        self._fill_slots(
+        self.fill_slots(
             rows,
             hidden,
             index,
@@ -389,7 +389,7 @@ class DeviceExpertsRunner:
             spec=block.spec,
         )
         num_bytes = len(offsets) * self._record_bytes[block.layer]
-        self._cost.observe_cpu(num_bytes, self.device.clock() - begin)
+        self.cost.observe_cpu(num_bytes, self.device.clock() - begin)
         mask = torch.isin(index, torch.tensor(list(offsets), dtype=index.dtype))
         token, position = torch.where(mask)
         where = (self.device.to_device(token), self.device.to_device(position))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from expertd_inference.device.cost import CostModel, Rates
+from expertd_inference.device.cost import Rates
 from expertd_inference.device.fake import FakeDevice
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.device.placement import place_layers
@@ -72,7 +72,7 @@ def make_rig(
         Recovery(source, reattach_seconds=reattach_seconds, say=lambda _: None),
         DeviceSettings(**settings),
         {layer: by_name[name] for layer, name in place_layers(layers, list(by_name)).items()},
-        cost=lambda _: CostModel(rates),
+        rates=rates,
         fill=fill_slots,
     )
 

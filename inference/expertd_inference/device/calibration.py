@@ -1,0 +1,189 @@
+"""What the cost model starts from: link, CPU kernel and device kernel, measured on this host.
+
+It takes about a second, so a host remembers it, in ``~/.cache/expertd/calibration.json``, by what
+it depends on. Whatever is wrong with that file, it is measured anew.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from expertd_inference.arena import ArenaTensors
+from expertd_inference.device.cost import TYPICAL, Rates
+from expertd_inference.device.device import Device
+from expertd_inference.device.engine import CopyEngine, SlotTable
+from expertd_inference.kernels.reference import DOWN, ExpertsSpec, empty_slots
+from expertd_inference.source import HeldSource
+
+MAX_RUNS = 5
+MAX_SECONDS = 0.25
+"""Of one of the measurements; the best run counts, since whatever disturbs only takes time."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is measured: experts of one layer, from RAM, for one token."""
+
+    device: Device
+    engine: CopyEngine
+    source: HeldSource
+    layer: int
+    experts: Sequence[int]
+    spec: ExpertsSpec
+    fill_slots: Callable[..., None]
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def key(self) -> str:
+        """What the result depends on, besides the host."""
+        return " ".join(
+            (
+                self.device.hardware,
+                self.engine.mode,
+                f"{self.spec.layout.record_bytes} bytes",
+                f"{torch.get_num_threads()} threads",
+                getattr(self.fill_slots, "__module__", ""),
+                f"{self.dtype}",
+            )
+        )
+
+
+def measure(probe: Probe) -> Rates:
+    """Runs it. Raises what the source and the device raise.
+
+    The records are copied to the device's first slots, which must hold nothing yet.
+    """
+    waves = probe.source.waves(probe.layer, list(probe.experts))
+    lease = next(waves)
+    with lease:
+        offsets, experts = lease.offsets, lease.experts
+        copies = _both(probe, len(offsets), lambda num: _copy(probe, offsets[:num]))
+        on_cpu = _both(probe, len(offsets), lambda num: _on_cpu(probe, experts[:num], offsets))
+        kernel = _best(probe, lambda: _kernel(probe, experts))
+    num_bytes = len(offsets) * probe.spec.layout.record_bytes
+    link_rate, copy_seconds = copies
+    cpu_rate, cpu_seconds = on_cpu
+    return Rates(
+        link_bytes_per_second=link_rate or TYPICAL.link_bytes_per_second,
+        copy_seconds=copy_seconds,
+        cpu_bytes_per_second=cpu_rate or TYPICAL.cpu_bytes_per_second,
+        cpu_seconds=cpu_seconds,
+        device_bytes_per_second=num_bytes / kernel if kernel else TYPICAL.device_bytes_per_second,
+    )
+
+
+def calibrated(probe: Probe, path: Path | None = None) -> Rates:
+    """What this host remembers of the probe's key, or else measures and then remembers."""
+    path = path or default_path()
+    probe.engine.attach()
+    known = _read(path)
+    rates = known.get(probe.key)
+    if rates is None:
+        rates = known[probe.key] = measure(probe)
+        # A home that cannot be written to costs a second at each start.
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f"{path.name}.{os.getpid()}")
+            beside.write_bytes(msgspec.json.encode(known))
+            beside.replace(path)
+    return rates
+
+
+def default_path() -> Path:
+    """``calibration.json`` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "expertd" / "calibration.json"
+
+
+def _read(path: Path) -> dict[str, Rates]:
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Rates])
+    except (OSError, ValueError):
+        return {}
+    # A rate of zero, whoever wrote it, would be divided by.
+    return {key: rates for key, rates in found.items() if _is_sane(rates)}
+
+
+def _is_sane(rates: Rates) -> bool:
+    positive = (
+        rates.link_bytes_per_second,
+        rates.cpu_bytes_per_second,
+        rates.device_bytes_per_second,
+    )
+    return min(positive) > 0 and min(rates.copy_seconds, rates.cpu_seconds) >= 0
+
+
+def _both(probe: Probe, num: int, run: Callable[[int], None]) -> tuple[float | None, float]:
+    """Bytes per second, and the seconds of a call beside them, from one record and from all.
+
+    None for a rate that no time passed for, as with one record, or on a clock that stands still.
+    """
+    size = probe.spec.layout.record_bytes
+    one, many = _best(probe, lambda: run(1)), _best(probe, lambda: run(num))
+    if num < 2 or many <= one:
+        return (size * num / many if many > 0 else None), 0.0
+    rate = (num - 1) * size / (many - one)
+    return rate, max(0.0, one - size / rate)
+
+
+def _best(probe: Probe, run: Callable[[], None]) -> float:
+    clock, best, begin = probe.device.clock, float("inf"), probe.device.clock()
+    for _ in range(MAX_RUNS):
+        before = clock()
+        run()
+        now = clock()
+        best = min(best, now - before)
+        if now - begin > MAX_SECONDS:
+            break
+    return best
+
+
+def _copy(probe: Probe, offsets: Sequence[int]) -> None:
+    size = probe.spec.layout.record_bytes
+    events = [probe.engine.copy(slot, offset, size) for slot, offset in enumerate(offsets)]
+    for event in events:
+        event.wait()
+
+
+def _on_cpu(probe: Probe, experts: Sequence[int], offsets: Sequence[int]) -> None:
+    hidden, index, weights = _token(probe, experts)
+    probe.fill_slots(
+        empty_slots(hidden, weights),
+        hidden,
+        index,
+        weights,
+        experts=list(experts),
+        records=list(offsets[: len(experts)]),
+        arena=ArenaTensors(probe.source.arena_address, probe.source.arena_bytes),
+        spec=probe.spec,
+    )
+
+
+def _kernel(probe: Probe, experts: Sequence[int]) -> None:
+    """Over the slots that :func:`_copy` has filled."""
+    device = probe.device
+    hidden, index, weights = (tensor.to(device.torch_device) for tensor in _token(probe, experts))
+    device.fill_slots_cached(
+        empty_slots(hidden, weights),
+        hidden,
+        index,
+        weights,
+        cache=probe.engine.slots,
+        slot_of=SlotTable(device).upload(
+            max(experts) + 1, [(expert, slot) for slot, expert in enumerate(experts)]
+        ),
+        spec=probe.spec,
+    )
+    probe.engine.read(range(len(experts)))
+    device.mark().wait()
+
+
+def _token(probe: Probe, experts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden state [1, H] and a routing to ``experts``, [1, k] each."""
+    hidden = torch.ones(1, probe.spec.layout.matrix(DOWN).out_features, dtype=probe.dtype)
+    return hidden, torch.tensor([list(experts)]), torch.ones(1, len(experts), dtype=probe.dtype)
