@@ -77,7 +77,13 @@ def test_the_commented_settings_are_the_defaults(tmp_path: Path) -> None:
     uncommented.write_text(re.sub(r"(?m)^# (\w+ = )", r"\1", text))
     shipped, spelled_out = load_config(ROOT / "deploy/expertd.toml"), load_config(uncommented)
     for name in vars(shipped):
-        if name not in {"allowed_uids", "default_quota_bytes", "metrics", "models"}:
+        if name not in {
+            "allowed_uids",
+            "writable_uids",
+            "default_quota_bytes",
+            "metrics",
+            "models",
+        }:
             assert getattr(shipped, name) == getattr(spelled_out, name), name
 
 

@@ -156,7 +156,7 @@ async def _running(
             listener = adopt_listener(passed[0], directory.attach_socket)
         else:
             listener = listen(directory.attach_socket, config.socket_mode)
-        attach = AttachServer(store, listener, allowed)
+        attach = AttachServer(store, listener, allowed, config.writable_uids)
         stack.callback(attach.close)
         yield store, metrics
 

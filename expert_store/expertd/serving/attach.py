@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -99,6 +100,13 @@ class AttachConnection:
                 self._socket.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             self.close()
 
+    def _arena_descriptor(self) -> int:
+        """One that can be mapped writable only for those whom the settings name."""
+        memory = self._server.store.arena.memory
+        if self.uid in self._server.writable_uids:
+            return os.dup(memory.fd)
+        return memory.open_read_only()
+
     def _welcome(self, session: Session) -> None:
         store = self._server.store
         welcome = Welcome(session=session.id, token=session.token, incarnation=store.incarnation)
@@ -112,7 +120,7 @@ class AttachConnection:
                     page_bytes=session_page_bytes(),
                     adoption=store.arena.trailer.adoptions,
                 )
-                descriptors.append(store.arena.memory.open_read_only())
+                descriptors.append(self._arena_descriptor())
                 descriptors.append(session.model.memory.open_read_only())
                 descriptors.append(os.dup(session.memory.fd))
             socket.send_fds(
@@ -183,12 +191,19 @@ def _is_same_file(one: str, other: Path) -> bool:
 class AttachServer:
     """Listens on ``listener``; the connections it accepts are the sessions' leases."""
 
-    def __init__(self, store: Store, listener: socket.socket, allowed: AllowList) -> None:
+    def __init__(
+        self,
+        store: Store,
+        listener: socket.socket,
+        allowed: AllowList,
+        writable_uids: Iterable[int] = (),
+    ) -> None:
         self.store = store
         self._connections: dict[AttachConnection, None] = {}  # in the order of their coming
         self._listener = listener
         self._listener.setblocking(False)
         self._allowed = allowed
+        self.writable_uids = frozenset(writable_uids)
         self._listen()
 
     def check(self, packet: bytes, peer: socket.socket, uid: int) -> Hello:

@@ -42,6 +42,9 @@ class ServeConfig:
     """Who may attach besides root and the daemon's own user."""
     allowed_groups: tuple[str | int, ...] = ()
     """Groups whose members may, too: names or gids."""
+    writable_uids: tuple[int, ...] = ()
+    """Of these, who may make the arena writable for a moment: some GPUs' drivers register no
+    other memory. They can alter what everybody computes."""
     socket_mode: int = 0o660
     """Permissions of the sockets."""
     lock_memory: bool = True
@@ -104,6 +107,8 @@ class ServeConfig:
             raise ConfigError(f"socket_mode is {self.socket_mode:o}; give permissions like 660.")
         if any(uid < 0 for uid in self.allowed_uids):
             raise ConfigError(f"allowed_uids is {list(self.allowed_uids)}; no uid is negative.")
+        if any(uid < 0 for uid in self.writable_uids):
+            raise ConfigError(f"writable_uids is {list(self.writable_uids)}; no uid is negative.")
         if any(isinstance(group, int) and group < 0 for group in self.allowed_groups):
             raise ConfigError(f"allowed_groups is {list(self.allowed_groups)}; no gid is negative.")
         for name in self.models:
@@ -208,7 +213,7 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
         return {key: ModelConfig.from_toml(key, model) for key, model in models.items()}
     if name == "allowed_groups":
         return tuple(_typed(group, (str, int)) for group in _typed(value, list))
-    if name == "allowed_uids":
+    if name in {"allowed_uids", "writable_uids"}:
         return tuple(_typed(uid, int) for uid in _typed(value, list))
     return kind(_typed(value, (int, float))) if kind is float else _typed(value, kind)
 

@@ -1,11 +1,14 @@
 """Registering mapped host memory with the CUDA driver, so that the device reads it by DMA.
 
 A few large ranges: the driver refuses very large ones, and very many. The arena is mapped
-read-only; some devices register such memory, others only what could be written to
-(``writable_uids`` in the daemon's configuration gives a worker that). What is refused leaves no
-error behind for the next kernel to be blamed for, and what had failed before is not blamed on us.
+read-only; some devices register such memory, others only what could be written to. For these it
+is made writable while it is registered, if the daemon has given this user a descriptor that
+allows it (``writable_uids`` in its configuration), and read-only again at once: registered pages
+stay registered. What is refused leaves no error behind for the next kernel to be blamed for, and
+what had failed before is not blamed on us.
 """
 
+import ctypes
 from pathlib import Path
 
 from expertd.errors import DeviceError, DeviceLostError
@@ -21,6 +24,10 @@ from expertd_inference.device.cudart import (
 
 RANGE_BYTES = 64 << 30
 """The largest range of one call: recent drivers fail at 512 GiB, and progress can be shown."""
+
+
+_READ, _WRITE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RefusedError(Exception):
@@ -76,23 +83,35 @@ class Registration:
                 self._runtime.last_error()  # a lost device keeps nothing; nobody else's to find
 
     def _register(self) -> None:
-        flags = REGISTER_PORTABLE | REGISTER_MAPPED
-        attempts = [flags]
-        if not is_writable(self.address):
-            # The plain way for the rest: a driver that takes it is right to.
-            readable = self._runtime.attribute(ATTRIBUTE_READ_ONLY_REGISTER, self._index)
-            attempts = [flags | REGISTER_READ_ONLY, flags] if readable else [flags]
-        reasons = []
-        for flags in attempts:
-            code = self._register_all(flags)
-            if code == SUCCESS:
-                self.read_only = bool(flags & REGISTER_READ_ONLY)
-                return
-            # Twice: what comes again is no refusal but the end of the device.
-            self._runtime.last_error()
-            check(self._runtime, self._runtime.last_error(), "registering memory", lost=True)
-            reasons.append(self._runtime.describe(code))
-        raise RefusedError(reasons[0])
+        plain = REGISTER_PORTABLE | REGISTER_MAPPED
+        if is_writable(self.address):
+            if reason := self._attempt(plain):
+                raise RefusedError(reason)
+            return
+        if self._runtime.attribute(ATTRIBUTE_READ_ONLY_REGISTER, self._index):
+            self.read_only = not (reason := self._attempt(plain | REGISTER_READ_ONLY))
+        else:
+            # A driver that takes it is right to.
+            reason = self._attempt(plain)
+        if not reason:
+            return
+        if not _protect(self.address, self.num_bytes, _READ | _WRITE):
+            raise RefusedError(reason)
+        try:
+            if reason := self._attempt(plain):
+                raise RefusedError(reason)
+        finally:
+            _protect(self.address, self.num_bytes, _READ)
+
+    def _attempt(self, flags: int) -> str:
+        """Why it was refused; empty if it was not."""
+        code = self._register_all(flags)
+        if code == SUCCESS:
+            return ""
+        # Twice: what comes again is no refusal but the end of the device.
+        self._runtime.last_error()
+        check(self._runtime, self._runtime.last_error(), "registering memory", lost=True)
+        return self._runtime.describe(code)
 
     def _register_all(self, flags: int) -> int:
         for start, size in self.pieces(0, self.num_bytes):
@@ -132,6 +151,12 @@ def is_writable(address: int) -> bool:
         if low <= address < high:
             return "w" in flags
     raise ValueError(f"nothing is mapped at {address:#x}")
+
+
+def _protect(address: int, num_bytes: int, protection: int) -> bool:
+    """Whether the mapping now has that protection; it has to allow it."""
+    code: int = _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), protection)
+    return code == 0
 
 
 def explain_refusal(reason: str, num_bytes: int) -> str:

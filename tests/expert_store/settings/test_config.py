@@ -30,6 +30,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         socket = "/run/expertd"
         ram = "1.5GiB"
         allowed_uids = [1000, 1001]
+        writable_uids = [1001]
         allowed_groups = ["expertd", 990]
         socket_mode = "600"
         lock_memory = false
@@ -52,6 +53,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         ram_bytes=3 << 29,
         models={"tiny": ModelConfig(Path("/packs/tiny"))},
         allowed_uids=(1000, 1001),
+        writable_uids=(1001,),
         allowed_groups=("expertd", 990),
         socket_mode=0o600,
         lock_memory=False,
@@ -133,6 +135,8 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("allowed_uids = 1000", ["allowed_uids = 1000", "int"]),
         ('allowed_uids = ["me"]', ["allowed_uids", "str"]),
         ("allowed_uids = [-1]", ["allowed_uids", "-1"]),
+        ("writable_uids = [-1]", ["writable_uids", "-1"]),
+        ('writable_uids = ["me"]', ["writable_uids", "str"]),
         ('allowed_groups = "expertd"', ["allowed_groups = 'expertd'", "str"]),
         ("allowed_groups = [1.5]", ["allowed_groups", "float"]),
         ("allowed_groups = [-1]", ["allowed_groups", "-1"]),

@@ -2,24 +2,39 @@
 
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 
 from expertd.errors import DeviceError, DeviceLostError
+from expertd_client import Client
 from expertd_client.arena_mapping import address_of
 from expertd_inference.device.fake_cudart import INVALID_VALUE, LOST, FakeCudart
-from expertd_inference.device.registration import RefusedError, Registration, explain_refusal
+from expertd_inference.device.registration import (
+    RefusedError,
+    Registration,
+    explain_refusal,
+    is_writable,
+)
+from tests.daemon import serving
+from tests.handmade import make_pack
 
 PAGE = mmap.PAGESIZE
 
 
 class Memory:
-    """Shared memory as a worker maps it."""
+    """Shared memory as a worker maps it; ``could_write`` as one of ``writable_uids`` does."""
 
-    def __init__(self, num_pages: int, *, writable: bool = False) -> None:
+    def __init__(
+        self, num_pages: int, *, writable: bool = False, could_write: bool = False
+    ) -> None:
         self.num_bytes = num_pages * PAGE
         descriptor = os.memfd_create("arena")
         os.ftruncate(descriptor, self.num_bytes)
+        if not writable and not could_write:
+            read_only = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+            os.close(descriptor)
+            descriptor = read_only
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._mapping = mmap.mmap(descriptor, self.num_bytes, access=access)
         os.close(descriptor)
@@ -62,6 +77,48 @@ def test_memory_that_only_the_daemon_writes_may_be_refused_and_leaves_no_error()
     assert runtime.last_error() == 0
     assert not runtime.registered
     assert "writable_uids" in explain_refusal("invalid argument (1)", memory.num_bytes)
+
+
+def test_memory_that_could_be_written_to_is_made_so_for_the_moment() -> None:
+    memory, runtime = Memory(10, could_write=True), FakeCudart(reads_only=False)
+    registration = Registration(runtime, 0, memory.address, memory.num_bytes)
+    assert runtime.registered == {memory.address: memory.num_bytes}
+    assert not registration.read_only
+    assert not is_writable(memory.address)
+    assert runtime.last_error() == 0
+    registration.close()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_only_whom_the_daemon_s_settings_name_can_make_the_arena_writable(
+    named: bool, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f"writable_uids = [{os.geteuid() if named else os.geteuid() + 1}]\n")
+    pack, runtime = make_pack(tmp_path / "pack"), FakeCudart(reads_only=False)
+    with (
+        serving({"m": pack}, config=config) as daemon,
+        Client(daemon.socket) as client,
+        client.attach("m") as session,
+    ):
+        arena = session.arena_address, session.arena_bytes
+        if named:
+            registration = Registration(runtime, 0, *arena)
+            session.acquire(0, [0, 1]).release()
+            registration.close()
+        else:
+            with pytest.raises(RefusedError):
+                Registration(runtime, 0, *arena)
+        assert not is_writable(session.arena_address)
+
+
+def test_a_driver_that_refuses_that_too_leaves_the_memory_read_only() -> None:
+    memory = Memory(10, could_write=True)
+    runtime = FakeCudart(reads_only=False, max_range_bytes=PAGE)
+    with pytest.raises(RefusedError):
+        Registration(runtime, 0, memory.address, memory.num_bytes)
+    assert not is_writable(memory.address)
+    assert runtime.last_error() == 0
 
 
 def test_a_refusal_midway_leaves_nothing_registered() -> None:
