@@ -28,7 +28,6 @@ from bench.gpu_routing import Routing, routing_for
 from expertd.errors import ExpertdError
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd_client import Session
-from expertd_inference.device.cost import TYPICAL, CostModel
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.kernels.choice import cpu_kernels
@@ -172,7 +171,6 @@ class _Decoder:
                 Recovery(self._session, reattach_seconds=0, say=rig.say),
                 settings,
                 dict.fromkeys((layer.layer for layer in self._manifest.layers), device),
-                cost=lambda _: CostModel(TYPICAL),
                 fill=self._fill,
             )
             model.forward = self._forward
