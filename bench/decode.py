@@ -36,6 +36,7 @@ from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
 from expertd_inference.decoding import Decoding
 from expertd_inference.kernels.native import NativeKernels
+from expertd_inference.kernels.step import StepKernels
 from tests.daemon import serving
 
 LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}
@@ -90,7 +91,9 @@ class Ours:
             for lease in worker.session.waves(layer.layer, range(layer.num_experts)):
                 lease.release()
         self.kernels = worker.kernels.name
-        self._clock = _Clock(worker.kernels) if self.kernels == "native" else None
+        self._clock: _Clock | None = None
+        if self.kernels == "native":
+            self._clock = _Clock(worker.kernels, worker.step_kernels)
         self.overheads: list[float] = []
         """Seconds outside of kernels per second inside, of each :meth:`decode`."""
         self._vocab = self.model.config.vocab_size
@@ -129,23 +132,27 @@ class Ours:
 
 
 class _Clock:
-    """Stands before the native library and adds up the time spent in it."""
+    """Adds up the time spent in native code."""
 
-    def __init__(self, kernels: NativeKernels) -> None:
+    def __init__(self, kernels: NativeKernels, steps: StepKernels) -> None:
         self.seconds = 0.0
         self._library = kernels._library
         kernels._library = self
+        for name, function in vars(steps).items():
+            setattr(steps, name, self._timed(function))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._library, name)
+        timed = self._timed(getattr(self._library, name))
+        setattr(self, name, timed)
+        return timed
 
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the function takes
             began = time.perf_counter()
             result = function(*arguments)
             self.seconds += time.perf_counter() - began
             return result
 
-        setattr(self, name, timed)
         return timed
 
 

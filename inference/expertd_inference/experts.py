@@ -80,6 +80,8 @@ class ExpertsRunner:
                 self._begin_step()
             if self._ahead is not None:
                 self._ahead.begin(layer, hidden, top_k_index)
+            if hidden.shape[0] <= num_rows:
+                return self._run_block(layer, spec, num_experts, hidden, top_k_index, top_k_weights)
             blocks = [
                 self._run_block(layer, spec, num_experts, *rows)
                 for rows in zip(
@@ -89,7 +91,7 @@ class ExpertsRunner:
                     strict=True,
                 )
             ]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return torch.cat(blocks)
 
     def _run_block(
         self,

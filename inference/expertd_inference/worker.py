@@ -102,9 +102,9 @@ class Worker:
                 loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
             )
         self.model = loaded.model
-        steps = step_kernels()
-        if native and steps is not None:
-            make_lean(self.model, steps)
+        self.step_kernels = step_kernels() if native else None
+        if self.step_kernels is not None:
+            make_lean(self.model, self.step_kernels)
         self._tokenizer: Any = None
 
     @property

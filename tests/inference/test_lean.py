@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from expertd.packing.quantizer import quantize
+from expertd.packing.schemes import parse_precision
+from expertd_inference.kernels.native import NativeKernels
 from expertd_inference.kernels.step import DTYPES, StepKernels, step_kernels
 from expertd_inference.lean import ATTENTION, make_lean
+from expertd_inference.quantized_linear import QuantizedLinear
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]
@@ -181,3 +186,42 @@ def test_many_tokens_take_the_long_way(stock: Make, kernels: StepKernels) -> Non
             assert torch.equal(left, right)
         # Attention of a prompt is sdpa's, and so bit for bit the same.
         assert ours(prompt).logits.shape == theirs(prompt).logits.shape
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("d", [2, 30, 128])  # the least, half of it odd, as in most models
+def test_rotate(kernels: StepKernels, dtype: torch.dtype, d: int) -> None:
+    # As attention has them: heads of one token, transposed.
+    query, key = (
+        noise(1, 1, heads, d, dtype=dtype, seed=heads).transpose(1, 2) for heads in (6, 2)
+    )
+    cos, sin = noise(1, 1, d, dtype=dtype, seed=3), noise(1, 1, d, dtype=dtype, seed=4)
+    for ours, theirs in zip(
+        kernels.rotate(query, key, cos, sin),
+        apply_rotary_pos_emb(query, key, cos, sin),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs), "bit for bit"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 64)])
+def test_a_quantized_layer(kernels: StepKernels, shape: tuple[int, ...], bias: bool) -> None:
+    matrix = parse_precision("4g64").matrix("x.weight", 32, 64)
+    layer = QuantizedLinear(nn.Linear(64, 32, bias=bias), matrix)
+    native = NativeKernels()
+    layer.load(quantize(noise(32, 64), matrix, optimize=False), native.linear)
+    rows = noise(*shape, dtype=torch.bfloat16)
+    expected = layer.to(torch.bfloat16)(rows)
+    model = nn.Sequential(layer)
+    model.config = object()
+    make_lean(model, kernels)
+    assert type(layer) is not QuantizedLinear
+    assert torch.equal(layer(rows), expected)
+    # Loaded anew it computes with what was loaded.
+    layer.load(quantize(noise(32, 64, seed=1), matrix, optimize=False), native.linear)
+    assert not torch.equal(layer(rows), expected)
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    layer(rows)
+    assert seen, "hooks are called"

@@ -102,7 +102,7 @@ class NativeKernels:
         try:
             matrix = self._matrices[weight]
         except KeyError:
-            matrix = self._matrices[weight] = _matrix_of(weight)
+            matrix = self._matrices[weight] = matrix_of(weight)
         kind = TYPES.get(rows.dtype)
         if matrix is None or kind is None or not rows.is_cpu:
             return reference.linear(rows, weight)
@@ -279,7 +279,8 @@ def use_isa(name: str | None) -> str | None:
     return None if used is None else used.decode()
 
 
-def _matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
+def matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
+    """The weight for the kernels, or None if they do not know it. It must outlive the result."""
     parts = weight.parts.values()
     if not all(part.is_cpu and part.is_contiguous() for part in parts):
         return None

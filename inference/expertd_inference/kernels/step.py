@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertd_inference.kernels.native import matrix_of
 from expertd_inference.kernels.native_library import (
     TYPES,
     LinearCall,
     NativeMatrix,
     native_library,
 )
+from expertd_inference.kernels.weights import QuantizedWeight
 
 DTYPES = (torch.bfloat16, torch.float32)
 """What these operations compute with."""
@@ -26,17 +28,28 @@ _POINTERS_3 = [c_void_p] * 3
 _SIGNATURES = {
     "expertd_rms_norm": [*_POINTERS_3, c_int64, c_int64, c_float, c_int32, c_int32],
     "expertd_attend": [*_POINTERS_3, c_void_p, *[c_int64] * 9, c_float, c_int32],
+    "expertd_rotate": [c_void_p] * 6 + [c_int64] * 5 + [c_int32],
     "expertd_route": [
         c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_void_p, c_int32,
     ],
 }  # fmt: skip
 
 
+class PreparedCall:
+    """A matrix as the kernels take it."""
+
+    __slots__ = ("address", "matrix")
+
+    def __init__(self, matrix: NativeMatrix) -> None:
+        self.matrix = matrix
+        self.address = ctypes.addressof(matrix)
+
+
 class StepKernels:
     """The native functions. Tensors are on the CPU, of one dtype of :data:`DTYPES`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._rms_norm, self._attend, self._route = (
+        self._rms_norm, self._attend, self._rotate, self._route = (
             _function(library, name) for name in _SIGNATURES
         )
         self._linear: Any = library.expertd_linear
@@ -58,6 +71,24 @@ class StepKernels:
         if self._linear(ctypes.addressof(call)):
             raise MemoryError("There is no memory left for the kernels' intermediate results.")
         return out
+
+    def prepare(self, weight: QuantizedWeight) -> PreparedCall | None:
+        """A call for one row times ``weight``, or None if no kernel knows it."""
+        matrix = matrix_of(weight)
+        return None if matrix is None else PreparedCall(matrix)
+
+    def multiply(self, prepared: PreparedCall, row: Tensor, out: Tensor) -> None:
+        """Contiguous ``row`` of in, times the weight, into ``out`` of out; of one dtype."""
+        call = LinearCall(
+            prepared.address,
+            row.data_ptr(),
+            out.data_ptr(),
+            1,
+            TYPES[row.dtype],
+            torch.get_num_threads(),
+        )
+        if self._linear(ctypes.addressof(call)):
+            raise MemoryError("There is no memory left for the kernels' intermediate results.")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
         """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension of contiguous ``x``.
@@ -108,6 +139,30 @@ class StepKernels:
             TYPES[query.dtype],
         )
         return result
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary position embedding, in halves, of one token: [1, heads, 1, d] both.
+
+        ``cos`` and ``sin`` are [1, 1, d] without gaps. The same bits as torch's operations give.
+        """
+        _, heads, _, d = query.shape
+        kv_heads = key.shape[1]
+        turned = query.new_empty(1, heads, 1, d), key.new_empty(1, kv_heads, 1, d)
+        self._rotate(
+            query.data_ptr(),
+            key.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            turned[0].data_ptr(),
+            turned[1].data_ptr(),
+            heads,
+            kv_heads,
+            d,
+            query.stride(1),
+            key.stride(1),
+            TYPES[query.dtype],
+        )
+        return turned
 
     def route(
         self, logits: Tensor, k: int, *, normalize: bool, float_weights: bool

@@ -156,6 +156,19 @@ INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &
     }
 }
 
+// Rotary position embedding in halves, rounded after each product and the sum as torch does it.
+template <typename T>
+void rotate(const T *x, int64_t head_stride, int64_t heads, int64_t d, const T *cos, const T *sin,
+            T *out) {
+    const int64_t half = d / 2;
+    for (int64_t head = 0; head < heads; head++, x += head_stride, out += d)
+        for (int64_t i = 0; i < d; i++) {
+            const float turned = i < half ? -widen(x[i + half]) : widen(x[i - half]);
+            narrow(rounded<T>(widen(x[i]) * widen(cos[i])) + rounded<T>(turned * widen(sin[i])),
+                   out[i]);
+        }
+}
+
 // torch.topk's own choice on CPU, so that equal probabilities are told apart as there
 // (aten/src/ATen/native/TopKImpl.h: nth_element or partial_sort by size, NaN first).
 template <typename T>
@@ -239,6 +252,24 @@ EXPERTD_API void expertd_attend(const void *q, const void *k, const void *v, voi
     else
         attend_f32(static_cast<const float *>(q), static_cast<const float *>(k),
                    static_cast<const float *>(v), static_cast<float *>(out), a);
+}
+
+// Queries and keys of one token; the results are [heads, d] without gaps.
+EXPERTD_API void expertd_rotate(const void *q, const void *k, const void *cos, const void *sin,
+                                void *q_out, void *k_out, int64_t heads, int64_t kv_heads,
+                                int64_t d, int64_t q_head, int64_t k_head, int32_t type) {
+    if (type == BF16) {
+        auto c = static_cast<const Bf16 *>(cos), s = static_cast<const Bf16 *>(sin);
+        rotate(static_cast<const Bf16 *>(q), q_head, heads, d, c, s, static_cast<Bf16 *>(q_out));
+        rotate(static_cast<const Bf16 *>(k), k_head, kv_heads, d, c, s,
+               static_cast<Bf16 *>(k_out));
+    } else {
+        auto c = static_cast<const float *>(cos), s = static_cast<const float *>(sin);
+        rotate(static_cast<const float *>(q), q_head, heads, d, c, s,
+               static_cast<float *>(q_out));
+        rotate(static_cast<const float *>(k), k_head, kv_heads, d, c, s,
+               static_cast<float *>(k_out));
+    }
 }
 
 // The k likeliest of n by softmax, with their probabilities, in the logits' dtype or in float32.
