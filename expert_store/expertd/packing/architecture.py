@@ -143,7 +143,8 @@ def read_architecture(path: Path) -> Architecture:
             "which is not supported."
         )
     return Architecture(
-        name=name,
+        # Of a model that sees as well, transformers has made the language model alone.
+        name=type(model).__name__,
         model_type=str(config.model_type),
         model=model,
         experts=tuple(sorted(experts, key=lambda module: module.layer)),
