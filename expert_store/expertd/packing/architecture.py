@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertd.errors import CheckpointError
 from expertd.pack.manifest import GateOrder
+from expertd.packing import fp8
 from expertd.packing.mxfp4 import METHOD as MXFP4
 from expertd.packing.source import CONFIG_NAME, quantization_method
 
@@ -67,6 +68,8 @@ class Architecture:
     experts: tuple[ExpertsModule, ...]
     is_mxfp4: bool = False
     """Whether the checkpoint has its experts in MXFP4."""
+    fp8_block: fp8.Block | None = None
+    """Rows and columns that share a scale, where the checkpoint has matrices in FP8."""
 
     def attention_linears(self) -> set[str]:
         """The weights of the linear layers under an attention module, by full name."""
@@ -109,10 +112,11 @@ def read_architecture(path: Path) -> Architecture:
     raw = _read_config(path)
     name = str((raw.get("architectures") or [raw.get("model_type")])[0])
     method = quantization_method(raw)
-    if method not in {"", MXFP4}:
+    block = fp8.block_size(raw) if method == fp8.METHOD else None
+    if method not in {"", MXFP4} and block is None:
         raise CheckpointError(
-            f"{path} is already quantized ({method}), and only MXFP4 is supported; pack the "
-            "16-bit checkpoint of the model."
+            f"{path} is already quantized ({method}); only MXFP4, and FP8 with a scale per block, "
+            "can be packed; pack the 16-bit checkpoint of the model."
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -149,6 +153,7 @@ def read_architecture(path: Path) -> Architecture:
         model=model,
         experts=tuple(sorted(experts, key=lambda module: module.layer)),
         is_mxfp4=method == MXFP4,
+        fp8_block=block,
     )
 
 

@@ -6,7 +6,7 @@ internal; the range of versions in pyproject is the tested one) names the checkp
 of each fused parameter and the operations from one to the other. These are applied to one
 expert's slice. So per-expert tensors (Mixtral's w1, w2, w3), fused ones (GPT-OSS, GraniteMoE)
 and renamed modules need no code here. What comes in MXFP4 (:mod:`expertd.packing.mxfp4`) is read
-as it is.
+as it is, what comes in FP8 (:mod:`expertd.packing.fp8`) as the 16-bit weights that it stands for.
 """
 
 import os
@@ -35,6 +35,7 @@ from expertd.errors import CheckpointError
 from expertd.pack.layout import MXFP4_GROUP_SIZE
 from expertd.pack.manifest import GateOrder
 from expertd.pack.tensor_file import read_into
+from expertd.packing import fp8
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.codec import TORCH_DTYPES
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT, BLOCKS, SCALES, Mxfp4Weight
@@ -115,7 +116,9 @@ class Checkpoint:
         is made of several or split into several comes with an empty name."""
         self.unused: list[str] = []
         """Tensors that the architecture has no place for; transformers ignores them too."""
-        self._sort(tensors)
+        self._scales = self._find_scales(tensors)
+        scales = {scale.name for scale in self._scales.values()}
+        self._sort([tensor for tensor in tensors if tensor.name not in scales])
         for module in self.architecture.experts:
             self._check(module)
         source_dtype = self._source_dtype()
@@ -123,6 +126,8 @@ class Checkpoint:
         self.dtype = "BF16" if self.is_float32 else source_dtype
         """Of the model's 16-bit weights, in safetensors' names; float32 becomes BF16."""
         self.expert_bits = BITS_PER_WEIGHT if self.architecture.is_mxfp4 else 16.0
+        if self._scales:
+            self.expert_bits = 8.0
         """Size of an expert's weights in the checkpoint, about: one in float32 is twice that."""
 
     def __enter__(self) -> Self:
@@ -142,9 +147,15 @@ class Checkpoint:
             os.close(self._fds.popitem()[1])
 
     def read(self, tensor: SourceTensor, scratch: Scratch | None = None) -> Tensor:
-        """The whole tensor, as it is. Raises :class:`CheckpointError`."""
+        """The whole tensor, of type :meth:`type_of`. Raises :class:`CheckpointError`."""
         buffer = (scratch or Scratch()).take(tensor.entry.num_bytes)
-        return self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
+        values = self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
+        scale = self._scales.get(tensor.name)
+        return values if scale is None else self._dequantize(values, self.read(scale))
+
+    def type_of(self, tensor: SourceTensor) -> str:
+        """As what the tensor is read, in safetensors' names: FP8 as 16-bit weights."""
+        return self.dtype if tensor.name in self._scales else tensor.entry.dtype
 
     def expert(
         self, module: ExpertsModule, expert: int, scratch: Scratch | None = None
@@ -193,7 +204,37 @@ class Checkpoint:
             if not first.has_bias:
                 return "BF16"
             names = names[2:]
-        return next(iter(self._parameters[names[0]].sources.values()))[0].entry.dtype
+        source = next(iter(self._parameters[names[0]].sources.values()))[0]
+        return "BF16" if source.name in self._scales else source.entry.dtype
+
+    def _find_scales(self, tensors: Sequence[SourceTensor]) -> dict[str, SourceTensor]:
+        """By the name of each tensor in FP8, the tensor of its scales."""
+        block = self.architecture.fp8_block
+        if block is None:
+            return {}
+        by_name = {tensor.name: tensor for tensor in tensors}
+        scales = {}
+        for tensor in tensors:
+            if tensor.entry.dtype != fp8.DTYPE:
+                continue
+            scale = by_name.get(f"{tensor.name}{fp8.SCALE}")
+            if scale is None:
+                raise CheckpointError(
+                    f"{self.path} lacks {tensor.name}{fp8.SCALE}; download the checkpoint again."
+                )
+            _check_shape(scale, fp8.num_blocks(tensor.entry.shape, block))
+            scales[tensor.name] = scale
+        return scales
+
+    def _dequantize(self, values: Tensor, scales: Tensor) -> Tensor:
+        """A weight in FP8 as what it stands for; of all experts, or of one."""
+        block = self.architecture.fp8_block
+        assert block is not None, "scales are looked for where there are blocks"
+        dtype = TORCH_DTYPES[self.dtype]
+        if values.dim() == 2:
+            return fp8.dequantize(values, scales, block, dtype)
+        pairs = zip(values, scales, strict=True)
+        return torch.stack([fp8.dequantize(*pair, block, dtype) for pair in pairs])
 
     def _sort(self, tensors: Sequence[SourceTensor]) -> None:
         """Finds for each tensor the parameter that it belongs to."""
@@ -295,10 +336,16 @@ class Checkpoint:
         shape = tensor.entry.shape
         num_bytes = tensor.entry.num_bytes // shape[0]
         buffer = scratch.take(num_bytes)
-        return self._read_slice(tensor, expert * num_bytes, buffer).view(shape[1:])
+        values = self._read_slice(tensor, expert * num_bytes, buffer).view(shape[1:])
+        scale = self._scales.get(tensor.name)
+        if scale is None:
+            return values
+        return self._dequantize(values, self._slice_fused(scale, expert, scratch))
 
     def _read_stacked(self, pieces: Sequence[SourceTensor], scratch: Scratch) -> Tensor:
         """Matrices of equal width and type, one below the other."""
+        if pieces[0].name in self._scales:
+            return torch.cat([self.read(piece, scratch) for piece in pieces])
         buffer = scratch.take(sum(piece.entry.num_bytes for piece in pieces))
         end = 0
         for piece in pieces:
@@ -326,6 +373,8 @@ class Checkpoint:
     def _read_slice(self, tensor: SourceTensor, begin: int, buffer: Tensor) -> Tensor:
         """``buffer`` (uint8), filled from the tensor's byte ``begin``, in its dtype."""
         dtype = TORCH_DTYPES.get(tensor.entry.dtype)
+        if tensor.name in self._scales:
+            dtype = fp8.TORCH_DTYPE
         if dtype is None:
             raise CheckpointError(
                 f"{tensor.name} in {tensor.file} has the type {tensor.entry.dtype}, which cannot "

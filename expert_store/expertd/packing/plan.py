@@ -203,7 +203,7 @@ def _plan_trunk(
     pending: list[tuple[SourceTensor, Matrix | None, str]] = []
     for parameter, source in checkpoint.trunk:
         entry = source.entry
-        dtype = entry.dtype
+        dtype = checkpoint.type_of(source)
         # A float32 checkpoint becomes BF16, but for what transformers itself keeps in float32;
         # float32 tensors of a 16-bit checkpoint are so on purpose.
         if (

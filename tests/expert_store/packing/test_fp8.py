@@ -1,0 +1,120 @@
+"""FP8 with a scale per block: packed as the 16-bit weights that it stands for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from expertd.errors import CheckpointError
+from expertd.packing import fp8
+from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.packer import Request, pack
+from expertd.packing.schemes import choose_scheme
+from tests.tiny_models import make_checkpoint
+
+# Divides all sizes: transformers derives the block from the number of scales, and so places
+# partial blocks elsewhere than the models' makers do.
+BLOCK = (32, 64)
+EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": list(BLOCK),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DeepSeek-V3 whose linear layers, experts among them, are in FP8."""
+    path = make_checkpoint("deepseek_v3", tmp_path_factory.mktemp("fp8") / "c")
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if "_proj" in name and name.endswith(".weight")]:
+        shape = tensors[name].shape
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = noise.clamp(-3, 3).mul(100).to(torch.float8_e4m3fn)
+        scales = 0.5 + torch.rand(fp8.num_blocks(shape, BLOCK), generator=generator)
+        tensors[name + fp8.SCALE] = scales / 100 / shape[1] ** 0.5
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATION}))
+    return path
+
+
+def edited(checkpoint: Path, path: Path, **changes: torch.Tensor | None) -> Path:
+    """A copy whose tensors, by the ends of their names, are replaced or taken away."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    for end, values in changes.items():
+        name = f"{EXPERT}{end}"
+        del tensors[name]
+        if values is not None:
+            tensors[name] = values
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text((checkpoint / "config.json").read_text())
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers has no FP8 on the CPU, and says so
+def test_bits_of_transformers(checkpoint: Path) -> None:
+    state = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).state_dict()
+    with Checkpoint(checkpoint) as ours:
+        assert ours.dtype == "BF16"
+        assert not ours.unused
+        for module in ours.architecture.experts:
+            for expert in range(module.num_experts):
+                found = ours.expert(module, expert)
+                assert torch.equal(found.gate_up, state[f"{module.name}.gate_up_proj"][expert])
+                assert torch.equal(found.down, state[f"{module.name}.down_proj"][expert])
+        for name, source in ours.trunk:
+            values = ours.read(source)
+            assert torch.equal(values.to(state[name].dtype), state[name]), name
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "4bit"])
+def test_packs_hold_no_fp8(scheme: str, checkpoint: Path, tmp_path: Path) -> None:
+    pack(Request(checkpoint, tmp_path / "p", choose_scheme(scheme), optimize=False))
+    trunk = load_file(tmp_path / "p/trunk.safetensors")
+    kinds = {values.dtype for values in trunk.values()}
+    assert torch.bfloat16 in kinds
+    assert kinds <= {torch.bfloat16, torch.float32, torch.float16, torch.uint8}
+    assert not any(name.endswith(fp8.SCALE) for name in trunk)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 64), (33, 65), (1, 1), (31, 63), (100, 200)],
+    ids=["whole", "one more", "one", "one less", "several"],
+)
+def test_partial_blocks(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(fp8.num_blocks(shape, BLOCK), generator=generator)
+    found = fp8.dequantize(weight, scales, BLOCK, torch.float32)
+    for row in range(0, shape[0], 7):
+        for column in range(0, shape[1], 5):
+            factor = scales[row // BLOCK[0], column // BLOCK[1]]
+            assert found[row, column] == weight[row, column].float() * factor
+
+
+def test_a_scale_that_is_missing(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"lacks {EXPERT}_scale_inv"):
+        Checkpoint(edited(checkpoint, tmp_path, _scale_inv=None))
+
+
+def test_scales_of_another_block_size(checkpoint: Path, tmp_path: Path) -> None:
+    path = edited(checkpoint, tmp_path, _scale_inv=torch.ones(1, 2))
+    with pytest.raises(CheckpointError, match=r"_scale_inv in the shape \[1, 2\].*\[4, 2\]"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("size", [None, [128], [0, 128], "128x128"])
+def test_other_fp8_is_refused(size: object, checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = QUANTIZATION | {"weight_block_size": size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"already quantized \(fp8\)"):
+        Checkpoint(tmp_path)
