@@ -241,6 +241,8 @@ class CudaDevice:
                 "--cache-bytes, or a shorter prompt."
             )
         text = str(error)
+        if "captur" in text:
+            return None  # Something that a graph cannot have; the device is well.
         if isinstance(error, RuntimeError) and ("CUDA" in text or "cuda" in text):
             return DeviceLostError(
                 f"{self.name} does not answer any more ({text.splitlines()[0]}); {_LOST}"

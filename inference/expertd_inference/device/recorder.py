@@ -4,6 +4,7 @@ While a recording is on, nothing is computed: results are garbage until :meth:`R
 Python runs once, at the recording; a replay repeats the device's work, on the same memory.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -54,13 +55,19 @@ class CudaRecorder:
         before = torch.cuda.current_stream(self._device)
         # Capturing needs memory; what torch keeps for nobody may be all there is.
         torch.cuda.synchronize(self._device)
+        # What the collector finds while a recording is on could be memory of CUDA's.
+        gc.collect()
         torch.cuda.empty_cache()
         self._stream.wait_stream(before)
+        collects = gc.isenabled()
+        gc.disable()
         with torch.cuda.stream(self._stream):
             try:
                 yield
             finally:
                 self.abandon()
+                if collects:
+                    gc.enable()
         before.wait_stream(self._stream)
 
     def begin(self) -> None:

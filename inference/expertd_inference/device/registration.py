@@ -39,7 +39,7 @@ class Registration:
 
     ``device_address`` is where kernels see its beginning, 0 if they cannot read it as one piece.
     ``read_only`` says whether it was registered as read-only. Raises :class:`RefusedError` with
-    nothing registered, DeviceError if something else had failed before.
+    nothing registered, DeviceLostError if the device does not answer.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class Registration:
         self.read_only = False
         self._registered: list[int] = []
         self._range_bytes = range_bytes
-        check(runtime, runtime.set_device(index), "choosing the device")
-        check(runtime, runtime.last_error(), "something before this worker registered memory")
+        check(runtime, runtime.set_device(index), "choosing the device", lost=True)
+        # What failed before was said to whoever asked for it; what comes again is the device's end.
+        runtime.last_error()
+        check(runtime, runtime.last_error(), "an earlier operation", lost=True)
         self._register()
         self.device_address = self._seen_at()
 

