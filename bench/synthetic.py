@@ -124,6 +124,10 @@ class _Checkpoint:
     is_float32: bool = False
     expert_bits: float = 16.0
 
+    def type_of(self, source: SourceTensor) -> str:
+        """What the tensor is read as."""
+        return source.entry.dtype
+
 
 def make_pack(
     directory: Path,
