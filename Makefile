@@ -9,6 +9,7 @@
 #   make bench   all benchmarks
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
+#   make bench-prefetch  what hints to the daemon are worth with less RAM than model (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
 #   make gpu-test   what needs a GPU, and the Triton kernels on it, under the host's own python3
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
@@ -25,7 +26,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy proto bench bench-store bench-decode bench-quantize gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy proto bench bench-prefetch bench-store bench-decode bench-quantize gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -72,6 +73,9 @@ proto: setup
 
 bench: bench-store
 	@$(BIN)/python -m bench.remote
+
+bench-prefetch: setup native
+	@$(BIN)/python -m bench.prefetch
 
 bench-store: setup
 	@$(BIN)/python -m bench.store

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import store
+from bench import prefetch, store
 from bench.figures import compared, counted, quartiles
 
 
@@ -18,6 +18,13 @@ def test_a_part_runs(part: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert figure["part"] == part
         assert figure["low"] <= figure["high"]
         assert (figure["goal"] == "") == (figure["met"] is None)
+
+
+def test_hints_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    prefetch.main(["--quick", "--json", "--only", "example"])
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures[0]["what"] == "example, 50 % in RAM: decode"
+    assert all(figure["ours"] >= 0 for figure in figures)
 
 
 def test_residency_replays_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,12 +90,12 @@ class RouterAhead:
         target: HintTarget,
         *,
         num_layers: int,
-        num_experts: int,
+        num_experts: int | None,
     ) -> None:
         """``layers`` are all MoE layers in order; those without a router are not foreseen.
 
-        From each, ``num_layers`` are foreseen, for one token ``num_experts`` of each; for a prompt
-        all experts that the router chooses for some of its tokens.
+        From each, ``num_layers`` are foreseen, for one token ``num_experts`` of each; without a
+        number, and for a prompt, all experts that the router chooses for some of the tokens.
         """
         self._first_layer = layers[0]
         self._routers = routers
@@ -150,7 +150,7 @@ class RouterAhead:
         self._idle = not self._target.anything_absent()
 
     def _foresee(self, router: Router, hidden: Tensor) -> Sequence[int]:
-        if len(hidden) > 1:
+        if self._num_experts is None or len(hidden) > 1:
             return router.foreseen(hidden)
         likeliest: list[int] = router.likeliest(hidden, self._num_experts).tolist()
         return likeliest

@@ -40,7 +40,12 @@ SpeculateLayers = Annotated[
     ),
 ]
 SpeculateExperts = Annotated[
-    int, typer.Option(help="How many experts to guess of each of them.", min=1)
+    int | None,
+    typer.Option(
+        help="How many experts to guess of each of them. Default: 2 on a GPU, as many as a token "
+        "uses on the CPU.",
+        min=1,
+    ),
 ]
 StagingSlots = Annotated[
     int | None,

@@ -79,6 +79,8 @@ class DecodeGraphsMode(StrEnum):
 
 MAX_SPECULATE_LAYERS = 3
 MIN_STAGING_SLOTS = 4
+GUESSED_EXPERTS = 2
+"""Of a layer, unless told otherwise: of more, most would come too late to be of use."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,16 @@ class DeviceSettings:
     the layers. ``cache_bytes`` bounds the experts on each device; None takes what is free once
     the trunk is there, but for a reserve. ``staging_slots`` of them are for guesses, None for as
     many as guesses need. ``speculate_layers`` is how many layers ahead is guessed, 0 for not at
-    all, ``speculate_experts`` how many experts of each. ``decode_graphs`` is for one GPU.
-    Raises InvalidInputError if a value makes no sense.
+    all, ``speculate_experts`` how many experts of each: by default 2 on a GPU, which has room for
+    few, and on the CPU, where a guess is a hint to the daemon, as many as a token uses.
+    ``decode_graphs`` is for one GPU. Raises InvalidInputError if a value makes no sense.
     """
 
     device: str = "cpu"
     cache_bytes: int | None = None
     cache_policy: CachePolicy = CachePolicy.LRU
     speculate_layers: int = 1
-    speculate_experts: int = 2
+    speculate_experts: int | None = None
     staging_slots: int | None = None
     on_miss: OnMiss = OnMiss.AUTO
     decode_graphs: DecodeGraphsMode = DecodeGraphsMode.AUTO
@@ -109,22 +112,27 @@ class DeviceSettings:
             raise InvalidInputError(
                 f"speculate_layers is {self.speculate_layers}; give 0 to {MAX_SPECULATE_LAYERS}."
             )
-        if self.speculate_experts < 1:
+        if self.speculate_experts is not None and self.speculate_experts < 1:
             raise InvalidInputError(
                 f"speculate_experts is {self.speculate_experts}; give at least 1, or "
                 "speculate_layers 0 for none."
             )
         if self.staging_slots is not None and self.staging_slots < self.num_guesses:
             raise InvalidInputError(
-                f"staging_slots is {self.staging_slots}, and {self.speculate_experts} experts of "
+                f"staging_slots is {self.staging_slots}, and {self.num_guessed} experts of "
                 f"each of {self.speculate_layers} layers are guessed, which need "
                 f"{self.num_guesses}; give as many, or guess less."
             )
 
     @property
+    def num_guessed(self) -> int:
+        """How many experts of a layer are guessed on a GPU."""
+        return GUESSED_EXPERTS if self.speculate_experts is None else self.speculate_experts
+
+    @property
     def num_guesses(self) -> int:
         """How many guessed experts may wait to be used at once."""
-        return self.speculate_layers * self.speculate_experts
+        return self.speculate_layers * self.num_guessed
 
     @property
     def num_staging(self) -> int:

@@ -330,7 +330,7 @@ class DeviceExpertsRunner:
         layers = sorted(self._runners)
         place = layers.index(layer) + 1
         return {
-            ahead: self._routers[ahead].likeliest(hidden, self._settings.speculate_experts)
+            ahead: self._routers[ahead].likeliest(hidden, self._settings.num_guessed)
             for ahead in layers[place : place + self._settings.speculate_layers]
             if ahead in self._routers
         }
