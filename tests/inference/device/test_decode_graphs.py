@@ -20,7 +20,7 @@ Make = Callable[..., Any]
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton's interpreter is for hosts without a GPU"
 )
-NUM_TOKENS = 7
+NUM_TOKENS = 6
 PROMPT = "Once upon a time"
 
 
