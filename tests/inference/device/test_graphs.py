@@ -239,7 +239,7 @@ def test_an_arena_elsewhere_is_recorded_anew(packed: Make) -> None:
     tokens = []
     with torch.no_grad():
         for step in range(NUM_TOKENS):
-            if step == 5:
+            if step == 3:
                 served.source.reattach(1.0)
                 # What was resident is no longer known.
                 store.__init__(served.source, 24)  # type: ignore[misc]
