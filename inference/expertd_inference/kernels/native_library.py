@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from expertd.native.library import Loaded, load
-from expertd.pack.layout import Encoding, Matrix, RecordLayout, matrix_parts
+from expertd.pack.layout import MXFP4_GROUP_SIZE, Encoding, Matrix, RecordLayout, matrix_parts
 from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
 
@@ -138,7 +138,7 @@ def native_matrix(
         return None
     if matrix.meta_group_size not in (0, META_GROUP_SIZE):
         return None
-    if matrix.encoding is Encoding.MXFP4:
+    if matrix.encoding is Encoding.MXFP4 and matrix.group_size == MXFP4_GROUP_SIZE:
         native.format = _MXFP4
     elif matrix.encoding is Encoding.HQQ and matrix.bits in _HQQ:
         native.format = _HQQ[matrix.bits]

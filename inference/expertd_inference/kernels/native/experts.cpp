@@ -29,8 +29,8 @@ class ExpertsJob final : public Job {
           inner(layer.down.columns) {
         collect();
         const auto num_groups = static_cast<int64_t>(groups.size());
-        gate_up_tasks = Chunks(layer.gate_up);
-        down_tasks = Chunks(layer.down);
+        gate_up_tasks = Chunks(layer.gate_up, num_groups, call.threads);
+        down_tasks = Chunks(layer.down, num_groups, call.threads);
         prepare_hidden_end = call.tokens;
         gate_up_end = prepare_hidden_end + num_groups * gate_up_tasks.count;
         activate_end = gate_up_end + static_cast<int64_t>(pairs.size());

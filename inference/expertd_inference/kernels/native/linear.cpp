@@ -11,7 +11,7 @@ namespace {
 class LinearJob final : public Job {
   public:
     explicit LinearJob(const LinearCall& call)
-        : call(call), matrix(*call.matrix), impl(variant()), chunks(matrix),
+        : call(call), matrix(*call.matrix), impl(variant()), chunks(matrix, 1, call.threads),
           row_bytes(impl.prepared_bytes(matrix)) {}
 
     int64_t num_tasks() const { return call.tokens + chunks.count; }

@@ -23,17 +23,22 @@ class Floats {
     int64_t count;
 };
 
-// A matrix in tasks of about CHUNK_BYTES of weights: enough that a stream gets up to speed,
-// few enough that a thread which comes late, or is held up, leaves little to wait for.
+// A matrix in tasks of at most MOST_BYTES of weights: enough that a stream gets up to speed. They
+// are smaller where less than TASKS_PER_THREAD would come of it, so that a thread which comes
+// late, or is held up, leaves little to wait for.
 class Chunks {
   public:
-    static constexpr int64_t CHUNK_BYTES = 128 << 10;
+    static constexpr int64_t LEAST_BYTES = 64 << 10, MOST_BYTES = 512 << 10;
+    static constexpr int64_t TASKS_PER_THREAD = 6;
 
     Chunks() = default;
 
-    explicit Chunks(const Matrix& matrix) : units(num_units(matrix)) {
-        const int64_t wanted = bytes_per_unit(matrix) * units / CHUNK_BYTES;
-        const int64_t most = std::max<int64_t>(1, std::min(wanted, units));
+    // Of `copies` matrices of the same form.
+    Chunks(const Matrix& matrix, int64_t copies, int32_t threads) : units(num_units(matrix)) {
+        const int64_t bytes = bytes_per_unit(matrix) * units;
+        const int64_t share = bytes * copies / (threads * TASKS_PER_THREAD);
+        const int64_t chunk = std::clamp(share, LEAST_BYTES, MOST_BYTES);
+        const int64_t most = std::clamp<int64_t>(bytes / chunk, 1, std::max<int64_t>(units, 1));
         units_each = (units + most - 1) / most;
         count = (units + units_each - 1) / units_each;
     }

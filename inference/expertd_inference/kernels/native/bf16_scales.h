@@ -1,0 +1,140 @@
+// Scales and zeros for the products of variant_avx512bf16.cpp, sixteen groups at a time.
+#pragma once
+
+#include <type_traits>
+
+#include "bf16_rows.h"
+
+// The sums of a unit are to stay in registers, whatever the compiler thinks of the code's size.
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+// f(0), f(1) ... f(COUNT - 1), each on its own: loops that must not be left as loops, since they
+// go over registers.
+template <int COUNT, int I = 0, class F> INLINE void each(const F& f) {
+    if constexpr (I < COUNT) {
+        f(std::integral_constant<int, I>());
+        each<COUNT, I + 1>(f);
+    }
+}
+
+// 16 values of the flattened scales or zeros from element `at`, as far as `mask` goes.
+INLINE __m512 decode_plain(const uint8_t* base, int64_t at, __mmask16 mask) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, base + at * 2));
+}
+
+// The meta groups of some units: element i of the scales, which is in meta group g = i / 128, is
+// q[i] * scale_factors[g - first] + scale_offsets[g - first], and the zeros likewise.
+struct Metas {
+    static constexpr int64_t MOST = 80;
+    float scale_factors[MOST], scale_offsets[MOST], zero_factors[MOST], zero_offsets[MOST];
+    int64_t first;
+
+    // Of elements [begin, end). `less` is subtracted from each zero.
+    void decode(const Matrix& m, const uint8_t* base, int64_t begin, int64_t end, float less) {
+        first = begin / 128;
+        const int64_t count = (end - 1) / 128 - first + 1;
+        for (int64_t i = 0; i < count; i += 16) {
+            const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, count - i)) - 1);
+            const auto decode_one = [&](int64_t scales, int64_t zeros, float subtract,
+                                        float* factors, float* offsets) {
+                const __m512 scale = decode_plain(base + scales, first + i, mask);
+                const __m512 zero = decode_plain(base + zeros, first + i, mask);
+                _mm512_storeu_ps(factors + i, scale);
+                _mm512_storeu_ps(offsets + i,
+                                 _mm512_fnmadd_ps(scale, zero, _mm512_set1_ps(-subtract)));
+            };
+            decode_one(m.scale_scale, m.scale_zero, 0, scale_factors, scale_offsets);
+            decode_one(m.zero_scale, m.zero_zero, less, zero_factors, zero_offsets);
+        }
+    }
+
+    // So many units, of `groups` groups a row, always fit.
+    static int64_t units_at_once(int64_t groups) {
+        return std::max<int64_t>(1, (MOST - 18) * 128 / groups);
+    }
+};
+
+// 16 elements, of which those from lane `left` on are in the next meta group.
+INLINE __m512 decode_meta(__m512 value, const float* factors, const float* offsets, int64_t left) {
+    __m512 factor = _mm512_set1_ps(factors[0]), offset = _mm512_set1_ps(offsets[0]);
+    if (__builtin_expect(left < 16, 0)) {
+        const auto next = static_cast<__mmask16>(0xffff << left);
+        factor = _mm512_mask_mov_ps(factor, next, _mm512_set1_ps(factors[1]));
+        offset = _mm512_mask_mov_ps(offset, next, _mm512_set1_ps(offsets[1]));
+    }
+    return _mm512_fmadd_ps(value, factor, offset);
+}
+
+INLINE __m512 widen_bytes(const uint8_t* bytes, __mmask16 mask) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes)));
+}
+
+INLINE __m512 decode_e8m0(const uint8_t* base, int64_t at, __mmask16 mask) {
+    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, base + at));
+    __m512i bits = _mm512_slli_epi32(exponent, 23);
+    const __m512i least = _mm512_set1_epi32(0x00400000), nan = _mm512_set1_epi32(0x7fc00000);
+    bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponent, exponent), least);
+    bits = _mm512_mask_mov_epi32(
+        bits, _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(255)), nan);
+    return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(mask, bits));
+}
+
+// What all units of a product have in common.
+struct Product {
+    const Matrix& matrix;
+    const uint8_t* base;
+    int64_t units, groups; // of the matrix, of a row
+    Metas metas[8]; // by row of the unit
+
+    Product(const Matrix& m, const uint8_t* base)
+        : matrix(m), base(base), units(num_units(m)), groups(num_groups(m)) {}
+};
+
+// The scales of 16 groups from element `at` on, as far as `mask` goes, in row K of a unit. What
+// their zeros contribute is subtracted from the sums of N rows of activations, whose groups'
+// sums are those from `group` on.
+template <int32_t FORMAT, bool META, int N>
+INLINE __m512 decode_scales(const Product& p, const Metas& metas, int64_t at, int64_t group,
+                            __mmask16 mask, const Row* rows, __m512* sums) {
+    const uint8_t* scales = p.base + p.matrix.scale;
+    const uint8_t* zeros = p.base + p.matrix.zero;
+    if constexpr (FORMAT == MXFP4) return decode_e8m0(scales, at, mask);
+    __m512 scale, zero;
+    if constexpr (META) {
+        const int64_t meta = (at >> 7) - metas.first, left = 128 - (at & 127);
+        scale = decode_meta(widen_bytes(scales + at, mask), metas.scale_factors + meta,
+                            metas.scale_offsets + meta, left);
+        zero = decode_meta(widen_bytes(zeros + at, mask), metas.zero_factors + meta,
+                           metas.zero_offsets + meta, left);
+        if (mask != 0xffff) scale = _mm512_maskz_mov_ps(mask, scale);
+    } else {
+        scale = decode_plain(scales, at, mask);
+        zero = _mm512_sub_ps(decode_plain(zeros, at, mask), _mm512_set1_ps(center(FORMAT)));
+    }
+    const __m512 offset = _mm512_mul_ps(scale, zero);
+    each<N>([&](auto n) INLINE_LAMBDA {
+        sums[n] = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(rows[n].sums + group), sums[n]);
+    });
+    return scale;
+}
+
+// The scales and zeros of the units from `unit` on, for as many bytes as one has.
+template <int32_t FORMAT, bool META> INLINE void prefetch_scales(const Product& p, int64_t unit) {
+    const int64_t row_bytes = p.groups * (META || FORMAT == MXFP4 ? 1 : 2);
+    each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
+        const int64_t begin = (unit + k * p.units) * row_bytes + SCALES_AHEAD;
+        for (int64_t at = begin; at < begin + row_bytes; at += 64) {
+            __builtin_prefetch(p.base + p.matrix.scale + at);
+            if (FORMAT != MXFP4) __builtin_prefetch(p.base + p.matrix.zero + at);
+        }
+    });
+}
+
+INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+} // namespace
