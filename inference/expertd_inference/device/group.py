@@ -9,6 +9,7 @@ from torch import nn
 
 from expertd.errors import InvalidInputError
 from expertd.pack.manifest import Manifest
+from expertd_inference.ahead import HintSender
 from expertd_inference.device.cache import SlotCache
 from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
@@ -83,6 +84,7 @@ class DeviceGroup:
         the devices' caches. Raises InvalidInputError, DeviceMemoryError.
         """
         self._stats = DeviceStats()
+        self._hints = HintSender(source.prefetch)
         self.devices = list({id(device): device for device in devices.values()}.values())
         self.step = Step(source, recovery, self.devices)
         self._runners: dict[int, DeviceExpertsRunner] = {}
@@ -105,7 +107,9 @@ class DeviceGroup:
                 CostModel(rates or TYPICAL),
                 fill,
             )
-            runner = DeviceExpertsRunner(parts, source, self.step, settings, self._stats)
+            runner = DeviceExpertsRunner(
+                parts, source, self.step, settings, self._stats, self._hints.put
+            )
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
         self._source = source
@@ -205,5 +209,6 @@ class DeviceGroup:
 
     def close(self) -> None:
         """From now on the model refuses to be called; the devices' memory is let go of."""
+        self._hints.close()
         for runner in self.runners:
             runner.close()

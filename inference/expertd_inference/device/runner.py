@@ -9,14 +9,13 @@ on what came when, or from where.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from expertd.errors import ExpertdError, PreconditionError
+from expertd.errors import PreconditionError
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cache import Found, Placed, SlotCache
 from expertd_inference.device.cost import TYPICAL, CostModel
@@ -96,13 +95,16 @@ class DeviceExpertsRunner:
         step: Step,
         settings: DeviceSettings,
         stats: DeviceStats,
+        hint: Callable[[Sequence[tuple[int, int]]], None],
     ) -> None:
+        """``hint`` is told the (layer, expert) pairs that were guessed and are not in RAM."""
         self.device = parts.device
         self.cache = parts.cache
         self._source = source
         self._step = step
         self._settings = settings
         self._stats = stats
+        self._hint = hint
         self._record_bytes = parts.record_bytes
         self.cost = parts.cost
         self.fill_slots = parts.fill_slots
@@ -197,8 +199,14 @@ class DeviceExpertsRunner:
             on_host,
         )
         self._compute(block, experts)
-        for ahead, likeliest in zip(guesses, rest, strict=False):
-            self._runners[ahead].guess(ahead, likeliest.tolist())
+        absent = [
+            (ahead, expert)
+            for ahead, likeliest in zip(guesses, rest, strict=False)
+            for expert in self._runners[ahead].guess(ahead, likeliest.tolist())
+        ]
+        if absent:
+            self._stats.hints += len(absent)
+            self._hint(absent)
         return sum_slots(block.slots, hidden.dtype)
 
     def _compute(self, block: _Block, experts: list[int]) -> None:
@@ -335,15 +343,15 @@ class DeviceExpertsRunner:
             if ahead in self._routers
         }
 
-    def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """Queues copies of what was guessed, where that evicts nothing; hints the rest."""
+    def guess(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Queues copies of what was guessed, where that evicts nothing; what is not in RAM."""
         missing = [expert for expert in experts if not self.cache.renew(layer, expert)]
         if not missing:
-            return
+            return []
         try:
             found = self._step.hold.find(layer, missing)
         except SESSION_ENDED:
-            return  # Whoever needs records will find that out, and recover.
+            return []  # Whoever needs records will find that out, and recover.
         for expert, offset in found.items():
             slot = self.cache.stage(layer, expert)
             if slot is None:
@@ -354,10 +362,7 @@ class DeviceExpertsRunner:
                 self.cache.forget(layer, expert)
                 raise
             self._stats.prefetch_issued += 1
-        if absent := [(layer, expert) for expert in missing if expert not in found]:
-            # A hint that fails is no reason to stop.
-            with suppress(ExpertdError):
-                self._stats.hints += self._source.prefetch(absent)
+        return [expert for expert in missing if expert not in found]
 
     # The CPU's share
 

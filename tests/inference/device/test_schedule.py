@@ -9,6 +9,7 @@ import torch
 from expertd_inference.device.cost import Rates
 from expertd_inference.device.fake import FakeDevice, FakeSpeed, Span, SpanKind
 from expertd_inference.settings import OnMiss
+from tests.client.observing import eventually
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import Rig, make_rig
 from tests.inference.greedy import greedy, prompt_of
@@ -209,6 +210,8 @@ def test_what_is_not_in_ram_is_fetched_and_hinted(packed: Make, stock: Make, abs
     assert greedy(rig.model, prompt, 12) == greedy(stock("mixtral"), prompt, 12)
     stats = rig.group.stats
     assert stats.nvme_misses > 24
-    assert stats.hints == len(source.hinted) > 0
+    # In a thread of their own; newer ones take the place of those that were not sent yet.
+    assert stats.hints > 0
+    eventually(lambda: len(source.hinted) > 0)
     assert set(source.hinted) <= keys
     assert (stats.host_hits == 0) == (absent == "all")
