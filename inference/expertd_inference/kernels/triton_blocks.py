@@ -7,11 +7,13 @@ inputs give equal bits, whatever is cached. ``python -m bench.gpu_kernels --tune
 The reasoning behind the figures, which no GPU has confirmed yet (H200: 132 SMs, 4.8 TB/s; some
 30 KB must be under way per SM to hide a latency of 0.8 us):
 
-- A GEMV step reads ``rows x columns`` bytes, 64 per thread in four loads of 16: 8 KB for the
-  usual 128 threads, with three or more blocks per SM. A lane reads 16 columns of a row, so 512
-  columns keep a warp on contiguous 512 bytes and every sector is read once.
+- A thread of a GEMV reads 16 columns of a row at once, and 32 such spans keep a warp on 512
+  contiguous bytes: every sector is read once. A step has 16 units (8 KB at 4 bit, in four loads
+  for each of 128 threads), the next step's are under way meanwhile, and three blocks fit on an SM.
 - Few rows per block, so that one token's experts fill the GPU: gate-and-up of 30B-A3B at 4 bit
-  is 768 units of 2 KB, times eight experts: 768 blocks of eight rows.
+  is 768 units of 2 KB, times eight experts: 384 blocks, all of which run at once.
+- More rows per thread share its conversion of x, until registers run out: hence fewer units where
+  a unit is several byte rows.
 - GEMM tiles multiply at least 16 tokens (the tensor core's height) by 64 or more rows.
 """
 

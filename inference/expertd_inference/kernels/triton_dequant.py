@@ -61,17 +61,25 @@ def record_parts(record, F: tl.constexpr):
 
 
 @triton.jit
-def load_unit(q, rows, columns, mask, F: tl.constexpr, PLANES: tl.constexpr):
-    """The bytes (or plain weights) of units ``rows`` at ``columns``: a tuple of tiles."""
-    at = rows * F.columns + columns
+def load_unit(
+    q, rows, columns, mask, F: tl.constexpr, PLANES: tl.constexpr, IN_WORDS: tl.constexpr
+):
+    """The bytes (or plain weights) of units ``rows`` at ``columns``: a tuple of tiles.
+
+    ``IN_WORDS``: four bytes at a time, and ``columns`` count these.
+    """
+    if IN_WORDS and F.encoding != "plain":
+        q = q.to(tl.pointer_type(tl.int32))
+    width: tl.constexpr = F.columns // 4 if IN_WORDS and F.encoding != "plain" else F.columns
+    at = rows * width + columns
     unit = (tl.load(q + at, mask=mask, other=0),)
     if F.encoding == "plain" or F.bits == 8:
         for j in tl.static_range(1, PLANES):
-            unit += (tl.load(q + at + j * (F.rows // PLANES * F.columns), mask=mask, other=0),)
+            unit += (tl.load(q + at + j * (F.rows // PLANES * width), mask=mask, other=0),)
     elif F.bits == 3:
         # Low bits of rows N/8 further down, and the high bits of all.
-        unit += (tl.load(q + at + F.rows // 8 * F.columns, mask=mask, other=0),)
-        unit += (tl.load(q + at + F.rows // 4 * F.columns, mask=mask, other=0),)
+        unit += (tl.load(q + at + F.rows // 8 * width, mask=mask, other=0),)
+        unit += (tl.load(q + at + F.rows // 4 * width, mask=mask, other=0),)
     return unit
 
 

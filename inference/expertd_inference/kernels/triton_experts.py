@@ -12,7 +12,7 @@ from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
 from expertd_inference.kernels.triton_blocks import MAX_GEMV_TOKENS, gemm_blocks
 from expertd_inference.kernels.triton_form import TRITON_DTYPES, record_form
 from expertd_inference.kernels.triton_gemm import launch_experts_gemm
-from expertd_inference.kernels.triton_gemv import launch_experts_gemv
+from expertd_inference.kernels.triton_gemv import aligned, launch_experts_gemv
 from expertd_inference.kernels.triton_route import route
 
 
@@ -47,7 +47,7 @@ def fill_slots_cached(
         return
     gate_up, down = record_form(spec.layout, GATE_UP), record_form(spec.layout, DOWN)
     inner = torch.empty(num_tokens * top_k, down.columns, dtype=hidden.dtype, device=hidden.device)
-    hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
+    hidden, top_k_weights = aligned(hidden), top_k_weights.contiguous()
     if num_tokens <= MAX_GEMV_TOKENS:
         routing = (top_k_index.contiguous(), top_k_weights, slot_of, cache)
         launch_experts_gemv(inner, hidden, *routing, gate_up, spec.activation)

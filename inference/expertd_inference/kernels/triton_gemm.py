@@ -59,6 +59,7 @@ def gemm(
             row_mask[:, None, None] & column_mask[None, :, :],
             F,
             PLANES,
+            False,
         )
         spans = first + tl.arange(0, SPANS)
         scales = load_scales(

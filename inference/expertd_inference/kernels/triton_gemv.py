@@ -5,11 +5,12 @@ expert's matrix; it finds the expert in the routing and its slot in ``slot_of``,
 device, and leaves at once if there is none. So the grid does not depend on the routing and a
 CUDA graph can hold the launch.
 
-Per group of weights sum(x * (q - zero)) * scale is taken apart, since the bandwidth of a large
+Per span of 16 weights sum(x * (q - zero)) * scale is taken apart, since the bandwidth of a large
 GPU leaves three or four instructions for a 4-bit weight. A shift puts the bits of q below the
-exponent of 1.0, one OR makes that a float, a multiply-add sums it; what is then wrong (the 1,
-the lower bits of the same byte, which are another row's, and the zero) is made good once per
-group. All sums are float32, in an order that only the block sizes decide.
+exponent of 1.0, an AND and OR in one instruction make that a float, a multiply-add sums it; what
+is then wrong (the 1, the lower bits of the same byte, which are another row's, and the zero) is
+made good once per span. Four bytes are taken as a word. All sums are float32, in an order that
+only the block sizes decide.
 """
 
 import triton
@@ -20,15 +21,17 @@ from expertd_inference.activation import Activation
 from expertd_inference.kernels.triton_activation import activate, activation_constants
 from expertd_inference.kernels.triton_blocks import GemvBlocks, gemv_blocks
 from expertd_inference.kernels.triton_dequant import (
-    e2m1,
     load_scales,
     load_unit,
-    plane,
     record_parts,
     rounded,
     span_columns,
 )
 from expertd_inference.kernels.triton_form import TRITON_DTYPES, Form
+
+ONE_BITS = 0x3F800000
+"""1.0 as a float32's bits. An argument and no constant: in a register it is the third operand of
+the instruction that cuts the bits of q out, while two constants would take two instructions."""
 
 
 @triton.jit
@@ -36,6 +39,7 @@ def gemv(
     x,  # pointer to F.columns values
     parts,  # pointers, as record_parts has them
     rows,  # [ROWS] units
+    one,  # ONE_BITS
     F: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -66,9 +70,7 @@ def gemv(
             PLANES,
             SPANS,
         )
-        columns, column_mask = span_columns(first, F, SPANS)
-        values = tl.load(x + columns, mask=column_mask, other=0).to(tl.float32)
-        products = _products(unit, values[None, :, :], scales, F, PLANES)
+        products = _products(unit, _load_values(x, first, F, SPANS), scales, one, F, PLANES)
         added = ()
         for j in tl.static_range(PLANES):
             added += (sums[j] + products[j],)
@@ -84,57 +86,107 @@ def gemv(
 def _load_step(
     q, rows, row_mask, first, F: tl.constexpr, PLANES: tl.constexpr, SPANS: tl.constexpr
 ):
-    columns, column_mask = span_columns(first, F, SPANS)
-    mask = row_mask[:, None, None] & column_mask[None, :, :]
-    return load_unit(q, rows[:, None, None], columns[None, :, :], mask, F, PLANES)
+    """The units' plain weights [R, SPANS, span], or their bytes in words [R, SPANS, 4]."""
+    columns, mask = span_columns(first, F, SPANS)
+    if F.encoding != "plain":
+        spans = first + tl.arange(0, SPANS)
+        columns = spans[:, None] * 4 + tl.arange(0, 4)[None, :]
+    mask = row_mask[:, None, None] & mask[None, :, :]
+    return load_unit(q, rows[:, None, None], columns[None, :, :], mask, F, PLANES, True)
 
 
 @triton.jit
-def _products(unit, values, scales, F: tl.constexpr, PLANES: tl.constexpr):
-    """``values`` [1, SPANS, span] times the weights, per row and span: PLANES of [R, SPANS]."""
+def _load_values(x, first, F: tl.constexpr, SPANS: tl.constexpr):
+    """What a step's weights are multiplied with, float32: [1, SPANS, span] of plain weights.
+
+    Of packed ones four tiles [1, SPANS, 4], of each byte of a word its own.
+    """
+    columns, mask = span_columns(first, F, SPANS)
+    values = ()
+    if F.encoding == "plain":
+        values += (tl.load(x + columns, mask=mask, other=0).to(tl.float32)[None, :, :],)
+    elif x.dtype.element_ty.primitive_bitwidth == 16:
+        # Four at a time, so that a thread has what its word of weights needs.
+        spans = first + tl.arange(0, SPANS)
+        at = spans[:, None] * 4 + tl.arange(0, 4)[None, :]
+        four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=mask, other=0)[None, :, :]
+        for byte in tl.static_range(4):
+            value = (four >> (16 * byte)).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
+            values += (value.to(tl.float32),)
+    else:
+        spans = first + tl.arange(0, SPANS)
+        at = spans[:, None] * 16 + 4 * tl.arange(0, 4)[None, :]
+        for byte in tl.static_range(4):
+            values += (tl.load(x + at + byte, mask=mask, other=0).to(tl.float32)[None, :, :],)
+    return values
+
+
+@triton.jit
+def _products(unit, values, scales, one, F: tl.constexpr, PLANES: tl.constexpr):
+    """``values`` times the weights, per row and span: PLANES of [R, SPANS]."""
     products = ()
     if F.encoding == "plain":
         for j in tl.static_range(PLANES):
-            products += (tl.sum(unit[j].to(tl.float32) * values, axis=2),)
+            products += (tl.sum(unit[j].to(tl.float32) * values[0], axis=2),)
     elif F.encoding == "mxfp4":
         for j in tl.static_range(PLANES):
-            sums = tl.sum(e2m1(plane(unit, j, F)) * values, axis=2)
-            products += (sums * scales[j][0] * 16384.0,)
+            products += (_e2m1_sum(unit[0], values, j) * scales[j][0],)
     else:
-        values_sum = tl.sum(values, axis=2)  # [1, SPANS]
+        values_sum = tl.sum(values[0] + values[1] + values[2] + values[3], axis=2)  # [1, SPANS]
         if F.bits == 8:
             sums = ()
             for j in tl.static_range(PLANES):
-                sums += _plane_sums(unit[j], values, values_sum, 8)
+                sums += _plane_sums(unit[j], values, values_sum, one, 8)
         elif F.bits == 3:
-            even = _plane_sums(unit[0], values, values_sum, 2)
-            odd = _plane_sums(unit[1], values, values_sum, 2)
-            high = _plane_sums(unit[2], values, values_sum, 1)
+            low = _plane_sums(unit[0], values, values_sum, one, 2)
+            next_low = _plane_sums(unit[1], values, values_sum, one, 2)
+            high = _plane_sums(unit[2], values, values_sum, one, 1)
             sums = ()
             for j in tl.static_range(4):
-                sums += (even[j] + 4.0 * high[2 * j], odd[j] + 4.0 * high[2 * j + 1])
+                sums += (low[j] + 4.0 * high[2 * j], next_low[j] + 4.0 * high[2 * j + 1])
         else:
-            sums = _plane_sums(unit[0], values, values_sum, F.bits)
+            sums = _plane_sums(unit[0], values, values_sum, one, F.bits)
         for j in tl.static_range(PLANES):
             products += ((sums[j] - scales[j][1] * values_sum) * scales[j][0],)
     return products
 
 
 @triton.jit
-def _plane_sums(packed, values, values_sum, BITS: tl.constexpr):
+def _plane_sums(words, values, values_sum, one, BITS: tl.constexpr):
     """sum(value * q) over the last axis for each of the ``8 / BITS`` planes of bytes."""
     num_planes: tl.constexpr = 8 // BITS
     totals = ()
     for j in tl.static_range(num_planes):
-        # 1 + (what the byte has from plane j down) / 2 ** (8 - j * BITS); the planes above
-        # fall among the exponent's bits, which are ones.
-        bits = (packed.to(tl.int32) << (15 + j * BITS)) | 0x3F800000
-        totals += (tl.sum(bits.to(tl.float32, bitcast=True) * values, axis=2) - values_sum,)
+        # 1 + (what the byte has from plane j down) / 2 ** (8 - j * BITS)
+        total = tl.zeros_like(words).to(tl.float32)
+        for byte in tl.static_range(4):
+            bits = _shifted(words, 15 + j * BITS - 8 * byte)
+            bits = (bits & (((1 << (8 - j * BITS)) - 1) << (15 + j * BITS))) | one
+            total += bits.to(tl.float32, bitcast=True) * values[byte]
+        totals += (tl.sum(total, axis=2) - values_sum,)
     sums = ()
     for j in tl.static_range(num_planes - 1):
         sums += (totals[j] * (1 << BITS) - totals[j + 1],)
     sums += (totals[num_planes - 1] * (1 << BITS),)
     return sums
+
+
+@triton.jit
+def _e2m1_sum(words, values, j: tl.constexpr):
+    """sum(value * weight) over the last axis for the 4-bit floats of plane ``j``, unscaled."""
+    total = tl.zeros_like(words).to(tl.float32)
+    for byte in tl.static_range(4):
+        # Two bits of exponent and one of mantissa below a float32's own, the sign in its place:
+        # right but for the exponent's bias, 127 instead of 1, subnormal 0.5 included.
+        bits = _shifted(words, 18 + 4 * j - 8 * byte) & 0x01C00000
+        bits |= _shifted(words, 24 + 4 * j - 8 * byte) & -0x80000000
+        total += bits.to(tl.float32, bitcast=True) * 2.0**126 * values[byte]
+    return tl.sum(total, axis=2)
+
+
+@triton.jit
+def _shifted(words, left: tl.constexpr):
+    return words << left if left >= 0 else words >> -left
 
 
 @triton.jit
@@ -145,6 +197,7 @@ def _experts_gemv_kernel(
     slot_of,  # [NUM_EXPERTS]
     cache,  # [num_slots, SLOT_BYTES]
     out,  # [T * k, I] if GATED, else [T, k, H]
+    one,  # ONE_BITS
     F: tl.constexpr,
     GATED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -171,7 +224,7 @@ def _experts_gemv_kernel(
             x += pair // TOP_K * F.columns
         else:
             x += pair * F.columns
-        products = gemv(x, parts, rows, F, PLANES, ROWS, SPANS)
+        products = gemv(x, parts, rows, one, F, PLANES, ROWS, SPANS)
         results = ()
         for j in tl.static_range(PLANES):
             row = rows + j * (F.rows // PLANES)
@@ -193,9 +246,15 @@ def _experts_gemv_kernel(
                 tl.store(out + rows + j * (F.rows // PLANES), result, mask=mask)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` contiguous and at an address from which four values can be read at once."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def launch_experts_gemv(
     out: Tensor,  # [T * k, I], or [T, k, H] without an activation
-    x: Tensor,  # [T, H], or [T * k, I]; contiguous
+    x: Tensor,  # [T, H], or [T * k, I]; aligned
     top_k_index: Tensor,  # [T, k], integer
     top_k_weights: Tensor,  # [T, k], floating
     slot_of: Tensor,  # [num_experts], int32
@@ -215,6 +274,7 @@ def launch_experts_gemv(
         slot_of,
         cache,
         out,
+        ONE_BITS,
         F=form,
         GATED=activation is not None,
         TOP_K=top_k_index.shape[1],

@@ -18,7 +18,7 @@ from expertd_inference.kernels.triton_form import (
     weight_form,
 )
 from expertd_inference.kernels.triton_gemm import gemm
-from expertd_inference.kernels.triton_gemv import gemv
+from expertd_inference.kernels.triton_gemv import ONE_BITS, aligned, gemv
 from expertd_inference.kernels.weights import QuantizedWeight
 
 
@@ -33,6 +33,7 @@ def _linear_gemv_kernel(
     scale_zero,
     zero_scale,
     zero_zero,
+    one,  # ONE_BITS
     F: tl.constexpr,
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
@@ -42,7 +43,7 @@ def _linear_gemv_kernel(
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     parts = (weight, scale, zero, scale_scale, scale_zero, zero_scale, zero_zero)
-    products = gemv(x + token * F.columns, parts, rows, F, PLANES, ROWS, SPANS)
+    products = gemv(x + token * F.columns, parts, rows, one, F, PLANES, ROWS, SPANS)
     out += token * F.rows
     for j in tl.static_range(PLANES):
         row = rows + j * (F.rows // PLANES)
@@ -94,6 +95,7 @@ def _launch(out: Tensor, x: Tensor, pointers: list[Tensor], form: Form) -> None:
             x,
             out,
             *pointers,
+            ONE_BITS,
             F=form,
             DTYPE=dtype,
             PLANES=planes,
@@ -140,7 +142,7 @@ def linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
             raise ValueError(f"{matrix.name}.{suffix} is on {part.device}, or strided")
         # What the kernel is not compiled to read it may be given anything for.
         pointers.append(x if part is None else part)
-    flat = x.reshape(-1, matrix.in_features).contiguous()
+    flat = aligned(x.reshape(-1, matrix.in_features))
     out = flat.new_empty(flat.shape[0], matrix.out_features)
     if flat.shape[0]:
         _launch(out, flat, pointers, form)
