@@ -20,13 +20,13 @@ Make = Callable[..., Any]
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton's interpreter is for hosts without a GPU"
 )
-NUM_TOKENS = 6
+NUM_TOKENS = 8
 PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
 def pack(packed: Make) -> Path:
-    path: Path = packed("example")
+    path: Path = packed("mixtral")
     return path
 
 
