@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 if "--fake" in sys.argv:
@@ -75,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.fake,
             tuple(options.trace or default_traces()),
         )
-        for shape in shapes:
-            report.take(shape, _shape(rig, shape, options.scheme))
+        for number, shape in enumerate(shapes, 1):
+            share = number / len(shapes) * (options.seconds - KERNELS_SECONDS)
+            report.take(shape, _shape(replace(rig, deadline=begin + share), shape, options.scheme))
     report.take("kernels", _kernels(begin + options.seconds, fake=options.fake))
     if options.json:
         print(json.dumps(report.content(), indent=1))
