@@ -88,7 +88,11 @@ def render(results: Results) -> str:
 
 _MXFP4 = """
 GPT-OSS is also tried as it is published, with its experts in MXFP4: they are kept bit for bit,
-and the logits are those of transformers, which dequantizes them."""
+and the logits are those of transformers, which dequantizes them. Checkpoints in FP8 with a scale
+per block (DeepSeek-V3) are packed as the 16-bit weights that they stand for.
+
+Checkpoints of models that also see are served as language models where transformers has one of
+them: so Qwen3.5-MoE's, whose vision part is left out, and this is tested too."""
 
 
 def _row(result: Result) -> str:

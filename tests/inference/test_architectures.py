@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 from expertd.pack.manifest import Encoding, read_manifest
 from expertd.packing.packer import Request, pack
@@ -15,8 +19,9 @@ from expertd_inference.kernels.choice import ReferenceKernels
 from expertd_inference.kernels.native import NativeKernels
 from expertd_inference.kernels.native_library import native_library
 from tests.architectures.parity import fill, load, logits
+from tests.architectures.tiny_configs import tiny_config
 from tests.inference.greedy import greedy, prompt_of
-from tests.tiny_models import CONFIGS, make_checkpoint
+from tests.tiny_models import CONFIGS, make_checkpoint, randomize, save_model
 
 Make = Callable[..., Any]
 SCHEMES = ["8bit", "4bit-fast", "paper-3bit", "paper-2bit"]
@@ -87,5 +92,27 @@ def test_sharded_checkpoints(architecture: str, tmp_path: Path) -> None:
     assert len(list(source.glob("*.safetensors"))) > 5
     pack(Request(source, tmp_path / "p", choose_scheme("bf16")))
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    prompt = prompt_of(30, seed=1)
+    assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
+
+
+def test_a_model_that_also_sees_is_served_as_a_language_model(tmp_path: Path) -> None:
+    """As Qwen3.5's checkpoints are published: its layers under another name, and a vision part."""
+    text = tiny_config(
+        "qwen3_5_moe_text",
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+    )
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
+    config = Qwen3_5MoeConfig(text_config=text.to_dict(), vision_config=vision)
+    model = Qwen3_5MoeForConditionalGeneration(config)
+    randomize(model, seed=0)
+    save_model(model.to(torch.bfloat16), tmp_path / "c")
+    said: list[str] = []
+    pack(Request(tmp_path / "c", tmp_path / "p", choose_scheme("bf16")), on_notice=said.append)
+    assert "tensors that Qwen3_5MoeForCausalLM has no place for are left out" in said[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
     prompt = prompt_of(30, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
