@@ -39,8 +39,9 @@ def expected(stock: Make) -> Callable[[str], list[int]]:
     return lambda architecture: greedy(stock(architecture), PROMPT, NUM_TOKENS)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("on_miss", list(OnMiss))
+@pytest.mark.parametrize(
+    ("on_miss", "seed"), [(on_miss, seed) for seed, on_miss in enumerate(OnMiss)]
+)
 @pytest.mark.parametrize(
     ("num_slots", "settings"),
     [
