@@ -13,7 +13,7 @@ from tests.inference.kernels.cached_layer import CachedLayer, routed
 from tests.inference.kernels.gpu import DEVICE
 
 triton_experts = pytest.importorskip("expertd_inference.kernels.triton_experts")
-fill_slots_cached = triton_experts.fill_slots_cached
+fill_slots_cached, aligned = triton_experts.fill_slots_cached, triton_experts.aligned
 
 FEW, MANY = 2, 9  # tokens: a product per pair, and tiles
 
@@ -210,6 +210,10 @@ def test_an_address_that_four_values_do_not_divide() -> None:
             out, hidden, index, weights, cache=layer.cache, slot_of=layer.slot_of, spec=layer.spec
         )
     assert torch.equal(slots[0], slots[1])
+    # Only a GPU minds such an address.
+    moved = aligned(memory[1:].view(2, 32))
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, memory[1:].view(2, 32))
 
 
 def test_no_tokens() -> None:
