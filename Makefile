@@ -7,6 +7,7 @@
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
 #   make bench   all benchmarks
+#   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-prefetch  what hints to the daemon are worth with less RAM than model (minutes)
@@ -99,6 +100,9 @@ gpu-bench:
 	@$(GPU_PYTHON) -m bench.gpu_needs
 	@$(GPU_PYTHON) hatch_build.py
 	$(GPU_PYTHON) -m bench.gpu $(GPU_BENCH)
+
+bench-kernels: setup native
+	@$(BIN)/python -m bench.kernels
 
 SECONDS ?= 3600
 soak: setup

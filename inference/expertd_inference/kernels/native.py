@@ -36,7 +36,7 @@ from expertd_inference.kernels.native_library import (
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
 from expertd_inference.kernels.weights import QuantizedWeight
 
-FUSED_TOKENS = 16
+FUSED_TOKENS = 32
 """So many tokens of one expert, or rows of one linear layer, are computed fused."""
 TILE_BYTES = 8 << 20
 """Of dequantized weights at a time: they stay in the cache until they are multiplied."""

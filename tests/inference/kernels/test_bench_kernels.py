@@ -1,0 +1,17 @@
+"""The kernels' benchmark runs; what it measures is not judged here."""
+
+import json
+
+import pytest
+
+from bench import kernels
+from expertd_inference.kernels.native_library import native_library
+
+
+@pytest.mark.skipif(native_library().library is None, reason="no native kernels")
+def test_the_kernels_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    what = "--part experts --shape qwen3-30b-a3b --precision 2g16m"
+    kernels.main(f"--json {what} --bytes 50000000 --rounds 2".split())
+    (figure,) = json.loads(capsys.readouterr().out)["figures"]
+    assert figure["ours"] > 0
+    assert figure["goal"] == "ratio >= 0.7"
