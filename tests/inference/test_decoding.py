@@ -36,6 +36,10 @@ class NeverTwice(LogitsProcessor):  # type: ignore[misc] # transformers is untyp
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores.index_fill(1, input_ids[0], -torch.inf)
 
+    def __repr__(self) -> str:
+        # In the test's name, which must be the same in every process.
+        return "NeverTwice"
+
 
 def both(model: Any, ids: torch.Tensor, seed: int = 0, **arguments: Any) -> tuple[Any, Any]:
     """What our loop gives and what transformers' gives."""
