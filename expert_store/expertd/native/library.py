@@ -6,6 +6,7 @@ where a compiler was. Whoever loads one has something slower to fall back on.
 
 import ctypes
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ class Loaded:
     reason: str = ""
 
 
-def load(path: Path, *, abi: int | None = None) -> Loaded:
+def load(path: Path, *, abi: int | None = None, functions: Iterable[str] = ()) -> Loaded:
     """The library at ``path``; its calls release the GIL.
 
     With ``abi`` its function ``expertd_abi`` must return that number: structures that it and
-    Python share may have changed since it was built.
+    Python share may have changed since it was built. It must have all ``functions``.
     """
     if os.environ.get(SWITCH) == "0":
         return Loaded(None, f"{SWITCH}=0 turns native code off")
@@ -35,11 +36,9 @@ def load(path: Path, *, abi: int | None = None) -> Loaded:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return Loaded(None, f"{path.name} cannot be loaded: {error}")
+    stale = not all(hasattr(library, name) for name in functions)
     if abi is not None:
-        try:
-            found = library.expertd_abi()
-        except AttributeError:
-            found = None
-        if found != abi:
-            return Loaded(None, f"{path.name} is of other sources; python hatch_build.py builds it")
+        stale = stale or not hasattr(library, "expertd_abi") or library.expertd_abi() != abi
+    if stale:
+        return Loaded(None, f"{path.name} is of other sources; python hatch_build.py builds it")
     return Loaded(library)

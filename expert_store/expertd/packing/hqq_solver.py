@@ -7,7 +7,7 @@ from torch import Tensor
 
 from expertd.pack.layout import Matrix
 from expertd.packing.codec import encode
-from expertd.packing.solver import cores
+from expertd.packing.cores import cores
 
 CPU_ELEMENTS = 1 << 16
 """Weights that the solver gets at a time: its dozen temporaries then stay in a core's cache,

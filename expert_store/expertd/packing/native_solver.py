@@ -14,7 +14,7 @@ from torch import Tensor
 import expertd.native
 from expertd.native.library import load
 from expertd.pack.layout import ROWS_PER_BYTE, Matrix
-from expertd.packing.solver import cores
+from expertd.packing.cores import cores
 
 LIBRARY = Path(expertd.native.__file__).with_name("libexpertd_packing.so")
 ABI = 1

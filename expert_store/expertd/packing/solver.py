@@ -4,10 +4,7 @@ All three are Half-Quadratic Quantization (Badri & Shaji, 2023): ours in native 
 authors' package ``hqq`` on the CPU where there is no native code, and ``hqq`` on a GPU.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -15,6 +12,8 @@ from torch import Tensor
 
 from expertd.errors import ConfigError, PreconditionError
 from expertd.pack.layout import Matrix
+from expertd.packing.hqq_solver import HqqSolver
+from expertd.packing.native_solver import NativeSolver
 
 
 class Solver(Protocol):
@@ -50,10 +49,6 @@ def choose_solver(device: str = "cpu") -> Choice:
 
     Raises :class:`ConfigError` for another device, :class:`PreconditionError` if it is not there.
     """
-    # Here, so that a module can import the seam and be imported by this function.
-    from expertd.packing.hqq_solver import HqqSolver
-    from expertd.packing.native_solver import NativeSolver
-
     kind, _, number = device.partition(":")
     if kind == "cuda" and (not number or number.isdecimal()):
         if int(number or 0) >= torch.cuda.device_count():
@@ -68,16 +63,3 @@ def choose_solver(device: str = "cpu") -> Choice:
     if isinstance(found, NativeSolver):
         return Choice(found)
     return Choice(HqqSolver(), f"{found}, so hqq's solver runs: it takes 50 times as long.")
-
-
-@cache
-def cores() -> ThreadPoolExecutor:
-    """A thread per core, each computing alone.
-
-    hqq is hundreds of small operations. Sharing each among all cores would mean a barrier after
-    every one, where the others spin while one is not scheduled: on two busy cores that takes 5
-    to 30 times as long. And a sum then depends on the number of threads.
-    """
-    return ThreadPoolExecutor(
-        len(os.sched_getaffinity(0)), "expertd-quantizer", lambda: torch.set_num_threads(1)
-    )

@@ -91,10 +91,19 @@ class LinearCall(ctypes.Structure):
     )
 
 
+_FUNCTIONS = tuple(
+    f"expertd_{name}"
+    for name in (
+        *("experts", "linear", "dequantize", "use_isa", "read_probe"),
+        *("rms_norm", "attend", "rotate", "route"),
+    )
+)
+
+
 @cache
 def native_library() -> Loaded:
     """The library with its functions declared, or why it is not there. Loaded once."""
-    loaded = load(PATH, abi=ABI)
+    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS)
     library = loaded.library
     if library is not None:
         library.expertd_experts.argtypes = [ctypes.c_void_p]

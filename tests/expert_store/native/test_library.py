@@ -35,6 +35,13 @@ def test_another_abi_is_refused() -> None:
 
 
 @needs_library
+def test_one_without_a_function_is_refused() -> None:
+    loaded = load(KERNELS, functions=("expertd_linear", "expertd_of_tomorrow"))
+    assert loaded.library is None
+    assert "other sources" in loaded.reason
+
+
+@needs_library
 def test_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     loaded = load(KERNELS)
