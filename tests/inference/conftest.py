@@ -7,9 +7,6 @@ from typing import Any
 
 # Before torch: tests of several processes on few cores must not spin for each other.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-if not Path("/dev/nvidiactl").exists():
-    # Triton decides when it is imported whether its kernels are compiled or interpreted.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

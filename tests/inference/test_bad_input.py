@@ -64,8 +64,9 @@ def test_what_is_no_number_stays_none(
         model = load_model(name, socket=socket, kernels=kernels, device=device)
         expected = logits_of(model, sound)
         assert expected.isfinite().all()
-        for each in (model, stock(architecture)):
-            each.get_input_embeddings().weight.data[POISON] = poison
+        embedding = stock(architecture).get_input_embeddings().weight.data
+        healthy = embedding[POISON].clone()
+        embedding[POISON] = model.get_input_embeddings().weight.data[POISON] = poison
         try:
             ours, theirs = (logits_of(each, poisoned) for each in (model, stock(architecture)))
             assert torch.equal(ours.isnan(), theirs.isnan())
@@ -75,5 +76,5 @@ def test_what_is_no_number_stays_none(
             text = model.generate(torch.tensor([poisoned]), max_new_tokens=4, do_sample=False)
             assert text.shape[1] <= len(poisoned) + 4
         finally:
-            stock(architecture).get_input_embeddings().weight.data[POISON] = 0
+            embedding[POISON] = healthy  # other tests have the same model
             model.expertd.close()

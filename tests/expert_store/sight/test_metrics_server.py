@@ -142,7 +142,7 @@ def test_scrapes_at_once_share_snapshots_and_none_is_old() -> None:
             while not source.count:
                 time.sleep(0.001)
             others = [pool.submit(get, server) for _ in range(10)]
-            time.sleep(0.2)
+            time.sleep(1)  # for all of them to have asked, on a busy machine too
             source.gate.set()
             assert "thing 1.0" in first.result()[1]
             # What was begun before they asked would be too old for them.
