@@ -189,6 +189,8 @@ class Llama:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # What is set above for us would slow it: its threads wait for each other by spinning.
+            env={k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"},
         )
         self._read()
 
