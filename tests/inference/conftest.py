@@ -1,5 +1,4 @@
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,11 +9,6 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFF
 
 import pytest
 import torch
-
-with warnings.catch_warnings():
-    # As in tests/tiny_models.py: transformers imports this deprecated part of torch.
-    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-    import torch.utils.mkldnn
 from transformers import AutoModelForCausalLM
 
 from expertd.packing.packer import Request, pack

@@ -119,6 +119,8 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
+    # With socketserver's 5, who connects as the sixth at once waits a second for a second try.
+    request_queue_size = MAX_CONNECTIONS
     server_address: tuple[str, int]
 
     def __init__(self, address: LoopbackAddress, exposition: Exposition) -> None:
