@@ -6,7 +6,7 @@
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make proto   regenerate the protobuf code
-#   make bench   all benchmarks
+#   make bench   what docs/benchmarks.md shows, measured here (20 minutes; BENCH=quick: 3)
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
@@ -72,8 +72,9 @@ proto: setup
 	$(PROTOC) --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto \
 		--mypy_grpc_out=quiet:proto $(PROTO)
 
-bench: bench-store
-	@$(BIN)/python -m bench.remote
+# BENCH=quick: three minutes, to see it work, into build/.
+bench: setup native
+	@$(BIN)/python -m bench $(if $(filter quick,$(BENCH)),--quick --out build/bench)
 
 bench-prefetch: setup native
 	@$(BIN)/python -m bench.prefetch

@@ -1,6 +1,7 @@
 """What a part of the benchmark gives: figures beside their limits.
 
-A part is a module with ``measure(bench) -> Iterator[Figure]``; :mod:`bench.store` runs them. What
+A part is a module with ``measure(bench) -> Iterator[Figure]``; :mod:`bench.store` runs the
+store's, and ``python -m bench`` all. What
 is ours and its limit are measured in turns, so that both meet the same seconds of a machine
 that drifts; each turn gives a ratio, and what is shown is their median and the middle half.
 """
@@ -26,6 +27,8 @@ class Bench:
     pack_bytes: int = 1 << 30
     traces: tuple[Path, ...] = ()
     """Routing traces to replay."""
+    quick: bool = False
+    """Everything once and small: to see it work, not to be quoted."""
 
 
 @dataclass(frozen=True)

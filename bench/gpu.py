@@ -29,8 +29,8 @@ import torch
 
 from bench import gpu_copies, gpu_decode
 from bench.figures import Figure
-from bench.gpu_host import describe_host
 from bench.gpu_rig import OutOfTimeError, Rig, loaded
+from bench.host import describe_host
 from bench.store import default_traces
 
 SHAPES = ("qwen3-30b-a3b", "mixtral-8x7b")

@@ -23,7 +23,7 @@ from rich.table import Table
 from bench.figures import Bench, Figure
 
 PARTS = ("residency", "cold", "hints", "hits", "calls", "restart")
-QUICK = {"rounds": 1, "seconds": 0.3, "pack_bytes": 4 << 20}
+QUICK = {"rounds": 1, "seconds": 0.3, "pack_bytes": 4 << 20, "quick": True}
 _FILE_COLUMNS = 150
 _ROOT = Path(__file__).resolve().parent.parent
 

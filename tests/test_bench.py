@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import prefetch, store
+from bench import __main__ as everything
+from bench import page, prefetch, store
 from bench.figures import compared, counted, quartiles
+from bench.parts import PARTS
+from bench.results import Curve, Plot, Result, Table, read_result, write_result
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("part", ["cold", "hints", "hits", "calls", "restart"])
@@ -55,3 +60,58 @@ def test_the_table_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_one_value_has_no_spread() -> None:
     assert quartiles([2.0]) == (2.0, 2.0)
+
+
+def test_a_part_leaves_a_file_and_the_page_is_made_of_it(tmp_path: Path) -> None:
+    assert everything.main(["kernels", "--quick", "--out", str(tmp_path)]) == 0
+    result = read_result(tmp_path / "benchmarks/kernels.json")
+    assert result.quick
+    assert result.figures
+    text = (tmp_path / "benchmarks.md").read_text()
+    for figure in result.figures:
+        assert f"| {figure.what} |" in text
+    assert "a quick run, not to be quoted" in text
+
+
+def test_quick_figures_never_reach_docs() -> None:
+    with pytest.raises(SystemExit, match="--out"):
+        everything.main(["kernels", "--quick"])
+
+
+def test_an_unknown_part_is_named() -> None:
+    with pytest.raises(SystemExit, match="no part 'kernel': there are kernels"):
+        everything.main(["kernel"])
+
+
+def test_results_and_plots_are_written_alike_twice(tmp_path: Path) -> None:
+    plot = Plot("p", "A plot", "x", "y", (Curve("a", (1, 2), (3, 4), (2, 3), (4, 5)),))
+    bars = Plot("b", "Bars", "", "y", (Curve("a", (0, 1), (3, 4)),), ticks=("one", "two"))
+    result = Result("kernels", {"cpu": "x"}, "abc", "2026-01-01", "python -m bench kernels")
+    for what in (
+        counted("kernels", "a | b", "us", [9.0], at_most=5),
+        Table("T", ("a", "b"), (("1", "2"),), "note"),
+        plot,
+        bars,
+        "llama.cpp: not installed",
+    ):
+        result.add(what)
+    write_result(result, tmp_path / "benchmarks")
+    assert read_result(tmp_path / "benchmarks/kernels.json") == result
+    text = page.write_page(tmp_path).read_text()
+    assert "0 of 1 are met. Missed:" in text
+    assert "a \\| b" in text
+    assert "- llama.cpp: not installed" in text
+    pictures = {file.name: file.read_bytes() for file in tmp_path.glob("benchmarks/*.svg")}
+    assert set(pictures) == {"p.svg", "b.svg"}
+    assert page.write_page(tmp_path).read_text() == text
+    assert pictures == {file.name: file.read_bytes() for file in tmp_path.glob("benchmarks/*.svg")}
+
+
+def test_the_page_in_docs_is_made_of_its_results() -> None:
+    results = [ROOT / "docs/benchmarks" / f"{name}.json" for name in PARTS]
+    found = [read_result(file) for file in results if file.exists()]
+    assert not any(result.quick for result in found)
+    gpu_pages = sorted((ROOT / "docs/benchmarks").glob("gpu-*.md"))
+    assert (ROOT / "docs/benchmarks.md").read_text() == page.render(found, gpu_pages), (
+        "docs/benchmarks.md is stale: run python -m bench --page"
+    )

@@ -1,4 +1,4 @@
-"""What a host with a GPU is, for the head of its figures."""
+"""What a host is, for the head of its figures."""
 
 import importlib.metadata
 import os
@@ -30,7 +30,7 @@ def describe_host() -> dict[str, str]:
         properties = torch.cuda.get_device_properties(0)
         host["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         host["CUDA of torch"] = str(torch.version.cuda)
-    host["nvidia-smi"] = _nvidia_smi()
+        host["nvidia-smi"] = _nvidia_smi()
     return host
 
 
