@@ -5,7 +5,8 @@
 #   make test    all tests, in JOBS=3 processes
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
-#   make proto   regenerate the protobuf code
+#   make docs    the pages of docs as a site in build/docs, their links checked
+#   make proto   regenerate the protobuf code, and docs/rpc.md
 #   make bench   what docs/benchmarks.md shows, measured here (20 minutes; BENCH=quick: 3)
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
@@ -27,7 +28,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy proto bench bench-prefetch bench-store bench-decode bench-quantize gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-quantize gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -53,7 +54,7 @@ JOBS ?= 3
 test: setup native
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-check: setup
+check: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -68,9 +69,14 @@ check: setup
 check-deploy:
 	@deploy/check
 
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "The site is build/docs/index.html."
+
 proto: setup
 	$(PROTOC) --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto \
 		--mypy_grpc_out=quiet:proto $(PROTO)
+	$(BIN)/python docs/rpc_reference.py $(PROTO) > docs/rpc.md
 
 # BENCH=quick: three minutes, to see it work, into build/.
 bench: setup native

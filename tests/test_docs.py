@@ -1,0 +1,59 @@
+"""The pages of docs: made freshly where they are made, and true to the source they quote."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("expert_store", "client", "inference")
+GAP = "…"
+
+
+def test_the_rpc_reference_is_what_the_proto_says() -> None:
+    spec = importlib.util.spec_from_file_location("rpc_reference", ROOT / "docs/rpc_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.render(ROOT / "proto/expertstore/v1/expert_store.proto")
+    assert (ROOT / "docs/rpc.md").read_text() == page, "docs/rpc.md is stale: run make proto"
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = set(re.findall(r"^([a-z-]+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE))
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages == listed & pages
+    assert listed == pages
+
+
+def quoted() -> list[str]:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    return re.findall(r"^> (.*)$", page, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[str]:
+    """All that the source may say, with gaps for what is put in."""
+    found = []
+    for package in SOURCES:
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    parts = (
+                        part.value if isinstance(part, ast.Constant) else GAP
+                        for part in node.values
+                    )
+                    found.append("".join(map(str, parts)))
+    return found
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_a_message_in_troubleshooting_is_one_of_ours(message: str, sentences: list[str]) -> None:
+    pieces = [piece.strip(" ,;:") for piece in message.split(GAP)]
+    pattern = re.compile(".*".join(re.escape(piece) for piece in pieces if piece), re.DOTALL)
+    assert any(pattern.search(sentence) for sentence in sentences), message
