@@ -10,7 +10,6 @@ Example: python -m bench.kernels --shape mixtral-8x7b --precision 4g64 --json
 """
 
 import argparse
-import ctypes
 import json
 import mmap
 import os
@@ -18,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy
 import torch
@@ -36,11 +34,11 @@ from expertd_inference.kernels.native import NativeKernels
 from expertd_inference.kernels.native_library import native_library
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertd_inference.probes import READ_FORMS
 
 SHAPES = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}  # H, I, top k
 GOALS = {"4g64": 0.85, "3g64m": 0.7, "2g16m": 0.7, "8g128": None, "mxfp4": None, "16": None}
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 64)
-READ_FORMS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 4096)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,12 +96,8 @@ class SharedMemory:
             self._writable[start : start + len(piece)] = piece[: self.num_bytes - start]
         self._mapped = mmap.mmap(fd, self.num_bytes, prot=mmap.PROT_READ)
         os.close(fd)
-        self._read = native_library().library
-        if self._read is None:
-            raise SystemExit(f"bench.kernels: {native_library().reason}")
-        self._read.expertd_read_probe.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
-        ]
+        if reason := native_library().reason:
+            raise SystemExit(f"bench.kernels: {reason}")
         self.address = numpy.frombuffer(self._mapped, dtype=numpy.uint8).ctypes.data
         self.arena = ArenaTensors(self.address, self.num_bytes)
         self._next = 0
@@ -132,8 +126,7 @@ class SharedMemory:
         self._next = (self._next + num_bytes) % (self.num_bytes - num_bytes + 1)
         place = self.address + self._next // 64 * 64
         threads = torch.get_num_threads()
-        read: Any = self._read
-        seconds = timed(lambda: read.expertd_read_probe(place, num_bytes, *form, threads))
+        seconds = timed(lambda: native.read_memory(place, num_bytes, threads, *form))
         return num_bytes / seconds / 1e9
 
 

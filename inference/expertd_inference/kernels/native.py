@@ -279,6 +279,20 @@ def use_isa(name: str | None) -> str | None:
     return None if used is None else used.decode()
 
 
+def read_memory(
+    address: int, num_bytes: int, threads: int, streams: int = 4, ahead: int = 0
+) -> None:
+    """Reads memory and does nothing else: what the kernels' rates are compared with.
+
+    In lines of 64 bytes at ``streams`` (1, 2 or 4) places at once, each with a prefetch ``ahead``
+    bytes ahead unless that is 0. Raises PreconditionError if the library is not there.
+    """
+    loaded = native_library()
+    if loaded.library is None:
+        raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
+    loaded.library.expertd_read_probe(address, num_bytes, streams, ahead, threads)
+
+
 def matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
     """The weight for the kernels, or None if they do not know it. It must outlive the result."""
     parts = weight.parts.values()

@@ -113,6 +113,9 @@ def native_library() -> Loaded:
             *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
         ]
         library.expertd_dequantize.restype = None
+        library.expertd_read_probe.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
+        ]
         library.expertd_use_isa.argtypes = [ctypes.c_char_p]
         library.expertd_use_isa.restype = ctypes.c_char_p
     return loaded
