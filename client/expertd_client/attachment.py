@@ -4,12 +4,13 @@ import os
 import socket
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Protocol
 
 from expertd.errors import PreconditionError
 from expertd.shared.greeting import Greeting
-from expertd.shared.handshake import MAX_PACKET_BYTES, NUDGE
+from expertd.shared.handshake import MAX_PACKET_BYTES, NUDGE, encode_hint
 from expertd_client.mapping import Mapping
 
 KEEP_SECONDS = 5.0
@@ -74,6 +75,15 @@ class Attachment:
     def connected(self) -> bool:
         """Whether the daemon that attached this session is there and keeps it."""
         return self._connected
+
+    def hint(self, entries: Sequence[int]) -> None:
+        """Says which directory entries are wanted next, in place of the last hint.
+
+        Waits for nothing: where the daemon has not taken in many earlier ones, or is gone, this
+        one is not sent.
+        """
+        with suppress(OSError):
+            self._control.send(encode_hint(entries), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def close(self) -> None:
         """Ends the session; a second call does nothing."""

@@ -127,6 +127,17 @@ class BaseSession:
         self._mapping.check_attached()
         return self._mapping.anything_absent()
 
+    def hint(self, experts: Sequence[tuple[int, int]]) -> None:
+        """Says which (layer, expert) pairs are wanted next, likeliest first; waits for nothing.
+
+        What ``prefetch`` does without an answer, for who hints at every layer: it costs a system
+        call. It supersedes what an older hint has not begun, also if it names no experts. May be
+        called while a lease is held. Does nothing in a session that has copies or is over, which
+        who acquires learns, too. Raises NotFoundError.
+        """
+        entries = [self._entries_of(layer, (expert,))[0] for layer, expert in experts]
+        self._attachment.hint(entries)
+
     def hold(self) -> Lease:
         """A lease of nothing yet, to look resident experts up with :meth:`Lease.find`.
 

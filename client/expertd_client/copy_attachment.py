@@ -1,6 +1,7 @@
 """A session's tie to a daemon whose memory it does not share: records come as copies."""
 
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 
 from expertd.shared.greeting import Greeting
@@ -52,6 +53,9 @@ class CopyAttachment:
             if ended:
                 self.hang_up()
         return self._connected
+
+    def hint(self, entries: Sequence[int]) -> None:
+        """Nothing: the daemon's disk is not what readers of copies wait for."""
 
     def hang_up(self) -> None:
         """Ends the session and keeps the records; a second call does nothing."""

@@ -74,7 +74,11 @@ class Store:
         self.loop_lag = Histogram()
         """How much later than it was due the event loop ran the daemon's pulse."""
         self._loop = asyncio.get_running_loop()
-        self.loader = Loader(config.loader_threads, staged=not arena.huge_page_bytes)
+        self.loader = Loader(
+            config.loader_threads,
+            staged=not arena.huge_page_bytes,
+            hint_depth=config.hint_depth,
+        )
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -96,7 +100,14 @@ class Store:
             self.slots.refresh,
             config.fetch_seconds,
         )
-        self.records = Records(arena, self.slots, self.loader, self.quotas, config.fetch_seconds)
+        self.records = Records(
+            arena,
+            self.slots,
+            self.loader,
+            self.quotas,
+            config.fetch_seconds,
+            config.hint_depth,
+        )
         self._scrubber = Scrubber(arena, self.models, self.loader, config.scrub_bytes_per_second)
 
     def __repr__(self) -> str:

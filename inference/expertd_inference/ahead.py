@@ -6,8 +6,7 @@ hint, so that reading from disk and computing overlap (Eliseev & Mazur, arXiv 23
 section 3.2). A hint never changes a result.
 """
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -28,56 +27,8 @@ class HintTarget(Protocol):
     def anything_absent(self) -> bool:
         """Whether any expert of the model is not resident just now; costs no call."""
 
-    def prefetch(self, experts: Sequence[Pair]) -> int:
-        """Sends a hint; it supersedes what an older one has not begun."""
-
-
-class HintSender:
-    """Sends hints from a thread of its own, so that nobody who computes waits for a call.
-
-    One is under way at a time, and of those that come meanwhile only the newest is sent.
-    """
-
-    def __init__(self, send: Callable[[Sequence[Pair]], object]) -> None:
-        """The thread starts with the first hint. ``send`` may raise ExpertdError."""
-        self._send = send
-        self._newest: Sequence[Pair] | None = None
-        self._wake = threading.Condition()
-        self._closing = False
-        self._thread: threading.Thread | None = None
-
-    def put(self, pairs: Sequence[Pair]) -> None:
-        """Has ``pairs`` sent soon, unless newer ones come first; returns at once."""
-        with self._wake:
-            if self._closing:
-                return
-            self._newest = pairs
-            if self._thread is None:
-                # A daemon thread: a call that hangs must not hold up the process's exit.
-                self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
-                self._thread.start()
-            self._wake.notify()
-
-    def close(self) -> None:
-        """Sends no more; a second call does nothing."""
-        with self._wake:
-            self._closing = True
-            self._newest = None
-            self._wake.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while self._newest is None and not self._closing:
-                    self._wake.wait()
-                if self._newest is None:
-                    return
-                pairs, self._newest = self._newest, None
-            try:
-                self._send(pairs)
-            except ExpertdError:
-                # Whatever it is, who fetches meets it too, and can do something about it.
-                continue
+    def hint(self, experts: Sequence[Pair]) -> None:
+        """Sends a hint without waiting; it supersedes what an older one has not begun."""
 
 
 class RouterAhead:
@@ -102,7 +53,8 @@ class RouterAhead:
         self._target = target
         self._num_experts = num_experts
         self._book = HintBook(layers, num_layers)
-        self._sender = HintSender(target.prefetch)
+        self._sent = False
+        """Whether the last hint names anything that the daemon may still be about to read."""
         self._idle = False
         self._misses = -1
 
@@ -110,10 +62,6 @@ class RouterAhead:
     def stats(self) -> HintStats:
         """What became of the hints so far."""
         return self._book.stats
-
-    def close(self) -> None:
-        """Hints no more; a second call does nothing."""
-        self._sender.close()
 
     def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:  # [T, H], [T, k]
         """``layer`` is about to compute: counts what was hinted for it, and hints for the next."""
@@ -138,9 +86,11 @@ class RouterAhead:
         }
         wanted = [(ahead, expert) for ahead, experts in foreseen.items() for expert in experts]
         hint = self._target.absent(wanted)
-        if hint:
+        if hint or self._sent:
+            # One that names nothing drops what was guessed for this layer and not begun.
             self._book.issue(hint)
-            self._sender.put(hint)
+            self._target.hint(hint)
+            self._sent = bool(hint)
 
     def _begin_step(self) -> None:
         misses = self._target.nvme_misses
@@ -150,7 +100,12 @@ class RouterAhead:
         self._idle = not self._target.anything_absent()
 
     def _foresee(self, router: Router, hidden: Tensor) -> Sequence[int]:
-        if self._num_experts is None or len(hidden) > 1:
+        if len(hidden) > 1:
             return router.foreseen(hidden)
-        likeliest: list[int] = router.likeliest(hidden, self._num_experts).tolist()
-        return likeliest
+        likeliest = (
+            router.chosen(hidden)[0]
+            if self._num_experts is None
+            else router.likeliest(hidden, self._num_experts)
+        )
+        experts: list[int] = likeliest.tolist()
+        return experts

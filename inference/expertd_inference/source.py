@@ -80,8 +80,8 @@ class HeldSource(ExpertSource, Protocol):
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[HeldLease]:
         """As :meth:`ExpertSource.waves`."""
 
-    def prefetch(self, experts: Sequence[tuple[int, int]]) -> int:
-        """Hints which (layer, expert) pairs are wanted next, likeliest first."""
+    def hint(self, experts: Sequence[tuple[int, int]]) -> None:
+        """Says which (layer, expert) pairs are wanted next, likeliest first; waits for nothing."""
 
     def before_unmapping(self, call: Callable[[], None]) -> None:
         """Has ``call`` called before the arena that is mapped now is unmapped."""

@@ -138,8 +138,6 @@ class Worker:
 
     def close(self) -> None:
         """Ends the session; its leases are free at once."""
-        if self._ahead is not None:
-            self._ahead.close()
         self._runner.close()
         self._attachment.close()
 

@@ -95,6 +95,22 @@ def test_prefetch_then_hit(store: Client) -> None:
         assert (session.host_hits, session.nvme_misses) == (2, 0)
 
 
+def test_a_hint_waits_for_no_answer(mortal: Daemon) -> None:
+    with Client(mortal.socket) as store, store.attach("m") as session:
+        mortal.signal(signal.SIGSTOP)
+        try:
+            for expert in range(2000):  # more than a socket takes
+                session.hint([(0, expert % 8)])
+        finally:
+            mortal.signal(signal.SIGCONT)
+        with session.acquire(2, [0]):
+            session.hint([(2, 4), (2, 5)])  # while holding, too
+            eventually(lambda: not session.absent([(2, 4), (2, 5)]))
+        with pytest.raises(NotFoundError):
+            session.hint([(0, 99)])
+    session.hint([(0, 0)])  # over: nothing happens
+
+
 def test_pin_keeps_resident(pack: Path) -> None:
     with (
         serving({"m": pack}, ram=8 * RECORD_BYTES) as daemon,

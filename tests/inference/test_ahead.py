@@ -1,6 +1,5 @@
-"""Hints while a layer computes: when they are given, by whom they are sent, what they leave."""
+"""Hints while a layer computes: when they are given, and what they leave."""
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ from transformers import AutoTokenizer
 from expertd.errors import UnavailableError
 from expertd.pack.manifest import read_manifest
 from expertd_inference import load_model
-from expertd_inference.ahead import HintSender, RouterAhead
+from expertd_inference.ahead import RouterAhead
 from expertd_inference.hints import HintStats, Pair
 from expertd_inference.settings import DeviceSettings
 from tests.daemon import serving
-from tests.expert_store.serving.watching import eventually
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]
@@ -44,9 +42,8 @@ class Target:
         self.looked += 1
         return bool(self.gone)
 
-    def prefetch(self, experts: Sequence[Pair]) -> int:
+    def hint(self, experts: Sequence[Pair]) -> None:
         self.sent.append(list(experts))
-        return len(experts)
 
 
 @dataclass
@@ -55,6 +52,10 @@ class FixedRouter:
 
     experts: list[int]
     asked: int = 0
+
+    def chosen(self, hidden: Tensor) -> Tensor:
+        self.asked += 1
+        return torch.tensor([self.experts])
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:
         self.asked += 1
@@ -74,38 +75,33 @@ def test_what_is_absent_of_the_next_layer_is_hinted() -> None:
     routers = {layer: FixedRouter([3, 4, 5]) for layer in range(3)}
     ahead = ahead_of(target, routers)
     ahead.begin(0, ONE, CHOSEN)
-    eventually(lambda: target.sent == [[(1, 3)]])
+    assert target.sent == [[(1, 3)]]
     target.gone.clear()
     ahead.begin(1, ONE, torch.tensor([[3, 7]]))
     ahead.begin(2, ONE, CHOSEN)
     assert ahead.stats == HintStats(issued=1, useful=1)
-    assert target.sent == [[(1, 3)]], "what is resident costs no call"
-    ahead.close()
+    assert target.sent == [[(1, 3)], []], "what is resident is not hinted at"
 
 
 def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
     target = Target({(layer, expert) for layer in range(3) for expert in range(8)})
     ahead = ahead_of(target, {2: FixedRouter([5, 6, 7]), 1: FixedRouter([1, 2, 3])}, num_layers=2)
     ahead.begin(0, torch.zeros(9, 4), CHOSEN)
-    eventually(lambda: target.sent == [[(1, 1), (1, 2), (1, 3), (2, 5), (2, 6), (2, 7)]])
-    ahead.close()
+    assert target.sent == [[(1, 1), (1, 2), (1, 3), (2, 5), (2, 6), (2, 7)]]
 
 
 def test_nothing_is_asked_while_all_is_resident() -> None:
-    before = set(threading.enumerate())
     target, router = Target(set()), FixedRouter([0, 1])
     ahead = ahead_of(target, {1: router, 2: router})
     for _ in range(3):
         for layer in range(3):
             ahead.begin(layer, ONE, CHOSEN)
     assert (router.asked, target.looked, target.sent) == (0, 1, [])
-    assert not [each for each in set(threading.enumerate()) - before if each.name == "hints"]
     target.gone, target.nvme_misses = {(1, 0)}, 1
     for layer in range(3):
         ahead.begin(layer, ONE, CHOSEN)
     assert router.asked == 2
-    eventually(lambda: target.sent == [[(1, 0)]])
-    ahead.close()
+    assert target.sent == [[(1, 0)], []]
 
 
 def test_a_session_that_is_over_is_somebody_else_s_to_mend() -> None:
@@ -118,43 +114,15 @@ def test_a_session_that_is_over_is_somebody_else_s_to_mend() -> None:
     ahead_of(target, {1: FixedRouter([0])}).begin(0, ONE, CHOSEN)
 
 
-def test_one_hint_is_under_way_and_of_the_others_only_the_newest_is_sent() -> None:
-    sent: list[Sequence[Pair]] = []
-    begun, go_on = threading.Event(), threading.Event()
-
-    def send(pairs: Sequence[Pair]) -> None:
-        sent.append(pairs)
-        begun.set()
-        assert go_on.wait(20)
-
-    sender = HintSender(send)
-    sender.put([(0, 0)])
-    assert begun.wait(20)
-    for expert in range(1, 5):
-        sender.put([(0, expert)])
-    assert sent == [[(0, 0)]]
-    go_on.set()
-    eventually(lambda: sent == [[(0, 0)], [(0, 4)]])
-    sender.close()
-    sender.close()
-
-
-def test_a_hint_that_fails_is_not_the_last() -> None:
-    before = set(threading.enumerate())
-    sent: list[Sequence[Pair]] = []
-
-    def send(pairs: Sequence[Pair]) -> None:
-        sent.append(pairs)
-        raise UnavailableError("gone")
-
-    sender = HintSender(send)
-    for number in range(2):
-        sender.put([(number, 0)])
-        eventually(lambda number=number: len(sent) == number + 1)  # type: ignore[misc]
-    sender.close()
-    eventually(lambda: "hints" not in {each.name for each in set(threading.enumerate()) - before})
-    sender.put([(2, 0)])
-    assert len(sent) == 2, "closed"
+def test_a_hint_that_has_had_its_layer_is_taken_back() -> None:
+    """What of it was not begun was a wrong guess, or is asked for now."""
+    target = Target({(1, 3)})
+    ahead = ahead_of(target, {1: FixedRouter([3]), 2: FixedRouter([4])})
+    ahead.begin(0, ONE, CHOSEN)
+    ahead.begin(1, ONE, torch.tensor([[5, 6]]))
+    ahead.begin(2, ONE, CHOSEN)
+    assert target.sent == [[(1, 3)], []]
+    assert ahead.stats == HintStats(issued=1, wasted=1)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])

@@ -110,19 +110,20 @@ class Loader:
     For an arena without huge pages: its memory lies scattered in the host's RAM, and some disks
     read into thousands of small pieces at less than half their speed (docs/store-speed.md).
 
-    A demanded read is delayed by at most one hinted record: hinted ones are read one at a time,
-    and none is begun while a demanded one waits or is read. Checks of what is in the arena come
-    last, one at a time too.
+    A hinted read is begun only where no demanded one waits and fewer than ``hint_depth`` reads of
+    either kind are under way: so many share the disk with a demanded one at worst. One thread is
+    kept for demand, if there are two. Checks of what is in the arena come last, one at a time.
     """
 
-    def __init__(self, num_threads: int, *, staged: bool = False) -> None:
+    def __init__(self, num_threads: int, *, staged: bool = False, hint_depth: int = 2) -> None:
+        self._hint_depth, self._max_hints = hint_depth, max(1, num_threads - 1)
         self._staged, self._of_thread = staged, threading.local()
         self._urgent: deque[ReadJob] = deque()
         self._hinted: deque[ReadJob] = deque()
         self._probes: deque[Callable[[], object]] = deque()
         self._checks: deque[Callable[[], object]] = deque()
-        self._reading_hint = self._checking = False
-        self._num_reading = 0
+        self._checking = False
+        self._num_reading = self._num_hints_read = 0
         self._wake = threading.Condition()
         self._closing = False
         self._threads = [
@@ -208,8 +209,8 @@ class Loader:
                 if self._urgent:
                     self._num_reading += 1
                     return partial(self._read, _next_run(self._urgent))
-                if self._hinted and not self._reading_hint and not self._num_reading:
-                    self._reading_hint = True
+                if self._hinted and self._may_read_hint():
+                    self._num_hints_read += 1
                     return partial(self._read_hint, self._hinted.popleft())
                 if self._checks and not self._checking and not self._hinted:
                     self._checking = True
@@ -217,17 +218,24 @@ class Loader:
                 self._wake.wait()
         return None
 
-    # Who ends one of these looks for the next itself, so nobody else has to be woken.
+    def _may_read_hint(self) -> bool:
+        reading = self._num_reading + self._num_hints_read
+        return reading < self._hint_depth and self._num_hints_read < self._max_hints
+
+    # Who ends one of these looks for the next itself, so nobody else has to be woken, but for a
+    # second hint: there may be room for two once several demanded reads have ended.
 
     def _read(self, run: Sequence[ReadJob]) -> None:
         read_run(run, self._of_thread.stage)
         with self._wake:
             self._num_reading -= 1
+            if len(self._hinted) > 1:
+                self._wake.notify()
 
     def _read_hint(self, job: ReadJob) -> None:
         read_run([job], self._of_thread.stage)
         with self._wake:
-            self._reading_hint = False
+            self._num_hints_read -= 1
 
     def _check(self, check: Callable[[], object]) -> None:
         check()

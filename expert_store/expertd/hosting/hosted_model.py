@@ -218,6 +218,12 @@ class HostedModel:
             )
         return row[1] + expert
 
+    def check_entries(self, entries: Sequence[int]) -> Sequence[int]:
+        """``entries``, if the model has them all. Raises :class:`NotFoundError`."""
+        if entries and max(entries) >= self.num_entries:
+            raise NotFoundError(f"{self.name} has no expert of entry {max(entries)}.")
+        return entries
+
     def expert(self, entry: int) -> tuple[int, int]:
         """The (layer, expert) of an entry."""
         return self._experts[entry]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,9 +14,9 @@ from expertd.hosting.slots import Slots
 from expertd.log import log_failure
 from expertd.shared.extents import Extent
 
-_MAX_LOADS = 2  # one that is read, and one for the loader to go on with
-_RETRIES = 20
-_RETRY_SECONDS = 0.001
+_TRIES = 20
+_FIRST_PAUSE_SECONDS = 0.0002
+_LONGEST_PAUSE_SECONDS = 0.002
 
 
 class StartLoad(Protocol):
@@ -30,44 +31,44 @@ class StartLoad(Protocol):
 class _Hint:
     session: Session
     priority: int
-    number: int
     entries: deque[int]
+    num_failures: int = 0
 
 
 class Prefetcher:
-    """One pending hint per session; the highest priority, then the newest, goes first."""
+    """One pending hint per session; of the highest priority the sessions take turns, read by read.
 
-    def __init__(self, slots: Slots, start_load: StartLoad, loader: Loader) -> None:
+    ``depth`` reads may be under way and as many queued behind them, so that the loader has the
+    next at hand, and yet a hint that comes waits for few of others.
+    """
+
+    def __init__(self, slots: Slots, start_load: StartLoad, loader: Loader, depth: int) -> None:
         self._slots, self._start_load, self._loader = slots, start_load, loader
+        self._max_loads = 2 * depth
         self._hints: dict[Session, _Hint] = {}
         self._loads: dict[Load, Session] = {}
-        self._models: dict[Load, HostedModel] = {}
-        self._count = 0
+        self._turns: dict[Session, int] = {}
+        """Per session, the number of its last turn."""
+        self._num_turns = 0
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
     def hint(self, session: Session, entries: list[int], priority: int) -> int:
         """Replaces the session's hint; returns how many of it are neither resident nor loading."""
         model = session.model
-        self.drop(session)
+        self._supersede(session, set(entries))
         absent = [e for e in entries if not model.is_resident(e) and e not in model.loads]
         if absent:
-            self._count += 1
-            self._hints[session] = _Hint(session, priority, self._count, deque(absent))
+            self._hints[session] = _Hint(session, priority, deque(absent))
+            # For these, and as many of the next hint, which may find the worker reading.
+            self._slots.make_spare(model, 2 * len(absent))
             self._wake.set()
         return len(absent)
 
     def drop(self, session: Session) -> None:
         """Forgets what the session hinted at and nobody has begun to read."""
-        self._hints.pop(session, None)
-        for load in [load for load, owner in self._loads.items() if owner is session]:
-            # A load that demand has joined is no longer a hint's to withdraw.
-            if load.hinted and self._loader.withdraw(load.job):
-                model = self._models[load]
-                del model.loads[load.entry]
-                self._slots.free(load.extent)
-                model.counters.prefetch_withdrawn += 1
-                load.done.set_result("it was a hint that a newer one superseded")
+        self._supersede(session, ())
+        self._turns.pop(session, None)
 
     async def close(self) -> None:
         """Stops; twice is harmless."""
@@ -75,51 +76,81 @@ class Prefetcher:
         with suppress(asyncio.CancelledError):
             await self._task
 
+    def _supersede(self, session: Session, wanted: Collection[int]) -> None:
+        self._hints.pop(session, None)
+        for load in [load for load, owner in self._loads.items() if owner is session]:
+            # A load that demand has joined is no longer a hint's to withdraw.
+            if load.entry in wanted or not load.hinted or not self._loader.withdraw(load.job):
+                continue
+            model = session.model
+            del model.loads[load.entry]
+            self._slots.free(load.extent)
+            model.counters.prefetch_withdrawn += 1
+            load.done.set_result("it was a hint that a newer one superseded")
+
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            num_failed, pause = 0, _FIRST_PAUSE_SECONDS
             while self._hints:
-                hint = max(self._hints.values(), key=lambda hint: (hint.priority, hint.number))
-                if not hint.entries:
-                    del self._hints[hint.session]
-                    continue
-                while len(self._loads) >= _MAX_LOADS:
+                while len(self._loads) >= self._max_loads:
                     await asyncio.wait(
                         [load.done for load in self._loads], return_when=asyncio.FIRST_COMPLETED
                     )
+                if not self._hints:
+                    break
+                hint = self._next()
                 try:
-                    await self._load_next(hint)
+                    has_room = await self._load_next(hint)
                 except Exception:  # a bug of ours, which must not end all prefetching
                     log_failure("prefetching")
+                    has_room = True
                     hint.entries.clear()
+                if has_room:
+                    num_failed, pause = 0, _FIRST_PAUSE_SECONDS
+                elif (num_failed := num_failed + 1) >= len(self._hints):
+                    await asyncio.sleep(pause)
+                    num_failed, pause = 0, min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _load_next(self, hint: _Hint) -> None:
-        """Starts the read of the hint's next expert, or gives it up for want of room."""
-        for _ in range(_RETRIES):
-            async with self._slots.turn():
-                if self._hints.get(hint.session) is not hint:
-                    return  # superseded, or its session is gone
-                model = hint.session.model
+    def _next(self) -> _Hint:
+        """Whose turn it is."""
+        hint = min(
+            self._hints.values(),
+            key=lambda hint: (-hint.priority, self._turns.get(hint.session, 0)),
+        )
+        self._num_turns += 1
+        self._turns[hint.session] = self._num_turns
+        return hint
+
+    async def _load_next(self, hint: _Hint) -> bool:
+        """Starts the read of the hint's next expert; False if there is no room for it.
+
+        A hint for which there is none again and again is given up.
+        """
+        async with self._slots.turn():
+            if self._hints.get(hint.session) is not hint:
+                return True  # superseded, or its session is gone
+            model = hint.session.model
+            has_room = True
+            if hint.entries:
                 entry = hint.entries[0]
-                if model.is_resident(entry) or entry in model.loads:
+                if not model.is_resident(entry) and entry not in model.loads:
+                    has_room = self._try_load(hint, model, entry)
+                if has_room:
                     hint.entries.popleft()
-                    return
-                extent = self._slots.try_reserve(model, entry)
-                if extent is not None:
-                    hint.entries.popleft()
-                    load = self._start_load(model, entry, extent, hinted=True)
-                    model.counters.prefetch_queued += 1
-                    self._remember(load, model, hint.session)
-                    return
-            await asyncio.sleep(_RETRY_SECONDS)
-        hint.entries.clear()
+            if not hint.entries or hint.num_failures >= _TRIES:
+                del self._hints[hint.session]
+            return has_room
 
-    def _remember(self, load: Load, model: HostedModel, session: Session) -> None:
-        self._loads[load] = session
-        self._models[load] = model
-        load.done.add_done_callback(lambda _: self._forget(load))
-
-    def _forget(self, load: Load) -> None:
-        self._loads.pop(load, None)
-        self._models.pop(load, None)
+    def _try_load(self, hint: _Hint, model: HostedModel, entry: int) -> bool:
+        extent = self._slots.try_reserve(model, entry)
+        if extent is None:
+            hint.num_failures += 1
+            return False
+        hint.num_failures = 0
+        load = self._start_load(model, entry, extent, hinted=True)
+        model.counters.prefetch_queued += 1
+        self._loads[load] = hint.session
+        load.done.add_done_callback(lambda _: self._loads.pop(load, None))
+        return True

@@ -45,6 +45,7 @@ class Records:
         loader: Loader,
         quotas: Quotas,
         fetch_seconds: float,
+        hint_depth: int,
     ) -> None:
         self._arena, self._slots, self._loader = arena, slots, loader
         self._quotas = quotas
@@ -52,7 +53,7 @@ class Records:
         self._loop = asyncio.get_running_loop()
         self._finished: deque[tuple[HostedModel, int, str | None]] = deque()
         self._finishing = False
-        self._prefetcher = Prefetcher(slots, self._start_load, loader)
+        self._prefetcher = Prefetcher(slots, self._start_load, loader, hint_depth)
 
     async def fetch(self, session: Session, entries: Sequence[int], number: int) -> int:
         """Makes records resident and leases them to the session under ``number``.

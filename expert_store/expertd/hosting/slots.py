@@ -26,6 +26,7 @@ from expertd.shared.extents import Extent, Extents
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.002
 _LOOK_AGAIN_SECONDS = 0.05
+_SPARE_SHARE = 4
 
 
 class Slots:
@@ -143,9 +144,9 @@ class Slots:
     def try_reserve(self, model: HostedModel, entry: int) -> Extent | None:
         """An extent for a hinted record, if there is one now.
 
-        A hint takes nothing from a running step: only records are evicted that their model's
-        last tokens did not use, one for each session and one more. Their bytes come free when
-        the readers have moved on, so a later try may succeed where this one did not.
+        A hint takes nothing from a running step: only records are evicted that the steps of their
+        model's last tokens, one for each session and one more, can spare. Their bytes come free
+        when the readers have moved on, so a later try may succeed where this one did not.
         """
         size = model.record_bytes(entry)
         if self.budget.over_max(model, size):
@@ -165,6 +166,21 @@ class Slots:
         if extent is None:
             self._nudge()
         return extent
+
+    def make_spare(self, model: HostedModel, num_records: int) -> None:
+        """Evicts ahead of hints, as :meth:`try_reserve` does, so that such reads find room at once.
+
+        A worker gives up what it reads only at its layer's end: who evicts when a hint has come
+        waits for that, and reads while nobody computes any more. At most a
+        ``1 / _SPARE_SHARE`` of the budget is kept so.
+        """
+        size = model.max_record_bytes
+        count = min(num_records, self.budget.num_bytes // _SPARE_SHARE // size)
+        if self.extents.bytes_free + self._retired_bytes() >= count * size:
+            return
+        self.refresh()
+        while count and not self._evict_for(model, [size] * count, sparing_steps=True):
+            count //= 2
 
     def trim(self, model: HostedModel) -> None:
         """Evicts what a lowered maximum does not allow, as far as nobody holds it."""
@@ -240,11 +256,14 @@ class Slots:
             places = other.places_of(coldest)
             owners.append(np.full(len(coldest), number))
             entries.append(coldest)
-            heat.append(other.heat.of(coldest))
+            if len(models) > 1:  # else they are in order
+                heat.append(other.heat.of(coldest))
             offsets.append(places[0])
             lengths.append(places[1])
         # Stable: within a model the order stays. Nearly sorted, so quick.
-        order = np.argsort(np.concatenate(heat), kind="stable")
+        order = (
+            np.argsort(np.concatenate(heat), kind="stable") if heat else np.arange(len(offsets[0]))
+        )
         victims = choose_victims(
             sizes, loose, np.concatenate(offsets)[order], np.concatenate(lengths)[order]
         )
@@ -260,7 +279,7 @@ class Slots:
         """What may be evicted of a model, coldest first."""
         candidates = model.evictable()
         if sparing_steps and model.num_sessions:
-            candidates = model.heat.idle_since(candidates, 1 + model.num_sessions)
+            candidates = model.heat.dispensable(candidates, 1 + model.num_sessions)
         return model.heat.coldest(candidates)
 
     def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[Kept]:

@@ -80,6 +80,7 @@ class Density(Policy):
 
     def leave(self, stream: int) -> None:
         """A stream has ended: nothing is expected of it."""
+        super().leave(stream)
         self._streams.pop(stream, None)
 
     def of(self, entries: Entries) -> Values:

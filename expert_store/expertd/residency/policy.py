@@ -45,6 +45,8 @@ class Policy(ABC):
         """Per entry, how many touches came before its last one."""
         self._num_touches = 0
         self._tokens = 0.0
+        self._steps: dict[int, tuple[int, int]] = {}
+        """Per stream, the layer that it visited last, and how many touches came before."""
         self._activity = 1.0
         """This model's share of all models' recent tokens."""
 
@@ -60,6 +62,7 @@ class Policy(ABC):
         self._activity = 1 - (1 - self._activity) * 0.5 ** (tokens / HALF_LIFE_TOKENS)
         # Of an entry that occurs several times numpy keeps the last.
         self._last[entries] = self._num_touches + np.arange(len(entries))
+        self._steps[stream] = (int(self._layer_of[entries[-1]]), self._num_touches)
         self._num_touches += len(entries)
         self._use(entries, stream, tokens)
 
@@ -77,8 +80,9 @@ class Policy(ABC):
         self._last[entry] = self._num_touches
         self._use_expected(entry)
 
-    def leave(self, stream: int) -> None:  # noqa: B027 - most policies do not tell them apart
+    def leave(self, stream: int) -> None:
         """A stream has ended."""
+        self._steps.pop(stream, None)
 
     @abstractmethod
     def of(self, entries: Entries) -> Values:
@@ -92,13 +96,21 @@ class Policy(ABC):
         """The candidates, least worth first; among equals the longest unused."""
         return candidates[np.lexsort((self._last[candidates], self.of(candidates)))]
 
-    def idle_since(self, candidates: Entries, num_tokens: int) -> Entries:
-        """Those candidates that this model's last ``num_tokens`` tokens did not use.
+    def dispensable(self, candidates: Entries, num_tokens: int) -> Entries:
+        """Those candidates that the steps of this model's last ``num_tokens`` tokens can spare.
 
-        Other models' tokens do not count: a slow model's step goes on beneath many of them.
+        Either those tokens did not use them, or all their streams are past their layer and have
+        half of the layers to go before they come to it again. Other models' tokens do not count:
+        a slow model's step goes on beneath many of them.
         """
         oldest = self._num_touches - num_tokens * self.touches_per_token
-        return candidates[self._last[candidates] < oldest]
+        num_layers = int(self._layer_of[-1]) + 1
+        ahead = np.zeros(num_layers, np.bool_)
+        for layer, at in self._steps.values():
+            if at >= oldest:
+                ahead[(layer + np.arange(num_layers // 2 + 1)) % num_layers] = True
+        idle = self._last[candidates] < oldest
+        return candidates[idle | ~ahead[self._layer_of[candidates]]]
 
     @abstractmethod
     def _use(self, entries: Entries, stream: int, tokens: float) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from expertd.errors import (
     ConfigError,
+    ExpertdError,
     InvalidInputError,
     PermissionDeniedError,
     PreconditionError,
@@ -26,6 +27,7 @@ from expertd.shared.handshake import (
     Hello,
     Role,
     Welcome,
+    decode_hint,
 )
 from expertd.shared.session_page import session_page_bytes
 from expertd.status import to_refusal
@@ -34,6 +36,7 @@ from expertd.store import Store
 _HELLO_SECONDS = 5.0
 _MAX_PENDING = 64
 _ACCEPT_PAUSE_SECONDS = 0.1
+_MAX_STALE_HINTS = 16  # skipped in one go; who sends more has others served in between
 _WRONG_KIND = (
     "the descriptor that the service manager passed as 'attach' is no listening SOCK_SEQPACKET "
     "socket; use ListenSequentialPacket= in its socket unit."
@@ -69,20 +72,43 @@ class AttachConnection:
         self._server.forget(self)
 
     def _on_readable(self) -> None:
-        try:
-            packet = self._socket.recv(MAX_PACKET_BYTES + 1, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        packet = self._receive()
+        if packet is None:
             return
-        except OSError:
-            packet = b""
         if self.session is not None:
-            # The end of the process, or something it must not say: either ends the session.
-            self._server.store.detach(self.session)
+            self._hear(self.session, packet)
         elif not packet:
             self.close()
         else:
             self._deadline.cancel()
             self._answer(packet)
+
+    def _receive(self) -> bytes | None:
+        """The next packet, empty at the connection's end; None if there is none."""
+        try:
+            return self._socket.recv(MAX_PACKET_BYTES + 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def _hear(self, session: Session, packet: bytes) -> None:
+        """Takes a hint, the newest if several have come."""
+        for _ in range(_MAX_STALE_HINTS):
+            if not packet:
+                break
+            following = self._receive()
+            if following is None:
+                break
+            packet = following
+        try:
+            entries = session.model.check_entries(decode_hint(packet))
+        except (ValueError, ExpertdError):
+            # The end of the process, or something it must not say: either ends the session.
+            self._server.store.detach(session)
+            return
+        with suppress(PreconditionError):  # being unloaded, of which it will hear
+            self._server.store.records.prefetch(session, entries, 0)
 
     def _answer(self, packet: bytes) -> None:
         try:

@@ -53,6 +53,9 @@ class ServeConfig:
     """Read packs past the page cache where the file system can."""
     loader_threads: int = 8
     """Reads in flight at once."""
+    hint_depth: int = 2
+    """Reads in flight, demanded ones among them, below which one that was hinted at is begun: as
+    many as the disk still gets faster with."""
     scrub_bytes_per_second: int = 32 << 20
     """How fast resident records are verified again, to find bits that flip in RAM; 0: not."""
     stall_seconds: float = 30.0
@@ -87,6 +90,7 @@ class ServeConfig:
             "stall_seconds",
             "fetch_seconds",
             "loader_threads",
+            "hint_depth",
             "max_sessions",
             "max_sessions_per_uid",
             "read_buffer_bytes",

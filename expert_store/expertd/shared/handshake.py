@@ -1,21 +1,26 @@
-"""The messages of the attach socket: JSON in one SOCK_SEQPACKET packet each.
+"""The messages of the attach socket, one SOCK_SEQPACKET packet each; in JSON until it attaches.
 
 The worker sends one :class:`Hello`; the daemon answers with one :class:`Welcome` (with
 the descriptors of arena, directory and session page, in this order, for a worker) or
 one :class:`Refusal`. From then on the connection is the session's lease: the daemon
-sends :data:`NUDGE` packets when it waits for the session to publish its epoch, the
-worker sends nothing, and when either side closes the session is over.
+sends :data:`NUDGE` packets when it waits for the session to publish its epoch, a
+worker sends hints (:func:`encode_hint`), and when either side closes the session is over.
 """
 
+import struct
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_PACKET_BYTES = 4096
 NUDGE = b"N"
+HINT = b"H"
+MAX_HINTED = MAX_PACKET_BYTES // 4 - 1
+"""Experts in one hint; the least likely of a longer one are left out."""
 ATTACH_SOCKET = "attach.sock"
 RPC_SOCKET = "rpc.sock"
 TOKEN_KEY = "expertd-token"
@@ -68,3 +73,20 @@ class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
 
     code: str
     message: str
+
+
+def encode_hint(entries: Sequence[int]) -> bytes:
+    """A worker's packet that says which directory entries it wants next, likeliest first.
+
+    It takes the place of the one before. No answer comes: what is sent costs a system call.
+    """
+    entries = entries[:MAX_HINTED]
+    return struct.pack(f"<4s{len(entries)}I", HINT, *entries)
+
+
+def decode_hint(packet: bytes) -> Sequence[int]:
+    """The entries in such a packet. Raises ValueError if it is none."""
+    count, odd = divmod(len(packet) - 4, 4)
+    if odd or not packet.startswith(HINT.ljust(4, b"\0")) or count > MAX_HINTED:
+        raise ValueError("this is not a hint")
+    return struct.unpack_from(f"<{count}I", packet, 4)

@@ -9,7 +9,6 @@ from torch import nn
 
 from expertd.errors import InvalidInputError
 from expertd.pack.manifest import Manifest
-from expertd_inference.ahead import HintSender
 from expertd_inference.device.cache import SlotCache
 from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
@@ -84,7 +83,6 @@ class DeviceGroup:
         the devices' caches. Raises InvalidInputError, DeviceMemoryError.
         """
         self._stats = DeviceStats()
-        self._hints = HintSender(source.prefetch)
         self.devices = list({id(device): device for device in devices.values()}.values())
         self.step = Step(source, recovery, self.devices)
         self._runners: dict[int, DeviceExpertsRunner] = {}
@@ -108,7 +106,7 @@ class DeviceGroup:
                 fill,
             )
             runner = DeviceExpertsRunner(
-                parts, source, self.step, settings, self._stats, self._hints.put
+                parts, source, self.step, settings, self._stats, source.hint
             )
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
@@ -209,6 +207,5 @@ class DeviceGroup:
 
     def close(self) -> None:
         """From now on the model refuses to be called; the devices' memory is let go of."""
-        self._hints.close()
         for runner in self.runners:
             runner.close()

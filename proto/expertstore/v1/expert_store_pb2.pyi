@@ -676,7 +676,7 @@ class PrefetchRequest(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
-    """Higher is sooner; among equal ones the newer hint."""
+    """Higher is sooner; among equal ones the sessions take turns."""
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
     def __init__(

@@ -61,8 +61,8 @@ class Reads:
 
 
 @contextlib.contextmanager
-def loading(num_threads: int = 1, *, staged: bool = False) -> Iterator[Loader]:
-    loader = Loader(num_threads, staged=staged)
+def loading(num_threads: int = 1, *, staged: bool = False, hint_depth: int = 1) -> Iterator[Loader]:
+    loader = Loader(num_threads, staged=staged, hint_depth=hint_depth)
     yield loader
     loader.close()  # not if the test failed, and left a read hanging
 
@@ -254,33 +254,43 @@ class TestRuns:
         }
 
 
-class TestHintsDelayDemandByOneRecord:
-    def test_hints_are_read_one_at_a_time(self, file: FaultyFile) -> None:
+class TestHintsLeaveTheDiskToDemand:
+    @pytest.mark.parametrize(("threads", "depth", "at_once"), [(4, 1, 1), (4, 2, 2), (3, 8, 2)])
+    def test_so_many_hints_are_read_at_once(
+        self, file: FaultyFile, threads: int, depth: int, at_once: int
+    ) -> None:
+        """As deep as it is told, and with a thread to spare for demand."""
         reads = Reads(file)
-        with loading(4) as loader:
+        with loading(threads, hint_depth=depth) as loader:
             file.faults.gate.clear()
-            for expert in (0, 2, 4):
+            for expert in (0, 2, 4, 6):
                 loader.submit(reads.job(expert, urgent=False))
-            started(file, 1)
+            started(file, at_once)
             time.sleep(0.05)
-            assert len(file.offsets) == 1
-            assert loader.num_hinted == 2
+            assert len(file.offsets) == at_once
+            assert loader.num_hinted == 4 - at_once
             file.faults.gate.set()
-            assert reads.wait(3) == [0, 2, 4]
+            assert sorted(reads.wait(4)) == [0, 2, 4, 6]
 
-    def test_none_is_begun_while_demand_is_read(self, path: Path) -> None:
+    @pytest.mark.parametrize(("num_demanded", "at_once"), [(1, 1), (2, 0), (3, 0)])
+    def test_demand_that_is_read_counts(self, path: Path, num_demanded: int, at_once: int) -> None:
         slow, file = FaultyFile(path), FaultyFile(path)
         reads, hints = Reads(slow), Reads(file)
-        with loading(2) as loader:
+        with loading(8, hint_depth=2) as loader:
             slow.faults.gate.clear()
-            loader.submit(reads.job(0))
-            started(slow, 1)
-            loader.submit(hints.job(1, urgent=False))
+            file.faults.gate.clear()
+            loader.submit(*[reads.job(2 * expert) for expert in range(num_demanded)])
+            started(slow, num_demanded)
+            for expert in (1, 3, 5):
+                loader.submit(hints.job(expert, urgent=False))
+            started(file, at_once)
             time.sleep(0.05)
-            assert not file.offsets
+            assert len(file.offsets) == at_once
             slow.faults.gate.set()
-            assert hints.wait(1) == [1]
-            assert reads.wait(1) == [0]
+            reads.wait(num_demanded)
+            started(file, 2)  # the demand's end makes room for both
+            file.faults.gate.set()
+            hints.wait(3)
         slow.close()
         file.close()
 

@@ -14,6 +14,8 @@ from tests.handmade import PAGE, make_pack
 
 RECORD = 2 * PAGE
 ROOM = 8
+QUEUED = 4
+"""Hinted reads that are under way or queued, at most."""
 
 
 @pytest.fixture(scope="session")
@@ -36,17 +38,76 @@ def read_order(store: Store) -> list[int]:
     return [(offset - PAGE) // RECORD for offset in disk(store.models["m"]).offsets]
 
 
-async def test_the_highest_priority_then_the_newest_goes_first(store: Store) -> None:
+async def test_the_highest_priority_goes_first_and_of_one_priority_they_take_turns(
+    store: Store,
+) -> None:
     file, workers = disk(store.models["m"]), [Worker(store) for _ in range(4)]
     file.faults.gate.clear()
-    hint(workers[0], 0, 1)
-    await until(lambda: len(store.models["m"].loads) == 2)  # as many as there may be
-    hint(workers[1], 2, priority=1)
-    hint(workers[2], 3, priority=5)
-    hint(workers[3], 4, priority=1)
+    hint(workers[0], *range(QUEUED))
+    await until(lambda: len(store.models["m"].loads) == QUEUED)  # as many as there may be
+    hint(workers[1], 12, 13)
+    hint(workers[2], 10, priority=5)
+    hint(workers[3], 16)
     file.faults.gate.set()
-    await until(lambda: store.models["m"].num_resident == 5)
-    assert read_order(store) == [0, 1, 3, 4, 2]
+    await until(lambda: store.models["m"].num_resident == ROOM)
+    assert read_order(store)[QUEUED:] == [10, 12, 16, 13]
+
+
+async def test_who_hints_again_and_again_has_its_turn_and_no_more(store: Store) -> None:
+    file, greedy, modest = disk(store.models["m"]), Worker(store), Worker(store)
+    file.faults.gate.clear()
+    hint(greedy, *range(QUEUED))
+    await until(lambda: len(store.models["m"].loads) == QUEUED)
+    for entry in range(8, 16):
+        hint(greedy, *range(QUEUED), entry)
+        hint(modest, 20, 21)
+    file.faults.gate.set()
+    await until(lambda: store.models["m"].num_resident == QUEUED + 3)
+    assert read_order(store)[QUEUED:] == [20, 15, 21]
+
+
+async def test_what_is_hinted_at_again_is_not_withdrawn(store: Store) -> None:
+    """As what two layers foresee of a third."""
+    worker, file = Worker(store), disk(store.models["m"])
+    file.faults.gate.clear()
+    hint(worker, 0, 1, 2)
+    await until(lambda: len(worker.model.loads) == 3)
+    assert hint(worker, 1, 9) == 1
+    await until(lambda: 9 in worker.model.loads)
+    assert sorted(worker.model.loads) == [0, 1, 9]  # the first is being read
+    assert worker.model.counters.prefetch_withdrawn == 1
+    file.faults.gate.set()
+    await until(lambda: worker.model.num_resident == 3)
+    assert read_order(store) == [0, 1, 9]
+
+
+async def test_an_empty_hint_drops_what_has_not_begun(store: Store) -> None:
+    worker, file = Worker(store), disk(store.models["m"])
+    file.faults.gate.clear()
+    hint(worker, *range(8))
+    await until(lambda: len(worker.model.loads) == QUEUED)
+    assert hint(worker) == 0
+    assert len(worker.model.loads) == 1, "it is being read"
+    file.faults.gate.set()
+    await until(lambda: not worker.model.loads)
+    assert worker.model.num_resident == 1
+    assert_nothing_held(store)
+
+
+async def test_room_is_made_before_the_worker_reads_the_next_layer(pack: Path) -> None:
+    """What it reads it gives up only at the layer's end; a hint that comes meanwhile has room."""
+    async with storing({"m": pack}, ROOM * RECORD) as store:
+        worker = Worker(store)
+        for first in (0, 2, 4, 6):
+            await worker.fetch_and_release(first, first + 1)
+            worker.page.touch([first, first + 1])
+        worker.page.touch([16, 17] * 3)  # the last layer, long after those
+        store.slots.refresh()
+        hint(worker, 8)
+        await until(lambda: worker.model.is_resident(8))
+        worker.holding = True  # answers no nudge
+        hint(worker, 9)
+        await until(lambda: worker.model.is_resident(9))
 
 
 async def test_only_what_is_neither_resident_nor_loading_is_read(store: Store) -> None:
@@ -68,7 +129,7 @@ async def test_demand_overtakes_hints(store: Store) -> None:
     hinter, asker, file = Worker(store), Worker(store), disk(store.models["m"])
     file.faults.gate.clear()
     hint(hinter, 0, 1, 2)
-    await until(lambda: len(hinter.model.loads) == 2 and file.offsets)
+    await until(lambda: len(hinter.model.loads) == 3 and file.offsets)
     fetches = [asyncio.create_task(asker.fetch(entry)) for entry in (1, 5)]
     await until(lambda: asker.model.counters.prefetch_late == 1)
     file.faults.gate.set()

@@ -348,7 +348,7 @@ class TestHints:
             file = disk(model)
             file.faults.gate.clear()
             store.records.prefetch(worker.session, list(range(8)), 0)
-            await until(lambda: len(model.loads) == 2 and file.offsets)
+            await until(lambda: len(model.loads) == 4 and file.offsets)
             store.records.prefetch(worker.session, [20], 0)
             assert list(model.loads) == [0], "the one that is being read"
             file.faults.gate.set()
@@ -360,7 +360,7 @@ class TestHints:
         worker, model = Worker(store), store.models["m"]
         disk(model).faults.gate.clear()
         store.records.prefetch(worker.session, list(range(8)), 0)
-        await until(lambda: len(model.loads) == 2)
+        await until(lambda: len(model.loads) == 4)
         store.detach(worker.session)
         disk(model).faults.gate.set()
         await until(lambda: not model.loads)

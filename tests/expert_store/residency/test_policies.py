@@ -87,9 +87,45 @@ def test_what_the_last_tokens_used_is_not_idle_however_much_others_work(name: st
     for batch in ((0, 0, 0, 0), (1, 2, 1, 2), (3, 3, 3, 3)):
         policy.touch(entries(*batch))
     policy.pass_time(10_000)
-    assert policy.idle_since(entries(0, 1, 2, 3), 1).tolist() == [0, 1, 2]
-    assert policy.idle_since(entries(0, 1, 2, 3), 2).tolist() == [0]
-    assert policy.idle_since(entries(0, 1, 2, 3), 3).tolist() == []
+    assert policy.dispensable(entries(0, 1, 2, 3), 1).tolist() == [0, 1, 2]
+    assert policy.dispensable(entries(0, 1, 2, 3), 2).tolist() == [0]
+    assert policy.dispensable(entries(0, 1, 2, 3), 3).tolist() == []
+
+
+LAYERS = 8
+
+
+def passing(name: str, *layers: int) -> Policy:
+    """Eight layers of one expert, and a stream that has just been in each of ``layers``."""
+    policy = make_policy(name, [1] * LAYERS, [1] * LAYERS)
+    for stream, layer in enumerate(layers):
+        policy.touch(entries(*[(layer + step) % LAYERS for step in range(1, LAYERS + 1)]), stream)
+    return policy
+
+
+@each_policy
+def test_a_step_can_spare_the_layers_that_it_has_passed(name: str) -> None:
+    layers = np.arange(LAYERS)
+    assert passing(name, 5).dispensable(layers, 2).tolist() == [2, 3, 4]
+    assert passing(name, 1).dispensable(layers, 2).tolist() == [0, 6, 7]
+    assert passing(name, 5, 4).dispensable(layers, 3).tolist() == [2, 3], "of both"
+    assert passing(name, 5, 1).dispensable(layers, 3).tolist() == []
+    left = passing(name, 5, 1)
+    left.leave(1)
+    assert left.dispensable(layers, 3).tolist() == [2, 3, 4]
+    still = passing(name, 1)
+    for _ in range(3):
+        still.touch(np.roll(layers, 2), 1)  # ends in layer 5
+    assert still.dispensable(layers, 2).tolist() == [2, 3, 4], "it stands still in layer 1"
+
+
+@given(policies, st.lists(st.integers(0, LAYERS - 1), max_size=4), st.integers(1, 6))
+def test_what_comes_next_is_never_spared(name: str, at: list[int], num_tokens: int) -> None:
+    policy = passing(name, *at)
+    spared = policy.dispensable(np.arange(LAYERS), num_tokens).tolist()
+    for layer in at[-num_tokens:]:
+        assert layer not in spared
+        assert (layer + 1) % LAYERS not in spared
 
 
 @each_policy
@@ -107,7 +143,7 @@ def test_an_expected_record_is_neither_cold_nor_idle(name: str) -> None:
         policy.touch(entries(0, 1, 4, 7))
     policy.expect(8)
     assert policy.coldest(entries(8, 9)).tolist() == [9, 8]
-    assert policy.idle_since(entries(8, 9), 2).tolist() == [9]
+    assert policy.dispensable(entries(8, 9), 2).tolist() == [9]
 
 
 @each_policy

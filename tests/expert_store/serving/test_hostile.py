@@ -4,7 +4,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -13,7 +13,14 @@ import pytest
 
 from expertd.errors import ExpertdError, InvalidInputError, NotFoundError, PreconditionError
 from expertd.shared.greeting import handshake
-from expertd.shared.handshake import ATTACH_SOCKET, RPC_SOCKET, Refusal, Role
+from expertd.shared.handshake import (
+    ATTACH_SOCKET,
+    MAX_HINTED,
+    RPC_SOCKET,
+    Refusal,
+    Role,
+    encode_hint,
+)
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
@@ -146,12 +153,47 @@ def test_garbage_instead_of_rpc(roomy: Daemon) -> None:
     eventually(lambda: num_files(roomy.pid) <= files)
 
 
-@pytest.mark.parametrize("packet", [b"", b"N", b"x" * 5000])
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        b"N",
+        b"x" * 5000,
+        b"H",
+        b"H\0\0\0abc",
+        b"HINT" + encode_hint([1])[4:],
+        encode_hint([0, 10**9]),
+        encode_hint(range(MAX_HINTED)) + b"\0" * 4,
+    ],
+)
 def test_a_worker_that_talks_is_put_out(roomy: Daemon, packet: bytes) -> None:
     with RawWorker(roomy.socket, answering=False) as worker:
         worker.connection.send(packet)
         assert worker.ended()
         assert worker.page.revoked
+
+
+@pytest.mark.parametrize("role", [Role.READER, Role.ADMIN])
+def test_hints_are_a_worker_s(roomy: Daemon, role: Role) -> None:
+    with handshake(roomy.socket, role, "m" if role is Role.READER else "", 10) as greeting:
+        connection = greeting.take_connection()
+    with connection:
+        connection.send(encode_hint([0]))
+        connection.settimeout(10)
+        assert connection.recv(1) == b""
+
+
+def test_hints_without_end(roomy: Daemon) -> None:
+    """As fast as they can be sent: the others are served, and so is the last of them."""
+    with RawWorker(roomy.socket) as worker, RawWorker(roomy.socket) as other:
+        for number in range(5000):
+            entries = [(number + step) % 24 for step in range(24)]
+            with suppress(BlockingIOError):
+                worker.connection.send(encode_hint(entries * 40), socket.MSG_DONTWAIT)
+        assert len(other.fetch(0, [1])) == 1
+        worker.connection.send(encode_hint([worker.entry(2, 7)]))
+        eventually(lambda: worker.read(2, 7, 8) is not None)
+        assert_serves(roomy.socket)
 
 
 def test_fetch_numbers_that_do_not_grow(roomy: Daemon) -> None:

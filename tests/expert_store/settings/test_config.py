@@ -36,6 +36,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         lock_memory = false
         direct_io = false
         loader_threads = 2
+        hint_depth = 3
         stall_seconds = 3
         fetch_seconds = 2.5
         drain_seconds = 0
@@ -59,6 +60,7 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         lock_memory=False,
         direct_io=False,
         loader_threads=2,
+        hint_depth=3,
         stall_seconds=3.0,
         fetch_seconds=2.5,
         drain_seconds=0.0,

@@ -45,9 +45,8 @@ class HeldPackSource(PackSource):
             lease = self._take(wave, (), layer)
             yield lease
 
-    def prefetch(self, experts: Sequence[tuple[int, int]]) -> int:
+    def hint(self, experts: Sequence[tuple[int, int]]) -> None:
         self.hinted += experts
-        return len(experts)
 
     def before_unmapping(self, call: Callable[[], None]) -> None:
         self.at_unmapping.append(call)
