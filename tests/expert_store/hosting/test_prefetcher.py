@@ -44,7 +44,8 @@ async def test_the_highest_priority_goes_first_and_of_one_priority_they_take_tur
     file, workers = disk(store.models["m"]), [Worker(store) for _ in range(4)]
     file.faults.gate.clear()
     hint(workers[0], *range(QUEUED))
-    await until(lambda: len(store.models["m"].loads) == QUEUED)  # as many as there may be
+    # As many as there may be.
+    await until(lambda: len(store.models["m"].loads) == QUEUED and file.offsets)
     hint(workers[1], 12, 13)
     hint(workers[2], 10, priority=5)
     hint(workers[3], 16)
@@ -57,7 +58,7 @@ async def test_who_hints_again_and_again_has_its_turn_and_no_more(store: Store) 
     file, greedy, modest = disk(store.models["m"]), Worker(store), Worker(store)
     file.faults.gate.clear()
     hint(greedy, *range(QUEUED))
-    await until(lambda: len(store.models["m"].loads) == QUEUED)
+    await until(lambda: len(store.models["m"].loads) == QUEUED and file.offsets)
     for entry in range(8, 16):
         hint(greedy, *range(QUEUED), entry)
         hint(modest, 20, 21)
@@ -71,7 +72,7 @@ async def test_what_is_hinted_at_again_is_not_withdrawn(store: Store) -> None:
     worker, file = Worker(store), disk(store.models["m"])
     file.faults.gate.clear()
     hint(worker, 0, 1, 2)
-    await until(lambda: len(worker.model.loads) == 3)
+    await until(lambda: len(worker.model.loads) == 3 and file.offsets)
     assert hint(worker, 1, 9) == 1
     await until(lambda: 9 in worker.model.loads)
     assert sorted(worker.model.loads) == [0, 1, 9]  # the first is being read
@@ -85,7 +86,7 @@ async def test_an_empty_hint_drops_what_has_not_begun(store: Store) -> None:
     worker, file = Worker(store), disk(store.models["m"])
     file.faults.gate.clear()
     hint(worker, *range(8))
-    await until(lambda: len(worker.model.loads) == QUEUED)
+    await until(lambda: len(worker.model.loads) == QUEUED and file.offsets)
     assert hint(worker) == 0
     assert len(worker.model.loads) == 1, "it is being read"
     file.faults.gate.set()
