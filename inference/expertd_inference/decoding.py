@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.kv_cache import growing
+from expertd_inference.steps import Steps
 
 _PLAIN_ARGUMENTS = {
     "attention_mask",
@@ -34,6 +35,8 @@ class Decoding:
 
     def __init__(self, streamer: Any = None) -> None:  # noqa: ANN401 - transformers is untyped
         self._streamer = streamer
+        self.way = ""
+        """How the tokens after the first were computed: as :attr:`GenerationResult.decoding`."""
 
     def __call__(
         self,
@@ -47,6 +50,7 @@ class Decoding:
         """All tokens, [1, T + new]; or what transformers' loop gives for what is not plain."""
         model_kwargs.pop("streamer", None)
         if not _is_plain(model, input_ids, generation_config, model_kwargs):
+            self.way = "modules (a loop of transformers)"
             model_kwargs.setdefault("synced_gpus", False)
             return model._sample(
                 input_ids,
@@ -75,29 +79,24 @@ class Decoding:
         room = prompt.new_empty(1, 2 * prompt.shape[1] + 256)
         room[:, : prompt.shape[1]] = prompt
         length = prompt.shape[1]
-        new: Tensor = prompt
-        while True:
-            # The last position's alone: a prompt's would be its length times the vocabulary.
-            logits = model(
-                input_ids=new,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                return_dict=True,
-            ).logits
-            scores = logits_processor(room[:, :length], logits[:, -1].to(torch.float32, copy=True))
-            if generation_config.do_sample:
-                chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-            else:
-                chosen = torch.argmax(scores, dim=-1, keepdim=True)
-            if length == room.shape[1]:
-                room = torch.cat((room, torch.empty_like(room)), dim=1)
-            room[:, length : length + 1] = new = chosen
-            length += 1
-            if self._streamer is not None:
-                self._streamer.put(new[0].cpu())
-            if stopping_criteria(room[:, :length], None).all():
-                break
+        with Steps(model, cache) as steps:
+            logits = steps.prompt(prompt)
+            while True:
+                scores = logits_processor(room[:, :length], logits.to(torch.float32, copy=True))
+                if generation_config.do_sample:
+                    chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+                else:
+                    chosen = torch.argmax(scores, dim=-1, keepdim=True)
+                if length == room.shape[1]:
+                    room = torch.cat((room, torch.empty_like(room)), dim=1)
+                room[:, length : length + 1] = chosen
+                length += 1
+                if self._streamer is not None:
+                    self._streamer.put(chosen[0].cpu())
+                if stopping_criteria(room[:, :length], None).all():
+                    break
+                logits = steps.step(chosen)
+                self.way = steps.way
         if self._streamer is not None:
             self._streamer.end()
         return room[:, :length].clone()

@@ -30,7 +30,9 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read,
     ``remote_misses`` those copied from a daemon whose memory this process cannot share;
     ``device`` is what moved to GPUs, null on the CPU; ``kernels`` are those that the CPU
-    computed with; ``hints`` is what became of hints to the daemon, null where none are given.
+    computed with; ``decoding`` is how its tokens after the second came: by a ``program``, or by
+    the model's ``modules`` and why (empty with fewer tokens); ``hints`` is what became of hints
+    to the daemon, null where none are given.
     """
 
     text: str
@@ -45,6 +47,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     peak_pss_bytes: int
     device: DeviceStats | None = None
     kernels: str = ""
+    decoding: str = ""
     hints: HintStats | None = None
 
 
@@ -73,6 +76,7 @@ def generate(
     settings = settings or GenerationSettings()
     input_ids = encode_prompt(worker, prompt, chat=chat).to(worker.model.device)
     streamer = TokenStreamer(worker.tokenizer, on_text)
+    decoding = Decoding(streamer)
     interrupted = False
     session = worker.session
     hits, misses, copied = session.host_hits, session.nvme_misses, session.remote_misses
@@ -86,7 +90,7 @@ def generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 streamer=streamer,
-                custom_generate=Decoding(streamer),
+                custom_generate=decoding,
                 **_generate_arguments(worker, settings, input_ids.shape[1]),
             )
         except KeyboardInterrupt:
@@ -105,6 +109,7 @@ def generate(
         peak_pss_bytes=memory.peak_bytes,
         device=_since(moved, worker.device_stats),
         kernels=worker.kernels.name,
+        decoding=decoding.way,
         hints=_since(hinted, worker.hint_stats),
     )
     return Generation(result, interrupted)

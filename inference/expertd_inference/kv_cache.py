@@ -42,9 +42,26 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc] # transformers is untype
             room = self._grow(key_states, value_states, old_tokens, tokens)
         room[0].narrow(2, old_tokens, key_states.shape[-2]).copy_(key_states)
         room[1].narrow(2, old_tokens, key_states.shape[-2]).copy_(value_states)
-        self.keys, self.values = room[0].narrow(2, 0, tokens), room[1].narrow(2, 0, tokens)
+        self.show(tokens)
+        return self.keys, self.values
+
+    def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Memory of keys and values with room for ``tokens``, and in it those that are there.
+
+        There must be some. Who appends to it by himself says so by :meth:`show`.
+        """
+        room = self._room
+        ours = self._views is not None and self.keys is self._views[0]
+        if room is None or not ours or tokens > room[0].shape[-2]:
+            room = self._grow(self.keys, self.values, self.keys.shape[-2], tokens)
+            self.show(self.keys.shape[-2])
+        return room
+
+    def show(self, tokens: int) -> None:
+        """Makes the first ``tokens`` of the memory those that are there."""
+        assert self._room is not None
+        self.keys, self.values = (part.narrow(2, 0, tokens) for part in self._room)
         self._views = self.keys, self.values
-        return self._views
 
     def _grow(
         self, key_states: Tensor, value_states: Tensor, old_tokens: int, tokens: int

@@ -27,11 +27,11 @@ from expertd_inference.quantized_linear import QuantizedLinear
 
 ATTENTION = "expertd"
 """Our name among transformers' attention implementations."""
+KERNELS = "_expertd_step_kernels"
+"""The attribute of a lean model that holds what it was made lean with."""
 
 MAX_ROWS = 64
 """Up to so many rows an operation takes less time than waking a second thread."""
-MAX_ATTENTION_VALUES = 1 << 19
-"""Keys, heads times length times d, up to which one thread is not slower than torch's several."""
 
 _TRIAL_ROWS = 8
 _MAX_DIFFERING = 0.02
@@ -55,6 +55,7 @@ def make_lean(model: Any, kernels: StepKernels) -> None:  # noqa: ANN401 - trans
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         _register_attention(kernels)
         model.set_attn_implementation(ATTENTION)
+    model.__dict__[KERNELS] = kernels
 
 
 def _lean_norm(module: Any, kernels: StepKernels) -> type | None:  # noqa: ANN401 - untyped
@@ -84,6 +85,7 @@ def _norm_class(kind: Any, kernels: StepKernels, *, round_first: bool) -> type: 
         """An RMSNorm in one call."""
 
         __call__ = _call_directly
+        expertd_round_first = round_first
 
         def forward(self, hidden_states: Tensor) -> Tensor:
             weight = self._parameters["weight"]  # nn.Module's way to it costs more than the rest
@@ -146,6 +148,9 @@ def _router_class(
 
     class LeanRouter(kind):  # type: ignore[misc] # of a class that is known at run time
         """Logits in one call, and softmax and top k in another."""
+
+        expertd_normalize = normalize
+        expertd_float_weights = float_weights
 
         def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             weight = self._parameters["weight"]
@@ -280,7 +285,6 @@ def _register_attention(kernels: StepKernels) -> None:
         if (
             attention_mask is None
             and query.shape[0] == query.shape[2] == 1
-            and key.numel() <= MAX_ATTENTION_VALUES
             and query.is_cpu
             and query.dtype is key.dtype
             and query.dtype in DTYPES

@@ -72,6 +72,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "remote_misses",
         "peak_pss_bytes",
         "kernels",
+        "decoding",
         "hints",
         "device",
     }

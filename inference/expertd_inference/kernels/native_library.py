@@ -95,7 +95,7 @@ _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
         *("experts", "linear", "dequantize", "use_isa", "read_probe"),
-        *("rms_norm", "attend", "rotate", "route"),
+        *("rms_norm", "attend", "rotate", "route", "program"),
     )
 )
 
@@ -115,6 +115,9 @@ def native_library() -> Loaded:
         library.expertd_dequantize.restype = None
         library.expertd_read_probe.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
+        ]
+        library.expertd_program.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
         ]
         library.expertd_use_isa.argtypes = [ctypes.c_char_p]
         library.expertd_use_isa.restype = ctypes.c_char_p

@@ -2,7 +2,8 @@
 
 Torch takes a microsecond or three for every operation, and a decoder layer has about sixty for a
 single token. What is here is rounded where transformers' modules round it, and otherwise differs
-by the order of float32 sums. It runs on the calling thread: for few rows only.
+by the order of float32 sums. All but attention to many tokens runs on the calling thread: for few
+rows only.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from expertd_inference.kernels.native_library import (
     NativeMatrix,
     native_library,
 )
+from expertd_inference.kernels.program import Program
 from expertd_inference.kernels.weights import QuantizedWeight
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -27,7 +29,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 _POINTERS_3 = [c_void_p] * 3
 _SIGNATURES = {
     "expertd_rms_norm": [*_POINTERS_3, c_int64, c_int64, c_float, c_int32, c_int32],
-    "expertd_attend": [*_POINTERS_3, c_void_p, *[c_int64] * 9, c_float, c_int32],
+    "expertd_attend": [*_POINTERS_3, c_void_p, *[c_int64] * 9, c_float, c_int32, c_int32],
     "expertd_rotate": [c_void_p] * 6 + [c_int64] * 5 + [c_int32],
     "expertd_route": [
         c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_void_p, c_int32,
@@ -53,6 +55,13 @@ class StepKernels:
             _function(library, name) for name in _SIGNATURES
         )
         self._linear: Any = library.expertd_linear
+        self._program: Any = library.expertd_program
+
+    def run(self, program: Program, token: int, position: int) -> None:
+        """``program`` for ``token``, which is number ``position``, from 0, of its sequence."""
+        threads = torch.get_num_threads()
+        if self._program(program.address, len(program), token, position, threads):
+            raise MemoryError("There is no memory left for the kernels' intermediate results.")
 
     def linear(self, rows: Tensor, weight: Tensor, described: NativeMatrix) -> Tensor:
         """Contiguous ``rows`` [n, in] times ``weight`` [out, in], of one dtype: [n, out].
@@ -137,6 +146,7 @@ class StepKernels:
             v_row,
             scale,
             TYPES[query.dtype],
+            torch.get_num_threads(),
         )
         return result
 

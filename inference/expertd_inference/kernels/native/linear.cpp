@@ -51,12 +51,7 @@ class LinearJob final : public Job {
                            [&](int64_t i) { return prepared + i * row_bytes; },
                            [&](int64_t i) { return result(i); });
         for (int64_t token = 0; token < call.tokens; ++token)
-            for (int64_t k = 0; k < rows_per_unit(matrix.format); ++k) {
-                const int64_t row = first + k * num_units(matrix);
-                impl.narrow(result(token) + row, last - first, call.type,
-                            static_cast<uint8_t*>(call.out) +
-                                (token * matrix.rows + row) * size_of(call.type));
-            }
+            finish_linear(impl, call, first, last, token, result(token));
     }
 
     const LinearCall& call;

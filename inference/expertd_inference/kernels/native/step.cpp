@@ -1,8 +1,9 @@
 // The small operations between the matrices of a decoding step, each one call instead of the
 // several of torch, every one of which costs more than its arithmetic when there is one token.
 //
-// They run on the calling thread: waking another costs more than they take. Results are rounded
-// where torch rounds them.
+// They run on the calling thread, but for attention to many tokens: waking another costs more than
+// they take. Results are rounded
+// where torch rounds them. program.cpp runs whole sequences of them.
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +13,8 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pool.h"
+#include "step.h"
 
 namespace {
 
@@ -95,20 +98,14 @@ INLINE void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t n,
     }
 }
 
-// Rows of d, strided by the given counts of elements.
-struct Attention {
-    int64_t heads, kv_heads, length, d;
-    int64_t q_head, k_head, k_row, v_head, v_row;
-    float scale;
-};
-
 template <typename T>
-INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &a) {
+INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &a,
+                   int64_t first_kv, int64_t last_kv) {
     const int64_t group = a.heads / a.kv_heads;
     std::vector<float> scores(size_t(group * a.length));
     std::vector<float> sums(size_t(a.d));
     std::vector<float> queries(size_t(group * a.d));
-    for (int64_t kv = 0; kv < a.kv_heads; kv++) {
+    for (int64_t kv = first_kv; kv < last_kv; kv++) {
         for (int64_t g = 0; g < group; g++)
             for (int64_t i = 0; i < a.d; i++)
                 queries[size_t(g * a.d + i)] = widen(q[(kv * group + g) * a.q_head + i]);
@@ -158,15 +155,23 @@ INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &
 
 // Rotary position embedding in halves, rounded after each product and the sum as torch does it.
 template <typename T>
-void rotate(const T *x, int64_t head_stride, int64_t heads, int64_t d, const T *cos, const T *sin,
-            T *out) {
+INLINE void rotate(const T *x, int64_t head_stride, int64_t heads, int64_t d, const T *cos,
+                   const T *sin, T *out, int64_t out_stride) {
     const int64_t half = d / 2;
-    for (int64_t head = 0; head < heads; head++, x += head_stride, out += d)
-        for (int64_t i = 0; i < d; i++) {
-            const float turned = i < half ? -widen(x[i + half]) : widen(x[i - half]);
-            narrow(rounded<T>(widen(x[i]) * widen(cos[i])) + rounded<T>(turned * widen(sin[i])),
+    for (int64_t head = 0; head < heads; head++, x += head_stride, out += out_stride) {
+        for (int64_t i = 0; i < half; i++)
+            narrow(rounded<T>(widen(x[i]) * widen(cos[i])) +
+                       rounded<T>(-widen(x[i + half]) * widen(sin[i])),
                    out[i]);
-        }
+        for (int64_t i = half; i < d; i++)
+            narrow(rounded<T>(widen(x[i]) * widen(cos[i])) +
+                       rounded<T>(widen(x[i - half]) * widen(sin[i])),
+                   out[i]);
+    }
+}
+
+template <typename T> INLINE void add(const T *x, const T *y, T *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) narrow(widen(x[i]) + widen(y[i]), out[i]);
 }
 
 // torch.topk's own choice on CPU, so that equal probabilities are told apart as there
@@ -220,15 +225,76 @@ CLONES void rms_norm_f32(const float *x, const float *weight, float *y, int64_t 
     rms_norm(x, weight, y, rows, n, eps, round_first);
 }
 CLONES void attend_bf16(const Bf16 *q, const Bf16 *k, const Bf16 *v, Bf16 *out,
-                        const Attention &a) {
-    attend(q, k, v, out, a);
+                        const Attention &a, int64_t first_kv, int64_t last_kv) {
+    attend(q, k, v, out, a, first_kv, last_kv);
 }
 CLONES void attend_f32(const float *q, const float *k, const float *v, float *out,
-                       const Attention &a) {
-    attend(q, k, v, out, a);
+                       const Attention &a, int64_t first_kv, int64_t last_kv) {
+    attend(q, k, v, out, a, first_kv, last_kv);
 }
+CLONES void rotate_bf16(const Bf16 *x, int64_t head_stride, int64_t heads, int64_t d,
+                        const Bf16 *cos, const Bf16 *sin, Bf16 *out, int64_t out_stride) {
+    rotate(x, head_stride, heads, d, cos, sin, out, out_stride);
+}
+CLONES void rotate_f32(const float *x, int64_t head_stride, int64_t heads, int64_t d,
+                       const float *cos, const float *sin, float *out, int64_t out_stride) {
+    rotate(x, head_stride, heads, d, cos, sin, out, out_stride);
+}
+CLONES void add_bf16(const Bf16 *x, const Bf16 *y, Bf16 *out, int64_t n) { add(x, y, out, n); }
+CLONES void add_f32(const float *x, const float *y, float *out, int64_t n) { add(x, y, out, n); }
+
+// Below so many a second thread would come too late.
+constexpr int64_t MIN_SHARED_PRODUCTS = 1 << 17;
+
+class AttendJob final : public Job {
+  public:
+    AttendJob(const void *q, const void *k, const void *v, void *out, const Attention &shape,
+              int32_t type)
+        : q(q), k(k), v(v), out(out), shape(shape), type(type) {}
+
+    int64_t barrier(int64_t) const override { return 0; }
+
+    void run(int64_t kv) override { step_attend(q, k, v, out, shape, kv, kv + 1, type); }
+
+  private:
+    const void *const q, *const k, *const v;
+    void *const out;
+    const Attention &shape;
+    const int32_t type;
+};
 
 }  // namespace
+
+void step_attend(const void *q, const void *k, const void *v, void *out, const Attention &a,
+                 int64_t first_kv, int64_t last_kv, int32_t type) {
+    if (type == BF16)
+        attend_bf16(static_cast<const Bf16 *>(q), static_cast<const Bf16 *>(k),
+                    static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a, first_kv, last_kv);
+    else
+        attend_f32(static_cast<const float *>(q), static_cast<const float *>(k),
+                   static_cast<const float *>(v), static_cast<float *>(out), a, first_kv, last_kv);
+}
+
+void step_rotate(const void *x, int64_t head_stride, int64_t heads, int64_t d, const void *cos,
+                 const void *sin, void *out, int64_t out_stride, int32_t type) {
+    if (type == BF16)
+        rotate_bf16(static_cast<const Bf16 *>(x), head_stride, heads, d,
+                    static_cast<const Bf16 *>(cos), static_cast<const Bf16 *>(sin),
+                    static_cast<Bf16 *>(out), out_stride);
+    else
+        rotate_f32(static_cast<const float *>(x), head_stride, heads, d,
+                   static_cast<const float *>(cos), static_cast<const float *>(sin),
+                   static_cast<float *>(out), out_stride);
+}
+
+void step_add(const void *x, const void *y, void *out, int64_t n, int32_t type) {
+    if (type == BF16)
+        add_bf16(static_cast<const Bf16 *>(x), static_cast<const Bf16 *>(y),
+                 static_cast<Bf16 *>(out), n);
+    else
+        add_f32(static_cast<const float *>(x), static_cast<const float *>(y),
+                static_cast<float *>(out), n);
+}
 
 EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, int64_t rows,
                                   int64_t n, float eps, int32_t round_first, int32_t type) {
@@ -244,32 +310,21 @@ EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, in
 EXPERTD_API void expertd_attend(const void *q, const void *k, const void *v, void *out,
                                 int64_t heads, int64_t kv_heads, int64_t length, int64_t d,
                                 int64_t q_head, int64_t k_head, int64_t k_row, int64_t v_head,
-                                int64_t v_row, float scale, int32_t type) {
+                                int64_t v_row, float scale, int32_t type, int32_t threads) {
     const Attention a = {heads, kv_heads, length, d, q_head, k_head, k_row, v_head, v_row, scale};
-    if (type == BF16)
-        attend_bf16(static_cast<const Bf16 *>(q), static_cast<const Bf16 *>(k),
-                    static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a);
-    else
-        attend_f32(static_cast<const float *>(q), static_cast<const float *>(k),
-                   static_cast<const float *>(v), static_cast<float *>(out), a);
+    if (threads == 1 || heads * length * d < MIN_SHARED_PRODUCTS)
+        return step_attend(q, k, v, out, a, 0, kv_heads, type);
+    PoolLock lock;
+    AttendJob job(q, k, v, out, a, type);
+    run_job(job, kv_heads, threads);
 }
 
 // Queries and keys of one token; the results are [heads, d] without gaps.
 EXPERTD_API void expertd_rotate(const void *q, const void *k, const void *cos, const void *sin,
                                 void *q_out, void *k_out, int64_t heads, int64_t kv_heads,
                                 int64_t d, int64_t q_head, int64_t k_head, int32_t type) {
-    if (type == BF16) {
-        auto c = static_cast<const Bf16 *>(cos), s = static_cast<const Bf16 *>(sin);
-        rotate(static_cast<const Bf16 *>(q), q_head, heads, d, c, s, static_cast<Bf16 *>(q_out));
-        rotate(static_cast<const Bf16 *>(k), k_head, kv_heads, d, c, s,
-               static_cast<Bf16 *>(k_out));
-    } else {
-        auto c = static_cast<const float *>(cos), s = static_cast<const float *>(sin);
-        rotate(static_cast<const float *>(q), q_head, heads, d, c, s,
-               static_cast<float *>(q_out));
-        rotate(static_cast<const float *>(k), k_head, kv_heads, d, c, s,
-               static_cast<float *>(k_out));
-    }
+    step_rotate(q, q_head, heads, d, cos, sin, q_out, d, type);
+    step_rotate(k, k_head, kv_heads, d, cos, sin, k_out, d, type);
 }
 
 // The k likeliest of n by softmax, with their probabilities, in the logits' dtype or in float32.
