@@ -42,7 +42,11 @@ def draw(plot: Plot, folder: Path) -> Path:
         if plot.ticks:
             axes.set_xticks(range(len(plot.ticks)), plot.ticks)
             axes.grid(visible=False, axis="x")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        if plot.y_log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if len(plot.curves) > 1:
             axes.legend(fontsize=9)
         folder.mkdir(parents=True, exist_ok=True)

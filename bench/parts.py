@@ -60,5 +60,8 @@ PARTS = {
             ("--part", "experts"),
             ("--shape", "qwen3-30b-a3b", "--rounds", "1", "--bytes", str(64 << 20)),
         ),
+        Part(
+            "ablation", "The paper's ablation (its Table 2), from disk to RAM", "bench.ablation", 3
+        ),
     )
 }

@@ -51,6 +51,7 @@ class Plot:
     curves: tuple[Curve, ...]
     ticks: tuple[str, ...] = ()
     x_log: bool = False
+    y_log: bool = False
 
 
 @dataclass

@@ -146,9 +146,7 @@ def make_pack(
     bytes. Raises KeyError for an unknown shape.
     """
     directory.mkdir(parents=True)
-    config = {**_COMMON, **SHAPES[shape], **(overrides or {})}
-    if layers is not None:
-        config["num_hidden_layers"] = layers
+    config = config_of(shape, layers, overrides)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     checkpoint: Any = _checkpoint(directory)
     chosen = scheme if isinstance(scheme, Scheme) else choose_scheme(scheme)
@@ -165,6 +163,16 @@ def make_pack(
     manifest = make_manifest(plan, checkpoint, chosen, checksums, trunk)
     (directory / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     return directory
+
+
+def config_of(
+    shape: str, layers: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of ``config.json`` of ``shape``, cut and changed as :func:`make_pack` says."""
+    config = {**_COMMON, **SHAPES[shape], **(overrides or {})}
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    return config
 
 
 def _checkpoint(directory: Path) -> _Checkpoint:

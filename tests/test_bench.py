@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as everything
-from bench import page, prefetch, store
-from bench.figures import compared, counted, quartiles
+from bench import ablation, page, prefetch, store
+from bench.figures import Bench, compared, counted, quartiles
 from bench.parts import PARTS
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
+from expertd.pack.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +72,18 @@ def test_a_part_leaves_a_file_and_the_page_is_made_of_it(tmp_path: Path) -> None
     for figure in result.figures:
         assert f"| {figure.what} |" in text
     assert "a quick run, not to be quoted" in text
+
+
+def test_the_ablation_reads_less_with_every_part_of_it(tmp_path: Path) -> None:
+    said = list(ablation.measure(Bench(tmp_path, lambda _: None, traces=(), quick=True)))
+    table = next(each for each in said if isinstance(each, Table))
+    megabytes = {row[0]: float(row[3]) for row in table.rows}
+    manifest = read_manifest(tmp_path / "example").manifest
+    assert megabytes["no LRU"] == pytest.approx(manifest.working_set_bytes / 1e6, rel=0.01)
+    assert megabytes["whole layers (naive)"] == pytest.approx(manifest.expert_bytes / 1e6, rel=0.01)
+    # The same weights in 16 bits.
+    assert megabytes["accelerate"] > 3 * megabytes["whole layers (naive)"]
+    assert megabytes["no speculation"] < megabytes["no LRU"]
 
 
 def test_quick_figures_never_reach_docs() -> None:

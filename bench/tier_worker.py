@@ -1,0 +1,258 @@
+"""Workers of :mod:`bench.tiers`, in a process of their own: each line of stdin has one decode.
+
+It computes from a daemon's memory or, to compare, from the pack's files mapped into its own: the
+same trunk, kernels and routing, and only the loading differs.
+
+Several may be one process, by name; they take turns, as the lines of stdin ask them to.
+
+Example: python -m bench.tier_worker '{"mapped": {"pack": "/tmp/pack", "mapped": true}}'
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from bench.mapped import MappedSource
+from expertd.pack.manifest import read_manifest
+from expertd_inference import load_model
+from expertd_inference.experts import connect
+from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
+from expertd_inference.kernels.step import step_kernels
+from expertd_inference.kv_cache import growing
+from expertd_inference.lean import make_lean
+from expertd_inference.loading import load_trunk
+from expertd_inference.recovery import Recovery
+from expertd_inference.settings import DeviceSettings
+from expertd_inference.steps import Steps
+
+Row = list[list[int]]
+"""One token's experts, by MoE layer in order."""
+
+
+class Routed:
+    """Before a layer's runner: the experts are the row's, or, without one, are noted."""
+
+    def __init__(self, runner: Any, place: int, state: "Decoder") -> None:  # noqa: ANN401
+        self._runner, self._place, self._state = runner, place, state
+
+    def run(
+        self,
+        layer: int,
+        spec: Any,  # noqa: ANN401
+        num_experts: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        """As :meth:`expertd_inference.experts.ExpertsRunner.run`."""
+        state = self._state
+        if len(hidden) == 1:
+            if state.row is not None:
+                top_k_index = torch.tensor([state.row[self._place]])
+            state.noted.append(top_k_index[0].tolist())
+            if state.whole_layers:
+                for lease in state.source.waves(layer, range(num_experts)):
+                    lease.release()
+        result: Tensor = self._runner.run(
+            layer, spec, num_experts, hidden, top_k_index, top_k_weights
+        )
+        return result
+
+
+class Guesses:
+    """In the place of a layer's router that is asked ahead: right as often as ``recall`` says."""
+
+    def __init__(self, place: int, num_experts: int, recall: float, state: "Decoder") -> None:
+        self._place, self._num_experts, self._state = place, num_experts, state
+        self._recall, self._chance = recall, random.Random(place)
+
+    def foreseen(self, _: Tensor) -> list[int]:
+        """As :meth:`expertd_inference.routers.Router.foreseen`, of the token under way."""
+        guessed = [
+            expert
+            if self._chance.random() < self._recall
+            else self._chance.randrange(self._num_experts)
+            for expert in (self._state.row or {self._place: []})[self._place]
+        ]
+        return list(dict.fromkeys(guessed))
+
+    def chosen(self, hidden: Tensor) -> Tensor:  # [1, k]
+        """As :meth:`expertd_inference.routers.Router.chosen`."""
+        return torch.tensor([self.foreseen(hidden)], dtype=torch.int64)
+
+    def likeliest(self, hidden: Tensor, num: int) -> Tensor:  # [num]
+        """As :meth:`expertd_inference.routers.Router.likeliest`."""
+        return self.chosen(hidden)[0, :num]
+
+
+class Decoder:
+    """The model, and what becomes of its routing."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.row: Row | None = None
+        self.noted: list[list[int]] = []
+        self.whole_layers: bool = job.get("whole_layers", False)
+        pack = Path(job["pack"])
+        self.manifest = read_manifest(pack).manifest
+        self._io = Path(f"/proc/{job.get('reader', 'self')}/io")
+        self.source: Any
+        self._ahead: Any = None
+        if job.get("mapped"):
+            self.source = MappedSource(pack, self.manifest, ahead=job.get("announced", False))
+            kernels = cpu_kernels("auto", self.manifest)
+            native = not isinstance(kernels, ReferenceKernels)
+            loaded = load_trunk(pack, self.manifest, linear=kernels.linear if native else None)
+            recovery = Recovery(self.source, reattach_seconds=0)
+            connect(loaded.experts, self.manifest, self.source, recovery, kernels)
+            self.model = loaded.model
+            if native:
+                make_lean(self.model, step_kernels())
+        else:
+            settings = DeviceSettings(speculate_layers=job.get("speculate_layers", 0))
+            self.model = load_model("m", socket=job["socket"], device=settings)
+            self.source = self.model.expertd.session
+            self._ahead = self.model.expertd._ahead
+        modules = {
+            module._expertd[1]: module
+            for module in self.model.modules()
+            if "_expertd" in vars(module)
+        }
+        self._layers = sorted(modules)
+        for place, layer in enumerate(self._layers):
+            runner, *rest = modules[layer]._expertd
+            modules[layer]._expertd = (Routed(runner, place, self), *rest)
+        self._num_experts = {layer.layer: layer.num_experts for layer in self.manifest.layers}
+        if self._ahead is not None and "recall" in job:
+            self._ahead._routers = {
+                layer: Guesses(place, self._num_experts[layer], job["recall"], self)
+                for place, layer in enumerate(self._layers)
+            }
+
+    def fill(self, num_bytes: int) -> None:
+        """Brings so many bytes of experts into memory, of all layers alike and in order."""
+        share = min(1.0, num_bytes / self.manifest.expert_bytes)
+        for layer in self._layers:
+            self._touch(layer, range(int(self._num_experts[layer] * share)))
+
+    def warm(self, rows: Sequence[Row]) -> None:
+        """What these tokens would bring into memory, without computing them."""
+        for row in rows:
+            for layer, experts in zip(self._layers, row, strict=True):
+                self._touch(layer, sorted(experts))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        ids: Sequence[int],
+        context: int = 1,
+        rows: Sequence[Row] | None = None,
+        forget: bool = False,
+        seconds: float = 1e9,
+    ) -> dict[str, Any]:
+        """Decodes ``ids`` after the first ``context`` of them, by ``rows`` if there are some.
+
+        ``rows`` begin with the last token of the context. ``forget``: before each token all that
+        it needs is absent. Stops when so many seconds have passed.
+        """
+        if forget and rows is None:
+            self._run(ids, context, None, forget=False, seconds=seconds)
+            rows = self._noted_rows(len(ids) - context + 1)
+        return self._run(ids, context, rows, forget=forget, seconds=seconds)
+
+    def _run(
+        self,
+        ids: Sequence[int],
+        context: int,
+        rows: Sequence[Row] | None,
+        *,
+        forget: bool,
+        seconds: float,
+    ) -> dict[str, Any]:
+        self.noted = []
+        self.row = None
+        stats = self._hints()
+        taken, num_bytes, waited = [], [], []
+        cache = DynamicCache(config=self.model.config)
+        growing(cache)
+        with Steps(self.model, cache) as steps:
+            if context > 1:
+                steps.prompt(torch.tensor([ids[: context - 1]]))
+            end = time.perf_counter() + seconds
+            for number, token in enumerate(ids[context - 1 :]):
+                self.row = None if rows is None else rows[number]
+                if forget and self.row is not None:
+                    self._forget(self.row)
+                step = steps.step if number else steps.prompt
+                missed, read = self._missed(), self._bytes_read()
+                began = time.perf_counter()
+                step(torch.tensor([[token]])).argmax().item()
+                taken.append(time.perf_counter() - began)
+                num_bytes.append(self._bytes_read() - read)
+                waited.append(self._missed() - missed)
+                if time.perf_counter() > end and number:
+                    break
+        hints = {name: value - stats.get(name, 0) for name, value in self._hints().items()}
+        # The first belongs to the context.
+        return {
+            "seconds": taken[1:],
+            "bytes": num_bytes[1:],
+            "waited": waited[1:],
+            "hints": hints,
+            "way": steps.way,
+        }
+
+    def _noted_rows(self, tokens: int) -> list[Row]:
+        count = len(self._layers)
+        rows = [self.noted[start : start + count] for start in range(0, len(self.noted), count)]
+        return rows[-tokens:]
+
+    def _forget(self, row: Row) -> None:
+        """Has others take the place of this token's experts; for a budget of as many."""
+        for layer, experts in zip(self._layers, row, strict=True):
+            others = [e for e in range(self._num_experts[layer]) if e not in experts]
+            self._touch(layer, others[: len(experts)])
+
+    def _touch(self, layer: int, experts: Sequence[int]) -> None:
+        if isinstance(self.source, MappedSource):
+            self.source.touch(layer, experts)
+            return
+        for lease in self.source.waves(layer, experts):
+            lease.release()
+
+    def _missed(self) -> int:
+        return 0 if isinstance(self.source, MappedSource) else self.source.nvme_misses
+
+    def _bytes_read(self) -> int:
+        """From disks, by the process that reads the experts."""
+        rows = self._io.read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith("read_bytes:"))
+
+    def _hints(self) -> dict[str, int]:
+        if self._ahead is None:
+            return {}
+        stats = self._ahead.stats
+        return {name: getattr(stats, name) for name in ("issued", "useful", "late", "wasted")}
+
+
+def main() -> None:
+    """Loads, then answers each line: whom it is for, a verb and its arguments."""
+    transformers.utils.logging.disable_progress_bar()
+    decoders = {name: Decoder(job) for name, job in json.loads(sys.argv[1]).items()}
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        name, verb, arguments = json.loads(line)
+        action = {"fill": Decoder.fill, "warm": Decoder.warm, "decode": Decoder.decode}[verb]
+        print(json.dumps(action(decoders[name], **arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
