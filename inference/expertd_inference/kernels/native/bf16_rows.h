@@ -8,8 +8,6 @@
 namespace {
 
 constexpr int64_t COLUMNS = 64; // of a unit, in a register
-constexpr int64_t BLOCK_VECTORS = 64;
-constexpr int64_t BLOCK_COLUMNS = COLUMNS * BLOCK_VECTORS; // whose scales are decoded at a time
 // Far enough that DRAM has answered. The processor's own prefetching ends at a page; of 4, 6, 8 and
 // 12 KiB, 6 was best where it was measured.
 constexpr int64_t AHEAD = 6144, SCALES_AHEAD = 512;
@@ -18,30 +16,36 @@ bool is_fast(const Matrix& m, int32_t type) {
     return type == BF16 && (m.format >= HQQ8 || m.format == BF16);
 }
 
-// Subtracted from each integer: what is left is small on both sides of 0, and exact in bfloat16.
-constexpr float center(int32_t format) {
-    switch (format) {
-    case HQQ8: return 128;
-    case HQQ4: return 8;
-    case HQQ3: return 4;
-    case HQQ2: return 2;
-    default: return 0;
-    }
+// Where a field of row `k` lies in its word; see bf16_words.h.
+constexpr int field_bit(int32_t format, int k) {
+    if (format == HQQ2) return k % 2 ? 3 : 5;
+    if (format == HQQ3) return k < 4 ? 4 : 0;
+    return 3;
 }
 
-// What a weight's bfloat16 has too much.
-constexpr float excess(int32_t format) {
-    if (format == MXFP4) return 0;
-    return center(format) + (format == HQQ8 ? 128 + 2048 : 128);
+// The power of two that a field at such a bit has above it. It counts 1 in the field's lowest bit.
+constexpr int power_above(int bit) { return 128 >> bit; }
+
+// Only in fields at bit 0 it is so large that float32 would feel it, and their sums start from
+// where it is that of the other rows.
+constexpr bool has_start(int32_t format, int k) { return format == HQQ3 && k >= 4; }
+
+// What the integers of row `k` have too much in the end, which is added to their zeros.
+constexpr float excess(int32_t format, int k) {
+    if (format == HQQ8) return power_above(3) * (1 + 16); // in two fields
+    return power_above(field_bit(format, format == HQQ3 ? 0 : k));
 }
+
+// Registers of 64 columns of activations.
+constexpr int64_t num_registers(int32_t format) { return format == HQQ3 ? 3 : 2; }
 
 int64_t num_vectors(const Matrix& m) { return (m.columns + COLUMNS - 1) / COLUMNS; }
 
 int64_t num_groups(const Matrix& m) { return m.columns / m.group_size; }
 
-// Of activations prepared for a quantized matrix: for each 64 columns three registers, then the
-// groups' sums, padded with zeros to 16. The first has the columns whose bytes unpacklo takes, that
-// is 0 to 7, 16 to 23 and so on, the second the others; the third has where sums begin.
+// Of activations prepared for a quantized matrix: for each 64 columns the even ones and the odd
+// ones, of 3 bit also where sums begin; then the groups' sums, padded with zeros to 16. It is less
+// than generic::prepared_bytes.
 struct Row {
     const __m512i* columns;
     const float* sums;
@@ -49,22 +53,25 @@ struct Row {
 
 Row row_of(const Matrix& m, const uint8_t* prepared) {
     const auto* columns = reinterpret_cast<const __m512i*>(prepared);
-    return {columns, reinterpret_cast<const float*>(columns + 3 * num_vectors(m))};
+    const auto* end = columns + num_registers(m.format) * num_vectors(m);
+    return {columns, reinterpret_cast<const float*>(end)};
 }
 
 // 64 columns, of which `count` are there.
-void prepare_columns(const float* row, int64_t count, float too_much, uint8_t* out) {
+void prepare_columns(const float* row, int64_t count, int32_t format, uint8_t* out) {
     auto* values = reinterpret_cast<uint16_t*>(out);
-    auto* starts = reinterpret_cast<float*>(out + 128);
     float padded[COLUMNS] = {};
     memcpy(padded, row, count * sizeof(float));
-    for (int64_t half = 0; half < 2; ++half)
-        for (int64_t i = 0; i < 32; ++i) // in 16 bytes of a register are 8 columns of a half
-            values[half * 32 + i] =
-                static_cast<uint16_t>(to_bits(padded[i / 8 * 16 + half * 8 + i % 8]) >> 16);
+    for (int64_t i = 0; i < 32; ++i) {
+        values[i] = static_cast<uint16_t>(to_bits(padded[2 * i]) >> 16);
+        values[32 + i] = static_cast<uint16_t>(to_bits(padded[2 * i + 1]) >> 16);
+    }
+    if (format != HQQ3) return;
+    auto* starts = reinterpret_cast<float*>(out + 128);
+    constexpr float too_much = power_above(field_bit(HQQ3, 0)) - power_above(field_bit(HQQ3, 7));
     for (int64_t lane = 0; lane < 16; ++lane) {
-        const float* first = padded + lane / 4 * 16 + lane % 4 * 2;
-        starts[lane] = -too_much * ((first[0] + first[1]) + (first[8] + first[9]));
+        const float* four = padded + lane * 4;
+        starts[lane] = too_much * ((four[0] + four[1]) + (four[2] + four[3]));
     }
 }
 
@@ -77,9 +84,9 @@ void prepare(const Matrix& m, const float* row, int32_t type, uint8_t* prepared)
         memset(out + m.columns, 0, (padded - m.columns) * 2);
         return;
     }
-    const float too_much = excess(m.format);
-    for (int64_t column = 0; column < m.columns; column += COLUMNS, prepared += 3 * 64)
-        prepare_columns(row + column, std::min(COLUMNS, m.columns - column), too_much, prepared);
+    const int64_t step = num_registers(m.format) * 64;
+    for (int64_t column = 0; column < m.columns; column += COLUMNS, prepared += step)
+        prepare_columns(row + column, std::min(COLUMNS, m.columns - column), m.format, prepared);
     auto* sums = reinterpret_cast<float*>(prepared);
     const int64_t groups = num_groups(m);
     for (int64_t group = 0; group < groups; ++group) {

@@ -32,22 +32,22 @@ struct Metas {
     float scale_factors[MOST], scale_offsets[MOST], zero_factors[MOST], zero_offsets[MOST];
     int64_t first;
 
-    // Of elements [begin, end). `less` is subtracted from each zero.
-    void decode(const Matrix& m, const uint8_t* base, int64_t begin, int64_t end, float less) {
+    // Of elements [begin, end). `more` is added to each zero.
+    void decode(const Matrix& m, const uint8_t* base, int64_t begin, int64_t end, float more) {
         first = begin / 128;
         const int64_t count = (end - 1) / 128 - first + 1;
         for (int64_t i = 0; i < count; i += 16) {
             const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, count - i)) - 1);
-            const auto decode_one = [&](int64_t scales, int64_t zeros, float subtract,
+            const auto decode_one = [&](int64_t scales, int64_t zeros, float add,
                                         float* factors, float* offsets) {
                 const __m512 scale = decode_plain(base + scales, first + i, mask);
                 const __m512 zero = decode_plain(base + zeros, first + i, mask);
                 _mm512_storeu_ps(factors + i, scale);
                 _mm512_storeu_ps(offsets + i,
-                                 _mm512_fnmadd_ps(scale, zero, _mm512_set1_ps(-subtract)));
+                                 _mm512_fnmadd_ps(scale, zero, _mm512_set1_ps(add)));
             };
             decode_one(m.scale_scale, m.scale_zero, 0, scale_factors, scale_offsets);
-            decode_one(m.zero_scale, m.zero_zero, less, zero_factors, zero_offsets);
+            decode_one(m.zero_scale, m.zero_zero, more, zero_factors, zero_offsets);
         }
     }
 
@@ -57,10 +57,12 @@ struct Metas {
     }
 };
 
-// 16 elements, of which those from lane `left` on are in the next meta group.
+// 16 elements, of which those from lane `left` on are in the next meta group, unless they are
+// ALIGNED.
+template <bool ALIGNED>
 INLINE __m512 decode_meta(__m512 value, const float* factors, const float* offsets, int64_t left) {
     __m512 factor = _mm512_set1_ps(factors[0]), offset = _mm512_set1_ps(offsets[0]);
-    if (__builtin_expect(left < 16, 0)) {
+    if (!ALIGNED && left < 16) {
         const auto next = static_cast<__mmask16>(0xffff << left);
         factor = _mm512_mask_mov_ps(factor, next, _mm512_set1_ps(factors[1]));
         offset = _mm512_mask_mov_ps(offset, next, _mm512_set1_ps(offsets[1]));
@@ -72,8 +74,8 @@ INLINE __m512 widen_bytes(const uint8_t* bytes, __mmask16 mask) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes)));
 }
 
-INLINE __m512 decode_e8m0(const uint8_t* base, int64_t at, __mmask16 mask) {
-    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, base + at));
+INLINE __m512 decode_e8m0(const uint8_t* bytes, __mmask16 mask) {
+    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
     __m512i bits = _mm512_slli_epi32(exponent, 23);
     const __m512i least = _mm512_set1_epi32(0x00400000), nan = _mm512_set1_epi32(0x7fc00000);
     bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponent, exponent), least);
@@ -93,26 +95,34 @@ struct Product {
         : matrix(m), base(base), units(num_units(m)), groups(num_groups(m)) {}
 };
 
-// The scales of 16 groups from element `at` on, as far as `mask` goes, in row K of a unit. What
-// their zeros contribute is subtracted from the sums of N rows of activations, whose groups'
-// sums are those from `group` on.
-template <int32_t FORMAT, bool META, int N>
-INLINE __m512 decode_scales(const Product& p, const Metas& metas, int64_t at, int64_t group,
-                            __mmask16 mask, const Row* rows, __m512* sums) {
+INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+}
+
+using AllLanes = std::integral_constant<__mmask16, 0xffff>;
+
+// The scales of 16 groups in row K of a unit, from its group `group` on, as far as `mask` goes.
+// What their zeros contribute is subtracted from the sums of N rows of activations. ALIGNED: the
+// first is a multiple of 16 among all of the matrix.
+template <int32_t FORMAT, bool META, int N, bool ALIGNED, int K, class Mask>
+INLINE __m512 decode_scales(const Product& p, int64_t unit, int64_t group, Mask mask,
+                            const Row* rows, __m512* sums) {
     const uint8_t* scales = p.base + p.matrix.scale;
     const uint8_t* zeros = p.base + p.matrix.zero;
-    if constexpr (FORMAT == MXFP4) return decode_e8m0(scales, at, mask);
+    const int64_t at = (unit + K * p.units) * p.groups + group;
+    if constexpr (FORMAT == MXFP4) return decode_e8m0(scales + at, mask);
     __m512 scale, zero;
     if constexpr (META) {
+        const Metas& metas = p.metas[K];
         const int64_t meta = (at >> 7) - metas.first, left = 128 - (at & 127);
-        scale = decode_meta(widen_bytes(scales + at, mask), metas.scale_factors + meta,
-                            metas.scale_offsets + meta, left);
-        zero = decode_meta(widen_bytes(zeros + at, mask), metas.zero_factors + meta,
-                           metas.zero_offsets + meta, left);
-        if (mask != 0xffff) scale = _mm512_maskz_mov_ps(mask, scale);
+        scale = decode_meta<ALIGNED>(widen_bytes(scales + at, mask), metas.scale_factors + meta,
+                                     metas.scale_offsets + meta, left);
+        zero = decode_meta<ALIGNED>(widen_bytes(zeros + at, mask), metas.zero_factors + meta,
+                                    metas.zero_offsets + meta, left);
+        scale = _mm512_maskz_mov_ps(mask, scale);
     } else {
         scale = decode_plain(scales, at, mask);
-        zero = _mm512_sub_ps(decode_plain(zeros, at, mask), _mm512_set1_ps(center(FORMAT)));
+        zero = _mm512_add_ps(decode_plain(zeros, at, mask), _mm512_set1_ps(excess(FORMAT, K)));
     }
     const __m512 offset = _mm512_mul_ps(scale, zero);
     each<N>([&](auto n) INLINE_LAMBDA {
@@ -131,10 +141,6 @@ template <int32_t FORMAT, bool META> INLINE void prefetch_scales(const Product& 
             if (FORMAT != MXFP4) __builtin_prefetch(p.base + p.matrix.zero + at);
         }
     });
-}
-
-INLINE __mmask16 first_lanes(int64_t count) {
-    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
 } // namespace

@@ -1,164 +1,81 @@
 // bfloat16 activations on processors that multiply bfloat16 (Zen 4 and later, Sapphire Rapids and
 // later): 64 columns of a unit at a time, without a detour over float32.
 //
-// A 64-byte load holds 64 columns of each row of the unit. One row's bits are masked, and each of
-// its bytes is made the low byte of a bfloat16 whose high byte is that of 128: it then has the
-// value 128 + q, exactly, without a conversion or a table. vdpbf16ps adds up pairs of products in
-// float32, from a start that takes the 128 away again and is the same for all rows. A group's sum
-// is multiplied by its scale; what the zeros contribute is known from the sum of a group's
-// activations:
+// A 64-byte load holds 64 columns of each row of the unit. bf16_words.h makes them bfloat16s of
+// the value e + q, e being a small power of two; vdpbf16ps adds up pairs of products in float32.
+// A group's sum is multiplied by its scale; what the zeros contribute, and the e, is known from the
+// sum of a group's activations:
 //
-//     sum over groups of  scale * (sum of (q - c) x)  -  scale * (zero - c) * (sum of x)
+//     sum over groups of  scale * (sum of (e + q) x)  -  scale * (zero + e) * (sum of x)
 //
-// All that interleaving two registers' bytes, masking and merging costs here is a place in the
-// queue: the pipes that multiply are the ones that are always busy.
+// Both pipes that multiply are to be busy all the time, and what else there is to do for a register
+// of weights is as much again. So it counts: scales are decoded without a mask or a branch where
+// that can be, and between the products, which leaves the processor a choice.
 
-#include "bf16_scales.h"
+#include "bf16_words.h"
 
 namespace {
-
-// The bytes of 64 columns of a unit.
-template <int32_t FORMAT> struct Bytes {
-    __m512i low; // of 3 bit the low plane's upper row, below it the lower one, and the high plane
-    __m512i below, high;
-};
-
-struct Places {
-    const uint8_t *low, *below, *high;
-};
-
-template <int32_t FORMAT> INLINE Places places(const Matrix& m, const uint8_t* base, int64_t unit) {
-    const uint8_t* low = base + m.weight + unit * m.columns;
-    if (FORMAT != HQQ3) return {low, nullptr, nullptr};
-    return {low, low + m.rows / 8 * m.columns, low + m.rows / 4 * m.columns};
-}
-
-// 64 bytes, kept in a register: without the assembly the compiler loads them again for each
-// shift, and loads are what there is least of.
-INLINE __m512i load_bytes(const uint8_t* bytes, __mmask64 mask) {
-    __m512i value = _mm512_maskz_loadu_epi8(mask, bytes);
-    asm("" : "+v"(value));
-    return value;
-}
-
-template <int32_t FORMAT>
-INLINE Bytes<FORMAT> load(const Places& places, int64_t column, __mmask64 mask) {
-    if constexpr (FORMAT == HQQ3)
-        return {load_bytes(places.low + column, mask), load_bytes(places.below + column, mask),
-                load_bytes(places.high + column, mask)};
-    else return {load_bytes(places.low + column, mask), __m512i(), __m512i()};
-}
-
-template <int BITS> INLINE __m512i right(__m512i words) {
-    if constexpr (BITS == 0) return words;
-    else return _mm512_srli_epi16(words, BITS);
-}
-
-// The bits of `mask` from `low`, the others from `high`.
-INLINE __m512i merge(char mask, __m512i low, __m512i high) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(mask), low, high, 0xca);
-}
-
-// Row K's integers, one to a byte.
-template <int32_t FORMAT, int K> INLINE __m512i integers(const Bytes<FORMAT>& bytes) {
-    if constexpr (FORMAT == HQQ3) {
-        // Shifted so that the row's high bit stands above its two low ones.
-        const __m512i low = K % 2 ? bytes.below : bytes.low;
-        constexpr int SHIFT = 6 - K / 2 * 2;
-        if constexpr (SHIFT == 6) {
-            const __m512i merged = merge(3, right<6>(low), right<K % 2 ? 4 : 5>(bytes.high));
-            return _mm512_and_si512(merged, _mm512_set1_epi8(7));
-        } else {
-            // Not all rows in one register: one's high bit lies where another's low ones are.
-            const __m512i high = _mm512_slli_epi16(bytes.high, K % 2 ? 2 : 1);
-            const __m512i merged = merge(SHIFT == 2 ? 0x0c : 0x33, low, high);
-            return _mm512_and_si512(right<SHIFT>(merged), _mm512_set1_epi8(7));
-        }
-    } else {
-        constexpr int BITS = FORMAT == HQQ2 ? 2 : 4;
-        const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
-        return _mm512_and_si512(right<8 - BITS * (K + 1)>(bytes.low), mask);
-    }
-}
 
 INLINE __m512 dot(__m512 sum, __m512i weights, __m512i x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
 }
 
-struct Weights {
-    __m512i low, high; // columns as a Row has them
-};
-
-// bfloat16s whose low bytes are `bytes` and whose high bytes are `high`.
-INLINE Weights with_high_byte(__m512i bytes, char high) {
-    const __m512i constant = _mm512_set1_epi8(high);
-    return {_mm512_unpacklo_epi8(bytes, constant), _mm512_unpackhi_epi8(bytes, constant)};
-}
-
-template <int32_t FORMAT, int K> INLINE Weights weights_of(const Bytes<FORMAT>& bytes) {
-    if constexpr (FORMAT == MXFP4) {
-        // vpermw looks at the lowest five bits; the table has all values twice.
-        const __m512i table = _mm512_set_epi16(
-            static_cast<short>(0xc0c0), static_cast<short>(0xc080), static_cast<short>(0xc040),
-            static_cast<short>(0xc000), static_cast<short>(0xbfc0), static_cast<short>(0xbf80),
-            static_cast<short>(0xbf00), static_cast<short>(0x8000), 0x40c0, 0x4080, 0x4040, 0x4000,
-            0x3fc0, 0x3f80, 0x3f00, 0, static_cast<short>(0xc0c0), static_cast<short>(0xc080),
-            static_cast<short>(0xc040), static_cast<short>(0xc000), static_cast<short>(0xbfc0),
-            static_cast<short>(0xbf80), static_cast<short>(0xbf00), static_cast<short>(0x8000),
-            0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0);
-        const __m512i index = right<4 - 4 * K>(bytes.low);
-        return {_mm512_permutexvar_epi16(_mm512_unpacklo_epi8(index, index), table),
-                _mm512_permutexvar_epi16(_mm512_unpackhi_epi8(index, index), table)};
-    } else return with_high_byte(integers<FORMAT, K>(bytes), 0x43); // 0x4300 is 128
+// A zero that is not a copy of one: copies of 64 bytes are what the processor has least room for.
+INLINE __m512 fresh_zero() {
+    __m512 zero;
+    asm volatile("vpxord %x0, %x0, %x0" : "=v"(zero));
+    return zero;
 }
 
 // Row K of 64 columns times a row of activations; a lane has the sum of four products.
 template <int32_t FORMAT, int K>
-INLINE __m512 multiply_columns(const Bytes<FORMAT>& bytes, const Row& row, int64_t vector) {
-    const __m512i* x = row.columns + 3 * vector;
-    __m512 sum = FORMAT == MXFP4 ? _mm512_setzero_ps() : _mm512_castsi512_ps(x[2]);
+INLINE __m512 multiply_columns(const Words<FORMAT>& words, const Row& row, int64_t vector) {
+    const __m512i* x = row.columns + num_registers(FORMAT) * vector;
+    __m512 sum = has_start(FORMAT, K) ? _mm512_castsi512_ps(x[2]) : fresh_zero();
     if constexpr (FORMAT == HQQ8) {
-        const __m512i mask = _mm512_set1_epi8(15);
-        const Weights lower = with_high_byte(_mm512_and_si512(bytes.low, mask), 0x43);
-        // 0x4500 is 2048, and the last of its bits counts 16.
-        const Weights upper = with_high_byte(_mm512_and_si512(right<4>(bytes.low), mask), 0x45);
-        sum = dot(dot(sum, lower.low, x[0]), lower.high, x[1]);
-        return dot(dot(sum, upper.low, x[0]), upper.high, x[1]);
+        // Two fields at bit 3, of which the upper one's lowest bit counts 16.
+        constexpr uint16_t ONE = power_bits(power_above(3));
+        constexpr uint16_t SIXTEEN = power_bits(16 * power_above(3));
+        sum = dot(sum, field(words.shifted[0], 15 << 3, ONE), x[0]);
+        sum = dot(sum, field(words.shifted[1], 15 << 3, SIXTEEN), x[0]);
+        sum = dot(sum, field(words.shifted[2], 15 << 3, ONE), x[1]);
+        return dot(sum, field(words.shifted[3], 15 << 3, SIXTEEN), x[1]);
     } else {
-        const Weights weights = weights_of<FORMAT, K>(bytes);
-        return dot(dot(sum, weights.low, x[0]), weights.high, x[1]);
+        sum = dot(sum, weights_of<FORMAT, K, 0>(words), x[0]);
+        return dot(sum, weights_of<FORMAT, K, 1>(words), x[1]);
     }
 }
 
-// All rows of 64 columns, times their scales, added to `sums`; `scale(k, 0)` is that of each lane.
+// All rows of 64 columns, times their scales, added to `sums`; `scale(k, v)` has
+// those of row k and vector v, in each lane its own.
 template <int32_t FORMAT, int N, class Scale>
-INLINE void multiply_one(const Bytes<FORMAT>& bytes, const Row* rows, int64_t vector,
+INLINE void multiply_one(const Words<FORMAT>& words, const Row* rows, int64_t vector,
                          const Scale& scale, __m512 (*sums)[N]) {
     each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
         each<N>([&](auto n) INLINE_LAMBDA {
-            const __m512 sum = multiply_columns<FORMAT, k>(bytes, rows[n], vector);
-            sums[k][n] = _mm512_fmadd_ps(sum, scale(k, 0), sums[k][n]);
+            const __m512 sum = multiply_columns<FORMAT, k>(words, rows[n], vector);
+            sums[k][n] = _mm512_fmadd_ps(sum, scale(k, vector), sums[k][n]);
         });
     });
 }
 
-// The same for 128 columns, `scale(k, 1)` being that of the second 64. Of few rows the sums would
-// be what takes the time, each waiting for the one before: so there is one for both.
+// The same for 128 columns. Of few rows the sums would be what takes the time, each waiting for the
+// one before: so there is one for both.
 template <int32_t FORMAT, int N, class Scale>
-INLINE void multiply_two(const Bytes<FORMAT>& one, const Bytes<FORMAT>& two, const Row* rows,
+INLINE void multiply_two(const Words<FORMAT>& one, const Words<FORMAT>& two, const Row* rows,
                          int64_t vector, const Scale& scale, __m512 (*sums)[N]) {
     each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
         each<N>([&](auto n) INLINE_LAMBDA {
             const __m512 first = multiply_columns<FORMAT, k>(one, rows[n], vector);
             const __m512 second = multiply_columns<FORMAT, k>(two, rows[n], vector + 1);
-            const __m512 both =
-                _mm512_fmadd_ps(second, scale(k, 1), _mm512_mul_ps(first, scale(k, 0)));
+            const __m512 scaled = _mm512_mul_ps(first, scale(k, vector));
+            const __m512 both = _mm512_fmadd_ps(second, scale(k, vector + 1), scaled);
             sums[k][n] = _mm512_add_ps(sums[k][n], both);
         });
     });
 }
 
-template <int32_t FORMAT> constexpr bool PAIRS = FORMAT == HQQ8 || FORMAT == HQQ4;
+template <int32_t FORMAT> constexpr int STEP = FORMAT == HQQ8 || FORMAT == HQQ4 ? 2 : 1;
 constexpr __mmask64 ALL = ~__mmask64{0};
 
 template <int32_t FORMAT> INLINE void prefetch(const Places& from, int64_t column) {
@@ -169,105 +86,118 @@ template <int32_t FORMAT> INLINE void prefetch(const Places& from, int64_t colum
     }
 }
 
+// COUNT vectors, one or two.
+template <int32_t FORMAT, int N, int COUNT = STEP<FORMAT>, class Scale>
+INLINE void multiply_step(const Places& from, int64_t vector, const Row* rows, const Scale& scale,
+                          __m512 (*sums)[N]) {
+    const int64_t column = vector * COLUMNS;
+    prefetch<FORMAT>(from, column);
+    const Words<FORMAT> words = load<FORMAT>(from, column, ALL);
+    if constexpr (COUNT == 1) multiply_one<FORMAT, N>(words, rows, vector, scale, sums);
+    else {
+        prefetch<FORMAT>(from, column + COLUMNS);
+        const Words<FORMAT> more = load<FORMAT>(from, column + COLUMNS, ALL);
+        multiply_two<FORMAT, N>(words, more, rows, vector, scale, sums);
+    }
+}
+
+// All rows of a unit's vectors [vector, end), times their scales.
+template <int32_t FORMAT, int N, class Scale>
+INLINE void multiply_vectors(const Places& from, int64_t vector, int64_t end, const Row* rows,
+                             const Scale& scale, __m512 (*sums)[N]) {
+    for (; vector + STEP<FORMAT> <= end; vector += STEP<FORMAT>)
+        multiply_step<FORMAT, N>(from, vector, rows, scale, sums);
+    for (; vector < end; ++vector) multiply_step<FORMAT, N, 1>(from, vector, rows, scale, sums);
+}
+
+constexpr int64_t BLOCK_VECTORS = 64; // whose scales are decoded at a time
+
 // One unit times N rows of activations, groups of 64 or 128: a register has one group's columns,
 // whose scale is taken from memory.
-template <int32_t FORMAT, bool META, int N>
+template <int32_t FORMAT, bool META, int N, bool ALIGNED>
 INLINE void multiply_long_groups(const Product& p, int64_t unit, const Row* rows,
                                  __m512 (*sums)[N]) {
     constexpr int R = rows_per_unit(FORMAT);
-    const Matrix& m = p.matrix;
-    const int shift = m.group_size == 128 ? 1 : 0;
-    const Places from = places<FORMAT>(m, p.base, unit);
-    alignas(64) float scales[R][BLOCK_COLUMNS / 64];
-    for (int64_t begin = 0; begin < m.columns; begin += BLOCK_COLUMNS) {
-        const int64_t end = std::min(m.columns, begin + BLOCK_COLUMNS);
-        const int64_t first = begin / 64 >> shift, last = end / 64 >> shift;
-        for (int64_t group = first; group < last; group += 16) {
-            const __mmask16 mask = first_lanes(last - group);
+    const int shift = p.matrix.group_size == 128 ? 1 : 0;
+    const Places from = places<FORMAT>(p.matrix, p.base, unit);
+    alignas(64) float scales[R][BLOCK_VECTORS];
+    const int64_t whole = p.matrix.columns / COLUMNS;
+    for (int64_t begin = 0; begin < whole; begin += BLOCK_VECTORS) {
+        const int64_t end = std::min(whole, begin + BLOCK_VECTORS);
+        const int64_t first = begin >> shift, count = (end >> shift) - first;
+        const auto decode = [&](int64_t group, auto mask) INLINE_LAMBDA {
             each<R>([&](auto k) INLINE_LAMBDA {
-                const int64_t at = (unit + k * p.units) * p.groups + group;
-                const __m512 decoded = decode_scales<FORMAT, META, N>(p, p.metas[k], at, group,
-                                                                      mask, rows, sums[k]);
-                _mm512_store_ps(scales[k] + group - first, decoded);
+                _mm512_store_ps(scales[k] + group,
+                                decode_scales<FORMAT, META, N, ALIGNED, k>(
+                                    p, unit, first + group, mask, rows, sums[k]));
             });
-        }
-        const int64_t block = begin / COLUMNS, whole = (end - begin) / COLUMNS;
-        int64_t vector = 0;
-        const auto scale = [&](int k, int which) INLINE_LAMBDA {
-            return _mm512_set1_ps(scales[k][(vector + which) >> shift]);
         };
-        for (; PAIRS<FORMAT> && vector + 2 <= whole; vector += 2) {
-            const int64_t column = begin + vector * COLUMNS;
-            prefetch<FORMAT>(from, column);
-            prefetch<FORMAT>(from, column + COLUMNS);
-            multiply_two<FORMAT, N>(load<FORMAT>(from, column, ALL),
-                                    load<FORMAT>(from, column + COLUMNS, ALL), rows,
-                                    block + vector, scale, sums);
-        }
-        for (; vector < whole; ++vector) {
-            const int64_t column = begin + vector * COLUMNS;
-            prefetch<FORMAT>(from, column);
-            multiply_one<FORMAT, N>(load<FORMAT>(from, column, ALL), rows, block + vector, scale,
-                                    sums);
-        }
+        int64_t group = 0;
+        for (; group + 16 <= count; group += 16) decode(group, AllLanes());
+        if (group < count) decode(group, first_lanes(count - group));
+        const auto scale = [&](int k, int64_t vector) INLINE_LAMBDA {
+            return _mm512_set1_ps(scales[k][(vector - begin) >> shift]);
+        };
+        multiply_vectors<FORMAT, N>(from, begin, end, rows, scale, sums);
     }
 }
 
 // The same for groups of 16 or 32: a register has the columns of PER_VECTOR groups, four columns
 // to a lane, and scales are spread over lanes from the register that they were decoded to.
-template <int32_t FORMAT, int PER_VECTOR, bool META, int N>
+template <int32_t FORMAT, int PER_VECTOR, bool META, int N, bool ALIGNED>
 INLINE void multiply_short_groups(const Product& p, int64_t unit, const Row* rows,
                                   __m512 (*sums)[N]) {
     constexpr int R = rows_per_unit(FORMAT);
     constexpr int64_t AT_ONCE = 16 / PER_VECTOR; // vectors that have 16 groups
-    const Matrix& m = p.matrix;
-    const Places from = places<FORMAT>(m, p.base, unit);
+    const Places from = places<FORMAT>(p.matrix, p.base, unit);
     const __m512i spread =
         PER_VECTOR == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                         : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const int64_t whole = m.columns / COLUMNS;
+    const int64_t columns = p.matrix.columns, whole = columns / COLUMNS;
     __m512 scales[R];
-    __m512i lanes;
-    const auto decode = [&](int64_t group) INLINE_LAMBDA {
-        const __mmask16 mask = first_lanes(p.groups - group);
+    const auto decode = [&](int64_t vector, auto mask) INLINE_LAMBDA {
         each<R>([&](auto k) INLINE_LAMBDA {
-            const int64_t at = (unit + k * p.units) * p.groups + group;
-            scales[k] = decode_scales<FORMAT, META, N>(p, p.metas[k], at, group, mask, rows,
-                                                       sums[k]);
+            scales[k] = decode_scales<FORMAT, META, N, ALIGNED, k>(p, unit, vector * PER_VECTOR,
+                                                                   mask, rows, sums[k]);
         });
-        lanes = spread;
-    };
-    const __m512i step = _mm512_set1_epi32(PER_VECTOR);
-    const auto scale = [&](int k, int which) INLINE_LAMBDA {
-        const __m512i here = which ? _mm512_add_epi32(lanes, step) : lanes;
-        return _mm512_permutexvar_ps(here, scales[k]);
     };
     int64_t vector = 0;
-    while (vector < whole) {
-        decode(vector * PER_VECTOR);
-        const int64_t end = std::min(whole, vector + AT_ONCE);
-        for (; PAIRS<FORMAT> && vector + 2 <= end; vector += 2) {
-            const int64_t column = vector * COLUMNS;
-            prefetch<FORMAT>(from, column);
-            prefetch<FORMAT>(from, column + COLUMNS);
-            multiply_two<FORMAT, N>(load<FORMAT>(from, column, ALL),
-                                    load<FORMAT>(from, column + COLUMNS, ALL), rows, vector, scale,
-                                    sums);
-            lanes = _mm512_add_epi32(lanes, _mm512_add_epi32(step, step));
-        }
-        for (; vector < end; ++vector) {
-            prefetch<FORMAT>(from, vector * COLUMNS);
-            multiply_one<FORMAT, N>(load<FORMAT>(from, vector * COLUMNS, ALL), rows, vector, scale,
-                                    sums);
-            lanes = _mm512_add_epi32(lanes, step);
-        }
+    // Spread over the lanes of vector `at`, from those that begin with `vector`.
+    const auto scale = [&](int k, int64_t at) INLINE_LAMBDA {
+        const auto group = static_cast<int>((at - vector) * PER_VECTOR);
+        return _mm512_permutexvar_ps(_mm512_add_epi32(spread, _mm512_set1_epi32(group)), scales[k]);
+    };
+    for (; vector + AT_ONCE <= whole; vector += AT_ONCE) {
+        decode(vector, AllLanes());
+        each<AT_ONCE / STEP<FORMAT>>([&](auto i) INLINE_LAMBDA {
+            multiply_step<FORMAT, N>(from, vector + i * STEP<FORMAT>, rows, scale, sums);
+        });
     }
-    if (const int64_t rest = m.columns - whole * COLUMNS) {
-        if (whole % AT_ONCE == 0) decode(whole * PER_VECTOR);
-        const __mmask64 mask = (__mmask64{1} << rest) - 1;
-        multiply_one<FORMAT, N>(load<FORMAT>(from, whole * COLUMNS, mask), rows, whole, scale,
-                                sums);
+    if (const int64_t rest = columns - vector * COLUMNS) {
+        decode(vector, first_lanes(p.groups - vector * PER_VECTOR));
+        multiply_vectors<FORMAT, N>(from, vector, whole, rows, scale, sums);
+        if (const __mmask64 mask = (__mmask64{1} << rest % COLUMNS) - 1)
+            multiply_one<FORMAT, N>(load<FORMAT>(from, whole * COLUMNS, mask), rows, whole, scale,
+                                    sums);
     }
+}
+
+// Sums of pairs of lanes: in each four lanes of the result two of `a` beside two of `b`.
+INLINE __m512 add_pairs(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+
+// Likewise of what add_pairs returned: in each four lanes one for each of four.
+INLINE __m512 add_fours(__m512 first, __m512 second) {
+    const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+
+INLINE __m128 add_lanes(__m512 sums) {
+    const __m256 eight =
+        _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
 template <int32_t FORMAT, int PER_VECTOR, bool META, int N>
@@ -278,11 +208,26 @@ void multiply_unit(const Product& p, int64_t unit, const Row* rows, float* const
         each<N>([&](auto n) INLINE_LAMBDA { sums[k][n] = _mm512_setzero_ps(); });
     });
     prefetch_scales<FORMAT, META>(p, unit);
-    if constexpr (PER_VECTOR == 1) multiply_long_groups<FORMAT, META, N>(p, unit, rows, sums);
-    else multiply_short_groups<FORMAT, PER_VECTOR, META, N>(p, unit, rows, sums);
-    each<R>([&](auto k) INLINE_LAMBDA {
-        each<N>([&](auto n) INLINE_LAMBDA {
-            results[n][unit + k * p.units] = _mm512_reduce_add_ps(sums[k][n]);
+    const auto multiply = [&](auto aligned) INLINE_LAMBDA {
+        if constexpr (PER_VECTOR == 1)
+            multiply_long_groups<FORMAT, META, N, aligned>(p, unit, rows, sums);
+        else multiply_short_groups<FORMAT, PER_VECTOR, META, N, aligned>(p, unit, rows, sums);
+    };
+    // Without meta groups it does not matter where a row begins.
+    if (!META || p.groups % 16 == 0) multiply(std::true_type());
+    else multiply(std::false_type());
+    each<N>([&](auto n) INLINE_LAMBDA {
+        float* out = results[n] + unit;
+        if constexpr (R == 1) *out = _mm512_reduce_add_ps(sums[0][n]);
+        else if constexpr (R == 2) {
+            const __m128 both = add_lanes(add_pairs(sums[0][n], sums[1][n]));
+            out[0] = both[0] + both[2];
+            out[p.units] = both[1] + both[3];
+        } else each<R / 4>([&](auto i) INLINE_LAMBDA {
+            const __m512 first = add_pairs(sums[4 * i][n], sums[4 * i + 1][n]);
+            const __m512 second = add_pairs(sums[4 * i + 2][n], sums[4 * i + 3][n]);
+            const __m128 four = add_lanes(add_fours(first, second));
+            for (int k = 0; k < 4; ++k) out[(4 * i + k) * p.units] = four[k];
         });
     });
 }
@@ -317,7 +262,7 @@ void multiply_units(const Matrix& m, const uint8_t* base, int64_t first, int64_t
             for (int k = 0; META && k < rows_per_unit(FORMAT); ++k) {
                 const int64_t from = (begin + k * p.units) * p.groups;
                 const int64_t to = from + (end - begin) * p.groups;
-                p.metas[k].decode(m, base, from, to, center(FORMAT));
+                p.metas[k].decode(m, base, from, to, excess(FORMAT, k));
             }
             for (int64_t unit = begin; unit < end; ++unit)
                 multiply_some<FORMAT, PER_VECTOR, META, most_rows(FORMAT)>(
@@ -393,7 +338,8 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
     case HQQ4: return multiply_quantized<HQQ4>(m, base, first, last, prepared, results, num_rows);
     case HQQ3: return multiply_quantized<HQQ3>(m, base, first, last, prepared, results, num_rows);
     case HQQ2: return multiply_quantized<HQQ2>(m, base, first, last, prepared, results, num_rows);
-    case MXFP4: return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, results, num_rows);
+    case MXFP4:
+        return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, results, num_rows);
     default: return multiply_plain(m, base, first, last, prepared, results, num_rows);
     }
 }
