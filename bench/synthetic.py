@@ -12,6 +12,7 @@ measure disks give ``distinct_records=None``.
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,8 +148,7 @@ def make_pack(
     """
     directory.mkdir(parents=True)
     config = config_of(shape, layers, overrides)
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
-    checkpoint: Any = _checkpoint(directory)
+    checkpoint = _checkpoint(directory, config)
     chosen = scheme if isinstance(scheme, Scheme) else choose_scheme(scheme)
     plan = make_plan(checkpoint, chosen)
     if distinct_records is not None:
@@ -175,7 +175,16 @@ def config_of(
     return config
 
 
-def _checkpoint(directory: Path) -> _Checkpoint:
+def plan_of(shape: str, scheme: Scheme) -> Plan:
+    """How a pack of ``shape`` would be laid out; its last file is the trunk."""
+    with tempfile.TemporaryDirectory(prefix="expertd-") as name:
+        return make_plan(_checkpoint(Path(name), config_of(shape)), scheme)
+
+
+# Any: it stands in for a checkpoint, as far as the packer's plan asks.
+def _checkpoint(directory: Path, config: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Of the model that ``config`` describes, which is written to ``directory``."""
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
     architecture = read_architecture(directory)
     experts = {name for module in architecture.experts for name in module.parameters()}
     trunk = []
