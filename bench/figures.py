@@ -101,6 +101,8 @@ def timed(action: Callable[[], object], calls: int = 1) -> float:
 def _judge(
     name: str, value: float, at_least: float | None, at_most: float | None
 ) -> tuple[str, bool | None]:
+    if at_least is not None and at_most is not None:
+        return f"{name} {at_least:g} to {at_most:g}", at_least <= value <= at_most
     if at_least is not None:
         return f"{name} >= {at_least:g}", value >= at_least
     if at_most is not None:

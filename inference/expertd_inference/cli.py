@@ -6,7 +6,6 @@ answered, so help and most refusals come at once.
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +25,9 @@ from expertd_inference.attachment import (
     ModelAttachment,
     attach,
 )
+from expertd_inference.cli_advise import advise
 from expertd_inference.embedded import EmbeddedDaemon
+from expertd_inference.environment import prepare_environment
 from expertd_inference.settings import ComputeDtype, DeviceSettings, GenerationSettings, KernelsName
 from expertd_inference.text_output import TextOutput, status
 
@@ -76,6 +77,9 @@ def _root(
     ] = False,
 ) -> None:
     """Run Mixture-of-Experts models whose experts `expertd` holds in shared memory."""
+
+
+app.command()(advise)
 
 
 @app.command()
@@ -222,7 +226,7 @@ def generate(
             socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
         attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
         with status("Loading the model"):
-            _prepare_environment(verbose)
+            prepare_environment(verbose=verbose)
             worker = stack.enter_context(
                 _load(
                     attachment, pack, dtype, threads, kernels, devices, reattach_seconds, output.say
@@ -257,19 +261,6 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
-
-
-def _prepare_environment(verbose: bool) -> None:
-    """Before torch and transformers are imported, which read these."""
-    # No network, ever: all that is needed lies in the pack.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    # OpenMP's threads spin while they wait, and take the cores from each other as soon as
-    # workers have more threads than there are idle cores: 5 tokens/s spinning, 120 sleeping.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not verbose:
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        warnings.simplefilter("ignore")
 
 
 def _load(

@@ -29,6 +29,7 @@ from expertd.errors import DeviceError, InvalidInputError, PackError
 from expertd.pack.manifest import MANIFEST_NAME, read_manifest
 from expertd.settings.config import ServeConfig
 from expertd.sizes import format_bytes
+from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cuda import CudaDevice
 from expertd_inference.device.device import Device
 from expertd_inference.kernels.native import read_memory
@@ -39,7 +40,10 @@ Say = Callable[[str], None]
 
 MEMORY_BYTES = 256 << 20
 """What is read again and again: a processor's caches hold none of it by the time it comes round."""
-_BYTES_PER_THREAD = 32 << 20
+FILL = 0x3C
+"""Every byte of it. Not 0, or all pages were one; and as 16-bit floats an everyday number, so that
+kernels may be tried on it."""
+BYTES_PER_THREAD = 32 << 20
 READ_FORMS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 4096)]
 """Of the native read loop: at so many places at once, prefetching so many bytes ahead."""
 _MIN_TURNS = 5
@@ -66,7 +70,7 @@ class MemoryProbe:
 
     def __init__(self, threads: int, *, say: Say = _warn, num_bytes: int | None = None) -> None:
         self.threads = threads
-        size = num_bytes or max(MEMORY_BYTES, threads * _BYTES_PER_THREAD)
+        size = num_bytes or max(MEMORY_BYTES, threads * BYTES_PER_THREAD)
         self.num_bytes = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = os.memfd_create("expertd-probe", os.MFD_CLOEXEC)
         try:
@@ -74,12 +78,14 @@ class MemoryProbe:
             with mmap.mmap(fd, self.num_bytes) as writable:
                 writable.madvise(mmap.MADV_HUGEPAGE)
                 whole = np.frombuffer(writable, np.uint8)
-                whole.fill(1)  # else all pages would be one page of zeros, or none
+                whole.fill(FILL)
                 del whole
             self._mapping = mmap.mmap(fd, self.num_bytes, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
         self._view = np.frombuffer(self._mapping, np.uint8)
+        self.arena = ArenaTensors(self._view.ctypes.data, self.num_bytes)
+        """The memory as a worker sees the arena, until :meth:`close`."""
         self._next = 0
         self._pool: ThreadPoolExecutor | None = None
         if reason := native_library().reason:
@@ -116,7 +122,8 @@ class MemoryProbe:
         """Frees the memory; twice is harmless."""
         if self._pool is not None:
             self._pool.shutdown()
-        self.__dict__.pop("_view", None)
+        for view in ("arena", "_view"):  # they would keep it from being closed
+            self.__dict__.pop(view, None)
         self._mapping.close()
 
     def _fastest_form(self) -> tuple[int, int]:
@@ -211,6 +218,11 @@ class StorageProbe:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def path(self) -> Path:
+        """The file that is read."""
+        return self._file.path
 
     def rate(self, seconds: float = 0.5, depth: int = DEPTH) -> float:
         """Bytes per second with ``depth`` reads under way at once; the median of four slices.

@@ -1,0 +1,243 @@
+"""Packs of real models' shapes, made on the spot from random bytes.
+
+Nothing is quantized: the packed bytes themselves are drawn, with scales such that the weights
+they stand for keep activations at unit variance, and the residual branches damped, so that
+routing spreads evenly over the experts and a long generation stays finite. What such a pack
+says is noise, and what it costs is what the real model costs.
+
+An expert's record is one of a few that lie in the file; every expert is loaded into RAM on its
+own all the same, so the computation meets as many different bytes as the real model's does. To
+measure disks give ``distinct_records=None``.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64, xxh3_64_hexdigest
+
+from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, matrix_parts
+from expertd.pack.manifest import MANIFEST_NAME, encode_manifest
+from expertd.pack.tensor_file import TensorEntry, build_header
+from expertd.packing.architecture import Architecture, read_architecture
+from expertd.packing.codec import TORCH_DTYPES, record_parts
+from expertd.packing.mxfp4 import BITS_PER_WEIGHT
+from expertd.packing.plan import ExpertStep, Plan, PlannedFile, TrunkStep, make_manifest, make_plan
+from expertd.packing.schemes import Scheme, choose_scheme
+from expertd.packing.shapes import shape_config
+from expertd.packing.source import SourceTensor
+
+BRANCH_GAIN = 0.1
+"""Of what attention and experts add to the residual stream, whose variance is 1: tokens must
+stay different from each other through all layers, or all would be routed alike."""
+
+_DTYPE = "BF16"
+
+
+@dataclass(frozen=True)
+class ImaginedCheckpoint:
+    """What the packer's plan asks of a checkpoint, without one."""
+
+    path: Path
+    architecture: Architecture
+    trunk: list[tuple[str, SourceTensor]]
+    dtype: str = _DTYPE
+    is_float32: bool = False
+    expert_bits: float = 16.0
+
+    def type_of(self, source: SourceTensor) -> str:
+        """What the tensor is read as."""
+        return source.entry.dtype
+
+
+def make_pack(
+    directory: Path,
+    shape: str | Mapping[str, Any],
+    scheme: str | Scheme,
+    layers: int | None = None,
+    *,
+    distinct_records: int | None = 8,
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a pack of ``shape`` to ``directory``, which must not be there; returns it.
+
+    ``shape`` is one of :data:`~.shapes.SHAPES`, or a configuration. ``scheme`` is one of the
+    packer's, by name or made; ``layers`` cuts the model; ``overrides`` replace fields of its
+    configuration. Of each layout only ``distinct_records`` records are written, and shared by all
+    experts; None writes one per expert. Equal arguments give equal bytes. Raises
+    InvalidInputError for an unknown shape.
+    """
+    directory.mkdir(parents=True)
+    config = config_of(shape, layers, overrides)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    checkpoint: Any = imagine(directory)
+    chosen = scheme if isinstance(scheme, Scheme) else choose_scheme(scheme)
+    plan = make_plan(checkpoint, chosen)
+    if distinct_records is not None:
+        plan = _shared(plan, distinct_records)
+    generator = torch.Generator().manual_seed(0)
+    for file in plan.files:
+        with (directory / file.name).open("wb") as out:
+            out.write(file.header)
+            out.truncate(file.num_bytes)
+    checksums = _write_records(directory, plan, generator)
+    trunk = _write_trunk(directory, plan, generator)
+    manifest = make_manifest(plan, checkpoint, chosen, checksums, trunk)
+    (directory / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    return directory
+
+
+def config_of(
+    shape: str | Mapping[str, Any],
+    layers: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The fields of ``config.json`` of ``shape``, cut and changed as :func:`make_pack` says."""
+    config = {**(shape_config(shape) if isinstance(shape, str) else shape), **(overrides or {})}
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    return config
+
+
+def imagine(directory: Path) -> ImaginedCheckpoint:
+    """The checkpoint that would go with the ``config.json`` in ``directory``.
+
+    It has all that :func:`~.plan.make_plan` looks at. Raises CheckpointError as
+    :func:`~.architecture.read_architecture` does.
+    """
+    architecture = read_architecture(directory)
+    experts = {name for module in architecture.experts for name in module.parameters()}
+    trunk = []
+    for name, parameter in architecture.model.named_parameters():
+        if name in experts:
+            continue
+        num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
+        entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
+        trunk.append((name, SourceTensor(directory, entry)))
+    bits = BITS_PER_WEIGHT if architecture.is_mxfp4 else 16.0
+    return ImaginedCheckpoint(directory, architecture, trunk, expert_bits=bits)
+
+
+def _shared(plan: Plan, distinct_records: int) -> Plan:
+    """The plan with all experts of a layout in a few records of one file."""
+    places: dict[tuple[int, int], int] = {}
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    end = 0
+    for number, layout in enumerate(plan.layouts):
+        for index in range(distinct_records):
+            places[number, index] = end
+            tensors.append((f"{number}.{index}", "U8", (layout.record_bytes,)))
+            end += layout.record_bytes
+    header = build_header(tensors)
+    trunk = plan.files[-1]
+    steps: list[Any] = []
+    for step in plan.steps:
+        if isinstance(step, ExpertStep):
+            place = places[plan.layouts.index(step.layout), step.expert % distinct_records]
+            steps.append(replace(step, file=0, offset=len(header) + place))
+        else:
+            steps.append(replace(step, file=1))
+    records = PlannedFile("experts-00000.safetensors", header, len(header) + end)
+    return Plan((records, trunk), plan.layouts, tuple(steps))
+
+
+def _write_records(directory: Path, plan: Plan, generator: torch.Generator) -> dict[int, str]:
+    """Writes each place once; the checksums by step."""
+    done: dict[tuple[int, int], str] = {}
+    checksums = {}
+    for number, step in enumerate(plan.steps):
+        if not isinstance(step, ExpertStep):
+            continue
+        place = step.file, step.offset
+        if place not in done:
+            record = bytearray(step.layout.record_bytes)
+            parts = record_parts(record, step.layout)
+            for matrix in step.layout.matrices:
+                gain = BRANCH_GAIN if matrix.name == "down" else 1.0
+                fill(matrix, parts, gain, generator)
+            with (directory / plan.files[step.file].name).open("r+b") as out:
+                out.seek(step.offset)
+                out.write(record)
+            done[place] = xxh3_64_hexdigest(record)
+        checksums[number] = done[place]
+    return checksums
+
+
+def _write_trunk(directory: Path, plan: Plan, generator: torch.Generator) -> str:
+    path = directory / plan.files[-1].name
+    with path.open("r+b") as out:
+        for step in plan.steps:
+            if isinstance(step, TrunkStep):
+                out.seek(step.offset)
+                for tensor in _trunk_tensors(step, generator):
+                    out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    state = xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _trunk_tensors(step: TrunkStep, generator: torch.Generator) -> list[Tensor]:
+    name, shape = step.source.name, step.source.entry.shape
+    gain = BRANCH_GAIN if ".o_proj." in name or ".down_proj." in name else 1.0
+    if step.matrix is not None:
+        parts = {
+            part: torch.empty(part_shape, dtype=TORCH_DTYPES[dtype])
+            for part, part_shape, dtype in matrix_parts(step.matrix, step.dtype)
+        }
+        fill(step.matrix, parts, gain, generator)
+        return list(parts.values())
+    dtype = TORCH_DTYPES[step.dtype]
+    if len(shape) == 1:
+        return [torch.full(shape, 1.0 if "norm" in name else 0.0, dtype=dtype)]
+    deviation = 1.0 if "embed" in name else gain / math.sqrt(shape[-1])
+    # Drawn once and repeated: a large model has hundreds of millions.
+    noise = torch.randn(min(math.prod(shape), (1 << 24) - 3), generator=generator).mul(deviation)
+    count = -(-math.prod(shape) // len(noise))
+    return [noise.to(dtype).repeat(count)[: math.prod(shape)].view(shape)]
+
+
+def fill(
+    matrix: Matrix, parts: Mapping[str, Tensor], gain: float, generator: torch.Generator
+) -> None:
+    """Draws the parts of ``matrix``: weights of mean 0 and deviation ``gain / sqrt(in)``."""
+    deviation = gain / math.sqrt(matrix.in_features)
+    name = matrix.name
+    if matrix.encoding is Encoding.PLAIN:
+        weight = parts[f"{name}.weight"]
+        weight.copy_(torch.randn(weight.shape, generator=generator).mul_(deviation))
+    else:
+        parts[f"{name}.q"].random_(0, 256, generator=generator)
+        levels = 1 << matrix.bits
+        # The deviation of integers drawn evenly from 0 to levels - 1.
+        scale = deviation / math.sqrt((levels**2 - 1) / 12)
+        _fill_groups(matrix, parts, "scale", scale, generator)
+        _fill_groups(matrix, parts, "zero", (levels - 1) / 2, generator)
+    if f"{name}.bias" in parts:
+        parts[f"{name}.bias"].zero_()
+
+
+def _fill_groups(
+    matrix: Matrix,
+    parts: Mapping[str, Tensor],
+    which: str,
+    value: float,
+    generator: torch.Generator,
+) -> None:
+    """Scales or zeros within a tenth of ``value``."""
+    name = f"{matrix.name}.{which}"
+    if matrix.meta_group_size:
+        # (q - zero) * scale, from 0.9 to 1.1 values.
+        parts[f"{name}.q"].random_(0, 256, generator=generator)
+        parts[f"{name}.scale"].fill_(value * 0.2 / 255)
+        parts[f"{name}.zero"].fill_(-0.9 / (0.2 / 255))
+    else:
+        parts[name].copy_(
+            torch.rand(parts[name].shape, generator=generator).mul_(0.2 * value).add_(0.9 * value)
+        )

@@ -1,0 +1,64 @@
+"""Which scheme with which budget: plain values in, a sentence out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertd.sizes import format_bytes
+from expertd_inference.advice.prediction import Place, Prediction
+from expertd_inference.advice.values import Need
+
+WORTH_IT = 1.25
+"""Fewer bits must be so much faster to be worth what they cost in quality."""
+PAPER_PERPLEXITY = {"bf16": 3.59, "4bit": 3.76, "paper-3bit": 4.05, "paper-2bit": 4.61}
+"""Of Mixtral-8x7B on WikiText2, by scheme: Eliseev & Mazur, arXiv 2312.17238, table 1. Not
+measured here; lower is better."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to do, and why; ``row`` is None if this host cannot serve the model."""
+
+    row: Prediction | None
+    sentence: str
+
+
+def choose(name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int) -> Choice:
+    """Of what fits into ``ram_bytes`` the most bits, unless fewer are worth it."""
+    fitting = [row for row in rows if row.fits and row.place is Place.CPU]
+    if not fitting:
+        least = min((row for row in rows if row.place is Place.CPU), key=lambda row: row.ram_bytes)
+        return Choice(
+            None,
+            f"This host cannot serve {name}: it has {format_bytes(ram_bytes)} of RAM free, and "
+            f"{least.scheme} with {least.share:.0%} of the experts in RAM takes "
+            f"{format_bytes(least.ram_bytes)}; free some, or take a smaller model.",
+        )
+    bits = {need.scheme: need.expert_bits for need in needs}
+    fastest = max(fitting, key=lambda row: row.typical)
+    near = [row for row in fitting if row.typical * WORTH_IT >= fastest.typical]
+    most = max(bits[row.scheme] for row in near)
+    row = max((row for row in near if bits[row.scheme] == most), key=lambda row: row.typical)
+    return Choice(
+        row, f"Choose {row.scheme} with {_budget(row)}: {_speed(row)}{_why(row, fastest)}."
+    )
+
+
+def _budget(row: Prediction) -> str:
+    if row.share >= 1:
+        return f"all experts in RAM ({format_bytes(row.budget_bytes)})"
+    return f"{format_bytes(row.budget_bytes)} of RAM for experts ({row.share:.0%} of them)"
+
+
+def _speed(row: Prediction) -> str:
+    if row.share >= 1:
+        return f"about {row.typical:.3g} tokens/s"
+    return f"about {row.typical:.3g} tokens/s typically and {row.worst:.3g} at worst"
+
+
+def _why(row: Prediction, fastest: Prediction) -> str:
+    if fastest.scheme == row.scheme:
+        return ", and nothing that fits is faster"
+    return (
+        f"; {fastest.scheme} would give {fastest.typical:.3g}, too little more to be worth its "
+        "fewer bits"
+    )

@@ -1,0 +1,186 @@
+"""What a model needs, by scheme: the bytes and the matrices that a token passes.
+
+Exact, since they come from the packer's own plan, or a pack's own manifest.
+"""
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from expertd.errors import CheckpointError, InvalidInputError, PackError
+from expertd.pack.layout import Encoding, Matrix
+from expertd.pack.manifest import MANIFEST_NAME, Manifest, read_manifest
+from expertd.pack.tensor_file import read_header
+from expertd.packing.plan import ExpertStep, Plan, TrunkStep, make_plan
+from expertd.packing.schemes import SCHEMES
+from expertd.packing.shapes import shape_config
+from expertd.packing.source import CONFIG_NAME
+from expertd.packing.synthetic import imagine
+from expertd_inference.advice.values import ExpertLayers, Need
+
+_KV_BYTES = 2  # of a value in the worker's cache of keys and values
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something to plan for."""
+
+    name: str
+    config: dict[str, Any]
+    """Its ``config.json``."""
+    needs: tuple[Need, ...]
+    """By scheme; a pack's own alone."""
+    kv_bytes: int
+    """Of keys and values per token of context and worker."""
+    pack: Path | None = None
+
+
+def find_model(text: str) -> Model:
+    """The model that ``text`` names: a pack, a checkpoint, a ``config.json``, or a shape.
+
+    Raises InvalidInputError (PackError, CheckpointError) in a sentence that says what to give.
+    """
+    path = Path(text)
+    if (path / MANIFEST_NAME).is_file():
+        return _of_pack(path)
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise InvalidInputError(
+                f"{path} is neither a pack nor a checkpoint, for it has no {MANIFEST_NAME} and no "
+                f"{CONFIG_NAME}; give another directory, or a shape such as mixtral-8x7b."
+            )
+        return _of_config(path.resolve().name, path)
+    with tempfile.TemporaryDirectory(prefix="expertd-") as folder:
+        copy = Path(folder) / CONFIG_NAME
+        if path.is_file():
+            shutil.copyfile(path, copy)
+        else:
+            # A hub's name has its owner before it.
+            config = shape_config(text.rpartition("/")[2].lower(), published=True)
+            copy.write_bytes(msgspec.json.encode(config))
+        return _of_config(path.stem if path.is_file() else text, Path(folder))
+
+
+def _of_config(name: str, directory: Path) -> Model:
+    checkpoint: Any = imagine(directory)
+    needs = []
+    for scheme in SCHEMES.values():
+        try:
+            needs.append(_need_of_plan(scheme.name, make_plan(checkpoint, scheme)))
+        except CheckpointError:
+            continue  # the scheme does not fit its sizes, or it does not come in MXFP4
+    config = msgspec.json.decode((directory / CONFIG_NAME).read_bytes())
+    return Model(name, config, tuple(needs), _kv_bytes(checkpoint.architecture.model.config))
+
+
+def _need_of_plan(scheme: str, plan: Plan) -> Need:
+    groups: Counter[tuple[int, int, int]] = Counter()
+    seen: set[int] = set()
+    linears: list[Matrix] = []
+    names: list[str] = []
+    for step in plan.steps:
+        if isinstance(step, ExpertStep):
+            module = step.module
+            if module.layer not in seen:
+                seen.add(module.layer)
+                key = module.num_experts, module.experts_per_token, plan.layouts.index(step.layout)
+                groups[key] += 1
+        elif isinstance(step, TrunkStep):
+            names.append(step.source.name)
+            linears += _linear(step.source.name, step.source.entry.shape, step.matrix)
+    return Need(
+        scheme,
+        tuple(
+            ExpertLayers(count, num_experts, top_k, plan.layouts[layout])
+            for (num_experts, top_k, layout), count in groups.items()
+        ),
+        _counted(linears, names),
+        plan.files[-1].num_bytes,
+    )
+
+
+def _of_pack(path: Path) -> Model:
+    manifest = read_manifest(path).manifest
+    checkpoint = imagine(path)
+    config = msgspec.json.decode((path / CONFIG_NAME).read_bytes())
+    return Model(
+        path.resolve().name,
+        config,
+        (_need_of_pack(path, manifest),),
+        _kv_bytes(checkpoint.architecture.model.config),
+        path,
+    )
+
+
+def _need_of_pack(path: Path, manifest: Manifest) -> Need:
+    groups = Counter(
+        (layer.num_experts, layer.experts_per_token, layer.layout) for layer in manifest.layers
+    )
+    try:
+        entries = read_header(path / manifest.trunk.name)
+    except (OSError, ValueError) as error:
+        raise PackError(
+            f"{path / manifest.trunk.name} cannot be read ({error}); make the pack again."
+        ) from error
+    linears: list[Matrix] = []
+    quantized = {tensor.name for tensor in manifest.trunk_quantized}
+    for tensor in manifest.trunk_quantized:
+        linears += _linear(tensor.name, (), tensor.matrix)
+    for entry in entries.values():
+        if not any(entry.name.startswith(f"{name}.") for name in _owners(entry.name) & quantized):
+            linears += _linear(entry.name, entry.shape, None)
+    return Need(
+        manifest.scheme,
+        tuple(
+            ExpertLayers(count, num_experts, top_k, manifest.layouts[layout])
+            for (num_experts, top_k, layout), count in groups.items()
+        ),
+        _counted(linears, [*entries]),
+        manifest.trunk.num_bytes,
+        manifest.dtype,
+    )
+
+
+def _owners(name: str) -> set[str]:
+    """All names that ``name`` could be a part of."""
+    pieces = name.split(".")
+    return {".".join(pieces[:count]) for count in range(1, len(pieces))}
+
+
+def _linear(name: str, shape: tuple[int, ...], matrix: Matrix | None) -> list[Matrix]:
+    """The matrix without its name; none for what is no matrix."""
+    if matrix is None:
+        if len(shape) != 2:
+            return []
+        matrix = Matrix(
+            name=name, encoding=Encoding.PLAIN, out_features=shape[0], in_features=shape[1]
+        )
+    return [msgspec.structs.replace(matrix, name="embed" if "embed" in name else "w")]
+
+
+def _counted(linears: list[Matrix], names: Iterable[str]) -> tuple[tuple[Matrix, int], ...]:
+    """Of the embeddings a token reads a row; they count only if they are the head as well."""
+    has_head = any(name.startswith(("lm_head", "output")) or ".lm_head" in name for name in names)
+    kept = [
+        msgspec.structs.replace(matrix, name="w")
+        for matrix in linears
+        if matrix.name == "w" or not has_head
+    ]
+    return tuple(Counter(kept).items())
+
+
+def _kv_bytes(config: Any) -> int:  # noqa: ANN401 - transformers is untyped
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if rank := getattr(text, "kv_lora_rank", None):
+        del rank  # latent attention: transformers keeps the keys and values of all heads
+        heads = text.num_attention_heads
+        width = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
+    return int(2 * heads * width * _KV_BYTES * text.num_hidden_layers)

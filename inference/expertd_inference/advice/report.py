@@ -1,0 +1,150 @@
+"""The advice as people read it, and as programs do."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from expertd.sizes import format_bytes
+from expertd_inference.advice.advisor import Advice
+from expertd_inference.advice.choice import PAPER_PERPLEXITY
+from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
+
+SOCKET = "/run/expertd"
+
+
+def show(advice: Advice, console: Console) -> None:
+    """Host, table, choice, and what to run next."""
+    host = advice.host
+    console.print(
+        f"{advice.model.name} on this host: {host.workers} worker(s) of {host.threads} threads on "
+        f"{host.cores} cores; memory {host.memory_rate_all / 1e9:.0f} GB/s, disk "
+        f"{host.storage_rate / 1e9:.1f} GB/s, {format_bytes(host.ram_bytes)} of RAM free",
+        soft_wrap=True,
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("scheme", "experts in RAM", "RAM in all", "tokens/s, typical", "worst", "",
+                   "paper's perplexity"):  # fmt: skip
+        table.add_column(column, justify="left" if column in {"scheme", ""} else "right")
+    scheme = None
+    for row in advice.rows:
+        paper = PAPER_PERPLEXITY.get(row.scheme)
+        table.add_row(
+            row.scheme if row.scheme != scheme else "",
+            _budget(row),
+            format_bytes(row.ram_bytes),
+            f"{'at most ' if row.place is Place.GPU else ''}{row.typical:.3g}",
+            f"{row.worst:.3g}",
+            "fits" if row.fits else "too large",
+            f"{paper:.2f}" if paper and row.scheme != scheme else "",
+            style="bold" if row is advice.choice.row else None,
+        )
+        scheme = row.scheme
+    console.print(table)
+    for line in notes(advice):
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"\n{advice.choice.sentence}", soft_wrap=True, highlight=False)
+    if commands := next_commands(advice):
+        console.print("\nNext:", highlight=False)
+        for command in commands:
+            console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+def as_json(advice: Advice) -> dict[str, Any]:
+    """Bytes, seconds, and tokens per second of each worker."""
+    host = advice.host
+    return {
+        "model": advice.model.name,
+        "host": {
+            "cores": host.cores,
+            "threads": host.threads,
+            "workers": host.workers,
+            "memory_bytes_per_second": host.memory_rate_all,
+            "ram_available_bytes": host.ram_bytes,
+            "storage": str(host.storage),
+            "storage_bytes_per_second": host.storage_rate,
+            "storage_free_bytes": host.disk_free_bytes,
+            "gpu": None
+            if host.gpu is None
+            else {
+                "memory_bytes": host.gpu.memory_bytes,
+                "link_bytes_per_second": host.gpu.link_rate,
+                "memory_bytes_per_second": host.gpu.memory_rate,
+            },
+        },
+        "schemes": {
+            need.scheme: {
+                "expert_bytes": need.expert_bytes,
+                "trunk_bytes": need.trunk_bytes,
+                "token_bytes": need.token_bytes,
+                "kernel_seconds": advice.costs[need.scheme].kernel_seconds,
+                "other_seconds": advice.costs[need.scheme].other_seconds,
+                "paper_perplexity": PAPER_PERPLEXITY.get(need.scheme),
+            }
+            for need in advice.model.needs
+        },
+        "predictions": [_row(row) for row in advice.rows],
+        "choice": None if advice.choice.row is None else _row(advice.choice.row),
+        "why": advice.choice.sentence,
+        "next": next_commands(advice),
+    }
+
+
+def notes(advice: Advice) -> list[str]:
+    """What the columns mean."""
+    found = [
+        f"RAM in all: experts, trunk, and {advice.host.workers} worker(s) with {CONTEXT} tokens of "
+        "context. Typical: experts asked for as in traces of trained models; worst: each as "
+        "often as every other. Tokens/s are of each worker, in decoding.",
+        "Perplexity is the paper's, of Mixtral-8x7B on WikiText2 (arXiv 2312.17238), not measured "
+        "here; lower is better.",
+    ]
+    if any(row.place is Place.GPU for row in advice.rows):
+        found.append(
+            "On the GPU: a bound by its link and memory, all experts in RAM; not a prediction."
+        )
+    largest = max(need.expert_bytes + need.trunk_bytes for need in advice.model.needs)
+    if advice.model.pack is None and largest > advice.host.disk_free_bytes:
+        found.append(
+            f"{advice.host.storage} has {format_bytes(advice.host.disk_free_bytes)} free, less "
+            f"than the largest of these packs ({format_bytes(largest)})."
+        )
+    return found
+
+
+def next_commands(advice: Advice) -> list[str]:
+    """What to run to have what was chosen; none if nothing was."""
+    row, model = advice.choice.row, advice.model
+    if row is None:
+        return []
+    name = model.name.rpartition("/")[2].lower()
+    pack = str(model.pack) if model.pack else f"./{name}-{row.scheme}"
+    mebibytes = -(-row.budget_bytes >> 20)
+    found = [] if model.pack else [f"expertd pack CHECKPOINT {pack} --scheme {row.scheme}"]
+    return [
+        *found,
+        f"expertd serve --socket {SOCKET} --ram {mebibytes}MiB --model {name}={pack}",
+        f"expert-run generate --socket {SOCKET} --model {name} "
+        f'--threads {advice.host.threads} --prompt "Once upon a time"',
+    ]
+
+
+def _budget(row: Prediction) -> str:
+    where = " in the GPU" if row.place is Place.GPU else ""
+    return f"{format_bytes(row.budget_bytes)} ({row.share:.0%}){where}"
+
+
+def _row(row: Prediction) -> dict[str, Any]:
+    return {
+        "scheme": row.scheme,
+        "place": row.place.value,
+        "share": row.share,
+        "budget_bytes": row.budget_bytes,
+        "ram_bytes": row.ram_bytes,
+        "fits": row.fits,
+        "tokens_per_second": row.typical,
+        "tokens_per_second_worst": row.worst,
+        "read_bytes_per_token": row.read_bytes,
+    }

@@ -1,0 +1,118 @@
+"""``expert-run advise``: does this serve my host and my model?"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from expertd.errors import PreconditionError
+from expertd_inference import options
+from expertd_inference.environment import prepare_environment
+from expertd_inference.text_output import status
+
+
+def advise(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A shape such as mixtral-8x7b, a checkpoint's directory (its config.json is "
+            "enough), or a pack.",
+            metavar="SHAPE|DIR",
+        ),
+    ],
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            help="Where packs are to lie: the disk to measure. Default: the pack's, or here.",
+            metavar="DIR",
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for experts, as in 24GiB. Default: all of them, half, and a quarter.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU memory to plan with, as in 12GiB. Default: what is free, if there is one.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    link_rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes per second from host to GPU, as in 25GB, for a GPU that is not here.",
+            metavar="RATE",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers that generate at once.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each. Default: all cores.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
+    ] = False,
+) -> None:
+    """Predict tokens per second and RAM of a model on this host, for each scheme and budget.
+
+    Nothing is downloaded. Some seconds of measuring (memory, disk, the kernels on the model's own
+    shapes, a daemon with a narrow twin of the model) tell what to expect, and one sentence which
+    scheme to choose.
+
+    [bold]Examples[/bold]
+
+      expert-run advise --model mixtral-8x7b
+
+      expert-run advise --model ./Qwen3-30B-A3B --ram 8GiB --dir /var/lib/expertd
+
+      expert-run advise --model ./mixtral-pack --workers 4 --threads 2 --json
+
+      expert-run advise --model gpt-oss-120b --gpu-memory 16GiB --link-rate 25GB
+    """
+    prepare_environment()
+    sizes = {
+        name: options.size_of(name, value)
+        for name, value in (
+            ("--ram", ram),
+            ("--gpu-memory", gpu_memory),
+            ("--link-rate", link_rate),
+        )
+    }
+    with status("Loading torch and transformers"):
+        try:
+            from expertd_inference.advice import advisor, models, report
+        except ModuleNotFoundError as error:
+            raise PreconditionError(
+                f"this installation cannot compute, for {error.name} is not installed: run it "
+                "where `pip install expertd` brought its dependencies."
+            ) from error
+    with status("Looking at the model"):
+        found = models.find_model(model)
+    question = advisor.Question(
+        directory,
+        sizes["--ram"],
+        sizes["--gpu-memory"],
+        sizes["--link-rate"],
+        workers,
+        threads,
+    )
+    with status(f"Measuring this host for {found.name}"):
+        advice = advisor.advise(found, question, _say)
+    if json:
+        sys.stdout.buffer.write(msgspec.json.encode(report.as_json(advice)) + b"\n")
+        sys.stdout.buffer.flush()
+        return
+    from rich.console import Console
+
+    report.show(advice, Console(width=None if sys.stdout.isatty() else 120))
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"expert-run: {message}\n")
+    sys.stderr.flush()
