@@ -93,16 +93,21 @@ _COLUMNS = ("what", "ours", "its limit", "ratio", "goal", "")
 def _cells(figure: Figure) -> tuple[str, ...]:
     spread = ""
     if figure.low is not None and figure.high is not None and figure.low != figure.high:
-        spread = f" ({figure.low:.3g} to {figure.high:.3g})"
-    ours, limit, ratio = f"{figure.ours:.3g} {figure.unit}", "", ""
+        spread = f" ({_short(figure.low)} to {_short(figure.high)})"
+    ours, limit, ratio = f"{_short(figure.ours)} {figure.unit}", "", ""
     if figure.ratio is None:
         ours += spread
     else:
-        ratio = f"{figure.ratio:.2f}{spread}"
+        ratio = f"{_short(figure.ratio)}{spread}"
     if figure.limit is not None:
-        limit = f"{figure.limit:.3g} {figure.unit}"
+        limit = f"{_short(figure.limit)} {figure.unit}"
     met = {True: "met", False: "**missed**", None: ""}[figure.met]
     return figure.what, ours, limit, ratio, figure.goal.replace(">=", "≥").replace("<=", "≤"), met
+
+
+def _short(value: float) -> str:
+    """Three digits; near 1, where what matters of a ratio is the rest, three behind the point."""
+    return f"{value:.3f}" if 0.9 <= value < 1.1 else f"{value:.3g}"
 
 
 def _table(table: Table) -> str:

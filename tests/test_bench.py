@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as everything
-from bench import ablation, page, prefetch, store
-from bench.figures import Bench, compared, counted, quartiles
+from bench import ablation, page, prefetch, quality, store
+from bench.figures import Bench, Figure, compared, counted, quartiles
 from bench.parts import PARTS
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
 from expertd.pack.manifest import read_manifest
@@ -59,6 +59,12 @@ def test_the_table_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> Non
     assert "2.00 (1.50 to 3.00)" in shown
 
 
+def test_a_ratio_near_1_has_digits_behind_the_point() -> None:
+    row = compared("p", "what", "us", [(300.25, 300.0)], at_most=1)
+    text = page.render([Result("kernels", {}, "", "", "", figures=[row])], [])
+    assert "| what | 300 us | 300 us | 1.001 | ratio ≤ 1 | **missed** |" in text
+
+
 def test_one_value_has_no_spread() -> None:
     assert quartiles([2.0]) == (2.0, 2.0)
 
@@ -99,6 +105,17 @@ def test_a_goal_may_have_two_ends() -> None:
     assert compared("p", "w", "u", turns, at_least=0.75, at_most=1.25).met is False
     assert compared("p", "w", "u", turns, at_least=3, at_most=4).met is False
     assert compared("p", "w", "u", turns, at_least=2, at_most=2).met is True
+
+
+def test_quality_is_ours_and_hqq_s_alike(tmp_path: Path) -> None:
+    said = list(quality.measure(Bench(tmp_path, lambda _: None, quick=True)))
+    figures = [each for each in said if isinstance(each, Figure)]
+    assert len(figures) == 3
+    for figure in figures:
+        # Of 1,536 tokens; not of luck, since both decide by one method.
+        assert figure.ratio == pytest.approx(1, abs=0.02), figure.what
+    assert not [each for each in said if isinstance(each, str)]
+    assert sum(isinstance(each, Plot | Table) for each in said) == 3
 
 
 def test_quick_figures_never_reach_docs() -> None:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.heldout import example_module
 
 # torch's own, on the way to importing its quantization modules.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -45,3 +48,15 @@ def test_it_has_learned_the_language_and_its_routing(tokens: Tensor) -> None:
         kept.append((chosen[1:] & chosen[:-1]).sum() / chosen[1:].sum())
         assert chosen.any(0).all(), "an expert is never used"
     assert torch.stack(kept).mean() > 0.3, "uniform routing keeps a quarter"
+
+
+# One window that is not full, full ones alone, and a last one of a single token.
+@pytest.mark.parametrize("count", [2, 7, 9, 13, 14, 33])
+def test_windows_score_each_token_once_from_half_a_context_or_more(count: int) -> None:
+    tokens = np.arange(count)
+    windows = list(example_module("scoring").windows(tokens, 8))
+    assert np.concatenate([window.targets for window in windows]).tolist() == list(range(1, count))
+    for number, window in enumerate(windows):
+        assert len(window.ids) <= 8
+        assert window.ids[window.fresh].tolist() == (window.targets - 1).tolist()
+        assert number == 0 or len(window.ids) - len(window.targets) >= 4

@@ -27,16 +27,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scoring import Tokens, heldout_tokens, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# Every position but the first window's is predicted from at least half a context before it.
-STRIDE_SHARE = 0.5
 PROMPTS = ("def read_header(self, name, default=None):\n", "import unittest\n\nclass ")
 SAMPLE_TOKENS = 160
 TEMPERATURE = 0.8
 TOP_P = 0.95
 
-Tokens = npt.NDArray[np.int64]
 Routing = npt.NDArray[np.int64]  # (tokens, layers, k) expert ids
 
 
@@ -51,24 +49,16 @@ class Forward:
 
 def forward(model: Any, tokens: Tokens) -> Forward:
     """Score every token but the first, in overlapping windows of the model's context."""
-    context = model.config.max_position_embeddings
-    stride = int(context * STRIDE_SHARE)
-    nats, routing, scored = 0.0, [], 0
-    for start in track(range(0, len(tokens) - 1, stride), description="held-out text"):
-        end = min(start + context, len(tokens) - 1)
-        ids = torch.from_numpy(tokens[start : end + 1])
-        output = model.model(input_ids=ids[None, :-1], output_router_logits=True, use_cache=False)
-        fresh = slice(scored - start, None)
-        logits = model.lm_head(output.last_hidden_state[0, fresh]).float()
-        nats += float(torch.nn.functional.cross_entropy(logits, ids[1:][fresh], reduction="sum"))
+    nats, routing = 0.0, []
+    parts = list(windows(tokens, model.config.max_position_embeddings))
+    for window in track(parts, description="held-out text"):
+        output = model.model(window.ids[None], output_router_logits=True, use_cache=False)
+        nats += window.nats(model.lm_head, output.last_hidden_state[0])
         layers = [
-            logit[fresh].float().topk(model.config.num_experts_per_tok, dim=-1).indices
+            logit[window.fresh].float().topk(model.config.num_experts_per_tok, dim=-1).indices
             for logit in output.router_logits
         ]
         routing.append(torch.stack(layers, dim=1).numpy())
-        scored = end
-        if end == len(tokens) - 1:
-            break
     return Forward(nats, np.concatenate(routing), model.config.num_local_experts)
 
 
@@ -156,7 +146,7 @@ def measure(directory: Path, cache: Path, *, samples: bool) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = corpus.read_heldout()
-    stream = corpus.encode_modules(corpus.load_tokenizer(), texts).astype(np.int64)
+    stream = heldout_tokens()
     num_bytes = sum(len(text.encode()) for text in texts)
     started = time.monotonic()
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 
 from bench import synthetic
 from expertd.pack.reader import PackReader
+from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
 from tests.daemon import serving
 
@@ -43,3 +44,10 @@ def test_a_synthetic_pack_is_a_pack(
         logits = model(torch.randint(256, (1, 32))).logits
         assert 0.5 < logits.float().std() < 2, "what enters the head has unit variance"
         model.expertd.close()
+
+
+def test_a_layout_can_be_asked_for_without_a_pack() -> None:
+    *experts, trunk = synthetic.plan_of("mixtral-8x7b", choose_scheme("bf16")).files
+    num_bytes = 2 * 32 * 8 * 3 * 4096 * 14336
+    assert sum(file.num_bytes for file in experts) == pytest.approx(num_bytes, rel=1e-5)
+    assert sum(file.num_bytes for file in (*experts, trunk)) == pytest.approx(93.4e9, rel=1e-3)

@@ -12,6 +12,7 @@ measure disks give ``distinct_records=None``.
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.plan import ExpertStep, Plan, PlannedFile, TrunkStep, make_manifest, make_plan
 from expertd.packing.schemes import Scheme, choose_scheme
 from expertd.packing.shapes import shape_config
-from expertd.packing.source import SourceTensor
+from expertd.packing.source import CONFIG_NAME, SourceTensor
 
 BRANCH_GAIN = 0.1
 """Of what attention and experts add to the residual stream, whose variance is 1: tokens must
@@ -102,6 +103,15 @@ def config_of(
     if layers is not None:
         config["num_hidden_layers"] = layers
     return config
+
+
+def plan_of(shape: str | Mapping[str, Any], scheme: Scheme) -> Plan:
+    """How a pack of ``shape`` would be laid out; its last file is the trunk."""
+    with tempfile.TemporaryDirectory(prefix="expertd-") as name:
+        directory = Path(name)
+        (directory / CONFIG_NAME).write_text(json.dumps(config_of(shape)))
+        checkpoint: Any = imagine(directory)
+        return make_plan(checkpoint, scheme)
 
 
 def imagine(directory: Path) -> ImaginedCheckpoint:
