@@ -42,14 +42,28 @@ from expertd_inference.quantized_linear import QuantizedLinear
 _EXPERTS = {"gate", "experts"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stretch:
     """What runs in one call, and what the model computes after it: the rest of a layer."""
 
     program: Program
     rest: Callable[[], Tensor]
     sum: AddCall
-    """Of the next stretch, which adds the rest's result to the residual stream."""
+    """Of the next stretch, which adds the rest's result to ``entered``, the residual stream."""
+    entered: Tensor
+    result: Tensor | None = None
+    """The rest's last one: kept since the next stretch reads it."""
+
+    def take(self, result: Tensor) -> None:
+        """Lets the next stretch read ``result``. Raises TypeError if it is no such row."""
+        if (
+            result.dtype is not self.entered.dtype
+            or result.numel() != self.entered.numel()
+            or not result.is_contiguous()
+        ):
+            raise TypeError(f"a layer gave {tuple(result.shape)} of {result.dtype} for one token")
+        self.result = result
+        self.sum.y = result.data_ptr()
 
 
 class DecodeProgram:
@@ -101,7 +115,7 @@ class DecodeProgram:
             addend = AddCall(
                 self._middle.data_ptr(), 0, self._entered.data_ptr(), table.shape[1], self._type
             )
-            self._stretches.append(_Stretch(program, rest, addend))
+            self._stretches.append(_Stretch(program, rest, addend, self._entered))
             program = Program()
             program.add(addend)
         self._last = program
@@ -133,14 +147,8 @@ class DecodeProgram:
         for stretch in self._stretches:
             run(stretch.program, token, position)
             result = stretch.rest()
-            if (
-                result.dtype is not self._dtype
-                or result.numel() != stretch.sum.n
-                or not result.is_contiguous()
-            ):
-                raise TypeError("a layer's experts gave something else than a row")
-            stretch.sum.y = result.data_ptr()
-        # `result` is kept until here: an operation reads it.
+            if result is not stretch.result:
+                stretch.take(result)
         run(self._last, token, position)
         self.tokens += 1
         return self._logits if self._head is None else self._head(self._normed)
@@ -257,9 +265,11 @@ class DecodeProgram:
             )
         )
 
+        memo: dict[str, Any] = {}
+
         def rest() -> Tensor:
             runner, layer, spec, num = experts._expertd
-            result: Tensor = runner.run(layer, spec, num, normed, index, weights)
+            result: Tensor = runner.run(layer, spec, num, normed, index, weights, memo)
             return result
 
         return rest

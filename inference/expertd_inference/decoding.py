@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from expertd_inference.choice_of_token import Choice, End
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.kv_cache import growing
+from expertd_inference.lean import KERNELS
 from expertd_inference.steps import Steps
 
 _PLAIN_ARGUMENTS = {
@@ -79,21 +81,20 @@ class Decoding:
         room = prompt.new_empty(1, 2 * prompt.shape[1] + 256)
         room[:, : prompt.shape[1]] = prompt
         length = prompt.shape[1]
+        kernels = model.__dict__.get(KERNELS)
+        choose = Choice(logits_processor, kernels, sample=generation_config.do_sample)
+        ended = End(stopping_criteria)
         with Steps(model, cache) as steps:
             logits = steps.prompt(prompt)
             while True:
-                scores = logits_processor(room[:, :length], logits.to(torch.float32, copy=True))
-                if generation_config.do_sample:
-                    chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
-                else:
-                    chosen = torch.argmax(scores, dim=-1, keepdim=True)
+                chosen = choose(room[:, :length], logits)
                 if length == room.shape[1]:
                     room = torch.cat((room, torch.empty_like(room)), dim=1)
                 room[:, length : length + 1] = chosen
                 length += 1
                 if self._streamer is not None:
                     self._streamer.put(chosen[0].cpu())
-                if stopping_criteria(room[:, :length], None).all():
+                if ended(room[:, :length]):
                     break
                 logits = steps.step(chosen)
                 self.way = steps.way

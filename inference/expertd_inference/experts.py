@@ -65,32 +65,53 @@ class ExpertsRunner:
         hidden: Tensor,  # [T, H]
         top_k_index: Tensor,  # [T, k]
         top_k_weights: Tensor,  # [T, k]
+        memo: dict[str, Any] | None = None,
     ) -> Tensor:  # [T, H]
-        """The layer's output.
+        """The layer's output; ``memo`` is :class:`.kernels.choice.CpuKernels`'s.
 
         Raises PreconditionError after :meth:`close`, and what the session raises once
         recovering does not help.
         """
         if self._closed:
             raise PreconditionError("This model was closed; load it again.")
-        row_bytes = top_k_index.shape[1] * hidden.shape[1] * torch.float32.itemsize
-        num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
-        with self._lock, torch.no_grad():
-            if layer == self._first_layer:
-                self._begin_step()
-            if self._ahead is not None:
-                self._ahead.begin(layer, hidden, top_k_index)
-            if hidden.shape[0] <= num_rows:
-                return self._run_block(layer, spec, num_experts, hidden, top_k_index, top_k_weights)
-            blocks = [
-                self._run_block(layer, spec, num_experts, *rows)
-                for rows in zip(
-                    torch.split(hidden, num_rows),
-                    torch.split(top_k_index, num_rows),
-                    torch.split(top_k_weights, num_rows),
-                    strict=True,
-                )
-            ]
+        call = (layer, spec, num_experts, hidden, top_k_index, top_k_weights, memo)
+        with self._lock:
+            if not torch.is_grad_enabled():
+                return self._run(*call)
+            with torch.no_grad():
+                return self._run(*call)
+
+    def _run(
+        self,
+        layer: int,
+        spec: ExpertsSpec,
+        num_experts: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        memo: dict[str, Any] | None,
+    ) -> Tensor:
+        if layer == self._first_layer:
+            self._begin_step()
+        if self._ahead is not None:
+            self._ahead.begin(layer, hidden, top_k_index)
+        tokens = hidden.shape[0]
+        if tokens > 1:
+            row_bytes = top_k_index.shape[1] * hidden.shape[1] * torch.float32.itemsize
+            num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
+        if tokens == 1 or tokens <= num_rows:
+            return self._run_block(
+                layer, spec, num_experts, hidden, top_k_index, top_k_weights, memo
+            )
+        blocks = [
+            self._run_block(layer, spec, num_experts, *rows, None)
+            for rows in zip(
+                torch.split(hidden, num_rows),
+                torch.split(top_k_index, num_rows),
+                torch.split(top_k_weights, num_rows),
+                strict=True,
+            )
+        ]
         return torch.cat(blocks)
 
     def _run_block(
@@ -101,9 +122,12 @@ class ExpertsRunner:
         hidden: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
+        memo: dict[str, Any] | None,
     ) -> Tensor:
+        experts = sorted({*top_k_index.view(-1).tolist()})
         # What is past the last expert means "none" where tokens are spread over devices.
-        experts = sorted({e for e in top_k_index.flatten().tolist() if e < num_experts})
+        while experts and experts[-1] >= num_experts:
+            experts.pop()
         slots: Tensor | None = None
         limit = len(experts)
         while experts:
@@ -118,7 +142,7 @@ class ExpertsRunner:
                         )
                         if slots is None and len(lease.experts) == len(experts):
                             whole = self._kernels.output(
-                                hidden, top_k_index, top_k_weights, **arguments
+                                hidden, top_k_index, top_k_weights, **arguments, memo=memo
                             )
                         else:
                             whole = None

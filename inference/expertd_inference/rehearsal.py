@@ -91,9 +91,10 @@ class _Runner:
         if threading.get_ident() != self._thread:
             result: Tensor = self._runner.run(*call)
             return result
+        tensors = call[3:6]
         if self._noted is None:
-            self._noted = call, self._runner.run(*call)
-        elif not all(_same(*pair) for pair in zip(call[3:], self._noted[0][3:], strict=True)):
+            self._noted = tensors, self._runner.run(*call)
+        elif not all(map(_same, tensors, self._noted[0])):
             self.differs = True
         return self._noted[1]
 

@@ -98,6 +98,17 @@ def test_only_what_is_routed_to_is_leased(packed: Make) -> None:
     assert all(len(experts) == 2 for _, experts in source.waves_taken)
 
 
+@torch.no_grad()
+def test_what_is_past_the_last_expert_is_none(packed: Make) -> None:
+    model = load(PackSource(packed("mixtral")))
+    experts = model.model.layers[1].mlp.experts
+    hidden = torch.randn(2, 128, dtype=torch.bfloat16)
+    weights = torch.rand(2, 3, dtype=torch.bfloat16)
+    result = experts(hidden, torch.tensor([[8, 2, 8], [8, 8, 8]]), weights)
+    alone = experts(hidden[:1], torch.tensor([[2]]), weights[:1, 1:2])
+    assert torch.equal(result, torch.cat((alone, torch.zeros_like(alone))))
+
+
 def test_layers_without_experts_are_skipped(packed: Make) -> None:
     # deepseek_v3's layer 0 and qwen2_moe's layer 1 are dense.
     for architecture, layers in (("deepseek_v3", [1, 2]), ("qwen2_moe", [0, 2])):

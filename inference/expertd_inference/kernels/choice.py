@@ -1,7 +1,7 @@
 """Which kernels a CPU worker computes with."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -48,10 +48,13 @@ class CpuKernels(Protocol):
         records: Sequence[int],
         arena: ArenaTensors,
         spec: ExpertsSpec,
+        memo: dict[str, Any] | None = None,
     ) -> Tensor:
         """The layer's output [T, H], where ``experts`` are all that are needed.
 
-        The same bits as filling slots in waves and summing them.
+        The same bits as filling slots in waves and summing them. ``memo`` belongs to a caller
+        whose ``spec`` and tensors, of one token, are the very same at every call with it: what
+        is made of them, the result's memory included, may be kept there.
         """
 
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
@@ -75,6 +78,7 @@ class ReferenceKernels:
         records: Sequence[int],
         arena: ArenaTensors,
         spec: ExpertsSpec,
+        memo: dict[str, Any] | None = None,
     ) -> Tensor:
         """As :class:`CpuKernels` says."""
         slots = empty_slots(hidden, top_k_weights)

@@ -85,11 +85,22 @@ class NativeKernels:
         records: Sequence[int],
         arena: ArenaTensors,
         spec: ExpertsSpec,
+        memo: dict[str, Any] | None = None,
     ) -> Tensor:  # [T, H]
         """Fills the slots of ``experts``, which are all there are, and sums them.
 
-        The same bits as :meth:`fill_slots` in waves and :func:`.reference.sum_slots`.
+        The same bits as :meth:`fill_slots` in waves and :func:`.reference.sum_slots`. With a
+        ``memo`` (see :class:`.choice.CpuKernels`) the result is good until the next call with it.
         """
+        if memo is not None:
+            call = memo.get("call")
+            if call is None:
+                layer = self._layer(spec)
+                call = memo["call"] = TokenCall(layer, hidden, top_k_index, top_k_weights)
+            if len(experts) == call.k:
+                call.fill(experts, records, arena.address)
+                _check(self._library.expertd_experts(call.address))
+                return call.out
         slots = empty_slots(hidden, top_k_weights)
         out = torch.empty_like(hidden) if top_k_index.shape[1] <= MAX_SUMMED else None
         summed = self._run(
@@ -265,6 +276,53 @@ class NativeKernels:
             product = functional.linear(rows, tile[: per_unit * (last - first)])
             out[:, :, first:last] = product.view(len(rows), per_unit, last - first)
         return out.view(len(rows), matrix.out_features)
+
+
+class TokenCall:
+    """A layer's call for one token, made once: making it takes longer than calling."""
+
+    def __init__(
+        self,
+        layer: NativeLayer | None,
+        hidden: Tensor,  # [1, H]
+        top_k_index: Tensor,  # [1, k]
+        top_k_weights: Tensor,  # [1, k]
+    ) -> None:
+        """The tensors are kept, and read at every call."""
+        self._kept = hidden, top_k_index, top_k_weights
+        self.k = 0
+        """So many experts it is for; 0 if such a layer or such tensors need another way."""
+        slots = empty_slots(hidden, top_k_weights)
+        types = [TYPES.get(tensor.dtype) for tensor in (hidden, top_k_weights, slots)]
+        k = top_k_index.shape[1]
+        if (
+            layer is None
+            or None in types
+            or k > MAX_SUMMED
+            or top_k_index.dtype != torch.int64
+            or hidden.shape != (1, layer.gate_up.columns)
+            or not all(tensor.is_contiguous() for tensor in self._kept)
+        ):
+            return
+        self.k = k
+        self.out = torch.empty_like(hidden)
+        self._slots = slots
+        self._layer = layer
+        self._numbers = (ctypes.c_int64 * (2 * k))()
+        numbers = ctypes.addressof(self._numbers)
+        self._call = ExpertsCall(
+            *(ctypes.addressof(layer), 0, numbers, numbers + 8 * k),
+            *(tensor.data_ptr() for tensor in (*self._kept, slots, self.out)),
+            *(k, 1, k),
+            *types,
+        )
+        self.address = ctypes.addressof(self._call)
+
+    def fill(self, experts: Sequence[int], records: Sequence[int], arena: int) -> None:
+        """Puts in what changes: ``k`` experts, and where their records are."""
+        self._numbers[:] = [*experts, *records]
+        self._call.arena = arena
+        self._call.threads = torch.get_num_threads()
 
 
 def use_isa(name: str | None) -> str | None:

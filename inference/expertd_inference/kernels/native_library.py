@@ -95,7 +95,7 @@ _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
         *("experts", "linear", "dequantize", "use_isa", "read_probe"),
-        *("rms_norm", "attend", "rotate", "route", "program"),
+        *("rms_norm", "attend", "rotate", "route", "program", "argmax"),
     )
 )
 

@@ -77,23 +77,13 @@ class Program:
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
-        self._beside: list[bool] = []
-        self._operations: Any = None
+        self._operations: list[_Operation] = []
+        self._array: Any = None
+        self.address = 0
+        """Of the operations, which are at least one."""
 
     def __len__(self) -> int:
         return len(self._calls)
-
-    @property
-    def address(self) -> int:
-        """Of the operations."""
-        if self._operations is None:
-            self._operations = (_Operation * len(self._calls))(
-                *(
-                    _Operation(_KINDS[type(call)], beside, ctypes.addressof(call))
-                    for call, beside in zip(self._calls, self._beside, strict=True)
-                )
-            )
-        return ctypes.addressof(self._operations)
 
     def add(self, call: Call, *, beside: bool = False) -> None:
         """Appends an operation, whose structure stays the caller's to change between runs.
@@ -101,5 +91,6 @@ class Program:
         ``beside``: a product that does not need the product before it, so both run at once.
         """
         self._calls.append(call)
-        self._beside.append(beside)
-        self._operations = None
+        self._operations.append(_Operation(_KINDS[type(call)], beside, ctypes.addressof(call)))
+        self._array = (_Operation * len(self))(*self._operations)
+        self.address = ctypes.addressof(self._array)

@@ -34,6 +34,7 @@ _SIGNATURES = {
     "expertd_route": [
         c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_void_p, c_int32,
     ],
+    "expertd_argmax": [c_void_p, c_int64, c_int32],
 }  # fmt: skip
 
 
@@ -51,9 +52,10 @@ class StepKernels:
     """The native functions. Tensors are on the CPU, of one dtype of :data:`DTYPES`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._rms_norm, self._attend, self._rotate, self._route = (
+        self._rms_norm, self._attend, self._rotate, self._route, self._argmax = (
             _function(library, name) for name in _SIGNATURES
         )
+        self._argmax.restype = c_int64
         self._linear: Any = library.expertd_linear
         self._program: Any = library.expertd_program
 
@@ -197,6 +199,11 @@ class StepKernels:
             TYPES[logits.dtype],
         )
         return weights, index
+
+    def argmax(self, values: Tensor) -> int:
+        """The index of the largest of ``values``, which have no gaps: the first, as torch's."""
+        index: int = self._argmax(values.data_ptr(), values.numel(), TYPES[values.dtype])
+        return index
 
 
 def describe(weight: Tensor) -> NativeMatrix:

@@ -232,6 +232,31 @@ def test_slots_without_an_expert_are_zero() -> None:
     assert_near(ours, expected, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "chosen", [[0, 3, 5], [3, 5, 3], [1, 6, 2], [6, 6, 6]], ids=str
+)  # as always; one of them twice; 6 is past the last expert, and so none; none at all
+def test_a_call_made_before(chosen: list[int], dtype: torch.dtype) -> None:
+    layer = layer_of(6, 128, 64, "4g64", dtype)
+    kernels, memo = NativeKernels(), {}
+    index = torch.tensor([[0, 1, 2]])
+    hidden, weights = inputs(1, 128, dtype), torch.rand(1, 3)
+    before = []
+    # Tensors that stay where they are, with other values each time.
+    for values in ([0, 1, 2], chosen, [4, 2, 1], chosen):
+        index.copy_(torch.tensor([values]))
+        hidden.mul_(1.5)
+        experts = sorted({expert for expert in values if expert < 6})
+        records = [layer.records[expert] for expert in experts]
+        arguments = {"experts": experts, "records": records, "arena": layer.arena}
+        spec = spec_of(layer) if not before else before[0]
+        before.append(spec)
+        expected = kernels.output(hidden, index, weights, **arguments, spec=spec)
+        ours = kernels.output(hidden, index, weights, **arguments, spec=spec, memo=memo)
+        assert torch.equal(ours, expected)
+    assert memo
+
+
 def test_an_unknown_activation_is_the_reference_s() -> None:
     layer = layer_of(4, 64, 64, "4g64", torch.bfloat16)
     spec = ExpertsSpec(layer.layout, layer.gate_order, lambda gate_up: gate_up.chunk(2, -1)[0])

@@ -216,6 +216,36 @@ void route(const T *logits, int64_t rows, int64_t n, int64_t k, bool normalize, 
     }
 }
 
+// The first of the largest, or the first NaN, as torch.argmax.
+template <typename T> INLINE int64_t argmax(const T *x, int64_t n) {
+    Floats most;
+    for (int i = 0; i < LANES; i++) most[i] = -INFINITY;
+    Floats sums = {}; // NaN where any value is
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Floats values;
+        load(x + i, values);
+        most = values > most ? values : most;
+        sums += values * 0.0f; // of an infinity, too
+    }
+    float largest = -INFINITY;
+    bool nan = false;
+    for (int lane = 0; lane < LANES; lane++) {
+        largest = std::max(largest, most[lane]);
+        nan |= std::isnan(sums[lane]);
+    }
+    for (; i < n; i++) {
+        largest = std::max(largest, widen(x[i]));
+        nan |= std::isnan(widen(x[i]));
+    }
+    if (nan)
+        for (i = 0; i < n; i++)
+            if (std::isnan(widen(x[i]))) return i;
+    for (i = 0; i < n; i++)
+        if (widen(x[i]) == largest) return i;
+    return 0;
+}
+
 CLONES void rms_norm_bf16(const Bf16 *x, const Bf16 *weight, Bf16 *y, int64_t rows, int64_t n,
                           float eps, bool round_first) {
     rms_norm(x, weight, y, rows, n, eps, round_first);
@@ -262,6 +292,9 @@ class AttendJob final : public Job {
     const Attention &shape;
     const int32_t type;
 };
+
+CLONES int64_t argmax_bf16(const Bf16 *x, int64_t n) { return argmax(x, n); }
+CLONES int64_t argmax_f32(const float *x, int64_t n) { return argmax(x, n); }
 
 }  // namespace
 
@@ -338,4 +371,10 @@ EXPERTD_API void expertd_route(const void *logits, int64_t rows, int64_t n, int6
     else
         route(static_cast<const float *>(logits), rows, n, k, normalize,
               float_weights ? nullptr : static_cast<float *>(weights), as_float, index);
+}
+
+// The index of the largest of n.
+EXPERTD_API int64_t expertd_argmax(const void *x, int64_t n, int32_t type) {
+    return type == BF16 ? argmax_bf16(static_cast<const Bf16 *>(x), n)
+                        : argmax_f32(static_cast<const float *>(x), n);
 }

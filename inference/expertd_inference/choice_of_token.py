@@ -1,0 +1,73 @@
+"""Which token comes next, and whether it is the last: transformers' answers, without its detours.
+
+For one sequence on the CPU the usual cases need no tensor of the whole vocabulary and none for a
+yes or no. Whatever else is asked for is asked of transformers' own processors and criteria.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from expertd_inference.kernels.step import DTYPES, StepKernels
+
+
+class Choice:
+    """The next token, by the settings of a generation."""
+
+    def __init__(
+        self,
+        processors: Any,  # noqa: ANN401 - a LogitsProcessorList
+        kernels: StepKernels | None,
+        *,
+        sample: bool,
+    ) -> None:
+        self._processors = processors
+        self._sample = sample
+        self._kernels = None if sample or len(processors) else kernels
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:  # [1, T], [1, V] -> [1, 1]
+        """After ``tokens``; ``logits`` are left as they are."""
+        if (
+            self._kernels is not None
+            and logits.is_cpu
+            and logits.dtype in DTYPES
+            and logits.is_contiguous()
+        ):
+            return torch.tensor([[self._kernels.argmax(logits)]])
+        scores = self._processors(tokens, logits.to(torch.float32, copy=True))
+        if self._sample:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+        return torch.argmax(scores, dim=-1, keepdim=True)
+
+
+class End:
+    """Whether a sequence is complete."""
+
+    def __init__(self, criteria: Any) -> None:  # noqa: ANN401 - a StoppingCriteriaList
+        self._max_tokens: int | None = None
+        self._last: set[int] = set()
+        self._others = type(criteria)()
+        for criterion in criteria:
+            if type(criterion) is EosTokenCriteria:
+                self._last |= set(criterion.eos_token_id.tolist())
+            elif type(criterion) is MaxLengthCriteria and not _warns(criterion):
+                length = criterion.max_length
+                self._max_tokens = min(length, self._max_tokens or length)
+            else:
+                self._others.append(criterion)
+
+    def __call__(self, tokens: Tensor) -> bool:  # [1, T]
+        """Asked after each new token, of all so far."""
+        if self._max_tokens is not None and tokens.shape[1] >= self._max_tokens:
+            return True
+        if self._last and int(tokens[0, -1]) in self._last:
+            return True
+        return bool(self._others) and bool(self._others(tokens, None).all())
+
+
+def _warns(criterion: Any) -> bool:  # noqa: ANN401 - a MaxLengthCriteria
+    """Whether it may say, once, that the model's positions are used up."""
+    positions = criterion.max_position_embeddings
+    return positions is not None and criterion.max_length > positions + 1
