@@ -40,9 +40,9 @@ class MappedSource:
 
     connected = True
 
-    def __init__(self, pack: Path, manifest: Manifest, *, ahead: bool) -> None:
-        """``ahead``: a layer's records are announced (MADV_WILLNEED) before it computes."""
-        self._ahead = ahead
+    def __init__(self, pack: Path, manifest: Manifest) -> None:
+        self.announces = False
+        """Whether a layer's records are announced (MADV_WILLNEED) before it computes."""
         names = [file.name for file in manifest.files]
         sizes = [-(-(pack / name).stat().st_size // PAGE_BYTES) * PAGE_BYTES for name in names]
         starts = np.cumsum([0, *sizes]).tolist()
@@ -67,7 +67,7 @@ class MappedSource:
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[MappedLease]:
         """All at once."""
         offsets = [self._offsets[layer][expert] for expert in experts]
-        if self._ahead:
+        if self.announces:
             size = self._record_bytes[layer]
             for offset in offsets:
                 where = ctypes.c_void_p(self.arena_address + offset)

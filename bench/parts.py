@@ -67,5 +67,6 @@ PARTS = {
         Part(
             "advise", "What expert-run advise predicts, beside what is measured", "bench.advise", 2
         ),
+        Part("spill", "More model than RAM", "bench.spill", 6),
     )
 }

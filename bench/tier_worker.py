@@ -69,19 +69,26 @@ class Routed:
 
 
 class Guesses:
-    """In the place of a layer's router that is asked ahead: right as often as ``recall`` says."""
+    """In the place of a layer's router that is asked ahead: right as often as ``recall`` says.
 
-    def __init__(self, place: int, num_experts: int, recall: float, state: "Decoder") -> None:
-        self._place, self._num_experts, self._state = place, num_experts, state
+    A wrong guess is an expert that the layer uses for another of the tokens: as likely one of its
+    hot ones as real routers' are.
+    """
+
+    def __init__(self, place: int, recall: float, state: "Decoder") -> None:
+        self._place, self._state = place, state
         self._recall, self._chance = recall, random.Random(place)
 
     def foreseen(self, _: Tensor) -> list[int]:
         """As :meth:`expertd_inference.routers.Router.foreseen`, of the token under way."""
+        state, chance = self._state, self._chance
+        if state.row is None:
+            return []
         guessed = [
             expert
-            if self._chance.random() < self._recall
-            else self._chance.randrange(self._num_experts)
-            for expert in (self._state.row or {self._place: []})[self._place]
+            if chance.random() < self._recall
+            else chance.choice(chance.choice(state.rows)[self._place])
+            for expert in state.row[self._place]
         ]
         return list(dict.fromkeys(guessed))
 
@@ -99,6 +106,7 @@ class Decoder:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.row: Row | None = None
+        self.rows: Sequence[Row] = ()
         self.noted: list[list[int]] = []
         self.whole_layers: bool = job.get("whole_layers", False)
         pack = Path(job["pack"])
@@ -107,7 +115,7 @@ class Decoder:
         self.source: Any
         self._ahead: Any = None
         if job.get("mapped"):
-            self.source = MappedSource(pack, self.manifest, ahead=job.get("announced", False))
+            self.source = MappedSource(pack, self.manifest)
             kernels = cpu_kernels("auto", self.manifest)
             native = not isinstance(kernels, ReferenceKernels)
             loaded = load_trunk(pack, self.manifest, linear=kernels.linear if native else None)
@@ -133,7 +141,7 @@ class Decoder:
         self._num_experts = {layer.layer: layer.num_experts for layer in self.manifest.layers}
         if self._ahead is not None and "recall" in job:
             self._ahead._routers = {
-                layer: Guesses(place, self._num_experts[layer], job["recall"], self)
+                layer: Guesses(place, job["recall"], self)
                 for place, layer in enumerate(self._layers)
             }
 
@@ -156,13 +164,21 @@ class Decoder:
         context: int = 1,
         rows: Sequence[Row] | None = None,
         forget: bool = False,
+        announced: bool = False,
         seconds: float = 1e9,
     ) -> dict[str, Any]:
         """Decodes ``ids`` after the first ``context`` of them, by ``rows`` if there are some.
 
         ``rows`` begin with the last token of the context. ``forget``: before each token all that
-        it needs is absent. Stops when so many seconds have passed.
+        it needs is absent. ``announced``: as :attr:`MappedSource.announces`. Stops when so many
+        seconds have passed.
         """
+        if announced:
+            self.source.announces = True
+            try:
+                return self.decode(ids, context, rows, seconds=seconds)
+            finally:
+                self.source.announces = False
         if forget and rows is None:
             self._run(ids, context, None, forget=False, seconds=seconds)
             rows = self._noted_rows(len(ids) - context + 1)
@@ -178,9 +194,9 @@ class Decoder:
         seconds: float,
     ) -> dict[str, Any]:
         self.noted = []
-        self.row = None
+        self.row, self.rows = None, rows or ()
         stats = self._hints()
-        taken, num_bytes, waited = [], [], []
+        taken, num_bytes, waited, tokens = [], [], [], []
         cache = DynamicCache(config=self.model.config)
         growing(cache)
         with Steps(self.model, cache) as steps:
@@ -194,7 +210,7 @@ class Decoder:
                 step = steps.step if number else steps.prompt
                 missed, read = self._missed(), self._bytes_read()
                 began = time.perf_counter()
-                step(torch.tensor([[token]])).argmax().item()
+                tokens.append(step(torch.tensor([[token]])).argmax().item())
                 taken.append(time.perf_counter() - began)
                 num_bytes.append(self._bytes_read() - read)
                 waited.append(self._missed() - missed)
@@ -208,6 +224,7 @@ class Decoder:
             "waited": waited[1:],
             "hints": hints,
             "way": steps.way,
+            "tokens": tokens,
         }
 
     def _noted_rows(self, tokens: int) -> list[Row]:

@@ -48,6 +48,11 @@ class TierProcess:
     ) -> None:
         self.close()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
+
     def ask(self, line: str) -> Any:  # noqa: ANN401 - JSON
         """The answer to ``line``."""
         assert self._process.stdin is not None

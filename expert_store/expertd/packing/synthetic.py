@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
-from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, matrix_parts
+from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertd.pack.manifest import MANIFEST_NAME, encode_manifest
 from expertd.pack.tensor_file import TensorEntry, build_header
 from expertd.packing.architecture import Architecture, read_architecture
@@ -64,14 +64,16 @@ def make_pack(
     *,
     distinct_records: int | None = 8,
     overrides: Mapping[str, Any] | None = None,
+    own_places: bool = False,
 ) -> Path:
     """Writes a pack of ``shape`` to ``directory``, which must not be there; returns it.
 
     ``shape`` is one of :data:`~.shapes.SHAPES`, or a configuration. ``scheme`` is one of the
     packer's, by name or made; ``layers`` cuts the model; ``overrides`` replace fields of its
     configuration. Of each layout only ``distinct_records`` records are written, and shared by all
-    experts; None writes one per expert. Equal arguments give equal bytes. Raises
-    InvalidInputError for an unknown shape.
+    experts; None writes one per expert. With ``own_places`` each expert has its own in the file all
+    the same, where a copy is written: to measure disks with large models, which take long to draw.
+    Equal arguments give equal bytes. Raises InvalidInputError for an unknown shape.
     """
     directory.mkdir(parents=True)
     config = config_of(shape, layers, overrides)
@@ -79,14 +81,15 @@ def make_pack(
     checkpoint: Any = imagine(directory)
     chosen = scheme if isinstance(scheme, Scheme) else choose_scheme(scheme)
     plan = make_plan(checkpoint, chosen)
-    if distinct_records is not None:
+    if distinct_records is not None and not own_places:
         plan = _shared(plan, distinct_records)
     generator = torch.Generator().manual_seed(0)
     for file in plan.files:
         with (directory / file.name).open("wb") as out:
             out.write(file.header)
             out.truncate(file.num_bytes)
-    checksums = _write_records(directory, plan, generator)
+    copies = distinct_records if own_places else None
+    checksums = _write_records(directory, plan, generator, copies)
     trunk = _write_trunk(directory, plan, generator)
     manifest = make_manifest(plan, checkpoint, chosen, checksums, trunk)
     (directory / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
@@ -156,26 +159,37 @@ def _shared(plan: Plan, distinct_records: int) -> Plan:
     return Plan((records, trunk), plan.layouts, tuple(steps))
 
 
-def _write_records(directory: Path, plan: Plan, generator: torch.Generator) -> dict[int, str]:
-    """Writes each place once; the checksums by step."""
+def _write_records(
+    directory: Path, plan: Plan, generator: torch.Generator, copies: int | None
+) -> dict[int, str]:
+    """Writes each place once, if ``copies`` one of so many records; the checksums by step."""
     done: dict[tuple[int, int], str] = {}
+    drawn: dict[tuple[int, int], tuple[bytearray, str]] = {}
     checksums = {}
     for number, step in enumerate(plan.steps):
         if not isinstance(step, ExpertStep):
             continue
         place = step.file, step.offset
         if place not in done:
-            record = bytearray(step.layout.record_bytes)
-            parts = record_parts(record, step.layout)
-            for matrix in step.layout.matrices:
-                gain = BRANCH_GAIN if matrix.name == "down" else 1.0
-                fill(matrix, parts, gain, generator)
+            kind = plan.layouts.index(step.layout), step.expert % (copies or 1)
+            if copies is None or kind not in drawn:
+                record = _draw_record(step.layout, generator)
+                drawn[kind] = record, xxh3_64_hexdigest(record)
+            record, done[place] = drawn[kind]
             with (directory / plan.files[step.file].name).open("r+b") as out:
                 out.seek(step.offset)
                 out.write(record)
-            done[place] = xxh3_64_hexdigest(record)
         checksums[number] = done[place]
     return checksums
+
+
+def _draw_record(layout: RecordLayout, generator: torch.Generator) -> bytearray:
+    record = bytearray(layout.record_bytes)
+    parts = record_parts(record, layout)
+    for matrix in layout.matrices:
+        gain = BRANCH_GAIN if matrix.name == "down" else 1.0
+        fill(matrix, parts, gain, generator)
+    return record
 
 
 def _write_trunk(directory: Path, plan: Plan, generator: torch.Generator) -> str:
