@@ -183,7 +183,7 @@ class _Decoder:
             model.forward = self._forward
             group.connect(model, self._trunk.experts, self._manifest, rig.say)
             counter = _replay(self._trunk, self._routing, device.torch_device)
-            if settings.speculate_layers:
+            if settings.layers_guessed:
                 routers = _guessing(self._trunk, self._routing, counter)
                 for runner in group.runners:
                     runner.speculate(routers, group._runners)

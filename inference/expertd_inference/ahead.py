@@ -6,12 +6,15 @@ hint, so that reading from disk and computing overlap (Eliseev & Mazur, arXiv 23
 section 3.2). A hint never changes a result.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import msgspec
 from torch import Tensor
 
 from expertd.errors import ExpertdError
+from expertd_inference.foresight import Foresight
 from expertd_inference.hints import HintBook, HintStats, Pair
 from expertd_inference.routers import Router
 
@@ -31,6 +34,11 @@ class HintTarget(Protocol):
         """Sends a hint without waiting; it supersedes what an older one has not begun."""
 
 
+MIN_PROMPT_RECORD_BYTES = 512 << 10
+"""A prompt's experts are hinted only if they are at least this large. Of smaller ones the daemon
+reads a layer's in one batch, neighbours together, in less time than one by one."""
+
+
 class RouterAhead:
     """Asks the routers of the layers to come, and hints. Costs nothing while all is resident."""
 
@@ -40,19 +48,28 @@ class RouterAhead:
         routers: Mapping[int, Router],
         target: HintTarget,
         *,
-        num_layers: int,
+        choices: Sequence[int],
         num_experts: int | None,
+        record_bytes: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``layers`` are all MoE layers in order; those without a router are not foreseen.
 
-        From each, ``num_layers`` are foreseen, for one token ``num_experts`` of each; without a
-        number, and for a prompt, all experts that the router chooses for some of the tokens.
+        From each, so many are foreseen as :class:`Foresight` chooses of ``choices``, for one token
+        ``num_experts`` of each; without a number all that the router chooses. For several tokens
+        at once, as in a prompt, that is all experts that it chooses for some of them, of the next
+        layer only: more have no room.
         """
         self._first_layer = layers[0]
         self._routers = routers
         self._target = target
         self._num_experts = num_experts
-        self._book = HintBook(layers, num_layers)
+        self._foresight = Foresight(choices)
+        self._hints_prompts = record_bytes >= MIN_PROMPT_RECORD_BYTES and any(choices)
+        self._clock = clock
+        self._began: float | None = None
+        """When the step before began, if it was one token's and not all was in RAM."""
+        self._book = HintBook(layers, max(choices))
         self._sent = False
         """Whether the last hint names anything that the daemon may still be about to read."""
         self._idle = False
@@ -61,13 +78,16 @@ class RouterAhead:
     @property
     def stats(self) -> HintStats:
         """What became of the hints so far."""
-        return self._book.stats
+        foresight = self._foresight
+        return msgspec.structs.replace(
+            self._book.stats, layers_ahead=foresight.num_layers, why=foresight.why
+        )
 
     def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:  # [T, H], [T, k]
         """``layer`` is about to compute: counts what was hinted for it, and hints for the next."""
         try:
             if layer == self._first_layer:
-                self._begin_step()
+                self._begin_step(num_tokens=len(hidden))
             if not self._idle:
                 self._look_ahead(layer, hidden, top_k_index)
         except ExpertdError:
@@ -79,9 +99,10 @@ class RouterAhead:
             needed = set(top_k_index.flatten().tolist())
             absent = {expert for _, expert in self._target.absent(hinted)}
             self._book.arrive(layer, needed, absent)
+        num_layers = self._foresight.num_layers if len(hidden) == 1 else int(self._hints_prompts)
         foreseen = {
             ahead: self._foresee(self._routers[ahead], hidden)
-            for ahead in self._book.ahead(layer)
+            for ahead in self._book.ahead(layer)[:num_layers]
             if ahead in self._routers
         }
         wanted = [(ahead, expert) for ahead, experts in foreseen.items() for expert in experts]
@@ -92,7 +113,14 @@ class RouterAhead:
             self._target.hint(hint)
             self._sent = bool(hint)
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, num_tokens: int) -> None:
+        now = self._clock()
+        if self._began is not None and num_tokens == 1:
+            self._foresight.step_took(now - self._began)
+        self._look_whether_idle()
+        self._began = now if num_tokens == 1 and not self._idle else None
+
+    def _look_whether_idle(self) -> None:
         misses = self._target.nvme_misses
         if self._idle and misses == self._misses:
             return  # Nothing that was needed has left RAM since all was there.

@@ -17,12 +17,15 @@ class HintStats(msgspec.Struct, frozen=True):
 
     ``issued`` is how many were hinted; of those whose layer has come since, ``useful`` were
     needed and in RAM by then, ``late`` were needed and not yet there, ``wasted`` were not needed.
+    ``layers_ahead`` is how many layers are foreseen now, 0 while hints do not pay, and ``why``.
     """
 
     issued: int = 0
     useful: int = 0
     late: int = 0
     wasted: int = 0
+    layers_ahead: int = 0
+    why: str = ""
 
     def since(self, before: "HintStats") -> "HintStats":
         """What was counted after ``before``."""
@@ -31,6 +34,8 @@ class HintStats(msgspec.Struct, frozen=True):
             self.useful - before.useful,
             self.late - before.late,
             self.wasted - before.wasted,
+            self.layers_ahead,
+            self.why,
         )
 
 

@@ -32,9 +32,10 @@ Policy = Annotated[
     ),
 ]
 SpeculateLayers = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Guess the experts of so many next layers, and bring them early; 0 for none.",
+        help="Guess the experts of so many next layers, and bring them early; 0 for none. Default: "
+        "1 on a GPU; on the CPU 0, 1 or 2, whichever tokens are measured to come fastest with.",
         min=0,
         max=3,
     ),

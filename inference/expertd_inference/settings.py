@@ -91,7 +91,8 @@ class DeviceSettings:
     the layers. ``cache_bytes`` bounds the experts on each device; None takes what is free once
     the trunk is there, but for a reserve. ``staging_slots`` of them are for guesses, None for as
     many as guesses need. ``speculate_layers`` is how many layers ahead is guessed, 0 for not at
-    all, ``speculate_experts`` how many experts of each: by default 2 on a GPU, which has room for
+    all, by default 1 on a GPU, and on the CPU what is measured to be fastest; ``speculate_experts``
+    how many experts of each: by default 2 on a GPU, which has room for
     few, and on the CPU, where a guess is a hint to the daemon, as many as a token uses.
     ``decode_graphs`` is for one GPU. Raises InvalidInputError if a value makes no sense.
     """
@@ -99,7 +100,7 @@ class DeviceSettings:
     device: str = "cpu"
     cache_bytes: int | None = None
     cache_policy: CachePolicy = CachePolicy.LRU
-    speculate_layers: int = 1
+    speculate_layers: int | None = None
     speculate_experts: int | None = None
     staging_slots: int | None = None
     on_miss: OnMiss = OnMiss.AUTO
@@ -108,7 +109,7 @@ class DeviceSettings:
     def __post_init__(self) -> None:
         if self.cache_bytes is not None and self.cache_bytes < 1:
             raise InvalidInputError(f"cache_bytes is {self.cache_bytes}; give at least 1.")
-        if not 0 <= self.speculate_layers <= MAX_SPECULATE_LAYERS:
+        if not 0 <= self.layers_guessed <= MAX_SPECULATE_LAYERS:
             raise InvalidInputError(
                 f"speculate_layers is {self.speculate_layers}; give 0 to {MAX_SPECULATE_LAYERS}."
             )
@@ -120,9 +121,19 @@ class DeviceSettings:
         if self.staging_slots is not None and self.staging_slots < self.num_guesses:
             raise InvalidInputError(
                 f"staging_slots is {self.staging_slots}, and {self.num_guessed} experts of "
-                f"each of {self.speculate_layers} layers are guessed, which need "
+                f"each of {self.layers_guessed} layers are guessed, which need "
                 f"{self.num_guesses}; give as many, or guess less."
             )
+
+    @property
+    def layers_guessed(self) -> int:
+        """How many layers ahead is guessed on a GPU."""
+        return 1 if self.speculate_layers is None else self.speculate_layers
+
+    @property
+    def hint_choices(self) -> tuple[int, ...]:
+        """How many layers ahead may be hinted to the daemon on the CPU; one is to be obeyed."""
+        return (0, 1, 2) if self.speculate_layers is None else (self.speculate_layers,)
 
     @property
     def num_guessed(self) -> int:
@@ -132,11 +143,11 @@ class DeviceSettings:
     @property
     def num_guesses(self) -> int:
         """How many guessed experts may wait to be used at once."""
-        return self.speculate_layers * self.num_guessed
+        return self.layers_guessed * self.num_guessed
 
     @property
     def num_staging(self) -> int:
         """The staging slots of each device."""
         if self.staging_slots is not None:
             return self.staging_slots
-        return max(MIN_STAGING_SLOTS, self.num_guesses) if self.speculate_layers else 0
+        return max(MIN_STAGING_SLOTS, self.num_guesses) if self.layers_guessed else 0

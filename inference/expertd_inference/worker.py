@@ -157,7 +157,7 @@ class Worker:
     ) -> RouterAhead | None:
         """What hints at the experts of the layers to come; None if nothing can or shall."""
         # Of copies nothing is read ahead: the daemon's disk is not what is waited for.
-        if not settings.speculate_layers or not self.session.shares_memory:
+        if not any(settings.hint_choices) or not self.session.shares_memory:
             return None
         routers = find_routers(loaded.model, loaded.experts)
         layers = sorted(loaded.experts)
@@ -170,8 +170,9 @@ class Worker:
             layers,
             routers,
             self.session,
-            num_layers=settings.speculate_layers,
+            choices=settings.hint_choices,
             num_experts=settings.speculate_experts,
+            record_bytes=self.session.model.record_bytes,
         )
 
 

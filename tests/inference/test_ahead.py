@@ -66,8 +66,9 @@ class FixedRouter:
         return self.experts
 
 
-def ahead_of(target: Target, routers: dict[int, Any], **options: int) -> RouterAhead:
-    return RouterAhead([0, 1, 2], routers, target, **{"num_layers": 1, "num_experts": 2, **options})
+def ahead_of(target: Target, routers: dict[int, Any], **options: Any) -> RouterAhead:
+    arguments: dict[str, Any] = {"choices": (1,), "num_experts": 2, "record_bytes": 1 << 20}
+    return RouterAhead([0, 1, 2], routers, target, **{**arguments, **options})
 
 
 def test_what_is_absent_of_the_next_layer_is_hinted() -> None:
@@ -79,15 +80,56 @@ def test_what_is_absent_of_the_next_layer_is_hinted() -> None:
     target.gone.clear()
     ahead.begin(1, ONE, torch.tensor([[3, 7]]))
     ahead.begin(2, ONE, CHOSEN)
-    assert ahead.stats == HintStats(issued=1, useful=1)
+    assert ahead.stats == HintStats(issued=1, useful=1, layers_ahead=1, why="as told")
     assert target.sent == [[(1, 3)], []], "what is resident is not hinted at"
 
 
 def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
     target = Target({(layer, expert) for layer in range(3) for expert in range(8)})
-    ahead = ahead_of(target, {2: FixedRouter([5, 6, 7]), 1: FixedRouter([1, 2, 3])}, num_layers=2)
+    routers = {2: FixedRouter([5, 6, 7]), 1: FixedRouter([1, 2, 3])}
+    ahead = ahead_of(target, routers, choices=(2,))
+    ahead.begin(0, ONE, CHOSEN)
+    assert target.sent.pop() == [(1, 1), (1, 2), (2, 5), (2, 6)]
     ahead.begin(0, torch.zeros(9, 4), CHOSEN)
-    assert target.sent == [[(1, 1), (1, 2), (1, 3), (2, 5), (2, 6), (2, 7)]]
+    assert target.sent == [[(1, 1), (1, 2), (1, 3)]]
+
+
+def test_a_prompt_s_small_records_are_not_hinted() -> None:
+    target = Target({(1, expert) for expert in range(8)})
+    small = ahead_of(target, {1: FixedRouter([1, 2])}, record_bytes=(512 << 10) - 1)
+    small.begin(0, torch.zeros(9, 4), CHOSEN)
+    assert target.sent == []
+    small.begin(0, ONE, CHOSEN)
+    assert target.sent == [[(1, 1), (1, 2)]]
+
+
+def test_it_looks_ahead_as_far_as_tokens_come_fastest() -> None:
+    """Only steps of one token count, and only those that some record may have been absent for."""
+    clock = [0.0]
+    target = Target({(layer, 7) for layer in range(3)})
+    routers = {1: FixedRouter([7]), 2: FixedRouter([7])}
+    ahead = ahead_of(target, routers, choices=(0, 1, 2), clock=lambda: clock[0])
+
+    def step(tokens: int = 1) -> int:
+        for layer in range(3):
+            ahead.begin(layer, torch.zeros(tokens, 4), CHOSEN)
+        return ahead.stats.layers_ahead
+
+    for number in range(80):
+        clock[0] += {0: 5.0, 1: 4.0, 2: 3.0}[step()]
+        if number % 7 == 0:
+            step(9)  # a prompt, whose time and whose follower's are no token's
+            clock[0] += 100
+    assert ahead.stats.layers_ahead == 2
+    assert ahead.stats.why == "a token took 3e+03 ms with 2, 4e+03 ms with 1 and 5e+03 ms with 0"
+    target.gone.clear()
+    target.nvme_misses += 1
+    sent = len(target.sent)
+    for _ in range(2000):
+        clock[0] += 50.0
+        step()
+    assert ahead.stats.layers_ahead == 2
+    assert len(target.sent) <= sent + 1
 
 
 def test_nothing_is_asked_while_all_is_resident() -> None:
@@ -122,12 +164,12 @@ def test_a_hint_that_has_had_its_layer_is_taken_back() -> None:
     ahead.begin(1, ONE, torch.tensor([[5, 6]]))
     ahead.begin(2, ONE, CHOSEN)
     assert target.sent == [[(1, 3)], []]
-    assert ahead.stats == HintStats(issued=1, wasted=1)
+    assert ahead.stats == HintStats(issued=1, wasted=1, layers_ahead=1, why="as told")
 
 
-@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("layers", [0, 1, 3, None])
 def test_the_same_tokens_with_half_of_the_experts_in_ram(
-    layers: int, packed: Make, stock: Make
+    layers: int | None, packed: Make, stock: Make
 ) -> None:
     pack = packed("example")
     text = (EXAMPLE / "heldout.txt").read_text()[4000:6000]
@@ -137,7 +179,10 @@ def test_the_same_tokens_with_half_of_the_experts_in_ram(
         model = load_model("m", socket=daemon.socket, device=device)
         assert greedy(model, prompt, 20) == greedy(stock("example"), prompt, 20)
         stats = model.expertd.hint_stats
-        if layers:
+        if layers is None:
+            assert stats.why == "trying 0, 1 and 2"
+        elif layers:
+            assert (stats.layers_ahead, stats.why) == (layers, "as told")
             assert stats.issued == stats.useful + stats.late + stats.wasted > 0
             assert stats.useful + stats.late > stats.issued / 4, "as many as by chance"
         else:

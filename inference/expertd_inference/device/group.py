@@ -147,7 +147,7 @@ class DeviceGroup:
             runner = self._runners[layer.layer]
             spec = experts_spec(module, manifest, layer.layout)
             module._expertd = (runner, layer.layer, spec, layer.num_experts)
-        if self._settings.speculate_layers:
+        if self._settings.layers_guessed:
             routers = find_routers(model, experts)
             for runner in self.runners:
                 runner.speculate(routers, self._runners)

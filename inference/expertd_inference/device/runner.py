@@ -339,7 +339,7 @@ class DeviceExpertsRunner:
         place = layers.index(layer) + 1
         return {
             ahead: self._routers[ahead].likeliest(hidden, self._settings.num_guessed)
-            for ahead in layers[place : place + self._settings.speculate_layers]
+            for ahead in layers[place : place + self._settings.layers_guessed]
             if ahead in self._routers
         }
 
