@@ -27,8 +27,9 @@ class Daemon:
         config: Path | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        module: str = "expertd",
     ) -> None:
-        command = [sys.executable, "-m", "expertd", "serve"]
+        command = [sys.executable, "-m", module, "serve"]
         command += ["--socket", str(socket), "--ram", str(ram)]
         for name, pack in models.items():
             command += ["--model", f"{name}={pack}"]
@@ -132,6 +133,7 @@ def serving(
     config: Path | None = None,
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    module: str = "expertd",
 ) -> Iterator[Daemon]:
     """A daemon that serves ``models`` (name to pack) until the block ends.
 
@@ -147,6 +149,7 @@ def serving(
             config=config,
             arguments=arguments,
             environment=environment,
+            module=module,
         )
         try:
             daemon.wait_ready()

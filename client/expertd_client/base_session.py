@@ -80,6 +80,11 @@ class BaseSession:
         return self._model
 
     @property
+    def max_wave(self) -> int:
+        """How many experts one lease can have, as was told when it attached."""
+        return self._model.max_fetch_records
+
+    @property
     def connected(self) -> bool:
         """Whether the daemon is there and keeps this session; False at once when not."""
         return self._attachment.connected

@@ -34,11 +34,6 @@ class HintTarget(Protocol):
         """Sends a hint without waiting; it supersedes what an older one has not begun."""
 
 
-MIN_PROMPT_RECORD_BYTES = 512 << 10
-"""A prompt's experts are hinted only if they are at least this large. Of smaller ones the daemon
-reads a layer's in one batch, neighbours together, in less time than one by one."""
-
-
 class RouterAhead:
     """Asks the routers of the layers to come, and hints. Costs nothing while all is resident."""
 
@@ -50,22 +45,22 @@ class RouterAhead:
         *,
         choices: Sequence[int],
         num_experts: int | None,
-        record_bytes: int,
+        hints_prompts: bool,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """``layers`` are all MoE layers in order; those without a router are not foreseen.
 
         From each, so many are foreseen as :class:`Foresight` chooses of ``choices``, for one token
         ``num_experts`` of each; without a number all that the router chooses. For several tokens
-        at once, as in a prompt, that is all experts that it chooses for some of them, of the next
-        layer only: more have no room.
+        at once, as in a prompt, if ``hints_prompts``, that is all experts that it chooses for some
+        of them, of the next layer only.
         """
         self._first_layer = layers[0]
         self._routers = routers
         self._target = target
         self._num_experts = num_experts
         self._foresight = Foresight(choices)
-        self._hints_prompts = record_bytes >= MIN_PROMPT_RECORD_BYTES and any(choices)
+        self._hints_prompts = hints_prompts
         self._clock = clock
         self._began: float | None = None
         """When the step before began, if it was one token's and not all was in RAM."""

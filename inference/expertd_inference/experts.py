@@ -7,7 +7,8 @@ there: the :class:`ExpertsRunner` of the model, and which layer this is.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -16,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expertd.errors import PreconditionError, SessionLostError, UnavailableError
 from expertd.pack.manifest import Manifest
+from expertd.shared.host_memory import memory_available
 from expertd_inference.activation import activation_of
 from expertd_inference.ahead import RouterAhead
 from expertd_inference.arena import ArenaTensors
@@ -28,7 +30,12 @@ IMPLEMENTATION = "expertd"
 """Our name among transformers' experts implementations."""
 
 MAX_SLOT_BYTES = 256 << 20
-"""A long prompt is computed in blocks of tokens whose unsummed results fit in this."""
+"""A long prompt is computed in blocks of tokens whose unsummed results fit in this.
+
+One lease serves all of them, unless the layer's experts do not fit into the daemon's budget all at
+once: each block would read them anew, and may be as large as ``_SLOT_SHARE`` of the free memory.
+"""
+_SLOT_SHARE = 1 / 4
 
 
 class ExpertsRunner:
@@ -103,14 +110,14 @@ class ExpertsRunner:
             return self._run_block(
                 layer, spec, num_experts, hidden, top_k_index, top_k_weights, memo
             )
+        if num_experts <= self._source.max_wave:
+            return self._run_block(
+                layer, spec, num_experts, hidden, top_k_index, top_k_weights, None, num_rows
+            )
+        num_rows = max(num_rows, int(memory_available() * _SLOT_SHARE) // row_bytes)
         blocks = [
             self._run_block(layer, spec, num_experts, *rows, None)
-            for rows in zip(
-                torch.split(hidden, num_rows),
-                torch.split(top_k_index, num_rows),
-                torch.split(top_k_weights, num_rows),
-                strict=True,
-            )
+            for rows in _split(num_rows, hidden, top_k_index, top_k_weights)
         ]
         return torch.cat(blocks)
 
@@ -123,7 +130,9 @@ class ExpertsRunner:
         top_k_index: Tensor,
         top_k_weights: Tensor,
         memo: dict[str, Any] | None,
+        num_rows: int | None = None,
     ) -> Tensor:
+        """The output for these tokens, each expert leased once; in parts of ``num_rows``."""
         experts = sorted({*top_k_index.view(-1).tolist()})
         # What is past the last expert means "none" where tokens are spread over devices.
         while experts and experts[-1] >= num_experts:
@@ -141,7 +150,12 @@ class ExpertsRunner:
                             spec=spec,
                         )
                         if slots is None and len(lease.experts) == len(experts):
-                            whole = self._kernels.output(
+                            output = (
+                                self._kernels.output
+                                if num_rows is None
+                                else partial(self._output_in_parts, num_rows)
+                            )
+                            whole = output(
                                 hidden, top_k_index, top_k_weights, **arguments, memo=memo
                             )
                         else:
@@ -163,6 +177,36 @@ class ExpertsRunner:
         slots = empty_slots(hidden, top_k_weights) if slots is None else slots
         return sum_slots(slots, hidden.dtype)
 
+    def _output_in_parts(
+        self,
+        num_rows: int,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        experts: Sequence[int],
+        records: Sequence[int],
+        arena: ArenaTensors,
+        spec: ExpertsSpec,
+        memo: dict[str, Any] | None,
+    ) -> Tensor:
+        """As the kernels' ``output``, in the memory of so many tokens."""
+        parts = []
+        for rows in _split(num_rows, hidden, top_k_index, top_k_weights):
+            used = {*rows[1].reshape(-1).tolist()}
+            pairs = [pair for pair in zip(experts, records, strict=True) if pair[0] in used]
+            parts.append(
+                self._kernels.output(
+                    *rows,
+                    experts=[expert for expert, _ in pairs],
+                    records=[record for _, record in pairs],
+                    arena=arena,
+                    spec=spec,
+                    memo=memo,
+                )
+            )
+        return torch.cat(parts)
+
     def _begin_step(self) -> None:
         """Leaves a dead daemon's arena at the next step's start.
 
@@ -175,6 +219,20 @@ class ExpertsRunner:
     def _recover(self, error: Exception) -> None:
         self._recovery.recover(error)
         self._arena = ArenaTensors(self._source.arena_address, self._source.arena_bytes)
+
+
+def _split(
+    num_rows: int,
+    hidden: Tensor,  # [T, H]
+    top_k_index: Tensor,  # [T, k]
+    top_k_weights: Tensor,  # [T, k]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(
+        torch.split(hidden, num_rows),
+        torch.split(top_k_index, num_rows),
+        torch.split(top_k_weights, num_rows),
+        strict=True,
+    )
 
 
 class _Arguments(TypedDict):

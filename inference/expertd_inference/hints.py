@@ -12,6 +12,20 @@ Pair = tuple[int, int]
 """A layer and an expert of it."""
 
 
+MIN_PROMPT_RECORD_BYTES = 512 << 10
+"""Of smaller ones the daemon reads a layer's in one batch, neighbours together, in less time than
+it takes to read them one by one while a layer computes."""
+
+
+def pays_for_prompts(record_bytes: int, layer_experts: int, num_records: int) -> bool:
+    """Whether to hint at the next layer's experts in a prompt, which uses nearly all of each layer.
+
+    ``layer_experts`` is the largest layer's, ``num_records`` how many the daemon can hold at once:
+    without room for two layers what is read for the next is taken from this one, and read twice.
+    """
+    return record_bytes >= MIN_PROMPT_RECORD_BYTES and 2 * layer_experts <= num_records
+
+
 class HintStats(msgspec.Struct, frozen=True):
     """What became of the hinted experts, each counted once per visit of its layer.
 

@@ -47,6 +47,10 @@ class ExpertSource(Protocol):
     def connected(self) -> bool:
         """Whether the daemon that the session attached to still holds it."""
 
+    @property
+    def max_wave(self) -> int:
+        """How many experts can be leased at once, as was told when it attached."""
+
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[ExpertLease]:
         """Leases that cover ``experts`` in order; each is released before the next is taken."""
 

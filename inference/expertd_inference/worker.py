@@ -23,7 +23,7 @@ from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.experts import ExpertsRunner, connect
-from expertd_inference.hints import HintStats
+from expertd_inference.hints import HintStats, pays_for_prompts
 from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.step import step_kernels
 from expertd_inference.lean import make_lean
@@ -172,7 +172,11 @@ class Worker:
             self.session,
             choices=settings.hint_choices,
             num_experts=settings.speculate_experts,
-            record_bytes=self.session.model.record_bytes,
+            hints_prompts=pays_for_prompts(
+                self.session.model.record_bytes,
+                max(layer.num_experts for layer in self.manifest.layers),
+                self.session.max_wave,
+            ),
         )
 
 

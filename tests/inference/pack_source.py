@@ -35,6 +35,10 @@ class PackSource:
         self._offsets: dict[tuple[int, int], int] = {}
         self._map()
 
+    @property
+    def max_wave(self) -> int:
+        return self.wave
+
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator["PackLease"]:
         """Leases of at most ``wave`` experts."""
         assert list(experts) == sorted(set(experts))

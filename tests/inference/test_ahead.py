@@ -67,7 +67,7 @@ class FixedRouter:
 
 
 def ahead_of(target: Target, routers: dict[int, Any], **options: Any) -> RouterAhead:
-    arguments: dict[str, Any] = {"choices": (1,), "num_experts": 2, "record_bytes": 1 << 20}
+    arguments: dict[str, Any] = {"choices": (1,), "num_experts": 2, "hints_prompts": True}
     return RouterAhead([0, 1, 2], routers, target, **{**arguments, **options})
 
 
@@ -94,12 +94,12 @@ def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
     assert target.sent == [[(1, 1), (1, 2), (1, 3)]]
 
 
-def test_a_prompt_s_small_records_are_not_hinted() -> None:
+def test_a_prompt_s_experts_are_not_hinted_where_that_does_not_pay() -> None:
     target = Target({(1, expert) for expert in range(8)})
-    small = ahead_of(target, {1: FixedRouter([1, 2])}, record_bytes=(512 << 10) - 1)
-    small.begin(0, torch.zeros(9, 4), CHOSEN)
+    ahead = ahead_of(target, {1: FixedRouter([1, 2])}, hints_prompts=False)
+    ahead.begin(0, torch.zeros(9, 4), CHOSEN)
     assert target.sent == []
-    small.begin(0, ONE, CHOSEN)
+    ahead.begin(0, ONE, CHOSEN)
     assert target.sent == [[(1, 1), (1, 2)]]
 
 

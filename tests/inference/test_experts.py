@@ -88,7 +88,25 @@ def test_blocks_of_a_long_prompt(packed: Make, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(experts_module, "MAX_SLOT_BYTES", 16 * 2 * 128 * 4)
     source.waves_taken.clear()
     assert torch.allclose(logits(model, prompt), whole, atol=1e-4)
-    assert [layer for layer, _ in source.waves_taken] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [layer for layer, _ in source.waves_taken] == [0, 1, 2], "one lease for all blocks"
+
+
+def test_experts_that_do_not_fit_at_once_are_brought_once_per_prompt(
+    packed: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = PackSource(packed("mixtral"), wave=6)
+    model, prompt = load(source, torch.float32), prompt_of(50)
+    whole = logits(model, prompt)
+    monkeypatch.setattr(experts_module, "MAX_SLOT_BYTES", 16 * 2 * 128 * 4)
+    source.waves_taken.clear()
+    assert torch.equal(logits(model, prompt), whole)
+    waves = [(layer, len(experts)) for layer, experts in source.waves_taken]
+    assert waves == [(layer, size) for layer in range(3) for size in (6, 2)]
+    # Not where no memory is free for that.
+    monkeypatch.setattr(experts_module, "memory_available", lambda: 0)
+    source.waves_taken.clear()
+    logits(model, prompt)
+    assert len(source.waves_taken) > 6
 
 
 def test_only_what_is_routed_to_is_leased(packed: Make) -> None:

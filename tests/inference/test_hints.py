@@ -1,6 +1,6 @@
 """What is foreseen when, and what the counts mean."""
 
-from expertd_inference.hints import HintBook, HintStats
+from expertd_inference.hints import HintBook, HintStats, pays_for_prompts
 
 
 def test_the_next_layers_are_foreseen_and_nothing_past_the_last() -> None:
@@ -32,3 +32,9 @@ def test_what_two_layers_foresee_for_the_same_visit_counts_once() -> None:
 def test_stats_since() -> None:
     before, after = HintStats(1, 1, 0, 0), HintStats(9, 4, 3, 2)
     assert after.since(before) == HintStats(8, 3, 3, 2)
+
+
+def test_prompts_are_hinted_if_records_are_large_and_two_layers_have_room() -> None:
+    assert pays_for_prompts(512 << 10, layer_experts=8, num_records=16)
+    assert not pays_for_prompts((512 << 10) - 1, layer_experts=8, num_records=16)
+    assert not pays_for_prompts(512 << 10, layer_experts=8, num_records=15)
