@@ -61,6 +61,7 @@ PARTS = {
             ("--shape", "qwen3-30b-a3b", "--rounds", "1", "--bytes", str(64 << 20)),
         ),
         Part("quality", "Quality and size (the paper's Table 1)", "bench.quality", 4),
+        Part("routing", "Caches and guesses (the paper's Figure 2)", "bench.routing", 2),
         Part(
             "ablation", "The paper's ablation (its Table 2), from disk to RAM", "bench.ablation", 3
         ),

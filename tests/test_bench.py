@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import __main__ as everything
-from bench import ablation, page, prefetch, quality, store
+from bench import ablation, device_cache, heldout, page, prefetch, quality, routing, store
 from bench.figures import Bench, Figure, compared, counted, quartiles
 from bench.parts import PARTS
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
 from expertd.pack.manifest import read_manifest
+from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
+from expertd_inference.settings import CachePolicy
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +60,44 @@ def test_the_table_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> Non
     assert "2.00 (1.75 to 2.50)" in shown
     assert "missed" in shown
     assert "2.00 (1.50 to 3.00)" in shown
+
+
+def test_routing_is_bounded_by_what_can_be_known(tmp_path: Path) -> None:
+    said = list(routing.measure(Bench(tmp_path, lambda _: None, quick=True)))
+    hits, recall = (each for each in said if isinstance(each, Table))
+    for row in hits.rows:
+        rates = {
+            name: [float(part) for part in cell.strip(")").split(" (")]
+            for name, cell in zip(hits.columns[1:], row[1:], strict=True)
+        }
+        for name in rates:
+            assert rates[name][0] <= rates["optimum"][0], name
+    assert recall.columns[1:3] == ("1 layer ahead", "3 layers ahead")
+    for at, name in enumerate(recall.columns[1:-1], 1):
+        found = [float(row[at]) for row in recall.rows]
+        assert found == sorted(found), name
+        assert found[-1] == 1, name
+    # Of two guesses: nearer is better, and better than blind.
+    near, far, favourites, blind = map(float, recall.rows[1][1:5])
+    assert near > far > blind < favourites
+    assert any(isinstance(each, str) and "none lies in shared/traces" in each for each in said)
+
+
+def test_the_gpu_s_lru_is_the_paper_s(tmp_path: Path) -> None:
+    routing = np.random.default_rng(0).permuted(np.tile(np.arange(8), (300, 3, 1)), axis=2)[..., :2]
+    with TraceWriter(tmp_path / "t.csv", TraceModel((8, 8, 8), (2, 2, 2), (0, 1, 2))) as trace:
+        for step, layers in enumerate(routing.tolist()):
+            for layer, experts in enumerate(layers):
+                trace.write(Row(Phase.DECODE, step, layer, tuple(experts)))
+        trace.commit()
+    reference = heldout.example_module("evaluate").lru_hit_rates
+    for slots in (2, 3, 7):
+        ours = device_cache.hit_rates(tmp_path / "t.csv", slots / 8, CachePolicy.LRU)
+        # While there are free slots, a layer may take more than its own.
+        assert ours.decode == pytest.approx(np.mean(reference(routing, slots)), abs=0.003)
+    assert (
+        device_cache.hit_rates(tmp_path / "t.csv", 1.0, CachePolicy.LRU).lifetime == 1 - 24 / 1800
+    )
 
 
 def test_a_ratio_near_1_has_digits_behind_the_point() -> None:
