@@ -30,7 +30,7 @@ from rich.console import Console
 
 from bench.figures import Figure, compared, counted
 from bench.store import show
-from bench.synthetic import SHAPES, make_pack
+from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.pack.manifest import read_manifest
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
@@ -44,16 +44,6 @@ LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}
 CONTEXT = 64
 """Tokens before those that are timed in decoding."""
 PEER = Path(__file__).parent / "peers" / "llama.py"
-TINY: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "head_dim": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 256,
-}
-"""A model to see it work with."""
 _RESERVE_BYTES = 3 << 30
 
 

@@ -69,5 +69,6 @@ PARTS = {
             "advise", "What expert-run advise predicts, beside what is measured", "bench.advise", 2
         ),
         Part("spill", "More model than RAM", "bench.spill", 6),
+        Part("sharing", "One copy for many workers", "bench.sharing", 3),
     )
 }

@@ -1,6 +1,9 @@
 """Every part of the benchmark runs, in its quickest form; what it measures is not judged here."""
 
 import json
+import mmap
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,9 @@ import pytest
 from bench import __main__ as everything
 from bench import ablation, device_cache, heldout, page, prefetch, quality, routing, store
 from bench.figures import Bench, Figure, compared, counted, quartiles
+from bench.footprint import footprint
 from bench.parts import PARTS
+from bench.peer import Peer, PeerError, clean_environment
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
 from expertd.pack.manifest import read_manifest
 from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
@@ -201,3 +206,57 @@ def test_the_page_in_docs_is_made_of_its_results() -> None:
     assert (ROOT / "docs/benchmarks.md").read_text() == page.render(found, gpu_pages), (
         "docs/benchmarks.md is stale: run python -m bench --page"
     )
+
+
+def test_sharing_is_measured(tmp_path: Path) -> None:
+    assert everything.main(["sharing", "--quick", "--out", str(tmp_path)]) == 0
+    result = read_result(tmp_path / "benchmarks/sharing.json")
+    assert {plot.name for plot in result.plots} == {"sharing-memory", "sharing-speed"}
+    memory, start = result.tables
+    # The arena of a tiny model is small, but it is counted, and so is the mapped trunk.
+    assert len(memory.rows) == 1
+    assert [row[0] for row in start.rows][-1] == "all"
+    for figure in result.figures:
+        assert figure.ours > 0
+    assert result.missing == []
+
+
+def test_memory_is_counted_where_it_lies(tmp_path: Path) -> None:
+    num_bytes = 8 << 20
+    pack = tmp_path / "pack"
+    pack.write_bytes(bytes(num_bytes))
+    before = footprint(os.getpid(), tmp_path)
+    descriptor = os.memfd_create("arena")
+    os.ftruncate(descriptor, num_bytes)
+    with (
+        pack.open("rb") as file,
+        mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) as mapped,
+        mmap.mmap(descriptor, num_bytes) as arena,
+        mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as own,
+    ):
+        for at in range(0, num_bytes, mmap.PAGESIZE):
+            arena[at] = own[at] = 1
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+        after = footprint(os.getpid(), tmp_path)
+    os.close(descriptor)
+    assert after.shared - before.shared == num_bytes
+    assert after.pack - before.pack == num_bytes
+    assert (
+        num_bytes <= after.own - before.own < 2 * num_bytes
+    )  # the interpreter's own comes with it
+
+
+def test_a_peer_that_ends_says_why() -> None:
+    with (
+        Peer("stock", {"path": "/nowhere", "threads": 1}, python=sys.executable) as peer,
+        pytest.raises(PeerError, match=r"stock ended: FileNotFoundError.*nowhere/config\.json"),
+    ):
+        peer.wait_ready()
+
+
+def test_peers_get_none_of_our_threading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    found = clean_environment()
+    assert not {"OMP_WAIT_POLICY", "PYTHONPATH"} & found.keys()
+    assert found["PATH"] == os.environ["PATH"]
