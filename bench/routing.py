@@ -114,8 +114,9 @@ def _trace_hits(bench: Bench, trace: Path) -> Iterator[Figure | Table | Plot]:
             (f"{share:.0%}", *(_both(each) for each in rates.values()))
             for share, rates in result.rates.items()
         ),
-        "Share of hits while decoding, and in brackets over the lifetime. What the optimum misses "
-        "with half of the experts it misses in any cache: the first use of each.",
+        "Share of hits while decoding, and in brackets over the lifetime, which for the daemon has "
+        "the prompt layer by layer, as the trace has it, and for a GPU token by token. What the "
+        "optimum misses in the largest cache are first uses, which every cache misses.",
     )
     yield Plot(
         f"routing-{trace.stem}",
