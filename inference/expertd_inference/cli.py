@@ -5,9 +5,10 @@ answered, so help and most refusals come at once.
 """
 
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -263,6 +264,19 @@ def _read_stdin() -> str:
         raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
 
 
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Ctrl-C comes after the block: in the midst of its import, torch's C++ aborts the process."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _load(
     attachment: ModelAttachment,
     pack: Path | None,
@@ -274,7 +288,10 @@ def _load(
     say: Callable[[str], None],
 ) -> "Worker":
     try:
-        import torch
+        with _interrupt_deferred():
+            import torch
+
+            import expertd_inference.worker
     except ModuleNotFoundError as error:
         raise PreconditionError(
             f"this installation serves experts but cannot compute with them, for {error.name} is "
@@ -283,7 +300,7 @@ def _load(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return expertd_inference.Worker(
+    return expertd_inference.worker.Worker(
         attachment,
         pack=pack,
         dtype=None if dtype is None else getattr(torch, dtype),

@@ -132,12 +132,15 @@ def test_embedded_daemon_that_is_killed(packed: Make) -> None:
 
 
 def test_interrupted_while_it_loads(daemon: Daemon) -> None:
-    process = start(daemon.socket)
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert b"Traceback" not in stderr
+    # Some of these come in the midst of importing torch, which aborts when it is interrupted.
+    processes = [start(daemon.socket) for _ in range(3)]
+    for process in processes:
+        time.sleep(0.8)
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert stderr == b""
 
 
 def test_no_daemon(tmp_path: Path) -> None:
