@@ -12,7 +12,6 @@ Example: python -m bench.decode --shape olmoe-1b-7b --llama-python ~/llama/bin/p
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ import transformers
 from rich.console import Console
 
 from bench.figures import Figure, compared, counted
+from bench.peer import CONTEXT, Peer, PeerError, make_gguf
 from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.pack.manifest import read_manifest
@@ -41,9 +41,6 @@ from tests.daemon import serving
 
 LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}
 """What is measured, and how much of it: a Mixtral of eight layers takes 7 GiB."""
-CONTEXT = 64
-"""Tokens before those that are timed in decoding."""
-PEER = Path(__file__).parent / "peers" / "llama.py"
 _RESERVE_BYTES = 3 << 30
 
 
@@ -163,58 +160,6 @@ class _Times:
         """Nothing is left."""
 
 
-class Llama:
-    """llama.cpp in a process of its own."""
-
-    def __init__(self, python: str, path: Path, load: str, threads: int, vocab: int) -> None:
-        arguments = {
-            "path": str(path),
-            "load": load,
-            "threads": threads,
-            "context": 2048,
-            "vocab": vocab,
-        }
-        self._process = subprocess.Popen(
-            [python, str(PEER), "run", json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # What is set above for us would slow it: its threads wait for each other by spinning.
-            env={k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"},
-        )
-        self._read()
-
-    def decode(self, tokens: int) -> float:
-        """As :class:`Contestant` says."""
-        self._ask("clear 0")
-        self._ask(f"prompt {CONTEXT}")
-        return self._ask(f"decode {tokens}")
-
-    def prompt(self, tokens: int) -> float:
-        """As :class:`Contestant` says."""
-        self._ask("clear 0")
-        return self._ask(f"prompt {tokens}")
-
-    def close(self) -> None:
-        """As :class:`Contestant` says."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _ask(self, line: str) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-        return float(self._read()["seconds"])
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("bench.decode: llama.cpp ended; its message is above.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 class Turns:
     """What each contestant took, by name: seconds of each round, decoding and for a prompt."""
 
@@ -258,11 +203,21 @@ def measure(
     if options.llama_python:
         path = folder / "model.gguf"
         say(f"{shape}: making a model of {layers} layers for llama.cpp")
-        _make_peer(options.llama_python, path, config)
+        try:
+            make_gguf(options.llama_python, path, config)
+        except PeerError as error:
+            raise SystemExit(f"bench.decode: {error}") from error
         for name, load in ((PRIVATE, "private"), (SHARED, "shared")):
-            makers[name] = lambda load=load: Llama(
-                options.llama_python, path, load, options.threads, config["vocab_size"]
-            )
+            arguments = {
+                "path": str(path),
+                "load": load,
+                "threads": options.threads,
+                "context": 2048,
+                "vocab": config["vocab_size"],
+            }
+            makers[name] = lambda arguments=arguments: Peer(
+                "llama", arguments, python=options.llama_python
+            ).wait_ready()
     turns = Turns(options.rounds, options.tokens, options.prompt_tokens)
     if options.in_turns == "yes" or (options.in_turns == "auto" and _fits(shape, layers)):
         with ExitStack() as stack:
@@ -300,18 +255,6 @@ def _figures(what: str, turns: Turns, ours: Ours) -> Iterator[Figure]:
             "",
             ours.overheads[1:],
             at_most=0.15,
-        )
-
-
-def _make_peer(python: str, path: Path, shape: dict[str, Any]) -> None:
-    arguments = json.dumps({"path": str(path), "shape": shape})
-    done = subprocess.run(
-        [python, str(PEER), "make", arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(
-            f"bench.decode: {python} cannot make a model for llama.cpp; install llama-cpp-python "
-            f"and gguf for it.\n{done.stderr}"
         )
 
 

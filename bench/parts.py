@@ -70,5 +70,6 @@ PARTS = {
         ),
         Part("spill", "More model than RAM", "bench.spill", 6),
         Part("sharing", "One copy for many workers", "bench.sharing", 3),
+        Part("peers", "Other programs beside ours", "bench.contest", 5),
     )
 }

@@ -140,3 +140,24 @@ class Peer:
         size = os.fstat(self._stderr.fileno()).st_size
         said = os.pread(self._stderr.fileno(), size, 0).decode(errors="replace").strip()
         return said.splitlines()[-1] if said else f"exit code {code}."
+
+
+def make_gguf(python: str, path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a model of that ``config.json`` for llama.cpp. Raises PeerError if it cannot be."""
+    command = [python, str(SCRIPTS / "llama.py"), "make"]
+    arguments = json.dumps({"path": str(path), "shape": config})
+    try:
+        done = subprocess.run(
+            [*command, arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=clean_environment(),
+        )
+    except OSError as error:
+        raise PeerError(f"llama.cpp: {python} cannot be run ({error.strerror}).") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise PeerError(
+            f"llama.cpp: {python} needs llama-cpp-python and gguf (docs/peers.md): {said[-1]}"
+        )

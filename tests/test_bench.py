@@ -259,3 +259,14 @@ def test_peers_get_none_of_our_threading(monkeypatch: pytest.MonkeyPatch) -> Non
     found = clean_environment()
     assert not {"OMP_WAIT_POLICY", "PYTHONPATH"} & found.keys()
     assert found["PATH"] == os.environ["PATH"]
+
+
+def test_other_programs_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_PYTHON", str(tmp_path / "python"))
+    assert everything.main(["peers", "--quick", "--out", str(tmp_path)]) == 0
+    result = read_result(tmp_path / "benchmarks/peers.json")
+    assert [row[0] for row in result.tables[0].rows] == ["ours", "transformers, bf16"]
+    assert any("python cannot be run (No such file" in each for each in result.missing)
+    assert any(each.startswith("FreeToken") for each in result.missing)
+    if not any(each.startswith("accelerate") for each in result.missing):
+        assert [row[0] for row in result.tables[1].rows] == ["ours", "accelerate, to disk"]

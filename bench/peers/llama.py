@@ -123,7 +123,9 @@ def _tensors(
 
 
 def _inner(shape: dict[str, Any]) -> int:
-    inner: int = shape.get("moe_intermediate_size", shape["intermediate_size"])
+    # OLMoE's experts have the one size that there is.
+    name = "intermediate_size" if shape["model_type"] == "olmoe" else "moe_intermediate_size"
+    inner: int = shape.get(name, shape["intermediate_size"])
     return inner
 
 

@@ -1,7 +1,8 @@
 """Stock transformers as a peer, in bf16 as the checkpoint is; imports nothing of ours.
 
 With ``offload`` it is accelerate's disk offload: what does not fit in ``max_memory`` stays in
-files, and is read for each forward pass, layer by layer.
+files, and is read for each forward pass, layer by layer. (For :mod:`bench.ablation`
+``offload.py`` puts every expert there.)
 """
 
 import json
