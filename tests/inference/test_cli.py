@@ -134,6 +134,7 @@ def test_embedded_daemon_that_is_killed(packed: Make) -> None:
 def test_interrupted_while_it_loads(daemon: Daemon) -> None:
     # Some of these come in the midst of importing torch, which aborts when it is interrupted.
     processes = [start(daemon.socket) for _ in range(3)]
+    time.sleep(1)
     for process in processes:
         time.sleep(0.8)
         process.send_signal(signal.SIGINT)
