@@ -67,7 +67,10 @@ def measure(bench: Bench) -> Iterator[Figure | Table | str]:
     overrides = TINY if bench.quick else None
     bench.say(f"peers: models of {layers} layers")
     scheme = choose_scheme("4bit", *("4g64",) * 4)
-    pack = make_pack(bench.folder / "pack", SHAPE, scheme, layers, overrides=overrides)
+    # Every expert has a record of its own: the disk is to be read, not a few places of it.
+    pack = make_pack(
+        bench.folder / "pack", SHAPE, scheme, layers, distinct_records=None, overrides=overrides
+    )
     checkpoint = make_checkpoint(bench.folder / "stock", SHAPE, layers, overrides=overrides)
     yield from _in_memory(bench, pack, checkpoint, layers)
     yield from _limited(bench, pack, checkpoint, layers)
