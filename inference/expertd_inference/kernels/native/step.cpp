@@ -66,12 +66,17 @@ INLINE void load(const Bf16 *from, Floats &to) {
     std::memcpy(&to, &words, sizeof to);
 }
 
+// Halves are added until one is left.
 INLINE float sum(const Floats &lanes) {
-    float parts[LANES];
-    std::memcpy(parts, &lanes, sizeof parts);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    Eight eights[2];
+    std::memcpy(eights, &lanes, sizeof eights);
+    eights[0] += eights[1];
+    Four fours[2];
+    std::memcpy(fours, eights, sizeof fours);
+    fours[0] += fours[1];
+    return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
 // y = weight * x / sqrt(mean(x^2) + eps), per row of n. Either the quotient is rounded before it
@@ -98,58 +103,107 @@ INLINE void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t n,
     }
 }
 
+// The scores of QUERIES heads, [length] each, with the keys that they share, which are widened once
+// for all of them. `queries` are [QUERIES, d].
+template <int QUERIES, typename T>
+INLINE void score(const float *queries, const T *keys, float *scores, const Attention &a) {
+    for (int64_t n = 0; n < a.length; n++) {
+        const T *key = keys + n * a.k_row;
+        Floats dots[QUERIES] = {};
+        int64_t i = 0;
+        for (; i + LANES <= a.d; i += LANES) {
+            Floats right;
+            load(key + i, right);
+            for (int g = 0; g < QUERIES; g++) {
+                Floats left;
+                load(queries + g * a.d + i, left);
+                dots[g] += left * right;
+            }
+        }
+        for (int g = 0; g < QUERIES; g++) {
+            float dot = sum(dots[g]);
+            for (int64_t j = i; j < a.d; j++) dot += queries[g * a.d + j] * widen(key[j]);
+            scores[g * a.length + n] = dot * a.scale;
+        }
+    }
+}
+
+// Columns [column, column + LANES * VECTORS) of the sums over values, [QUERIES, d], which stay in
+// registers; `weights` are [QUERIES, length].
+template <int QUERIES, int VECTORS, typename T>
+INLINE void mix_columns(const float *weights, const T *values, float *sums, int64_t column,
+                        const Attention &a) {
+    Floats mixed[QUERIES][VECTORS] = {};
+    for (int64_t n = 0; n < a.length; n++) {
+        const T *value = values + n * a.v_row + column;
+        for (int v = 0; v < VECTORS; v++) {
+            Floats wide;
+            load(value + v * LANES, wide);
+            for (int g = 0; g < QUERIES; g++) mixed[g][v] += weights[g * a.length + n] * wide;
+        }
+    }
+    for (int g = 0; g < QUERIES; g++)
+        std::memcpy(sums + g * a.d + column, mixed[g], sizeof mixed[g]);
+}
+
+template <int QUERIES, typename T>
+INLINE void mix(const float *weights, const T *values, float *sums, const Attention &a) {
+    // A row of values in as few pieces as there are registers for.
+    constexpr int VECTORS = QUERIES == 1 ? 8 : 4;
+    int64_t i = 0;
+    for (; i + VECTORS * LANES <= a.d; i += VECTORS * LANES)
+        mix_columns<QUERIES, VECTORS>(weights, values, sums, i, a);
+    for (; i + LANES <= a.d; i += LANES) mix_columns<QUERIES, 1>(weights, values, sums, i, a);
+    for (; i < a.d; i++)
+        for (int g = 0; g < QUERIES; g++) {
+            float mixed = 0;
+            for (int64_t n = 0; n < a.length; n++)
+                mixed += weights[g * a.length + n] * widen(values[n * a.v_row + i]);
+            sums[g * a.d + i] = mixed;
+        }
+}
+
+// Scores become weights, which add up to what is returned.
+INLINE float weigh(float *scores, int64_t length) {
+    float most = -INFINITY;
+    // Not std::max: NaN must get through.
+    for (int64_t n = 0; n < length; n++) most = scores[n] <= most ? most : scores[n];
+    float total = 0;
+    for (int64_t n = 0; n < length; n++) total += scores[n] = std::exp(scores[n] - most);
+    return total;
+}
+
+// QUERIES heads that share keys and values.
+template <int QUERIES, typename T>
+INLINE void attend_heads(const T *q, const T *k, const T *v, T *out, float *scratch,
+                         const Attention &a) {
+    float *queries = scratch, *sums = queries + QUERIES * a.d, *scores = sums + QUERIES * a.d;
+    for (int64_t g = 0; g < QUERIES; g++)
+        for (int64_t i = 0; i < a.d; i++) queries[g * a.d + i] = widen(q[g * a.q_head + i]);
+    score<QUERIES>(queries, k, scores, a);
+    float totals[QUERIES];
+    for (int g = 0; g < QUERIES; g++) totals[g] = weigh(scores + g * a.length, a.length);
+    mix<QUERIES>(scores, v, sums, a);
+    for (int64_t g = 0; g < QUERIES; g++)
+        for (int64_t i = 0; i < a.d; i++) narrow(sums[g * a.d + i] / totals[g], out[g * a.d + i]);
+}
+
 template <typename T>
 INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &a,
                    int64_t first_kv, int64_t last_kv) {
+    constexpr int AT_ONCE = 4; // what they need fits into the registers of AVX-512
     const int64_t group = a.heads / a.kv_heads;
-    std::vector<float> scores(size_t(group * a.length));
-    std::vector<float> sums(size_t(a.d));
-    std::vector<float> queries(size_t(group * a.d));
+    std::vector<float> scratch(size_t(AT_ONCE * (2 * a.d + a.length)));
     for (int64_t kv = first_kv; kv < last_kv; kv++) {
-        for (int64_t g = 0; g < group; g++)
-            for (int64_t i = 0; i < a.d; i++)
-                queries[size_t(g * a.d + i)] = widen(q[(kv * group + g) * a.q_head + i]);
-        for (int64_t n = 0; n < a.length; n++) {
-            const T *key = k + kv * a.k_head + n * a.k_row;
-            for (int64_t g = 0; g < group; g++) {
-                const float *query = queries.data() + g * a.d;
-                Floats dots = {};
-                int64_t i = 0;
-                for (; i + LANES <= a.d; i += LANES) {
-                    Floats left, right;
-                    load(query + i, left);
-                    load(key + i, right);
-                    dots += left * right;
-                }
-                float dot = sum(dots);
-                for (; i < a.d; i++) dot += query[i] * widen(key[i]);
-                scores[size_t(g * a.length + n)] = dot * a.scale;
-            }
-        }
-        for (int64_t g = 0; g < group; g++) {
-            float *row = scores.data() + g * a.length;
-            float most = -INFINITY;
-            // Not std::max: NaN must get through.
-            for (int64_t n = 0; n < a.length; n++) most = row[n] <= most ? most : row[n];
-            float total = 0;
-            for (int64_t n = 0; n < a.length; n++) total += row[n] = std::exp(row[n] - most);
-            std::fill(sums.begin(), sums.end(), 0.0f);
-            for (int64_t n = 0; n < a.length; n++) {
-                const T *value = v + kv * a.v_head + n * a.v_row;
-                const float weight = row[n];
-                int64_t i = 0;
-                for (; i + LANES <= a.d; i += LANES) {
-                    Floats old, add;
-                    load(sums.data() + i, old);
-                    load(value + i, add);
-                    old += weight * add;
-                    std::memcpy(sums.data() + i, &old, sizeof old);
-                }
-                for (; i < a.d; i++) sums[size_t(i)] += weight * widen(value[i]);
-            }
-            T *result = out + (kv * group + g) * a.d;
-            for (int64_t i = 0; i < a.d; i++) narrow(sums[size_t(i)] / total, result[i]);
-        }
+        const T *keys = k + kv * a.k_head, *values = v + kv * a.v_head;
+        int64_t head = kv * group;
+        const int64_t end = head + group;
+        for (; head + AT_ONCE <= end; head += AT_ONCE)
+            attend_heads<AT_ONCE>(q + head * a.q_head, keys, values, out + head * a.d,
+                                  scratch.data(), a);
+        for (; head < end; head++)
+            attend_heads<1>(q + head * a.q_head, keys, values, out + head * a.d, scratch.data(),
+                            a);
     }
 }
 
