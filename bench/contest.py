@@ -163,6 +163,10 @@ def _limited(
             # What is left is for the layer that is read, and the interpreter.
             "max_memory": size // 4,
         }
+        # What others have in the page cache would not count against its limit.
+        with (checkpoint / "model.safetensors").open("rb+") as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         bench.say(f"peers: loading {OFFLOAD}")
         theirs = stack.enter_context(Peer("stock", job, python=sys.executable))
         limit.joined_by.write_text(str(theirs.pid))
