@@ -46,36 +46,6 @@ INLINE __m512 multiply_columns(const Words<FORMAT>& words, const Row& row, int64
     }
 }
 
-// All rows of 64 columns, times their scales, added to `sums`; `scale(k, v)` has
-// those of row k and vector v, in each lane its own.
-template <int32_t FORMAT, int N, class Scale>
-INLINE void multiply_one(const Words<FORMAT>& words, const Row* rows, int64_t vector,
-                         const Scale& scale, __m512 (*sums)[N]) {
-    each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
-        each<N>([&](auto n) INLINE_LAMBDA {
-            const __m512 sum = multiply_columns<FORMAT, k>(words, rows[n], vector);
-            sums[k][n] = _mm512_fmadd_ps(sum, scale(k, vector), sums[k][n]);
-        });
-    });
-}
-
-// The same for 128 columns. Of few rows the sums would be what takes the time, each waiting for the
-// one before: so there is one for both.
-template <int32_t FORMAT, int N, class Scale>
-INLINE void multiply_two(const Words<FORMAT>& one, const Words<FORMAT>& two, const Row* rows,
-                         int64_t vector, const Scale& scale, __m512 (*sums)[N]) {
-    each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
-        each<N>([&](auto n) INLINE_LAMBDA {
-            const __m512 first = multiply_columns<FORMAT, k>(one, rows[n], vector);
-            const __m512 second = multiply_columns<FORMAT, k>(two, rows[n], vector + 1);
-            const __m512 scaled = _mm512_mul_ps(first, scale(k, vector));
-            const __m512 both = _mm512_fmadd_ps(second, scale(k, vector + 1), scaled);
-            sums[k][n] = _mm512_add_ps(sums[k][n], both);
-        });
-    });
-}
-
-template <int32_t FORMAT> constexpr int STEP = FORMAT == HQQ8 || FORMAT == HQQ4 ? 2 : 1;
 constexpr __mmask64 ALL = ~__mmask64{0};
 
 template <int32_t FORMAT> INLINE void prefetch(const Places& from, int64_t column) {
@@ -86,100 +56,97 @@ template <int32_t FORMAT> INLINE void prefetch(const Places& from, int64_t colum
     }
 }
 
-// COUNT vectors, one or two.
-template <int32_t FORMAT, int N, int COUNT = STEP<FORMAT>, class Scale>
-INLINE void multiply_step(const Places& from, int64_t vector, const Row* rows, const Scale& scale,
-                          __m512 (*sums)[N]) {
-    const int64_t column = vector * COLUMNS;
-    prefetch<FORMAT>(from, column);
-    const Words<FORMAT> words = load<FORMAT>(from, column, ALL);
-    if constexpr (COUNT == 1) multiply_one<FORMAT, N>(words, rows, vector, scale, sums);
-    else {
-        prefetch<FORMAT>(from, column + COLUMNS);
-        const Words<FORMAT> more = load<FORMAT>(from, column + COLUMNS, ALL);
-        multiply_two<FORMAT, N>(words, more, rows, vector, scale, sums);
-    }
-}
-
-// All rows of a unit's vectors [vector, end), times their scales.
-template <int32_t FORMAT, int N, class Scale>
-INLINE void multiply_vectors(const Places& from, int64_t vector, int64_t end, const Row* rows,
-                             const Scale& scale, __m512 (*sums)[N]) {
-    for (; vector + STEP<FORMAT> <= end; vector += STEP<FORMAT>)
-        multiply_step<FORMAT, N>(from, vector, rows, scale, sums);
-    for (; vector < end; ++vector) multiply_step<FORMAT, N, 1>(from, vector, rows, scale, sums);
+// Vector `vector` of U units; `scale(u, k, v)` has the scales of unit u's.
+template <int32_t FORMAT, int U, int N, class Scale>
+INLINE void multiply_vector(const Places* from, int64_t vector, __mmask64 mask, const Row* rows,
+                            const Scale& scale, __m512 (*sums)[rows_per_unit(FORMAT)][N]) {
+    each<U>([&](auto u) INLINE_LAMBDA {
+        prefetch<FORMAT>(from[u], vector * COLUMNS);
+        const Words<FORMAT> words = load<FORMAT>(from[u], vector * COLUMNS, mask);
+        each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
+            const __m512 scales = scale(u, k, vector);
+            each<N>([&](auto n) INLINE_LAMBDA {
+                const __m512 sum = multiply_columns<FORMAT, k>(words, rows[n], vector);
+                sums[u][k][n] = _mm512_fmadd_ps(sum, scales, sums[u][k][n]);
+            });
+        });
+    });
 }
 
 constexpr int64_t BLOCK_VECTORS = 64; // whose scales are decoded at a time
 
-// One unit times N rows of activations, groups of 64 or 128: a register has one group's columns,
+// U units times N rows of activations, groups of 64 or 128: a register has one group's columns,
 // whose scale is taken from memory.
-template <int32_t FORMAT, bool META, int N, bool ALIGNED>
-INLINE void multiply_long_groups(const Product& p, int64_t unit, const Row* rows,
-                                 __m512 (*sums)[N]) {
+template <int32_t FORMAT, bool META, int U, int N, bool ALIGNED>
+INLINE void multiply_long_groups(const Product& p, const int64_t* units, const Row* rows,
+                                 __m512 (*sums)[rows_per_unit(FORMAT)][N]) {
     constexpr int R = rows_per_unit(FORMAT);
     const int shift = p.matrix.group_size == 128 ? 1 : 0;
-    const Places from = places<FORMAT>(p.matrix, p.base, unit);
-    alignas(64) float scales[R][BLOCK_VECTORS];
+    Places from[U];
+    each<U>([&](auto u) INLINE_LAMBDA { from[u] = places<FORMAT>(p.matrix, p.base, units[u]); });
+    alignas(64) float scales[U][R][BLOCK_VECTORS];
     const int64_t whole = p.matrix.columns / COLUMNS;
     for (int64_t begin = 0; begin < whole; begin += BLOCK_VECTORS) {
         const int64_t end = std::min(whole, begin + BLOCK_VECTORS);
         const int64_t first = begin >> shift, count = (end >> shift) - first;
         const auto decode = [&](int64_t group, auto mask) INLINE_LAMBDA {
-            each<R>([&](auto k) INLINE_LAMBDA {
-                _mm512_store_ps(scales[k] + group,
+            each<U * R>([&](auto i) INLINE_LAMBDA {
+                constexpr int u = i / R, k = i % R;
+                _mm512_store_ps(scales[u][k] + group,
                                 decode_scales<FORMAT, META, N, ALIGNED, k>(
-                                    p, unit, first + group, mask, rows, sums[k]));
+                                    p, units[u], first + group, mask, rows, sums[u][k]));
             });
         };
         int64_t group = 0;
         for (; group + 16 <= count; group += 16) decode(group, AllLanes());
         if (group < count) decode(group, first_lanes(count - group));
-        const auto scale = [&](int k, int64_t vector) INLINE_LAMBDA {
-            return _mm512_set1_ps(scales[k][(vector - begin) >> shift]);
+        const auto scale = [&](int u, int k, int64_t vector) INLINE_LAMBDA {
+            return _mm512_set1_ps(scales[u][k][(vector - begin) >> shift]);
         };
-        multiply_vectors<FORMAT, N>(from, begin, end, rows, scale, sums);
+        for (int64_t vector = begin; vector < end; ++vector)
+            multiply_vector<FORMAT, U, N>(from, vector, ALL, rows, scale, sums);
     }
 }
 
 // The same for groups of 16 or 32: a register has the columns of PER_VECTOR groups, four columns
 // to a lane, and scales are spread over lanes from the register that they were decoded to.
-template <int32_t FORMAT, int PER_VECTOR, bool META, int N, bool ALIGNED>
-INLINE void multiply_short_groups(const Product& p, int64_t unit, const Row* rows,
-                                  __m512 (*sums)[N]) {
+template <int32_t FORMAT, int PER_VECTOR, bool META, int U, int N, bool ALIGNED>
+INLINE void multiply_short_groups(const Product& p, const int64_t* units, const Row* rows,
+                                  __m512 (*sums)[rows_per_unit(FORMAT)][N]) {
     constexpr int R = rows_per_unit(FORMAT);
     constexpr int64_t AT_ONCE = 16 / PER_VECTOR; // vectors that have 16 groups
-    const Places from = places<FORMAT>(p.matrix, p.base, unit);
+    Places from[U];
+    each<U>([&](auto u) INLINE_LAMBDA { from[u] = places<FORMAT>(p.matrix, p.base, units[u]); });
     const __m512i spread =
         PER_VECTOR == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                         : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const int64_t columns = p.matrix.columns, whole = columns / COLUMNS;
-    __m512 scales[R];
+    __m512 scales[U][R];
     const auto decode = [&](int64_t vector, auto mask) INLINE_LAMBDA {
-        each<R>([&](auto k) INLINE_LAMBDA {
-            scales[k] = decode_scales<FORMAT, META, N, ALIGNED, k>(p, unit, vector * PER_VECTOR,
-                                                                   mask, rows, sums[k]);
+        each<U * R>([&](auto i) INLINE_LAMBDA {
+            constexpr int u = i / R, k = i % R;
+            scales[u][k] = decode_scales<FORMAT, META, N, ALIGNED, k>(
+                p, units[u], vector * PER_VECTOR, mask, rows, sums[u][k]);
         });
     };
     int64_t vector = 0;
     // Spread over the lanes of vector `at`, from those that begin with `vector`.
-    const auto scale = [&](int k, int64_t at) INLINE_LAMBDA {
-        const auto group = static_cast<int>((at - vector) * PER_VECTOR);
-        return _mm512_permutexvar_ps(_mm512_add_epi32(spread, _mm512_set1_epi32(group)), scales[k]);
+    const auto scale = [&](int u, int k, int64_t at) INLINE_LAMBDA {
+        const __m512i group = _mm512_set1_epi32(static_cast<int>((at - vector) * PER_VECTOR));
+        return _mm512_permutexvar_ps(_mm512_add_epi32(spread, group), scales[u][k]);
     };
     for (; vector + AT_ONCE <= whole; vector += AT_ONCE) {
         decode(vector, AllLanes());
-        each<AT_ONCE / STEP<FORMAT>>([&](auto i) INLINE_LAMBDA {
-            multiply_step<FORMAT, N>(from, vector + i * STEP<FORMAT>, rows, scale, sums);
+        each<AT_ONCE>([&](auto i) INLINE_LAMBDA {
+            multiply_vector<FORMAT, U, N>(from, vector + i, ALL, rows, scale, sums);
         });
     }
-    if (const int64_t rest = columns - vector * COLUMNS) {
-        decode(vector, first_lanes(p.groups - vector * PER_VECTOR));
-        multiply_vectors<FORMAT, N>(from, vector, whole, rows, scale, sums);
-        if (const __mmask64 mask = (__mmask64{1} << rest % COLUMNS) - 1)
-            multiply_one<FORMAT, N>(load<FORMAT>(from, whole * COLUMNS, mask), rows, whole, scale,
-                                    sums);
-    }
+    if (vector * COLUMNS == columns) return;
+    decode(vector, first_lanes(p.groups - vector * PER_VECTOR));
+    for (int64_t at = vector; at < whole; ++at)
+        multiply_vector<FORMAT, U, N>(from, at, ALL, rows, scale, sums);
+    if (const __mmask64 mask = (__mmask64{1} << columns % COLUMNS) - 1)
+        multiply_vector<FORMAT, U, N>(from, whole, mask, rows, scale, sums);
 }
 
 // Sums of pairs of lanes: in each four lanes of the result two of `a` beside two of `b`.
@@ -200,35 +167,43 @@ INLINE __m128 add_lanes(__m512 sums) {
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
-template <int32_t FORMAT, int PER_VECTOR, bool META, int N>
-void multiply_unit(const Product& p, int64_t unit, const Row* rows, float* const* results) {
-    constexpr int R = rows_per_unit(FORMAT);
-    __m512 sums[R][N];
-    each<R>([&](auto k) INLINE_LAMBDA {
-        each<N>([&](auto n) INLINE_LAMBDA { sums[k][n] = _mm512_setzero_ps(); });
+// The sums' lanes added up, into the results of a unit's rows, which are `stride` apart.
+template <int R> INLINE void add_up(const __m512* sums, float* out, int64_t stride) {
+    if constexpr (R == 1) *out = _mm512_reduce_add_ps(sums[0]);
+    else if constexpr (R == 2) {
+        const __m128 both = add_lanes(add_pairs(sums[0], sums[1]));
+        out[0] = both[0] + both[2];
+        out[stride] = both[1] + both[3];
+    } else each<R / 4>([&](auto i) INLINE_LAMBDA {
+        const __m512* here = sums + 4 * i;
+        const __m128 four =
+            add_lanes(add_fours(add_pairs(here[0], here[1]), add_pairs(here[2], here[3])));
+        for (int k = 0; k < 4; ++k) out[(4 * i + k) * stride] = four[k];
     });
-    prefetch_scales<FORMAT, META>(p, unit);
+}
+
+// The units at `units` times N rows of activations.
+template <int32_t FORMAT, int PER_VECTOR, bool META, int U, int N>
+void multiply_few(const Product& p, const int64_t* units, const Row* rows, float* const* results) {
+    constexpr int R = rows_per_unit(FORMAT);
+    __m512 sums[U][R][N];
+    each<U * R * N>([&](auto i) INLINE_LAMBDA {
+        sums[i / (R * N)][i / N % R][i % N] = _mm512_setzero_ps();
+    });
+    each<U>([&](auto u) INLINE_LAMBDA { prefetch_scales<FORMAT, META>(p, units[u]); });
     const auto multiply = [&](auto aligned) INLINE_LAMBDA {
         if constexpr (PER_VECTOR == 1)
-            multiply_long_groups<FORMAT, META, N, aligned>(p, unit, rows, sums);
-        else multiply_short_groups<FORMAT, PER_VECTOR, META, N, aligned>(p, unit, rows, sums);
+            multiply_long_groups<FORMAT, META, U, N, aligned>(p, units, rows, sums);
+        else multiply_short_groups<FORMAT, PER_VECTOR, META, U, N, aligned>(p, units, rows, sums);
     };
     // Without meta groups it does not matter where a row begins.
     if (!META || p.groups % 16 == 0) multiply(std::true_type());
     else multiply(std::false_type());
-    each<N>([&](auto n) INLINE_LAMBDA {
-        float* out = results[n] + unit;
-        if constexpr (R == 1) *out = _mm512_reduce_add_ps(sums[0][n]);
-        else if constexpr (R == 2) {
-            const __m128 both = add_lanes(add_pairs(sums[0][n], sums[1][n]));
-            out[0] = both[0] + both[2];
-            out[p.units] = both[1] + both[3];
-        } else each<R / 4>([&](auto i) INLINE_LAMBDA {
-            const __m512 first = add_pairs(sums[4 * i][n], sums[4 * i + 1][n]);
-            const __m512 second = add_pairs(sums[4 * i + 2][n], sums[4 * i + 3][n]);
-            const __m128 four = add_lanes(add_fours(first, second));
-            for (int k = 0; k < 4; ++k) out[(4 * i + k) * p.units] = four[k];
-        });
+    each<U * N>([&](auto i) INLINE_LAMBDA {
+        constexpr int u = i / N, n = i % N;
+        __m512 mine[R];
+        each<R>([&](auto k) INLINE_LAMBDA { mine[k] = sums[u][k][n]; });
+        add_up<R>(mine, results[n] + units[u], p.units);
     });
 }
 
@@ -237,11 +212,16 @@ constexpr int most_rows(int32_t format) {
     return format == HQQ3 ? 2 : format == HQQ2 ? 4 : 8;
 }
 
+// Of one row of activations two units are computed at once, in different places, where there is
+// little to compute for a byte: memory answers two streams faster than one, and the activations
+// are loaded once for both. In 4 bit that gains nothing, below it there are too few registers.
+constexpr int units_at_once(int32_t format) { return format == HQQ8 || format == MXFP4 ? 2 : 1; }
+
 template <int32_t FORMAT, int PER_VECTOR, bool META, int N>
 void multiply_some(const Product& p, int64_t unit, const Row* rows, float* const* results,
                    int64_t num_rows) {
     for (; num_rows >= N; num_rows -= N, rows += N, results += N)
-        multiply_unit<FORMAT, PER_VECTOR, META, N>(p, unit, rows, results);
+        multiply_few<FORMAT, PER_VECTOR, META, 1, N>(p, &unit, rows, results);
     if constexpr (N > 1)
         if (num_rows)
             multiply_some<FORMAT, PER_VECTOR, META, N / 2>(p, unit, rows, results, num_rows);
@@ -264,7 +244,14 @@ void multiply_units(const Matrix& m, const uint8_t* base, int64_t first, int64_t
                 const int64_t to = from + (end - begin) * p.groups;
                 p.metas[k].decode(m, base, from, to, excess(FORMAT, k));
             }
-            for (int64_t unit = begin; unit < end; ++unit)
+            const int64_t pairs =
+                count == 1 && units_at_once(FORMAT) == 2 ? (end - begin) / 2 : 0;
+            for (int64_t unit = begin; unit < begin + pairs; ++unit) {
+                const int64_t both[] = {unit, unit + pairs};
+                multiply_few<FORMAT, PER_VECTOR, META, units_at_once(FORMAT), 1>(
+                    p, both, rows, results + start);
+            }
+            for (int64_t unit = begin + 2 * pairs; unit < end; ++unit)
                 multiply_some<FORMAT, PER_VECTOR, META, most_rows(FORMAT)>(
                     p, unit, rows, results + start, count);
         }
