@@ -48,16 +48,18 @@ class GemmBlocks:
     num_stages: int
 
 
-GEMV_ROWS: dict[str | int, int] = {"plain": 16, 8: 8, 4: 16, 3: 4, 2: 8}
-"""Units at a step, by encoding or bits; a 3-bit unit is three byte rows and sums eight."""
+GEMV_ROWS: dict[str | int, int] = {"plain": 16, 8: 8, 4: 16, 3: 2, 2: 8}
+"""Units at a step, by encoding or bits; a 3-bit unit is three byte rows and sums eight: with two of
+them a thread takes 96 registers and five blocks fit on an SM, with four all 255 and two fit."""
 GEMV_SPANS = 32
 GEMV_WARPS = 4
 
 GEMM_TOKENS = (16, 32, 64, 128)
-GEMM_ROWS = 128
-"""Rows of the matrix a tile; the units are fewer where rows share bytes."""
-GEMM_COLUMNS: dict[str | int, int] = {"plain": 64, 8: 64, 4: 64, 3: 32, 2: 64}
-"""By encoding or bits; a 3-bit step holds three byte tiles and eight of weights."""
+GEMM_UNITS: dict[str | int, int] = {"plain": 64, 8: 64, 4: 32, 3: 16, 2: 16}
+"""Units of a tile, by encoding or bits."""
+GEMM_COLUMNS: dict[str | int, int] = {"plain": 64, 8: 32, 4: 32, 3: 16, 2: 32}
+"""A step holds as many tiles of weights as a unit has rows, each twice: with more columns registers
+are spilled."""
 GEMM_WARPS = {16: 4, 32: 4, 64: 8, 128: 8}
 """By tokens: from 64 on the sums of four warps do not fit in registers."""
 GEMM_STAGES = 3
@@ -78,7 +80,7 @@ def gemm_blocks(form: Form, tokens: int) -> GemmBlocks:
     height = next((size for size in GEMM_TOKENS if size >= tokens), GEMM_TOKENS[-1])
     return GemmBlocks(
         tokens=height,
-        rows=max(16, GEMM_ROWS // max(2, form.rows_per_unit)),
+        rows=GEMM_UNITS[_key(form)],
         columns=GEMM_COLUMNS[_key(form)],
         num_warps=GEMM_WARPS[height],
         num_stages=GEMM_STAGES,

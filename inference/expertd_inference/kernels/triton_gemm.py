@@ -2,8 +2,9 @@
 
 Pairs (a token and a position of its top k) are ordered by expert on the device
 (:mod:`.triton_route`); a tile has up to ``blocks.tokens`` pairs of one expert. Weights are
-dequantized in registers to the activations' dtype, as the reference rounds them, and multiplied
-on the tensor cores with float32 sums. How pairs are tiled does not change a pair's sum.
+dequantized in registers to the activations' dtype and multiplied on the tensor cores with float32
+sums; a quantized weight takes two products there, of its value rounded and of what the rounding
+left, and so is as exact as in a GEMV. How pairs are tiled does not change a pair's sum.
 """
 
 import triton
@@ -80,20 +81,38 @@ def gemm(
                 if F.dtype != DTYPE:
                     weight = rounded(weight.to(tl.float32), DTYPE)
             elif F.encoding == "mxfp4":
+                # A power of two times three bits is not rounded.
                 weight = e2m1(plane(unit, j, F)) * 16384.0 * scales[j][0][:, :, None]
                 weight = rounded(weight, DTYPE)
             else:
-                weight = plane(unit, j, F).to(tl.float32) - scales[j][1][:, :, None]
-                weight = rounded(weight * scales[j][0][:, :, None], DTYPE)
-            weight = tl.trans(tl.reshape(weight, (ROWS, width)))
-            if INTERPRETED:
-                product = tl.dot(values.to(tl.float32), weight.to(tl.float32), sums[j])
-            else:
-                # "ieee" is about float32, which would be cut to TF32.
-                product = tl.dot(values, weight, sums[j], input_precision="ieee")
-            added += (product,)
+                exact = plane(unit, j, F).to(tl.float32) - scales[j][1][:, :, None]
+                exact *= scales[j][0][:, :, None]
+                if tl.bfloat16 == DTYPE:
+                    # Cut off: one instruction, and what is left is exact in the rest.
+                    near = (exact.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+                    weight = near.to(DTYPE)
+                else:
+                    weight = exact.to(DTYPE)
+                    near = weight.to(tl.float32)
+            total = _dot(values, tl.reshape(weight, (ROWS, width)), sums[j])
+            if F.encoding == "hqq" and tl.float32 != DTYPE:
+                # What was rounded away, which a GEMV multiplies with too.
+                rest = rounded(exact - near, DTYPE)
+                total = _dot(values, tl.reshape(rest, (ROWS, width)), total)
+            added += (total,)
         sums = added
     return sums
+
+
+@triton.jit
+def _dot(values, weight, sums):
+    """``sums`` and ``values`` [M, K] times ``weight`` [N, K]: [M, N], float32."""
+    if INTERPRETED:
+        total = tl.dot(values.to(tl.float32), tl.trans(weight.to(tl.float32)), sums)
+    else:
+        # "ieee" is about float32, which would be cut to TF32.
+        total = tl.dot(values, tl.trans(weight), sums, input_precision="ieee")
+    return total
 
 
 @triton.jit

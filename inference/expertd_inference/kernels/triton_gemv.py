@@ -70,7 +70,8 @@ def gemv(
             PLANES,
             SPANS,
         )
-        products = _products(unit, _load_values(x, first, F, SPANS), scales, one, F, PLANES)
+        values = _load_values(x, first, F, SPANS)
+        products = _products(unit, values, scales, one, F, PLANES, x.dtype.element_ty)
         added = ()
         for j in tl.static_range(PLANES):
             added += (sums[j] + products[j],)
@@ -122,12 +123,17 @@ def _load_values(x, first, F: tl.constexpr, SPANS: tl.constexpr):
 
 
 @triton.jit
-def _products(unit, values, scales, one, F: tl.constexpr, PLANES: tl.constexpr):
+def _products(
+    unit, values, scales, one, F: tl.constexpr, PLANES: tl.constexpr, DTYPE: tl.constexpr
+):
     """``values`` times the weights, per row and span: PLANES of [R, SPANS]."""
     products = ()
     if F.encoding == "plain":
         for j in tl.static_range(PLANES):
-            products += (tl.sum(unit[j].to(tl.float32) * values[0], axis=2),)
+            weight = unit[j].to(tl.float32)
+            if F.dtype != DTYPE:
+                weight = rounded(weight, DTYPE).to(tl.float32)
+            products += (tl.sum(weight * values[0], axis=2),)
     elif F.encoding == "mxfp4":
         for j in tl.static_range(PLANES):
             products += (_e2m1_sum(unit[0], values, j) * scales[j][0],)

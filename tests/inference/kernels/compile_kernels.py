@@ -4,7 +4,7 @@
 
 The interpreter takes Python that the compiler refuses; only compiling shows that. Launches go
 through Triton's own path, up to the point where they would need a device. One line per kernel:
-compute capability, name, registers of a thread, bytes spilled.
+compute capability, what it is compiled for, name, registers of a thread, bytes spilled.
 """
 
 import re
@@ -34,10 +34,13 @@ GPT_OSS = Activation(ActivationKind.GPT_OSS, 1.702, 7.0)
 FEW, MANY = 1, 64
 
 EXPERTS = [  # precision, tokens, hidden, inner, bias
+    ("8g128", FEW, 2048, 768, False),
     ("4g64", FEW, 2048, 768, False),
     ("4g64m", MANY, 2048, 768, False),
     ("3g64m", FEW, 2048, 768, False),
+    ("3g64m", MANY, 2048, 768, False),
     ("2g16m", FEW, 4096, 14336, False),
+    ("2g16m", MANY, 4096, 14336, False),
     ("mxfp4", FEW, 2880, 2880, True),
     ("mxfp4", MANY, 2880, 2880, True),
     ("16", FEW, 37, 21, False),
@@ -52,6 +55,8 @@ class NoDriver:
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
+        self.compiled_for = ""
+        """What is to be shown beside the kernels."""
 
     def get_current_device(self) -> int:
         # Kernels are kept by device.
@@ -65,8 +70,10 @@ class NoDriver:
 
 
 def compile_all(capability: int) -> None:
-    driver.set_active(NoDriver(capability))
+    shown = NoDriver(capability)
+    driver.set_active(shown)
     for precision, tokens, hidden, inner, bias in EXPERTS:
+        shown.compiled_for = f"{precision}:{tokens}:{hidden}x{inner}"
         chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
         matrices = (
             chosen.matrix("gate_up", 2 * inner, hidden),
@@ -86,6 +93,7 @@ def compile_all(capability: int) -> None:
             spec=spec,
         )
     for precision, tokens in LINEARS:
+        shown.compiled_for = f"{precision}:{tokens}:2048x4096"
         matrix = parse_precision(precision).matrix("weight", 2048, 4096)
         parts: dict[str, Tensor] = {
             "weight.q": torch.zeros(matrix.bits * 256, 4096, dtype=torch.uint8),
@@ -94,8 +102,10 @@ def compile_all(capability: int) -> None:
         }
         x = torch.zeros(tokens, 4096, dtype=torch.bfloat16)
         triton_linear.linear(x, QuantizedWeight(matrix, parts))
+    shown.compiled_for = "8x2048"
     triton_sum.sum_slots(torch.zeros(1, 8, 2048), torch.bfloat16)
     for tokens, k, experts, num_slots in LOOKUPS:
+        shown.compiled_for = f"{tokens}:{k}of{experts}:{num_slots}"
         entries = 48 * experts
         table = triton_gather.SlotTable.empty(entries, 48 * num_slots, "cpu")
         resolution = triton_gather.Resolution.empty(entries, "cpu")
@@ -122,7 +132,8 @@ def compile_all(capability: int) -> None:
 def show(name: str, kernel: Any) -> None:
     found = re.search(r"REG:(\d+) STACK:(\d+)", _resources(kernel.asm["cubin"]))
     registers, spilled = found.groups() if found else ("?", "?")
-    sys.stdout.write(f"{driver.active.capability} {name} {registers} {spilled}\n")
+    active = driver.active
+    sys.stdout.write(f"{active.capability} {active.compiled_for} {name} {registers} {spilled}\n")
 
 
 def _resources(cubin: bytes) -> str:

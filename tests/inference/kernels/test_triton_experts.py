@@ -122,6 +122,32 @@ def test_values_round_where_the_reference_rounds(tokens: int) -> None:
     assert different < 0.02
 
 
+@pytest.mark.parametrize(
+    "precision", ["16", "8g64", "4g64", "4g16m", "3g64", "3g32m", "2g16", "2g16m", "mxfp4"]
+)
+def test_a_token_alone_is_what_it_is_among_many(precision: str) -> None:
+    # A product per pair and tiles multiply with the same weights: only where the order of float32
+    # sums tips a scale are results neighbours, one in fifty here, and as many again where that
+    # was the input of the second matrix. With weights that one of them rounds, a third differ.
+    layer = CachedLayer(matrices(precision, 128, 64), device=DEVICE)
+    hidden = torch.randn(MANY, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    index, weights = routed(MANY, 1, layer.num_experts)
+    results = []
+    for tokens in (FEW, MANY):
+        slots = torch.zeros(tokens, 1, 128, device=DEVICE)
+        fill_slots_cached(
+            slots,
+            hidden[:tokens].to(DEVICE),
+            index[:tokens].to(DEVICE),
+            weights[:tokens].to(DEVICE),
+            cache=layer.cache,
+            slot_of=layer.slot_of,
+            spec=layer.spec,
+        )
+        results.append(slots[:FEW])
+    assert (results[0] != results[1]).float().mean().item() < 0.08
+
+
 @pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
 def test_the_cache_s_state_changes_no_bit(tokens: int) -> None:
     layer = CachedLayer(matrices("4g32", 64, 32), num_experts=5, device=DEVICE)
