@@ -52,18 +52,20 @@ class Routed:
         hidden: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
+        *memo: Any,  # noqa: ANN401
     ) -> Tensor:
         """As :meth:`expertd_inference.experts.ExpertsRunner.run`."""
         state = self._state
         if len(hidden) == 1:
             if state.row is not None:
-                top_k_index = torch.tensor([state.row[self._place]])
+                # In place: a memo knows where it lies.
+                top_k_index.copy_(torch.tensor([state.row[self._place]]))
             state.noted.append(top_k_index[0].tolist())
             if state.whole_layers:
                 for lease in state.source.waves(layer, range(num_experts)):
                     lease.release()
         result: Tensor = self._runner.run(
-            layer, spec, num_experts, hidden, top_k_index, top_k_weights
+            layer, spec, num_experts, hidden, top_k_index, top_k_weights, *memo
         )
         return result
 
