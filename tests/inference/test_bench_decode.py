@@ -20,7 +20,7 @@ def test_it_measures_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_peer_that_is_not_installed(tmp_path: Path) -> None:
     options = ["--quick", "--shape", "olmoe-1b-7b", "--llama-python", "/bin/false"]
-    with pytest.raises(SystemExit, match="install llama-cpp-python"):
+    with pytest.raises(SystemExit, match="needs llama-cpp-python"):
         decode.main([*options, "--dir", str(tmp_path), "--threads", "1"])
 
 
