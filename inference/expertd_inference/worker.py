@@ -26,6 +26,7 @@ from expertd_inference.experts import ExpertsRunner, connect
 from expertd_inference.hints import HintStats, pays_for_prompts
 from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.step import step_kernels
+from expertd_inference.kv_size import kv_bytes
 from expertd_inference.lean import make_lean
 from expertd_inference.loading import TrunkModel, load_trunk
 from expertd_inference.recovery import Recovery, say_on_stderr
@@ -93,6 +94,7 @@ class Worker:
                 recovery,
                 settings,
                 devices,
+                kv_bytes=kv_bytes(loaded.model.config, loaded.model.dtype.itemsize),
                 fill=self.kernels.fill_slots,
             )
             self._runner.connect(loaded.model, loaded.experts, self.manifest, say or say_on_stderr)

@@ -23,8 +23,7 @@ from expertd.packing.shapes import shape_config
 from expertd.packing.source import CONFIG_NAME
 from expertd.packing.synthetic import imagine
 from expertd_inference.advice.values import ExpertLayers, Need
-
-_KV_BYTES = 2  # of a value in the worker's cache of keys and values
+from expertd_inference.kv_size import kv_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,9 @@ def _of_config(name: str, directory: Path) -> Model:
         except CheckpointError:
             continue  # the scheme does not fit its sizes, or it does not come in MXFP4
     config = msgspec.json.decode((directory / CONFIG_NAME).read_bytes())
-    return Model(name, config, tuple(needs), _kv_bytes(checkpoint.architecture.model.config))
+    return Model(
+        name, config, tuple(needs), kv_bytes_per_token(checkpoint.architecture.model.config)
+    )
 
 
 def _need_of_plan(scheme: str, plan: Plan) -> Need:
@@ -113,7 +114,7 @@ def _of_pack(path: Path) -> Model:
         path.resolve().name,
         config,
         (_need_of_pack(path, manifest),),
-        _kv_bytes(checkpoint.architecture.model.config),
+        kv_bytes_per_token(checkpoint.architecture.model.config),
         path,
     )
 
@@ -173,14 +174,3 @@ def _counted(linears: list[Matrix], names: Iterable[str]) -> tuple[tuple[Matrix,
         if matrix.name == "w" or not has_head
     ]
     return tuple(Counter(kept).items())
-
-
-def _kv_bytes(config: Any) -> int:  # noqa: ANN401 - transformers is untyped
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if rank := getattr(text, "kv_lora_rank", None):
-        del rank  # latent attention: transformers keeps the keys and values of all heads
-        heads = text.num_attention_heads
-        width = (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) / 2
-    return int(2 * heads * width * _KV_BYTES * text.num_hidden_layers)

@@ -74,13 +74,16 @@ class DeviceGroup:
         settings: DeviceSettings,
         devices: Mapping[int, Device],
         *,
+        kv_bytes: int = 0,
         rates: Rates | None = None,
         fill: FillSlots = fill_slots,
     ) -> None:
         """``devices`` are those of the MoE layers, opened, with their part of the trunk on them.
 
-        ``rates`` are measured when it connects, unless they are given or nobody asks. Allocates
-        the devices' caches. Raises InvalidInputError, DeviceMemoryError.
+        ``kv_bytes`` are what the keys and values of all layers may come to: an automatic cache
+        leaves room for them, on each device for its layers' share. ``rates`` are measured when it
+        connects, unless they are given or nobody asks. Allocates the devices' caches. Raises
+        InvalidInputError, DeviceMemoryError.
         """
         self._stats = DeviceStats()
         self.devices = list({id(device): device for device in devices.values()}.values())
@@ -95,7 +98,12 @@ class DeviceGroup:
                 if devices[layer.layer] is device
             }
             size = cache_size(
-                manifest, list(own), settings, free_bytes=device.free_bytes(), name=device.name
+                manifest,
+                list(own),
+                settings,
+                free_bytes=device.free_bytes(),
+                name=device.name,
+                kv_bytes=kv_bytes * len(own) // len(manifest.layers),
             )
             parts = DeviceParts(
                 device,

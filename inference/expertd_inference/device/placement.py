@@ -9,7 +9,7 @@ from expertd.sizes import format_bytes
 from expertd_inference.settings import DeviceSettings
 
 RESERVE_SHARE = 0.1
-"""Of a device's free memory, for the KV cache and for what a forward pass needs."""
+"""Of a device's free memory, for what a forward pass needs."""
 MAX_RESERVE_BYTES = 2 << 30
 
 CPU = "cpu"
@@ -58,9 +58,11 @@ def cache_size(
     *,
     free_bytes: int,
     name: str,
+    kv_bytes: int = 0,
 ) -> CacheSize:
     """What a device of so many free bytes keeps of the experts of ``layers``.
 
+    Without ``settings.cache_bytes``: all but a reserve and ``kv_bytes``, for keys and values.
     Raises InvalidInputError if the budget is below what one layer of one token needs.
     """
     chosen = [layer for layer in manifest.layers if layer.layer in set(layers)]
@@ -70,14 +72,17 @@ def cache_size(
     budget = settings.cache_bytes
     if budget is None:
         reserve = min(int(free_bytes * RESERVE_SHARE), MAX_RESERVE_BYTES)
-        budget = free_bytes - reserve
+        budget = max(0, free_bytes - reserve - kv_bytes)
     num_slots = budget // slot_bytes
     if num_slots >= num_experts:
         return CacheSize(num_experts, 0, slot_bytes)
     num_staging = settings.num_staging
     if num_slots < needed + num_staging:
         least = (needed + num_staging) * slot_bytes
-        what = f"{name} has {format_bytes(budget)} for experts"
+        what = (
+            f"{name} has {format_bytes(free_bytes)} free, of which {format_bytes(kv_bytes)} are "
+            f"for keys and values and {format_bytes(budget)} for experts"
+        )
         if settings.cache_bytes is not None:
             what = f"cache_bytes is {settings.cache_bytes}"
         raise InvalidInputError(
