@@ -56,8 +56,9 @@ def test_rms_norm(
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "d"),
-    [(1, 1, 1, 1), (4, 2, 7, 40), (8, 1, 33, 64), (3, 3, 100, 16)],
-    # one of everything; d with a rest; all heads share keys; no two do
+    [(1, 1, 1, 1), (4, 2, 7, 40), (8, 1, 33, 64), (3, 3, 100, 16), (7, 1, 9, 80), (2, 2, 9, 144)],
+    # one of everything; d with a rest; all heads share keys; no two do; four at once and three
+    # left, and 64 columns at once and 16 left; 128 at once and 16 left
 )
 def test_attend(
     kernels: StepKernels, dtype: torch.dtype, heads: int, kv_heads: int, length: int, d: int
