@@ -122,9 +122,10 @@ class DecodeProgram:
         self._add_norm(program, body.norm, self._entered, self._normed)
         self._head: Callable[[Tensor], Tensor] | None = model.lm_head
         self._logits = self._normed
-        if isinstance(model.lm_head, QuantizedLinear) and model.lm_head.bias is None:
+        if hasattr(model.lm_head, "expertd_prepared"):
             self._logits = self._row(model.lm_head.out_features)
             self._add_linear(program, model.lm_head, self._normed, self._logits)
+            self._add_bias(program, model.lm_head, self._logits)
             self._head = None
         self._reserve(tokens + 1)
 
@@ -294,18 +295,18 @@ class DecodeProgram:
         *,
         beside: bool = False,
     ) -> None:
-        """The product alone, without bias."""
+        """The product, of a plain matrix with its bias; see :meth:`_add_bias`."""
         prepared = None
-        sizes = x.numel(), out.numel()
-        if isinstance(linear, QuantizedLinear) and sizes == (
+        if hasattr(linear, "expertd_prepared") and (x.numel(), out.numel()) == (
             linear.in_features,
             linear.out_features,
         ):
-            prepared = self._kernels.prepare(linear.quantized)
-        if prepared is None:
+            prepared = linear.expertd_prepared()
+        plain = isinstance(linear, nn.Linear)
+        if prepared is None or (plain and linear.weight.dtype != self._dtype):
             raise UnknownPartError(f"a {type(linear).__name__} is not native")
-        self._keep.append(linear.quantized)
-        self.fingerprint.append(prepared.matrix.weight)
+        self._keep += [linear.weight, linear.bias] if plain else [linear.quantized]
+        self.fingerprint += [prepared.matrix.weight, prepared.matrix.bias]
         program.add(self._linear_call(prepared.matrix, x, out), beside=beside)
 
     def _linear_call(self, matrix: NativeMatrix, x: Tensor, out: Tensor) -> LinearCall:
@@ -313,7 +314,8 @@ class DecodeProgram:
         return LinearCall(ctypes.addressof(matrix), x.data_ptr(), out.data_ptr(), 1, self._type, 0)
 
     def _add_bias(self, program: Program, linear: Any, out: Tensor) -> None:  # noqa: ANN401
-        if linear.bias is not None:
+        """Of a quantized layer, which adds it to the rounded product."""
+        if linear.bias is not None and isinstance(linear, QuantizedLinear):
             if linear.bias.dtype != self._dtype:
                 raise UnknownPartError("a bias is of another type")
             self._keep.append(linear.bias)

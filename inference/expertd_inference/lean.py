@@ -21,9 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from expertd_inference.kernels.native import FUSED_TOKENS
-from expertd_inference.kernels.native_library import TYPES
 from expertd_inference.kernels.step import DTYPES, StepKernels, describe
-from expertd_inference.quantized_linear import QuantizedLinear
+from expertd_inference.lean_linear import call_directly, lean_linear
 
 ATTENTION = "expertd"
 """Our name among transformers' attention implementations."""
@@ -47,7 +46,7 @@ def make_lean(model: Any, kernels: StepKernels) -> None:  # noqa: ANN401 - trans
             classes[kind] = (
                 _lean_norm(module, kernels)
                 or _lean_router(module, kernels)
-                or _lean_linear(module, kernels)
+                or lean_linear(module, kernels)
             )
             _lean_rotation(kind, kernels)
         if (lean := classes[kind]) is not None:
@@ -84,7 +83,7 @@ def _norm_class(kind: Any, kernels: StepKernels, *, round_first: bool) -> type: 
     class LeanNorm(kind):  # type: ignore[misc] # of a class that is known at run time
         """An RMSNorm in one call."""
 
-        __call__ = _call_directly
+        __call__ = call_directly
         expertd_round_first = round_first
 
         def forward(self, hidden_states: Tensor) -> Tensor:
@@ -174,39 +173,6 @@ def _router_class(
     return _named(LeanRouter, kind)
 
 
-def _lean_linear(module: Any, kernels: StepKernels) -> type | None:  # noqa: ANN401 - untyped
-    """A quantized layer that prepares its native call once."""
-    if type(module) is not QuantizedLinear:
-        return None
-
-    class LeanLinear(QuantizedLinear):
-        """For one row a call prepared before, for more what the layer does anyway."""
-
-        __call__ = _call_directly
-
-        def forward(self, rows: Tensor) -> Tensor:
-            # Whoever moves or loads the layer gives it another weight.
-            weight = self.quantized
-            prepared = self.__dict__.get("_prepared")
-            if prepared is None or prepared[0] is not weight:
-                prepared = self.__dict__["_prepared"] = (weight, kernels.prepare(weight))
-            call = prepared[1]
-            if (
-                call is None
-                or self._parameters.get("bias") is not None
-                or rows.numel() != self.in_features
-                or rows.dtype not in TYPES
-                or not rows.is_contiguous()
-                or not rows.is_cpu
-            ):
-                return super().forward(rows)
-            out = rows.new_empty(*rows.shape[:-1], self.out_features)
-            kernels.multiply(call, rows, out)
-            return out
-
-    return _named(LeanLinear, QuantizedLinear)
-
-
 def _lean_rotation(kind: type, kernels: StepKernels) -> None:
     """Puts a short way into the rotation that the module of ``kind`` has, if it is the usual one.
 
@@ -259,13 +225,6 @@ def _lean_rotation(kind: type, kernels: StepKernels) -> None:
 
     rotate.expertd_replaced = theirs  # type: ignore[attr-defined] # for whoever wants it back
     module.apply_rotary_pos_emb = rotate
-
-
-def _call_directly(self: Any, rows: Tensor) -> Any:  # noqa: ANN401 - a module
-    """``__call__`` of a module with nothing hooked to it, at a third of nn.Module's cost."""
-    if self._forward_hooks or self._forward_pre_hooks:
-        return nn.Module.__call__(self, rows)
-    return self.forward(rows)
 
 
 def _register_attention(kernels: StepKernels) -> None:

@@ -40,13 +40,15 @@ PROGRAM = "program"
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A pack of an architecture whose every matrix is quantized."""
+    """A pack of an architecture whose every matrix is quantized, or those of ``precisions``."""
 
     @cache
-    def make(architecture: str, **overrides: Any) -> Path:
+    def make(
+        architecture: str, precisions: tuple[str, ...] = ("4g64",) * 4, **overrides: Any
+    ) -> Path:
         path = tmp_path_factory.mktemp("quantized")
         make_checkpoint(architecture, path / "checkpoint", **overrides)
-        scheme = choose_scheme("4bit", *["4g64"] * 4)
+        scheme = choose_scheme("4bit", *precisions)
         pack(Request(path / "checkpoint", path / "pack", scheme, optimize=False))
         return path / "pack"
 
@@ -118,6 +120,15 @@ def test_the_bits_of_the_modules(
     # 70: experts have several tokens in the prompt; 1: the first step is the second token.
     for prompt_tokens in (1, 2, 70):
         check(model, prompt_of(prompt_tokens), 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+# As the presets have it: a head of 16 bits; and all of the trunk, with biases.
+@pytest.mark.parametrize("precisions", [("4g64", "4g64", "4g64", "16"), ("4g64", *["16"] * 3)])
+def test_a_trunk_of_16_bits(
+    precisions: tuple[str, ...], dtype: torch.dtype, quantized: Make
+) -> None:
+    check(lean(PackSource(quantized("qwen2_moe", precisions)), dtype), prompt_of(9), 24)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -22,6 +23,7 @@ from expertd_inference.kernels.choice import CpuKernels, ReferenceKernels
 from expertd_inference.kernels.native import NativeKernels
 from expertd_inference.kernels.native_library import native_library
 from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.kernels.step import PreparedCall, describe, step_kernels
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertd_inference.probes import MemoryProbe
 
@@ -53,7 +55,13 @@ class _Call:
         self.seconds.append(self.scale * (now - began) / (self.at - first))
 
 
-_Key = tuple[RecordLayout | Matrix, int]
+class _Key(NamedTuple):
+    """What tells one call from another."""
+
+    what: RecordLayout | Matrix
+    top_k: int = 1
+    native: bool = True
+    """Whether the worker takes the native kernels for it, where they are."""
 
 
 class KernelTimes:
@@ -91,15 +99,14 @@ class KernelTimes:
         )
 
     def _call(self, key: _Key, dtype: str) -> _Call:
-        what, top_k = key
-        if isinstance(what, Matrix):
-            return self._linear(what, dtype)
-        return self._experts(what, top_k)
+        if isinstance(key.what, Matrix):
+            return self._linear(key.what, dtype, native=key.native)
+        return self._experts(key.what, key.top_k, native=key.native)
 
-    def _experts(self, layout: RecordLayout, top_k: int) -> _Call:
-        hidden_size, plain = layout.matrix("down").out_features, _is_plain(layout)
+    def _experts(self, layout: RecordLayout, top_k: int, *, native: bool) -> _Call:
+        hidden_size = layout.matrix("down").out_features
         kernels: CpuKernels = ReferenceKernels()
-        if self._native is not None and not plain:
+        if self._native is not None and native:
             kernels = self._native
         spec = ExpertsSpec(layout, GateOrder.CONCATENATED, _silu, Activation(ActivationKind.SILU))
         places = self._places(layout.record_bytes)
@@ -122,7 +129,7 @@ class KernelTimes:
 
         return _Call(run)
 
-    def _linear(self, matrix: Matrix, dtype: str) -> _Call:
+    def _linear(self, matrix: Matrix, dtype: str, *, native: bool) -> _Call:
         rows = matrix.out_features
         per_row = matrix.in_features * (2 if matrix.encoding is Encoding.PLAIN else 1)
         # Of a large matrix some of the rows: a head may be larger than the memory.
@@ -134,9 +141,17 @@ class KernelTimes:
         arena = self._memory.arena
         if matrix.encoding is Encoding.PLAIN:
             tensors = [arena.part(at, layout.parts[0]).to(torch.bfloat16) for at in places]
-            run: Callable[[int], object] = lambda number: functional.linear(  # noqa: E731
-                hidden, tensors[number % len(tensors)]
-            )
+            steps = step_kernels() if native and self._native is not None else None
+            if steps is None:
+                run: Callable[[int], object] = lambda number: functional.linear(  # noqa: E731
+                    hidden, tensors[number % len(tensors)]
+                )
+            else:
+                calls = [PreparedCall(describe(tensor)) for tensor in tensors]
+                out = hidden.new_empty(1, part.out_features)
+                run = lambda number: steps.multiply(  # noqa: E731
+                    calls[number % len(calls)], hidden, out
+                )
         else:
             product = ReferenceKernels.linear if self._native is None else self._native.linear
             matrices = [
@@ -162,9 +177,14 @@ def memory_bytes(needs: Sequence[Need]) -> int:
 
 def _keys(need: Need) -> dict[_Key, int]:
     keys: dict[_Key, int] = {}
+    # A pack of 16-bit experts is computed by torch's own products, all of it.
+    native = not all(_is_plain(group.layout) for group in need.experts)
     for group in need.experts:
-        keys[group.layout, group.top_k] = keys.get((group.layout, group.top_k), 0) + group.count
-    keys |= {(matrix, 1): count for matrix, count in need.linears if not _is_small(matrix)}
+        key = _Key(group.layout, group.top_k, native)
+        keys[key] = keys.get(key, 0) + group.count
+    for matrix, count in need.linears:
+        if not _is_small(matrix):
+            keys[_Key(matrix, native=native or matrix.encoding is not Encoding.PLAIN)] = count
     return keys
 
 

@@ -88,14 +88,16 @@ class StepKernels:
         matrix = matrix_of(weight)
         return None if matrix is None else PreparedCall(matrix)
 
-    def multiply(self, prepared: PreparedCall, row: Tensor, out: Tensor) -> None:
-        """Contiguous ``row`` of in, times the weight, into ``out`` of out; of one dtype."""
+    def multiply(
+        self, prepared: PreparedCall, rows: Tensor, out: Tensor, num_rows: int = 1
+    ) -> None:
+        """Contiguous ``rows`` [n, in], times the weight, into ``out`` [n, out]; of one dtype."""
         call = LinearCall(
             prepared.address,
-            row.data_ptr(),
+            rows.data_ptr(),
             out.data_ptr(),
-            1,
-            TYPES[row.dtype],
+            num_rows,
+            TYPES[rows.dtype],
             torch.get_num_threads(),
         )
         if self._linear(ctypes.addressof(call)):
@@ -206,13 +208,22 @@ class StepKernels:
         return index
 
 
-def describe(weight: Tensor) -> NativeMatrix:
-    """A contiguous ``weight`` [out, in] for :meth:`StepKernels.linear`, as long as it lives."""
+def describe(weight: Tensor, bias: Tensor | None = None) -> NativeMatrix:
+    """A contiguous ``weight`` [out, in] for the kernels, as long as it lives, and ``bias`` [out].
+
+    The bias is added before the product is rounded.
+    """
     rows, columns = weight.shape
     absent = dict.fromkeys(("scale", "scale_scale", "scale_zero", "zero"), -1)
-    absent |= dict.fromkeys(("zero_scale", "zero_zero", "bias"), -1)
+    absent |= dict.fromkeys(("zero_scale", "zero_zero"), -1)
     return NativeMatrix(
-        rows=rows, columns=columns, weight=weight.data_ptr(), format=TYPES[weight.dtype], **absent
+        rows=rows,
+        columns=columns,
+        weight=weight.data_ptr(),
+        bias=-1 if bias is None else bias.data_ptr(),
+        format=TYPES[weight.dtype],
+        bias_format=0 if bias is None else TYPES[bias.dtype],
+        **absent,
     )
 
 

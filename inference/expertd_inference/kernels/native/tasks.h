@@ -84,13 +84,20 @@ inline void finish(const Variant& impl, const Matrix& matrix, const uint8_t* bas
     impl.round(values, count, type);
 }
 
-// Units [first, last) of a linear layer's result for one row of activations, in the call's type.
-// `result` is float32 scratch of the whole row.
+// Units [first, last) of a linear layer's result for one row of activations, in the call's type,
+// the bias included. `result` is float32 scratch of the whole row.
 inline void finish_linear(const Variant& impl, const LinearCall& call, int64_t first, int64_t last,
-                          int64_t token, const float* result) {
+                          int64_t token, float* result) {
     const Matrix& matrix = *call.matrix;
     for (int64_t k = 0; k < rows_per_unit(matrix.format); ++k) {
         const int64_t row = first + k * num_units(matrix);
+        if (matrix.bias >= 0) {
+            const auto* place = reinterpret_cast<const uint8_t*>(matrix.bias);
+            Floats bias(last - first);
+            impl.widen(place + row * size_of(matrix.bias_format), matrix.bias_format, last - first,
+                       bias.data());
+            for (int64_t i = 0; i < last - first; ++i) result[row + i] += bias[i];
+        }
         impl.narrow(result + row, last - first, call.type,
                     static_cast<uint8_t*>(call.out) +
                         (token * matrix.rows + row) * size_of(call.type));
