@@ -38,7 +38,7 @@ from bench.figures import Bench, Figure, compared, counted, quartiles
 from bench.gpu_routing import routing_for
 from bench.results import Curve, Plot, Table
 from bench.synthetic import config_of, make_pack
-from bench.tiers import Tally, TierProcess, workers
+from bench.tiers import Tally, TierProcess, slower_ways, workers
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
@@ -103,6 +103,7 @@ def measure(bench: Bench) -> Iterator[Figure | Table | Plot | str]:
                 yield missing
             tallies[model.name] = _take_turns(bench, model, processes, turns)
             yield from _figures(model.name, tallies[model.name])
+            yield from slower_ways(tallies[model.name])
     yield from _tables(tallies)
     yield _plot(tallies)
     if bench.quick:

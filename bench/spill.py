@@ -37,7 +37,7 @@ from bench.gpu_routing import routing_for
 from bench.memory_limit import MemoryLimit, NoLimitError
 from bench.results import Curve, Plot, Table
 from bench.synthetic import SHAPES, make_pack
-from bench.tiers import EndedError, Tally, TierProcess, forget_file, workers
+from bench.tiers import EndedError, Tally, TierProcess, forget_file, slower_ways, workers
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd.shared.host_memory import memory_available
 from expertd_inference.probes import StorageProbe
@@ -109,6 +109,7 @@ def measure(bench: Bench) -> Iterator[Figure | Table | Plot | str]:
     for share in plan.shares:
         yield from _measure(bench, plan, model, share, tallies)
         yield from _figures(share, tallies)
+    yield from slower_ways(tallies)
     yield _table(model, tallies)
     for routing in model.rows:
         yield _plot(routing, tallies)

@@ -146,6 +146,8 @@ class Decoder:
                 layer: Guesses(place, job["recall"], self)
                 for place, layer in enumerate(self._layers)
             }
+        # Where a decode program is tried, the routing must be what the routers say.
+        self.decode([0, 0])
 
     def fill(self, num_bytes: int) -> None:
         """Brings so many bytes of experts into memory, of all layers alike and in order."""

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from bench.memory_limit import MemoryLimit
+from expertd_inference.steps import BY_PROGRAM
 
 Job = Mapping[str, object]
 """What :class:`bench.tier_worker.Decoder` is made of."""
@@ -136,6 +137,13 @@ class Tally:
     @property
     def _num_known(self) -> int:
         return sum(self.hints.get(name, 0) for name in ("useful", "late", "wasted"))
+
+
+def slower_ways(tallies: Mapping[Any, Tally]) -> Iterator[str]:
+    """A sentence for each that did not decode by a program, as a worker of that model would."""
+    for name, tally in tallies.items():
+        if tally.way not in ("", BY_PROGRAM):
+            yield f"{name}: tokens were computed by {tally.way}, which is slower"
 
 
 def forget_file(path: Path) -> None:

@@ -76,14 +76,17 @@ class Attachment:
         """Whether the daemon that attached this session is there and keeps it."""
         return self._connected
 
-    def hint(self, entries: Sequence[int]) -> None:
+    def hint(self, entries: Sequence[int], needed: Sequence[int] = ()) -> None:
         """Says which directory entries are wanted next, in place of the last hint.
+
+        And which are ``needed`` now, for a fetch that follows.
 
         Waits for nothing: where the daemon has not taken in many earlier ones, or is gone, this
         one is not sent.
         """
         with suppress(OSError):
-            self._control.send(encode_hint(entries), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            packet = encode_hint(entries, needed)
+            self._control.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def close(self) -> None:
         """Ends the session; a second call does nothing."""

@@ -132,16 +132,24 @@ class BaseSession:
         self._mapping.check_attached()
         return self._mapping.anything_absent()
 
-    def hint(self, experts: Sequence[tuple[int, int]]) -> None:
+    def hint(
+        self, experts: Sequence[tuple[int, int]], needed: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """Says which (layer, expert) pairs are wanted next, likeliest first; waits for nothing.
+
+        ``needed`` are those that the caller is about to acquire: the daemon begins to read them
+        while the call is still on its way.
 
         What ``prefetch`` does without an answer, for who hints at every layer: it costs a system
         call. It supersedes what an older hint has not begun, also if it names no experts. May be
         called while a lease is held. Does nothing in a session that has copies or is over, which
         who acquires learns, too. Raises NotFoundError.
         """
-        entries = [self._entries_of(layer, (expert,))[0] for layer, expert in experts]
-        self._attachment.hint(entries)
+        entries, at_once = (
+            [self._entries_of(layer, (expert,))[0] for layer, expert in pairs]
+            for pairs in (experts, needed)
+        )
+        self._attachment.hint(entries, at_once)
 
     def hold(self) -> Lease:
         """A lease of nothing yet, to look resident experts up with :meth:`Lease.find`.

@@ -54,7 +54,7 @@ class CopyAttachment:
                 self.hang_up()
         return self._connected
 
-    def hint(self, entries: Sequence[int]) -> None:
+    def hint(self, entries: Sequence[int], needed: Sequence[int] = ()) -> None:
         """Nothing: the daemon's disk is not what readers of copies wait for."""
 
     def hang_up(self) -> None:

@@ -30,8 +30,11 @@ class HintTarget(Protocol):
     def anything_absent(self) -> bool:
         """Whether any expert of the model is not resident just now; costs no call."""
 
-    def hint(self, experts: Sequence[Pair]) -> None:
-        """Sends a hint without waiting; it supersedes what an older one has not begun."""
+    def hint(self, experts: Sequence[Pair], needed: Sequence[Pair] = ()) -> None:
+        """Sends a hint without waiting; it supersedes what an older one has not begun.
+
+        ``needed`` are those that are about to be acquired.
+        """
 
 
 class RouterAhead:
@@ -91,9 +94,9 @@ class RouterAhead:
     def _look_ahead(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:
         hinted = [(layer, expert) for expert in self._book.pending(layer)]
         if hinted:
-            needed = set(top_k_index.flatten().tolist())
+            chosen = set(top_k_index.flatten().tolist())
             absent = {expert for _, expert in self._target.absent(hinted)}
-            self._book.arrive(layer, needed, absent)
+            self._book.arrive(layer, chosen, absent)
         num_layers = self._foresight.num_layers if len(hidden) == 1 else int(self._hints_prompts)
         foreseen = {
             ahead: self._foresee(self._routers[ahead], hidden)
@@ -102,10 +105,13 @@ class RouterAhead:
         }
         wanted = [(ahead, expert) for ahead, experts in foreseen.items() for expert in experts]
         hint = self._target.absent(wanted)
-        if hint or self._sent:
+        # What this layer itself has to fetch: of one token, where each millisecond counts.
+        own = top_k_index.flatten().tolist() if len(hidden) == 1 else []
+        needed = self._target.absent([(layer, expert) for expert in own])
+        if hint or needed or self._sent:
             # One that names nothing drops what was guessed for this layer and not begun.
             self._book.issue(hint)
-            self._target.hint(hint)
+            self._target.hint(hint, needed)
             self._sent = bool(hint)
 
     def _begin_step(self, num_tokens: int) -> None:

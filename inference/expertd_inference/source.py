@@ -84,7 +84,9 @@ class HeldSource(ExpertSource, Protocol):
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[HeldLease]:
         """As :meth:`ExpertSource.waves`."""
 
-    def hint(self, experts: Sequence[tuple[int, int]]) -> None:
+    def hint(
+        self, experts: Sequence[tuple[int, int]], needed: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """Says which (layer, expert) pairs are wanted next, likeliest first; waits for nothing."""
 
     def before_unmapping(self, call: Callable[[], None]) -> None:

@@ -106,6 +106,8 @@ def test_a_hint_waits_for_no_answer(mortal: Daemon) -> None:
         with session.acquire(2, [0]):
             session.hint([(2, 4), (2, 5)])  # while holding, too
             eventually(lambda: not session.absent([(2, 4), (2, 5)]))
+        session.hint([], needed=[(2, 6)])
+        eventually(lambda: not session.absent([(2, 6)]))
         with pytest.raises(NotFoundError):
             session.hint([(0, 99)])
     session.hint([(0, 0)])  # over: nothing happens

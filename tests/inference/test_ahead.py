@@ -33,6 +33,7 @@ class Target:
     gone: set[Pair]
     nvme_misses: int = 0
     sent: list[list[Pair]] = field(default_factory=list)
+    needed: list[list[Pair]] = field(default_factory=list)
     looked: int = 0
 
     def absent(self, experts: Sequence[Pair]) -> list[Pair]:
@@ -42,8 +43,9 @@ class Target:
         self.looked += 1
         return bool(self.gone)
 
-    def hint(self, experts: Sequence[Pair]) -> None:
+    def hint(self, experts: Sequence[Pair], needed: Sequence[Pair] = ()) -> None:
         self.sent.append(list(experts))
+        self.needed.append(list(needed))
 
 
 @dataclass
@@ -82,6 +84,21 @@ def test_what_is_absent_of_the_next_layer_is_hinted() -> None:
     ahead.begin(2, ONE, CHOSEN)
     assert ahead.stats == HintStats(issued=1, useful=1, layers_ahead=1, why="as told")
     assert target.sent == [[(1, 3)], []], "what is resident is not hinted at"
+
+
+def test_what_this_layer_lacks_is_said_first_and_for_one_token() -> None:
+    chosen = torch.tensor([[6, 2]])
+    target = Target({(0, 2), (0, 3), (1, 4)})
+    ahead = ahead_of(target, {1: FixedRouter([4])})
+    ahead.begin(0, ONE, chosen)
+    ahead.begin(2, ONE, chosen)
+    assert target.sent == [[(1, 4)], []]
+    assert target.needed == [[(0, 2)], []], "of the chosen, those that are absent"
+    target.gone.add((2, 6))
+    ahead.begin(2, ONE, chosen)
+    assert target.needed.pop() == [(2, 6)], "without a hint, too"
+    ahead.begin(0, torch.zeros(9, 4), chosen)
+    assert target.needed.pop() == [], "a prompt's call costs little beside its reads"
 
 
 def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:

@@ -126,6 +126,27 @@ class Records:
         self._check_serving(session.model)
         return self._prefetcher.hint(session, list(dict.fromkeys(entries)), priority)
 
+    def expect(self, session: Session, entries: Sequence[int]) -> None:
+        """Begins to read what the session is about to fetch, as far as there is room at once.
+
+        Nothing is leased by it. The call that asks for them takes a millisecond or two to come,
+        on cores that are busy: longer than a disk takes to read a record.
+        """
+        model = session.model
+        self._check_serving(model)
+        jobs = []
+        for entry in dict.fromkeys(entries):
+            if (load := model.loads.get(entry)) is not None:
+                self._join(model, load)
+            elif not model.is_resident(entry):
+                if self._slots.is_taken:
+                    break  # others wait for room
+                extent = self._slots.try_reserve(model, entry)
+                if extent is None:
+                    break
+                jobs.append(self._new_load(model, entry, extent, hinted=False).job)
+        self._loader.submit(*jobs)
+
     async def read(self, model: HostedModel, entry: int) -> bytes:
         """A record's bytes, from the arena if it is resident, else from the pack; verified."""
         # To its end, even if the caller goes away: a thread is at the model's bytes and files.

@@ -102,12 +102,13 @@ class AttachConnection:
                 break
             packet = following
         try:
-            entries = session.model.check_entries(decode_hint(packet))
+            entries, needed = map(session.model.check_entries, decode_hint(packet))
         except (ValueError, ExpertdError):
             # The end of the process, or something it must not say: either ends the session.
             self._server.store.detach(session)
             return
         with suppress(PreconditionError):  # being unloaded, of which it will hear
+            self._server.store.records.expect(session, needed)
             self._server.store.records.prefetch(session, entries, 0)
 
     def _answer(self, packet: bytes) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_PACKET_BYTES = 4096
 NUDGE = b"N"
 HINT = b"H"
@@ -75,18 +75,23 @@ class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
     message: str
 
 
-def encode_hint(entries: Sequence[int]) -> bytes:
+def encode_hint(entries: Sequence[int], needed: Sequence[int] = ()) -> bytes:
     """A worker's packet that says which directory entries it wants next, likeliest first.
 
-    It takes the place of the one before. No answer comes: what is sent costs a system call.
+    ``needed``: what it is about to fetch. The packet takes the place of the one before. No answer
+    comes: what is sent costs a system call.
     """
-    entries = entries[:MAX_HINTED]
-    return struct.pack(f"<4s{len(entries)}I", HINT, *entries)
+    needed = needed[:MAX_HINTED]
+    both = [*needed, *entries][:MAX_HINTED]
+    return struct.pack(f"<2sH{len(both)}I", HINT, len(needed), *both)
 
 
-def decode_hint(packet: bytes) -> Sequence[int]:
-    """The entries in such a packet. Raises ValueError if it is none."""
+def decode_hint(packet: bytes) -> tuple[Sequence[int], Sequence[int]]:
+    """The entries in such a packet, and those that are needed. Raises ValueError if it is none."""
     count, odd = divmod(len(packet) - 4, 4)
-    if odd or not packet.startswith(HINT.ljust(4, b"\0")) or count > MAX_HINTED:
+    if odd or not 0 <= count <= MAX_HINTED:
         raise ValueError("this is not a hint")
-    return struct.unpack_from(f"<{count}I", packet, 4)
+    kind, num_needed, *both = struct.unpack(f"<2sH{count}I", packet)
+    if kind != HINT.ljust(2, b"\0") or num_needed > count:
+        raise ValueError("this is not a hint")
+    return both[num_needed:], both[:num_needed]

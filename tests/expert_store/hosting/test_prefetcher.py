@@ -111,6 +111,34 @@ async def test_room_is_made_before_the_worker_reads_the_next_layer(pack: Path) -
         await until(lambda: worker.model.is_resident(9))
 
 
+async def test_what_will_be_fetched_is_read_before_hints_and_once(store: Store) -> None:
+    worker, file = Worker(store), disk(store.models["m"])
+    file.faults.gate.clear()
+    hint(worker, 0, 1, 2)
+    await until(lambda: len(worker.model.loads) == 3 and file.offsets)
+    store.records.expect(worker.session, [2, 8, 8])
+    hint(worker, 16)  # drops what the last one said, but not what is needed
+    fetch = asyncio.create_task(worker.fetch(2, 8))
+    file.faults.gate.set()
+    assert await fetch == 2, "they count as missed"
+    await until(lambda: worker.model.is_resident(16))
+    assert read_order(store) == [0, 2, 8, 16]
+    assert worker.model.counters.prefetch_late == 1
+    worker.release()
+    assert_nothing_held(store)
+
+
+async def test_what_will_be_fetched_overtakes_nobody_who_waits_for_room(store: Store) -> None:
+    """Nor is anything kept of it if it is never fetched."""
+    worker = Worker(store)
+    async with store.slots.turn():
+        store.records.expect(worker.session, [12])
+        assert not worker.model.loads
+    store.records.expect(worker.session, [12])
+    await until(lambda: worker.model.is_resident(12))
+    assert_nothing_held(store)
+
+
 async def test_only_what_is_neither_resident_nor_loading_is_read(store: Store) -> None:
     worker, file = Worker(store), disk(store.models["m"])
     await worker.fetch_and_release(0)

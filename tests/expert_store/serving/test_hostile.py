@@ -2,6 +2,7 @@
 
 import resource
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -164,6 +165,8 @@ def test_garbage_instead_of_rpc(roomy: Daemon) -> None:
         b"HINT" + encode_hint([1])[4:],
         encode_hint([0, 10**9]),
         encode_hint(range(MAX_HINTED)) + b"\0" * 4,
+        encode_hint([], needed=[0, 10**9]),
+        struct.pack("<2sHI", b"H", 2, 0),  # more are needed than are named
     ],
 )
 def test_a_worker_that_talks_is_put_out(roomy: Daemon, packet: bytes) -> None:

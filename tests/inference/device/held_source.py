@@ -45,7 +45,9 @@ class HeldPackSource(PackSource):
             lease = self._take(wave, (), layer)
             yield lease
 
-    def hint(self, experts: Sequence[tuple[int, int]]) -> None:
+    def hint(
+        self, experts: Sequence[tuple[int, int]], needed: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.hinted += experts
 
     def before_unmapping(self, call: Callable[[], None]) -> None:
