@@ -18,6 +18,7 @@ def test_more_model_than_ram_is_measured_beside_mapped_files(tmp_path: Path) -> 
     loadings = {row[2]: float(row[4]) for row in table.rows}
     missing = " ".join(each for each in said if isinstance(each, str))
     assert "replayed routing: no trace" in missing
+    assert "computed by" not in missing, "a worker decodes such a model by a program"
     assert loadings["ours"] > 0, "half of the experts are not in RAM"
     if "under the same limit" not in missing:
         assert set(loadings) == {"ours", "mapped", "announced"}
