@@ -10,14 +10,12 @@ whose tokens between these two times of the monotonic clock are counted.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-# As expert-run does, before torch.
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+from expertd_inference.environment import garbage_kept, prepare_environment
 
 CONTEXT = 64
 FIRST_PROMPT = 16
@@ -25,13 +23,14 @@ FIRST_PROMPT = 16
 
 def run(socket: str, model: str, threads: int, *, private: bool = False) -> None:
     """Answers the lines of stdin until it ends."""
-    import torch
-    import transformers
+    # As expert-run does.
+    prepare_environment(device="cpu")
+    with garbage_kept():
+        import torch
 
-    from expertd_inference import load_model
-    from expertd_inference.decoding import Decoding
+        from expertd_inference import load_model
+        from expertd_inference.decoding import Decoding
 
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     imported, before = time.monotonic(), _own_bytes()
     loaded = load_model(model, socket=socket)

@@ -14,8 +14,11 @@ seconds to import and neither ``expert-run --help`` nor a wrong argument needs t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from expertd_inference.environment import garbage_kept
+
 if TYPE_CHECKING:
     from expertd_inference.embedded import EmbeddedDaemon
+    from expertd_inference.environment import prepare_environment
     from expertd_inference.generation import GenerationResult, generate
     from expertd_inference.settings import GenerationSettings
     from expertd_inference.worker import Worker, load_model
@@ -27,6 +30,7 @@ __all__ = [
     "Worker",
     "generate",
     "load_model",
+    "prepare_environment",
 ]
 
 _MODULES = {
@@ -36,10 +40,13 @@ _MODULES = {
     "Worker": "worker",
     "generate": "generation",
     "load_model": "worker",
+    "prepare_environment": "environment",
 }
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module defines
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    with garbage_kept():
+        module = import_module(f"{__name__}.{_MODULES[name]}")
+    return getattr(module, name)

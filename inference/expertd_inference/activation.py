@@ -6,6 +6,7 @@ call that; everything else needs to know what it does.
 
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import activations
 from transformers.integrations import moe
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+_GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss"
 
 
 class ActivationKind(Enum):
@@ -61,7 +63,9 @@ def activation_of(experts: nn.Module) -> Activation | None:
     """
     module: Any = experts
     apply_gate = getattr(type(module), "_apply_gate", None)
-    if apply_gate is GptOssExperts._apply_gate:
+    # Whose experts these are has been imported, and nothing else need be.
+    gpt_oss: Any = sys.modules.get(_GPT_OSS)
+    if gpt_oss is not None and apply_gate is gpt_oss.GptOssExperts._apply_gate:
         return Activation(ActivationKind.GPT_OSS, float(module.alpha), float(module.limit))
     if apply_gate is not moe._default_apply_gate:
         return None

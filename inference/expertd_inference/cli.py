@@ -4,6 +4,7 @@ torch and transformers are imported only once the arguments are right and the da
 answered, so help and most refusals come at once.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from expertd_inference.attachment import (
 )
 from expertd_inference.cli_advise import advise
 from expertd_inference.embedded import EmbeddedDaemon
-from expertd_inference.environment import prepare_environment
+from expertd_inference.environment import garbage_kept, prepare_environment
 from expertd_inference.settings import ComputeDtype, DeviceSettings, GenerationSettings, KernelsName
 from expertd_inference.text_output import TextOutput, status
 
@@ -227,12 +228,22 @@ def generate(
             socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
         attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
         with status("Loading the model"):
-            prepare_environment(verbose=verbose)
-            worker = stack.enter_context(
-                _load(
-                    attachment, pack, dtype, threads, kernels, devices, reattach_seconds, output.say
+            prepare_environment(verbose=verbose, device=device)
+            with garbage_kept():
+                worker = stack.enter_context(
+                    _load(
+                        attachment,
+                        pack,
+                        dtype,
+                        threads,
+                        kernels,
+                        devices,
+                        reattach_seconds,
+                        output.say,
+                    )
                 )
-            )
+            # Modules and model stay to the end: no later collection need look at them.
+            gc.freeze()
         try:
             generation = expertd_inference.generate(
                 worker, text, settings, chat=chat, on_text=output.write
