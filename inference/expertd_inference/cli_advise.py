@@ -9,7 +9,8 @@ import typer
 
 from expertd.errors import PreconditionError
 from expertd_inference import options
-from expertd_inference.environment import prepare_environment
+from expertd_inference.advice.named import find_named
+from expertd_inference.environment import garbage_kept, prepare_environment
 from expertd_inference.text_output import status
 
 
@@ -75,7 +76,6 @@ def advise(
 
       expert-run advise --model gpt-oss-120b --gpu-memory 16GiB --link-rate 25GB
     """
-    prepare_environment()
     sizes = {
         name: options.size_of(name, value)
         for name, value in (
@@ -84,9 +84,13 @@ def advise(
             ("--link-rate", link_rate),
         )
     }
+    find_named(model)
+    # Whether there is a GPU is yet to be found out.
+    prepare_environment(device="cuda")
     with status("Loading torch and transformers"):
         try:
-            from expertd_inference.advice import advisor, models, report
+            with garbage_kept():
+                from expertd_inference.advice import advisor, models, report
         except ModuleNotFoundError as error:
             raise PreconditionError(
                 f"this installation cannot compute, for {error.name} is not installed: run it "

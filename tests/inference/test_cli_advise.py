@@ -12,7 +12,7 @@ from expertd.packing.synthetic import make_pack
 from expertd_inference import probes
 from expertd_inference.cli import app
 from tests.inference.advice.test_models import TINY
-from tests.inference.test_cli import run
+from tests.inference.test_cli import assert_refused, run
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def pack(tmp_path: Path) -> Path:
 def refusal(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the command would say in its one line."""
     # The environment it prepares is not the tests'.
-    monkeypatch.setattr("expertd_inference.cli_advise.prepare_environment", lambda: None)
+    monkeypatch.setattr("expertd_inference.cli_advise.prepare_environment", lambda **_: None)
     with pytest.raises(ExpertdError) as caught:
         app(["advise", *map(str, arguments)], standalone_mode=False)
     message = str(caught.value)
@@ -45,7 +45,7 @@ def test_a_pack_is_advised_on(pack: Path) -> None:
 
 
 def test_help_comes_at_once_with_an_example() -> None:
-    done = run("advise", "--help")
+    done = run("advise", "--help", at_once=True)
     assert done.returncode == 0
     assert "expert-run advise --model mixtral-8x7b" in done.stdout
 
@@ -87,6 +87,18 @@ def test_a_disk_that_cannot_be_written_to(
     assert f"{empty} cannot be written to (Permission denied)" in message
 
 
-def test_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "nearest are" in refusal("--model", "mixtral-7x8b", monkeypatch=monkeypatch)
-    assert "neither a pack nor" in refusal("--model", tmp_path, monkeypatch=monkeypatch)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param(None, "neither a pack nor", id="no config"),
+        pytest.param("{", "is damaged", id="damaged config"),
+    ],
+)
+def test_a_directory_that_is_no_model(tmp_path: Path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert_refused(run("advise", "--model", tmp_path, at_once=True), message)
+
+
+def test_a_shape_that_is_none() -> None:
+    assert_refused(run("advise", "--model", "mixtral-7x8b", at_once=True), "nearest are")

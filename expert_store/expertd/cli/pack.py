@@ -118,10 +118,12 @@ def pack(
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
     from expertd.packing.schemes import choose_scheme, default_scheme
+    from expertd.packing.source import read_config
 
     chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
     if not destination.absolute().parent.is_dir():
         raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
+    read_config(source)
     # torch takes seconds to import: only once the arguments are known to be good.
     _import_quietly()
     from expertd.packing.packer import Progress, Request

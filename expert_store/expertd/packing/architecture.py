@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import transformers
 from torch import nn
@@ -20,7 +19,7 @@ from expertd.errors import CheckpointError
 from expertd.pack.manifest import GateOrder
 from expertd.packing import fp8
 from expertd.packing.mxfp4 import METHOD as MXFP4
-from expertd.packing.source import CONFIG_NAME, quantization_method
+from expertd.packing.source import CONFIG_NAME, quantization_method, read_config
 
 _ATTENTION = {"self_attn", "attention", "attn"}
 """Names of attention modules."""
@@ -109,7 +108,7 @@ class Architecture:
 
 def read_architecture(path: Path) -> Architecture:
     """The architecture of the checkpoint in ``path``. Raises :class:`CheckpointError`."""
-    raw = _read_config(path)
+    raw = read_config(path)
     name = str((raw.get("architectures") or [raw.get("model_type")])[0])
     method = quantization_method(raw)
     block = fp8.block_size(raw) if method == fp8.METHOD else None
@@ -155,20 +154,6 @@ def read_architecture(path: Path) -> Architecture:
         is_mxfp4=method == MXFP4,
         fp8_block=block,
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; give the checkpoint's directory.")
-    file = path / CONFIG_NAME
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.") from error
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
 
 
 def _no_seam(path: Path, name: str, model: Any) -> str:  # noqa: ANN401 - transformers is untyped

@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint's files hold, by their headers."""
+"""A checkpoint's configuration, and which tensors its files hold, by their headers; no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +27,21 @@ class SourceTensor:
     def name(self) -> str:
         """The checkpoint's name of it."""
         return self.entry.name
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint's directory. Raises CheckpointError if it has none."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give the checkpoint's directory.")
+    file = path / CONFIG_NAME
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG_NAME}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
 
 
 def quantization_method(config: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 ::
 
+    named         what the model that is meant is; without torch
     models        a shape, a checkpoint or a pack: what each scheme of it needs
     host          memory, disk, link and GPU, probed
     kernel_times  the real kernels, on the model's matrices

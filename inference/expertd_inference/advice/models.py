@@ -3,7 +3,6 @@
 Exact, since they come from the packer's own plan, or a pack's own manifest.
 """
 
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -13,15 +12,15 @@ from typing import Any
 
 import msgspec
 
-from expertd.errors import CheckpointError, InvalidInputError, PackError
+from expertd.errors import CheckpointError, PackError
 from expertd.pack.layout import Encoding, Matrix
-from expertd.pack.manifest import MANIFEST_NAME, Manifest, read_manifest
+from expertd.pack.manifest import Manifest, read_manifest
 from expertd.pack.tensor_file import read_header
 from expertd.packing.plan import ExpertStep, Plan, TrunkStep, make_plan
 from expertd.packing.schemes import SCHEMES
-from expertd.packing.shapes import shape_config
 from expertd.packing.source import CONFIG_NAME
 from expertd.packing.synthetic import imagine
+from expertd_inference.advice.named import find_named
 from expertd_inference.advice.values import ExpertLayers, Need
 from expertd_inference.kv_size import kv_bytes_per_token
 
@@ -41,29 +40,18 @@ class Model:
 
 
 def find_model(text: str) -> Model:
-    """The model that ``text`` names: a pack, a checkpoint, a ``config.json``, or a shape.
+    """The model that ``text`` names, as :func:`~expertd_inference.advice.named.find_named` says.
 
     Raises InvalidInputError (PackError, CheckpointError) in a sentence that says what to give.
     """
-    path = Path(text)
-    if (path / MANIFEST_NAME).is_file():
-        return _of_pack(path)
-    if path.is_dir():
-        if not (path / CONFIG_NAME).is_file():
-            raise InvalidInputError(
-                f"{path} is neither a pack nor a checkpoint, for it has no {MANIFEST_NAME} and no "
-                f"{CONFIG_NAME}; give another directory, or a shape such as mixtral-8x7b."
-            )
-        return _of_config(path.resolve().name, path)
+    named = find_named(text)
+    if named.is_pack:
+        return _of_pack(Path(text))
+    if named.config is None:
+        return _of_config(named.name, Path(text))
     with tempfile.TemporaryDirectory(prefix="expertd-") as folder:
-        copy = Path(folder) / CONFIG_NAME
-        if path.is_file():
-            shutil.copyfile(path, copy)
-        else:
-            # A hub's name has its owner before it.
-            config = shape_config(text.rpartition("/")[2].lower(), published=True)
-            copy.write_bytes(msgspec.json.encode(config))
-        return _of_config(path.stem if path.is_file() else text, Path(folder))
+        (Path(folder) / CONFIG_NAME).write_bytes(named.config)
+        return _of_config(named.name, Path(folder))
 
 
 def _of_config(name: str, directory: Path) -> Model:

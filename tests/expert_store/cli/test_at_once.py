@@ -1,0 +1,61 @@
+"""``expertd`` answers at once what needs nothing that takes long to import."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon import Daemon, serving
+
+AT_ONCE = (
+    "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'numpy']));"
+    " from expertd.cli import main; main()"
+)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", AT_ONCE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with serving({}) as daemon:
+        yield daemon
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), *((name, "--help") for name in ("serve", "pack", "top"))],
+)
+def test_help_and_version(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "expertd" in done.stdout
+
+
+def test_stats_of_a_daemon(daemon: Daemon) -> None:
+    done = run("stats", "--socket", daemon.socket)
+    assert done.returncode == 0, done.stderr
+    assert "arena" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("stats", "--socket", "/nonexistent"), "No expertd answers"),
+        (("inspect", "/nonexistent"), "is not a pack"),
+        (("verify", "/nonexistent"), "is not a pack"),
+        (("pack", "/nonexistent", "/tmp/pack"), "is not a directory; give the checkpoint's"),
+        (("pack", "/", "/tmp/pack"), "is not a checkpoint: it has no config.json"),
+        (("pack", "/", "/tmp/pack", "--scheme", "1bit"), "1bit"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("expertd: ")
+    assert done.stderr.count("\n") == 1
