@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,25 @@ SOURCES = ("expert_store", "client", "inference")
 GAP = "…"
 
 
-def test_the_rpc_reference_is_what_the_proto_says() -> None:
-    spec = importlib.util.spec_from_file_location("rpc_reference", ROOT / "docs/rpc_reference.py")
+def script(name: str) -> Any:
+    """A script of docs, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    page = module.render(ROOT / "proto/expertstore/v1/expert_store.proto")
+    return module
+
+
+def test_the_rpc_reference_is_what_the_proto_says() -> None:
+    page = script("rpc_reference").render(ROOT / "proto/expertstore/v1/expert_store.proto")
     assert (ROOT / "docs/rpc.md").read_text() == page, "docs/rpc.md is stale: run make proto"
+
+
+def test_the_sizes_are_the_packer_s() -> None:
+    page = (ROOT / "docs/choosing.md").read_text()
+    made = script("model_sizes").render(page)
+    assert made == page, "stale: run python docs/model_sizes.py docs/choosing.md"
 
 
 def test_every_page_is_in_the_index() -> None:

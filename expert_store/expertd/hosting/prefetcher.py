@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from expertd.disk.loader import Loader
-from expertd.hosting.hosted_model import HostedModel, Load
+from expertd.hosting.hosted_model import HostedModel, Load, ModelState
 from expertd.hosting.session import Session
 from expertd.hosting.slots import Slots
 from expertd.log import log_failure
@@ -50,6 +50,8 @@ class Prefetcher:
         self._turns: dict[Session, int] = {}
         """Per session, the number of its last turn."""
         self._num_turns = 0
+        self._to_spare: dict[HostedModel, int] = {}
+        """Per model, how many records room is to be made for, once what can be read is."""
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
@@ -61,7 +63,7 @@ class Prefetcher:
         if absent:
             self._hints[session] = _Hint(session, priority, deque(absent))
             # For these, and as many of the next hint, which may find the worker reading.
-            self._slots.make_spare(model, 2 * len(absent))
+            self._to_spare[model] = 2 * len(absent)
             self._wake.set()
         return len(absent)
 
@@ -95,6 +97,7 @@ class Prefetcher:
             num_failed, pause = 0, _FIRST_PAUSE_SECONDS
             while self._hints:
                 while len(self._loads) >= self._max_loads:
+                    self._make_spare()
                     await asyncio.wait(
                         [load.done for load in self._loads], return_when=asyncio.FIRST_COMPLETED
                     )
@@ -110,8 +113,20 @@ class Prefetcher:
                 if has_room:
                     num_failed, pause = 0, _FIRST_PAUSE_SECONDS
                 elif (num_failed := num_failed + 1) >= len(self._hints):
+                    self._make_spare()
                     await asyncio.sleep(pause)
                     num_failed, pause = 0, min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            self._make_spare()
+
+    def _make_spare(self) -> None:
+        """Choosing what to evict takes longer than starting a read: so it comes after."""
+        while self._to_spare:
+            model, num_records = self._to_spare.popitem()
+            try:
+                if model.state is ModelState.SERVING:
+                    self._slots.make_spare(model, num_records)
+            except Exception:  # a bug of ours, which must not end all prefetching
+                log_failure("making room for hints")
 
     def _next(self) -> _Hint:
         """Whose turn it is."""

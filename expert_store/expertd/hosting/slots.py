@@ -26,7 +26,7 @@ from expertd.shared.extents import Extent, Extents
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.002
 _LOOK_AGAIN_SECONDS = 0.05
-_SPARE_SHARE = 4
+_SPARE_SHARE, _MANY_SHARE = 4, 64
 
 
 class Slots:
@@ -175,10 +175,13 @@ class Slots:
         ``1 / _SPARE_SHARE`` of the budget is kept so.
         """
         size = model.max_record_bytes
-        count = min(num_records, self.budget.num_bytes // _SPARE_SHARE // size)
+        most = self.budget.num_bytes // size
+        count = min(num_records, most // _SPARE_SHARE)
         if self.extents.bytes_free + self._retired_bytes() >= count * size:
             return
         self.refresh()
+        # For several such hints at a time, if it is but few of all: to choose is what takes time.
+        count = max(count, min(4 * num_records, most // _MANY_SHARE))
         while count and not self._evict_for(model, [size] * count, sparing_steps=True):
             count //= 2
 

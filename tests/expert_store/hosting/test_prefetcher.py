@@ -106,6 +106,7 @@ async def test_room_is_made_before_the_worker_reads_the_next_layer(pack: Path) -
         store.slots.refresh()
         hint(worker, 8)
         await until(lambda: worker.model.is_resident(8))
+        worker.publish()  # at the layer's end
         worker.holding = True  # answers no nudge
         hint(worker, 9)
         await until(lambda: worker.model.is_resident(9))
