@@ -17,7 +17,10 @@ Workers are real processes on one daemon that holds all experts of a pack of OLM
 - **Start** is from the process's start to its first token, after a prompt of 16, of the model cut
   to a few layers: ours beside stock `from_pretrained` of a bf16 checkpoint of as many, that is in
   the page cache. Both import torch and transformers, which takes seconds however small the model
-  is, so it is shown with the imports and without.
+  is, so it is shown with the imports and without. Ours are as few as can be (`docs/tuning.md` says
+  which are left), and still most of its start: a third is torch's own. Who starts
+  workers again and again lets a process fork that has imported all (`docs/generating.md`), and
+  pays what is shown without the imports.
 
 Example: python -m bench sharing
 """

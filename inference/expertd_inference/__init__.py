@@ -11,6 +11,7 @@ The names below are imported when they are first used, since torch and transform
 seconds to import and neither ``expert-run --help`` nor a wrong argument needs them.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module defines
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with garbage_kept():
-        module = import_module(f"{__name__}.{_MODULES[name]}")
-    return getattr(module, name)
+    module = f"{__name__}.{_MODULES[name]}"
+    if module not in sys.modules:
+        with garbage_kept():
+            import_module(module)
+    return getattr(import_module(module), name)

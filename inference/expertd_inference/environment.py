@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from expertd_inference.models_scan import quicken_models_scan
+
 UNUSED_PACKAGES = (
     "PIL",
     "bitsandbytes",
@@ -56,6 +58,7 @@ def prepare_environment(*, verbose: bool = False, device: str | None = None) -> 
         for name in UNUSED_PACKAGES + (UNUSED_ON_CPU if device == "cpu" else ()):
             # Python's own way to say that there is no such module; one that is imported stays.
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+        quicken_models_scan()
 
 
 @contextmanager
