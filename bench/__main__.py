@@ -7,6 +7,7 @@ never into docs.
 
 Example: python -m bench sharing spill --dir /var/lib/expertd
          python -m bench --quick --out /tmp/bench
+         python -m bench peers --llama-python ~/llama/bin/python
          python -m bench --page
 """
 
@@ -82,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small and once, to see it work")
     parser.add_argument("--out", type=Path, help="for benchmarks.md and its folder; default: docs")
     parser.add_argument("--dir", type=Path, help="where to write packs; default: $TMPDIR or /tmp")
+    parser.add_argument(
+        "--llama-python",
+        metavar="PYTHON",
+        default="",
+        help="an interpreter that has llama-cpp-python and gguf, for llama.cpp beside ours",
+    )
     parser.add_argument("--page", action="store_true", help="write the page again, measure nothing")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     # One part, in this process: what the others are started with.
@@ -95,6 +102,8 @@ def _in_a_process(name: str, options: argparse.Namespace, out: Path) -> int:
         command.append("--quick")
     if options.dir:
         command += ["--dir", str(options.dir)]
+    if options.llama_python:
+        command += ["--llama-python", options.llama_python]
     return subprocess.run(command, cwd=_ROOT, check=False).returncode
 
 
@@ -110,6 +119,7 @@ def _measure(name: str, options: argparse.Namespace, out: Path) -> None:
             Path(folder),
             status.update,
             traces=tuple(default_traces()),
+            llama_python=options.llama_python,
             **(QUICK if options.quick else {}),
         )
         for what in PARTS[name].run(bench):

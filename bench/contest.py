@@ -14,7 +14,7 @@ Then memory is limited to less than the bf16 model: accelerate offloads to disk 
 in a control group that holds its page cache to the same limit, and ours, whose model in 4 bits is
 smaller, is given half of its experts' size, so that it reads from disk too, past the page cache.
 
-Example: LLAMA_PYTHON=~/llama/bin/python python -m bench peers
+Example: python -m bench peers --llama-python ~/llama/bin/python
 """
 
 import importlib.util
@@ -92,10 +92,10 @@ def _in_memory(
         arguments = {"socket": str(daemon.socket), "model": "m", "threads": threads}
         ours = Peer("ours", arguments, python=sys.executable, environment=os.environ)
         peers[OURS] = stack.enter_context(ours)
-        llama = os.environ.get("LLAMA_PYTHON", "")
+        llama = bench.llama_python
         gguf = bench.folder / "model.gguf"
         if not llama:
-            yield "llama.cpp: LLAMA_PYTHON names no interpreter that has it (docs/peers.md)"
+            yield "llama.cpp: --llama-python names no interpreter that has it (docs/peers.md)"
         else:
             try:
                 make_gguf(llama, gguf, config)
@@ -178,6 +178,7 @@ def _limited(
         except PeerError as error:
             yield f"accelerate with {limit_bytes / _GIB:.1f} GiB of memory: {error}"
             return
+        most_bytes = limit.most_bytes()
         memory = {OFFLOAD: footprint(theirs.pid, pack).total}
         memory[OURS] = footprint(ours.pid, pack).total + footprint(daemon.pid, pack).total
     yield _table(
@@ -185,12 +186,13 @@ def _limited(
         " half of its experts",
         turns,
         memory,
+        f"accelerate's control group held {most_bytes / _GIB:.2f} GiB at most, page cache and all.",
     )
     pairs = list(zip(turns.decode[OURS], turns.decode[OFFLOAD], strict=True))
     yield compared("peers", f"decode from disk: ours / {OFFLOAD}", "tokens/s", pairs)
 
 
-def _table(title: str, turns: Turns, memory: dict[str, int]) -> Table:
+def _table(title: str, turns: Turns, memory: dict[str, int], note: str = "") -> Table:
     def cell(values: list[float]) -> str:
         low, high = quartiles(values)
         return f"{statistics.median(values):.3g} ({low:.3g} to {high:.3g})"
@@ -202,4 +204,5 @@ def _table(title: str, turns: Turns, memory: dict[str, int]) -> Table:
             (name, cell(turns.decode[name]), cell(turns.prompt[name]), f"{memory[name] / _GIB:.2f}")
             for name in turns.decode
         ),
+        note,
     )

@@ -33,6 +33,7 @@ from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.pack.manifest import read_manifest
 from expertd.packing.schemes import choose_scheme
+from expertd.shared.host_memory import memory_available
 from expertd_inference import load_model
 from expertd_inference.decoding import Decoding
 from expertd_inference.kernels.native import NativeKernels
@@ -268,11 +269,7 @@ def _fits(shape: str, layers: int) -> bool:
     inner = config.get("moe_intermediate_size", config["intermediate_size"])
     experts = config.get("num_experts", config.get("num_local_experts"))
     copy = layers * experts * 3 * inner * config["hidden_size"] * 4.5 / 8
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) << 10
-    return bool(3 * copy + _RESERVE_BYTES < available)
+    return bool(3 * copy + _RESERVE_BYTES < memory_available())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,6 +27,8 @@ class Bench:
     pack_bytes: int = 1 << 30
     traces: tuple[Path, ...] = ()
     """Routing traces to replay."""
+    llama_python: str = ""
+    """An interpreter that has llama-cpp-python and gguf; without one llama.cpp is left out."""
     quick: bool = False
     """Everything once and small: to see it work, not to be quoted."""
 

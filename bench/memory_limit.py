@@ -25,10 +25,11 @@ class _Names:
 
     limit: str
     anonymous: str
+    most: str
 
 
-_V1 = _Names("memory.limit_in_bytes", "rss")
-_V2 = _Names("memory.max", "anon")
+_V1 = _Names("memory.limit_in_bytes", "rss", "memory.max_usage_in_bytes")
+_V2 = _Names("memory.max", "anon", "memory.peak")
 
 
 class MemoryLimit:
@@ -69,6 +70,10 @@ class MemoryLimit:
         """What the group has that is no file's."""
         rows = (self._path / "memory.stat").read_text().splitlines()
         return next(int(row.split()[1]) for row in rows if row.split()[0] == self._names.anonymous)
+
+    def most_bytes(self) -> int:
+        """The most that the group had at a time, page cache included."""
+        return int((self._path / self._names.most).read_text())
 
     def set(self, num_bytes: int) -> None:
         """From now on all of it together takes so much at most. Raises NoLimitError."""

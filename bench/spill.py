@@ -63,7 +63,7 @@ class Plan:
 
     shares: Sequence[float] = SHARES
     turns: int = 3
-    turn_seconds: float = 4.0
+    turn_seconds: float = 3.0
     layers: int = SHAPES[SHAPE]["num_hidden_layers"]
     overrides: dict[str, Any] = field(
         default_factory=lambda: {"num_experts_per_tok": EXPERTS_PER_TOKEN}
