@@ -10,10 +10,11 @@ Workers are real processes on one daemon that holds all experts of a pack of OLM
   leaves out these two, which the second table shows, and programs and libraries, which any process
   of Python has; in it are the arena, directory and session pages, the mapped trunk, and the whole
   daemon.
-- **Speed** is beside workers whose experts lie in private memory of each, in huge pages where the
-  host has them, all else being the same. They run in turns with as many of ours, of as many
-  threads. Where private copies would not fit beside the rest, the sum of the most that did stands
-  for them.
+- **Speed** is beside workers whose experts lie in private memory of each, all else being the same.
+  They run in turns with as many of ours, of as many threads. Where private copies would not fit
+  beside the rest, the sum of the most that did stands for them. Then private copies are moved to
+  huge pages, which the arena has, too, where the host's setting for shared memory allows it
+  (`docs/tuning.md`): a row says how much of it had them.
 - **Start** is from the process's start to its first token, after a prompt of 16, of the model cut
   to a few layers: ours beside stock `from_pretrained` of a bf16 checkpoint of as many, that is in
   the page cache. Both import torch and transformers, which takes seconds however small the model
@@ -54,6 +55,7 @@ _PRIVATE = (1, 2, 4)
 _RESERVE_BYTES = 2 << 30
 _WORKER_BYTES = 700 << 20
 _SETTLE_SECONDS = 0.5
+_ROUNDS = 6
 _GIB, _MIB = 1 << 30, 1 << 20
 
 
@@ -106,8 +108,11 @@ def measure(bench: Bench) -> Iterator[Figure | Table | Plot | str]:
         else:
             _window(private, bench)
             copies = [footprint(each.pid, pack) for each in private]
+            if 2 * copies[0].shared > footprint(ours[0].pid, pack).shared:
+                raise RuntimeError(f"the copies of the experts are not private: {copies}")
             yield _memory_plot(memory, copies)
             yield from _speed(bench, counts, ours, private)
+            yield from _beside_huge(bench, daemon.socket, ours, private)
     yield from _start(bench)
 
 
@@ -135,7 +140,7 @@ def _worker(socket: Path, *, private: bool) -> Peer:
 
 def _window(workers: Sequence[Peer], bench: Bench) -> list[float]:
     """Tokens per second of each, generating at the same time."""
-    seconds = 0.5 if bench.quick else 2.0
+    seconds = 0.5 if bench.quick else 1.5
     # Prompts first: all are past theirs when the counting begins.
     begin = time.monotonic() + (0.3 if bench.quick else 0.5 + 0.25 * len(workers))
     for each in workers:
@@ -219,7 +224,7 @@ def _speed(
     ]
     groups += [_Group(count, cores) for count in counts if max(1, cores // count) != cores]
     sums: dict[_Group, list[float]] = {group: [] for group in groups}
-    rounds = min(4, bench.rounds)
+    rounds = _rounds(bench)
     for number in range(rounds):
         for group in groups if number % 2 else reversed(groups):
             copies = " with private copies" if group.private else ""
@@ -267,6 +272,34 @@ def _speed(
             _curve("private copies", [each for each in groups if each.private], sums, dashed=True),
         ),
     )
+
+
+def _beside_huge(
+    bench: Bench, socket: Path, ours: Sequence[Peer], private: Sequence[Peer]
+) -> Iterator[Figure | str]:
+    """As many as there are cores, of one thread each; private copies in huge pages."""
+    count = min(os.cpu_count() or 1, len(ours), len(private))
+    for each in private[:count]:
+        bench.say("sharing: private copies to huge pages")
+        if problem := each.ask("huge")["problem"]:
+            yield f"speed beside private copies in huge pages: there are none ({problem})"
+            return
+    for each in (*ours[:count], *private[:count]):
+        each.ask("threads 1")
+    turns: list[tuple[float, float]] = []
+    for _ in range(_rounds(bench)):
+        mine, theirs = (sum(_window(each[:count], bench)) / count for each in (ours, private))
+        turns.append((mine, theirs))
+    with Client(socket) as store:
+        arena = store.stats()["arena"]
+    share = arena["huge_pages"] / arena["bytes_total"]
+    name = _named(_Group(count, 1))
+    what = f"{name}, {share:.0%} of the arena in huge pages: each / private copies, all in them"
+    yield compared("sharing", what, "tokens/s", turns)
+
+
+def _rounds(bench: Bench) -> int:
+    return min(_ROUNDS, bench.rounds)
 
 
 def _named(group: _Group) -> str:

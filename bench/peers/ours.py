@@ -10,6 +10,7 @@ whose tokens between these two times of the monotonic clock are counted.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,9 @@ def run(socket: str, model: str, threads: int, *, private: bool = False) -> None
             case "threads":
                 torch.set_num_threads(int(numbers[0]))
                 _say()
+            case "huge":
+                session = loaded.expertd.session
+                _say(problem=make_huge(session.arena_address, session.arena_bytes))
             case "prompt":
                 ids = torch.randint(10, vocab, (1, int(numbers[0])), generator=generator)
                 began = time.monotonic()
@@ -141,9 +145,19 @@ def take_private(address: int, num_bytes: int) -> None:
     here = checked(
         libc.mmap(ctypes.c_void_p(address), size(num_bytes), rights, private | fixed, -1, size(0))
     )
-    libc.madvise(ctypes.c_void_p(here), size(num_bytes), mmap.MADV_HUGEPAGE)
     ctypes.memmove(here, moved, num_bytes)
     libc.munmap(ctypes.c_void_p(moved), size(num_bytes))
+
+
+def make_huge(address: int, num_bytes: int) -> str:
+    """Moves private memory to huge pages, at once; why it cannot be, or nothing."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    for advice in (14, 25):  # MADV_HUGEPAGE, MADV_COLLAPSE: not all in Python's mmap
+        if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), advice):
+            return os.strerror(ctypes.get_errno())
+    return ""
 
 
 def _own_bytes() -> int:
