@@ -116,9 +116,9 @@ def measure(bench: Bench) -> Iterator[Figure | Table | Plot | str]:
     yield from _start(bench)
 
 
-def fill(socket: Path, manifest: Manifest) -> None:
-    """Has the daemon read every expert."""
-    with Client(socket) as store, store.attach("m") as session:
+def fill(socket: Path, manifest: Manifest, model: str = "m") -> None:
+    """Has the daemon read every expert, or the last of them that fit."""
+    with Client(socket) as store, store.attach(model) as session:
         for layer in manifest.layers:
             for lease in session.waves(layer.layer, range(layer.num_experts)):
                 lease.release()

@@ -3,11 +3,14 @@
 import ctypes
 import mmap
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
 
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+_libc = ctypes.CDLL(None)
 _PY_BUFFER_BYTES = 128  # More than a Py_buffer has; its first member is the address.
 
 
@@ -32,9 +35,36 @@ class ArenaMapping:
         # A finalizer runs before the attributes go, and with them the memory.
         weakref.finalize(self, call).atexit = False
 
+    def enter_pages(self, extents: Iterable[tuple[int, int]]) -> threading.Thread:
+        """Has a thread enter these (offset, bytes) into this process's page table; it is returned.
+
+        They must be in memory: what is not there would be made. Before Linux 5.14 nothing happens.
+        The mapping lives no longer for it.
+        """
+        thread = threading.Thread(
+            target=_enter_pages,
+            args=(weakref.ref(self), [*extents]),
+            name="expertd-page-table",
+            daemon=True,
+        )
+        thread.start()
+        return thread
+
     def is_of(self, descriptor: int, num_bytes: int) -> bool:
         """Whether it maps that very file, and as much of it."""
         return _identity(descriptor) == self.identity and len(self.records) == num_bytes
+
+
+def _enter_pages(mapping: "weakref.ref[ArenaMapping]", extents: Iterable[tuple[int, int]]) -> None:
+    for offset, num_bytes in extents:
+        mapped = mapping()
+        if mapped is None:
+            return
+        # ctypes lets go of the interpreter's lock meanwhile.
+        address, size = ctypes.c_void_p(mapped.address + offset), ctypes.c_size_t(num_bytes)
+        if _libc.madvise(address, size, _MADV_POPULATE_READ):
+            return
+        del mapped
 
 
 def _identity(descriptor: int) -> tuple[int, int]:

@@ -58,7 +58,7 @@ class BaseSession:
         self.host_hits = 0
         self.nvme_misses = 0
         self.remote_misses = 0
-        self._detached = False
+        self._detached = self._enters_pages = False
         self._take(attachment, model)
 
     def __repr__(self) -> str:
@@ -171,6 +171,23 @@ class BaseSession:
         """
         self._mapping.before_unmapping(call)
 
+    def enter_pages(self) -> None:
+        """Begins to enter what is resident into this process's page table, in a thread.
+
+        The first touch of each 4 KiB of a mapping costs a fault otherwise, which takes longer than
+        computing with them. For who reads whatever is asked of it, as a worker on the CPU. Does
+        nothing in a session that has copies.
+        """
+        if isinstance(self._mapping, Mapping):
+            self._enters_pages = True
+            self._mapping.enter_pages(
+                [
+                    layer.layout.record_bytes
+                    for layer in self._model.layers.values()
+                    for _ in range(layer.num_experts)
+                ]
+            )
+
     def _find(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
         """The directory words of those that are resident, while a lease is held."""
         entries = self._entries_of(layer, experts)
@@ -194,6 +211,8 @@ class BaseSession:
         # Not at exit: the system closes the connection then, and earlier than we would.
         self._finalizer = weakref.finalize(self, attachment.hang_up)
         self._finalizer.atexit = False
+        if self._enters_pages:
+            self.enter_pages()
 
     def _acquire_resident(self, layer: int, experts: Sequence[int]) -> Lease | None:
         """The hit path: a lease if all experts are resident."""

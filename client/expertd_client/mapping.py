@@ -18,7 +18,7 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.directory import ABSENT, HEADER_WORDS, DirectoryView
+from expertd.shared.directory import ABSENT, HEADER_WORDS, DirectoryView, unpack_word
 from expertd.shared.session_page import SessionPage
 from expertd_client.arena_mapping import ArenaMapping, address_of
 
@@ -213,6 +213,17 @@ class Mapping:
     def anything_absent(self) -> bool:
         """Whether any entry is not resident just now."""
         return ABSENT in self._entries[: self.num_entries]
+
+    def enter_pages(self, record_bytes: Sequence[int]) -> threading.Thread:
+        """See :meth:`expertd_client.Session.enter_pages`; the bytes are by entry."""
+        if self._arena_mapping is None:
+            raise state_error(self._state)
+        # One that is evicted meanwhile leaves memory of the arena behind, like any other.
+        return self._arena_mapping.enter_pages(
+            (location.offset, num_bytes)
+            for word, num_bytes in zip(self._entries, record_bytes, strict=False)
+            if (location := unpack_word(word)) is not None
+        )
 
     def touch(self, entries: Sequence[int], missed: set[int] | frozenset[int]) -> None:
         """Tells the daemon of accesses; ``missed`` are those that had to be fetched."""

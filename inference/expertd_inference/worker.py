@@ -71,6 +71,8 @@ class Worker:
         settings = device or DeviceSettings()
         devices = open_devices(self.manifest, settings, say)
         self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
+        if not devices:
+            session.enter_pages()  # while the trunk is loaded
         # Of the reference every step would dequantize the trunk anew.
         native = not devices and not isinstance(self.kernels, ReferenceKernels)
         # A device's name is torch's, or the fake's, whose trunk is computed by the CPU.

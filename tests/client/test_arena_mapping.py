@@ -1,6 +1,8 @@
 """One mapping of the arena for several sessions in turn, as long as it is the same arena."""
 
 import os
+import struct
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,7 @@ from expertd.errors import SessionLostError
 from expertd.shared.arena_trailer import TRAILER_BYTES
 from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping, State
-from tests.client.shared_memory import SharedMemory, shared_memory
+from tests.client.shared_memory import ARENA_PAGES, PAGE, SharedMemory, shared_memory
 
 
 def test_the_same_arena_is_used_again(shared: SharedMemory) -> None:
@@ -21,6 +23,37 @@ def test_the_same_arena_is_used_again(shared: SharedMemory) -> None:
     assert second.arena_address == address
     shared.arena[:5] = b"bytes"
     assert bytes(second.arena[:5]) == b"bytes"
+
+
+def entered(address: int, num_pages: int) -> set[int]:
+    """Which of these pages this process's page table has."""
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+        file.seek(address // PAGE * 8)
+        words = struct.unpack(f"{num_pages}Q", file.read(8 * num_pages))
+    return {number for number, word in enumerate(words) if word >> 63}
+
+
+def test_what_is_resident_is_entered_into_the_page_table(shared: SharedMemory) -> None:
+    num_bytes = ARENA_PAGES * PAGE
+    shared.arena[:num_bytes] = bytes(num_bytes)
+    shared.publish(1, 5)
+    shared.publish(3, 40)
+    mapping = shared.mapping()
+    assert not {5, 20, 40} & entered(mapping.arena_address, ARENA_PAGES)
+    mapping.enter_pages([PAGE, 2 * PAGE, PAGE, 3 * PAGE]).join(10)
+    assert {5, 6, 40, 41, 42} <= entered(mapping.arena_address, ARENA_PAGES)
+    assert 20 not in entered(mapping.arena_address, ARENA_PAGES), "nothing else"
+
+
+def test_nothing_is_entered_of_what_is_let_go(shared: SharedMemory) -> None:
+    arena = ArenaMapping(shared.descriptors[0], shared.sizes["arena_bytes"])
+    unmapped: list[bool] = []
+    arena.before_unmapping(lambda: unmapped.append(True))
+    thread = arena.enter_pages((0, PAGE) for _ in range(100_000))
+    del arena
+    thread.join(10)
+    assert not thread.is_alive()
+    assert unmapped, "the thread does not keep it"
 
 
 def test_another_is_not(shared: SharedMemory) -> None:
