@@ -39,10 +39,11 @@ def test_what_is_resident_is_entered_into_the_page_table(shared: SharedMemory) -
     shared.publish(1, 5)
     shared.publish(3, 40)
     mapping = shared.mapping()
-    assert not {5, 20, 40} & entered(mapping.arena_address, ARENA_PAGES)
+    assert not {5, 23, 40} & entered(mapping.arena_address, ARENA_PAGES)
     mapping.enter_pages([PAGE, 2 * PAGE, PAGE, 3 * PAGE]).join(10)
     assert {5, 6, 40, 41, 42} <= entered(mapping.arena_address, ARENA_PAGES)
-    assert 20 not in entered(mapping.arena_address, ARENA_PAGES), "nothing else"
+    # The kernel enters up to 15 neighbours, too.
+    assert 23 not in entered(mapping.arena_address, ARENA_PAGES), "nothing far from them"
 
 
 def test_nothing_is_entered_of_what_is_let_go(shared: SharedMemory) -> None:
