@@ -14,7 +14,9 @@ from tests.daemon import serving
 from tests.expert_store.serving.watching import assert_serves
 from tests.handmade import make_pack
 
-REQUIREMENTS = Path(__file__).parents[2] / "deploy/requirements.txt"
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = ROOT / "deploy/requirements.txt"
+CHECKPOINT = ROOT / "examples/tiny-mixtral"
 # Finds no module of what a daemon's host need not have, as if it were not installed.
 HIDE = """
 import sys
@@ -94,7 +96,7 @@ def test_numpy_starts_no_threads(lean: dict[str, str]) -> None:
 
 
 def test_packing_says_what_is_missing(lean: dict[str, str], tmp_path: Path) -> None:
-    done = run(lean, "pack", tmp_path, tmp_path / "new")
+    done = run(lean, "pack", CHECKPOINT, tmp_path / "new")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "not installed" in done.stderr
 

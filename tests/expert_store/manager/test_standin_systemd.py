@@ -19,6 +19,9 @@ import asyncio, os, signal, sys
 from expertd.manager.systemd import Manager
 
 async def main():
+    stop = asyncio.Event()
+    # Before it is ready, since whoever waits for that may stop it at once.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     manager = Manager.take()
     passed = sorted(name for name, _ in manager.take_rest())
     fds = [os.memfd_create(str(i)) for i in range(3)]
@@ -33,8 +36,6 @@ async def main():
         await manager.remove("fd-0")
         await manager.barrier()
         print("removed", flush=True)
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     while not stop.is_set():
         if sys.argv[1] != "deaf":
             await manager.alive()
