@@ -50,7 +50,7 @@ TARGETS = {
     ],
     "avx512bf16": [
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2",
-        "-mavx512bf16", "-mfma", "-mf16c", "-mbmi2",
+        "-mavx512bf16", "-mavx512vnni", "-mfma", "-mf16c", "-mbmi2",
         *_FUSED,
     ],
 }  # fmt: skip

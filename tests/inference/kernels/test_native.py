@@ -121,6 +121,34 @@ def test_linear(isa: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g16", "3g64", "2g16"])
+def test_small_activations_beside_large_ones(isa: str, precision: str) -> None:
+    # Some kernels take a group's activations as multiples of a 32,768th of its largest.
+    weight = quantized(64, 256, precision)
+    x = inputs(3, 256, torch.bfloat16)
+    x[:, ::64] *= 1000
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+    rounded = dequantize(weight.matrix, weight.parts, torch.float32).double().abs().sum(1)
+    allowed = exact.abs() * 2**-8 + rounded * x.abs().max().item() * 2**-16
+    assert ((NativeKernels().linear(x, weight).double() - exact).abs() <= allowed).all()
+    # Without the large ones they count as always.
+    x[:, ::64] = 0
+    assert_exact(NativeKernels().linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "3g64", "2g16"])
+def test_a_power_of_two_changes_no_digit(isa: str, precision: str) -> None:
+    weight = quantized(64, 256, precision)
+    x = inputs(2, 256, torch.bfloat16)
+    expected = NativeKernels().linear(x, weight)
+    for power in (2.0**-60, 2.0**60):
+        assert torch.equal(NativeKernels().linear(x * power, weight), expected * power)
+    none = NativeKernels().linear(x * 0, weight)
+    assert torch.equal(none, torch.zeros_like(none))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("kind", list(ActivationKind))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations(isa: str, kind: ActivationKind, dtype: torch.dtype) -> None:
@@ -209,7 +237,7 @@ def test_the_sum_is_torch_s(k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("precision", ["16", "4g64", "2g16m", "mxfp4"])
+@pytest.mark.parametrize("precision", ["16", "8g64", "4g64", "2g16m", "mxfp4"])
 def test_nan_stays_in_its_token(isa: str, precision: str) -> None:
     layer = layer_of(4, 64, 64, precision, torch.bfloat16)
     hidden = inputs(3, 64, torch.bfloat16)

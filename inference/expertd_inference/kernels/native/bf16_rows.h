@@ -1,16 +1,13 @@
 // Activations as the bfloat16 products of variant_avx512bf16.cpp want them.
 #pragma once
 
-#include <immintrin.h>
-
-#include "generic.h"
+#include "fixed_rows.h"
 
 namespace {
 
-constexpr int64_t COLUMNS = 64; // of a unit, in a register
-// Far enough that DRAM has answered. The processor's own prefetching ends at a page; of 4, 6, 8 and
-// 12 KiB, 6 was best where it was measured.
-constexpr int64_t AHEAD = 6144, SCALES_AHEAD = 512;
+// Far enough that DRAM has answered, where the processor's own prefetching ends at a page. 3 and 6
+// KiB were equally good.
+constexpr int64_t AHEAD = 3072, SCALES_AHEAD = 512;
 
 bool is_fast(const Matrix& m, int32_t type) {
     return type == BF16 && (m.format >= HQQ8 || m.format == BF16);
@@ -18,9 +15,7 @@ bool is_fast(const Matrix& m, int32_t type) {
 
 // Where a field of row `k` lies in its word; see bf16_words.h.
 constexpr int field_bit(int32_t format, int k) {
-    if (format == HQQ2) return k % 2 ? 3 : 5;
-    if (format == HQQ3) return k < 4 ? 4 : 0;
-    return 3;
+    return format == HQQ3 ? (k < 4 ? 4 : 0) : (k % 2 ? 3 : 5);
 }
 
 // The power of two that a field at such a bit has above it. It counts 1 in the field's lowest bit.
@@ -32,29 +27,31 @@ constexpr bool has_start(int32_t format, int k) { return format == HQQ3 && k >= 
 
 // What the integers of row `k` have too much in the end, which is added to their zeros.
 constexpr float excess(int32_t format, int k) {
-    if (format == HQQ8) return power_above(3) * (1 + 16); // in two fields
+    if (is_fixed(format)) return 0;
     return power_above(field_bit(format, format == HQQ3 ? 0 : k));
 }
 
 // Registers of 64 columns of activations.
 constexpr int64_t num_registers(int32_t format) { return format == HQQ3 ? 3 : 2; }
 
-int64_t num_vectors(const Matrix& m) { return (m.columns + COLUMNS - 1) / COLUMNS; }
-
-int64_t num_groups(const Matrix& m) { return m.columns / m.group_size; }
-
 // Of activations prepared for a quantized matrix: for each 64 columns the even ones and the odd
-// ones, of 3 bit also where sums begin; then the groups' sums, padded with zeros to 16. It is less
-// than generic::prepared_bytes.
+// ones, of 3 bit also where sums begin; then the groups' sums, padded with zeros to 16. Or what
+// fixed_rows.h has.
 struct Row {
     const __m512i* columns;
-    const float* sums;
+    const float *sums, *factors; // the latter of fixed-point ones
 };
 
 Row row_of(const Matrix& m, const uint8_t* prepared) {
     const auto* columns = reinterpret_cast<const __m512i*>(prepared);
     const auto* end = columns + num_registers(m.format) * num_vectors(m);
-    return {columns, reinterpret_cast<const float*>(end)};
+    const auto* sums = reinterpret_cast<const float*>(end);
+    return {columns, sums, sums + round_up(num_groups(m), 16)};
+}
+
+int64_t prepared_bytes(const Matrix& m) {
+    const int64_t others = generic::prepared_bytes(m);
+    return is_fixed(m.format) ? std::max(others, fixed_bytes(m)) : others;
 }
 
 // 64 columns, of which `count` are there.
@@ -84,6 +81,7 @@ void prepare(const Matrix& m, const float* row, int32_t type, uint8_t* prepared)
         memset(out + m.columns, 0, (padded - m.columns) * 2);
         return;
     }
+    if (is_fixed(m.format)) return prepare_fixed(m, row, prepared);
     const int64_t step = num_registers(m.format) * 64;
     for (int64_t column = 0; column < m.columns; column += COLUMNS, prepared += step)
         prepare_columns(row + column, std::min(COLUMNS, m.columns - column), m.format, prepared);

@@ -1,5 +1,5 @@
-// Weights of quantized matrices as bfloat16s, by a shift for several rows and one operation each:
-// no conversion, and but for MXFP4 no table.
+// Weights of 3-bit, 2-bit and MXFP4 matrices as bfloat16s, by a shift for several rows and one
+// operation each: no conversion, and but for MXFP4 no table.
 //
 // 64 bytes of a unit are taken as 32 words. A word's low byte is an even column, its high byte the
 // odd one after it, and both hold a field of each row. Of a word shifted so that a field lies among
@@ -64,7 +64,10 @@ INLINE Words<FORMAT> load(const Places& from, int64_t column, __mmask64 mask) {
         return {{a, right<8>(a), b, right<8>(b), c, right<8>(c), d, right<8>(d)}};
     } else if constexpr (FORMAT == MXFP4) {
         return {{low, right<4>(low), right<8>(low), right<12>(low)}};
-    } else return {{left<3>(low), right<1>(low), right<5>(low), right<9>(low)}};
+    } else {
+        static_assert(FORMAT == HQQ2, "the others need no words");
+        return {{left<3>(low), right<1>(low), right<5>(low), right<9>(low)}};
+    }
 }
 
 // The bits of `mask` in `words`, above them those of `power`.
@@ -98,7 +101,7 @@ template <int32_t FORMAT, int K, int ODD> INLINE __m512i weights_of(const Words<
     if constexpr (FORMAT == MXFP4) return e2m1(word);
     else {
         constexpr int BIT = field_bit(FORMAT, K);
-        constexpr int BITS = FORMAT == HQQ2 ? 2 : FORMAT == HQQ3 ? 3 : 4;
+        constexpr int BITS = FORMAT == HQQ2 ? 2 : 3;
         return field(word, ((1 << BITS) - 1) << BIT, power_bits(power_above(BIT)));
     }
 }

@@ -28,7 +28,8 @@ bool has_avx512() {
 bool has_avx512bf16() {
 #if defined(__x86_64__)
     return has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif
