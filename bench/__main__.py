@@ -13,6 +13,7 @@ Example: python -m bench sharing spill --dir /var/lib/expertd
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,10 @@ def _in_a_process(name: str, options: argparse.Namespace, out: Path) -> int:
         command += ["--dir", str(options.dir)]
     if options.llama_python:
         command += ["--llama-python", options.llama_python]
-    return subprocess.run(command, cwd=_ROOT, check=False).returncode
+    # Threads of torch that spin while they wait would take the cores from a worker's; and it is set
+    # before anything imports torch. Other programs have an environment of their own (bench.peer).
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=_ROOT, check=False, env=environment).returncode
 
 
 def _measure(name: str, options: argparse.Namespace, out: Path) -> None:
@@ -112,7 +116,8 @@ def _measure(name: str, options: argparse.Namespace, out: Path) -> None:
     command = f"python -m bench {name}" + (" --quick" if options.quick else "")
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-        console.status(name) as status,
+        # Redrawn seldom, since that takes processor time from what is measured.
+        console.status(name, refresh_per_second=1) as status,
         new_result(name, command, quick=options.quick) as result,
     ):
         bench = Bench(

@@ -9,15 +9,11 @@ measured; the goal is a quarter.
 Example: python -m bench advise --dir /var/lib/expertd
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# Before torch: its threads must sleep while ours compute, as in expert-run.
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 import torch
 import transformers
