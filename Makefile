@@ -7,7 +7,7 @@
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make docs    the pages of docs as a site in build/docs, their links checked
 #   make proto   regenerate the protobuf code, and docs/rpc.md
-#   make bench   what docs/benchmarks.md shows, measured here (20 minutes; BENCH=quick: 3;
+#   make bench   what docs/benchmarks.md shows, measured here (20 to 30 minutes; BENCH=quick: 3;
 #                LLAMA=PYTHON, an interpreter that has llama.cpp, for it beside ours)
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-store  what the store costs on this host, beside its limits (minutes)

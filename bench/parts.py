@@ -60,16 +60,16 @@ PARTS = {
             ("--part", "experts"),
             ("--shape", "qwen3-30b-a3b", "--rounds", "1", "--bytes", str(64 << 20)),
         ),
-        Part("quality", "Quality and size (the paper's Table 1)", "bench.quality", 4),
+        Part("quality", "Quality and size (the paper's Table 1)", "bench.quality", 7),
         Part("routing", "Caches and guesses (the paper's Figure 2)", "bench.routing", 2),
         Part(
             "ablation", "The paper's ablation (its Table 2), from disk to RAM", "bench.ablation", 3
         ),
         Part(
-            "advise", "What expert-run advise predicts, beside what is measured", "bench.advise", 2
+            "advise", "What expert-run advise predicts, beside what is measured", "bench.advise", 3
         ),
         Part("spill", "More model than RAM", "bench.spill", 6),
-        Part("sharing", "One copy for many workers", "bench.sharing", 3),
+        Part("sharing", "One copy for many workers", "bench.sharing", 5),
         Part("peers", "Other programs beside ours", "bench.contest", 5),
     )
 }
