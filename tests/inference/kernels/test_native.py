@@ -137,6 +137,16 @@ def test_small_activations_beside_large_ones(isa: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64"])
+def test_the_largest_activation_has_all_digits(isa: str, precision: str) -> None:
+    # 32,640 in 16-bit fixed point, one more than two signed bytes hold.
+    weight = quantized(64, 256, precision)
+    x = torch.full((2, 256), 2 - 2**-7, dtype=torch.bfloat16)
+    x[1] *= -1
+    assert_exact(NativeKernels().linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("precision", ["8g64", "4g64", "3g64", "2g16"])
 def test_a_power_of_two_changes_no_digit(isa: str, precision: str) -> None:
     weight = quantized(64, 256, precision)
