@@ -25,6 +25,7 @@ from rich.console import Console
 from bench.figures import Bench, Figure
 from bench.page import write_page
 from bench.parts import PARTS
+from bench.progress import progress
 from bench.results import new_result, write_result
 from bench.store import QUICK, default_traces, show
 
@@ -116,8 +117,7 @@ def _measure(name: str, options: argparse.Namespace, out: Path) -> None:
     command = f"python -m bench {name}" + (" --quick" if options.quick else "")
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-        # Redrawn seldom, since that takes processor time from what is measured.
-        console.status(name, refresh_per_second=1) as status,
+        progress(console, name) as status,
         new_result(name, command, quick=options.quick) as result,
     ):
         bench = Bench(

@@ -29,6 +29,7 @@ from rich.console import Console
 
 from bench.figures import Figure, compared, counted
 from bench.peer import CONTEXT, Peer, PeerError, make_gguf
+from bench.progress import progress
 from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.pack.manifest import read_manifest
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.llama_python:
         console.print("without --llama-python PATH only ours is measured", highlight=False)
     figures: list[Figure] = []
-    with console.status("starting") as status:
+    with progress(console, "starting") as status:
         for shape in options.shape or LAYERS:
             with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder:
                 for figure in measure(shape, options, Path(folder), status.update):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from bench.figures import Bench, Figure, compared, counted
+from bench.progress import progress
 from bench.store import show
 from tests.daemon import serving
 
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-        console.status("starting") as status,
+        progress(console, "starting") as status,
     ):
         for name in options.only or MODELS:
             place = Path(folder) / name

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import Bench, Figure
+from bench.progress import progress
 
 PARTS = ("residency", "cold", "hints", "hits", "calls", "restart")
 QUICK = {"rounds": 1, "seconds": 0.3, "pack_bytes": 4 << 20, "quick": True}
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: list[Figure] = []
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-        console.status("starting") as status,
+        progress(console, "starting") as status,
     ):
         for part in options.only or PARTS:
             # Short: a Unix socket's path may have 107 bytes at most.
