@@ -97,7 +97,7 @@ bench-quantize: setup
 	@$(BIN)/python -m bench.quantize
 
 # A GPU host's own Python, which has its torch: no virtual environment, no network.
-GPU_PYTHON = PYTHONPATH="$(CURDIR)/proto:$(CURDIR)/expert_store:$(CURDIR)/client:$(CURDIR)/inference:$$PYTHONPATH" \
+GPU_PYTHON = PYTHONPATH="$(CURDIR)/proto:$(CURDIR)/expert_store:$(CURDIR)/client:$(CURDIR)/inference:$(CURDIR)/tests/doubles:$$PYTHONPATH" \
 	$(PYTHON)
 
 gpu-test:

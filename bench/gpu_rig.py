@@ -14,7 +14,7 @@ from bench.synthetic import make_pack
 from expertd_client import Client, Session
 from expertd_inference import EmbeddedDaemon
 from expertd_inference.device.device import Device
-from expertd_inference.device.fake import FakeDevice
+from expertd_testing.fake_device import FakeDevice
 
 TINY: dict[str, Any] = {
     "hidden_size": 128,

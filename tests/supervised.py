@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertd.manager.standin_systemd import StandInSystemd
 from expertd.shared.handshake import ATTACH_SOCKET
+from expertd_testing.standin_systemd import StandInSystemd
 
 
 class Supervised(StandInSystemd):

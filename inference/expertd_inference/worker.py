@@ -75,7 +75,7 @@ class Worker:
             session.enter_pages()  # while the trunk is loaded
         # Of the reference every step would dequantize the trunk anew.
         native = not devices and not isinstance(self.kernels, ReferenceKernels)
-        # A device's name is torch's, or the fake's, whose trunk is computed by the CPU.
+        # A device whose tensors lie with the CPU's leaves the trunk there, too.
         placed = {
             layer: str(device.torch_device)
             for layer, device in devices.items()

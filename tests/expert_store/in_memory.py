@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import expertd.store
-from expertd.disk.faulty import FaultyFile
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.session import Session
 from expertd.settings.config import ServeConfig
@@ -18,6 +17,7 @@ from expertd.shared.arena import Arena
 from expertd.shared.directory import unpack_word
 from expertd.shared.handshake import Role
 from expertd.store import Store
+from expertd_testing.faulty_disk import FaultyFile
 from tests.handmade import PAGE, record
 
 

@@ -19,6 +19,8 @@ from tests.inference.greedy import greedy
 Make = Callable[..., Any]
 
 COMMAND = [sys.executable, "-c", "from expertd_inference.cli import main; main()"]
+ON_FAKES = [sys.executable, "-m", "expertd_testing.expert_run"]
+"""The command that also offers fake devices."""
 AT_ONCE = [
     sys.executable,
     "-c",
@@ -29,9 +31,8 @@ AT_ONCE = [
 
 
 def run(
-    *arguments: str | Path, stdin: bytes | None = None, at_once: bool = False
+    *arguments: str | Path, stdin: bytes | None = None, command: list[str] = COMMAND
 ) -> subprocess.CompletedProcess[str]:
-    command = AT_ONCE if at_once else COMMAND
     done = subprocess.run(
         [*command, *map(str, arguments)], input=stdin, capture_output=True, timeout=120
     )
@@ -56,9 +57,9 @@ def daemon(packed: Make) -> Iterator[Daemon]:
 
 
 def generate(
-    daemon: Daemon, *arguments: str | Path, at_once: bool = False
+    daemon: Daemon, *arguments: str | Path, command: list[str] = COMMAND
 ) -> subprocess.CompletedProcess[str]:
-    return run("generate", "--socket", daemon.socket, *arguments, at_once=at_once)
+    return run("generate", "--socket", daemon.socket, *arguments, command=command)
 
 
 PROMPT = "def read_lines(path):"
@@ -157,19 +158,19 @@ def test_interrupted_while_it_loads(daemon: Daemon) -> None:
 
 
 def test_no_daemon(tmp_path: Path) -> None:
-    done = run("generate", "--socket", tmp_path, "--model", "m", "-p", "x", at_once=True)
+    done = run("generate", "--socket", tmp_path, "--model", "m", "-p", "x", command=AT_ONCE)
     assert_refused(done, str(tmp_path))
 
 
 def test_socket_that_nobody_serves(packed: Make) -> None:
     with serving({"m": packed("mixtral")}) as daemon:
         daemon.kill()
-        done = generate(daemon, "--model", "m", "-p", "x", at_once=True)
+        done = generate(daemon, "--model", "m", "-p", "x", command=AT_ONCE)
         assert_refused(done, str(daemon.socket))
 
 
 def test_unknown_model(daemon: Daemon) -> None:
-    done = generate(daemon, "--model", "nope", "-p", "x", at_once=True)
+    done = generate(daemon, "--model", "nope", "-p", "x", command=AT_ONCE)
     assert_refused(done, "'nope'; there are: mixtral, tiny")
 
 
@@ -186,12 +187,12 @@ def test_unknown_model(daemon: Daemon) -> None:
     ],
 )
 def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
-    assert_refused(run("generate", "-p", "x", *arguments, at_once=True), message)
+    assert_refused(run("generate", "-p", "x", *arguments, command=AT_ONCE), message)
 
 
 def test_ram_too_small(packed: Make) -> None:
     arguments = ("--embedded", packed("mixtral"), "--ram", "100KiB")
-    done = run("generate", "-p", "x", *arguments, at_once=True)
+    done = run("generate", "-p", "x", *arguments, command=AT_ONCE)
     assert_refused(done, "too small")
 
 
@@ -200,7 +201,7 @@ def test_chat_without_template(daemon: Daemon) -> None:
 
 
 def test_prompt_that_is_no_text(daemon: Daemon) -> None:
-    done = run("generate", "--socket", daemon.socket, "-p", "-", stdin=b"\xff\xfe", at_once=True)
+    done = run("generate", "--socket", daemon.socket, "-p", "-", stdin=b"\xff\xfe", command=AT_ONCE)
     assert_refused(done, "not UTF-8")
 
 
@@ -217,7 +218,7 @@ def test_prompt_that_is_no_text(daemon: Daemon) -> None:
     ],
 )
 def test_usage(arguments: tuple[str, ...]) -> None:
-    done = run("generate", *arguments, at_once=True)
+    done = run("generate", *arguments, command=AT_ONCE)
     assert done.returncode == 2
     assert "Error" in done.stderr
     assert "Traceback" not in done.stderr
@@ -225,11 +226,11 @@ def test_usage(arguments: tuple[str, ...]) -> None:
 
 def test_help_and_version_come_at_once() -> None:
     for arguments in (["--help"], ["generate", "--help"], ["advise", "--help"], ["--version"]):
-        done = run(*arguments, at_once=True)
+        done = run(*arguments, command=AT_ONCE)
         assert done.returncode == 0, done.stderr
         assert done.stdout
-    assert "expert-run generate --embedded" in run("generate", "--help", at_once=True).stdout
-    assert run("--version", at_once=True).stdout.startswith("expert-run ")
+    assert "expert-run generate --embedded" in run("generate", "--help", command=AT_ONCE).stdout
+    assert run("--version", command=AT_ONCE).stdout.startswith("expert-run ")
 
 
 def test_daemon_killed_while_it_generates(packed: Make, stock: Make) -> None:
@@ -319,7 +320,8 @@ def generate_json(socket: Path, *arguments: str) -> dict[str, Any]:
 def test_device(daemon: Daemon, stock: Make) -> None:
     arguments = ["--model", "mixtral", "-p", "Once", "--max-new-tokens", "8", "--json"]
     plain = generate(daemon, *arguments)
-    done = generate(daemon, *arguments, "--device", "fake:0,fake:1", "--cache-bytes", "2MiB")
+    fakes = ["--device", "fake:0,fake:1", "--cache-bytes", "2MiB"]
+    done = generate(daemon, *arguments, *fakes, command=ON_FAKES)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     ours, theirs = json.loads(done.stdout), json.loads(plain.stdout)
     assert ours["tokens"] == theirs["tokens"]
@@ -349,4 +351,10 @@ def test_device(daemon: Daemon, stock: Make) -> None:
     ],
 )
 def test_devices_that_cannot_be(daemon: Daemon, arguments: list[str], message: str) -> None:
-    assert_refused(generate(daemon, "--model", "mixtral", "-p", "x", *arguments), message)
+    arguments = ["--model", "mixtral", "-p", "x", *arguments]
+    assert_refused(generate(daemon, *arguments, command=ON_FAKES), message)
+
+
+def test_users_are_offered_no_fake_device(daemon: Daemon) -> None:
+    done = generate(daemon, "--model", "mixtral", "-p", "x", "--device", "fake:0")
+    assert_refused(done, "There is no device 'fake:0'; give cpu, or such as cuda:0.")

@@ -10,8 +10,8 @@ import pytest
 from expertd.errors import InvalidInputError, PackError
 from expertd.native.library import Loaded
 from expertd_inference import probes
-from expertd_inference.device.fake import FakeDevice, FakeSpeed
 from expertd_inference.kernels.native_library import native_library
+from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from tests.handmade import make_pack
 
 SMALL = 1 << 20

@@ -12,6 +12,7 @@ from expertd.errors import DeviceError, DeviceLostError, DeviceMemoryError, Expe
 from expertd.sizes import format_bytes
 from expertd_inference.device.cudart import Cudart, Runtime
 from expertd_inference.device.device import CopyMode, Event, HostMemory
+from expertd_inference.device.recorder import CudaRecorder
 from expertd_inference.device.registration import (
     RefusedError,
     Registration,
@@ -226,6 +227,10 @@ class CudaDevice:
             gpu_kernels().fill_slots_cached(
                 slots, hidden, top_k_index, top_k_weights, cache=cache, slot_of=slot_of, spec=spec
             )
+
+    def recorder(self) -> CudaRecorder:
+        """By CUDA graphs."""
+        return CudaRecorder(self.torch_device)
 
     def clock(self) -> float:
         """Seconds."""

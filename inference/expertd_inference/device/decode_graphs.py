@@ -8,7 +8,6 @@ from torch import nn
 from expertd.pack.manifest import Manifest
 from expertd_inference.device.gpu_driven import GpuExperts, share_slots
 from expertd_inference.device.graphs import DecodeCache, DecodeGraphs, SegmentSteps, Steps
-from expertd_inference.device.recorder import CudaRecorder, FakeRecorder, Recorder
 from expertd_inference.device.runner import DeviceExpertsRunner
 from expertd_inference.device.session_store import SessionStore
 from expertd_inference.device.stats import DeviceStats
@@ -46,7 +45,7 @@ def record_decoding(
         if why and why not in said:
             said.add(why)
             say(f"the GPU cannot find experts by itself ({why}); the host brings them.")
-        return SegmentSteps(_recorder(runner), runners)
+        return SegmentSteps(runner.device.recorder(), runners)
 
     def make_steps(cache: DecodeCache) -> Steps:
         if mode is DecodeGraphsMode.SEGMENTS:
@@ -66,14 +65,9 @@ def record_decoding(
         )
         if layers is None:
             return segments("its cache has less than one token's experts of each layer")
-        recorder = _recorder(runner)
+        recorder = runner.device.recorder()
         gpu = GpuExperts(runner.device, runner.engine.slots, layers, arena, recorder)
         store = SessionStore(source, step, runner, stats, record_bytes, gpu.clear)
         return WholeSteps(gpu, recorder, store, cache.rewind)
 
     return DecodeGraphs(model, experts, make_steps, say=say)
-
-
-def _recorder(runner: DeviceExpertsRunner) -> Recorder:
-    device = runner.device.torch_device
-    return CudaRecorder(device) if device.type == "cuda" else FakeRecorder()

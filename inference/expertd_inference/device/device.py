@@ -1,4 +1,4 @@
-"""What a worker needs of a GPU: the seam that CUDA and the fake implement.
+"""What a worker needs of a GPU: the seam that CUDA implements, and a fake in tests.
 
 Three lines of time run beside each other. The *host* calls; what it asks for is queued. The
 *compute stream* does the model's work in the order in which it was called: trunk, kernels,
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from expertd.errors import ExpertdError
+from expertd_inference.device.recorder import Recorder
 from expertd_inference.kernels.reference import ExpertsSpec
 
 
@@ -140,6 +141,9 @@ class Device(Protocol):
 
         An index past the last expert means "none". All tensors lie on this device.
         """
+
+    def recorder(self) -> Recorder:
+        """A recorder of work on this device."""
 
     def clock(self) -> float:
         """Seconds on the host's line of time; only differences mean anything."""

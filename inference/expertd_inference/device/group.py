@@ -14,7 +14,6 @@ from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
 from expertd_inference.device.decode_graphs import record_decoding
 from expertd_inference.device.device import Device
-from expertd_inference.device.fake import FakeDevice
 from expertd_inference.device.graphs import DecodeGraphs
 from expertd_inference.device.placement import cache_size, device_names, place_layers
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
@@ -27,27 +26,31 @@ from expertd_inference.routers import find_routers
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_inference.source import HeldSource
 
-FAKE = "fake"
+
+def _open_cuda(name: str, say: Callable[[str], None] | None) -> Device:
+    # It looks for a driver, which the CPU's workers do without.
+    from expertd_inference.device.cuda import CudaDevice
+
+    return CudaDevice(name, say=say)
 
 
-CUDA = "cuda"
+DEVICE_KINDS: dict[str, Callable[[str, Callable[[str], None] | None], Device]] = {
+    "cuda": _open_cuda
+}
+"""How a device is opened, by what its name begins with; tests add a fake."""
 
 
 def open_device(name: str, say: Callable[[str], None] | None = None) -> Device:
-    """The device of that name: ``cuda``, ``cuda:1``; ``fake:0`` for tests.
+    """The device of that name: ``cuda``, ``cuda:1``.
 
     ``say`` is told what is degraded. Raises InvalidInputError for a name that no device has,
     DeviceError if there is no such one here.
     """
     kind, _, number = name.partition(":")
     if not number or number.isdecimal():
-        if kind == FAKE:
-            return FakeDevice(name)
-        if kind == CUDA:
-            # It looks for a driver, which the CPU's workers do without.
-            from expertd_inference.device.cuda import CudaDevice
-
-            return CudaDevice(name, say=say)
+        opener = DEVICE_KINDS.get(kind)
+        if opener is not None:
+            return opener(name, say)
     raise InvalidInputError(f"There is no device {name!r}; give cpu, or such as cuda:0.")
 
 

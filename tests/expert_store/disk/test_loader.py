@@ -15,9 +15,9 @@ import pytest
 from xxhash import xxh3_64_hexdigest
 
 import expertd.disk.loader
-from expertd.disk.faulty import FaultyFile
 from expertd.disk.loader import Loader, ReadJob, RecordFile
 from expertd.errors import PackError
+from expertd_testing.faulty_disk import FaultyFile
 from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE

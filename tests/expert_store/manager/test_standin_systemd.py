@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from expertd.manager.standin_systemd import StandInSystemd
+from expertd_testing.standin_systemd import StandInSystemd
 from tests.expert_store.serving.watching import eventually, num_files
 
 SERVICE = """

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_hexdigest
 
-from expertd.disk.faulty import FaultyFile
 from expertd.disk.loader import Loader, ReadJob
 from expertd.manager.systemd import Manager
 from expertd.manager.watchdog import feed_watchdog
+from expertd_testing.faulty_disk import FaultyFile
 from tests.expert_store.in_memory import until
 
 SECONDS = 0.15

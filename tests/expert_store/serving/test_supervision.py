@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from expertd.errors import ConfigError
-from expertd.manager.standin_systemd import StandInSystemd
 from expertd.serving.attach import adopt_listener, listen
 from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client
+from expertd_testing.standin_systemd import StandInSystemd
 from tests.expert_store.serving.watching import assert_serves, eventually
 from tests.supervised import supervised
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from expertd_inference.device.cost import Rates
-from expertd_inference.device.fake import FakeDevice
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.device.placement import place_layers
 from expertd_inference.kernels.reference import fill_slots
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
 from expertd_inference.settings import DeviceSettings
+from expertd_testing.fake_device import FakeDevice
 from tests.inference.device.held_source import HeldPackSource
 
 # A CPU that is worth a share of a layer's misses, but not all of them.

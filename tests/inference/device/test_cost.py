@@ -8,8 +8,8 @@ import pytest
 
 from expertd_inference.device import calibration
 from expertd_inference.device.cost import SLACK, CostModel, Rates
-from expertd_inference.device.fake import FakeDevice, FakeSpeed
 from expertd_inference.settings import OnMiss
+from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import make_rig
 

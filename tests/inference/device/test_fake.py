@@ -10,14 +10,14 @@ import torch
 from expertd.errors import DeviceLostError, DeviceMemoryError
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.device import CopyMode, Device, HostMemory
-from expertd_inference.device.fake import (
+from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots
+from expertd_testing.fake_device import (
     GARBAGE,
     FakeDevice,
     FakeSpeed,
     HazardError,
     SpanKind,
 )
-from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots
 from tests.inference.pack_source import PackSource
 
 SLOT = 4096

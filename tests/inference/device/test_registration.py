@@ -9,13 +9,13 @@ import pytest
 from expertd.errors import DeviceLostError
 from expertd_client import Client
 from expertd_client.arena_mapping import address_of
-from expertd_inference.device.fake_cudart import INVALID_VALUE, LOST, FakeCudart
 from expertd_inference.device.registration import (
     RefusedError,
     Registration,
     explain_refusal,
     is_writable,
 )
+from expertd_testing.fake_cudart import INVALID_VALUE, LOST, FakeCudart
 from tests.daemon import serving
 from tests.handmade import make_pack
 

@@ -16,11 +16,11 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd_inference.device import runner
-from expertd_inference.device.fake import FakeDevice, FakeSpeed
 from expertd_inference.experts import connect
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import MAX_FUTILE_RECOVERIES, Recovery
 from expertd_inference.settings import CachePolicy, OnMiss
+from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import make_rig
 from tests.inference.greedy import greedy, prompt_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from expertd_inference.device.cost import Rates
-from expertd_inference.device.fake import FakeDevice, FakeSpeed, Span, SpanKind
 from expertd_inference.settings import OnMiss
+from expertd_testing.fake_device import FakeDevice, FakeSpeed, Span, SpanKind
 from tests.client.observing import eventually
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import Rig, make_rig

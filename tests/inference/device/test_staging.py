@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from expertd_inference.device.fake_cudart import FakeCudart
 from expertd_inference.device.staging import StagingRing
+from expertd_testing.fake_cudart import FakeCudart
 
 KIB = 1024
 

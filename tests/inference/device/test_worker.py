@@ -15,8 +15,8 @@ from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
 from expertd_inference.device import group
-from expertd_inference.device.fake import FakeDevice
 from expertd_inference.settings import DeviceSettings, OnMiss
+from expertd_testing.fake_device import FakeDevice
 from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
 

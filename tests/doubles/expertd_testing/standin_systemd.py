@@ -348,7 +348,7 @@ def _same(one: int, other: int) -> bool:
 
 
 def main() -> int:
-    """``python -m expertd.manager.standin_systemd ATTACH_SOCKET COMMAND...``, until Ctrl-C."""
+    """``python -m expertd_testing.standin_systemd ATTACH_SOCKET COMMAND...``, until Ctrl-C."""
     if len(sys.argv) < 3:
         sys.stderr.write(f"{main.__doc__}\n")
         return 2

@@ -23,7 +23,9 @@ from expertd.errors import DeviceLostError, DeviceMemoryError, ExpertdError
 from expertd.sizes import format_bytes
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.device import CopyMode, Event, HostMemory
+from expertd_inference.device.group import DEVICE_KINDS
 from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
+from expertd_testing.fake_recorder import FakeRecorder
 
 GARBAGE = 0xFF
 """What a slot's bytes are before its copy has arrived: NaN as bf16, fp16 and fp32."""
@@ -292,6 +294,10 @@ class FakeDevice:
         self._read_until.update(dict.fromkeys(read, self._compute_time))
         self.log.append(Span(SpanKind.COMPUTE, begin, self._compute_time, read))
 
+    def recorder(self) -> FakeRecorder:
+        """Which notes what torch is asked for, and repeats it."""
+        return FakeRecorder()
+
     def clock(self) -> float:
         """Virtual seconds."""
         self.call()
@@ -355,3 +361,8 @@ class FakeDevice:
 def _time(event: Event) -> float:
     assert isinstance(event, FakeEvent)
     return event.time
+
+
+def offer_fake_devices() -> None:
+    """Lets this process's workers open ``fake`` and ``fake:0``, ``fake:1`` ..."""
+    DEVICE_KINDS["fake"] = lambda name, say: FakeDevice(name)
