@@ -16,6 +16,7 @@ Without a compiler nothing is built and the install goes on: the torch reference
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,8 +29,9 @@ from typing import Any
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface as _Hook
+    from hatchling.metadata.plugin.interface import MetadataHookInterface as _MetadataHook
 except ModuleNotFoundError:  # run alone
-    _Hook = object
+    _Hook = _MetadataHook = object
 
 ROOT = Path(__file__).resolve().parent
 
@@ -199,6 +201,43 @@ class CustomBuildHook(_Hook):  # type: ignore[misc, valid-type] # object where h
             build_data["pure_python"] = False
             # No Python header is used, so the interpreter's version does not matter.
             build_data["tag"] = f"py3-none-linux_{platform.machine()}"
+        if version == "standard":  # an editable install finds them in the checkout
+            deploy = ROOT / "deploy"
+            for file in sorted(deploy.rglob("*")):
+                if file.is_file() and file.name != "check":
+                    place = file.relative_to(ROOT)
+                    build_data["force_include"][str(file)] = f"expertd/{place}"
+
+
+def readme_of_the_package(text: str, repository: str | None) -> str:
+    """README.md as a package index shows it, where a relative link would lead nowhere.
+
+    Such links lead into ``repository``, a URL, if there is one; else their text stays and the
+    images are left out.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        image, words, target = match[1], match[2], match[3]
+        if "://" in target or target.startswith("#"):
+            return match[0]
+        if repository is None:
+            return "" if image else words
+        return f"{image}[{words}]({repository}/{'raw' if image else 'blob'}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+
+
+class CustomMetadataHook(_MetadataHook):  # type: ignore[misc, valid-type]
+    """What hatchling calls for the package's metadata."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Adds the README."""
+        repository = metadata.get("urls", {}).get("Repository")
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        metadata["readme"] = {
+            "content-type": "text/markdown",
+            "text": readme_of_the_package(text, repository),
+        }
 
 
 if __name__ == "__main__":

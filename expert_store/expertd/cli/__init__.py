@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from expertd import __version__
-from expertd.cli import admin, pack, record, replay, serve, top
+from expertd.cli import admin, deploy_files, pack, record, replay, serve, top
 from expertd.errors import ExpertdError, ShortMemoryError
 
 _EXIT_INPUT = 2
@@ -32,6 +32,7 @@ admin.register(app)
 record.register(app)
 replay.register(app)
 top.register(app)
+deploy_files.register(app)
 
 
 def _print_version(value: bool) -> None:
