@@ -72,6 +72,8 @@ check-deploy:
 
 docs: setup
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//|url\(.?(https?:)?//|@import' build/docs \
+		--include=*.html --include=*.css || { echo "The site asks the network for these." >&2; exit 1; }
 	@echo "The site is build/docs/index.html."
 
 proto: setup

@@ -5,8 +5,7 @@ from expertd import __version__
 project = "expertd"
 author = "the expertd authors"
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
-myst_fence_as_directive = ["mermaid"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 html_title = f"expertd {__version__}"
 html_show_copyright = False

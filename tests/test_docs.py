@@ -1,12 +1,20 @@
 """The pages of docs: made freshly where they are made, and true to the source they quote."""
 
 import ast
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+
+from expertd.settings.config import ServeConfig
+from expertd_client.base_session import BaseSession
+from expertd_inference.device.stats import DeviceStats
+from expertd_inference.generation import GenerationResult
+from expertd_inference.hints import HintStats
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("expert_store", "client", "inference")
@@ -32,6 +40,42 @@ def test_the_sizes_are_the_packer_s() -> None:
     page = (ROOT / "docs/choosing.md").read_text()
     made = script("model_sizes").render(page)
     assert made == page, "stale: run python docs/model_sizes.py docs/choosing.md"
+
+
+def fields_of(kind: type) -> set[str]:
+    if dataclasses.is_dataclass(kind):
+        return {each.name for each in dataclasses.fields(kind)}
+    if issubclass(kind, msgspec.Struct):
+        return {each.name for each in msgspec.structs.fields(kind)}
+    return {name for name in kind.__annotations__ if not name.startswith("_")}
+
+
+# What a field is called where a person writes it.
+IN_TOML = {
+    "ram_bytes": "ram",
+    "models": "[models]",
+    "quotas": "[quotas]",
+    "default_quota_bytes": "default_quota",
+    "read_buffer_bytes": "read_buffer",
+    "tcp": "[tcp]",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        (GenerationResult, "generating"),
+        (HintStats, "generating"),
+        (DeviceStats, "gpu"),
+        (BaseSession, "client"),
+        (ServeConfig, "operating"),
+    ],
+)
+def test_every_field_is_documented(kind: type, page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
+    names = {IN_TOML.get(name, name) if kind is ServeConfig else name for name in fields_of(kind)}
+    assert names
+    assert not {name for name in names if f"`{name}`" not in text}
 
 
 def test_every_page_is_in_the_index() -> None:

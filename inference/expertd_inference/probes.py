@@ -151,7 +151,8 @@ class MemoryProbe:
 def memory_read_rate(threads: int, seconds: float = 0.3, *, say: Say = _warn) -> float:
     """Bytes per second that so many threads read from RAM at once, and do nothing else.
 
-    Takes half a second more than ``seconds``, and 256 MiB meanwhile.
+    Takes half a second more than ``seconds``, and 1 GiB of memory meanwhile (more with many
+    threads: see :class:`MemoryProbe`).
     """
     with MemoryProbe(threads, say=say) as probe:
         return probe.rate(seconds)
