@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -181,7 +180,7 @@ def test_forked_child_does_not_keep_a_dead_parent_s_session(roomy: Daemon) -> No
         assert process.stdout is not None
         assert process.stdout.readline() == "child ok\n"
         process.wait(20)
-        eventually(lambda: store.stats()["sessions"] == [], 2)
+        eventually(lambda: store.stats()["sessions"] == [])
         process.communicate("", timeout=20)
 
 
@@ -201,10 +200,10 @@ def test_killed_worker_frees_all_it_held(tight: Daemon) -> None:
         with worker:
             assert worker.stdout is not None
             assert worker.stdout.readline() == "holds\n"
+            before = store.stats()["cut_offs"]
             worker.send_signal(signal.SIGKILL)
-            began = time.monotonic()
             session.acquire(1, range(6)).release()
-            assert time.monotonic() - began < 0.3
+            assert store.stats()["cut_offs"] == before
 
 
 START = """

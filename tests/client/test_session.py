@@ -422,30 +422,28 @@ def test_cut_off_outranks_the_block_s_error_but_not_an_interrupt(tight: Daemon) 
 def test_idle_worker_does_not_hold_up_others(tight: Daemon) -> None:
     """It answers nudges: were it cut off instead, it would not be connected."""
     with Client(tight.socket) as store, store.attach("m") as idle, store.attach("m") as busy:
+        before = store.stats()["cut_offs"]
         idle.acquire(0, [0, 1, 2, 3, 4, 5]).release()
         for _ in range(3):
             for layer in range(3):
-                began = time.monotonic()
                 for lease in busy.waves(layer, range(8)):
                     lease.release()
-                assert time.monotonic() - began < 0.9  # less than stall_seconds
         assert idle.connected
+        assert store.stats()["cut_offs"] == before
 
 
 def test_deadline_then_on(tight: Daemon) -> None:
     with Client(tight.socket) as store, store.attach("m") as session, store.attach("m") as other:
+        before = store.stats()["cut_offs"]
         tight.signal(signal.SIGSTOP)
         try:
-            began = time.monotonic()
             with pytest.raises(DeadlineError):
                 session.acquire(0, [0, 1, 2, 3], timeout_seconds=0.2)
-            assert time.monotonic() - began < 1
         finally:
             tight.signal(signal.SIGCONT)
         # What the daemon may have granted it late is nobody's: all room is there at once.
-        began = time.monotonic()
         other.acquire(1, range(6)).release()
-        assert time.monotonic() - began < 0.9
+        assert store.stats()["cut_offs"] == before
         with session.acquire(0, [0]) as lease:
             assert bytes(lease.views[0]) == record(0, 0)
         assert session.connected

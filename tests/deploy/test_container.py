@@ -110,7 +110,7 @@ def test_a_pid_that_the_daemon_cannot_see_is_no_number(tmp_path: Path) -> None:
         serve += ["--model", f"m={tmp_path}/pack"]
         process = subprocess.Popen([*unshare, sys.executable, "-m", "expertd", *serve])
         try:
-            eventually(lambda: (socket / "attach.sock").exists(), 20)
+            eventually(lambda: (socket / "attach.sock").exists())
             with Client(socket) as store, store.attach("m"):
                 assert [each["pid"] for each in store.stats()["sessions"]] == [0]
                 for command in (["stats"], ["top", "--once"]):

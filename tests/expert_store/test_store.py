@@ -26,6 +26,7 @@ from tests.expert_store.in_memory import (
     until,
 )
 from tests.handmade import PAGE, make_pack, record
+from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +59,7 @@ async def test_what_a_fetch_holds_itself_moves_out_of_its_way(packs: dict[str, P
         await large.fetch_and_release(0)
         moved = large.directory.word(0)
         # sLL...: the two others need four pages, and beside the small one that stays are three.
-        assert await asyncio.wait_for(large.fetch(0, 1, 2), 2) == 2
+        assert await asyncio.wait_for(large.fetch(0, 1, 2), HANG_SECONDS) == 2
         assert all(large.read(entry) for entry in (0, 1, 2))
         assert large.directory.word(0) != moved
         large.release()
@@ -164,7 +165,7 @@ class TestUnload:
             slow.holding = True
             unload = asyncio.create_task(store.unload_model("two"))
             await asyncio.sleep(0.01)
-            assert await asyncio.wait_for(other.fetch(0), 1) == 1
+            assert await asyncio.wait_for(other.fetch(0), HANG_SECONDS) == 1
             slow.holding = False
             slow.release()
             await unload

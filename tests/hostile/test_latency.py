@@ -1,7 +1,8 @@
 """Whatever an allowed process does to the daemon, an honest worker's fetches go on.
 
-``python -m bench.hostile`` has the figures. Here the bounds are many times what is expected, on a
-machine that does other things: a fetch takes a millisecond, 2 to 40 while it is attacked.
+``python -m bench.hostile`` has the figures: a fetch takes a millisecond, 2 to 40 while
+the daemon is attacked. Here it may take many times that, and is compared with what it took just
+before.
 """
 
 import time
@@ -17,9 +18,9 @@ from tests.expert_store.serving.watching import assert_serves, eventually, num_f
 from tests.handmade import make_pack
 from tests.hostile.attacks import ATTACKS, MAX_SESSIONS
 from tests.hostile.honest import RECORD_BYTES, measure, quantile
+from tests.patience import HANG_SECONDS
 
-MEDIAN_SECONDS = 0.4
-LONGEST_SECONDS = 5.0
+MOST_SLOWDOWN = 400
 GROWTH_BYTES = 64 << 20
 REFUSED = {
     "million_ids": "RESOURCE_EXHAUSTED",
@@ -45,16 +46,16 @@ def daemon(pack: Path) -> Iterator[Daemon]:
 def test_others_go_on(name: str, daemon: Daemon) -> None:
     files = num_files(daemon.pid)
     result = measure(name, daemon, 0.3, 1.5)
-    assert quantile(result.during, 0.5) < MEDIAN_SECONDS
-    assert result.during[-1] < LONGEST_SECONDS
+    assert quantile(result.during, 0.5) < MOST_SLOWDOWN * quantile(result.before, 0.5)
+    assert result.during[-1] < HANG_SECONDS
     assert result.growth_bytes < GROWTH_BYTES
     if name in REFUSED:
         assert result.said.get(REFUSED[name], 0) > 0
         assert "OK" not in result.said
         assert result.said.get("attached", 0) <= MAX_SESSIONS
     with Caller(daemon.socket) as caller:
-        eventually(lambda: not caller.stats().sessions, 20)
-        eventually(lambda: num_files(daemon.pid) <= files + 2, 20)
+        eventually(lambda: not caller.stats().sessions)
+        eventually(lambda: num_files(daemon.pid) <= files + 2)
     assert_serves(daemon.socket)
     assert "unexpected failure" not in daemon.stderr
     assert "Traceback" not in daemon.stderr

@@ -18,6 +18,7 @@ from tests.expert_store.in_memory import (
     until,
 )
 from tests.handmade import PAGE, make_pack
+from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ class TestMinimum:
         async with storing(only(packs, "a", "b"), 8 * PAGE, limits) as store:
             worker = Worker(store, "a")
             await use(worker, *range(8))
-            await asyncio.wait_for(worker.fetch(*range(8, 16)), 3)
+            await asyncio.wait_for(worker.fetch(*range(8, 16)), HANG_SECONDS)
             assert worker.model.num_resident == 8
 
     async def test_is_taken_back_when_it_is_wanted(self, packs: dict[str, Path]) -> None:
@@ -80,7 +81,7 @@ class TestMinimum:
             late, early = Worker(store, "a"), Worker(store, "b")
             await use(early, *range(2))
             assert store.budget.max_fetch_records(early.model) == 2
-            assert await asyncio.wait_for(late.fetch(*range(6)), 3) == 6
+            assert await asyncio.wait_for(late.fetch(*range(6)), HANG_SECONDS) == 6
 
     async def test_that_lies_scattered_moves(self, packs: dict[str, Path]) -> None:
         """Guarded records leave room by size for a larger one, but no gap."""
@@ -92,7 +93,7 @@ class TestMinimum:
                 await use(little, 1, 3, 5, 7, 9, 11)  # .x.x.x.x.x.x
             reads = len(disk(little.model).offsets)
             assert store.budget.max_fetch_records(large.model) == 2
-            assert await asyncio.wait_for(large.fetch(0, 1), 3) == 2
+            assert await asyncio.wait_for(large.fetch(0, 1), HANG_SECONDS) == 2
             assert little.model.num_resident == 6
             assert len(disk(little.model).offsets) == reads
             assert_consistent(store)
@@ -105,11 +106,11 @@ class TestMinimum:
                 await use(little, entry)
                 await use(large, entry)
             await use(little, 3)
-            await asyncio.wait_for(store.unload_model("a"), 3)  # .LLL.LLL.LLL.
+            await asyncio.wait_for(store.unload_model("a"), HANG_SECONDS)  # .LLL.LLL.LLL.
             await store.set_limits("large", 9 * PAGE, None)
             other = Worker(store, "two")
             assert store.budget.max_fetch_records(other.model) == 2
-            assert await asyncio.wait_for(other.fetch(0, 1), 3) == 2
+            assert await asyncio.wait_for(other.fetch(0, 1), HANG_SECONDS) == 2
             await until(lambda: large.model.num_resident == 3)
             assert len(disk(large.model).offsets) == 4
             assert_consistent(store)
@@ -142,7 +143,7 @@ class TestMaximum:
             await asyncio.sleep(0.02)
             assert not fetch.done(), "free elsewhere, but not for this model"
             reader.holding = False
-            assert await asyncio.wait_for(fetch, 3) == 1
+            assert await asyncio.wait_for(fetch, HANG_SECONDS) == 1
 
     async def test_is_lowered_at_once(self, packs: dict[str, Path]) -> None:
         async with storing(only(packs, "a"), 16 * PAGE) as store:
@@ -177,7 +178,7 @@ class TestPins:
             worker = Worker(store, "a")
             assert await worker.fetch(*range(16)) == 7
             worker.release()
-            await asyncio.wait_for(store.unload_model("a"), 5)
+            await asyncio.wait_for(store.unload_model("a"), HANG_SECONDS)
             assert store.budget.max_fetch_records(other.model) == 16
 
     async def test_give_up_what_is_lost(self, packs: dict[str, Path]) -> None:
@@ -187,7 +188,7 @@ class TestPins:
             await until(lambda: model.num_resident == 3)
             await until(lambda: model.pins == {1, 2, 3})
             assert model.counters.records_lost == 1
-            await asyncio.wait_for(store.unload_model("a"), 5)
+            await asyncio.wait_for(store.unload_model("a"), HANG_SECONDS)
 
     async def test_unloading_does_not_wait_for_them(self, packs: dict[str, Path]) -> None:
         async with storing({}, 20 * PAGE) as store:
@@ -197,7 +198,7 @@ class TestPins:
             unload = asyncio.create_task(store.unload_model("a"))
             await asyncio.sleep(0.01)
             disk(model).faults.gate.set()
-            await asyncio.wait_for(unload, 3)
+            await asyncio.wait_for(unload, HANG_SECONDS)
             assert store.slots.extents.bytes_used == 0
 
     async def test_of_experts_that_do_not_exist(self, packs: dict[str, Path]) -> None:
@@ -297,7 +298,9 @@ async def test_random_limits_hold_and_what_fits_is_accepted(
             most = min(16 - len(session.pins), store.budget.max_fetch_records(model))
             assert most * model.max_record_bytes >= model.manifest.working_set_bytes
             free = [entry for entry in range(16) if entry not in session.pins]
-            await asyncio.wait_for(worker.fetch(*draw.sample(free, draw.randint(1, most))), 3)
+            await asyncio.wait_for(
+                worker.fetch(*draw.sample(free, draw.randint(1, most))), HANG_SECONDS
+            )
             worker.release()
             await until(lambda: not any(each.loads for each in store.models.values()))
             for each, num_bytes in before.items():

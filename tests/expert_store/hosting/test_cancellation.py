@@ -16,6 +16,7 @@ from tests.expert_store.in_memory import (
     until,
 )
 from tests.handmade import PAGE, make_pack
+from tests.patience import HANG_SECONDS
 
 RECORD = 2 * PAGE
 ROOM = 8
@@ -67,7 +68,7 @@ async def test_cancelled_after_any_number_of_ticks(
         assert caller.session.fetches_in_flight == 0
         assert_nothing_held(store)
         assert_consistent(store)
-        assert await asyncio.wait_for(other.fetch(*range(8)), 2) <= ROOM, "room was lost"
+        assert await asyncio.wait_for(other.fetch(*range(8)), HANG_SECONDS) <= ROOM, "room was lost"
         other.release()
         ticks += 1 + ticks // 16  # ticks of waiting for a thread are many, and alike
     assert ticks > 5

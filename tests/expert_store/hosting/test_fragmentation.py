@@ -18,6 +18,7 @@ from expertd.shared.extents import Extent
 from expertd.store import Store
 from tests.expert_store.in_memory import Worker, assert_consistent, storing, until
 from tests.handmade import PAGE, make_pack
+from tests.patience import HANG_SECONDS
 
 SIZES = {"one": 1, "two": 2, "three": 3, "five": 5}
 ROOM = 24  # pages
@@ -126,7 +127,7 @@ async def _step(
         store.detach(session)
         del workers[model.name]
     else:
-        await asyncio.wait_for(store.unload_model(model.name), 2)
+        await asyncio.wait_for(store.unload_model(model.name), HANG_SECONDS)
         del workers[model.name]
 
 
@@ -141,11 +142,11 @@ async def test_pins_that_cannot_slide_make_way_first(packs: dict[str, Path]) -> 
         await store.records.pin(middle.session, [0, 1, 2, 3])
         words = [middle.directory.word(entry) for entry in range(4)]
         assert store.budget.max_fetch_records(large.model) == 3
-        assert await asyncio.wait_for(large.fetch(0, 1, 2), 3) == 3
+        assert await asyncio.wait_for(large.fetch(0, 1, 2), HANG_SECONDS) == 3
         assert_consistent(store)
         assert [middle.directory.word(entry) for entry in range(4)] != words
         large.release()
-        assert await asyncio.wait_for(little.fetch(*range(16)), 3) >= 12
+        assert await asyncio.wait_for(little.fetch(*range(16)), HANG_SECONDS) >= 12
         assert_consistent(store)
 
 
@@ -159,9 +160,9 @@ async def test_pins_leave_a_hole_to_move_in(packs: dict[str, Path]) -> None:
         await little.fetch_and_release(4, 5, 6, 7)
         await large.fetch_and_release(1)
         await little.fetch_and_release(8, 9, 10, 11)
-        assert await asyncio.wait_for(store.records.pin(large.session, [0, 1]), 3) == 2
+        assert await asyncio.wait_for(store.records.pin(large.session, [0, 1]), HANG_SECONDS) == 2
         assert_consistent(store)
-        assert await asyncio.wait_for(large.fetch(2, 3), 3) == 2
+        assert await asyncio.wait_for(large.fetch(2, 3), HANG_SECONDS) == 2
         assert_consistent(store)
 
 
@@ -187,7 +188,7 @@ async def test_who_reads_a_record_that_moves_reads_on(packs: dict[str, Path]) ->
             assert bytes(store.arena.view[extent.offset : extent.offset + PAGE]) == before
         assert not fetch.done()
         reader.holding = False
-        assert await asyncio.wait_for(fetch, 3) == 2
+        assert await asyncio.wait_for(fetch, HANG_SECONDS) == 2
         assert little.read(4) == before
         assert_consistent(store)
 
@@ -215,7 +216,7 @@ async def test_what_our_own_thread_reads_does_not_move(
         await asyncio.sleep(0.03)
         assert not little.model.counters.moves
         little.model.unhold([4])
-        assert await asyncio.wait_for(fetch, 3) == 2
+        assert await asyncio.wait_for(fetch, HANG_SECONDS) == 2
 
 
 async def test_a_caller_that_goes_while_a_record_moves(

@@ -11,6 +11,7 @@ from expertd.hosting.hosted_model import ModelState
 from expertd.store import Store
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack
+from tests.patience import HANG_SECONDS
 
 RECORD = 2 * PAGE
 ROOM = 8
@@ -185,7 +186,7 @@ async def test_a_hint_takes_no_room_from_a_fetch_that_waits(store: Store) -> Non
     await asyncio.sleep(0.03)
     assert hinter.model.counters.prefetch_issued == 0
     holder.release()
-    assert await asyncio.wait_for(fetch, 2) == 8
+    assert await asyncio.wait_for(fetch, HANG_SECONDS) == 8
     await asyncio.sleep(0.05)
     assert all(asker.model.is_resident(entry) for entry in range(16, 24))
     assert hinter.model.counters.prefetch_issued == 0, "leased records made way for a hint"

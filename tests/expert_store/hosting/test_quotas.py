@@ -10,6 +10,7 @@ from expertd.errors import CapacityError, SessionLostError
 from expertd.store import Store
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack
+from tests.patience import HANG_SECONDS
 
 RECORD = 2 * PAGE
 ALICE, BOB, CAROL = 1000, 1001, 1002
@@ -50,7 +51,7 @@ async def test_pins_and_leases_count(store: Store) -> None:
         await alice.fetch(*range(2, 8))
     assert await alice.fetch(0, 1, 2, 3, 4, 5) == 4, "what is pinned counts once"
     with pytest.raises(CapacityError, match="unpin or release some first"):
-        await asyncio.wait_for(alice.fetch(6), 2)  # its own lease, which no waiting ends
+        await asyncio.wait_for(alice.fetch(6), HANG_SECONDS)  # its own lease, which no waiting ends
     assert store.quotas.kept_bytes(ALICE) == 6 * RECORD
     alice.release()
     store.slots.refresh()
@@ -71,7 +72,7 @@ async def test_leases_of_the_same_user_s_others_are_waited_for(store: Store) -> 
     await asyncio.sleep(0.02)
     assert not large.done()
     assert not small.done(), "it came later, and the large one would starve"
-    assert await asyncio.wait_for(Worker(store, uid=BOB).fetch(*range(8)), 1) == 4
+    assert await asyncio.wait_for(Worker(store, uid=BOB).fetch(*range(8)), HANG_SECONDS) == 4
     first.release()
     assert await large == 2
     await asyncio.sleep(0.02)

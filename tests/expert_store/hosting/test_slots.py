@@ -20,6 +20,7 @@ from tests.expert_store.in_memory import (
     until,
 )
 from tests.handmade import PAGE, make_pack
+from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +89,7 @@ async def test_two_that_need_more_than_half_do_not_starve_each_other(store: Stor
         await asyncio.sleep(0.001)
         workers[number].release()
 
-    await asyncio.wait_for(asyncio.gather(*map(step, range(4))), 5)
+    await asyncio.wait_for(asyncio.gather(*map(step, range(4))), HANG_SECONDS)
     assert done == [0, 1, 2, 3]
     assert_nothing_held(store)
 
@@ -166,7 +167,7 @@ async def test_what_is_free_early_is_not_in_the_way_of_the_rest(
         for other in others:
             await asyncio.sleep(0.003)
             other.release()
-        assert await asyncio.wait_for(fetch, 3) >= 6
+        assert await asyncio.wait_for(fetch, HANG_SECONDS) >= 6
         assert resident(big.model) == set(range(8))
         assert_consistent(store)
 
@@ -179,7 +180,7 @@ async def test_a_large_record_in_the_middle_moves(packs: dict[str, Path]) -> Non
         extent = big.model.extent(0)
         assert extent is not None
         assert extent.offset == 3 * PAGE
-        assert await asyncio.wait_for(big.fetch(*range(7)), 3) == 6
+        assert await asyncio.wait_for(big.fetch(*range(7)), HANG_SECONDS) == 6
         assert big.model.counters.moves == 1
         assert_consistent(store)
         big.release()
@@ -254,5 +255,5 @@ async def _step(
         store.detach(session)
         del workers[model.name]
     elif what == "unload":
-        await asyncio.wait_for(store.unload_model(model.name), 2)
+        await asyncio.wait_for(store.unload_model(model.name), HANG_SECONDS)
         del workers[model.name]

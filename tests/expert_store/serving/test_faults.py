@@ -57,36 +57,35 @@ def attached(caller: Caller) -> set[int]:
 
 
 def test_killed_worker_is_gone_at_once(tight: Daemon) -> None:
-    times = []
     with RawWorker(tight.socket) as other:
+        before = other.stats().cut_offs
         for layer in (1, 2, 1):
             other.let_go()
             with holding(tight) as (process, number):
                 assert number in attached(other)
                 process.kill()
-                times.append(eventually(lambda: number not in attached(other), 1))
+                eventually(lambda: number not in attached(other))
                 # All six records are the next one's now.
-                began = time.monotonic()
                 other.fetch(layer, range(6))
-                assert time.monotonic() - began < STALL_SECONDS
                 assert other.read(layer, 5, RECORD_BYTES) == record(layer, 5)
-    assert max(times) < 1, times  # a few milliseconds, were the machine ours
+        # Its connection's end freed them, and not the daemon's patience.
+        assert other.stats().cut_offs == before
 
 
 def test_worker_killed_while_it_waits(tight: Daemon) -> None:
     """Its place in the line is gone with it."""
     with RawWorker(tight.socket) as holder, RawWorker(tight.socket) as third:
+        before = third.stats().cut_offs
         holder.fetch(1, range(6))
         waiting = python(HOLDING, tight.socket, 6)
         with waiting:
             eventually(lambda: len(attached(third)) == 3)
             eventually(lambda: holder.num_nudges > 0)
             waiting.kill()
-            eventually(lambda: len(attached(third)) == 2, 1)
+            eventually(lambda: len(attached(third)) == 2)
             holder.let_go()
-            began = time.monotonic()
             third.fetch(2, range(6))
-            assert time.monotonic() - began < STALL_SECONDS
+            assert third.stats().cut_offs == before
 
 
 def test_stopped_worker_is_cut_off(tight: Daemon) -> None:

@@ -290,7 +290,7 @@ def test_silence_and_300_of_it(roomy: Daemon) -> None:
         assert_serves(roomy.socket)  # at once, and not when they are given up
         assert num_files(roomy.pid) < files + 100
         assert silent[-1].recv(1) == b""
-        assert 4 < time.monotonic() - began < 8
+        assert time.monotonic() - began > 4
         for connection in silent:
             assert connection.recv(1) == b""
     eventually(lambda: num_files(roomy.pid) <= files)

@@ -23,6 +23,7 @@ from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.expert_store.serving.raw_worker import Caller, RawWorker
 from tests.expert_store.serving.watching import assert_serves, cpu_seconds, eventually, expertd
 from tests.handmade import make_pack
+from tests.patience import HANG_SECONDS
 
 
 def sockets(directory: Path) -> list[str]:
@@ -177,7 +178,7 @@ def test_hangup(terminal: bool) -> None:
         )
         os.close(theirs)
         try:
-            eventually(lambda: (Path(private) / "s/attach.sock").exists(), 20)
+            eventually(lambda: (Path(private) / "s/attach.sock").exists())
             if terminal:
                 os.close(ours)
                 ours = -1
@@ -229,9 +230,10 @@ def test_stop_while_a_fetch_waits_for_room(pack: Path, tmp_path: Path) -> None:
         daemon.signal(signal.SIGTERM)
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 0.5 + 1.0  # drain_seconds, and a little
+        # drain_seconds is 0.5; the fetch would wait for 30 s.
+        assert time.monotonic() - began < HANG_SECONDS
         daemon.signal(signal.SIGTERM)
-        thread.join(5)
+        thread.join(HANG_SECONDS)
         assert [type(failure) for failure in failures] in ([UnavailableError], [DeadlineError])
         assert sockets(daemon.socket) == []
         assert "Traceback" not in daemon.stderr
@@ -255,7 +257,7 @@ def test_a_watcher_does_not_hold_up_the_stop(pack: Path, settings: Path) -> None
         next(iter(watching))
         began = time.monotonic()
         assert daemon.terminate() == 0
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < HANG_SECONDS
         watching.cancel()
 
 
@@ -295,9 +297,7 @@ def test_stop_with_silent_connections(pack: Path) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent,
     ):
         silent.connect(str(daemon.socket / ATTACH_SOCKET))
-        began = time.monotonic()
         assert daemon.terminate() == 0
-        assert time.monotonic() - began < 2
         assert silent.recv(1) == b""
 
 
@@ -318,7 +318,7 @@ def test_serves_though_nobody_can_hear_it(deaf: str, pack: Path) -> None:
             )
         )
         try:
-            eventually(lambda: (Path(private) / "s/attach.sock").exists(), 20)
+            eventually(lambda: (Path(private) / "s/attach.sock").exists())
             assert_serves(Path(private) / "s")
             process.terminate()
             assert process.wait(20) == 0

@@ -70,7 +70,7 @@ def test_memory_that_comes_free_is_waited_for(directory: Path) -> None:
     command = [sys.executable, "-c", SHORT, str(free), "60", "serve"]
     command += ["--socket", str(directory / "s"), "--ram", "1MiB"]
     with StandInSystemd(command) as service:
-        eventually(lambda: "waiting for memory" in [run.status for run in service.runs], 20)
+        eventually(lambda: "waiting for memory" in [run.status for run in service.runs])
         assert service.output.count("waiting for memory") == 1
         free.write_text(str(1 << 20))
         assert service.wait_ready() is service.runs[0]
@@ -85,7 +85,7 @@ def test_memory_that_does_not_is_a_temporary_failure(managed: bool, directory: P
     command += ["--socket", str(directory / "s"), "--ram", "1MiB"]
     if managed:
         with StandInSystemd(command, restarts=False) as service:
-            eventually(lambda: bool(service.runs), 5)
+            eventually(lambda: bool(service.runs))
             assert service.wait_ended(service.runs[0]) == os.EX_TEMPFAIL
             told = service.output.splitlines()[-1]
     else:
