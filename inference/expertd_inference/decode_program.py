@@ -55,13 +55,14 @@ class _Stretch:
     """The rest's last one: kept since the next stretch reads it."""
 
     def take(self, result: Tensor) -> None:
-        """Lets the next stretch read ``result``. Raises TypeError if it is no such row."""
+        """Lets the next stretch read ``result``. Raises UnknownPartError if it is no such row."""
         if (
-            result.dtype is not self.entered.dtype
+            not isinstance(result, Tensor)
+            or result.dtype is not self.entered.dtype
             or result.numel() != self.entered.numel()
             or not result.is_contiguous()
         ):
-            raise TypeError(f"a layer gave {tuple(result.shape)} of {result.dtype} for one token")
+            raise UnknownPartError("a layer gives something else than a row for one token")
         self.result = result
         self.sum.y = result.data_ptr()
 

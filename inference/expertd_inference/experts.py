@@ -81,6 +81,8 @@ class ExpertsRunner:
         """
         if self._closed:
             raise PreconditionError("This model was closed; load it again.")
+        if not len(hidden):
+            return torch.empty_like(hidden)
         call = (layer, spec, num_experts, hidden, top_k_index, top_k_weights, memo)
         with self._lock:
             if not torch.is_grad_enabled():

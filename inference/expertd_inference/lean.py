@@ -209,8 +209,12 @@ def _lean_rotation(kind: type, kernels: StepKernels) -> None:
             not rest
             and not named
             and q.dim() == 4
-            # Whoever notes torch's operations, to do them again, would not see ours.
+            # Whoever notes torch's operations, to do them again, would not see ours; nor would a
+            # gradient, of another model of this architecture.
             and not torch._C._len_torch_dispatch_stack()
+            and not (q.requires_grad or k.requires_grad or cos.requires_grad)
+            and type(q) is type(k) is Tensor
+            and not torch.compiler.is_compiling()
             and q.shape[0] == q.shape[2] == 1
             and q.is_cpu
             and q.dtype is k.dtype is cos.dtype is sin.dtype

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertd_inference.decode_program import DecodeProgram
+from expertd_inference.known_parts import UnknownPartError
 
 _KNOWN_OPERATIONS = frozenset(
     {
@@ -33,7 +34,9 @@ _KNOWN_OPERATIONS = frozenset(
     }
 )
 
-_lock = threading.Lock()
+MODULES_CHANGE = threading.RLock()
+"""Held while a model's modules are watched, and by whoever reads how they are: a program that is
+made meanwhile, in another thread, would take what watches them for a user's hook."""
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
@@ -43,6 +46,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         super().__init__()  # type: ignore[no-untyped-call] # torch's
         self.names: set[str] = set()
         self.inside = 0
+        self._thread = threading.get_ident()
 
     def __torch_dispatch__(
         self,
@@ -64,10 +68,10 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         """While these run nothing is noted."""
 
         def enter(*_: object) -> None:
-            self.inside += 1
+            self.inside += threading.get_ident() == self._thread
 
         def leave(*_: object) -> None:
-            self.inside -= 1
+            self.inside -= threading.get_ident() == self._thread
 
         handles = [module.register_forward_pre_hook(enter) for module in modules]
         handles += [module.register_forward_hook(leave) for module in modules]
@@ -113,7 +117,7 @@ def rehearse(
     position = program.tokens
     experts = [module for module in model.modules() if hasattr(module, "_expertd")]
     operations = _Operations()
-    with _lock:
+    with MODULES_CHANGE:
         originals = [module._expertd for module in experts]
         runners = [_Runner(original[0]) for original in originals]
         for module, runner, original in zip(experts, runners, originals, strict=True):
@@ -122,19 +126,23 @@ def rehearse(
             with operations.outside([layer.mlp for layer in model.model.layers]), operations:
                 logits = forward()
             appended = [part.clone() for part in program.appended(position)]
-            ours = program.step(token)
+            try:
+                ours = program.step(token)
+            except UnknownPartError:
+                ours = None
         finally:
             for module, original in zip(experts, originals, strict=True):
                 module._expertd = original
     same = (
         operations.names <= _KNOWN_OPERATIONS
         and not any(runner.differs for runner in runners)
+        and ours is not None
         and _same(logits, ours)
         and all(map(_same, appended, program.appended(position)))
     )
     if not same:
-        for ours, theirs in zip(program.appended(position), appended, strict=True):
-            ours.copy_(theirs)
+        for there, theirs in zip(program.appended(position), appended, strict=True):
+            there.copy_(theirs)
     return logits, same
 
 

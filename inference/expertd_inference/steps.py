@@ -8,7 +8,7 @@ from torch import Tensor
 
 from expertd_inference.decode_program import DecodeProgram
 from expertd_inference.known_parts import UnknownPartError
-from expertd_inference.rehearsal import rehearse
+from expertd_inference.rehearsal import MODULES_CHANGE, rehearse
 
 BY_PROGRAM = "program"
 """What :attr:`Steps.way` is where tokens are computed by a :class:`DecodeProgram`."""
@@ -64,18 +64,19 @@ class Steps:
 
     def _first_step(self, token: Tensor) -> Tensor:
         """Decides how the rest is computed."""
-        try:
-            program = DecodeProgram(self._model, self._cache, self._cache.get_seq_length())
-        except UnknownPartError as error:
-            self.way = f"modules ({error})"
-            return self.prompt(token)
-        known = _rehearsed.setdefault(self._model, {})
-        weights = tuple(program.fingerprint)
         logits = None
-        if weights not in known:
-            logits, known[weights] = rehearse(
-                self._model, lambda: self.prompt(token), program, int(token)
-            )
+        with MODULES_CHANGE:
+            try:
+                program = DecodeProgram(self._model, self._cache, self._cache.get_seq_length())
+            except UnknownPartError as error:
+                self.way = f"modules ({error})"
+                return self.prompt(token)
+            known = _rehearsed.setdefault(self._model, {})
+            weights = tuple(program.fingerprint)
+            if weights not in known:
+                logits, known[weights] = rehearse(
+                    self._model, lambda: self.prompt(token), program, int(token)
+                )
         if known[weights]:
             self.way, self._program = BY_PROGRAM, program
         else:

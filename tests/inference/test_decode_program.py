@@ -1,6 +1,7 @@
 """A program gives the bits of the modules that it stands for, or is not used."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ from expertd_inference.recovery import Recovery
 from tests.daemon import serving
 from tests.inference.greedy import prompt_of
 from tests.inference.pack_source import PackSource
+from tests.patience import HANG_SECONDS
 from tests.tiny_models import make_checkpoint
 
 Make = Callable[..., Any]
@@ -349,3 +351,54 @@ def test_the_cache_has_all_tokens_afterwards(quantized: Make) -> None:
     with torch.no_grad():
         logits = [model(torch.tensor([[5]]), past_key_values=each).logits for each in caches]
     assert torch.equal(*logits)
+
+
+def test_an_mlp_that_gives_more_than_a_row_is_computed_by_modules(quantized: Make) -> None:
+    model = lean(PackSource(quantized("mixtral")))
+    layer = model.model.layers[1]
+    kind, mlp_kind = type(layer), type(layer.mlp)
+
+    class Talkative(mlp_kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor) -> Any:
+            return super().forward(hidden_states), "router logits"
+
+    class Listening(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *arguments: Any, **named: Any) -> Any:
+            heard = self.mlp.forward
+            with mock.patch.object(self.mlp, "forward", lambda x: heard(x)[0]):
+                return super().forward(*arguments, **named)
+
+    layer.mlp.__class__, layer.__class__ = Talkative, Listening
+    layer.mlp.register_module("more", nn.Identity())  # so that the program calls it whole
+    check(model, prompt_of(9), way="modules (its program does not give their bits)")
+
+
+def test_threads_that_begin_during_a_rehearsal_have_programs_too(quantized: Make) -> None:
+    model = lean(PackSource(quantized("mixtral")))
+    inside, go_on = threading.Event(), threading.Event()
+    rehearse = steps.rehearse
+    ways: list[str] = []
+
+    def slowly(model: Any, forward: Any, program: Any, token: int) -> Any:
+        def held() -> Tensor:
+            inside.set()
+            go_on.wait(HANG_SECONDS)  # while the modules are watched
+            logits: Tensor = forward()
+            return logits
+
+        return rehearse(model, held if not inside.is_set() else forward, program, token)
+
+    def generate() -> None:
+        ways.append(run(model, prompt_of(9), 4)[0])
+
+    with mock.patch.object(steps, "rehearse", slowly):
+        first = threading.Thread(target=generate)
+        first.start()
+        assert inside.wait(HANG_SECONDS)
+        second = threading.Thread(target=generate)
+        second.start()
+        second.join(0.5)  # it gets to its second token, and no further
+        go_on.set()
+        for thread in (first, second):
+            thread.join(HANG_SECONDS)
+    assert ways == [PROGRAM, PROGRAM]

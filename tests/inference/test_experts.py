@@ -238,3 +238,12 @@ def test_a_model_without_its_experts_is_not_saved(packed: Make, tmp_path: Path) 
     model = load(PackSource(packed("mixtral")))
     with pytest.raises(ValueError, match="serializ"):
         model.save_pretrained(tmp_path)
+
+
+def test_no_tokens_are_no_experts(packed: Make) -> None:
+    source = PackSource(packed("mixtral"))
+    experts = load(source).model.layers[0].mlp.experts
+    none = torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2)
+    out = experts(torch.zeros(0, 128, dtype=torch.bfloat16), *none)
+    assert (out.shape, out.dtype) == ((0, 128), torch.bfloat16)
+    assert not source.waves_taken

@@ -29,6 +29,7 @@ from expertd_inference.kernels.native_library import (
     LinearCall,
     NativeLayer,
     NativeMatrix,
+    check_memory,
     native_layer,
     native_library,
     native_matrix,
@@ -99,7 +100,7 @@ class NativeKernels:
                 call = memo["call"] = TokenCall(layer, hidden, top_k_index, top_k_weights)
             if len(experts) == call.k:
                 call.fill(experts, records, arena.address)
-                _check(self._library.expertd_experts(call.address))
+                check_memory(self._library.expertd_experts(call.address))
                 return call.out
         slots = empty_slots(hidden, top_k_weights)
         out = torch.empty_like(hidden) if top_k_index.shape[1] <= MAX_SUMMED else None
@@ -136,7 +137,7 @@ class NativeKernels:
             kind,
             torch.get_num_threads(),
         )
-        _check(self._library.expertd_linear(ctypes.addressof(call)))
+        check_memory(self._library.expertd_linear(ctypes.addressof(call)))
         return out
 
     def _run(
@@ -193,7 +194,7 @@ class NativeKernels:
             *types,
             torch.get_num_threads(),
         )
-        _check(self._library.expertd_experts(ctypes.addressof(call)))
+        check_memory(self._library.expertd_experts(ctypes.addressof(call)))
         return True
 
     def _layer(self, spec: ExpertsSpec) -> NativeLayer | None:
@@ -264,7 +265,7 @@ class NativeKernels:
         out = rows.new_empty(len(rows), per_unit, num_units)
         for first in range(0, num_units, at_once):
             last = min(num_units, first + at_once)
-            self._library.expertd_dequantize(
+            status = self._library.expertd_dequantize(
                 ctypes.addressof(native),
                 base,
                 first,
@@ -273,6 +274,7 @@ class NativeKernels:
                 TYPES[rows.dtype],
                 torch.get_num_threads(),
             )
+            check_memory(status)
             product = functional.linear(rows, tile[: per_unit * (last - first)])
             out[:, :, first:last] = product.view(len(rows), per_unit, last - first)
         return out.view(len(rows), matrix.out_features)
@@ -357,8 +359,3 @@ def matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
     if not all(part.is_cpu and part.is_contiguous() for part in parts):
         return None
     return native_matrix(weight.matrix, lambda name: weight.parts[name].data_ptr(), "")
-
-
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("There is no memory left for the kernels' intermediate results.")

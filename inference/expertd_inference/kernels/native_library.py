@@ -17,7 +17,7 @@ from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
 
 PATH = Path(__file__).parent / "native" / "libexpertd_kernels.so"
-ABI = 1
+ABI = 2
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 
@@ -100,6 +100,12 @@ _FUNCTIONS = tuple(
 )
 
 
+def check_memory(status: int) -> None:
+    """Raises MemoryError unless a native function's answer is 0."""
+    if status:
+        raise MemoryError("There is no memory left for the kernels' intermediate results.")
+
+
 @cache
 def native_library() -> Loaded:
     """The library with its functions declared, or why it is not there. Loaded once."""
@@ -112,7 +118,6 @@ def native_library() -> Loaded:
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
             *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
         ]
-        library.expertd_dequantize.restype = None
         library.expertd_read_probe.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
         ]

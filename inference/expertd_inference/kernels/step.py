@@ -18,6 +18,7 @@ from expertd_inference.kernels.native_library import (
     TYPES,
     LinearCall,
     NativeMatrix,
+    check_memory,
     native_library,
 )
 from expertd_inference.kernels.program import Program
@@ -37,6 +38,8 @@ _SIGNATURES = {
     "expertd_argmax": [c_void_p, c_int64, c_int32],
 }  # fmt: skip
 
+_RESULTS = {"expertd_attend": c_int32, "expertd_route": c_int32, "expertd_argmax": c_int64}
+
 
 class PreparedCall:
     """A matrix as the kernels take it."""
@@ -55,15 +58,13 @@ class StepKernels:
         self._rms_norm, self._attend, self._rotate, self._route, self._argmax = (
             _function(library, name) for name in _SIGNATURES
         )
-        self._argmax.restype = c_int64
         self._linear: Any = library.expertd_linear
         self._program: Any = library.expertd_program
 
     def run(self, program: Program, token: int, position: int) -> None:
         """``program`` for ``token``, which is number ``position``, from 0, of its sequence."""
         threads = torch.get_num_threads()
-        if self._program(program.address, len(program), token, position, threads):
-            raise MemoryError("There is no memory left for the kernels' intermediate results.")
+        check_memory(self._program(program.address, len(program), token, position, threads))
 
     def linear(self, rows: Tensor, weight: Tensor, described: NativeMatrix) -> Tensor:
         """Contiguous ``rows`` [n, in] times ``weight`` [out, in], of one dtype: [n, out].
@@ -79,8 +80,7 @@ class StepKernels:
             TYPES[rows.dtype],
             torch.get_num_threads(),
         )
-        if self._linear(ctypes.addressof(call)):
-            raise MemoryError("There is no memory left for the kernels' intermediate results.")
+        check_memory(self._linear(ctypes.addressof(call)))
         return out
 
     def prepare(self, weight: QuantizedWeight) -> PreparedCall | None:
@@ -100,8 +100,7 @@ class StepKernels:
             TYPES[rows.dtype],
             torch.get_num_threads(),
         )
-        if self._linear(ctypes.addressof(call)):
-            raise MemoryError("There is no memory left for the kernels' intermediate results.")
+        check_memory(self._linear(ctypes.addressof(call)))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
         """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension of contiguous ``x``.
@@ -134,7 +133,7 @@ class StepKernels:
         _, q_head, _, _ = query.stride()
         _, k_head, k_row, _ = key.stride()
         _, v_head, v_row, _ = value.stride()
-        self._attend(
+        status = self._attend(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -152,6 +151,7 @@ class StepKernels:
             TYPES[query.dtype],
             torch.get_num_threads(),
         )
+        check_memory(status)
         return result
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class StepKernels:
         rows, n = logits.shape
         index = logits.new_empty(rows, k, dtype=torch.int64)
         weights = logits.new_empty(rows, k, dtype=torch.float32 if float_weights else None)
-        self._route(
+        status = self._route(
             logits.data_ptr(),
             rows,
             n,
@@ -200,6 +200,7 @@ class StepKernels:
             index.data_ptr(),
             TYPES[logits.dtype],
         )
+        check_memory(status)
         return weights, index
 
     def argmax(self, values: Tensor) -> int:
@@ -236,5 +237,5 @@ def step_kernels() -> StepKernels | None:
 def _function(library: ctypes.CDLL, name: str) -> Any:  # noqa: ANN401 - ctypes' own
     function: Any = library[name]
     function.argtypes = _SIGNATURES[name]
-    function.restype = None
+    function.restype = _RESULTS.get(name)
     return function

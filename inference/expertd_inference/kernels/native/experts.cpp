@@ -202,13 +202,10 @@ class ExpertsJob final : public Job {
 
 // Fills the slots of the call's experts, and with `out` sums them. 0, or 1 without memory.
 EXPERTD_API int32_t expertd_experts(const ExpertsCall* call) {
-    try {
+    return without_memory([=] {
         PoolLock lock;
         ExpertsJob job(*call);
         job.use_scratch(pool_scratch(job.scratch_bytes()));
         run_job(job, job.num_tasks(), call->threads);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
 }

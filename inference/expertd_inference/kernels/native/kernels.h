@@ -6,7 +6,7 @@
 #define EXPERTD_API extern "C" __attribute__((visibility("default")))
 
 // Changes with any structure or function here; kernels/native_library.py has the same number.
-#define EXPERTD_ABI 1
+#define EXPERTD_ABI 2
 
 // How values are stored; the first three are also the types of activations.
 enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4 };

@@ -93,22 +93,22 @@ class DequantizeJob final : public Job {
 
 // out = x times the matrix, transposed, whose places are addresses. 0, or 1 without memory.
 EXPERTD_API int32_t expertd_linear(const LinearCall* call) {
-    try {
+    return without_memory([=] {
         PoolLock lock;
         LinearJob job(*call);
         job.use_scratch(pool_scratch(job.scratch_bytes()));
         run_job(job, job.num_tasks(), call->threads);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
 }
 
-// The weights of units [first, last) in `type`: [rows per unit][last - first][columns].
-EXPERTD_API void expertd_dequantize(const Matrix* matrix, const uint8_t* base, int64_t first,
-                                    int64_t last, void* out, int32_t type, int32_t threads) {
-    PoolLock lock;
-    const int64_t num_tasks = std::min<int64_t>(last - first, threads * 4);
-    DequantizeJob job(*matrix, base, first, last, out, type, num_tasks);
-    run_job(job, num_tasks, threads);
+// The weights of units [first, last) in `type`: [rows per unit][last - first][columns]. 0, or 1
+// without memory.
+EXPERTD_API int32_t expertd_dequantize(const Matrix* matrix, const uint8_t* base, int64_t first,
+                                       int64_t last, void* out, int32_t type, int32_t threads) {
+    return without_memory([=] {
+        PoolLock lock;
+        const int64_t num_tasks = std::min<int64_t>(last - first, threads * 4);
+        DequantizeJob job(*matrix, base, first, last, out, type, num_tasks);
+        run_job(job, num_tasks, threads);
+    });
 }

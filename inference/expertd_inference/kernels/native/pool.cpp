@@ -67,6 +67,7 @@ struct Pool {
     std::atomic<int64_t> done{0};
     std::atomic<Job*> job{nullptr};
     std::atomic<int32_t> threads{0};
+    std::atomic<bool> failed{false};
     int32_t num_workers = 0;
     uint8_t* scratch = nullptr;
     int64_t scratch_bytes = 0;
@@ -111,7 +112,11 @@ void work(Pool& pool, uint32_t number) {
             if (pool.done.load() >= needed) break;
             pool.progress.wait(seen);
         }
-        job.run(task);
+        try {
+            job.run(task);
+        } catch (...) { // counted as done, or others would wait for it
+            pool.failed.store(true);
+        }
         pool.done.fetch_add(1);
         pool.progress.raise();
     }
@@ -145,8 +150,8 @@ void start_workers(Pool& pool, int32_t wanted) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (pool.num_workers < wanted) {
         pthread_t thread;
-        auto* worker = new Worker{&pool, pool.num_workers + 1};
-        if (pthread_create(&thread, nullptr, worker_main, worker)) {
+        auto* worker = new (std::nothrow) Worker{&pool, pool.num_workers + 1};
+        if (!worker || pthread_create(&thread, nullptr, worker_main, worker)) {
             delete worker;
             break; // fewer threads give the same result
         }
@@ -172,6 +177,7 @@ void run_job(Job& job, int64_t num_tasks, int32_t threads) {
     pool.next.store(ticket | UINT32_MAX);
     pool.job.store(&job);
     pool.done.store(0);
+    pool.failed.store(false);
     pool.num_tasks.store(num_tasks);
     pool.threads.store(threads);
     pool.next.store(ticket);
@@ -183,12 +189,15 @@ void run_job(Job& job, int64_t num_tasks, int32_t threads) {
         if (pool.done.load() >= num_tasks) break;
         pool.progress.wait(seen);
     }
+    if (pool.failed.load()) throw std::bad_alloc();
 }
 
 uint8_t* pool_scratch(int64_t num_bytes) {
     Pool& pool = the_pool();
     if (num_bytes > pool.scratch_bytes) {
         free(pool.scratch);
+        pool.scratch = nullptr;
+        pool.scratch_bytes = 0; // the next, smaller call must not take what is not there
         const int64_t rounded = (num_bytes + 4095) / 4096 * 4096;
         pool.scratch = static_cast<uint8_t*>(aligned_alloc(4096, rounded));
         if (!pool.scratch) throw std::bad_alloc();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 
 // Work of `num_tasks` tasks, which threads take in rising order.
 class Job {
@@ -17,12 +18,23 @@ class Job {
 };
 
 // Runs `job` on at most `threads` threads, the caller among them, and returns when it is done.
-// One job runs at a time; a second caller waits. Works again in a forked child.
+// One job runs at a time; a second caller waits. Works again in a forked child. Throws
+// std::bad_alloc if a task threw anything: its own thread must not end the process.
 void run_job(Job& job, int64_t num_tasks, int32_t threads);
 
 // Memory that lives as long as the pool's current job: at least `num_bytes`, 64-byte aligned.
 // Only while `PoolLock` is held.
 uint8_t* pool_scratch(int64_t num_bytes);
+
+// What an exported function answers: 0, or 1 if memory ran out in `call`.
+template <typename Call> int32_t without_memory(Call call) {
+    try {
+        call();
+        return 0;
+    } catch (const std::exception&) { // bad_alloc, or length_error of what no memory holds
+        return 1;
+    }
+}
 
 class PoolLock {
   public:

@@ -182,8 +182,8 @@ class ProgramJob final : public Job {
         }
         case ROUTE: {
             const auto& c = call_of<RouteCall>(operation);
-            expertd_route(c.logits, 1, c.n, c.k, c.normalize, c.float_weights, c.weights, c.index,
-                          c.type);
+            step_route(c.logits, 1, c.n, c.k, c.normalize, c.float_weights, c.weights, c.index,
+                       c.type);
             break;
         }
         }
@@ -232,13 +232,10 @@ class ProgramJob final : public Job {
 // operation reads was made by one before it, or before the call. 0, or 1 without memory.
 EXPERTD_API int32_t expertd_program(const Operation* operations, int64_t count, int64_t token,
                                     int64_t position, int32_t threads) {
-    try {
+    return without_memory([=] {
         PoolLock lock;
         ProgramJob job(operations, count, token, position, threads);
         job.use_scratch(pool_scratch(job.scratch_bytes()));
         run_job(job, job.num_tasks(), threads);
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
 }

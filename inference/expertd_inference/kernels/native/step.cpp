@@ -188,22 +188,21 @@ INLINE void attend_heads(const T *q, const T *k, const T *v, T *out, float *scra
         for (int64_t i = 0; i < a.d; i++) narrow(sums[g * a.d + i] / totals[g], out[g * a.d + i]);
 }
 
+constexpr int AT_ONCE = 4; // heads: what they need fits into the registers of AVX-512
+
 template <typename T>
 INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &a,
-                   int64_t first_kv, int64_t last_kv) {
-    constexpr int AT_ONCE = 4; // what they need fits into the registers of AVX-512
+                   int64_t first_kv, int64_t last_kv, float *scratch) {
     const int64_t group = a.heads / a.kv_heads;
-    std::vector<float> scratch(size_t(AT_ONCE * (2 * a.d + a.length)));
     for (int64_t kv = first_kv; kv < last_kv; kv++) {
         const T *keys = k + kv * a.k_head, *values = v + kv * a.v_head;
         int64_t head = kv * group;
         const int64_t end = head + group;
         for (; head + AT_ONCE <= end; head += AT_ONCE)
             attend_heads<AT_ONCE>(q + head * a.q_head, keys, values, out + head * a.d,
-                                  scratch.data(), a);
+                                  scratch, a);
         for (; head < end; head++)
-            attend_heads<1>(q + head * a.q_head, keys, values, out + head * a.d, scratch.data(),
-                            a);
+            attend_heads<1>(q + head * a.q_head, keys, values, out + head * a.d, scratch, a);
     }
 }
 
@@ -309,12 +308,12 @@ CLONES void rms_norm_f32(const float *x, const float *weight, float *y, int64_t 
     rms_norm(x, weight, y, rows, n, eps, round_first);
 }
 CLONES void attend_bf16(const Bf16 *q, const Bf16 *k, const Bf16 *v, Bf16 *out,
-                        const Attention &a, int64_t first_kv, int64_t last_kv) {
-    attend(q, k, v, out, a, first_kv, last_kv);
+                        const Attention &a, int64_t first_kv, int64_t last_kv, float *scratch) {
+    attend(q, k, v, out, a, first_kv, last_kv, scratch);
 }
 CLONES void attend_f32(const float *q, const float *k, const float *v, float *out,
-                       const Attention &a, int64_t first_kv, int64_t last_kv) {
-    attend(q, k, v, out, a, first_kv, last_kv);
+                       const Attention &a, int64_t first_kv, int64_t last_kv, float *scratch) {
+    attend(q, k, v, out, a, first_kv, last_kv, scratch);
 }
 CLONES void rotate_bf16(const Bf16 *x, int64_t head_stride, int64_t heads, int64_t d,
                         const Bf16 *cos, const Bf16 *sin, Bf16 *out, int64_t out_stride) {
@@ -354,12 +353,16 @@ CLONES int64_t argmax_f32(const float *x, int64_t n) { return argmax(x, n); }
 
 void step_attend(const void *q, const void *k, const void *v, void *out, const Attention &a,
                  int64_t first_kv, int64_t last_kv, int32_t type) {
+    // Not inside: GCC takes a function with CLONES for one that cannot throw, whatever it does.
+    std::vector<float> scratch(size_t(AT_ONCE * (2 * a.d + a.length)));
     if (type == BF16)
         attend_bf16(static_cast<const Bf16 *>(q), static_cast<const Bf16 *>(k),
-                    static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a, first_kv, last_kv);
+                    static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a, first_kv, last_kv,
+                    scratch.data());
     else
         attend_f32(static_cast<const float *>(q), static_cast<const float *>(k),
-                   static_cast<const float *>(v), static_cast<float *>(out), a, first_kv, last_kv);
+                   static_cast<const float *>(v), static_cast<float *>(out), a, first_kv, last_kv,
+                   scratch.data());
 }
 
 void step_rotate(const void *x, int64_t head_stride, int64_t heads, int64_t d, const void *cos,
@@ -393,17 +396,20 @@ EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, in
                      static_cast<float *>(y), rows, n, eps, round_first);
 }
 
-// One query per head over `length` keys and values; out is [heads, d] without gaps.
-EXPERTD_API void expertd_attend(const void *q, const void *k, const void *v, void *out,
-                                int64_t heads, int64_t kv_heads, int64_t length, int64_t d,
-                                int64_t q_head, int64_t k_head, int64_t k_row, int64_t v_head,
-                                int64_t v_row, float scale, int32_t type, int32_t threads) {
+// One query per head over `length` keys and values; out is [heads, d] without gaps. 0, or 1
+// without memory.
+EXPERTD_API int32_t expertd_attend(const void *q, const void *k, const void *v, void *out,
+                                   int64_t heads, int64_t kv_heads, int64_t length, int64_t d,
+                                   int64_t q_head, int64_t k_head, int64_t k_row, int64_t v_head,
+                                   int64_t v_row, float scale, int32_t type, int32_t threads) {
     const Attention a = {heads, kv_heads, length, d, q_head, k_head, k_row, v_head, v_row, scale};
-    if (threads == 1 || heads * length * d < MIN_SHARED_PRODUCTS)
-        return step_attend(q, k, v, out, a, 0, kv_heads, type);
-    PoolLock lock;
-    AttendJob job(q, k, v, out, a, type);
-    run_job(job, kv_heads, threads);
+    return without_memory([&] {
+        if (threads == 1 || heads * length * d < MIN_SHARED_PRODUCTS)
+            return step_attend(q, k, v, out, a, 0, kv_heads, type);
+        PoolLock lock;
+        AttendJob job(q, k, v, out, a, type);
+        run_job(job, kv_heads, threads);
+    });
 }
 
 // Queries and keys of one token; the results are [heads, d] without gaps.
@@ -414,10 +420,8 @@ EXPERTD_API void expertd_rotate(const void *q, const void *k, const void *cos, c
     step_rotate(k, k_head, kv_heads, d, cos, sin, k_out, d, type);
 }
 
-// The k likeliest of n by softmax, with their probabilities, in the logits' dtype or in float32.
-EXPERTD_API void expertd_route(const void *logits, int64_t rows, int64_t n, int64_t k,
-                               int32_t normalize, int32_t float_weights, void *weights,
-                               int64_t *index, int32_t type) {
+void step_route(const void *logits, int64_t rows, int64_t n, int64_t k, int32_t normalize,
+                int32_t float_weights, void *weights, int64_t *index, int32_t type) {
     float *as_float = float_weights ? static_cast<float *>(weights) : nullptr;
     if (type == BF16)
         route(static_cast<const Bf16 *>(logits), rows, n, k, normalize,
@@ -425,6 +429,16 @@ EXPERTD_API void expertd_route(const void *logits, int64_t rows, int64_t n, int6
     else
         route(static_cast<const float *>(logits), rows, n, k, normalize,
               float_weights ? nullptr : static_cast<float *>(weights), as_float, index);
+}
+
+// The k likeliest of n by softmax, with their probabilities, in the logits' dtype or in float32.
+// 0, or 1 without memory.
+EXPERTD_API int32_t expertd_route(const void *logits, int64_t rows, int64_t n, int64_t k,
+                                  int32_t normalize, int32_t float_weights, void *weights,
+                                  int64_t *index, int32_t type) {
+    return without_memory([=] {
+        step_route(logits, rows, n, k, normalize, float_weights, weights, index, type);
+    });
 }
 
 // The index of the largest of n.

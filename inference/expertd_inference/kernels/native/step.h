@@ -27,6 +27,6 @@ void step_add(const void* x, const void* y, void* out, int64_t n, int32_t type);
 EXPERTD_API void expertd_rms_norm(const void* x, const void* weight, void* y, int64_t rows,
                                   int64_t n, float eps, int32_t round_first, int32_t type);
 
-EXPERTD_API void expertd_route(const void* logits, int64_t rows, int64_t n, int64_t k,
-                               int32_t normalize, int32_t float_weights, void* weights,
-                               int64_t* index, int32_t type);
+// As expertd_route; throws std::bad_alloc.
+void step_route(const void* logits, int64_t rows, int64_t n, int64_t k, int32_t normalize,
+                int32_t float_weights, void* weights, int64_t* index, int32_t type);
