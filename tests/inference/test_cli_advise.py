@@ -12,7 +12,7 @@ from expertd.packing.synthetic import make_pack
 from expertd_inference import probes
 from expertd_inference.cli import app
 from tests.inference.advice.test_models import TINY
-from tests.inference.test_cli import assert_refused, run
+from tests.inference.test_cli import AT_ONCE, assert_refused, run
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_pack_is_advised_on(pack: Path) -> None:
 
 
 def test_help_comes_at_once_with_an_example() -> None:
-    done = run("advise", "--help", at_once=True)
+    done = run("advise", "--help", command=AT_ONCE)
     assert done.returncode == 0
     assert "expert-run advise --model mixtral-8x7b" in done.stdout
 
@@ -97,8 +97,8 @@ def test_a_disk_that_cannot_be_written_to(
 def test_a_directory_that_is_no_model(tmp_path: Path, config: str | None, message: str) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    assert_refused(run("advise", "--model", tmp_path, at_once=True), message)
+    assert_refused(run("advise", "--model", tmp_path, command=AT_ONCE), message)
 
 
 def test_a_shape_that_is_none() -> None:
-    assert_refused(run("advise", "--model", "mixtral-7x8b", at_once=True), "nearest are")
+    assert_refused(run("advise", "--model", "mixtral-7x8b", command=AT_ONCE), "nearest are")
