@@ -11,7 +11,8 @@ from unittest import mock
 
 import expertd.disk.loader
 from bench.figures import Bench, Figure, compared, timed
-from expertd.disk.loader import Loader, ReadJob, RecordFile
+from expertd.disk.loader import Loader, ReadJob
+from expertd.disk.record_file import RecordFile
 from expertd.pack.reader import PackReader, RecordPlace
 from expertd.settings.config import ServeConfig
 from expertd_client import Client

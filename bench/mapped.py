@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from expertd.disk.loader import PAGE_BYTES
+from expertd.pack.layout import PAGE_BYTES
 from expertd.pack.manifest import Manifest
 
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 16

@@ -132,7 +132,7 @@ async def _running(
         store = Store(config, arena, fd_store, inheritance)
         stack.push_async_callback(store.close)
         for name, model in config.models.items():
-            await store.load_model(name, model.path, Origin.CONFIG, model.limits)
+            await store.load_model(name, model.path, Origin.CONFIG, model.limits, model.disk_io)
         await store.load_inherited()
         # 4. The pulse that reads what workers wrote, and the one that says that we live.
         for pulse in (_refresh(store), feed_watchdog(manager, store.loader)):
@@ -256,7 +256,7 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 def _banner(store: Store, metrics: MetricsServer | None) -> str:
     held = ", ".join(
         f"{model.name} ({model.num_entries} experts, "
-        f"{format_bytes(model.manifest.expert_bytes)}, {model.path})"
+        f"{format_bytes(model.manifest.expert_bytes)}, {model.path}, {model.disk})"
         for model in store.models.values()
     )
     arena = store.arena

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from expertd.disk.loader import Loader, RecordFile
+from expertd.disk.loader import Loader
+from expertd.disk.opening import OpenPack, open_pack
+from expertd.disk.page_cache import PageCache
 from expertd.errors import (
     CapacityError,
     ExpertdError,
     IncarnationError,
     NotFoundError,
-    PackError,
     PreconditionError,
     UnauthenticatedError,
 )
@@ -37,10 +38,13 @@ from expertd.manager.systemd import Manager
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Fingerprinted, read_manifest
 from expertd.settings.config import ServeConfig, check_model_name
+from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits, pinned_bytes
 from expertd.shared.arena import Arena
 from expertd.shared.description import Description, Origin, new_directory
 from expertd.shared.handshake import Role
+from expertd.shared.host_memory import memory_available
+from expertd.shared.memfd import SharedMemory
 
 _DRAIN_POLL_SECONDS = 0.002
 ResultT = TypeVar("ResultT")
@@ -79,6 +83,11 @@ class Store:
             staged=not arena.huge_page_bytes,
             hint_depth=config.hint_depth,
         )
+        page_cache_bytes = config.page_cache_bytes
+        if page_cache_bytes is None:
+            page_cache_bytes = memory_available() // 4
+        self.page_cache = PageCache(page_cache_bytes)
+        """What mapped reads leave there."""
         self._numbers = itertools.count(1)
         self._admission = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -123,46 +132,66 @@ class Store:
         return self.models[name]
 
     async def load_model(
-        self, name: str, path: Path, origin: Origin = Origin.ADMIN, limits: Limits = NO_LIMITS
+        self,
+        name: str,
+        path: Path,
+        origin: Origin = Origin.ADMIN,
+        limits: Limits = NO_LIMITS,
+        disk_io: DiskIo | None = None,
     ) -> HostedModel:
         """Opens the pack in ``path`` (absolute) under ``name``; records come when they are used.
 
-        Those that an earlier daemon left of the same pack are there already; those that
-        ``limits`` pin are read from now on, which is not waited for. Raises
-        :class:`PackError`, :class:`ConfigError` if the pack has not what is pinned,
-        :class:`CapacityError` naming each term of the sum that the budget does not hold,
-        :class:`PreconditionError` if the name is taken.
+        They are read as ``disk_io`` says, or for None as the configuration does. Those that an
+        earlier daemon left of the same pack are there already; those that ``limits`` pin are read
+        from now on, which is not waited for. Raises :class:`PackError`, :class:`ConfigError` if
+        the pack has not what is pinned, :class:`CapacityError` naming each term of the sum that
+        the budget does not hold, :class:`PreconditionError` if the name is taken.
         """
         check_model_name(name)
         check_path(path)
         # To its end, even if the caller goes away: a model half loaded would be inherited.
-        return await self._finish(self._load(name, path, origin, limits))
+        return await self._finish(self._load(name, path, origin, limits, disk_io))
 
     async def load_inherited(self) -> None:
         """Brings back what an administrator had loaded, and gives up what else was left."""
         inheritance = self._inheritance
         for left in inheritance.of_admins():
             try:
-                await self.load_model(left.name, Path(left.pack), left.origin, left.limits)
+                await self.load_model(
+                    left.name, Path(left.pack), left.origin, left.limits, left.disk_io
+                )
             except ExpertdError as error:
                 await inheritance.give_up(self._fd_store, left.name, error)
         for name in list(inheritance.models):
             await inheritance.give_up(self._fd_store, name, "no setting names it any more")
         self._start_pinning()
 
-    async def _load(self, name: str, path: Path, origin: Origin, limits: Limits) -> HostedModel:
+    async def _load(
+        self, name: str, path: Path, origin: Origin, limits: Limits, disk_io: DiskIo | None
+    ) -> HostedModel:
         async with self._admission:
             if name in self.models:
                 raise PreconditionError(f"a model named {name!r} is loaded already.")
             pack = await asyncio.to_thread(read_manifest, path)
             pinned = pinned_bytes(limits.pins, pack.manifest, name)
             self.budget.check_model(name, pack.manifest, limits, pinned)
-            files = await asyncio.to_thread(self._open_files, path, pack)
-            model = await self._inherit(name, path, pack, files, limits)
+            asked = disk_io or self.config.disk_io
+            opened = await asyncio.to_thread(open_pack, path, pack.manifest, asked, self.page_cache)
+            if opened.disk.way is DiskIo.DIRECT and not opened.disk.past_page_cache:
+                self._warn(f"{path} is read through the page cache: no O_DIRECT there.")
+            if opened.disk.trouble:
+                self._warn(opened.disk.trouble)
+            model = await self._inherit(name, path, pack, opened, limits)
             if model is None:
-                model = await self._begin(name, path, pack, files, origin, limits)
+                model = await self._begin(name, path, pack, opened, origin, limits, disk_io)
             self.models[name] = model
-        log("model loaded", model=name, path=str(path), experts=model.num_entries)
+        log(
+            "model loaded",
+            model=name,
+            path=str(path),
+            experts=model.num_entries,
+            disk=str(model.disk),
+        )
         self.slots.trim(model)
         self._start_pinning()
         return model
@@ -196,9 +225,10 @@ class Store:
         name: str,
         path: Path,
         pack: Fingerprinted,
-        files: list[RecordFile],
+        opened: OpenPack,
         origin: Origin,
         limits: Limits,
+        disk_io: DiskIo | None,
     ) -> HostedModel:
         """The model without any record, its directory in the fd store."""
         description = Description(
@@ -208,24 +238,37 @@ class Store:
             arena=self.arena.trailer.id,
             origin=origin,
             limits=limits,
+            disk_io=disk_io,
         )
         memory = new_directory(pack.manifest.num_experts, description)
         if self._fd_store.is_full:
             self._warn(f"{name!r} does not outlive a restart: raise FileDescriptorStoreMax.")
         self._stored_as[name] = await self._fd_store.put_directory(memory)
-        return HostedModel(name, path, pack, files, memory, self.config.policy, limits)
+        return self._host(name, path, pack, opened, memory, limits)
 
     async def _inherit(
-        self, name: str, path: Path, pack: Fingerprinted, files: list[RecordFile], limits: Limits
+        self, name: str, path: Path, pack: Fingerprinted, opened: OpenPack, limits: Limits
     ) -> HostedModel | None:
         """The model as an earlier daemon left it, its records verified; None if it left none."""
         found = await self._inheritance.claim(self._fd_store, name, path, pack)
         if found is None:
             return None
-        model = HostedModel(name, path, pack, files, found.memory, self.config.policy, limits)
+        model = self._host(name, path, pack, opened, found.memory, limits)
         await adopt_records(model, self.arena, self.slots.extents)
         self._stored_as[name] = found.stored_as
         return model
+
+    def _host(
+        self,
+        name: str,
+        path: Path,
+        pack: Fingerprinted,
+        opened: OpenPack,
+        memory: SharedMemory,
+        limits: Limits,
+    ) -> HostedModel:
+        policy = self.config.policy
+        return HostedModel(name, path, pack, opened.files, memory, policy, limits, opened.disk)
 
     async def unload_model(self, name: str) -> int:
         """Drops a model once its records are unused; returns the bytes given back.
@@ -348,6 +391,8 @@ class Store:
         # Only now: while a session may read, a next daemon must know of what.
         await self._fd_store.remove(self._stored_as.pop(model.name))
         del self.models[model.name]
+        for file in model.files:
+            self.page_cache.remove(file, drop=True)
         model.close(self.slots.free)
         log("model unloaded", model=model.name)
         return released
@@ -371,24 +416,6 @@ class Store:
             for session in self.sessions.values()
             if session.is_worker and session.model is model
         ]
-
-    def _open_files(self, path: Path, pack: Fingerprinted) -> list[RecordFile]:
-        files: list[RecordFile] = []
-        try:
-            for spec in pack.manifest.files:
-                file = RecordFile(path / spec.name, direct=self.config.direct_io)
-                files.append(file)
-                size = file.path.stat().st_size
-                if size < spec.num_bytes:
-                    # Records before the cut still serve; those behind it fail one by one.
-                    log_warning("pack file truncated", file=str(file.path), bytes=size)
-                if self.config.direct_io and not file.direct:
-                    self._warn(f"{path} is read through the page cache: no O_DIRECT there.")
-        except PackError:
-            for file in files:
-                file.close()
-            raise
-        return files
 
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:

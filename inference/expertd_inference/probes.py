@@ -24,8 +24,9 @@ from typing import Self
 import numpy as np
 import torch
 
-from expertd.disk.loader import PAGE_BYTES, RecordFile
+from expertd.disk.record_file import RecordFile
 from expertd.errors import DeviceError, InvalidInputError, PackError
+from expertd.pack.layout import PAGE_BYTES
 from expertd.pack.manifest import MANIFEST_NAME, read_manifest
 from expertd.settings.config import ServeConfig
 from expertd.sizes import format_bytes

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-import expertd.store
+import expertd.disk.opening
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.session import Session
 from expertd.settings.config import ServeConfig
+from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
 from expertd.shared.arena import Arena
 from expertd.shared.directory import unpack_word
 from expertd.shared.handshake import Role
 from expertd.store import Store
-from expertd_testing.faulty_disk import FaultyFile
+from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
 from tests.handmade import PAGE, record
 
 
@@ -81,11 +82,13 @@ async def storing(
         "fetch_seconds": 5.0,
         "loader_threads": 2,
         "scrub_bytes_per_second": 0,  # it holds records, and tests count holds
+        "disk_io": DiskIo.DIRECT,
     }
     config = ServeConfig(Path("unused"), arena_bytes, **{**values, **settings})
     arena = Arena(arena_bytes, lock=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expertd.store, "RecordFile", FaultyFile)
+        patch.setattr(expertd.disk.opening, "RecordFile", FaultyFile)
+        patch.setattr(expertd.disk.opening, "MappedFile", FaultyMappedFile)
         store = Store(config, arena)
         for name, path in models.items():
             await store.load_model(name, path, limits=(limits or {}).get(name, NO_LIMITS))

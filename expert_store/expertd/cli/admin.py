@@ -13,6 +13,7 @@ from expertd.errors import (
     PermissionDeniedError,
     UnavailableError,
 )
+from expertd.settings.disk_io import parse_disk_io
 from expertd.settings.limits import Limits
 from expertd.sizes import format_bytes, parse_bytes
 
@@ -117,6 +118,13 @@ def load(
             help="Experts that stay resident; numbers, ranges A-B or * for all. Repeatable.",
         ),
     ] = None,
+    disk_io: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY",
+            help="How it is read: auto, direct or mmap; default: as the daemon's settings say.",
+        ),
+    ] = None,
 ) -> None:
     """Opens another pack in a running daemon. Needs root or the daemon's own user.
 
@@ -125,8 +133,9 @@ def load(
     from expertd.cli.control import Control
 
     limits = Limits(_size("--min", min_) or 0, _size("--max", max_), tuple(pin or ()))
+    way = parse_disk_io(disk_io) if disk_io is not None else None
     with Control(socket) as control:
-        row = control.load(name, pack.absolute(), limits)
+        row = control.load(name, pack.absolute(), limits, way)
     pinned = f"; {row['num_pinned']} are pinned and read now" if row["num_pinned"] else ""
     typer.echo(
         f"loaded {name}: {row['num_experts']} experts, {format_bytes(row['expert_bytes'])}; "

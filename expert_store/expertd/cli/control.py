@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd.pack.files import check_path
 from expertd.plain import to_plain
+from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
 from expertd.shared.greeting import handshake
 from expertd.shared.handshake import Role, rpc_target
@@ -125,7 +126,13 @@ class Control:
             finally:
                 call.cancel()
 
-    def load(self, name: str, pack: Path, limits: Limits = NO_LIMITS) -> dict[str, Any]:
+    def load(
+        self,
+        name: str,
+        pack: Path,
+        limits: Limits = NO_LIMITS,
+        disk_io: DiskIo | None = None,
+    ) -> dict[str, Any]:
         """Opens ``pack``, an absolute path, under ``name``. Raises ``PackError`` and others."""
         check_path(pack)
         request = pb.LoadModelRequest(
@@ -134,6 +141,7 @@ class Control:
             min_bytes=limits.min_bytes,
             max_bytes=limits.max_bytes or 0,
             pins=limits.pins,
+            disk_io=disk_io or "",
         )
         return to_plain(self._call_as_admin(self._stub.LoadModel, request).summary)
 

@@ -8,6 +8,7 @@ import typer
 
 from expertd.errors import ConfigError
 from expertd.settings.config import load_config, parse_model
+from expertd.settings.disk_io import parse_disk_io
 from expertd.settings.loopback import LoopbackAddress, parse_loopback
 from expertd.sizes import parse_bytes
 
@@ -29,6 +30,12 @@ def serve(
     model: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PACK", help="A pack to serve; may be given several times."),
+    ] = None,
+    disk_io: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY", help="How packs are read: auto (the faster way), direct or mmap."
+        ),
     ] = None,
     metrics: Annotated[
         str | None,
@@ -65,7 +72,12 @@ def serve(
             raise ConfigError("two models are given the same name; each needs its own.")
     run(
         load_config(
-            config, socket=socket, ram_bytes=_size(ram), models=models, metrics=_address(metrics)
+            config,
+            socket=socket,
+            ram_bytes=_size(ram),
+            models=models,
+            disk_io=parse_disk_io(disk_io) if disk_io is not None else None,
+            metrics=_address(metrics),
         )
     )
 

@@ -3,88 +3,27 @@
 Demand goes before hints, and hints before checks of what is resident. What is submitted
 together is read in the order of the file, and small records that lie side by side in one read:
 of 64 KiB records one at a time a disk gives less than half of what it could. One seam,
-:class:`RecordFile`, touches the disk.
+:class:`~expertd.disk.record_file.RecordFile`, touches the disk.
 """
 
-import errno
 import mmap
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from xxhash import xxh3_64_hexdigest
 
-from expertd.errors import PackError
-from expertd.pack.files import open_regular
+from expertd.disk.record_file import RecordFile
 
-PAGE_BYTES = 4096
 RUN_BYTES = 512 << 10
 """Neighbours are read together up to this size; larger reads gain nothing (docs/store-speed.md)."""
 STAGE_BYTES = 4 << 20
 """What a thread reads at once, where it reads by way of a buffer; no less than ``RUN_BYTES``."""
 _MAX_RUN = 512  # records: the kernel takes 1024 pieces in a read
-
-
-class RecordFile:
-    """A file of a pack, read past the page cache (O_DIRECT) where the file system can.
-
-    The arena is the cache: keeping every record in the page cache too would double its RAM.
-    Raises :class:`PackError` if the file cannot be opened.
-    """
-
-    def __init__(self, path: Path, *, direct: bool) -> None:
-        self.path = path
-        self.fd = -1
-        self.direct = False
-        try:
-            if direct:
-                self.direct = self._open_direct()
-            if not self.direct:
-                self.fd = open_regular(path)
-        except OSError as error:
-            raise PackError(f"{path} cannot be read: {error.strerror}.") from error
-
-    def read_into(self, target: memoryview, offset: int) -> None:
-        """Fills ``target`` from byte ``offset``. Raises OSError; EOFError if the file ends."""
-        done = 0
-        while done < len(target):
-            count = self.read_some([target[done:]], offset + done)
-            if not count:
-                raise EOFError
-            done += count
-            if self.direct and done % PAGE_BYTES and done < len(target):
-                raise EOFError  # only the end of a file is read in other than whole blocks
-
-    def read_some(self, targets: Sequence[memoryview], offset: int) -> int:
-        """One read into ``targets``, which may be short; 0 at the file's end. Raises OSError."""
-        return os.preadv(self.fd, targets, offset)
-
-    def close(self) -> None:
-        """Closes the file; twice is harmless."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def _open_direct(self) -> bool:
-        try:
-            self.fd = open_regular(self.path, os.O_DIRECT)
-            # Some take the flag and then refuse to read so, or only in larger blocks than ours.
-            with mmap.mmap(-1, PAGE_BYTES) as page:
-                os.preadv(self.fd, [page], 0)
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # tmpfs and some network file systems
-                self.close()
-                return False
-            if self.fd < 0:
-                raise
-            # A disk that cannot read this page may read others: each read tells its own error.
-        return True
 
 
 @dataclass(eq=False)

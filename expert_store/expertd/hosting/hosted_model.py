@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertd.disk.loader import ReadJob, RecordFile
+from expertd.disk.loader import ReadJob
+from expertd.disk.opening import DEFAULT_DISK, DiskChoice
+from expertd.disk.record_file import RecordFile
 from expertd.errors import NotFoundError
 from expertd.histogram import Histogram
 from expertd.hosting.touch_watch import TouchWatch
@@ -111,8 +113,9 @@ class HostedModel:
         memory: SharedMemory,
         policy: str = DEFAULT_POLICY,
         limits: Limits = NO_LIMITS,
+        disk: DiskChoice = DEFAULT_DISK,
     ) -> None:
-        self.limits = limits
+        self.limits, self.disk = limits, disk
         self.name, self.path, self.files = name, path, files
         self.manifest, self.fingerprint = pack.manifest, pack.fingerprint
         self.state = ModelState.SERVING

@@ -32,7 +32,7 @@ def collect_stats(store: Store) -> pb.Stats:
             huge_pages=store.arena.huge_page_bytes,
             retired=sum(model.reclaimer.bytes_retired for model in store.models.values()),
         ),
-        models=[_model_stats(model, entries) for model, entries in pinned.items()],
+        models=[_model_stats(store, model, entries) for model, entries in pinned.items()],
         sessions=[_session_stats(each, store.quotas, kept) for each in store.sessions.values()],
         warnings=store.warnings,
         policy=store.config.policy,
@@ -42,6 +42,8 @@ def collect_stats(store: Store) -> pb.Stats:
         queued_reads=store.loader.num_urgent,
         queued_hints=store.loader.num_hinted,
         cut_offs=store.num_cut_off,
+        page_cache=store.page_cache.num_bytes,
+        page_cache_max=store.page_cache.max_bytes,
     )
 
 
@@ -61,7 +63,7 @@ def collect_heat(model: HostedModel) -> pb.GetHeatResponse:
     )
 
 
-def _model_stats(model: HostedModel, pinned: Sequence[int]) -> pb.ModelStats:
+def _model_stats(store: Store, model: HostedModel, pinned: Sequence[int]) -> pb.ModelStats:
     counters = model.counters
     return pb.ModelStats(
         name=model.name,
@@ -92,6 +94,14 @@ def _model_stats(model: HostedModel, pinned: Sequence[int]) -> pb.ModelStats:
         num_pinned=len(pinned),
         num_pinned_resident=sum(map(model.is_resident, pinned)),
         moves=counters.moves,
+        disk=pb.DiskStats(
+            asked=model.disk.asked,
+            way=model.disk.way,
+            past_page_cache=model.disk.past_page_cache,
+            direct_bytes_per_second=model.disk.trial.direct,
+            mmap_bytes_per_second=model.disk.trial.mapped,
+            page_cache=store.page_cache.bytes_of(model.files),
+        ),
     )
 
 

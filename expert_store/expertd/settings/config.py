@@ -8,6 +8,7 @@ from typing import Any
 
 from expertd.errors import ConfigError
 from expertd.log import LogFormat
+from expertd.settings.disk_io import DiskIo, parse_disk_io
 from expertd.settings.limits import ModelConfig
 from expertd.settings.loopback import LoopbackAddress, parse_loopback
 from expertd.settings.policy_names import DEFAULT_POLICY, PolicyName
@@ -19,6 +20,7 @@ MAX_LOADER_THREADS = 256
 
 _SIZES = {
     "ram": "ram_bytes",
+    "page_cache": "page_cache_bytes",
     "read_buffer": "read_buffer_bytes",
     "default_quota": "default_quota_bytes",
 }
@@ -49,8 +51,11 @@ class ServeConfig:
     """Permissions of the sockets."""
     lock_memory: bool = True
     """mlock the arena; if that fails the daemon warns and goes on."""
-    direct_io: bool = True
-    """Read packs past the page cache where the file system can."""
+    disk_io: DiskIo = DiskIo.AUTO
+    """How packs are read that say nothing of their own."""
+    page_cache_bytes: int | None = None
+    """Of what mapped reads leave in the page cache, the most that is kept; None: a quarter of the
+    memory that is free when the daemon has its arena."""
     loader_threads: int = 8
     """Reads in flight at once."""
     hint_depth: int = 2
@@ -97,6 +102,8 @@ class ServeConfig:
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if self.page_cache_bytes is not None and self.page_cache_bytes < 0:
+            raise ConfigError(f"page_cache is {self.page_cache_bytes} bytes; give 0 or more.")
         if not 0 <= self.drain_seconds < math.inf:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; it must be 0 or more.")
         if self.scrub_bytes_per_second < 0:
@@ -192,7 +199,7 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
     if name in (*_SIZES.values(), "scrub_bytes_per_second") and isinstance(value, str):
         return parse_bytes(value)
-    if name == "default_quota_bytes":
+    if name in ("default_quota_bytes", "page_cache_bytes"):
         return _typed(value, int)
     if name == "quotas":
         return {_uid(uid): _quota(uid, size) for uid, size in _typed(value, dict).items()}
@@ -200,6 +207,8 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
         return TcpConfig.from_table(_typed(value, dict))
     if name == "metrics":
         return parse_loopback(_typed(value, str))
+    if name == "disk_io":
+        return parse_disk_io(value)
     if name == "policy":
         if value not in list(PolicyName):
             raise ValueError(f"the policies are {', '.join(PolicyName)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertd.errors import ConfigError
+from expertd.settings.disk_io import DiskIo, parse_disk_io
 from expertd.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:  # the command's --help needs no manifest
@@ -63,14 +64,16 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pack to serve, and within which limits."""
+    """A pack to serve, within which limits, and how it is read."""
 
     path: Path
     limits: Limits = NO_LIMITS
+    disk_io: DiskIo | None = None
+    """None: as the others."""
 
     @classmethod
     def from_toml(cls, name: str, value: Any) -> ModelConfig:  # noqa: ANN401
-        """From ``"path"`` or a table of ``path``, ``min``, ``max`` and ``pin``.
+        """From ``"path"`` or a table of ``path``, ``min``, ``max``, ``pin`` and ``disk_io``.
 
         Raises :class:`ConfigError`.
         """
@@ -80,9 +83,9 @@ class ModelConfig:
             raise ConfigError(
                 f"models.{name} is a {type(value).__name__}; give the pack's path or a table."
             )
-        for key in value.keys() - {"path", "min", "max", "pin"}:
+        for key in value.keys() - {"path", "min", "max", "pin", "disk_io"}:
             raise ConfigError(
-                f"unknown setting models.{name}.{key}; known are path, min, max and pin."
+                f"unknown setting models.{name}.{key}; known are path, min, max, pin and disk_io."
             )
         path, pins = value.get("path"), value.get("pin", [])
         if not isinstance(path, str):
@@ -91,7 +94,9 @@ class ModelConfig:
             raise ConfigError(f'models.{name}.pin is {pins!r}; give a list such as ["0:3", "5:*"].')
         try:
             smallest, largest = (_size(value[key]) if key in value else None for key in _SIZES)
-            return cls(Path(path).absolute(), Limits(smallest or 0, largest, tuple(pins)))
+            limits = Limits(smallest or 0, largest, tuple(pins))
+            disk_io = parse_disk_io(value["disk_io"]) if "disk_io" in value else None
+            return cls(Path(path).absolute(), limits, disk_io)
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"models.{name}: {str(error).rstrip('.')}.") from error
 

@@ -12,6 +12,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from expertd.errors import ConfigError
+from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
 from expertd.shared.directory import PAGE_BYTES, Directory, DirectoryView, directory_bytes
 from expertd.shared.memfd import SharedMemory
@@ -39,6 +40,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin
     limits: Limits = NO_LIMITS
     """Those that it was loaded with; changes at run time last as long as the daemon."""
+    disk_io: DiskIo | None = None
+    """How it is to be read; None: as the configuration says."""
 
 
 def new_directory(num_entries: int, description: Description) -> SharedMemory:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from expertd.disk.loader import Loader, ReadJob, RecordFile
+from expertd.disk.loader import Loader, ReadJob
+from expertd.disk.record_file import RecordFile
 from expertd.pack.layout import PAGE_BYTES
 from expertd.settings.config import ServeConfig
 from expertd_inference import probes

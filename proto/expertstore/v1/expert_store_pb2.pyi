@@ -476,12 +476,17 @@ class LoadModelRequest(_message.Message):
     MIN_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
+    DISK_IO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pack_path: _builtins.str
     min_bytes: _builtins.int
     """What other models' needs leave it, in bytes."""
     max_bytes: _builtins.int
     """What it never exceeds, in bytes; 0: only the budget limits it."""
+    disk_io: _builtins.str
+    """How its records are read: "auto", "direct" or "mmap"; empty: as the daemon's
+    settings say.
+    """
     @_builtins.property
     def pins(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Experts that stay resident while the model is loaded: LAYER:EXPERT, each a
@@ -496,10 +501,11 @@ class LoadModelRequest(_message.Message):
         min_bytes: _builtins.int = ...,
         max_bytes: _builtins.int = ...,
         pins: _abc.Iterable[_builtins.str] | None = ...,
+        disk_io: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "name", b"name", "pack_path", b"pack_path", "pins", b"pins"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_io", b"disk_io", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "name", b"name", "pack_path", b"pack_path", "pins", b"pins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1084,6 +1090,8 @@ class Stats(_message.Message):
     QUEUED_READS_FIELD_NUMBER: _builtins.int
     QUEUED_HINTS_FIELD_NUMBER: _builtins.int
     CUT_OFFS_FIELD_NUMBER: _builtins.int
+    PAGE_CACHE_FIELD_NUMBER: _builtins.int
+    PAGE_CACHE_MAX_FIELD_NUMBER: _builtins.int
     ADOPTIONS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
@@ -1096,6 +1104,11 @@ class Stats(_message.Message):
     queued_hints: _builtins.int
     cut_offs: _builtins.int
     """Sessions ended because they stood still while others waited."""
+    page_cache: _builtins.int
+    """In bytes: what reads by mmap have left in the page cache, at most; and the
+    bound within which it is kept.
+    """
+    page_cache_max: _builtins.int
     adoptions: _builtins.int
     """How many daemons have taken the arena over from the one before, this one included."""
     policy: _builtins.str
@@ -1127,13 +1140,15 @@ class Stats(_message.Message):
         queued_reads: _builtins.int = ...,
         queued_hints: _builtins.int = ...,
         cut_offs: _builtins.int = ...,
+        page_cache: _builtins.int = ...,
+        page_cache_max: _builtins.int = ...,
         adoptions: _builtins.int = ...,
         policy: _builtins.str = ...,
         peers: _abc.Iterable[Global___PeerStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoptions", b"adoptions", "arena", b"arena", "cut_offs", b"cut_offs", "fetches_waiting", b"fetches_waiting", "incarnation", b"incarnation", "models", b"models", "peers", b"peers", "policy", b"policy", "queued_hints", b"queued_hints", "queued_reads", b"queued_reads", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoptions", b"adoptions", "arena", b"arena", "cut_offs", b"cut_offs", "fetches_waiting", b"fetches_waiting", "incarnation", b"incarnation", "models", b"models", "page_cache", b"page_cache", "page_cache_max", b"page_cache_max", "peers", b"peers", "policy", b"policy", "queued_hints", b"queued_hints", "queued_reads", b"queued_reads", "sessions", b"sessions", "uptime_seconds", b"uptime_seconds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1200,6 +1215,7 @@ class ModelStats(_message.Message):
     ADOPTED_RECORDS_FIELD_NUMBER: _builtins.int
     ADOPTED_BYTES_FIELD_NUMBER: _builtins.int
     DROPPED_RECORDS_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     num_experts: _builtins.int
     num_resident: _builtins.int
@@ -1236,6 +1252,8 @@ class ModelStats(_message.Message):
     """Those that it left but that failed verification; they are read again when needed."""
     @_builtins.property
     def prefetch(self) -> Global___PrefetchStats: ...
+    @_builtins.property
+    def disk(self) -> Global___DiskStats: ...
     def __init__(
         self,
         *,
@@ -1262,14 +1280,58 @@ class ModelStats(_message.Message):
         adopted_records: _builtins.int = ...,
         adopted_bytes: _builtins.int = ...,
         dropped_records: _builtins.int = ...,
+        disk: Global___DiskStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prefetch", b"prefetch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "prefetch", b"prefetch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "disk", b"disk", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStats: _TypeAlias = ModelStats  # noqa: Y015
+
+@_typing.final
+class DiskStats(_message.Message):
+    """How a model's records are read from disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASKED_FIELD_NUMBER: _builtins.int
+    WAY_FIELD_NUMBER: _builtins.int
+    PAST_PAGE_CACHE_FIELD_NUMBER: _builtins.int
+    DIRECT_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MMAP_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PAGE_CACHE_FIELD_NUMBER: _builtins.int
+    asked: _builtins.str
+    """What was asked for: "auto", "direct" or "mmap"."""
+    way: _builtins.str
+    """"direct" or "mmap"."""
+    past_page_cache: _builtins.bool
+    """Whether reads leave nothing in the page cache."""
+    direct_bytes_per_second: _builtins.float
+    """Bytes per second that records of the pack came at by either way when it was
+    loaded; 0: not tried, or too little could be read.
+    """
+    mmap_bytes_per_second: _builtins.float
+    page_cache: _builtins.int
+    """In bytes: what reads by mmap have left of this model in the page cache, at most."""
+    def __init__(
+        self,
+        *,
+        asked: _builtins.str = ...,
+        way: _builtins.str = ...,
+        past_page_cache: _builtins.bool = ...,
+        direct_bytes_per_second: _builtins.float = ...,
+        mmap_bytes_per_second: _builtins.float = ...,
+        page_cache: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "direct_bytes_per_second", b"direct_bytes_per_second", "mmap_bytes_per_second", b"mmap_bytes_per_second", "page_cache", b"page_cache", "past_page_cache", b"past_page_cache", "way", b"way"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskStats: _TypeAlias = DiskStats  # noqa: Y015
 
 @_typing.final
 class PrefetchStats(_message.Message):

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expertd.disk.loader import RecordFile
+from expertd.disk.mapped_file import MappedFile
+from expertd.disk.page_cache import PageCache
+from expertd.disk.record_file import RecordFile
 
 
 @dataclass
@@ -32,10 +34,13 @@ class Faults:
 
 
 class FaultyFile(RecordFile):
-    """A :class:`~expertd.disk.loader.RecordFile` whose single reads suffer ``faults``."""
+    """A :class:`~expertd.disk.record_file.RecordFile` whose single reads suffer ``faults``."""
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
         super().__init__(path, direct=direct)
+        self._begin()
+
+    def _begin(self) -> None:
         self.faults = Faults()
         self.offsets: list[int] = []
         """Where each read of a record began, in order, before it met its fault."""
@@ -63,3 +68,14 @@ class FaultyFile(RecordFile):
                     target[position - place] ^= 1
             place += len(part)
         return count
+
+
+class FaultyMappedFile(FaultyFile, MappedFile):
+    """The same of a :class:`~expertd.disk.mapped_file.MappedFile`."""
+
+    def __init__(
+        self, path: Path, *, page_cache: PageCache | None = None, num_bytes: int = 0
+    ) -> None:
+        page_cache = page_cache or PageCache(1 << 30)
+        MappedFile.__init__(self, path, page_cache=page_cache, num_bytes=num_bytes)
+        self._begin()

@@ -8,16 +8,17 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from xxhash import xxh3_64_hexdigest
 
 import expertd.disk.loader
-from expertd.disk.loader import Loader, ReadJob, RecordFile
+from expertd.disk.loader import Loader, ReadJob
+from expertd.disk.record_file import RecordFile
 from expertd.errors import PackError
-from expertd_testing.faulty_disk import FaultyFile
+from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
 from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
@@ -29,9 +30,16 @@ def path(tmp_path: Path) -> Path:
     return make_pack(tmp_path / "pack", layers=1, experts=8) / "experts-00000.safetensors"
 
 
-@pytest.fixture
-def file(path: Path) -> Iterator[FaultyFile]:
-    file = FaultyFile(path)
+WAYS: dict[str, Callable[[Path], FaultyFile]] = {
+    "buffered": FaultyFile,
+    "direct": lambda path: FaultyFile(path, direct=True),
+    "mapped": FaultyMappedFile,
+}
+
+
+@pytest.fixture(params=["buffered", "mapped"])
+def file(path: Path, request: pytest.FixtureRequest) -> Iterator[FaultyFile]:
+    file = WAYS[request.param](path)
     yield file
     file.faults.gate.set()
     file.close()
@@ -180,13 +188,10 @@ class TestRuns:
         monkeypatch.setattr(file, "read_some", counting)
         return sizes
 
-    @pytest.fixture(params=[False, True], ids=["in place", "staged"])
-    def staged(self, request: pytest.FixtureRequest) -> bool:
-        return bool(request.param)
-
-    @pytest.fixture
-    def file(self, path: Path, staged: bool) -> Iterator[FaultyFile]:
-        file = FaultyFile(path, direct=staged)
+    @pytest.fixture(params=WAYS)
+    def file(self, path: Path, request: pytest.FixtureRequest) -> Iterator[FaultyFile]:
+        """Direct reads are staged."""
+        file = WAYS[request.param](path)
         yield file
         file.close()
 
@@ -384,9 +389,9 @@ def test_closing_finishes_what_has_started_and_drops_the_rest(file: FaultyFile) 
 # Disks
 
 
-@pytest.mark.parametrize("direct", [False, True])
-def test_a_record_is_read_and_verified(path: Path, direct: bool) -> None:
-    file = FaultyFile(path, direct=direct)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_record_is_read_and_verified(path: Path, way: str) -> None:
+    file = WAYS[way](path)
     assert read_one(file) is None
     file.close()
 
@@ -403,11 +408,11 @@ def test_a_file_that_ends_too_early(file: FaultyFile, end: int) -> None:
     assert read_one(file) == f"{file.path} is truncated"
 
 
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cut", [1, PAGE, PAGE + 1000])
-def test_a_file_that_really_ends_too_early(path: Path, direct: bool, cut: int) -> None:
+def test_a_file_that_really_ends_too_early(path: Path, way: str, cut: int) -> None:
     os.truncate(path, path.stat().st_size - cut)
-    file = FaultyFile(path, direct=direct)
+    file = WAYS[way](path)
     assert read_one(file, expert=7) == f"{path} is truncated"
     assert read_one(file, expert=6) is None
     file.close()

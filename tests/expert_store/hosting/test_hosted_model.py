@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from expertd.disk.loader import ReadJob, RecordFile
+from expertd.disk.loader import ReadJob
+from expertd.disk.record_file import RecordFile
 from expertd.errors import NotFoundError
 from expertd.hosting.hosted_model import HostedModel, Load
 from expertd.pack.manifest import Fingerprinted, read_manifest

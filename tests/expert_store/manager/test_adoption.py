@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertd.disk.loader import RecordFile
+from expertd.disk.record_file import RecordFile
 from expertd.hosting.hosted_model import HostedModel
 from expertd.manager import adoption
 from expertd.manager.adoption import adopt_records

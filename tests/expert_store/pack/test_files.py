@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.disk.loader import RecordFile
+from expertd.disk.record_file import RecordFile
 from expertd.errors import PackError
 from expertd.pack.files import check_path, open_regular
 from expertd.pack.manifest import read_manifest
