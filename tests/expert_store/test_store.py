@@ -15,6 +15,7 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
+from expertd.settings.disk_io import DiskIo
 from expertd.shared.handshake import Role
 from expertd.store import Store
 from tests.expert_store.in_memory import (
@@ -127,6 +128,31 @@ class TestUnload:
                 store.attach(Role.WORKER, "two", worker, 1, 0)
             await store.load_model("two", packs["two"])
             assert await Worker(store, "two").fetch(0) == 1
+
+    async def test_gives_the_page_cache_back(self, packs: dict[str, Path]) -> None:
+        """Of a model that is read by mmap as it was loaded, and of no other."""
+        async with storing({"one": packs["one"]}, 16 * PAGE, disk_io=DiskIo.MMAP) as store:
+            await store.load_model("two", packs["two"], disk_io=DiskIo.MMAP)
+            await store.load_model("three", packs["three"], disk_io=DiskIo.DIRECT)
+            for name in ("one", "two", "three"):
+                worker = Worker(store, name)
+                await worker.fetch_and_release(0, 1, 4)
+                assert worker.read(4) == record(
+                    *worker.model.expert(4), worker.model.record_bytes(4)
+                )
+            sizes = {
+                name: store.page_cache.bytes_of(model.files) for name, model in store.models.items()
+            }
+            assert sizes == {"one": 3 * PAGE, "two": 6 * PAGE, "three": 0}
+            file, dropped = disk(store.models["two"]), []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(file, "forget", lambda *place: dropped.append(place))
+                await store.unload_model("two")
+            assert sum(num_bytes for _, num_bytes in dropped) == 6 * PAGE
+            assert store.page_cache.num_bytes == 3 * PAGE
+            file = disk(store.models["one"])
+        assert file.fd == -1
+        assert store.page_cache.num_bytes == 0
 
     async def test_waits_for_a_lease(self, packs: dict[str, Path]) -> None:
         async with storing(packs, 16 * PAGE) as store:

@@ -13,7 +13,7 @@ from expertd.errors import (
     PermissionDeniedError,
     UnavailableError,
 )
-from expertd.settings.disk_io import parse_disk_io
+from expertd.settings.disk_io import DiskIo, parse_disk_io
 from expertd.settings.limits import Limits
 from expertd.sizes import format_bytes, parse_bytes
 
@@ -246,6 +246,10 @@ _MODEL_LINES = (
     "host hits",
     "NVMe misses",
     "NVMe read",
+    "read by",
+    "direct, tried",
+    "mmap, tried",
+    "page cache",
     "evictions",
     "moves",
     "records lost",
@@ -259,7 +263,7 @@ _MODEL_LINES = (
 
 
 def _model_column(model: dict[str, Any]) -> list[object]:
-    prefetch = model["prefetch"]
+    prefetch, disk = model["prefetch"], model["disk"]
     return [
         model["name"],
         f"{model['num_resident']} of {model['num_experts']}",
@@ -270,6 +274,12 @@ def _model_column(model: dict[str, Any]) -> list[object]:
         model["host_hits"],
         model["nvme_misses"],
         format_bytes(model["nvme_bytes_read"]),
+        disk["way"] + (" (auto)" if disk["asked"] == DiskIo.AUTO else ""),
+        *(
+            f"{format_bytes(int(disk[key]))}/s" if disk[key] else "-"
+            for key in ("direct_bytes_per_second", "mmap_bytes_per_second")
+        ),
+        format_bytes(disk["page_cache"]) if disk["page_cache"] else "-",
         model["evictions"],
         model["moves"],
         model["records_lost"],

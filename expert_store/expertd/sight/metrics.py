@@ -19,6 +19,7 @@ from expertd import __version__
 from expertd.histogram import BOUNDS_SECONDS, Histogram
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.session import Session
+from expertd.settings.disk_io import DiskIo
 from expertd.shared.handshake import Role
 from expertd.status import CODE_NAMES
 from expertd.store import Store
@@ -40,6 +41,7 @@ class StoreMetrics:
         return [
             *self._daemon(),
             *self._arena(),
+            *self._page_cache(),
             *self._models(),
             *self._sessions(),
             *self._queues(),
@@ -77,6 +79,13 @@ class StoreMetrics:
             "expertd_cut_offs",
             "Sessions ended because they stood still while others waited.",
             value=store.num_cut_off,
+        )
+
+    def _page_cache(self) -> Iterator[Metric]:
+        yield _gauge(
+            "expertd_page_cache_max_bytes",
+            "Of what mapped reads leave in the page cache, the most that is kept.",
+            self._store.page_cache.max_bytes,
         )
 
     def _arena(self) -> Iterator[Metric]:
@@ -121,6 +130,16 @@ class StoreMetrics:
             ("expertd_resident_bytes", "Size of those.", lambda m: m.resident_bytes),
             ("expertd_pinned_bytes", "Records that sessions have pinned.", self._pinned_bytes),
             ("expertd_loading_experts", "Records being read.", lambda m: len(m.loads)),
+            (
+                "expertd_reads_mapped",
+                "1 if its records are read by mmap, 0 if direct.",
+                lambda m: m.disk.way is DiskIo.MMAP,
+            ),
+            (
+                "expertd_page_cache_bytes",
+                "What reads by mmap have left in the page cache, at most.",
+                lambda m: self._store.page_cache.bytes_of(m.files),
+            ),
             (
                 "expertd_epoch_lag_max",
                 "Evictions that the model's slowest session has yet to acknowledge.",
@@ -221,6 +240,15 @@ class StoreMetrics:
             accesses.add_metric([model.name, "host_hit"], hits)
             accesses.add_metric([model.name, "nvme_miss"], model.counters.nvme_misses)
         yield accesses
+        tried = GaugeMetricFamily(
+            "expertd_disk_trial_bytes_per_second",
+            "What either way of reading gave when the model was loaded; 0 if it was not tried.",
+            labels=["model", "way"],
+        )
+        for model in models:
+            tried.add_metric([model.name, DiskIo.DIRECT.value], model.disk.trial.direct)
+            tried.add_metric([model.name, DiskIo.MMAP.value], model.disk.trial.mapped)
+        yield tried
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             for model in models:

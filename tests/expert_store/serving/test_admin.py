@@ -78,7 +78,9 @@ def refused(done: "subprocess.CompletedProcess[str]") -> str:
 
 def test_commands(daemon: Daemon, other_pack: Path) -> None:
     at = ("--socket", daemon.socket)
-    assert ran(expertd("load", "other", other_pack, *at)).startswith("loaded other: 16 experts")
+    load = ("load", "other", other_pack, *at)
+    assert "'fast' is no way to read a pack" in refused(expertd(*load, "--disk-io", "fast"))
+    assert ran(expertd(*load, "--disk-io", "mmap")).startswith("loaded other: 16 experts")
     assert "is loaded already" in refused(expertd("load", "other", other_pack, *at))
     listed = json.loads(ran(expertd("models", *at, "--json")))["models"]
     assert [model["name"] for model in listed] == ["m", "other"]
@@ -91,6 +93,10 @@ def test_commands(daemon: Daemon, other_pack: Path) -> None:
     assert ["model", "m", "other"] in rows
     assert ["resident", "0", "of", "24", "2", "of", "16"] in rows
     assert ["NVMe", "misses", "0", "2"] in rows
+    (way,) = [row[2:] for row in rows if row[:2] == ["read", "by"]]
+    assert way[-1] == "mmap"
+    assert way[-2] == "(auto)"
+    assert ["page", "cache", "24.0", "KiB"] in [row[:2] + row[-2:] for row in rows]
     assert any(str(other_pack) in line for line in ran(expertd("models", *at)).splitlines())
     assert "unloaded other: 24.0 KiB" in ran(expertd("unload", "other", *at))
     assert "no model named 'other'" in refused(expertd("unload", "other", *at))

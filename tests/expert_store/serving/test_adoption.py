@@ -258,8 +258,9 @@ def test_models_loaded_at_run_time_come_back(pack: Path, tmp_path: Path) -> None
     late, moved = make_pack(tmp_path / "late", seed=1), make_pack(tmp_path / "moved", seed=2)
     with supervised({"m": pack}, ram=2 * ALL) as service:
         for name, path in (("late", late), ("moved", moved), ("gone", pack)):
-            limits = ("--min", "16KiB", "--pin", "1:*") if name == "late" else ()
-            assert expertd("load", name, path, "--socket", service.socket, *limits).returncode == 0
+            options = ("--min", "16KiB", "--pin", "1:*", "--disk-io", "mmap")
+            given = options if name == "late" else ()
+            assert expertd("load", name, path, "--socket", service.socket, *given).returncode == 0
         for name, seed in (("late", 1), ("moved", 2), ("gone", 0)):
             warm_up(service, name, seed)
         assert expertd("unload", "gone", "--socket", service.socket).returncode == 0
@@ -270,6 +271,7 @@ def test_models_loaded_at_run_time_come_back(pack: Path, tmp_path: Path) -> None
         told = model_stats(service, "late")
         assert told["nvme_bytes_read"] == 0
         assert (told["min_bytes"], told["num_pinned"]) == (16 << 10, 8)
+        assert (told["disk"]["asked"], told["disk"]["way"]) == ("mmap", "mmap")
         assert sorted(service.stored_names)[0] == "arena"
         assert len(service.stored_names) == 3
 

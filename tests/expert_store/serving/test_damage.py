@@ -17,10 +17,11 @@ from tests.handmade import PAGE, make_pack, record
 FILE = "experts-00000.safetensors"
 
 
-@pytest.fixture
-def damaged(tmp_path: Path) -> Iterator[tuple[Daemon, Path]]:
+@pytest.fixture(params=["direct", "mmap"])
+def damaged(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, Path]]:
     path = make_pack(tmp_path / "pack")
-    with serving({"m": path}, ram=64 * RECORD_BYTES) as daemon:
+    arguments = ["--disk-io", request.param]
+    with serving({"m": path}, ram=64 * RECORD_BYTES, arguments=arguments) as daemon:
         yield daemon, path / FILE
 
 

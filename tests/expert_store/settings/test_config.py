@@ -7,6 +7,7 @@ import pytest
 from expertd.errors import ConfigError
 from expertd.log import LogFormat
 from expertd.settings.config import ServeConfig, load_config, parse_model
+from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import ModelConfig
 from expertd.settings.loopback import LoopbackAddress
 
@@ -34,7 +35,8 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         allowed_groups = ["expertd", 990]
         socket_mode = "600"
         lock_memory = false
-        direct_io = false
+        disk_io = "mmap"
+        page_cache = "3GiB"
         loader_threads = 2
         hint_depth = 3
         stall_seconds = 3
@@ -58,7 +60,8 @@ def test_every_setting_in_a_file(tmp_path: Path) -> None:
         allowed_groups=("expertd", 990),
         socket_mode=0o600,
         lock_memory=False,
-        direct_io=False,
+        disk_io=DiskIo.MMAP,
+        page_cache_bytes=3 << 30,
         loader_threads=2,
         hint_depth=3,
         stall_seconds=3.0,
@@ -108,7 +111,11 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ('socket_mode = "1777"', ["socket_mode", "1777"]),
         ('socket_mode = "-7"', ["socket_mode", "-7"]),
         ("lock_memory = 1", ["lock_memory = 1", "int"]),
-        ('direct_io = "yes"', ["direct_io = 'yes'", "str"]),
+        ('disk_io = "fast"', ["'fast'", "disk_io is auto, direct, mmap"]),
+        ("disk_io = true", ["True", "disk_io is auto, direct, mmap"]),
+        ("direct_io = true", ["unknown setting 'direct_io'", "disk_io"]),
+        ("page_cache = -1", ["page_cache", "-1"]),
+        ('page_cache = "all"', ["page_cache = 'all'", "not a size"]),
         ("loader_threads = 2.5", ["loader_threads = 2.5", "float"]),
         ("loader_threads = true", ["loader_threads = True", "bool"]),
         ("loader_threads = 0", ["loader_threads", "0"]),

@@ -7,6 +7,7 @@ import pytest
 from expertd.errors import ConfigError
 from expertd.pack.manifest import read_manifest
 from expertd.settings.config import ServeConfig, load_config
+from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import Limits, ModelConfig, pinned_entries
 from tests.handmade import PAGE, make_pack
 
@@ -30,12 +31,13 @@ def test_a_model_is_a_path_or_a_table(tmp_path: Path) -> None:
         pin = ["0:3", "5:*"]
         [models."gpt oss"]
         path = "/packs/gpt-oss"
+        disk_io = "direct"
         """,
     )
     assert config.models == {
         "plain": ModelConfig(Path("/packs/plain")),
         "mixtral": ModelConfig(Path("/packs/mixtral"), Limits(2 << 30, 8 << 30, ("0:3", "5:*"))),
-        "gpt oss": ModelConfig(Path("/packs/gpt-oss")),
+        "gpt oss": ModelConfig(Path("/packs/gpt-oss"), disk_io=DiskIo.DIRECT),
     }
 
 
@@ -44,13 +46,15 @@ def test_a_model_is_a_path_or_a_table(tmp_path: Path) -> None:
     [
         ("models.m = 3", ["models.m is a int", "table"]),
         ('models.m = {min = "1GiB"}', ["models.m has no path"]),
-        ('models.m = {path = "/p", mim = 1}', ["models.m.mim", "path, min, max and pin"]),
+        ('models.m = {path = "/p", mim = 1}', ["models.m.mim", "path, min, max, pin and disk_io"]),
         ('models.m = {path = "/p", min = "much"}', ["models.m", "'much' is not a size"]),
         ('models.m = {path = "/p", max = true}', ["models.m", "True is not a size"]),
         ('models.m = {path = "/p", max = 0}', ["models.m", "positive"]),
         ('models.m = {path = "/p", min = -1}', ["models.m", "0 or more"]),
         ('models.m = {path = "/p", min = 8192, max = 4096}', ["models.m", "8.0 KiB", "exceed"]),
         ('models.m = {path = "/p", pin = "0:1"}', ["models.m.pin", "list"]),
+        ('models.m = {path = "/p", disk_io = "fast"}', ["models.m", "'fast'", "direct"]),
+        ('models.m = {path = "/p", disk_io = []}', ["models.m", "[]", "direct"]),
         ('models.m = {path = "/p", pin = ["0"]}', ["models.m", "'0' is no pin", "LAYER:EXPERT"]),
         ('models.m = {path = "/p", pin = ["0:3-1"]}', ["'0:3-1' is no pin"]),
         ('models.m = {path = "/p", pin = ["0:-1"]}', ["is no pin"]),

@@ -3,17 +3,22 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from expertd.disk.trial import Trial
 from expertd.errors import RecordLostError
+from expertd.serving.stats import collect_stats
+from expertd.settings.disk_io import DiskIo
 from expertd.sight.metrics import StoreMetrics
 from expertd.sight.metrics_server import Families
 from expertd.status import CODE_NAMES
 from expertd.store import Store
+from expertstore.v1 import expert_store_pb2 as pb
 from tests.expert_store.in_memory import Worker, disk, storing, until
 from tests.handmade import PAGE, make_pack
 from tests.promtool import check, needs_promtool
@@ -29,6 +34,7 @@ LABELS = {
     "priority": {"demand", "hint"},
     "role": {"worker", "reader", "admin"},
     "state": {"used", "free"},
+    "way": {"direct", "mmap"},
 }
 
 
@@ -174,6 +180,31 @@ async def test_labels_are_few_and_bounded(store: Store) -> None:
 @needs_promtool
 async def test_promtool_finds_no_fault(store: Store) -> None:
     assert check("check", "metrics", text=text(store)) == ""
+
+
+async def test_how_records_are_read(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path / "m")
+    async with storing(
+        {"m": pack}, 8 * RECORD, disk_io=DiskIo.MMAP, page_cache_bytes=4 * RECORD
+    ) as store:
+        await Worker(store).fetch(*range(3))
+        store.models["m"].disk = replace(store.models["m"].disk, trial=Trial(2e9, 3e9))
+        now = text(store)
+        assert value(now, "expertd_reads_mapped", model="m") == 1
+        assert value(now, "expertd_page_cache_bytes", model="m") == 3 * RECORD
+        assert value(now, "expertd_page_cache_max_bytes") == 4 * RECORD
+        tried = "expertd_disk_trial_bytes_per_second"
+        assert value(now, tried, model="m", way="direct") == 2e9
+        assert value(now, tried, model="m", way="mmap") == 3e9
+        told = collect_stats(store)
+        assert (told.page_cache, told.page_cache_max) == (3 * RECORD, 4 * RECORD)
+        assert told.models[0].disk == pb.DiskStats(
+            asked="mmap",
+            way="mmap",
+            direct_bytes_per_second=2e9,
+            mmap_bytes_per_second=3e9,
+            page_cache=3 * RECORD,
+        )
 
 
 async def test_all_are_documented(store: Store) -> None:
