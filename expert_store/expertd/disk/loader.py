@@ -51,7 +51,8 @@ class Loader:
 
     A hinted read is begun only where no demanded one waits and fewer than ``hint_depth`` reads of
     either kind are under way: so many share the disk with a demanded one at worst. One thread is
-    kept for demand, if there are two. Checks of what is in the arena come last, one at a time.
+    kept for demand, if there are two. Of a mapped file, the kernel begins with the next hinted
+    record while one is read. Checks of what is in the arena come last, one at a time.
     """
 
     def __init__(self, num_threads: int, *, staged: bool = False, hint_depth: int = 2) -> None:
@@ -150,7 +151,8 @@ class Loader:
                     return partial(self._read, _next_run(self._urgent))
                 if self._hinted and self._may_read_hint():
                     self._num_hints_read += 1
-                    return partial(self._read_hint, self._hinted.popleft())
+                    job = self._hinted.popleft()
+                    return partial(self._read_hint, job, self._hinted[0] if self._hinted else None)
                 if self._checks and not self._checking and not self._hinted:
                     self._checking = True
                     return partial(self._check, self._checks.popleft())
@@ -171,7 +173,9 @@ class Loader:
             if len(self._hinted) > 1:
                 self._wake.notify()
 
-    def _read_hint(self, job: ReadJob) -> None:
+    def _read_hint(self, job: ReadJob, following: ReadJob | None) -> None:
+        if following is not None:  # so that the disk works while this one is copied and verified
+            following.file.announce(following.offset, len(following.target))
         read_run([job], self._of_thread.stage)
         with self._wake:
             self._num_hints_read -= 1

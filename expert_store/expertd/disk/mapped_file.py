@@ -78,7 +78,7 @@ class MappedFile(RecordFile):
         end = min(wanted, self._num_bytes, os.fstat(self.fd).st_size)
         if end <= offset:
             return 0
-        self.announce(offset, end - offset)
+        self._begin(offset, end - offset)
         try:
             self._populate(offset, end)
             return self._copy(targets, offset, end)
@@ -87,11 +87,10 @@ class MappedFile(RecordFile):
             self._page_cache.keep(self, list(zip(starts, map(len, targets), strict=False)))
 
     def announce(self, offset: int, num_bytes: int) -> None:
-        """Has the kernel begin to read a range, without waiting for it."""
-        for start in range(offset, offset + num_bytes, ANNOUNCED_BYTES):
-            length = min(ANNOUNCED_BYTES, offset + num_bytes - start)
-            # Of no consequence if refused: it is read when it is populated.
-            advise(*self._pages(start, start + length), mmap.MADV_WILLNEED)
+        """Has the kernel begin to read a range that will be read soon."""
+        if self.fd >= 0:
+            self._begin(offset, num_bytes)
+            self._page_cache.keep(self, [(offset, num_bytes)])
 
     def forget(self, offset: int, num_bytes: int) -> None:
         """Has this process and the page cache give up what they hold of a range."""
@@ -110,6 +109,13 @@ class MappedFile(RecordFile):
         """Address and length of the pages that hold a range."""
         first = start - start % _PAGE
         return self._address + first, -(-end // _PAGE) * _PAGE - first
+
+    def _begin(self, offset: int, num_bytes: int) -> None:
+        """Has the kernel begin to read a range, without waiting for it."""
+        for start in range(offset, offset + num_bytes, ANNOUNCED_BYTES):
+            length = min(ANNOUNCED_BYTES, offset + num_bytes - start)
+            # Of no consequence if refused: it is read when it is populated.
+            advise(*self._pages(start, start + length), mmap.MADV_WILLNEED)
 
     def _populate(self, offset: int, end: int) -> None:
         """Waits until the pages are there. Raises OSError if the disk cannot read one."""

@@ -46,6 +46,9 @@ class RecordFile:
         """One read into ``targets``, which may be short; 0 at the file's end. Raises OSError."""
         return os.preadv(self.fd, targets, offset)
 
+    def announce(self, offset: int, num_bytes: int) -> None:
+        """Says that a range will be read soon; of no use past the page cache."""
+
     def forget(self, offset: int, num_bytes: int) -> None:
         """Has the page cache give up what it holds of a range, as far as nobody maps it."""
         if self.fd >= 0:

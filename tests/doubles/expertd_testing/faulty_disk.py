@@ -38,9 +38,9 @@ class FaultyFile(RecordFile):
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
         super().__init__(path, direct=direct)
-        self._begin()
+        self._set_faults()
 
-    def _begin(self) -> None:
+    def _set_faults(self) -> None:
         self.faults = Faults()
         self.offsets: list[int] = []
         """Where each read of a record began, in order, before it met its fault."""
@@ -78,4 +78,4 @@ class FaultyMappedFile(FaultyFile, MappedFile):
     ) -> None:
         page_cache = page_cache or PageCache(1 << 30)
         MappedFile.__init__(self, path, page_cache=page_cache, num_bytes=num_bytes)
-        self._begin()
+        self._set_faults()

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import mmap
 import os
+import queue
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from expertd.disk import mapped_file
-from expertd.disk.loader import read_verified
+from expertd.disk.loader import Loader, ReadJob, read_verified
 from expertd.disk.mapped_file import MappedFile
 from expertd.disk.page_cache import PageCache
 from expertd.errors import PackError
@@ -236,6 +237,42 @@ def test_the_page_cache_keeps_no_more_than_its_bound(pack: Path) -> None:
     assert most == cache.num_bytes == 3 * RECORD
     file.close()
     assert cache.num_bytes == 0
+
+
+def test_the_next_hint_is_announced_while_one_is_read(
+    file: MappedFile, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what is demanded: all of that is begun at once, by as many threads as there are."""
+    announced, done = list[int](), queue.Queue[str | None]()
+    announce = file.announce
+
+    def noted(offset: int, num_bytes: int) -> None:
+        announced.append(offset)
+        announce(offset, num_bytes)
+
+    monkeypatch.setattr(file, "announce", noted)
+    layer = read_manifest(pack).manifest.layers[0]
+    with mmap.mmap(-1, 8 * RECORD) as memory, memoryview(memory) as view:
+        jobs = [
+            ReadJob(file, offset, view[start : start + RECORD], checksum, done.put, urgent=urgent)
+            for start, offset, checksum, urgent in zip(
+                range(0, 8 * RECORD, RECORD),
+                layer.offsets,
+                layer.checksums,
+                [True] * 3 + [False] * 5,
+                strict=True,
+            )
+        ]
+        loader = Loader(1, hint_depth=1)
+        loader.submit(*jobs)
+        assert [done.get(timeout=10) for _ in jobs] == [None] * 8
+        loader.close()
+        assert memory[:] == b"".join(record(0, expert) for expert in range(8))
+        for job in jobs:
+            job.target.release()
+    assert announced == [*layer.offsets[4:]]
+    file.close()
+    file.announce(PAGE, RECORD)  # too late, and harmless
 
 
 def _resident(file: MappedFile) -> int:
