@@ -160,7 +160,13 @@ def _processes(
         bench.say(f"{model.name}: a daemon with {ram / 2**20:.0f} MiB")
         socket = bench.folder / f"{model.name}-{name}"
         served = stack.enter_context(
-            serving({"m": model.pack}, ram=max(ram, least), socket=socket, config=config)
+            serving(
+                {"m": model.pack},
+                ram=max(ram, least),
+                socket=socket,
+                config=config,
+                arguments=["--disk-io", "direct"],
+            )
         )
         return {"pack": model.pack, "socket": served.socket, "reader": served.pid}
 

@@ -1,4 +1,7 @@
-"""Part 3: fetching what is not in RAM, beside plain parallel reads of the same file."""
+"""Part 3: fetching what is not in RAM, beside plain parallel reads of the same file.
+
+By both ways to read a pack, in turns; by mmap with an empty page cache, and with one that has all.
+"""
 
 import mmap
 import os
@@ -11,16 +14,22 @@ from unittest import mock
 
 import expertd.disk.loader
 from bench.figures import Bench, Figure, compared, timed
+from bench.page_cache import fill_with_file, forget_file
+from expertd.cli.control import Control
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
 from expertd.pack.reader import PackReader, RecordPlace
 from expertd.settings.config import ServeConfig
+from expertd.settings.disk_io import DiskIo
 from expertd_client import Client
 from tests.daemon import serving
 from tests.handmade import PAGE, make_pack
 
 _SIZES = {"8 KiB": 8 << 10, "64 KiB": 64 << 10, "256 KiB": 256 << 10, "1.7 MiB": 1728 << 10,
           "13 MiB": 13 << 20}  # fmt: skip
+DIRECT, MMAP, WARM = "direct", "mmap", "mmap, page cache warm"
+WAYS = {DIRECT: DiskIo.DIRECT, MMAP: DiskIo.MMAP, WARM: DiskIo.MMAP}
+_PLAIN, _FILE = "plain", "experts-00000.safetensors"
 _BATCH = 128  # a layer's experts, as a prompt touches them
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 _FEW = 8  # a token's
@@ -46,17 +55,25 @@ def measure(bench: Bench) -> Iterator[Figure]:
             for batch in (_BATCH, _FEW):
                 if batch == _FEW and experts < 2 * _FEW:
                     continue
-                turns = []
+                rates: dict[str, list[float]] = {way: [] for way in (*WAYS, _PLAIN)}
                 for number in range(bench.rounds):
                     bench.say(f"cold reads: {name}, {batch} at a time, {number + 1}")
-                    plain = read_plainly(pack, size, memory)
-                    ours = fetch_all(daemon.socket, pack, batch)
-                    turns.append((num_bytes / ours / 2**30, num_bytes / plain / 2**30))
+                    times = {_PLAIN: read_plainly(pack, size, memory)}
+                    for way, disk_io in WAYS.items():
+                        (fill_with_file if way == WARM else forget_file)(pack / _FILE)
+                        times[way] = fetch_all(daemon.socket, pack, batch, disk_io)
+                    for way, seconds in times.items():
+                        rates[way].append(num_bytes / seconds / 2**30)
+                turns = list(zip(rates[DIRECT], rates[_PLAIN], strict=True))
                 # A few at a time the disk rests while each answer and the next call travel.
                 goal = 0.9 if batch == _BATCH else None
                 at_once = min(batch, experts)
                 what = f"cold Fetch, {at_once} records of {name} at once / preadv"
                 yield compared("cold", what, "GiB/s", turns, at_least=goal)
+                for way in (MMAP, WARM):
+                    what = f"cold Fetch, {at_once} records of {name} at once, {way} / direct"
+                    turns = list(zip(rates[way], rates[DIRECT], strict=True))
+                    yield compared("cold", what, "GiB/s", turns)
             bench.say(f"cold reads: checksums of {name}")
             yield checksums(bench, pack, name, memory)
 
@@ -76,20 +93,20 @@ def place(num_bytes: int) -> memoryview:
     return memoryview(pages)
 
 
-def fetch_all(socket: Path, pack: Path, batch: int) -> float:
+def fetch_all(socket: Path, pack: Path, batch: int, disk_io: DiskIo) -> float:
     """Seconds to fetch every record, ``batch`` of one layer at a time, none being resident."""
-    with Client(socket) as store:
-        store.unload_model("m")
-        store.load_model("m", pack)
-        with store.attach("m") as session:
+    with Control(socket) as control:
+        control.unload("m")
+        control.load("m", pack, disk_io=disk_io)
+    with Client(socket) as store, store.attach("m") as session:
 
-            def fetch() -> None:
-                for layer in session.model.layers.values():
-                    for start in range(0, layer.num_experts, batch):
-                        experts = range(start, min(start + batch, layer.num_experts))
-                        session.acquire(layer.layer, experts).release()
+        def fetch() -> None:
+            for layer in session.model.layers.values():
+                for start in range(0, layer.num_experts, batch):
+                    experts = range(start, min(start + batch, layer.num_experts))
+                    session.acquire(layer.layer, experts).release()
 
-            return timed(fetch)
+        return timed(fetch)
 
 
 def read_plainly(pack: Path, record_bytes: int, memory: memoryview) -> float:
@@ -97,7 +114,7 @@ def read_plainly(pack: Path, record_bytes: int, memory: memoryview) -> float:
 
     Each to a place of its own: the same bytes over and over would stay in the CPU's cache.
     """
-    file = RecordFile(pack / "experts-00000.safetensors", direct=True)
+    file = RecordFile(pack / _FILE, direct=True)
 
     def read(reader: int) -> None:
         step = _THREADS * record_bytes
@@ -160,7 +177,7 @@ def _load(file: RecordFile, places: list[RecordPlace], memory: memoryview) -> No
 
 def median_read_seconds(pack: Path, record_bytes: int, count: int) -> float:
     """What one record takes by itself."""
-    file = RecordFile(pack / "experts-00000.safetensors", direct=True)
+    file = RecordFile(pack / _FILE, direct=True)
     memory, seconds = place(record_bytes), []
     for offset in range(PAGE, PAGE + count * record_bytes, record_bytes):
         began = time.perf_counter()

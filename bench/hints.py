@@ -30,7 +30,12 @@ def measure(bench: Bench) -> Iterator[Figure]:
     experts = [divmod(entry, _EXPERTS) for entry in random.Random(0).sample(range(count), count)]
     delays = []
     with (
-        serving({"m": pack}, ram=count * _RECORD_BYTES, socket=bench.folder / "hints-s") as daemon,
+        serving(
+            {"m": pack},
+            ram=count * _RECORD_BYTES,
+            socket=bench.folder / "hints-s",
+            arguments=["--disk-io", "direct"],
+        ) as daemon,
         Client(daemon.socket) as store,
         store.attach("m") as asker,
         store.attach("m") as hinter,

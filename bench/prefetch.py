@@ -133,7 +133,8 @@ def measure(name: str, bench: Bench, plan: Plan, packs: Path | None = None) -> I
     manifest = read_manifest(pack).manifest
     for share in plan.shares or _SHARES[name]:
         ram = max(int(manifest.expert_bytes * share), manifest.working_set_bytes)
-        with serving({"m": pack}, ram=ram, socket=bench.folder / "s") as daemon:
+        direct = ["--disk-io", "direct"]
+        with serving({"m": pack}, ram=ram, socket=bench.folder / "s", arguments=direct) as daemon:
             yield from _compare(name, bench, plan, daemon.socket, share)
 
 

@@ -102,9 +102,10 @@ def _daemon(bench: Bench) -> Iterator[Figure]:
     )
     os.sync()
     turns, rates = [], []
+    direct = ["--disk-io", "direct"]
     with (
         supervised({"m": pack}, ram=num_bytes) as warm,
-        supervised({"m": pack}, ram=num_bytes, max_stored=0) as cold,
+        supervised({"m": pack}, ram=num_bytes, max_stored=0, arguments=direct) as cold,
     ):
         for service in (warm, cold):
             _use_all(service)

@@ -8,6 +8,7 @@ experts per token, so all have 6). Hints are replayed too: one layer ahead, each
 probability of 0.85.
 
 - *ours*: the daemon has the budget, locked. It reads past the page cache, which gives it nothing
+- *ours, mmap*: the same with `disk_io = "mmap"`, which leaves up to 64 MiB in the page cache, too
 - *mapped*: the same trunk, kernels and routing, with the pack's files mapped, as stock loaders do;
   the process is in a control group that limits its memory, page cache included, to what it had
   without experts plus the budget. Pages are read when the kernels touch them
@@ -35,10 +36,12 @@ from bench.ablation import EXPERTS_PER_TOKEN, RECALL, SHAPE
 from bench.figures import Bench, Figure, compared, quartiles
 from bench.gpu_routing import routing_for
 from bench.memory_limit import MemoryLimit, NoLimitError
+from bench.page_cache import forget_file
 from bench.results import Curve, Plot, Table
 from bench.synthetic import SHAPES, make_pack
-from bench.tiers import EndedError, Tally, TierProcess, forget_file, slower_ways, workers
+from bench.tiers import EndedError, Tally, TierProcess, slower_ways, workers
 from expertd.pack.manifest import Manifest, read_manifest
+from expertd.settings.disk_io import DiskIo
 from expertd.shared.host_memory import memory_available
 from expertd_inference.probes import StorageProbe
 from tests.daemon import serving
@@ -46,7 +49,7 @@ from tests.daemon import serving
 PART = "spill"
 SHARES = (1.0, 0.5, 0.25)
 UNIFORM, REPLAYED = "uniform", "replayed"
-OURS, MAPPED, ANNOUNCED = "ours", "mapped", "announced"
+OURS, OURS_MMAP, MAPPED, ANNOUNCED = "ours", "ours, mmap", "mapped", "announced"
 GOAL_OF_RATE = 0.8
 """Of what the disk gives, while reading takes longer than computing."""
 _RESERVE_BYTES = 5 << 30
@@ -163,12 +166,15 @@ def _measure(
 ) -> Iterator[str]:
     ram = max(int(model.manifest.expert_bytes * share), model.manifest.working_set_bytes)
     makers: dict[str, Callable[[ExitStack], TierProcess]] = {
-        OURS: lambda stack: _ours(bench, stack, model, ram),
+        OURS: lambda stack: _ours(bench, stack, model, ram, OURS),
         MAPPED: lambda stack: _mapped(stack, model, ram),
     }
-    # Side by side if there is room for both, else one after the other.
-    both = 2 * ram + _RESERVE_BYTES < memory_available()
-    for names in [[*makers]] if both else [[name] for name in makers]:
+    if share < 1:
+        makers[OURS_MMAP] = lambda stack: _ours(bench, stack, model, ram, OURS_MMAP)
+    # As many side by side as there is room for, the others after them.
+    at_once = max(1, min(len(makers), (memory_available() - _RESERVE_BYTES) // ram))
+    for start in range(0, len(makers), at_once):
+        names = [*makers][start : start + at_once]
         with ExitStack() as stack:
             processes = {}
             for name in names:
@@ -185,9 +191,14 @@ def _measure(
                 _take_turns(bench, plan, model, processes, (share, routing), tallies)
 
 
-def _ours(bench: Bench, stack: ExitStack, model: Model, ram: int) -> TierProcess:
-    socket = bench.folder / f"s{ram}"
-    daemon = stack.enter_context(serving({"m": model.pack}, ram=ram, socket=socket))
+def _ours(bench: Bench, stack: ExitStack, model: Model, ram: int, name: str) -> TierProcess:
+    way = {OURS: DiskIo.DIRECT, OURS_MMAP: DiskIo.MMAP}[name]
+    socket, config = bench.folder / f"{way}{ram}", bench.folder / "page-cache.toml"
+    config.write_text(f"page_cache = {_SLACK_BYTES}\n")
+    arguments = ["--disk-io", way]
+    daemon = stack.enter_context(
+        serving({"m": model.pack}, ram=ram, socket=socket, config=config, arguments=arguments)
+    )
     job = {
         "pack": model.pack,
         "socket": daemon.socket,
@@ -195,7 +206,7 @@ def _ours(bench: Bench, stack: ExitStack, model: Model, ram: int) -> TierProcess
         "speculate_layers": 1,
         "recall": RECALL,
     }
-    return stack.enter_context(workers({OURS: job}))
+    return stack.enter_context(workers({name: job}))
 
 
 def _mapped(stack: ExitStack, model: Model, ram: int) -> TierProcess:
@@ -251,7 +262,7 @@ def _figures(share: float, tallies: Tallies) -> Iterator[Figure]:
         if of != share or name != OURS:
             continue
         what = f"{share:.0%} in RAM, {routing}"
-        for other in (MAPPED, ANNOUNCED):
+        for other in (OURS_MMAP, MAPPED, ANNOUNCED):
             if (rival := tallies.get((share, routing, other))) is not None:
                 pairs = list(zip(tally.speeds, rival.speeds, strict=True))
                 yield compared(PART, f"{what}: ours / {other}", "tokens/s", pairs)
@@ -321,7 +332,7 @@ def _read_ahead(path: Path) -> str:
 
 def _plot(routing: str, tallies: Tallies) -> Plot:
     curves = []
-    for name in (OURS, MAPPED, ANNOUNCED):
+    for name in (OURS, OURS_MMAP, MAPPED, ANNOUNCED):
         found = sorted(
             (share, tally)
             for (share, of, who), tally in tallies.items()

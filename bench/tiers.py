@@ -144,13 +144,3 @@ def slower_ways(tallies: Mapping[Any, Tally]) -> Iterator[str]:
     for name, tally in tallies.items():
         if tally.way not in ("", BY_PROGRAM):
             yield f"{name}: tokens were computed by {tally.way}, which is slower"
-
-
-def forget_file(path: Path) -> None:
-    """Has the page cache give up what it holds of a file."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
