@@ -60,8 +60,11 @@ def measure(bench: Bench) -> Iterator[Figure]:
                     bench.say(f"cold reads: {name}, {batch} at a time, {number + 1}")
                     times = {_PLAIN: read_plainly(pack, size, memory)}
                     for way, disk_io in WAYS.items():
-                        (fill_with_file if way == WARM else forget_file)(pack / _FILE)
-                        times[way] = fetch_all(daemon.socket, pack, batch, disk_io)
+                        with Control(daemon.socket) as control:
+                            control.unload("m")
+                            (fill_with_file if way == WARM else forget_file)(pack / _FILE)
+                            control.load("m", pack, disk_io=disk_io)
+                        times[way] = fetch_all(daemon.socket, batch)
                     for way, seconds in times.items():
                         rates[way].append(num_bytes / seconds / 2**30)
                 turns = list(zip(rates[DIRECT], rates[_PLAIN], strict=True))
@@ -93,11 +96,8 @@ def place(num_bytes: int) -> memoryview:
     return memoryview(pages)
 
 
-def fetch_all(socket: Path, pack: Path, batch: int, disk_io: DiskIo) -> float:
+def fetch_all(socket: Path, batch: int) -> float:
     """Seconds to fetch every record, ``batch`` of one layer at a time, none being resident."""
-    with Control(socket) as control:
-        control.unload("m")
-        control.load("m", pack, disk_io=disk_io)
     with Client(socket) as store, store.attach("m") as session:
 
         def fetch() -> None:

@@ -56,6 +56,7 @@ IN_TOML = {
     "models": "[models]",
     "quotas": "[quotas]",
     "default_quota_bytes": "default_quota",
+    "page_cache_bytes": "page_cache",
     "read_buffer_bytes": "read_buffer",
     "tcp": "[tcp]",
 }

@@ -1105,10 +1105,9 @@ class Stats(_message.Message):
     cut_offs: _builtins.int
     """Sessions ended because they stood still while others waited."""
     page_cache: _builtins.int
-    """In bytes: what reads by mmap have left in the page cache, at most; and the
-    bound within which it is kept.
-    """
+    """In bytes: what reads by mmap have left in the page cache, at most."""
     page_cache_max: _builtins.int
+    """In bytes: the bound within which that is kept."""
     adoptions: _builtins.int
     """How many daemons have taken the arena over from the one before, this one included."""
     policy: _builtins.str
@@ -1253,7 +1252,9 @@ class ModelStats(_message.Message):
     @_builtins.property
     def prefetch(self) -> Global___PrefetchStats: ...
     @_builtins.property
-    def disk(self) -> Global___DiskStats: ...
+    def disk(self) -> Global___DiskStats:
+        """How its records are read from disk."""
+
     def __init__(
         self,
         *,
@@ -1309,10 +1310,11 @@ class DiskStats(_message.Message):
     past_page_cache: _builtins.bool
     """Whether reads leave nothing in the page cache."""
     direct_bytes_per_second: _builtins.float
-    """Bytes per second that records of the pack came at by either way when it was
-    loaded; 0: not tried, or too little could be read.
+    """How fast direct reads of some records were when the model was loaded; 0: not
+    tried, or too little could be read.
     """
     mmap_bytes_per_second: _builtins.float
+    """The same of reads by mmap."""
     page_cache: _builtins.int
     """In bytes: what reads by mmap have left of this model in the page cache, at most."""
     def __init__(
