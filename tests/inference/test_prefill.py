@@ -57,6 +57,7 @@ def test_one_long_prompt_reads_each_record_once_in_the_order_of_the_files(
         {"m": pack},
         ram=int(share * manifest.expert_bytes),
         config=config,
+        arguments=["--disk-io", "direct"],
         environment={"READS": str(log)},
         module="tests.inference.watched_daemon",
     ) as daemon:

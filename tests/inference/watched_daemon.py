@@ -1,24 +1,23 @@
 """The daemon, writing down where each record begins that it reads: ``python -m`` this.
 
-To the file that the environment variable READS names; a line per record, ``FILE OFFSET``.
+To the file that the environment variable READS names; a line per record, ``FILE OFFSET``. To be
+started with ``--disk-io direct``.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import expertd.disk.loader
 from expertd.cli import main
+from expertd.disk.record_file import RecordFile
 
 
 def watch(log: Path) -> None:
     """From now on, in this process."""
-    plain = expertd.disk.loader.RecordFile.read_some
+    plain = RecordFile.read_some
     lines = log.open("a", buffering=1)
 
-    def read_some(
-        self: expertd.disk.loader.RecordFile, targets: Sequence[memoryview], offset: int
-    ) -> int:
+    def read_some(self: RecordFile, targets: Sequence[memoryview], offset: int) -> int:
         start, text = offset, ""
         for target in targets:
             text += f"{self.path.name} {start}\n"
@@ -26,7 +25,7 @@ def watch(log: Path) -> None:
         lines.write(text)
         return plain(self, targets, offset)
 
-    expertd.disk.loader.RecordFile.read_some = read_some  # type: ignore[method-assign]
+    RecordFile.read_some = read_some  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
