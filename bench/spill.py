@@ -8,12 +8,13 @@ experts per token, so all have 6). Hints are replayed too: one layer ahead, each
 probability of 0.85.
 
 - *ours*: the daemon has the budget, locked. It reads past the page cache, which gives it nothing
-- *ours, mmap*: the same with `disk_io = "mmap"`, which leaves up to 64 MiB in the page cache, too
 - *mapped*: the same trunk, kernels and routing, with the pack's files mapped, as stock loaders do;
   the process is in a control group that limits its memory, page cache included, to what it had
   without experts plus the budget. Pages are read when the kernels touch them
 - *announced*: the same, but each layer's experts are announced to the system (`MADV_WILLNEED`)
   before they are computed, which is as well as mapping can do
+- *ours, direct* and *ours, mmap*: two daemons in turns, when the mapping process has ended, one as
+  *ours* and one with `disk_io = "mmap"`, which leaves up to 64 MiB in the page cache besides
 
 Memory is filled before it is measured, and the tokens before those that count are replayed without
 computing. The *bound* is what the disk, probed before every turn with records of this size, allows
@@ -49,7 +50,8 @@ from tests.daemon import serving
 PART = "spill"
 SHARES = (1.0, 0.5, 0.25)
 UNIFORM, REPLAYED = "uniform", "replayed"
-OURS, OURS_MMAP, MAPPED, ANNOUNCED = "ours", "ours, mmap", "mapped", "announced"
+OURS, MAPPED, ANNOUNCED = "ours", "mapped", "announced"
+OURS_DIRECT, OURS_MMAP = "ours, direct", "ours, mmap"
 GOAL_OF_RATE = 0.8
 """Of what the disk gives, while reading takes longer than computing."""
 _RESERVE_BYTES = 5 << 30
@@ -168,13 +170,14 @@ def _measure(
     makers: dict[str, Callable[[ExitStack], TierProcess]] = {
         OURS: lambda stack: _ours(bench, stack, model, ram, OURS),
         MAPPED: lambda stack: _mapped(stack, model, ram),
+        OURS_DIRECT: lambda stack: _ours(bench, stack, model, ram, OURS_DIRECT),
+        OURS_MMAP: lambda stack: _ours(bench, stack, model, ram, OURS_MMAP),
     }
-    if share < 1:
-        makers[OURS_MMAP] = lambda stack: _ours(bench, stack, model, ram, OURS_MMAP)
-    # As many side by side as there is room for, the others after them.
-    at_once = max(1, min(len(makers), (memory_available() - _RESERVE_BYTES) // ram))
-    for start in range(0, len(makers), at_once):
-        names = [*makers][start : start + at_once]
+    # A process that maps the pack keeps it in the page cache, from which mmap's daemon would read.
+    groups = [[OURS, MAPPED], [OURS_DIRECT, OURS_MMAP]] if share < 1 else [[OURS, MAPPED]]
+    # Side by side if there is room for both, else one after the other.
+    both = 2 * ram + _RESERVE_BYTES < memory_available()
+    for names in groups if both else [[name] for group in groups for name in group]:
         with ExitStack() as stack:
             processes = {}
             for name in names:
@@ -192,7 +195,9 @@ def _measure(
 
 
 def _ours(bench: Bench, stack: ExitStack, model: Model, ram: int, name: str) -> TierProcess:
-    way = {OURS: DiskIo.DIRECT, OURS_MMAP: DiskIo.MMAP}[name]
+    way = DiskIo.MMAP if name == OURS_MMAP else DiskIo.DIRECT
+    for path in model.files:
+        forget_file(path)
     socket, config = bench.folder / f"{way}{ram}", bench.folder / "page-cache.toml"
     config.write_text(f"page_cache = {_SLACK_BYTES}\n")
     arguments = ["--disk-io", way]
@@ -259,10 +264,16 @@ def _take_turns(
 
 def _figures(share: float, tallies: Tallies) -> Iterator[Figure]:
     for (of, routing, name), tally in tallies.items():
+        if of == share and name == OURS_MMAP:
+            direct = tallies.get((share, routing, OURS_DIRECT))
+            if direct is not None:
+                pairs = list(zip(tally.speeds, direct.speeds, strict=True))
+                what = f"{share:.0%} in RAM, {routing}: ours, mmap / direct"
+                yield compared(PART, what, "tokens/s", pairs)
         if of != share or name != OURS:
             continue
         what = f"{share:.0%} in RAM, {routing}"
-        for other in (OURS_MMAP, MAPPED, ANNOUNCED):
+        for other in (MAPPED, ANNOUNCED):
             if (rival := tallies.get((share, routing, other))) is not None:
                 pairs = list(zip(tally.speeds, rival.speeds, strict=True))
                 yield compared(PART, f"{what}: ours / {other}", "tokens/s", pairs)

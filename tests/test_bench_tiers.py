@@ -22,7 +22,7 @@ def test_more_model_than_ram_is_measured_beside_mapped_files(tmp_path: Path) -> 
     assert loadings["ours"] > 0, "half of the experts are not in RAM"
     assert loadings["ours, mmap"] > 0
     if "under the same limit" not in missing:
-        assert set(loadings) == {"ours", "ours, mmap", "mapped", "announced"}
+        assert set(loadings) == {"ours", "mapped", "announced", "ours, direct", "ours, mmap"}
 
 
 def test_mapped_files_give_a_daemons_tokens(tmp_path: Path) -> None:
