@@ -390,12 +390,15 @@ class Store:
             self.detach(session)
         # Only now: while a session may read, a next daemon must know of what.
         await self._fd_store.remove(self._stored_as.pop(model.name))
+        await asyncio.to_thread(self._drop_page_cache, model)
         del self.models[model.name]
-        for file in model.files:
-            self.page_cache.remove(file, drop=True)
         model.close(self.slots.free)
         log("model unloaded", model=model.name)
         return released
+
+    def _drop_page_cache(self, model: HostedModel) -> None:
+        for file in model.files:
+            self.page_cache.remove(file, drop=True)
 
     async def _finish(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Does it in a task of its own, which goes on if the caller is cancelled."""
