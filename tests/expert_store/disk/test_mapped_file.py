@@ -239,6 +239,36 @@ def test_the_page_cache_keeps_no_more_than_its_bound(pack: Path) -> None:
     assert cache.num_bytes == 0
 
 
+def test_nothing_but_the_record_comes_into_the_page_cache(
+    file: MappedFile, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the kernel is not told in time, and reads page after page as they are touched."""
+    advise = mapped_file.advise
+
+    def deaf(address: int, num_bytes: int, advice: int) -> int:
+        return 0 if advice == mmap.MADV_WILLNEED else advise(address, num_bytes, advice)
+
+    file.forget(0, 17 * PAGE)
+    monkeypatch.setattr(mapped_file, "advise", deaf)
+    assert read(file, pack, 3) is None
+    assert _resident(file) == RECORD
+
+
+def test_a_long_range_is_announced_in_pieces_that_the_kernel_follows(
+    file: MappedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def noted(address: int, num_bytes: int, advice: int) -> int:
+        asked.append((address - file._address, num_bytes))
+        return 0
+
+    monkeypatch.setattr(mapped_file, "advise", noted)
+    file.announce(PAGE, 300 << 10)
+    piece = mapped_file.ANNOUNCED_BYTES
+    assert asked == [(PAGE, piece), (PAGE + piece, piece), (PAGE + 2 * piece, 44 << 10)]
+
+
 def test_the_next_hint_is_announced_while_one_is_read(
     file: MappedFile, pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

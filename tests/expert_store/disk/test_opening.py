@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from expertd.disk import mapped_file, opening, trial
@@ -15,7 +16,7 @@ from expertd.disk.opening import DiskChoice, OpenPack, open_pack
 from expertd.disk.page_cache import PageCache
 from expertd.disk.trial import NOT_TRIED, Trial
 from expertd.errors import PackError
-from expertd.pack.manifest import read_manifest
+from expertd.pack.manifest import PackFile, read_manifest
 from expertd.settings.disk_io import DiskIo
 from tests.handmade import make_pack
 
@@ -139,6 +140,15 @@ def test_without_descriptors(pack: Path, spare: int, served: bool) -> None:
                     open_pack(pack, manifest, asked, PageCache(0))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("asked", DiskIo)
+def test_if_a_file_is_missing_none_stays_open(pack: Path, asked: DiskIo) -> None:
+    manifest, before = read_manifest(pack).manifest, descriptors()
+    files = (*manifest.files, PackFile(name="absent", num_bytes=1))
+    with pytest.raises(PackError, match="absent cannot be read: No such file"):
+        open_pack(pack, msgspec.structs.replace(manifest, files=files), asked, PageCache(0))
     assert descriptors() == before
 
 
