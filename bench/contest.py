@@ -145,7 +145,9 @@ def _limited(
     limit_bytes = int(_OFFLOAD_SHARE * size) + (1 << 30)
     ram = max(manifest.expert_bytes // 2, manifest.working_set_bytes)
     with ExitStack() as stack:
-        daemon = stack.enter_context(serving({"m": pack}, ram=ram, socket=bench.folder / "l"))
+        direct = ["--disk-io", "direct"]  # the page cache would be RAM beside the limit
+        socket = bench.folder / "l"
+        daemon = stack.enter_context(serving({"m": pack}, ram=ram, socket=socket, arguments=direct))
         job = {"socket": str(daemon.socket), "model": "m", "threads": threads}
         ours = stack.enter_context(
             Peer("ours", job, python=sys.executable, environment=os.environ)

@@ -3,7 +3,8 @@
 Nothing here touches a mapped byte. A page of a file that was cut short, or that the disk cannot
 read, would end the daemon by SIGBUS; the kernel, asked to copy it, answers EFAULT, and one record
 is lost. So the pages of a record are first brought in (``MADV_POPULATE_READ``) and then copied to
-the arena by ``process_vm_readv`` from this process to itself, where the checksum is computed.
+the arena by ``process_vm_readv`` from this process to itself, where the checksum is computed. Then
+they are given up here (``MADV_DONTNEED``), and in the page cache when its bound says so.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ ANNOUNCED_BYTES = 128 << 10
 """``MADV_WILLNEED`` begins to read this much at least, of a longer range maybe no more: the
 kernel goes no further than read-ahead and the disk's largest request."""
 _PAGE = mmap.PAGESIZE
+_TABLE_BYTES = _PAGE // 8 * _PAGE  # what a page table maps
 
 
 class _Range(ctypes.Structure):
@@ -83,19 +85,20 @@ class MappedFile(RecordFile):
             self._populate(offset, end)
             return self._copy(targets, offset, end)
         finally:
+            self._let_go(offset, end)
             starts = accumulate(map(len, targets), initial=offset)
             self._page_cache.keep(self, list(zip(starts, map(len, targets), strict=False)))
 
     def announce(self, offset: int, num_bytes: int) -> None:
-        """Has the kernel begin to read a range that will be read soon."""
-        if self.fd >= 0:
+        """Has the kernel begin to read a range that will be read soon, if there is room."""
+        if self.fd >= 0 and 2 * num_bytes <= self._page_cache.max_bytes:
             self._begin(offset, num_bytes)
             self._page_cache.keep(self, [(offset, num_bytes)])
 
     def forget(self, offset: int, num_bytes: int) -> None:
-        """Has this process and the page cache give up what they hold of a range."""
+        """Has the page cache give up what it holds of a range, as far as nobody else maps it."""
         if self.fd >= 0:
-            advise(*self._pages(offset, offset + num_bytes), mmap.MADV_DONTNEED)
+            self._let_go(offset, offset + num_bytes)
             super().forget(offset, num_bytes)
 
     def close(self) -> None:
@@ -109,6 +112,17 @@ class MappedFile(RecordFile):
         """Address and length of the pages that hold a range."""
         first = start - start % _PAGE
         return self._address + first, -(-end // _PAGE) * _PAGE - first
+
+    def _let_go(self, start: int, end: int) -> None:
+        """Leaves pages to the page cache: this process's RAM is the arena.
+
+        With a page, the kernel maps those around it that it has, as far as one page table goes.
+        """
+        address, num_bytes = self._pages(start, end)
+        first = max(self._address, address - address % _TABLE_BYTES)
+        last = -(-(address + num_bytes) // _TABLE_BYTES) * _TABLE_BYTES
+        most = self._address + -(-self._num_bytes // _PAGE) * _PAGE
+        advise(first, min(last, most) - first, mmap.MADV_DONTNEED)
 
     def _begin(self, offset: int, num_bytes: int) -> None:
         """Has the kernel begin to read a range, without waiting for it."""

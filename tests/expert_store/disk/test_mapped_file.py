@@ -267,6 +267,9 @@ def test_a_long_range_is_announced_in_pieces_that_the_kernel_follows(
     file.announce(PAGE, 300 << 10)
     piece = mapped_file.ANNOUNCED_BYTES
     assert asked == [(PAGE, piece), (PAGE + piece, piece), (PAGE + 2 * piece, 44 << 10)]
+    file._page_cache.max_bytes = 300 << 10
+    file.announce(PAGE, 300 << 10)
+    assert len(asked) == 3, "it would be dropped before it is read"
 
 
 def test_the_next_hint_is_announced_while_one_is_read(
@@ -311,6 +314,18 @@ def _resident(file: MappedFile) -> int:
     libc = ctypes.CDLL(None)
     assert not libc.mincore(ctypes.c_void_p(file._address), ctypes.c_size_t(17 * PAGE), pages)
     return sum(page & 1 for page in pages) * PAGE
+
+
+def test_what_was_read_is_not_this_process_s_memory(file: MappedFile, pack: Path) -> None:
+    assert [read(file, pack, expert) for expert in range(8)] == [None] * 8
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.endswith(str(pack / NAME)))
+    assert next(line.split() for line in lines[at:] if line.startswith("Rss:")) == [
+        "Rss:",
+        "0",
+        "kB",
+    ]
+    assert _resident(file) > 0
 
 
 def test_unmapped_when_it_is_closed(pack: Path) -> None:
