@@ -4,7 +4,7 @@
 
     from expertd_inference import load_model
 
-    model = load_model("mixtral", socket="/run/expertd")
+    model = load_model("mixtral")
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
 
 The names below are imported when they are first used, since torch and transformers take

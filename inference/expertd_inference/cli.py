@@ -23,7 +23,6 @@ from expertd_client import TlsFiles
 from expertd_inference import options
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
-    DEFAULT_SOCKET,
     ModelAttachment,
     attach,
 )
@@ -90,11 +89,13 @@ def generate(
         str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin.")
     ],
     socket: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The directory that the daemon serves in, or tcp://HOST:PORT.", metavar="DIR"
+            help="The directory that the daemon serves in, or tcp://HOST:PORT. Default: "
+            "$XDG_RUNTIME_DIR/expertd if a daemon of yours is there, else /run/expertd.",
+            metavar="DIR",
         ),
-    ] = str(DEFAULT_SOCKET),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="A model that it serves; not needed if it is the only one."),
@@ -189,7 +190,7 @@ def generate(
 
     [bold]Examples[/bold]
 
-      expert-run generate --socket /run/expertd --model mixtral --prompt "Once upon a time"
+      expert-run generate --model mixtral --prompt "Once upon a time"
 
       expert-run generate --embedded ./mixtral-pack --prompt "Once upon a time"
 

@@ -22,8 +22,8 @@ app = typer.Typer(
         "One host copy of a Mixture-of-Experts model's experts, for any number of workers.\n\n"
         "Pack a checkpoint once, serve it, and let workers generate from it:\n\n"
         "`expertd pack CHECKPOINT PACK`\n\n"
-        "`expertd serve --socket DIR --ram 16GiB --model NAME=PACK`\n\n"
-        "`expert-run generate --socket DIR --model NAME --prompt TEXT`"
+        "`expertd serve --ram 16GiB --model NAME=PACK`\n\n"
+        "`expert-run generate --model NAME --prompt TEXT`"
     ),
 )
 pack.register(app)

@@ -37,7 +37,7 @@ def record(
     that a text uses tell something about the text. The file is there when the recording is
     complete, also if it ended by Ctrl-C, with the model or with the daemon.
 
-    Example: `expertd record --socket /run/expertd --model mixtral --output t.csv --seconds 60`
+    Example: `expertd record --model mixtral --output t.csv --seconds 60`
     """
     from expertd.cli.control import Control
     from expertd.traces.recorder import Recorder

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertd.cli.admin import Socket
-from expertd.errors import ConfigError, UnavailableError
+from expertd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def top(
     Keys: Tab the next model's heat map, q quit. A daemon that goes away is waited for. Figures
     are of the last interval where nothing else is said; --once takes two looks for that.
 
-    Example: `expertd top --socket /run/expertd --model mixtral`
+    Example: `expertd top --model mixtral`
     """
     from rich.console import Console
 
@@ -133,6 +133,8 @@ def _draw(view: "View", feed: "Feed", socket: Path, path: Path) -> None:
 
 def _next_sample(view: "View", feed: "Feed", socket: Path, *, once: bool) -> None:
     """Takes in a sample that rates can be told of; for ``once`` a daemon must be there."""
+    from expertd.status import no_daemon
+
     said = False
     while True:
         event = feed.next(_POLL_SECONDS)
@@ -140,7 +142,7 @@ def _next_sample(view: "View", feed: "Feed", socket: Path, *, once: bool) -> Non
             continue
         if not _take(view, event):
             if once:
-                raise UnavailableError(f"No expertd answers at {socket}; is it running?")
+                raise no_daemon(socket)
             if not said:
                 said = True
                 print(f"waiting for expertd at {socket}", file=sys.stderr, flush=True)  # noqa: T201

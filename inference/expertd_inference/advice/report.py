@@ -11,8 +11,6 @@ from expertd_inference.advice.advisor import Advice
 from expertd_inference.advice.choice import PAPER_PERPLEXITY
 from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
 
-SOCKET = "/run/expertd"
-
 
 def show(advice: Advice, console: Console) -> None:
     """Host, table, choice, and what to run next."""
@@ -125,8 +123,8 @@ def next_commands(advice: Advice) -> list[str]:
     found = [] if model.pack else [f"expertd pack CHECKPOINT {pack} --scheme {row.scheme}"]
     return [
         *found,
-        f"expertd serve --socket {SOCKET} --ram {mebibytes}MiB --model {name}={pack}",
-        f"expert-run generate --socket {SOCKET} --model {name} "
+        f"expertd serve --ram {mebibytes}MiB --model {name}={pack}",
+        f"expert-run generate --model {name} "
         f'--threads {advice.host.threads} --prompt "Once upon a time"',
     ]
 

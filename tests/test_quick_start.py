@@ -1,0 +1,56 @@
+"""README's quick start, as it stands there, by a user that is not root."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = re.findall(
+    r"^(expertd? .*|expert-run .*)$",
+    (ROOT / "README.md").read_text().split("\n## ")[1],
+    re.MULTILINE,
+)
+AS_USER = [] if os.geteuid() else ["unshare", "--user", "--map-user=1234"]
+
+
+def test_quick_start(tmp_path: Path) -> None:
+    if AS_USER and subprocess.run([*AS_USER, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not become another in a namespace of its own")
+    (tmp_path / "Mixtral-8x7B-Instruct").symlink_to(ROOT / "examples/tiny-mixtral")
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    pack, serve, *others = [
+        line.replace("24GiB", "64MiB").replace("expertd top", "expertd top --once")
+        for line in COMMANDS
+        if not line.startswith("expert-run generate --embedded")
+    ]
+    assert (pack.split()[1], serve.split()[1]) == ("pack", "serve")
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(runtime), "PATH": programs}
+
+    def run(line: str) -> str:
+        done = subprocess.run(
+            [*AS_USER, "sh", "-c", line],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, (line, done.stderr)
+        return done.stdout
+
+    run(pack + " --no-optimize")
+    with subprocess.Popen(
+        [*AS_USER, "sh", "-c", f"exec {serve}"], cwd=tmp_path, env=environment,
+        stdout=subprocess.PIPE, text=True,
+    ) as daemon:  # fmt: skip
+        try:
+            assert daemon.stdout is not None
+            assert f"at {runtime}/expertd" in daemon.stdout.readline()
+            said = {line.split()[1]: run(line) for line in others}
+        finally:
+            daemon.terminate()
+    assert set(said) == {"generate", "stats", "top"}
+    assert said["generate"].strip()
+    assert "mixtral" in said["stats"]
