@@ -14,3 +14,9 @@ def command(*words: str | Path) -> str:
         f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
         for word in words
     )
+
+
+def serve_command(name: str, pack: Path, ram_bytes: int) -> str:
+    """What serves ``pack`` under that name, in a budget rounded up to whole MiB."""
+    mebibytes = -(-ram_bytes >> 20)
+    return command("expertd", "serve", "--ram", f"{mebibytes}MiB", "--model", f"{name}={pack}")

@@ -135,6 +135,15 @@ def check_model_name(name: str) -> None:
         )
 
 
+def name_of_pack(pack: Path) -> str:
+    """A name to serve ``pack`` under: that of its directory, if a model can have it."""
+    try:
+        check_model_name(pack.name)
+    except ConfigError:
+        return "model"
+    return pack.name
+
+
 def parse_model(text: str) -> tuple[str, ModelConfig]:
     """``NAME=PACK`` as given on the command line. Raises :class:`ConfigError`."""
     name, equals, path = text.partition("=")

@@ -1,15 +1,20 @@
 """The advice as people read it, and as programs do."""
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from expertd.command_line import command, serve_command
+from expertd.settings.config import name_of_pack
 from expertd.sizes import format_bytes
 from expertd_inference.advice.advisor import Advice
 from expertd_inference.advice.choice import PAPER_PERPLEXITY
 from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
+
+PROMPT = "Once upon a time"
 
 
 def show(advice: Advice, console: Console) -> None:
@@ -117,15 +122,19 @@ def next_commands(advice: Advice) -> list[str]:
     row, model = advice.choice.row, advice.model
     if row is None:
         return []
-    name = model.name.rpartition("/")[2].lower()
-    pack = str(model.pack) if model.pack else f"./{name}-{row.scheme}"
-    mebibytes = -(-row.budget_bytes >> 20)
-    found = [] if model.pack else [f"expertd pack CHECKPOINT {pack} --scheme {row.scheme}"]
+    short = model.name.rpartition("/")[2].lower()
+    pack = model.pack or Path(f"{short}-{row.scheme}")
+    name = name_of_pack(Path(short))
+    make = command(
+        "expertd", "pack", model.checkpoint or "CHECKPOINT", pack, "--scheme", row.scheme
+    )
+    threads = str(advice.host.threads)
     return [
-        *found,
-        f"expertd serve --ram {mebibytes}MiB --model {name}={pack}",
-        f"expert-run generate --model {name} "
-        f'--threads {advice.host.threads} --prompt "Once upon a time"',
+        *([] if model.pack else [make]),
+        serve_command(name, pack, row.budget_bytes),
+        command(
+            "expert-run", "generate", "--model", name, "--threads", threads, "--prompt", PROMPT
+        ),
     ]
 
 

@@ -1,12 +1,14 @@
 """What is shown, and what is printed for programs, says the same."""
 
 import io
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from expertd.settings.config import parse_model
 from expertd_inference.advice import report
 from expertd_inference.advice.advisor import Advice
 from expertd_inference.advice.choice import choose
@@ -45,8 +47,8 @@ def test_the_table_has_every_row_and_the_choice() -> None:
 
 def test_what_to_run_next_can_be_pasted() -> None:
     pack, serve, run = report.next_commands(advice())
-    assert pack == "expertd pack CHECKPOINT ./my-model-bf16 --scheme bf16"
-    assert "--model my-model=./my-model-bf16" in serve
+    assert pack == "expertd pack CHECKPOINT my-model-bf16 --scheme bf16"
+    assert "--model my-model=my-model-bf16" in serve
     budget = int(serve.split("--ram ")[1].split("MiB")[0]) << 20
     assert budget >= NEED.expert_bytes, "rounded up, never down"
     assert "--threads 2" in run
@@ -69,3 +71,14 @@ def test_json_has_what_the_table_has() -> None:
     assert found["host"]["gpu"]["link_bytes_per_second"] == 1e9
     assert found["schemes"]["bf16"]["paper_perplexity"] == 3.59
     assert report.as_json(advice(ram_bytes=1000))["choice"] is None
+
+
+@pytest.mark.parametrize("name", ["my models/it's", "-v", "a=b"])
+def test_what_to_run_next_survives_a_shell(name: str, tmp_path: Path) -> None:
+    checkpoint = replace(advice().model, name=Path(name).name, checkpoint=Path(name))
+    pack, serve, run = map(shlex.split, report.next_commands(replace(advice(), model=checkpoint)))
+    assert Path(pack[2]) == Path(name)
+    assert not pack[2].startswith("-")
+    served, _ = parse_model(serve[-1])
+    assert parse_model(serve[-1])[1].path == Path(pack[3]).absolute()
+    assert run[run.index("--model") + 1] == served
