@@ -15,8 +15,6 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from expertd_inference.environment import garbage_kept
-
 if TYPE_CHECKING:
     from expertd_inference.embedded import EmbeddedDaemon
     from expertd_inference.environment import prepare_environment
@@ -50,6 +48,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module defines
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = f"{__name__}.{_MODULES[name]}"
     if module not in sys.modules:
+        from expertd_inference.environment import garbage_kept
+
         with garbage_kept():
             import_module(module)
     return getattr(import_module(module), name)

@@ -8,6 +8,7 @@ import msgspec
 import typer
 
 from expertd.errors import PreconditionError
+from expertd.interrupts import importing, interruptible
 from expertd_inference import options
 from expertd_inference.advice.named import find_named
 from expertd_inference.environment import garbage_kept, prepare_environment
@@ -87,16 +88,15 @@ def advise(
     find_named(model)
     # Whether there is a GPU is yet to be found out.
     prepare_environment(device="cuda")
-    with status("Loading torch and transformers"):
-        try:
-            with garbage_kept():
-                from expertd_inference.advice import advisor, models, report
-        except ModuleNotFoundError as error:
-            raise PreconditionError(
-                f"this installation cannot compute, for {error.name} is not installed: run it "
-                "where `pip install expertd` brought its dependencies."
-            ) from error
-    with status("Looking at the model"):
+    try:
+        with garbage_kept(), importing("torch and transformers"):
+            from expertd_inference.advice import advisor, models, report
+    except ModuleNotFoundError as error:
+        raise PreconditionError(
+            f"this installation cannot compute, for {error.name} is not installed: run it "
+            "where `pip install expertd` brought its dependencies."
+        ) from error
+    with interruptible(), status("Looking at the model"):
         found = models.find_model(model)
     question = advisor.Question(
         directory,
@@ -106,7 +106,7 @@ def advise(
         workers,
         threads,
     )
-    with status(f"Measuring this host for {found.name}"):
+    with interruptible(), status(f"Measuring this host for {found.name}"):
         advice = advisor.advise(found, question, _say)
     if json:
         sys.stdout.buffer.write(msgspec.json.encode(report.as_json(advice)) + b"\n")

@@ -9,6 +9,7 @@ import typer
 
 from expertd.cli.progress import ProgressDisplay
 from expertd.errors import ConfigError, PreconditionError
+from expertd.interrupts import importing, interruptible
 from expertd.sizes import format_bytes
 
 _EXIT_DAMAGED = 1
@@ -137,7 +138,7 @@ def pack(
         device=device,
         force=force,
     )
-    with ProgressDisplay(f"packing {source.name} as {chosen.name}") as display:
+    with interruptible(), ProgressDisplay(f"packing {source.name} as {chosen.name}") as display:
 
         def show(progress: Progress) -> None:
             display.update(
@@ -151,7 +152,7 @@ def pack(
             make_pack(request, on_progress=show, on_notice=display.note)
         except KeyboardInterrupt:
             display.note("Interrupted; the same command goes on where it was.")
-            raise typer.Exit(130) from None
+            raise
     from expertd.pack.inspect import inspect as inspect_pack
 
     found = inspect_pack(destination)
@@ -175,7 +176,7 @@ def verify(
     """
     from expertd.pack.verify import verify as verify_pack
 
-    with ProgressDisplay(f"verifying {pack}") as display:
+    with interruptible(), ProgressDisplay(f"verifying {pack}") as display:
         result = verify_pack(pack, lambda done, total: display.update(done, total, ""))
     for damage in result.damages:
         where = damage.file
@@ -344,7 +345,7 @@ def _import_quietly() -> None:
     import logging
     import warnings
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), importing("torch and transformers"):
         warnings.simplefilter("ignore")
         try:
             importlib.import_module("expertd.packing.packer")

@@ -10,6 +10,7 @@ import typer
 
 from expertd.cli.admin import Socket
 from expertd.errors import ExpertdError, InvalidInputError
+from expertd.interrupts import interruptible
 
 if TYPE_CHECKING:
     from expertd.traces.trace import TraceModel
@@ -48,6 +49,7 @@ def record(
     failure: ExpertdError | None = None
     num_touches = num_lost = 0
     with (
+        interruptible(),
         Control(socket) as control,
         TraceWriter(output, _trace_model(control.model(model), model)) as writer,
         control.touches(model, seconds) as stream,

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from expertd.cli.admin import Socket
 from expertd.errors import ConfigError
+from expertd.interrupts import interruptible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,8 +62,8 @@ def top(
     if interval != interval:  # not a number, which passes both bounds
         raise ConfigError("--interval is not a number; give seconds.")
     view = View(socket)
-    signal.signal(signal.SIGTERM, _interrupt)  # the terminal is to be given back as it was
-    try:
+    with interruptible(), suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, _interrupt)  # the terminal is to be given back as it was
         with Feed(socket, model, interval) as feed:
             if as_json:
                 _print_json(view, feed, socket, once=once)
@@ -71,8 +73,6 @@ def top(
                 _print_frames(view, feed, socket, Console(highlight=False), once=once)
             else:
                 _show(view, feed, Console(highlight=False))
-    except KeyboardInterrupt:
-        return
 
 
 def _show(view: "View", feed: "Feed", console: "Console") -> None:
