@@ -12,9 +12,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_Handler = Callable[[int, object], object] | int | None
+_Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 def end_at_once() -> None:
