@@ -18,9 +18,9 @@ from typing import Self
 
 from expertd.errors import UnavailableError
 from expertd.manager.systemd import VARIABLES
-from expertd.pack.manifest import Manifest, read_manifest
+from expertd.pack.manifest import read_manifest
 from expertd.settings.config import name_of_pack
-from expertd.shared.host_memory import memory_available
+from expertd.shared.host_memory import default_ram_bytes
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -124,8 +124,3 @@ class EmbeddedDaemon:
             return any(line.startswith(READY_PREFIX) for line in self._process.stdout)
         finally:
             timer.cancel()
-
-
-def default_ram_bytes(manifest: Manifest) -> int:
-    """All experts of the pack, or half of the available memory if they do not fit in that."""
-    return min(manifest.expert_bytes, max(memory_available() // 2, manifest.working_set_bytes))

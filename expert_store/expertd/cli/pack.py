@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from expertd.cli.progress import ProgressDisplay
+from expertd.command_line import serve_command
 from expertd.errors import ConfigError, PreconditionError
 from expertd.interrupts import importing, interruptible
 from expertd.sizes import format_bytes
@@ -118,14 +119,18 @@ def pack(
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
+    from expertd.packing.early import check_checkpoint, check_destination, check_room
     from expertd.packing.schemes import choose_scheme, default_scheme
-    from expertd.packing.source import read_config
 
     chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
     if not destination.absolute().parent.is_dir():
         raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
-    read_config(source)
+    check_checkpoint(source, destination)
+    check_destination(destination.absolute(), force=force)
+    check_room(source, destination.absolute(), chosen)
     # torch takes seconds to import: only once the arguments are known to be good.
+    title = f"packing {source.name} as {chosen.name}"
+    typer.echo(title, err=True)
     _import_quietly()
     from expertd.packing.packer import Progress, Request
     from expertd.packing.packer import pack as make_pack
@@ -138,7 +143,7 @@ def pack(
         device=device,
         force=force,
     )
-    with interruptible(), ProgressDisplay(f"packing {source.name} as {chosen.name}") as display:
+    with interruptible(), ProgressDisplay(title) as display:
 
         def show(progress: Progress) -> None:
             display.update(
@@ -154,6 +159,8 @@ def pack(
             display.note("Interrupted; the same command goes on where it was.")
             raise
     from expertd.pack.inspect import inspect as inspect_pack
+    from expertd.settings.config import name_of_pack
+    from expertd.shared.host_memory import default_ram_bytes
 
     found = inspect_pack(destination)
     typer.echo(
@@ -162,6 +169,8 @@ def pack(
         f"and {format_bytes(found.manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
         f"(one token's experts) is {format_bytes(found.manifest.working_set_bytes)}."
     )
+    name = name_of_pack(destination.absolute())
+    typer.echo(f"Next: {serve_command(name, destination, default_ram_bytes(found.manifest))}")
 
 
 def verify(
