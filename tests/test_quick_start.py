@@ -23,12 +23,10 @@ def test_quick_start(tmp_path: Path) -> None:
     (tmp_path / "Mixtral-8x7B-Instruct").symlink_to(ROOT / "examples/tiny-mixtral")
     runtime = tmp_path / "runtime"
     runtime.mkdir(mode=0o700)
-    pack, serve, *others = [
-        line.replace("24GiB", "64MiB").replace("expertd top", "expertd top --once")
-        for line in COMMANDS
-        if not line.startswith("expert-run generate --embedded")
-    ]
-    assert (pack.split()[1], serve.split()[1]) == ("pack", "serve")
+    lines = [line for line in COMMANDS if " --embedded " not in line]
+    commands = {line.split()[1]: line.replace("24GiB", "64MiB") for line in lines}
+    assert [*commands] == ["doctor", "pack", "serve", "generate", "stats", "top"]
+    commands["top"] += " --once"
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"XDG_RUNTIME_DIR": str(runtime), "PATH": programs}
 
@@ -40,17 +38,17 @@ def test_quick_start(tmp_path: Path) -> None:
         assert done.returncode == 0, (line, done.stderr)
         return done.stdout
 
-    run(pack + " --no-optimize")
+    assert "where one may serve" in run(commands["doctor"])
+    assert "Next: expertd serve" in run(f"{commands['pack']} --no-optimize")
     with subprocess.Popen(
-        [*AS_USER, "sh", "-c", f"exec {serve}"], cwd=tmp_path, env=environment,
+        [*AS_USER, "sh", "-c", f"exec {commands['serve']}"], cwd=tmp_path, env=environment,
         stdout=subprocess.PIPE, text=True,
     ) as daemon:  # fmt: skip
         try:
             assert daemon.stdout is not None
             assert f"at {runtime}/expertd" in daemon.stdout.readline()
-            said = {line.split()[1]: run(line) for line in others}
+            said = {name: run(commands[name]) for name in ("generate", "stats", "top")}
         finally:
             daemon.terminate()
-    assert set(said) == {"generate", "stats", "top"}
     assert said["generate"].strip()
     assert "mixtral" in said["stats"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from expertd import __version__
-from expertd.cli import admin, deploy_files, pack, record, replay, serve, top
+from expertd.cli import admin, deploy_files, doctor, pack, record, replay, serve, top
 from expertd.errors import ExpertdError, ShortMemoryError
 
 _EXIT_INPUT = 2
@@ -33,6 +33,7 @@ record.register(app)
 replay.register(app)
 top.register(app)
 deploy_files.register(app)
+doctor.register(app)
 
 
 def _print_version(value: bool) -> None:
