@@ -74,7 +74,6 @@ def test_json_has_what_the_table_has() -> None:
     assert report.as_json(advice(ram_bytes=1000))["choice"] is None
 
 
-@pytest.mark.parametrize("name", ["my models/it's", "-v", "a=b"])
 def test_the_paper_s_perplexity_is_of_its_own_model_alone() -> None:
     other, mixtral = advice(), shape_config("mixtral-8x7b")
     same = replace(other, model=replace(other.model, config=mixtral))
@@ -94,6 +93,7 @@ def test_a_busy_host_is_told_of() -> None:
     assert report.as_json(busy)["warning"] == busy.busy
 
 
+@pytest.mark.parametrize("name", ["my models/it's", "-v", "a=b"])
 def test_what_to_run_next_survives_a_shell(name: str, tmp_path: Path) -> None:
     checkpoint = replace(advice().model, name=Path(name).name, checkpoint=Path(name))
     pack, serve, run = map(shlex.split, report.next_commands(replace(advice(), model=checkpoint)))
