@@ -71,10 +71,10 @@ def test_a_disk_that_cannot_be_written_to(
 ) -> None:
     plain = Path.open
 
-    def refused(path: Path, mode: str = "r", *rest: Any) -> Any:
+    def refused(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
         if mode == "xb":
             raise PermissionError(13, "Permission denied")
-        return plain(path, mode, *rest)
+        return plain(path, mode, *rest, **options)
 
     monkeypatch.setattr(Path, "open", refused)
     empty = tmp_path / "empty"
