@@ -129,6 +129,7 @@ def pack(
     check_destination(destination.absolute(), force=force)
     check_room(source, destination.absolute(), chosen)
     # torch takes seconds to import: only once the arguments are known to be good.
+    _check_installed("torch", "transformers")
     title = f"packing {source.name} as {chosen.name}"
     typer.echo(title, err=True)
     _import_quietly()
@@ -345,10 +346,30 @@ def _distinct(layers: list[dict[str, Any]], key: str) -> str:
     return " or ".join(map(str, sorted({layer[key] for layer in layers})))
 
 
+def _check_installed(*names: str) -> None:
+    """Raises :class:`PreconditionError` where only what the daemon needs is installed."""
+    import importlib.util
+
+    for name in names:
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise _not_installed(name)
+
+
+def _not_installed(name: str | None) -> PreconditionError:
+    return PreconditionError(
+        f"this installation serves packs but cannot make them, for {name} is not installed: pack "
+        "where `pip install expertd` brought its dependencies."
+    )
+
+
 def _import_quietly() -> None:
     """Imports what packs, without the warnings that are its authors' to heed.
 
-    Raises :class:`PreconditionError` where only what the daemon needs is installed.
+    Raises :class:`PreconditionError` where a part of it is not installed.
     """
     import importlib
     import logging
@@ -359,8 +380,5 @@ def _import_quietly() -> None:
         try:
             importlib.import_module("expertd.packing.packer")
         except ModuleNotFoundError as error:
-            raise PreconditionError(
-                f"this installation serves packs but cannot make them, for {error.name} is not "
-                "installed: pack where `pip install expertd` brought its dependencies."
-            ) from error
+            raise _not_installed(error.name) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
