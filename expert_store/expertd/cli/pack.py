@@ -9,7 +9,7 @@ import typer
 
 from expertd.cli.progress import ProgressDisplay
 from expertd.command_line import serve_command
-from expertd.errors import ConfigError, PreconditionError
+from expertd.errors import PreconditionError
 from expertd.interrupts import importing, interruptible
 from expertd.sizes import format_bytes
 
@@ -119,15 +119,11 @@ def pack(
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
-    from expertd.packing.early import check_checkpoint, check_destination, check_room
+    from expertd.packing.early import check_early
     from expertd.packing.schemes import choose_scheme, default_scheme
 
     chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
-    if not destination.absolute().parent.is_dir():
-        raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
-    check_checkpoint(source, destination)
-    check_destination(destination.absolute(), force=force)
-    check_room(source, destination.absolute(), chosen)
+    check_early(source, destination, chosen, force=force)
     # torch takes seconds to import: only once the arguments are known to be good.
     _check_installed("torch", "transformers")
     title = f"packing {source.name} as {chosen.name}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from expertd.command_line import command
-from expertd.errors import CheckpointError, PackError
+from expertd.errors import CheckpointError, ConfigError, PackError
 from expertd.pack.layout import Encoding
 from expertd.pack.manifest import MANIFEST_NAME
 from expertd.pack.tensor_file import TensorEntry, read_header
@@ -28,6 +28,19 @@ _SURE = 0.9
 """Of the weights: some checkpoints have tensors that no model has a place for."""
 _WEIGHT_BYTES = {"BF16": 2.0, "F16": 2.0, "F32": 4.0, "F64": 8.0, "F8_E4M3": 1.0, "U8": 0.5}
 """Bytes of a weight by its type; of MXFP4 two share one."""
+
+
+def check_early(source: Path, destination: Path, scheme: Scheme, *, force: bool) -> None:
+    """All of it. Raises ConfigError, CheckpointError and PackError."""
+    absolute = destination.absolute()
+    try:
+        if not absolute.parent.is_dir():
+            raise ConfigError(f"{absolute.parent} is not a directory; make it first.")
+        check_checkpoint(source, destination)
+        check_destination(absolute, force=force)
+        check_room(source, absolute, scheme)
+    except OSError as error:  # of directories that this user may not look into
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def check_checkpoint(source: Path, destination: Path) -> None:

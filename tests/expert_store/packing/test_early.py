@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import CheckpointError, PackError
+from expertd.errors import CheckpointError, ConfigError, PackError
 from expertd.pack.manifest import read_manifest
 from expertd.packing import early
-from expertd.packing.early import check_checkpoint, check_destination, check_room, least_bytes
+from expertd.packing.early import (
+    check_checkpoint,
+    check_destination,
+    check_early,
+    check_room,
+    least_bytes,
+)
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES, choose_scheme
 from tests.expert_store.packing.conftest import MakeCheckpoint
@@ -79,3 +85,14 @@ def test_a_disk_that_is_too_small(
     # A checkpoint whose files cannot be read is the packer's to refuse.
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
     check_room(tmp_path, tmp_path / "p", scheme)
+
+
+def test_a_directory_that_may_not_be_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be read: Permission denied\.$"):
+        check_early(tmp_path / "m", tmp_path / "p", choose_scheme("4bit"), force=False)
