@@ -1,6 +1,8 @@
 """``expertd doctor`` on this host, which serves: the tests' daemons do."""
 
 import json
+import subprocess
+import sys
 from ctypes import c_char_p
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,17 @@ from typing import Any
 from expertd.doctor.gpu import find_driver
 from expertd.doctor.host import Driver, Gpu
 from tests.daemon import serving
-from tests.expert_store.cli.test_at_once import run
 from tests.handmade import make_pack
+
+WITHOUT_TORCH = (
+    "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers']));"
+    " from expertd.cli import main; main()"
+)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_this_host(tmp_path: Path) -> None:
