@@ -19,9 +19,12 @@ from typing import Any
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from expertd.command_line import command
 
 CHECKPOINT = Path(__file__).parent / "tiny-mixtral"
 PROMPTS = (
@@ -65,7 +68,7 @@ def step(title: str) -> None:
 def run(program: str, *arguments: str, capture: bool = False) -> str:
     """Runs one of the project's commands, which reports its own errors."""
     if not capture:
-        console.print(f"[dim]$ {program} {' '.join(arguments)}[/]", soft_wrap=True)
+        console.print(f"[dim]$ {escape(command(program, *arguments))}[/]", soft_wrap=True)
     done = subprocess.run(
         [BIN / program, *arguments], stdout=subprocess.PIPE if capture else None, text=True
     )
@@ -77,13 +80,13 @@ def run(program: str, *arguments: str, capture: bool = False) -> str:
 @contextmanager
 def daemon(socket: Path, pack: Path, ram: int) -> Iterator[Path]:
     """A daemon on a socket of its own, stopped by SIGTERM at the end."""
-    command = ["expertd", "serve", "--socket", str(socket), "--ram", str(ram)]
-    command += ["--model", f"{MODEL}={pack}"]
-    console.print(f"[dim]$ {' '.join(command)}[/]", soft_wrap=True)
+    words = ["expertd", "serve", "--socket", str(socket), "--ram", str(ram)]
+    words += ["--model", f"{MODEL}={pack}"]
+    console.print(f"[dim]$ {escape(command(*words))}[/]", soft_wrap=True)
     log = socket.with_suffix(".log")
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [BIN / command[0], *command[1:]], stdout=subprocess.PIPE, stderr=stderr, text=True
+            [BIN / words[0], *words[1:]], stdout=subprocess.PIPE, stderr=stderr, text=True
         )
     assert process.stdout is not None
     try:

@@ -31,6 +31,7 @@ FLOORS = [
     "serving",
     "sight",
     "daemon",
+    "doctor",
     "cli",
 ]
 TORCH = {"torch", "transformers", "hqq", "safetensors", "accelerate"}

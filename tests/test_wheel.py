@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from expertd.cli import app, deploy_files
+from expertd.cli import deploy_files
+from expertd.cli.commands import app
 from expertd.errors import InvalidInputError
 from hatch_build import readme_of_the_package
 

@@ -4,7 +4,7 @@
 
     from expertd_client import Client
 
-    with Client("/run/expertd") as store, store.attach("mixtral") as session:
+    with Client() as store, store.attach("mixtral") as session:
         with session.acquire(layer=0, experts=[1, 5]) as lease:
             weights = lease.views
 

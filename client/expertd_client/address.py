@@ -12,6 +12,7 @@ import grpc.aio
 from expertd.errors import ExpertdError, InvalidInputError, UnavailableError
 from expertd.settings.tls_files import TlsIdentity, read_identity
 from expertd.shared.handshake import rpc_target
+from expertd.socket_directory import find_daemon
 from expertd.status import from_rpc_error
 from expertd_client.diagnosis import explain
 from expertd_client.endpoint import CHANNEL_OPTIONS
@@ -102,8 +103,12 @@ class TcpAddress:
 Address = UnixAddress | TcpAddress
 
 
-def parse_address(text: str | Path, tls: TlsFiles | None) -> Address:
-    """A directory's path, or ``tcp://HOST:PORT``. Raises InvalidInputError, naming the mistake."""
+def parse_address(text: str | Path | None, tls: TlsFiles | None) -> Address:
+    """A directory's path, or ``tcp://HOST:PORT``. Raises InvalidInputError, naming the mistake.
+
+    ``None`` is the directory of this host's daemon; see :mod:`expertd.socket_directory`.
+    """
+    text = find_daemon() if text is None else text
     if not isinstance(text, str) or not text.startswith(TCP):
         if tls is not None:
             raise InvalidInputError(

@@ -198,7 +198,11 @@ class AsyncClient:
     """:class:`Client` for asyncio; an async context manager. For one event loop."""
 
     def __init__(
-        self, socket: str | Path, *, tls: TlsFiles | None = None, timeout_seconds: float = 30.0
+        self,
+        socket: str | Path | None = None,
+        *,
+        tls: TlsFiles | None = None,
+        timeout_seconds: float = 30.0,
     ) -> None:
         self._address = parse_address(socket, tls)
         self._timeout_seconds = timeout_seconds

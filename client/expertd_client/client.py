@@ -21,6 +21,7 @@ from expertd_client.session import Session
 class Client:
     """Talks to the daemon that serves in the directory ``socket``, or at ``tcp://HOST:PORT``.
 
+    Without ``socket``: the one in ``$XDG_RUNTIME_DIR/expertd`` or in ``/run/expertd``.
     By TCP the two sides prove to each other who they are, with the files in ``tls`` (not
     needed on loopback, if that daemon wants no certificate). A mistake in them is a
     ConfigError at once.
@@ -30,7 +31,11 @@ class Client:
     """
 
     def __init__(
-        self, socket: str | Path, *, tls: TlsFiles | None = None, timeout_seconds: float = 30.0
+        self,
+        socket: str | Path | None = None,
+        *,
+        tls: TlsFiles | None = None,
+        timeout_seconds: float = 30.0,
     ) -> None:
         self._address = parse_address(socket, tls)
         self._timeout_seconds = timeout_seconds

@@ -73,11 +73,15 @@ def _forget_unheard() -> None:
 async def _serve(config: ServeConfig, manager: Manager) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    # At a terminal it says that the terminal has gone, and this process goes with it.
-    loop.add_signal_handler(signal.SIGHUP, stop.set if _has_terminal() else _explain_hangup)
+    if not _has_terminal():
+        loop.add_signal_handler(signal.SIGHUP, _explain_hangup)
     async with _running(config, manager) as (store, metrics):
+        # Not earlier: a daemon that does not serve yet has nothing to end in order, and clearing
+        # the memory of its arena may take minutes.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        if _has_terminal():  # it has gone, and this process goes with it
+            loop.add_signal_handler(signal.SIGHUP, stop.set)
         # What the starter waits for. If nobody can hear it (a full disk, a pipe that is closed),
         # that is no reason not to serve; and what print() could not flush would fail the exit.
         with contextlib.suppress(OSError):

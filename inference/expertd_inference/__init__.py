@@ -4,7 +4,7 @@
 
     from expertd_inference import load_model
 
-    model = load_model("mixtral", socket="/run/expertd")
+    model = load_model("mixtral")
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
 
 The names below are imported when they are first used, since torch and transformers take
@@ -14,8 +14,6 @@ seconds to import and neither ``expert-run --help`` nor a wrong argument needs t
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from expertd_inference.environment import garbage_kept
 
 if TYPE_CHECKING:
     from expertd_inference.embedded import EmbeddedDaemon
@@ -50,6 +48,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module defines
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = f"{__name__}.{_MODULES[name]}"
     if module not in sys.modules:
+        from expertd_inference.environment import garbage_kept
+
         with garbage_kept():
             import_module(module)
     return getattr(import_module(module), name)

@@ -9,10 +9,10 @@ from typing import Self
 from expertd.errors import InvalidInputError, NotFoundError
 from expertd.shared.greeting import MAX_SOCKET_PATH_BYTES
 from expertd.shared.handshake import ATTACH_SOCKET
+from expertd.socket_directory import find_daemon
 from expertd_client import Client, Session, TlsFiles
 from expertd_client.address import TCP
 
-DEFAULT_SOCKET = Path("/run/expertd")
 DEFAULT_REATTACH_SECONDS = 30.0
 
 
@@ -41,7 +41,7 @@ class ModelAttachment:
 
 def attach(
     name: str | None,
-    socket: str | Path,
+    socket: str | Path | None = None,
     *,
     tls: TlsFiles | None = None,
     cache_bytes: int | None = None,
@@ -49,10 +49,12 @@ def attach(
     """Attaches for the model ``name``, or without a name for the only one that is served.
 
     ``socket`` is the directory that the daemon serves in, or ``tcp://HOST:PORT`` with ``tls``;
+    without it, this host's daemon is looked for as :mod:`expertd.socket_directory` says.
     ``cache_bytes`` bounds the copies of experts where memory cannot be shared. Raises
     UnavailableError if none serves there, InvalidInputError for a path that no socket can have,
     and NotFoundError, saying which models there are, if there is no such one.
     """
+    socket = find_daemon() if socket is None else socket
     client = _client(socket, tls)
     try:
         return ModelAttachment(client, _attach(client, name, socket, cache_bytes))

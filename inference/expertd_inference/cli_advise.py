@@ -2,12 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Console
 
-from expertd.errors import PreconditionError
+from expertd.errors import InvalidInputError, PreconditionError
+from expertd.interrupts import importing, interruptible
 from expertd_inference import options
 from expertd_inference.advice.named import find_named
 from expertd_inference.environment import garbage_kept, prepare_environment
@@ -16,13 +18,13 @@ from expertd_inference.text_output import status
 
 def advise(
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A shape such as mixtral-8x7b, a checkpoint's directory (its config.json is "
-            "enough), or a pack.",
+            "enough), or a pack. Default: all shapes, of which those that fit are listed.",
             metavar="SHAPE|DIR",
         ),
-    ],
+    ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -68,6 +70,8 @@ def advise(
 
     [bold]Examples[/bold]
 
+      expert-run advise
+
       expert-run advise --model mixtral-8x7b
 
       expert-run advise --model ./Qwen3-30B-A3B --ram 8GiB --dir /var/lib/expertd
@@ -84,20 +88,20 @@ def advise(
             ("--link-rate", link_rate),
         )
     }
-    find_named(model)
+    if model is not None:
+        find_named(model)
+    elif sizes["--gpu-memory"] is not None or sizes["--link-rate"] is not None:
+        raise InvalidInputError("--gpu-memory and --link-rate belong to one --model; name it.")
     # Whether there is a GPU is yet to be found out.
     prepare_environment(device="cuda")
-    with status("Loading torch and transformers"):
-        try:
-            with garbage_kept():
-                from expertd_inference.advice import advisor, models, report
-        except ModuleNotFoundError as error:
-            raise PreconditionError(
-                f"this installation cannot compute, for {error.name} is not installed: run it "
-                "where `pip install expertd` brought its dependencies."
-            ) from error
-    with status("Looking at the model"):
-        found = models.find_model(model)
+    try:
+        with garbage_kept(), importing("torch and transformers"):
+            from expertd_inference.advice import advisor, models, report
+    except ModuleNotFoundError as error:
+        raise PreconditionError(
+            f"this installation cannot compute, for {error.name} is not installed: run it "
+            "where `pip install expertd` brought its dependencies."
+        ) from error
     question = advisor.Question(
         directory,
         sizes["--ram"],
@@ -106,15 +110,28 @@ def advise(
         workers,
         threads,
     )
-    with status(f"Measuring this host for {found.name}"):
-        advice = advisor.advise(found, question, _say)
-    if json:
-        sys.stdout.buffer.write(msgspec.json.encode(report.as_json(advice)) + b"\n")
-        sys.stdout.buffer.flush()
-        return
-    from rich.console import Console
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if model is None:
+        from expertd_inference.advice.survey import survey
 
-    report.show(advice, Console(width=None if sys.stdout.isatty() else 120))
+        with interruptible(), status("Measuring this host for all known models"):
+            found = survey(question, _say)
+        if json:
+            _print_json(report.survey_as_json(found))
+        else:
+            report.show_survey(found, console)
+        return
+    with interruptible(), status(f"Measuring this host for {model}"):
+        advice = advisor.advise(models.find_model(model), question, _say)
+    if json:
+        _print_json(report.as_json(advice))
+    else:
+        report.show(advice, console)
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _say(message: str) -> None:

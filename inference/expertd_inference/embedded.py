@@ -16,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import ConfigError, UnavailableError
+from expertd.errors import UnavailableError
 from expertd.manager.systemd import VARIABLES
-from expertd.pack.manifest import Manifest, read_manifest
-from expertd.settings.config import check_model_name
-from expertd.shared.host_memory import memory_available
+from expertd.pack.manifest import read_manifest
+from expertd.settings.config import name_of_pack
+from expertd.shared.host_memory import default_ram_bytes
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
@@ -39,7 +39,7 @@ class EmbeddedDaemon:
 
     def __init__(self, pack: str | Path, *, ram: str | int | None = None) -> None:
         self.pack = Path(pack).resolve()
-        self.name = _model_name(self.pack)
+        self.name = name_of_pack(self.pack)
         manifest = read_manifest(self.pack).manifest
         self._budget = str(ram if ram is not None else default_ram_bytes(manifest))
         # Short, and under /tmp: a Unix socket's path may have 107 bytes at most.
@@ -124,16 +124,3 @@ class EmbeddedDaemon:
             return any(line.startswith(READY_PREFIX) for line in self._process.stdout)
         finally:
             timer.cancel()
-
-
-def _model_name(pack: Path) -> str:
-    try:
-        check_model_name(pack.name)
-    except ConfigError:
-        return "model"
-    return pack.name
-
-
-def default_ram_bytes(manifest: Manifest) -> int:
-    """All experts of the pack, or half of the available memory if they do not fit in that."""
-    return min(manifest.expert_bytes, max(memory_available() // 2, manifest.working_set_bytes))

@@ -13,16 +13,21 @@ import threading
 from expertd.cli import main
 
 
-def _stop_with_parent() -> None:
+def _stop_with_parent(directory: str) -> None:
     while os.read(0, 1):
         pass
+    # Now, since a daemon that does not serve yet ends where it is.
+    shutil.rmtree(directory, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run() -> None:
     """The daemon, until it ends or the parent does."""
     directory = sys.argv.pop(1)
-    threading.Thread(target=_stop_with_parent, name="parent-watch", daemon=True).start()
+    watch = threading.Thread(
+        target=_stop_with_parent, args=(directory,), name="parent-watch", daemon=True
+    )
+    watch.start()
     try:
         main()
     finally:

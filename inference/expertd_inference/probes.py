@@ -49,6 +49,7 @@ BYTES_PER_THREAD = 32 << 20
 READ_FORMS = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 1024, 4096)]
 """Of the native read loop: at so many places at once, prefetching so many bytes ahead."""
 _MIN_TURNS = 5
+_FILLED_BYTES = 8 << 20
 
 FILE_BYTES = 256 << 20
 """Of a file made to be read: writing it takes longer than the reading."""
@@ -79,9 +80,10 @@ class MemoryProbe:
             os.ftruncate(fd, self.num_bytes)
             with mmap.mmap(fd, self.num_bytes) as writable:
                 writable.madvise(mmap.MADV_HUGEPAGE)
-                whole = np.frombuffer(writable, np.uint8)
-                whole.fill(FILL)
-                del whole
+                piece = bytes([FILL]) * _FILLED_BYTES
+                for start in range(0, self.num_bytes, _FILLED_BYTES):  # Ctrl-C may come between
+                    end = min(start + _FILLED_BYTES, self.num_bytes)
+                    writable[start:end] = piece[: end - start]
             self._mapping = mmap.mmap(fd, self.num_bytes, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
@@ -363,9 +365,11 @@ def _make_file(directory: Path, num_bytes: int) -> Path:
                 file.write(number.to_bytes(8, "little") + piece[8:])
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise InvalidInputError(
             f"{directory} cannot be written to ({error.strerror}), so its disk cannot be "
             "measured; name another directory, or a pack on that disk."

@@ -14,7 +14,6 @@ from expertd_client import Session, TlsFiles
 from expertd_inference.ahead import RouterAhead
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
-    DEFAULT_SOCKET,
     ModelAttachment,
     attach,
 )
@@ -187,7 +186,7 @@ class Worker:
 def load_model(
     name: str,
     *,
-    socket: str | Path = DEFAULT_SOCKET,
+    socket: str | Path | None = None,
     tls: TlsFiles | None = None,
     cache_bytes: int | None = None,
     pack: str | Path | None = None,
@@ -198,7 +197,8 @@ def load_model(
 ) -> Any:  # noqa: ANN401 - a transformers.PreTrainedModel, which is untyped
     """The transformers model ``name`` that the daemon in directory ``socket`` serves.
 
-    For a daemon on another host see :func:`~expertd_inference.attachment.attach`.
+    Without ``socket`` it is the daemon in ``$XDG_RUNTIME_DIR/expertd`` or in ``/run/expertd``; for
+    one on another host see :func:`~expertd_inference.attachment.attach`.
 
     Its ``name_or_path`` is the pack, which has the tokenizer; its ``expertd`` is the
     :class:`Worker`, whose ``close`` ends the session before the process does. For the

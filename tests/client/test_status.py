@@ -154,7 +154,10 @@ def test_nobody_there(tmp_path: Path) -> None:
         rpc.ExpertStoreStub(channel).ListModels(pb.ListModelsRequest())
     back = status.from_rpc_error(raised.value, "/run/x")
     assert type(back) is errors.UnavailableError
-    assert str(back) == "No expertd answers at /run/x; is it running?"
+    assert str(back) == (
+        "No expertd answers at /run/x; start one with `expertd serve --socket /run/x --ram SIZE "
+        "--model NAME=PACK`, or give the --socket of one that runs."
+    )
 
 
 class Made(grpc.RpcError):

@@ -144,19 +144,6 @@ def test_embedded_daemon_that_is_killed(packed: Make) -> None:
     assert stderr.decode().splitlines()[-1] == "expert-run: The daemon is gone."
 
 
-def test_interrupted_while_it_loads(daemon: Daemon) -> None:
-    # Some of these come in the midst of importing torch, which aborts when it is interrupted.
-    processes = [start(daemon.socket) for _ in range(3)]
-    time.sleep(1)
-    for process in processes:
-        time.sleep(0.8)
-        process.send_signal(signal.SIGINT)
-    for process in processes:
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert stderr == b""
-
-
 def test_no_daemon(tmp_path: Path) -> None:
     done = run("generate", "--socket", tmp_path, "--model", "m", "-p", "x", command=AT_ONCE)
     assert_refused(done, str(tmp_path))

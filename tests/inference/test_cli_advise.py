@@ -10,7 +10,7 @@ import torch
 from expertd.errors import ExpertdError
 from expertd.packing.synthetic import make_pack
 from expertd_inference import probes
-from expertd_inference.cli import app
+from expertd_inference.cli.commands import app
 from tests.inference.advice.test_models import TINY
 from tests.inference.test_cli import AT_ONCE, assert_refused, run
 
@@ -71,10 +71,10 @@ def test_a_disk_that_cannot_be_written_to(
 ) -> None:
     plain = Path.open
 
-    def refused(path: Path, mode: str = "r", *rest: Any) -> Any:
+    def refused(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
         if mode == "xb":
             raise PermissionError(13, "Permission denied")
-        return plain(path, mode, *rest)
+        return plain(path, mode, *rest, **options)
 
     monkeypatch.setattr(Path, "open", refused)
     empty = tmp_path / "empty"

@@ -16,9 +16,10 @@ import pytest
 
 from expertd.errors import PackError, UnavailableError
 from expertd.pack.manifest import read_manifest
+from expertd.shared import host_memory
 from expertd_client import Client
 from expertd_inference import embedded
-from expertd_inference.embedded import EmbeddedDaemon, default_ram_bytes
+from expertd_inference.embedded import EmbeddedDaemon
 
 Make = Callable[..., Any]
 
@@ -135,8 +136,8 @@ def test_default_ram(packed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(packed("mixtral")).manifest
 
     def default(available_bytes: int) -> int:
-        monkeypatch.setattr(embedded, "memory_available", lambda: available_bytes)
-        return default_ram_bytes(manifest)
+        monkeypatch.setattr(host_memory, "memory_available", lambda: available_bytes)
+        return host_memory.default_ram_bytes(manifest)
 
     assert default(100 * manifest.expert_bytes) == manifest.expert_bytes
     assert default(manifest.expert_bytes) == manifest.expert_bytes // 2

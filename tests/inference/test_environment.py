@@ -31,7 +31,7 @@ HEAVY = {
 }
 WORKER = """
 import json, sys
-from expertd_inference.cli import app
+from expertd_inference.cli.commands import app
 app(sys.argv[1:], standalone_mode=False)
 loaded = [name for name, module in sys.modules.items() if module is not None]
 print(json.dumps(loaded), file=sys.stderr)

@@ -16,9 +16,17 @@ from expertd.errors import (
 from expertd.settings.disk_io import DiskIo, parse_disk_io
 from expertd.settings.limits import Limits
 from expertd.sizes import format_bytes, parse_bytes
+from expertd.socket_directory import find_daemon
 
 Socket = Annotated[
-    Path, typer.Option(metavar="DIR", help="The daemon's socket directory.", show_default=False)
+    Path,
+    typer.Option(
+        metavar="DIR",
+        default_factory=find_daemon,
+        help="The daemon's socket directory. Default: $XDG_RUNTIME_DIR/expertd if a daemon of "
+        "yours is there, else /run/expertd.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -39,7 +47,7 @@ def stats(socket: Socket, as_json: Json = False) -> None:
     that had to be read first. docs/operating.md says what each line means; `expertd top` is a live
     view.
 
-    Example: `expertd stats --socket /run/expertd --json`
+    Example: `expertd stats --json`
     """
     from expertd.cli.control import Control
 
@@ -54,7 +62,7 @@ def stats(socket: Socket, as_json: Json = False) -> None:
 def models(socket: Socket, as_json: Json = False) -> None:
     """Lists the models that the daemon holds.
 
-    Example: `expertd models --socket /run/expertd`
+    Example: `expertd models`
     """
     from expertd.cli.control import Control
 
@@ -85,7 +93,7 @@ def health(socket: Socket) -> None:
 
     Exit code 0: it serves, 1: it does not answer within 5 seconds, or is stopping.
 
-    Example: `expertd health --socket /run/expertd`
+    Example: `expertd health`
     """
     from expertd.cli.control import Control
 
@@ -128,7 +136,7 @@ def load(
 ) -> None:
     """Opens another pack in a running daemon. Needs root or the daemon's own user.
 
-    Example: `expertd load mixtral /packs/mixtral --socket /run/expertd --min 2GiB --pin "0:*"`
+    Example: `expertd load mixtral /packs/mixtral --min 2GiB --pin "0:*"`
     """
     from expertd.cli.control import Control
 
@@ -159,7 +167,7 @@ def limit(
 
     Needs root or the daemon's own user.
 
-    Example: `expertd limit mixtral --max 8GiB --socket /run/expertd`
+    Example: `expertd limit mixtral --max 8GiB`
     """
     from expertd.cli.control import Control
 
@@ -178,7 +186,7 @@ def unload(
 
     Needs root or the daemon's own user.
 
-    Example: `expertd unload mixtral --socket /run/expertd`
+    Example: `expertd unload mixtral`
     """
     from expertd.cli.control import Control
 

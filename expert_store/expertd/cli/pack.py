@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from expertd.cli.progress import ProgressDisplay
-from expertd.errors import ConfigError, PreconditionError
+from expertd.command_line import serve_command
+from expertd.errors import PreconditionError
+from expertd.interrupts import importing, interruptible
 from expertd.sizes import format_bytes
 
 _EXIT_DAMAGED = 1
@@ -117,14 +119,15 @@ def pack(
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
+    from expertd.packing.early import check_early
     from expertd.packing.schemes import choose_scheme, default_scheme
-    from expertd.packing.source import read_config
 
     chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
-    if not destination.absolute().parent.is_dir():
-        raise ConfigError(f"{destination.absolute().parent} is not a directory; make it first.")
-    read_config(source)
+    check_early(source, destination, chosen, force=force)
     # torch takes seconds to import: only once the arguments are known to be good.
+    _check_installed("torch", "transformers")
+    title = f"packing {source.name} as {chosen.name}"
+    typer.echo(title, err=True)
     _import_quietly()
     from expertd.packing.packer import Progress, Request
     from expertd.packing.packer import pack as make_pack
@@ -137,7 +140,7 @@ def pack(
         device=device,
         force=force,
     )
-    with ProgressDisplay(f"packing {source.name} as {chosen.name}") as display:
+    with interruptible(), ProgressDisplay(title) as display:
 
         def show(progress: Progress) -> None:
             display.update(
@@ -151,8 +154,10 @@ def pack(
             make_pack(request, on_progress=show, on_notice=display.note)
         except KeyboardInterrupt:
             display.note("Interrupted; the same command goes on where it was.")
-            raise typer.Exit(130) from None
+            raise
     from expertd.pack.inspect import inspect as inspect_pack
+    from expertd.settings.config import name_of_pack
+    from expertd.shared.host_memory import default_ram_bytes
 
     found = inspect_pack(destination)
     typer.echo(
@@ -161,6 +166,8 @@ def pack(
         f"and {format_bytes(found.manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
         f"(one token's experts) is {format_bytes(found.manifest.working_set_bytes)}."
     )
+    name = name_of_pack(destination.absolute())
+    typer.echo(f"Next: {serve_command(name, destination, default_ram_bytes(found.manifest))}")
 
 
 def verify(
@@ -175,7 +182,7 @@ def verify(
     """
     from expertd.pack.verify import verify as verify_pack
 
-    with ProgressDisplay(f"verifying {pack}") as display:
+    with interruptible(), ProgressDisplay(f"verifying {pack}") as display:
         result = verify_pack(pack, lambda done, total: display.update(done, total, ""))
     for damage in result.damages:
         where = damage.file
@@ -335,22 +342,39 @@ def _distinct(layers: list[dict[str, Any]], key: str) -> str:
     return " or ".join(map(str, sorted({layer[key] for layer in layers})))
 
 
+def _check_installed(*names: str) -> None:
+    """Raises :class:`PreconditionError` where only what the daemon needs is installed."""
+    import importlib.util
+
+    for name in names:
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise _not_installed(name)
+
+
+def _not_installed(name: str | None) -> PreconditionError:
+    return PreconditionError(
+        f"this installation serves packs but cannot make them, for {name} is not installed: pack "
+        "where `pip install expertd` brought its dependencies."
+    )
+
+
 def _import_quietly() -> None:
     """Imports what packs, without the warnings that are its authors' to heed.
 
-    Raises :class:`PreconditionError` where only what the daemon needs is installed.
+    Raises :class:`PreconditionError` where a part of it is not installed.
     """
     import importlib
     import logging
     import warnings
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), importing("torch and transformers"):
         warnings.simplefilter("ignore")
         try:
             importlib.import_module("expertd.packing.packer")
         except ModuleNotFoundError as error:
-            raise PreconditionError(
-                f"this installation serves packs but cannot make them, for {error.name} is not "
-                "installed: pack where `pip install expertd` brought its dependencies."
-            ) from error
+            raise _not_installed(error.name) from error
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ import typer
 
 from expertd.cli.admin import Socket
 from expertd.errors import ExpertdError, InvalidInputError
+from expertd.interrupts import interruptible
 
 if TYPE_CHECKING:
     from expertd.traces.trace import TraceModel
@@ -37,7 +38,7 @@ def record(
     that a text uses tell something about the text. The file is there when the recording is
     complete, also if it ended by Ctrl-C, with the model or with the daemon.
 
-    Example: `expertd record --socket /run/expertd --model mixtral --output t.csv --seconds 60`
+    Example: `expertd record --model mixtral --output t.csv --seconds 60`
     """
     from expertd.cli.control import Control
     from expertd.traces.recorder import Recorder
@@ -48,6 +49,7 @@ def record(
     failure: ExpertdError | None = None
     num_touches = num_lost = 0
     with (
+        interruptible(),
         Control(socket) as control,
         TraceWriter(output, _trace_model(control.model(model), model)) as writer,
         control.touches(model, seconds) as stream,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from expertd.errors import InvalidInputError
+from expertd.interrupts import interruptible
 
 if TYPE_CHECKING:
     from expertd.residency import Policy
@@ -71,7 +72,7 @@ def replay(
     policies = [_policy(name) for name in dict.fromkeys(policy or POLICIES)]
     if not 1 <= workers <= _MAX_WORKERS:
         raise InvalidInputError(f"--workers is {workers}; give 1 to {_MAX_WORKERS}.")
-    with ProgressDisplay("reading") as display:
+    with interruptible(), ProgressDisplay("reading") as display:
         played = read_trace(trace, lambda done, size: display.update(done, size, ""))
     _check_slots(trace, played, shares)
     if played.num_lost:
@@ -102,7 +103,7 @@ def _run(
 
     model = trace.model
     num_rows, done = trace.num_rows * len(shares) * (len(policies) + 1), 0
-    with ProgressDisplay("replaying") as display:
+    with interruptible(), ProgressDisplay("replaying") as display:
 
         def tick(rows: int) -> None:
             nonlocal done

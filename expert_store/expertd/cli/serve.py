@@ -21,7 +21,11 @@ def register(app: typer.Typer) -> None:
 def serve(
     socket: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Directory for the sockets; made if missing."),
+        typer.Option(
+            metavar="DIR",
+            help="Directory for the sockets; made if missing. Default: $XDG_RUNTIME_DIR/expertd, "
+            "or /run/expertd for root and where there is no such variable.",
+        ),
     ] = None,
     ram: Annotated[
         str | None,
@@ -56,7 +60,7 @@ def serve(
     Exit code 0: it was stopped, 2: a setting or a pack is wrong, 75: too little memory is free
     just now.
 
-    Example: `expertd serve --socket /run/expertd --ram 24GiB --model mixtral=/packs/mixtral`
+    Example: `expertd serve --ram 24GiB --model mixtral=/packs/mixtral`
     """
     # numpy's BLAS, which nothing here calls, would start a thread and take 32 MiB per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

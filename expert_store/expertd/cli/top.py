@@ -5,13 +5,15 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from expertd.cli.admin import Socket
-from expertd.errors import ConfigError, UnavailableError
+from expertd.errors import ConfigError
+from expertd.interrupts import interruptible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +52,7 @@ def top(
     Keys: Tab the next model's heat map, q quit. A daemon that goes away is waited for. Figures
     are of the last interval where nothing else is said; --once takes two looks for that.
 
-    Example: `expertd top --socket /run/expertd --model mixtral`
+    Example: `expertd top --model mixtral`
     """
     from rich.console import Console
 
@@ -60,8 +62,8 @@ def top(
     if interval != interval:  # not a number, which passes both bounds
         raise ConfigError("--interval is not a number; give seconds.")
     view = View(socket)
-    signal.signal(signal.SIGTERM, _interrupt)  # the terminal is to be given back as it was
-    try:
+    with interruptible(), suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, _interrupt)  # the terminal is to be given back as it was
         with Feed(socket, model, interval) as feed:
             if as_json:
                 _print_json(view, feed, socket, once=once)
@@ -71,8 +73,6 @@ def top(
                 _print_frames(view, feed, socket, Console(highlight=False), once=once)
             else:
                 _show(view, feed, Console(highlight=False))
-    except KeyboardInterrupt:
-        return
 
 
 def _show(view: "View", feed: "Feed", console: "Console") -> None:
@@ -133,6 +133,8 @@ def _draw(view: "View", feed: "Feed", socket: Path, path: Path) -> None:
 
 def _next_sample(view: "View", feed: "Feed", socket: Path, *, once: bool) -> None:
     """Takes in a sample that rates can be told of; for ``once`` a daemon must be there."""
+    from expertd.status import no_daemon
+
     said = False
     while True:
         event = feed.next(_POLL_SECONDS)
@@ -140,7 +142,7 @@ def _next_sample(view: "View", feed: "Feed", socket: Path, *, once: bool) -> Non
             continue
         if not _take(view, event):
             if once:
-                raise UnavailableError(f"No expertd answers at {socket}; is it running?")
+                raise no_daemon(socket)
             if not said:
                 said = True
                 print(f"waiting for expertd at {socket}", file=sys.stderr, flush=True)  # noqa: T201

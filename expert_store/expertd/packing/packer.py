@@ -30,6 +30,7 @@ from expertd.errors import CheckpointError, PackError
 from expertd.pack.layout import Encoding
 from expertd.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.early import check_destination, partial_of
 from expertd.packing.encoder import Encoder
 from expertd.packing.journal import Journal
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
@@ -43,7 +44,6 @@ from expertd.packing.plan import (
 from expertd.packing.schemes import MXFP4, PARTS, Scheme
 from expertd.packing.solver import Solver, choose_solver
 
-PARTIAL_SUFFIX = ".partial"
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 256 << 20
 """How much work an interruption may cost; each commit waits for the disk."""
@@ -107,14 +107,14 @@ def pack(
     """
     choice = choose_solver(request.device)
     destination = request.destination
-    partial = destination.parent / (destination.name + PARTIAL_SUFFIX)
+    partial = partial_of(destination)
     with Checkpoint(request.source) as checkpoint:
         key = _key(request, checkpoint, choice.solver)
         if _was_completed(destination, partial, key):
             on_notice(f"{destination} was complete already.")
             shutil.rmtree(partial)
             return
-        _check_destination(request)
+        check_destination(destination, force=request.force)
         if choice.drawback and request.optimize and _quantizes(request.scheme):
             on_notice(choice.drawback)
         if checkpoint.unused:
@@ -147,16 +147,6 @@ def pack(
                     raise CheckpointError(f"{error} {_kept(journal, plan, partial)}") from error
         except OSError as error:
             raise PackError(_cannot_write(error, plan, partial)) from error
-
-
-def _check_destination(request: Request) -> None:
-    destination = request.destination
-    if not os.path.lexists(destination):
-        return
-    if not request.force:
-        raise PackError(f"{destination} exists already; give --force to replace it.")
-    if destination.is_symlink() or not (destination / MANIFEST_NAME).is_file():
-        raise PackError(f"{destination} exists and is not a pack; --force replaces only packs.")
 
 
 def _was_completed(destination: Path, partial: Path, key: str) -> bool:

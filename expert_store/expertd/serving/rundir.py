@@ -4,8 +4,10 @@ import fcntl
 import os
 from pathlib import Path
 
+from expertd.command_line import command
 from expertd.errors import ConfigError
 from expertd.shared.handshake import ATTACH_SOCKET, RPC_SOCKET
+from expertd.socket_directory import own_directory
 
 LOCK_NAME = "lock"
 _MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un
@@ -63,6 +65,13 @@ class RunDirectory:
         self._lock = -1
 
     def _unusable(self, error: OSError) -> ConfigError:
+        if isinstance(error, PermissionError):
+            option = command("--socket", own_directory())
+            return ConfigError(
+                f"the socket directory {self.path} cannot be used: {error.strerror}; user "
+                f"{os.geteuid()} may serve in a directory of its own: give `{option}` here and to "
+                "every other command."
+            )
         return ConfigError(f"the socket directory {self.path} cannot be used: {error.strerror}.")
 
     def _remove_sockets(self) -> None:

@@ -14,6 +14,7 @@ from expertd.settings.loopback import LoopbackAddress, parse_loopback
 from expertd.settings.policy_names import DEFAULT_POLICY, PolicyName
 from expertd.settings.tcp_config import TcpConfig
 from expertd.sizes import parse_bytes
+from expertd.socket_directory import socket_directories
 
 MIN_RAM_BYTES = 4096
 MAX_LOADER_THREADS = 256
@@ -141,6 +142,15 @@ def check_model_name(name: str) -> None:
         )
 
 
+def name_of_pack(pack: Path) -> str:
+    """A name to serve ``pack`` under: that of its directory, if a model can have it."""
+    try:
+        check_model_name(pack.name)
+    except ConfigError:
+        return "model"
+    return pack.name
+
+
 def parse_model(text: str) -> tuple[str, ModelConfig]:
     """``NAME=PACK`` as given on the command line. Raises :class:`ConfigError`."""
     name, equals, path = text.partition("=")
@@ -155,15 +165,15 @@ def load_config(path: Path | None, **overrides: Any) -> ServeConfig:  # noqa: AN
 
     In the file ``ram`` may stand for ``ram_bytes`` with a unit (``"16GiB"``), ``socket_mode``
     is a string in octal, and ``[models]`` maps names to packs or tables of a pack and its
-    limits. Raises :class:`ConfigError`.
+    limits. Without ``socket`` it is this user's default. Raises :class:`ConfigError`.
     """
     values: dict[str, Any] = {}
     if path is not None:
         values = _read_toml(path)
     values |= {name: value for name, value in overrides.items() if value is not None}
-    for name, option in (("socket", "--socket DIR"), ("ram_bytes", "--ram SIZE")):
-        if name not in values:
-            raise ConfigError(f"{name.removesuffix('_bytes')} is not set; give {option}.")
+    values.setdefault("socket", socket_directories()[0])
+    if "ram_bytes" not in values:
+        raise ConfigError("ram is not set; give --ram SIZE.")
     return replace(ServeConfig(Path(), MIN_RAM_BYTES), **values)
 
 

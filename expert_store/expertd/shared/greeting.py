@@ -28,6 +28,7 @@ from expertd.shared.handshake import (
     Role,
     Welcome,
 )
+from expertd.socket_directory import how_to_start
 from expertd.status import from_refusal
 
 # struct sockaddr_un's path without its final zero.
@@ -145,8 +146,7 @@ def _connect(directory: Path, deadline: float, timeout_seconds: float) -> socket
 def _connect_error(error: OSError, directory: Path) -> ExpertdError:
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
         return UnavailableError(
-            f"No expertd answers at {directory} ({error.strerror}); start one with "
-            f"`expertd serve --socket {directory} ...`."
+            f"No expertd answers at {directory} ({error.strerror}); {how_to_start(directory)}."
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         return ForbiddenSocketError(

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from expertd.pack.manifest import Manifest
+
 
 def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process could still take: MemAvailable, or its cgroup's rest if less."""
@@ -20,6 +22,11 @@ def memory_total(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
     """Bytes that it could take at most, if nobody else took any: MemTotal, or a cgroup's limit."""
     limits = (limit for _, limit in _limits(proc, cgroups))
     return min([_meminfo_bytes(proc, "MemTotal"), *limits])
+
+
+def default_ram_bytes(manifest: Manifest) -> int:
+    """All experts of the pack, or half of the available memory if they do not fit in that."""
+    return min(manifest.expert_bytes, max(memory_available() // 2, manifest.working_set_bytes))
 
 
 def _meminfo_bytes(proc: Path, name: str) -> int:

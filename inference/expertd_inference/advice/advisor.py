@@ -1,8 +1,10 @@
 """Probes the host for a model, and predicts each scheme and budget."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +13,13 @@ from expertd.shared.host_memory import memory_available
 from expertd.sizes import format_bytes
 from expertd_inference import probes
 from expertd_inference.advice import host as hosts
+from expertd_inference.advice.busy import busy_warning, read_cpu_times
 from expertd_inference.advice.choice import Choice, choose
 from expertd_inference.advice.kernel_times import KernelTimes, memory_bytes
 from expertd_inference.advice.models import Model
 from expertd_inference.advice.prediction import CONTEXT, Costs, Prediction, predict, predict_gpu
-from expertd_inference.advice.twin import measure_twin
-from expertd_inference.advice.values import Gpu, Host, Need
+from expertd_inference.advice.twin import Twin, measure_twin
+from expertd_inference.advice.values import Gpu, Host, Need, Reading
 
 SHARES = (1.0, 0.5, 0.25)
 """Of the experts in RAM, unless a budget is given."""
@@ -50,6 +53,37 @@ class Advice:
     """By scheme."""
     rows: tuple[Prediction, ...]
     choice: Choice
+    busy: str | None = None
+    """What to be told if others used the host meanwhile."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a host does with some models' matrices, and with one model's twin."""
+
+    host: Host
+    twin: Twin
+    kernel_seconds: Mapping[Need, float]
+    readings: Mapping[str, Reading]
+    """By the names that were given to the kinds of records."""
+    busy: str | None
+
+    @property
+    def worker_bytes(self) -> int:
+        """Of a worker, without the keys and values of its context."""
+        return self.twin.worker_bytes
+
+    def costs(self, need: Need, reading: Reading, scale: float) -> Costs:
+        """Of a token of a model with ``scale`` times the twin's layers."""
+        # The twin's own calls are part of what a token costs besides, and so are not counted
+        # again: what is left is what the matrices' size adds.
+        narrow = scale * self.kernel_seconds[self.twin.need]
+        return Costs(
+            max(0.0, self.kernel_seconds[need] - narrow),
+            scale * self.twin.token_seconds,
+            self.twin.call_seconds,
+            reading,
+        )
 
 
 def advise(model: Model, question: Question, say: Callable[[str], None]) -> Advice:
@@ -60,33 +94,62 @@ def advise(model: Model, question: Question, say: Callable[[str], None]) -> Advi
     """
     budgets = _budgets(model, question.ram_bytes)
     gpu = _gpu(question)
-    threads = question.threads or hosts.num_cores()
-    torch.set_num_threads(threads)
-    directory = question.directory or model.pack or Path.cwd()
+    if gpu is not None:
+        say(f"GPU: {format_bytes(gpu.memory_bytes)}, link {gpu.link_rate / 1e9:.1f} GB/s")
     kinds = {
         need.scheme: (need.max_record_bytes, max(group.top_k for group in need.experts))
         for need in model.needs
     }
+    directory = question.directory or model.pack or Path.cwd()
+    measured = measure(model.needs, model.config, directory, kinds, question, say)
+    host = replace(measured.host, gpu=gpu)
+    scale = measured.twin.layer_scale
+    besides = scale * measured.twin.token_seconds
+    say(f"a token of {model.name}: {besides * 1e3:.1f} ms, and what its matrices take")
+    costs = {
+        need.scheme: measured.costs(need, measured.readings[need.scheme], scale)
+        for need in model.needs
+    }
+    worker_bytes = measured.worker_bytes + CONTEXT * model.kv_bytes
+    rows: list[Prediction] = []
+    for need in model.needs:
+        rows += [
+            predict(need, costs[need.scheme], host, budget, worker_bytes)
+            for budget in budgets.get(need.scheme, ())
+        ]
+        if gpu is not None and (row := predict_gpu(need, host, gpu, worker_bytes)) is not None:
+            rows.append(row)
+    choice = choose(model.name, rows, model.needs, host.ram_bytes)
+    return Advice(model, host, costs, tuple(rows), choice, measured.busy)
+
+
+def measure(
+    needs: Sequence[Need],
+    config: dict[str, Any],
+    directory: Path,
+    kinds: Mapping[str, tuple[int, int]],
+    question: Question,
+    say: Callable[[str], None],
+) -> Measured:
+    """Measures the disk of ``directory``, the twin of ``config``, and the matrices of all needs.
+
+    ``kinds``: by names, bytes of a record and how many a layer asks for at once. Sets torch's
+    number of threads.
+    """
+    before, (load, _, _) = read_cpu_times(), os.getloadavg()
+    threads = question.threads or hosts.num_cores()
+    torch.set_num_threads(threads)
     storage_rate, readings = hosts.readings(directory, kinds, say)
     say(f"disk of {directory}: {storage_rate / 1e9:.1f} GB/s")
-    if gpu is not None:
-        say(f"GPU: {format_bytes(gpu.memory_bytes)}, link {gpu.link_rate / 1e9:.1f} GB/s")
-    twin = measure_twin(model.config, say)
-    num_bytes = max(
-        probes.MEMORY_BYTES, threads * probes.BYTES_PER_THREAD, memory_bytes(model.needs)
-    )
+    twin = measure_twin(config, say)
+    num_bytes = max(probes.MEMORY_BYTES, threads * probes.BYTES_PER_THREAD, memory_bytes(needs))
     with probes.MemoryProbe(threads, say=say, num_bytes=num_bytes) as memory:
         memory_rate = memory.rate(0.2)
         say(f"memory: {memory_rate / 1e9:.1f} GB/s with {threads} threads")
-        times = KernelTimes(memory, [*model.needs, twin.need])
+        times = KernelTimes(memory, [*needs, twin.need])
         times.run(1.5)
         memory_rate = (memory_rate + memory.rate(0.1)) / 2
-        # The twin's own calls are part of what a token costs besides, and so are not counted
-        # again: what is left is what the matrices' size adds.
-        narrow = twin.layer_scale * times.seconds(twin.need)
-        kernels = {need.scheme: max(0.0, times.seconds(need) - narrow) for need in model.needs}
-    besides = twin.layer_scale * twin.token_seconds
-    say(f"a token of {model.name}: {besides * 1e3:.1f} ms, and what its matrices take")
+        kernel_seconds = {need: times.seconds(need) for need in [*needs, twin.need]}
     together = min(hosts.num_cores(), question.workers * threads)
     everyone = memory_rate
     if together != threads:
@@ -101,29 +164,9 @@ def advise(model: Model, question: Question, say: Callable[[str], None]) -> Advi
         storage_rate=storage_rate,
         storage=directory,
         disk_free_bytes=hosts.disk_free(directory),
-        gpu=gpu,
     )
-    costs = {
-        need.scheme: Costs(
-            kernels[need.scheme],
-            besides,
-            twin.call_seconds,
-            readings[need.scheme],
-        )
-        for need in model.needs
-    }
-    worker_bytes = twin.worker_bytes + CONTEXT * model.kv_bytes
-    rows: list[Prediction] = []
-    for need in model.needs:
-        rows += [
-            predict(need, costs[need.scheme], host, budget, worker_bytes)
-            for budget in budgets.get(need.scheme, ())
-        ]
-        if gpu is not None and (row := predict_gpu(need, host, gpu, worker_bytes)) is not None:
-            rows.append(row)
-    return Advice(
-        model, host, costs, tuple(rows), choose(model.name, rows, model.needs, host.ram_bytes)
-    )
+    busy = busy_warning(before, read_cpu_times(), load)
+    return Measured(host, twin, kernel_seconds, readings, busy)
 
 
 def _budgets(model: Model, ram_bytes: int | None) -> Mapping[str, Sequence[int]]:

@@ -1,7 +1,8 @@
 """Which scheme with which budget: plain values in, a sentence out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from expertd.sizes import format_bytes
 from expertd_inference.advice.prediction import Place, Prediction
@@ -12,6 +13,12 @@ WORTH_IT = 1.25
 PAPER_PERPLEXITY = {"bf16": 3.59, "4bit": 3.76, "paper-3bit": 4.05, "paper-2bit": 4.61}
 """Of Mixtral-8x7B on WikiText2, by scheme: Eliseev & Mazur, arXiv 2312.17238, table 1. Not
 measured here; lower is better."""
+_PAPER_MODEL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_local_experts": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,12 @@ class Choice:
 
     row: Prediction | None
     sentence: str
+
+
+def paper_perplexity(config: Mapping[str, Any], scheme: str) -> float | None:
+    """The paper's figure for that scheme, if ``config`` is of the model that it measured."""
+    is_it = all(config.get(key) == value for key, value in _PAPER_MODEL.items())
+    return PAPER_PERPLEXITY.get(scheme) if is_it else None
 
 
 def choose(name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int) -> Choice:

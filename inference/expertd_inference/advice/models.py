@@ -6,7 +6,7 @@ Exact, since they come from the packer's own plan, or a pack's own manifest.
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Model:
     kv_bytes: int
     """Of keys and values per token of context and worker."""
     pack: Path | None = None
+    checkpoint: Path | None = None
+    """The directory that is to be packed, if it was named."""
 
 
 def find_model(text: str) -> Model:
@@ -48,7 +50,7 @@ def find_model(text: str) -> Model:
     if named.is_pack:
         return _of_pack(Path(text))
     if named.config is None:
-        return _of_config(named.name, Path(text))
+        return replace(_of_config(named.name, Path(text)), checkpoint=Path(text))
     with tempfile.TemporaryDirectory(prefix="expertd-") as folder:
         (Path(folder) / CONFIG_NAME).write_bytes(named.config)
         return _of_config(named.name, Path(folder))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.daemon import Daemon, serving
 
+EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"
 AT_ONCE = (
     "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'numpy']));"
     " from expertd.cli import main; main()"
@@ -50,6 +51,14 @@ def test_stats_of_a_daemon(daemon: Daemon) -> None:
         (("verify", "/nonexistent"), "is not a pack"),
         (("pack", "/nonexistent", "/tmp/pack"), "is not a directory; give the checkpoint's"),
         (("pack", "/", "/tmp/pack"), "is not a checkpoint: it has no config.json"),
+        (("pack", EXAMPLE, "/tmp"), "/tmp exists already; give --force to replace it"),
+        (("pack", EXAMPLE, "/tmp", "--force"), "is not a pack; --force replaces only packs"),
+        (
+            ("pack", "mistralai/Mixtral-8x7B-v0.1", "/tmp/my pack"),
+            "run `hf download mistralai/Mixtral-8x7B-v0.1 --local-dir Mixtral-8x7B-v0.1`, then "
+            "`expertd pack Mixtral-8x7B-v0.1 '/tmp/my pack'`.",
+        ),
+        (("pack", "model.gguf", "/tmp/pack"), "model.gguf is GGUF"),
         (("pack", "/", "/tmp/pack", "--scheme", "1bit"), "1bit"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from typer.testing import CliRunner
 
-from expertd.cli import app
+from expertd.cli.commands import app
 from expertd.errors import CheckpointError, ConfigError
 from expertd.pack.inspect import inspect
 from expertd.pack.layout import Encoding

@@ -22,6 +22,7 @@ from expertd.errors import (
     SessionLostError,
     UnauthenticatedError,
 )
+from expertd.socket_directory import how_to_start
 from expertd_client import Client
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
@@ -104,7 +105,7 @@ def test_commands(daemon: Daemon, other_pack: Path) -> None:
 
 def test_commands_without_a_daemon(tmp_path: Path) -> None:
     said = refused(expertd("stats", "--socket", tmp_path, "--json"))
-    assert said == f"expertd: No expertd answers at {tmp_path}; is it running?\n"
+    assert said == f"expertd: No expertd answers at {tmp_path}; {how_to_start(tmp_path)}.\n"
     assert str(tmp_path) in refused(expertd("unload", "m", "--socket", tmp_path))
 
 
@@ -112,7 +113,9 @@ def test_health(daemon: Daemon, tmp_path: Path) -> None:
     assert ran(expertd("health", "--socket", daemon.socket)) == "serving\n"
     silent = expertd("health", "--socket", tmp_path)
     assert (silent.returncode, silent.stdout) == (1, "")
-    assert silent.stderr == f"expertd: No expertd answers at {tmp_path}; is it running?\n"
+    assert (
+        silent.stderr == f"expertd: No expertd answers at {tmp_path}; {how_to_start(tmp_path)}.\n"
+    )
     daemon.signal(signal.SIGSTOP)
     try:
         stuck = expertd("health", "--socket", daemon.socket)

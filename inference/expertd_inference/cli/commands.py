@@ -1,4 +1,4 @@
-"""The ``expert-run`` command.
+"""All commands of ``expert-run``.
 
 torch and transformers are imported only once the arguments are right and the daemon has
 answered, so help and most refusals come at once.
@@ -8,8 +8,9 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -19,11 +20,11 @@ import typer
 import expertd
 import expertd_inference
 from expertd.errors import ExpertdError, InvalidInputError, PreconditionError
+from expertd.interrupts import exit_code, importing, interruptible
 from expertd_client import TlsFiles
 from expertd_inference import options
 from expertd_inference.attachment import (
     DEFAULT_REATTACH_SECONDS,
-    DEFAULT_SOCKET,
     ModelAttachment,
     attach,
 )
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from expertd_inference.worker import Worker
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="expert-run",
@@ -49,15 +49,13 @@ app = typer.Typer(
 )
 
 
-def main() -> NoReturn:
-    """Runs the command; expected failures are one line on stderr and exit code 2."""
+def run() -> NoReturn:
+    """Runs the one that is asked for; expected failures are one line on stderr and exit code 2."""
     try:
         app()
     except ExpertdError as error:
         sys.stderr.write(f"expert-run: {error}\n")
         sys.exit(EXIT_USAGE)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output left. Python's own flush at exit must not find that out too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,11 +88,13 @@ def generate(
         str, typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin.")
     ],
     socket: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="The directory that the daemon serves in, or tcp://HOST:PORT.", metavar="DIR"
+            help="The directory that the daemon serves in, or tcp://HOST:PORT. Default: "
+            "$XDG_RUNTIME_DIR/expertd if a daemon of yours is there, else /run/expertd.",
+            metavar="DIR",
         ),
-    ] = str(DEFAULT_SOCKET),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="A model that it serves; not needed if it is the only one."),
@@ -189,7 +189,7 @@ def generate(
 
     [bold]Examples[/bold]
 
-      expert-run generate --socket /run/expertd --model mixtral --prompt "Once upon a time"
+      expert-run generate --model mixtral --prompt "Once upon a time"
 
       expert-run generate --embedded ./mixtral-pack --prompt "Once upon a time"
 
@@ -219,7 +219,7 @@ def generate(
         decode_graphs,
     )
     output = TextOutput(json=json, stream=stream)
-    with ExitStack() as stack:
+    with interruptible(), ExitStack() as stack:
         if embedded is not None:
             if model is not None:
                 raise InvalidInputError("Choose one of --embedded and --model.")
@@ -227,9 +227,10 @@ def generate(
                 daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
             socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
         attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
-        with status("Loading the model"):
-            prepare_environment(verbose=verbose, device=device)
-            with garbage_kept():
+        prepare_environment(verbose=verbose, device=device)
+        with garbage_kept():
+            _import_worker()
+            with status("Loading the model"):
                 worker = stack.enter_context(
                     _load(
                         attachment,
@@ -256,7 +257,7 @@ def generate(
     elif not sys.stdout.isatty():
         sys.stdout.write("\n")
     if generation.interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        sys.exit(exit_code(signal.SIGINT))
 
 
 def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
@@ -275,17 +276,15 @@ def _read_stdin() -> str:
         raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
 
 
-@contextmanager
-def _interrupt_deferred() -> Iterator[None]:
-    """Ctrl-C comes after the block: in the midst of its import, torch's C++ aborts the process."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+def _import_worker() -> None:
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        with importing("torch and transformers"):
+            import_module("expertd_inference.generation")
+    except ModuleNotFoundError as error:
+        raise PreconditionError(
+            f"this installation serves experts but cannot compute with them, for {error.name} is "
+            "not installed: run it where `pip install expertd` brought its dependencies."
+        ) from error
 
 
 def _load(
@@ -298,16 +297,9 @@ def _load(
     reattach_seconds: float,
     say: Callable[[str], None],
 ) -> "Worker":
-    try:
-        with _interrupt_deferred():
-            import torch
+    import torch
 
-            import expertd_inference.worker
-    except ModuleNotFoundError as error:
-        raise PreconditionError(
-            f"this installation serves experts but cannot compute with them, for {error.name} is "
-            "not installed: run it where `pip install expertd` brought its dependencies."
-        ) from error
+    import expertd_inference.worker
 
     if threads is not None:
         torch.set_num_threads(threads)

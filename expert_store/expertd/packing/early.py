@@ -1,0 +1,141 @@
+"""What a packing is refused for before torch is imported, which takes seconds.
+
+The packer has the last word on each: this looks at names, sizes and headers alone, and lets pass
+what it is not sure of.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from expertd.command_line import command
+from expertd.errors import CheckpointError, ConfigError, PackError
+from expertd.pack.layout import Encoding
+from expertd.pack.manifest import MANIFEST_NAME
+from expertd.pack.tensor_file import TensorEntry, read_header
+from expertd.packing.schemes import Precision, Scheme
+from expertd.packing.source import INDEX_NAME, SINGLE_NAME, read_config
+from expertd.sizes import format_bytes
+
+PARTIAL_SUFFIX = ".partial"
+"""Of the directory beside a pack to be in which the work lies."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SURE = 0.9
+"""Of the weights: some checkpoints have tensors that no model has a place for."""
+_WEIGHT_BYTES = {"BF16": 2.0, "F16": 2.0, "F32": 4.0, "F64": 8.0, "F8_E4M3": 1.0, "U8": 0.5}
+"""Bytes of a weight by its type; of MXFP4 two share one."""
+
+
+def check_early(source: Path, destination: Path, scheme: Scheme, *, force: bool) -> None:
+    """All of it. Raises ConfigError, CheckpointError and PackError."""
+    absolute = destination.absolute()
+    try:
+        if not absolute.parent.is_dir():
+            raise ConfigError(f"{absolute.parent} is not a directory; make it first.")
+        check_checkpoint(source, destination)
+        check_destination(absolute, force=force)
+        check_room(source, absolute, scheme)
+    except OSError as error:  # of directories that this user may not look into
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def check_checkpoint(source: Path, destination: Path) -> None:
+    """Raises CheckpointError if ``source`` is no checkpoint, and says what to do instead."""
+    if source.suffix == ".gguf" or (source.is_dir() and _only_gguf(source)):
+        raise CheckpointError(
+            f"{source} is GGUF, whose weights are quantized in a form of its own; download the "
+            "model's 16-bit checkpoint (config.json and safetensors), and pack that."
+        )
+    if (source / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{source} is a pack already; serve it, or give the checkpoint that it was made of."
+        )
+    if not source.exists() and _HUB_NAME.fullmatch(str(source)):
+        folder = Path(source.name)
+        download = command("hf", "download", str(source), "--local-dir", folder)
+        raise CheckpointError(
+            f"{source} is not a directory here, and nothing is downloaded by itself: run "
+            f"`{download}`, then `{command('expertd', 'pack', folder, destination)}`."
+        )
+    read_config(source)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Raises PackError if something is there that is not to be replaced.
+
+    A packing that was interrupted after its last step has a pack and no work left; the packer
+    knows whether it was this one.
+    """
+    partial = partial_of(destination)
+    if (partial / "journal").is_file() and not (partial / "pack").exists():
+        return
+    if not destination.is_symlink() and not destination.exists():
+        return
+    if not force:
+        raise PackError(f"{destination} exists already; give --force to replace it.")
+    if destination.is_symlink() or not (destination / MANIFEST_NAME).is_file():
+        raise PackError(f"{destination} exists and is not a pack; --force replaces only packs.")
+
+
+def check_room(source: Path, destination: Path, scheme: Scheme) -> None:
+    """Raises PackError if the disk of ``destination`` cannot have room for the pack."""
+    partial = partial_of(destination)
+    begun = sum(512 * file.stat().st_blocks for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(destination.parent).free + begun
+    least = least_bytes(source, scheme)
+    if least > free:
+        raise PackError(
+            f"The disk of {destination.parent} has {format_bytes(free)} free, and the pack takes "
+            f"{format_bytes(least)} or more; free some, choose another place, or fewer bits."
+        )
+
+
+def least_bytes(source: Path, scheme: Scheme) -> int:
+    """What a pack of the checkpoint takes at least, by what can be read of its files."""
+    experts = _bits(scheme.experts)
+    others = min(_bits(each) for each in (scheme.attention, scheme.dense, scheme.head))
+    total = 0.0
+    for entry in _entries(source):
+        bits = experts if ".experts." in entry.name else others
+        total += _num_weights(entry) * bits / 8
+    return int(_SURE * total)
+
+
+def partial_of(destination: Path) -> Path:
+    """Where the work lies until the pack is whole."""
+    return destination.parent / (destination.name + PARTIAL_SUFFIX)
+
+
+def _only_gguf(directory: Path) -> bool:
+    return any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors"))
+
+
+def _entries(source: Path) -> Iterator[TensorEntry]:
+    """Of the files that are read: others may lie beside them."""
+    try:
+        index = msgspec.json.decode((source / INDEX_NAME).read_bytes())
+        names = {*index["weight_map"].values()}
+    except (OSError, msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError):
+        names = {SINGLE_NAME}
+    for name in names:
+        with suppress(OSError, ValueError):
+            yield from read_header(source / str(name)).values()
+
+
+def _num_weights(entry: TensorEntry) -> float:
+    """None of what may be left out or be something else: vectors, scales, unknown types."""
+    if len(entry.shape) < 2 or "scale" in entry.name or entry.dtype not in _WEIGHT_BYTES:
+        return 0.0
+    return entry.num_bytes / _WEIGHT_BYTES[entry.dtype]
+
+
+def _bits(precision: Precision) -> float:
+    """Of a weight at least: each group has a scale and a zero of 8 bits, in MXFP4 no zero."""
+    if not precision.bits:
+        return 16.0
+    scale = 8 if precision.encoding is Encoding.MXFP4 else 16
+    return precision.bits + scale / precision.group_size
