@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from expertd.shared.host_memory import memory_total
+
 _PACKAGES = ("torch", "triton", "transformers", "grpcio", "msgspec", "xxhash", "uvloop")
 _QUERY = "name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current"
 
@@ -17,7 +19,7 @@ def describe_host() -> dict[str, str]:
     host = {
         "processor": _processor(),
         "logical CPUs": str(os.cpu_count()),
-        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+        "memory": f"{memory_total() / 2**30:.0f} GiB",
         "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
     }

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from expertd.shared.control_groups import V1, V2, memory_groups
+
 _GONE_SECONDS = 10.0
 
 
@@ -21,15 +23,13 @@ class NoLimitError(Exception):
 
 @dataclass(frozen=True)
 class _Names:
-    """Files of a group, which differ by version."""
+    """Files of a group, and keys of its ``memory.stat``."""
 
-    limit: str
     anonymous: str
     most: str
 
 
-_V1 = _Names("memory.limit_in_bytes", "rss", "memory.max_usage_in_bytes")
-_V2 = _Names("memory.max", "anon", "memory.peak")
+_NAMES = {V1: _Names("rss", "memory.max_usage_in_bytes"), V2: _Names("anon", "memory.peak")}
 
 
 class MemoryLimit:
@@ -40,11 +40,15 @@ class MemoryLimit:
     """
 
     def __init__(self, name: str) -> None:
-        parent, self._names = _own_group()
+        groups = memory_groups()
+        if not groups:
+            raise NoLimitError("no hierarchy of control groups is mounted that counts memory")
+        parent = groups[0].directory
+        self._names, self._limit = _NAMES[groups[0].version], groups[0].version.limits[0]
         self._path = parent / f"{name}-{os.getpid()}"
         try:
             self._path.mkdir()
-            if not (self._path / self._names.limit).exists():
+            if not (self._path / self._limit).exists():
                 self._path.rmdir()
                 raise NoLimitError(f"groups in {parent} do not limit memory")
         except OSError as error:
@@ -78,7 +82,7 @@ class MemoryLimit:
     def set(self, num_bytes: int) -> None:
         """From now on all of it together takes so much at most. Raises NoLimitError."""
         try:
-            (self._path / self._names.limit).write_text(str(num_bytes))
+            (self._path / self._limit).write_text(str(num_bytes))
         except OSError as error:
             raise NoLimitError(f"{self._path} takes no limit: {error.strerror}") from error
 
@@ -90,27 +94,3 @@ class MemoryLimit:
                 self._path.rmdir()
                 return
             time.sleep(0.05)
-
-
-def _own_group() -> tuple[Path, _Names]:
-    """The directory of the group that counts this process's memory."""
-    groups = {}
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        for controller in controllers.split(","):
-            groups[controller] = path
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields, _, rest = line.partition(" - ")
-        root, place = fields.split()[3:5]
-        kind, _, options = rest.split()[:3]
-        if kind == "cgroup" and "memory" in options.split(",") and "memory" in groups:
-            return _inside(Path(place), root, groups["memory"]), _V1
-        if kind == "cgroup2" and "memory" not in groups and "" in groups:
-            return _inside(Path(place), root, groups[""]), _V2
-    raise NoLimitError("no hierarchy of control groups is mounted that counts memory")
-
-
-def _inside(place: Path, root: str, group: str) -> Path:
-    """Where ``group`` lies under a mount at ``place`` that shows ``root`` and what is below."""
-    relative = os.path.relpath(group, root)
-    return place if relative == "." or relative.startswith("..") else place / relative

@@ -1,27 +1,37 @@
 """How much memory there is for a process, and how much of it is free."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
+from expertd.errors import PreconditionError
 from expertd.pack.manifest import Manifest
+from expertd.shared.control_groups import memory_groups
+
+_ROOT = Path("/")
 
 
-def memory_available(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process could still take: MemAvailable, or its cgroup's rest if less."""
-    available = _meminfo_bytes(proc, "MemAvailable")
-    for group, limit in _limits(proc, cgroups):
-        try:
-            used = int((group / "memory.current").read_text()) - _droppable_bytes(group)
-        except OSError:
-            continue
-        available = min(available, max(0, limit - used))
-    return available
+def memory_available(root: Path = _ROOT) -> int:
+    """Bytes that this process could still take: MemAvailable, or its groups' rest if less.
+
+    ``root``: where ``proc`` and ``sys`` lie. Raises :class:`PreconditionError` if the host does
+    not say how much it has.
+    """
+    rests = (
+        group.limit_bytes - group.used_bytes
+        for group in memory_groups(root)
+        if group.limit_bytes is not None
+    )
+    return max(0, min([_meminfo_bytes(root, "MemAvailable"), *rests]))
 
 
-def memory_total(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that it could take at most, if nobody else took any: MemTotal, or a cgroup's limit."""
-    limits = (limit for _, limit in _limits(proc, cgroups))
-    return min([_meminfo_bytes(proc, "MemTotal"), *limits])
+def memory_total(root: Path = _ROOT) -> int:
+    """Bytes that it could take at most, if nobody else took any: MemTotal, or a group's limit.
+
+    As :func:`memory_available`.
+    """
+    limits = (group.limit_bytes for group in memory_groups(root))
+    return min(
+        [_meminfo_bytes(root, "MemTotal"), *(limit for limit in limits if limit is not None)]
+    )
 
 
 def default_ram_bytes(manifest: Manifest) -> int:
@@ -29,37 +39,15 @@ def default_ram_bytes(manifest: Manifest) -> int:
     return min(manifest.expert_bytes, max(memory_available() // 2, manifest.working_set_bytes))
 
 
-def _meminfo_bytes(proc: Path, name: str) -> int:
-    fields = dict(
-        line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line
-    )
-    return int(fields[name].split()[0]) << 10
-
-
-def _limits(proc: Path, cgroups: Path) -> Iterator[tuple[Path, int]]:
-    """This process's cgroups that have one."""
-    for group in _own_cgroups(proc, cgroups):
-        try:
-            limit = (group / "memory.max").read_text().strip()
-        except OSError:
-            continue
-        if limit != "max":
-            yield group, int(limit)
-
-
-def _droppable_bytes(group: Path) -> int:
-    """Page cache that is charged to the cgroup, such as a pack's that was just written."""
-    for line in (group / "memory.stat").read_text().splitlines():
-        if line.startswith("inactive_file "):
-            return int(line.split()[1])
-    return 0
-
-
-def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:
-    """This process's cgroup (version 2) and those above it."""
-    for line in (proc / "self/cgroup").read_text().splitlines():
-        number, _, path = line.split(":", 2)
-        if number == "0":
-            group = cgroups / path.lstrip("/")
-            return [group, *(parent for parent in group.parents if parent.is_relative_to(cgroups))]
-    return []
+def _meminfo_bytes(root: Path, name: str) -> int:
+    path = root / "proc/meminfo"
+    try:
+        lines = path.read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        return int(fields[name].split()[0]) << 10
+    except (OSError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or f"it has no {name}"
+        raise PreconditionError(
+            f"{path} does not tell how much memory this host has ({reason}); mount /proc, and not "
+            "with subset=pid (systemd: ProcSubset=all)."
+        ) from error

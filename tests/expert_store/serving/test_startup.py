@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.memory_limit import MemoryLimit, NoLimitError
 from expertd.errors import DeadlineError, ExpertdError, UnavailableError
 from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client
@@ -94,6 +95,24 @@ def test_budget_below_one_token(pack: Path, tmp_path: Path) -> None:
 
 def test_more_ram_than_the_host_has(tmp_path: Path) -> None:
     assert "100000.0 TiB" in refusal(tmp_path, ram="100000TiB")
+
+
+def test_more_ram_than_the_control_group_has(tmp_path: Path) -> None:
+    """Refused in a sentence, where the kernel would kill the daemon: whichever version counts."""
+    try:
+        with MemoryLimit("expertd-test") as limit:
+            limit.set(300 << 20)
+            serve = [sys.executable, "-m", "expertd", "serve", "--ram", "400MiB", "--socket"]
+            done = subprocess.run(
+                ["sh", "-c", f'echo $$ >"{limit.joined_by}" && exec "$@"', "sh", *serve,
+                 str(tmp_path / "s")],
+                capture_output=True, text=True, check=False, timeout=60,
+            )  # fmt: skip
+    except NoLimitError as error:
+        pytest.skip(str(error))
+    assert done.returncode == 2, done.stderr
+    assert "400.0 MiB" in done.stderr
+    assert "only 300.0 MiB here (RAM, and the cgroup's limit); give a smaller --ram." in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from expertd.errors import ConfigError, ShortMemoryError
 from expertd.shared import arena
 from expertd.shared.arena import Arena, check_memory
 from expertd.shared.extents import Extent
-from expertd.shared.host_memory import memory_available, memory_total
 
 MIB = 1 << 20
 
@@ -102,60 +101,6 @@ def test_more_than_is_free_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -
     check_memory(MIB)
     with pytest.raises(ShortMemoryError, match=r"only 1\.0 MiB are free.* smaller --ram"):
         check_memory(MIB + 1)
-
-
-class Host:
-    """A made-up ``/proc`` and ``/sys/fs/cgroup``."""
-
-    def __init__(self, tmp_path: Path, available_bytes: int, group: str = "") -> None:
-        self.proc, self.cgroups = tmp_path / "proc", tmp_path / "cgroup"
-        (self.proc / "self").mkdir(parents=True)
-        meminfo = f"MemTotal: 999999999 kB\nMemAvailable: {available_bytes >> 10} kB\n"
-        (self.proc / "meminfo").write_text(meminfo)
-        (self.proc / "self/cgroup").write_text(f"3:cpu:/elsewhere\n0::/{group}\n")
-
-    def limit(self, group: str, limit: str, used: int, file_cache: int = 0) -> None:
-        directory = self.cgroups / group
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "memory.max").write_text(limit + "\n")
-        (directory / "memory.current").write_text(f"{used}\n")
-        (directory / "memory.stat").write_text(f"anon 5\ninactive_file {file_cache}\n")
-
-    @property
-    def available(self) -> int:
-        return memory_available(self.proc, self.cgroups)
-
-    @property
-    def total(self) -> int:
-        return memory_total(self.proc, self.cgroups)
-
-
-def test_without_cgroups_the_host_decides(tmp_path: Path) -> None:
-    assert Host(tmp_path, 100 * MIB).available == 100 * MIB
-    assert Host(tmp_path / "other", 100 * MIB).total == 999999999 << 10
-
-
-@pytest.mark.parametrize("limited", ["slice/unit", "slice", ""])
-def test_every_cgroup_above_limits(tmp_path: Path, limited: str) -> None:
-    host = Host(tmp_path, 100 * MIB, "slice/unit")
-    for group in ("slice/unit", "slice", ""):
-        host.limit(group, "max", 90 * MIB)
-    assert host.available == 100 * MIB
-    host.limit(limited, str(50 * MIB), 20 * MIB)
-    assert host.available == 30 * MIB
-    assert host.total == 50 * MIB
-
-
-def test_page_cache_is_not_used_memory(tmp_path: Path) -> None:
-    host = Host(tmp_path, 100 * MIB, "unit")
-    host.limit("unit", str(50 * MIB), 45 * MIB, file_cache=40 * MIB)
-    assert host.available == 45 * MIB
-
-
-def test_a_full_cgroup_leaves_nothing(tmp_path: Path) -> None:
-    host = Host(tmp_path, 100 * MIB, "unit")
-    host.limit("unit", str(10 * MIB), 11 * MIB)
-    assert host.available == 0
 
 
 def _num_mappings() -> int:
