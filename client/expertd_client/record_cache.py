@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from expertd.errors import CapacityError, InvalidInputError, PreconditionError, RecordLostError
 from expertd.shared.directory import ABSENT, PAGE_BYTES, pack_word
-from expertd.sizes import format_bytes
+from expertd.sizes import format_bytes, size_to_give
 from expertd_client.arena_mapping import address_of
 from expertd_client.mapping import State, state_error
 from expertd_client.model import ModelInfo, MoeLayer
@@ -31,10 +31,11 @@ class RecordCache:
         self.num_slots = min(num_bytes // self._slot_bytes, model.num_experts)
         needed = max(layer.experts_per_token for layer in model.layers.values())
         if self.num_slots < needed:
+            least = needed * self._slot_bytes
             raise InvalidInputError(
-                f"cache_bytes is {num_bytes}, and one token uses {needed} experts of a layer of "
-                f"{model.name!r}, which take {format_bytes(needed * self._slot_bytes)}; give "
-                f"{needed * self._slot_bytes} or more."
+                f"cache_bytes is {format_bytes(num_bytes)}, and one token uses {needed} experts of "
+                f"a layer of {model.name!r}, which take {format_bytes(least)}; give "
+                f"{size_to_give(least)} or more."
             )
         self.arena_bytes = self.num_slots * self._slot_bytes
         # Private: a fork must not write into its parent's.

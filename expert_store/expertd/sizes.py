@@ -2,11 +2,13 @@
 
 import re
 
+_PAGE_BYTES = 4096
+_PREFIXES = "KMGT"
 _UNITS = {
     "": 1,
     "b": 1,
-    **{f"{prefix}ib": 1 << 10 * power for power, prefix in enumerate("kmgt", start=1)},
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1 << 10 * power for power, prefix in enumerate(_PREFIXES.lower(), start=1)},
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate(_PREFIXES.lower(), start=1)},
 }
 
 
@@ -27,3 +29,15 @@ def format_bytes(num_bytes: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def size_to_give(num_bytes: int) -> str:
+    """A size to type, as :func:`parse_bytes` reads it, of at least ``num_bytes``.
+
+    For advice: :func:`format_bytes` rounds to the nearest, and half of what it says is too little.
+    In whole pages, since that is what memory is given in.
+    """
+    num_bytes = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+    power = min(max(10, num_bytes.bit_length() - 1) // 10, len(_PREFIXES))
+    tenths = -(-10 * num_bytes >> 10 * power)
+    return f"{tenths / 10:.15g}{_PREFIXES[power - 1]}iB"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from expertd.shared.handshake import Role
+from expertd.sizes import parse_bytes, size_to_give
 from expertd_client import (
     CapacityError,
     Client,
@@ -162,8 +163,11 @@ def test_what_is_wanted_does_not_make_room_for_what_else_is(store: Client) -> No
 
 
 def test_a_cache_below_a_working_set_is_refused(store: Client) -> None:
-    with pytest.raises(InvalidInputError, match=rf"cache_bytes is .* give {2 * RECORD_BYTES} or"):
+    least = size_to_give(2 * RECORD_BYTES)
+    with pytest.raises(InvalidInputError, match=rf"cache_bytes is .* give {least} or more"):
         store.attach("m", cache_bytes=2 * RECORD_BYTES - 1)
+    with store.attach("m", cache_bytes=parse_bytes(least)) as session:
+        assert_reads(session, 0, [0, 1])
 
 
 async def test_asyncio(secured: Daemon, tls: TlsFiles) -> None:

@@ -1,8 +1,10 @@
 """Sizes as people write them."""
 
+import random
+
 import pytest
 
-from expertd.sizes import format_bytes, parse_bytes
+from expertd.sizes import format_bytes, parse_bytes, size_to_give
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,29 @@ def test_what_is_no_size(text: str) -> None:
 )
 def test_format(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (1, "4KiB"),
+        (917504, "896KiB"),
+        (64 << 20, "64MiB"),
+        ((24 << 30) + (300 << 20), "24.3GiB"),
+        ((24 << 30) + 1, "24.1GiB"),
+        ((1 << 20) - 1, "1MiB"),
+        (3 << 52, "12288TiB"),
+    ],
+)
+def test_a_size_to_give(num_bytes: int, text: str) -> None:
+    assert size_to_give(num_bytes) == text
+    assert parse_bytes(text) >= num_bytes
+
+
+def test_a_size_to_give_is_enough() -> None:
+    draw = random.Random(0)
+    for _ in range(2000):
+        num_bytes = draw.randrange(1, 1 << draw.randrange(1, 46))
+        given = parse_bytes(size_to_give(num_bytes))
+        assert num_bytes <= given - given % 4096, (num_bytes, size_to_give(num_bytes))
+        assert given <= max(4096, 1.1 * num_bytes + 4096)

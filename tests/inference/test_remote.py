@@ -143,7 +143,7 @@ def test_the_command_on_a_host_that_has_only_the_trunk(
         for arguments, says in (
             (["--socket", address(daemon), *files[:4]], "belong together"),
             (["--socket", address(daemon), *files, "--cache", "lots"], "--cache: "),
-            (["--socket", address(daemon), *files, "--cache", "4KiB"], "cache_bytes is 4096"),
+            (["--socket", address(daemon), *files, "--cache", "4KiB"], "cache_bytes is 4.0 KiB"),
             (["--socket", address(daemon)], "wants TLS"),
         ):
             done = run(*arguments)

@@ -172,6 +172,8 @@ def limit(
     from expertd.cli.control import Control
 
     largest = 0 if max_ == "none" else _size("--max", max_)
+    if largest == 0 and max_ != "none":
+        raise ConfigError("--max is 0; give a size, or none for no maximum.")
     with Control(socket) as control:
         row = control.limit(name, _size("--min", min_), largest)
     most = format_bytes(row["max_bytes"]) if row["max_bytes"] else "all that the others leave"

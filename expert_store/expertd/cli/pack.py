@@ -11,7 +11,7 @@ from expertd.cli.progress import ProgressDisplay
 from expertd.command_line import serve_command
 from expertd.errors import PreconditionError
 from expertd.interrupts import importing, interruptible
-from expertd.sizes import format_bytes
+from expertd.sizes import format_bytes, size_to_give
 
 _EXIT_DAMAGED = 1
 
@@ -164,7 +164,7 @@ def pack(
         f"{destination}: {found.manifest.num_experts} experts, "
         f"{format_bytes(found.manifest.expert_bytes)} at {found.expert_bits:.2f} bits per weight, "
         f"and {format_bytes(found.manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
-        f"(one token's experts) is {format_bytes(found.manifest.working_set_bytes)}."
+        f"(one token's experts) is {size_to_give(found.manifest.working_set_bytes)}."
     )
     name = name_of_pack(destination.absolute())
     typer.echo(f"Next: {serve_command(name, destination, default_ram_bytes(found.manifest))}")
@@ -294,7 +294,7 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{report['trunk_quantized_tensors']} matrices quantized",
         ),
         ("of it not quantized", _largest(report["trunk_plain_matrices"])),
-        ("least RAM to serve", f"{format_bytes(report['working_set_bytes'])} (one token)"),
+        ("least RAM to serve", f"{size_to_give(report['working_set_bytes'])} (one token)"),
         ("fingerprint", report["fingerprint"]),
     ):
         table.add_row(key, value)

@@ -6,12 +6,12 @@ Only sums; where the bytes lie is :mod:`expertd.hosting.slots`' business.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from expertd.errors import CapacityError
+from expertd.errors import CapacityError, ConfigError
 from expertd.hosting.hosted_model import HostedModel, Record
 from expertd.hosting.session import Session
 from expertd.pack.manifest import Manifest
 from expertd.settings.limits import Limits
-from expertd.sizes import format_bytes
+from expertd.sizes import format_bytes, parse_bytes, size_to_give
 
 
 class Budget:
@@ -72,13 +72,23 @@ class Budget:
         return 0 if most is None else max(0, model.arena_bytes + num_bytes - most)
 
     def check_model(self, name: str, manifest: Manifest, limits: Limits, pinned: int) -> None:
-        """Whether a model fits beside the others, if it has ``pinned`` bytes pinned."""
+        """Whether a model fits beside the others, if it has ``pinned`` bytes pinned.
+
+        Raises :class:`ConfigError` too, for a minimum that the model cannot have.
+        """
+        all_of_it = size_to_give(manifest.expert_bytes)
+        if limits.min_bytes > parse_bytes(all_of_it):
+            raise ConfigError(
+                f"the minimum of {name!r} is {format_bytes(limits.min_bytes)}, and all its experts "
+                f"together take {format_bytes(manifest.expert_bytes)} (the RAM budget is "
+                f"{format_bytes(self.num_bytes)}); give --min {all_of_it} or less."
+            )
         working_set, guarded = manifest.working_set_bytes, limits.guarded_bytes(manifest)
         if limits.max_bytes is not None and working_set + pinned > limits.max_bytes:
             raise CapacityError(
                 f"the maximum of {name!r} is {format_bytes(limits.max_bytes)}, but one token uses "
                 f"{format_bytes(working_set)} of experts and {format_bytes(pinned)} are pinned; "
-                f"give --max {working_set + pinned} or more.",
+                f"give --max {size_to_give(working_set + pinned)} or more.",
                 requested=working_set + pinned,
                 available=limits.max_bytes,
                 unit="bytes",
@@ -96,9 +106,9 @@ class Budget:
             sum_of = "; ".join(terms)
             raise CapacityError(
                 f"the RAM budget of {format_bytes(self.num_bytes)} is too small for {name!r}: "
-                f"{sum_of}, in all {format_bytes(needed)}; give --ram {needed} or more (all "
-                f"experts of {name!r}: {format_bytes(manifest.expert_bytes)}), or lower a minimum, "
-                "unpin or unload.",
+                f"{sum_of}, in all {format_bytes(needed)}; give --ram {size_to_give(needed)} or "
+                f"more (all experts of {name!r}: {format_bytes(manifest.expert_bytes)}), or lower "
+                "a minimum, unpin or unload.",
                 requested=needed,
                 available=self.num_bytes,
                 unit="bytes",

@@ -10,7 +10,7 @@ import torch
 
 from expertd.errors import InvalidInputError
 from expertd.shared.host_memory import memory_available
-from expertd.sizes import format_bytes
+from expertd.sizes import format_bytes, size_to_give
 from expertd_inference import probes
 from expertd_inference.advice import host as hosts
 from expertd_inference.advice.busy import busy_warning, read_cpu_times
@@ -186,8 +186,8 @@ def _budgets(model: Model, ram_bytes: int | None) -> Mapping[str, Sequence[int]]
         least: Need = min(model.needs, key=lambda need: need.working_set_bytes)
         raise InvalidInputError(
             f"--ram is {format_bytes(ram_bytes)}, and one token of {model.name} uses "
-            f"{format_bytes(least.working_set_bytes)} of experts in {least.scheme}; give that "
-            "much at least."
+            f"{format_bytes(least.working_set_bytes)} of experts in {least.scheme}; give --ram "
+            f"{size_to_give(least.working_set_bytes)} or more."
         )
     return budgets
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from expertd.errors import InvalidInputError
 from expertd.pack.manifest import Manifest
-from expertd.sizes import format_bytes
+from expertd.sizes import format_bytes, size_to_give
 from expertd_inference.settings import DeviceSettings
 
 RESERVE_SHARE = 0.1
@@ -84,10 +84,11 @@ def cache_size(
             f"for keys and values and {format_bytes(budget)} for experts"
         )
         if settings.cache_bytes is not None:
-            what = f"cache_bytes is {settings.cache_bytes}"
+            what = f"cache_bytes is {format_bytes(settings.cache_bytes)}"
         raise InvalidInputError(
             f"{what}, and one token uses {needed} experts of a layer, beside {num_staging} staging "
-            f"slots, {format_bytes(slot_bytes)} each; give {least} or more (--cache-bytes)"
+            f"slots, {format_bytes(slot_bytes)} each; give "
+            f"{size_to_give(least)} or more (--cache-bytes)"
             f"{', or speculate less' if num_staging else ''}."
         )
     return CacheSize(num_slots - num_staging, num_staging, slot_bytes)

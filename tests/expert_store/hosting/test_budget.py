@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from expertd.errors import CapacityError, ConfigError
 from expertd.settings.limits import Limits
+from expertd.sizes import parse_bytes
 from expertd.store import Store
 from tests.expert_store.in_memory import (
     Worker,
@@ -220,10 +222,41 @@ class TestAdmission:
                 "the RAM budget of 48.0 KiB is too small for 'large': one token of 'large' uses "
                 "24.0 KiB of experts; 12.0 KiB pinned of 'large'; 20.0 KiB, the minimum of 'a'; "
                 "8.0 KiB pinned of 'a'; one token of 'b' uses 8.0 KiB of experts; 4.0 KiB pinned "
-                "of 'b', in all 76.0 KiB; give --ram 77824 or more (all experts of 'large': "
+                "of 'b', in all 76.0 KiB; give --ram 76KiB or more (all experts of 'large': "
                 "192.0 KiB), or lower a minimum, unpin or unload."
             )
             assert (caught.value.requested, caught.value.available) == (19 * PAGE, 12 * PAGE)
+
+    async def test_what_is_advised_is_accepted(self, packs: dict[str, Path]) -> None:
+        """Typed back as it is printed, and rounded up as that is."""
+        limits = {"a": Limits(min_bytes=9 * PAGE - 1), "large": Limits(min_bytes=13 * PAGE + 1)}
+        with pytest.raises(CapacityError) as caught:
+            async with storing(only(packs, "a", "large"), 14 * PAGE, limits):
+                pass
+        ram = _advised(caught.value, "--ram")
+        async with storing(only(packs, "a", "large"), ram, limits) as store:
+            with pytest.raises(CapacityError) as caught:
+                await store.set_limits("large", 0, 5 * PAGE)
+            await store.set_limits("large", 0, _advised(caught.value, "--max"))
+            with pytest.raises(ConfigError) as refused:
+                await store.set_limits("a", 17 * PAGE, None)
+            await store.set_limits("a", _advised(refused.value, "--min", "less"), None)
+
+    async def test_of_a_minimum_that_no_model_can_have(self, packs: dict[str, Path]) -> None:
+        says = (
+            r"the minimum of 'a' is 100\.0 GiB, and all its experts together take 64\.0 KiB "
+            r"\(the RAM budget is 128\.0 KiB\); give --min 64KiB or less\."
+        )
+        huge = Limits(min_bytes=100 << 30)
+        async with storing(only(packs, "a"), 32 * PAGE) as store:
+            with pytest.raises(ConfigError, match=says):
+                await store.set_limits("a", huge.min_bytes, None)
+            assert store.models["a"].limits == Limits()
+            await store.unload_model("a")
+            with pytest.raises(ConfigError, match=says):
+                await store.load_model("a", packs["a"], limits=huge)
+            assert not store.models
+            await store.load_model("a", packs["a"], limits=Limits(min_bytes=16 * PAGE))
 
     async def test_of_other_limits(self, packs: dict[str, Path]) -> None:
         async with storing(only(packs, "a", "b"), 12 * PAGE) as store:
@@ -236,6 +269,13 @@ class TestAdmission:
             await store.set_limits("a", 10 * PAGE, None)
             with pytest.raises(CapacityError, match="give --ram"):
                 await store.set_limits("b", 3 * PAGE, None)
+
+
+def _advised(error: Exception, option: str, bound: str = "more") -> int:
+    """The size that a message says to give."""
+    found = re.search(rf"give {option} (\S+) or {bound}\b", str(error))
+    assert found is not None, error
+    return parse_bytes(found[1])
 
 
 async def test_the_room_follows_the_heat(packs: dict[str, Path]) -> None:

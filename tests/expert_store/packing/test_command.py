@@ -25,7 +25,7 @@ def pack(checkpoint_of: MakeCheckpoint, tmp_path: Path) -> Path:
     assert result.exit_code == 0, result.output
     assert result.stdout == (
         f"{tmp_path}/pack: 24 experts, 1.3 MiB at 4.67 bits per weight, and 225.2 KiB of trunk. "
-        "The least RAM to serve it (one token's experts) is 336.0 KiB.\n"
+        "The least RAM to serve it (one token's experts) is 336KiB.\n"
         f"Next: expertd serve --ram 2MiB --model pack={tmp_path}/pack\n"
     )
     return tmp_path / "pack"

@@ -399,6 +399,10 @@ def test_limits_of_a_model(daemon: Daemon, control: Control, other_pack: Path) -
     assert "may take all that the others leave" in ran(
         expertd("limit", "other", *at, "--max", "none")
     )
+    said = refused(expertd("limit", "other", *at, "--min", "100GiB"))
+    assert "the minimum of 'other' is 100.0 GiB, and all its experts" in said
+    assert "--max is 0; give a size" in refused(expertd("limit", "other", *at, "--max", "0"))
+    assert other()["min_bytes"] == 12 << 10
     listed = json.loads(ran(expertd("models", *at, "--json")))["models"][1]
     assert (listed["min_bytes"], listed["max_bytes"], listed["num_pinned"]) == (12 << 10, 0, 3)
     assert "the minimum of 'other'" in refused(expertd("limit", "other", *at, "--min", "1GiB"))

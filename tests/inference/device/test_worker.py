@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from expertd.errors import DeviceLostError, InvalidInputError
+from expertd.sizes import parse_bytes, size_to_give
 from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
@@ -181,8 +182,9 @@ def test_a_device_that_vanishes_ends_the_session_alone(
 
 def test_a_budget_below_a_layer_s_need_is_refused_at_the_door(roomy: Daemon, pack: Path) -> None:
     size = record_bytes(pack)
-    with pytest.raises(InvalidInputError, match=rf"2 experts.*4 staging.*give {6 * size} or more"):
+    advice = f"give {size_to_give(6 * size)} or more"
+    with pytest.raises(InvalidInputError, match=rf"2 experts.*4 staging.*{advice}"):
         worker_of(roomy, cache_bytes=5 * size)
-    worker_of(roomy, cache_bytes=6 * size).close()
+    worker_of(roomy, cache_bytes=parse_bytes(size_to_give(6 * size))).close()
     with pytest.raises(InvalidInputError, match="no device 'tpu'"):
         Worker(attach("m", roomy.socket), device=DeviceSettings(device="tpu"))
