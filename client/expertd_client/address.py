@@ -3,14 +3,16 @@
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from expertd.errors import ExpertdError, InvalidInputError, UnavailableError
+from expertd.errors import ExpertdError, InvalidInputError
 from expertd.settings.tls_files import TlsIdentity, read_identity
+from expertd.shared import unreachable
 from expertd.shared.handshake import rpc_target
 from expertd.socket_directory import find_daemon
 from expertd.status import from_rpc_error
@@ -57,7 +59,7 @@ class UnixAddress:
 
     def error(self, error: grpc.RpcError) -> ExpertdError:
         """What a call that failed with ``error`` raises."""
-        return from_rpc_error(error, str(self))
+        return from_rpc_error(error, str(self), partial(unreachable.explain, self.directory))
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,9 @@ class TcpAddress:
 
     def error(self, error: grpc.RpcError) -> ExpertdError:
         """What a call that failed with ``error`` raises; may take seconds to find out."""
-        found = from_rpc_error(error, str(self))
-        if isinstance(found, UnavailableError):
-            certificate = str(self.files.certificate) if self.files else ""
-            return explain(self.host, self.port, self.identity, certificate) or found
-        return found
+        certificate = str(self.files.certificate) if self.files else ""
+        why = partial(explain, self.host, self.port, self.identity, certificate)
+        return from_rpc_error(error, str(self), why)
 
 
 Address = UnixAddress | TcpAddress

@@ -15,7 +15,7 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd.shared.directory import ABSENT
-from expertd.shared.greeting import ForbiddenSocketError
+from expertd.shared.unreachable import ForbiddenSocketError
 from expertd_client import calls
 from expertd_client.attachment import Attachment
 from expertd_client.copy_attachment import CopyAttachment
@@ -32,8 +32,7 @@ MAX_FETCHES = 4
 # After these a reader of copies has to attach again.
 SESSION_OVER = (UnavailableError, IncarnationError, UnauthenticatedError)
 
-# Nobody serves yet. Who was let in before may find a socket that has been made but not been
-# given to its group.
+# The daemon is still starting: it has created the socket but perhaps not yet set its group.
 NOT_YET = (UnavailableError, DeadlineError, ForbiddenSocketError)
 
 _NOTHING: frozenset[int] = frozenset()

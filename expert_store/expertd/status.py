@@ -7,8 +7,7 @@ metadata. That message is also the mark by which a client knows a status that th
 gave from one that gRPC made up on the way (a lost connection, a deadline).
 """
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 import grpc
@@ -34,7 +33,6 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd.shared.handshake import ERROR_DETAIL_KEY, Refusal
-from expertd.socket_directory import how_to_start
 from expertstore.v1 import expert_store_pb2 as pb
 
 # gRPC's metadata of one response may take 8 KiB in all by default, and a non-ASCII
@@ -119,11 +117,14 @@ def to_refusal(error: BaseException) -> Refusal:
     return Refusal(code=status.code.name, message=status.message)
 
 
-def from_rpc_error(error: grpc.RpcError, where: str) -> ExpertdError:
+def from_rpc_error(
+    error: grpc.RpcError, where: str, explain: Callable[[], ExpertdError | None] = lambda: None
+) -> ExpertdError:
     """The exception that the call which failed with ``error`` raises.
 
     ``where`` names the daemon's socket, for the messages about statuses that gRPC itself
-    gave, whose own text speaks of channels and subchannels.
+    gave, whose own text speaks of channels and subchannels; ``explain`` finds out why no
+    daemon is there.
     """
     # Every RpcError that a call raises is also its grpc.Call (grpc.aio: its equal).
     code: grpc.StatusCode = error.code()
@@ -131,7 +132,7 @@ def from_rpc_error(error: grpc.RpcError, where: str) -> ExpertdError:
     if detail is not None:
         return _make(code, error.details() or code.name, detail)
     if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.CANCELLED:
-        return no_daemon(where)
+        return explain() or UnavailableError(f"No expertd answers at {where}; is it running?")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(f"The expertd at {where} did not answer in the time given.")
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -140,13 +141,6 @@ def from_rpc_error(error: grpc.RpcError, where: str) -> ExpertdError:
         )
     message = f"The call to the expertd at {where} failed: {error.details() or code.name}"
     return _make(code, message, pb.ErrorDetail())
-
-
-def no_daemon(where: str | Path) -> UnavailableError:
-    """What a caller is told who finds no daemon in a directory, or at a ``tcp://`` address."""
-    if str(where).startswith("tcp://"):
-        return UnavailableError(f"No expertd answers at {where}; is it running?")
-    return UnavailableError(f"No expertd answers at {where}; {how_to_start(where)}.")
 
 
 def from_refusal(refusal: Refusal) -> ExpertdError:

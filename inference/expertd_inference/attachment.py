@@ -1,17 +1,13 @@
 """How a worker finds its model at a daemon; needs no torch."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import InvalidInputError, NotFoundError
-from expertd.shared.greeting import MAX_SOCKET_PATH_BYTES
-from expertd.shared.handshake import ATTACH_SOCKET
+from expertd.errors import NotFoundError
 from expertd.socket_directory import find_daemon
 from expertd_client import Client, Session, TlsFiles
-from expertd_client.address import TCP
 
 DEFAULT_REATTACH_SECONDS = 30.0
 
@@ -55,25 +51,12 @@ def attach(
     and NotFoundError, saying which models there are, if there is no such one.
     """
     socket = find_daemon() if socket is None else socket
-    client = _client(socket, tls)
+    client = Client(socket, tls=tls)
     try:
         return ModelAttachment(client, _attach(client, name, socket, cache_bytes))
     except BaseException:
         client.close()
         raise
-
-
-def _client(socket: str | Path, tls: TlsFiles | None) -> Client:
-    if tls is not None or str(socket).startswith(TCP):
-        return Client(socket, tls=tls)
-    path = Path(socket).absolute() / ATTACH_SOCKET
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        # Before the client, whose gRPC channel would write its own lines about it to stderr.
-        raise InvalidInputError(
-            f"{socket} is too long a path for Unix sockets, which have "
-            f"{MAX_SOCKET_PATH_BYTES} bytes at most; serve in a directory with a shorter one."
-        )
-    return Client(socket)
 
 
 def _attach(

@@ -31,6 +31,7 @@ def advise(
             "--dir",
             help="Where packs are to lie: the disk to measure. Default: the pack's, or here.",
             metavar="DIR",
+            readable=False,
         ),
     ] = None,
     ram: Annotated[

@@ -120,7 +120,7 @@ def test_garbage(listener: socket.socket, packet: bytes) -> None:
 
 
 def test_hang_up(listener: socket.socket) -> None:
-    with pytest.raises(errors.UnavailableError, match="hung up"):
+    with pytest.raises(errors.UnavailableError, match="was closed during attach"):
         greet(listener, lambda peer: None)
 
 
@@ -152,9 +152,6 @@ def test_nobody_there(tmp_path: Path) -> None:
         with pytest.raises(errors.UnavailableError, match="expertd serve --socket") as raised:
             handshake(directory, Role.WORKER, "m", 1)
         assert str(directory) in str(raised.value)
-    (tmp_path / ATTACH_SOCKET).write_text("")
-    with pytest.raises(errors.UnavailableError):
-        handshake(tmp_path, Role.WORKER, "m", 1)
 
 
 def test_stale_socket(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_reattach_waits_for_a_socket_that_lets_nobody_in_yet(mortal: Daemon, pac
         if uid == 0:  # who may connect to any socket
             os.seteuid(65534)
         try:
-            with pytest.raises(UnavailableError, match="may not connect"):
+            with pytest.raises(UnavailableError, match="may not enter"):
                 session.reattach(0.3)
         finally:
             os.seteuid(uid)

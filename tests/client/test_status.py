@@ -154,10 +154,9 @@ def test_nobody_there(tmp_path: Path) -> None:
         rpc.ExpertStoreStub(channel).ListModels(pb.ListModelsRequest())
     back = status.from_rpc_error(raised.value, "/run/x")
     assert type(back) is errors.UnavailableError
-    assert str(back) == (
-        "No expertd answers at /run/x; start one with `expertd serve --socket /run/x --ram SIZE "
-        "--model NAME=PACK`, or give the --socket of one that runs."
-    )
+    assert str(back) == "No expertd answers at /run/x; is it running?"
+    found = errors.PermissionDeniedError("You may not.")
+    assert status.from_rpc_error(raised.value, "/run/x", lambda: found) is found
 
 
 class Made(grpc.RpcError):

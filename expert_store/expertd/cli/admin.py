@@ -22,6 +22,7 @@ Socket = Annotated[
     Path,
     typer.Option(
         metavar="DIR",
+        readable=False,
         default_factory=find_daemon,
         help="The daemon's socket directory. Default: $XDG_RUNTIME_DIR/expertd if a daemon of "
         "yours is there, else /run/expertd.",
@@ -110,7 +111,9 @@ def health(socket: Socket) -> None:
 
 def load(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What workers ask for.")],
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")],
+    pack: Annotated[
+        Path, typer.Argument(metavar="PACK", readable=False, help="The pack's directory.")
+    ],
     socket: Socket,
     min_: Annotated[
         str | None,

@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "One host copy of a Mixture-of-Experts model's experts, for any number of workers.\n\n"
         "Pack a checkpoint once, serve it, and let workers generate from it:\n\n"

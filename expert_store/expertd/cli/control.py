@@ -1,7 +1,8 @@
 """What ``expertd stats``, ``top``, ``load``, ``record`` and their like say to a running daemon."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from expertd.errors import ExpertdError
 from expertd.pack.files import check_path
 from expertd.plain import to_plain
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
 from expertd.shared.greeting import handshake
 from expertd.shared.handshake import Role, rpc_target
+from expertd.shared.unreachable import explain
 from expertd.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
@@ -29,8 +32,12 @@ _HEALTH_SECONDS = 5.0
 class TouchStream:
     """Iterates over accesses. Ends when it is stopped, when its time is over, or the model goes."""
 
-    def __init__(self, call: Any, where: str) -> None:  # noqa: ANN401 - grpc's, and generic
-        self._call, self._where = call, where
+    def __init__(
+        self,
+        call: Any,  # noqa: ANN401 - grpc's, and generic
+        translate: Callable[[grpc.RpcError], ExpertdError],
+    ) -> None:
+        self._call, self._translate = call, translate
         self._stopped = False
 
     def stop(self) -> None:
@@ -45,7 +52,7 @@ class TouchStream:
         except grpc.RpcError as error:
             # Every RpcError that a call raises is also its grpc.Call.
             if not self._stopped and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise from_rpc_error(error, self._where) from None
+                raise self._translate(error) from None
 
 
 class Control:
@@ -82,7 +89,7 @@ class Control:
             for response in calls:
                 yield to_plain(response.stats)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self._directory)) from None
+            raise self._error(error) from None
         finally:
             calls.cancel()
 
@@ -122,7 +129,7 @@ class Control:
             )
             try:
                 call.initial_metadata()  # there when the daemon has begun
-                yield TouchStream(call, str(self._directory))
+                yield TouchStream(call, self._error)
             finally:
                 call.cancel()
 
@@ -170,4 +177,7 @@ class Control:
         try:
             return method(request, timeout=timeout_seconds, metadata=metadata)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, str(self._directory)) from None
+            raise self._error(error) from None
+
+    def _error(self, error: grpc.RpcError) -> ExpertdError:
+        return from_rpc_error(error, str(self._directory), partial(explain, self._directory))

@@ -17,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 def deploy_files(
     directory: Annotated[
-        Path, typer.Argument(help="Where to write them; made if it is not there.", metavar="DIR")
+        Path,
+        typer.Argument(
+            help="Where to write them; made if it is not there.", metavar="DIR", readable=False
+        ),
     ],
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:

@@ -28,7 +28,11 @@ def doctor(
     socket: Socket,
     pack: Annotated[
         Path | None,
-        typer.Option(metavar="PACK", help="A pack to look at, too, and to read for half a second."),
+        typer.Option(
+            metavar="PACK",
+            readable=False,
+            help="A pack to look at, too, and to read for half a second.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -30,11 +30,15 @@ def pack(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
+            readable=False,
             help="Directory of the model in Hugging Face's form (config.json and safetensors).",
         ),
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="PACK", help="Directory to make; its parent must exist.")
+        Path,
+        typer.Argument(
+            metavar="PACK", readable=False, help="Directory to make; its parent must exist."
+        ),
     ],
     scheme: Annotated[
         str | None,
@@ -171,7 +175,9 @@ def pack(
 
 
 def verify(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")],
+    pack: Annotated[
+        Path, typer.Argument(metavar="PACK", readable=False, help="The pack's directory.")
+    ],
 ) -> None:
     """Reads a whole pack and checks every record and the trunk against their checksums.
 
@@ -202,7 +208,9 @@ def verify(
 
 
 def inspect(
-    pack: Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")],
+    pack: Annotated[
+        Path, typer.Argument(metavar="PACK", readable=False, help="The pack's directory.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Shows what is in a pack: model, scheme, layers, sizes, and the parts of a record.

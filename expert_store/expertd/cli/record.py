@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 def record(
     socket: Socket,
     model: Annotated[str, typer.Option(metavar="NAME", help="The model to watch.")],
-    output: Annotated[Path, typer.Option(metavar="TRACE.csv", help="The file to write.")],
+    output: Annotated[
+        Path, typer.Option(metavar="TRACE.csv", readable=False, help="The file to write.")
+    ],
     seconds: Annotated[
         float | None, typer.Option(metavar="N", help="How long; until Ctrl-C if not given.")
     ] = None,

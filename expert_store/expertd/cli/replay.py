@@ -36,7 +36,9 @@ def register(app: typer.Typer) -> None:
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE.csv", help="A routing trace.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE.csv", readable=False, help="A routing trace.")
+    ],
     share: Annotated[
         str, typer.Option(metavar="SHARE,...", help="How much of all experts RAM holds.")
     ] = "0.10,0.25,0.5",

@@ -23,6 +23,7 @@ def serve(
         Path | None,
         typer.Option(
             metavar="DIR",
+            readable=False,
             help="Directory for the sockets; made if missing. Default: $XDG_RUNTIME_DIR/expertd, "
             "or /run/expertd for root and where there is no such variable.",
         ),
@@ -49,7 +50,9 @@ def serve(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="Settings; the options here override them."),
+        typer.Option(
+            metavar="FILE.toml", readable=False, help="Settings; the options here override them."
+        ),
     ] = None,
 ) -> None:
     """Holds experts in shared RAM and serves them to the workers of this host.

@@ -44,7 +44,12 @@ def top(
     ] = False,
     svg: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", hidden=True, help="Draw one frame of 120 x 40 into FILE."),
+        typer.Option(
+            metavar="FILE",
+            readable=False,
+            hidden=True,
+            help="Draw one frame of 120 x 40 into FILE.",
+        ),
     ] = None,
 ) -> None:
     """Shows live what the daemon does: tiers, models, sessions, and a heat map of the experts.
@@ -133,7 +138,7 @@ def _draw(view: "View", feed: "Feed", socket: Path, path: Path) -> None:
 
 def _next_sample(view: "View", feed: "Feed", socket: Path, *, once: bool) -> None:
     """Takes in a sample that rates can be told of; for ``once`` a daemon must be there."""
-    from expertd.status import no_daemon
+    from expertd.cli.top_feed import Waiting
 
     said = False
     while True:
@@ -141,8 +146,8 @@ def _next_sample(view: "View", feed: "Feed", socket: Path, *, once: bool) -> Non
         if event is None:
             continue
         if not _take(view, event):
-            if once:
-                raise no_daemon(socket)
+            if once and isinstance(event, Waiting):
+                raise event.error
             if not said:
                 said = True
                 print(f"waiting for expertd at {socket}", file=sys.stderr, flush=True)  # noqa: T201

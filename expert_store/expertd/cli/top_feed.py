@@ -27,7 +27,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Waiting:
-    """No daemon answers."""
+    """No daemon answers, for this reason."""
+
+    error: UnavailableError
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,21 @@ class Feed:
             return None
 
     def _run(self) -> None:
+        seen = False
         while not self._closing.is_set():
             try:
                 # A new channel each time: an old one pauses longer after each failure.
                 with Control(self._directory) as self._control:
                     for stats in self._control.watch(self._interval):
+                        seen = True
                         self._tell(self._sample(self._control, stats))
-            except UnavailableError:
-                self._tell(Waiting())
+            except UnavailableError as error:
+                # A daemon that was there comes back, and one may be about to start; a directory
+                # that is not there is a mistake in its name.
+                if not seen and not self._directory.exists():
+                    self._tell(Failed(error))
+                    return
+                self._tell(Waiting(error))
             except Exception as error:
                 if self._closing.is_set():
                     return  # what a closed channel raises

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from expertd.command_line import command
 from expertd.errors import ConfigError
-from expertd.shared.handshake import ATTACH_SOCKET, RPC_SOCKET
+from expertd.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES, RPC_SOCKET
 from expertd.socket_directory import own_directory
 
 LOCK_NAME = "lock"
-_MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un
 
 
 class RunDirectory:
@@ -27,7 +26,7 @@ class RunDirectory:
         self._keeps_attach_socket = keeps_attach_socket
         self.attach_socket = self.path / ATTACH_SOCKET
         self.rpc_socket = self.path / RPC_SOCKET
-        if len(os.fsencode(self.attach_socket)) > _MAX_SOCKET_PATH_BYTES:
+        if len(os.fsencode(self.attach_socket)) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(
                 f"the socket directory {self.path} has too long a name for a Unix socket; "
                 "give a shorter --socket."

@@ -1,6 +1,5 @@
 """The worker's side of the attach socket: the handshake that begins a session."""
 
-import errno
 import os
 import socket
 import time
@@ -11,9 +10,6 @@ import msgspec
 
 from expertd.errors import (
     DeadlineError,
-    ExpertdError,
-    InvalidInputError,
-    PermissionDeniedError,
     PreconditionError,
     UnavailableError,
 )
@@ -27,12 +23,11 @@ from expertd.shared.handshake import (
     Refusal,
     Role,
     Welcome,
+    socket_path,
 )
-from expertd.socket_directory import how_to_start
+from expertd.shared.unreachable import connect_error, silent_listener
 from expertd.status import from_refusal
 
-# struct sockaddr_un's path without its final zero.
-MAX_SOCKET_PATH_BYTES = 107
 NUM_WORKER_DESCRIPTORS = 3
 CONNECT_RETRY_SECONDS = 0.002
 
@@ -42,10 +37,6 @@ _ANSWER = msgspec.json.Decoder(Welcome | Refusal)
 
 class DescriptorsError(PreconditionError):
     """The daemon's descriptors did not get through to this process."""
-
-
-class ForbiddenSocketError(PermissionDeniedError):
-    """The file system does not let this process connect; nobody has answered."""
 
 
 class Greeting:
@@ -116,18 +107,13 @@ def handshake(directory: Path, role: Role, model: str, timeout_seconds: float) -
 
 
 def _connect(directory: Path, deadline: float, timeout_seconds: float) -> socket.socket:
-    path = os.fsencode(directory / ATTACH_SOCKET)
-    if len(path) > MAX_SOCKET_PATH_BYTES:
-        raise InvalidInputError(
-            f"The path {directory / ATTACH_SOCKET} has {len(path)} bytes and a Unix socket's at "
-            f"most {MAX_SOCKET_PATH_BYTES}; serve in a directory with a shorter path."
-        )
+    path = socket_path(directory, ATTACH_SOCKET)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         while True:
             connection.settimeout(max(0.0, deadline - time.monotonic()))
             try:
-                connection.connect(path)
+                connection.connect(os.fsencode(path))
             except (TimeoutError, BlockingIOError):
                 # A Unix socket with a timeout does not wait for a full backlog to drain.
                 if time.monotonic() >= deadline:
@@ -137,28 +123,10 @@ def _connect(directory: Path, deadline: float, timeout_seconds: float) -> socket
                 return connection
     except OSError as error:
         connection.close()
-        raise _connect_error(error, directory) from None
+        raise connect_error(error, path) from None
     except BaseException:
         connection.close()
         raise
-
-
-def _connect_error(error: OSError, directory: Path) -> ExpertdError:
-    if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR):
-        return UnavailableError(
-            f"No expertd answers at {directory} ({error.strerror}); {how_to_start(directory)}."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return ForbiddenSocketError(
-            f"User {os.geteuid()} may not connect to {directory / ATTACH_SOCKET}; join the group "
-            "that it belongs to."
-        )
-    if error.errno in (errno.EPROTOTYPE, errno.ENOTSOCK):
-        return PreconditionError(
-            f"{directory / ATTACH_SOCKET} is not expertd's; give the directory that "
-            "`expertd serve --socket` was given."
-        )
-    return UnavailableError(f"No expertd answers at {directory}: {error.strerror}.")
 
 
 def _exchange(
@@ -182,9 +150,7 @@ def _exchange(
     except TimeoutError:
         raise _too_slow(directory, timeout_seconds) from None
     except OSError as error:
-        raise UnavailableError(
-            f"The expertd at {directory} hung up during attach ({error.strerror}); try again."
-        ) from None
+        raise _hung_up(directory, f" ({error.strerror})") from None
     descriptors = _descriptors_in(control)
     # Control data is cut where a descriptor did not fit: more than asked for, or this
     # process has no descriptor left.
@@ -199,7 +165,7 @@ def _exchange(
 
 def _read_answer(packet: bytes, descriptors: list[int], role: Role, directory: Path) -> Welcome:
     if not packet:
-        raise UnavailableError(f"The expertd at {directory} hung up during attach; try again.")
+        raise _hung_up(directory)
     try:
         answer: Welcome | Refusal = _ANSWER.decode(packet)
     except msgspec.MsgspecError as error:
@@ -228,9 +194,17 @@ def _descriptors_in(control: list[tuple[int, int, bytes]]) -> list[int]:
 
 
 def _too_slow(directory: Path, timeout_seconds: float) -> DeadlineError:
+    within = f"within {timeout_seconds:g} s"
     return DeadlineError(
-        f"The expertd at {directory} did not answer within {timeout_seconds:g} s; it is stopped "
-        "or overloaded."
+        silent_listener(directory, f"gave no answer {within}")
+        or f"The expertd at {directory} did not answer {within}; it is stopped or overloaded."
+    )
+
+
+def _hung_up(directory: Path, reason: str = "") -> UnavailableError:
+    return UnavailableError(
+        silent_listener(directory, f"was closed during attach{reason}")
+        or f"The expertd at {directory} hung up during attach{reason}; try again."
     )
 
 

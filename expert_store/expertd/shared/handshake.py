@@ -7,6 +7,7 @@ sends :data:`NUDGE` packets when it waits for the session to publish its epoch, 
 worker sends hints (:func:`encode_hint`), and when either side closes the session is over.
 """
 
+import os
 import struct
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,12 +16,16 @@ from urllib.parse import quote
 
 import msgspec
 
+from expertd.errors import InvalidInputError
+
 PROTOCOL_VERSION = 4
 MAX_PACKET_BYTES = 4096
 NUDGE = b"N"
 HINT = b"H"
 MAX_HINTED = MAX_PACKET_BYTES // 4 - 1
 """Experts in one hint; the least likely of a longer one are left out."""
+MAX_SOCKET_PATH_BYTES = 107
+"""struct sockaddr_un's path without its final zero."""
 ATTACH_SOCKET = "attach.sock"
 RPC_SOCKET = "rpc.sock"
 TOKEN_KEY = "expertd-token"
@@ -28,9 +33,26 @@ INCARNATION_KEY = "expertd-incarnation"
 ERROR_DETAIL_KEY = "expertd-error-bin"
 
 
+def socket_path(directory: Path, name: str) -> Path:
+    """The socket of that name. Raises InvalidInputError if no socket there can have a name."""
+    longest = os.fsencode(directory / ATTACH_SOCKET)
+    if len(longest) > MAX_SOCKET_PATH_BYTES:
+        raise InvalidInputError(
+            f"The path {directory / ATTACH_SOCKET} has {len(longest)} bytes and a Unix socket's at "
+            f"most {MAX_SOCKET_PATH_BYTES}; serve in a directory with a shorter path."
+        )
+    if b"\0" in longest:
+        raise InvalidInputError(f"The path {str(directory)!r} has a zero byte, which no file may.")
+    return directory / name
+
+
 def rpc_target(directory: Path) -> str:
-    """The gRPC address of the daemon in ``directory``, which is absolute."""
-    return "unix:" + quote(str(directory / RPC_SOCKET))  # gRPC percent-decodes it
+    """The gRPC address of the daemon in ``directory``, which is absolute.
+
+    Raises InvalidInputError as :func:`socket_path`.
+    """
+    # gRPC percent-decodes it.
+    return "unix:" + quote(os.fsencode(socket_path(directory, RPC_SOCKET)))
 
 
 class Role(StrEnum):

@@ -104,6 +104,7 @@ def generate(
         typer.Option(
             help="Without a daemon: start one for this pack, and stop it at the end.",
             metavar="PACK",
+            readable=False,
         ),
     ] = None,
     ram: Annotated[
@@ -116,19 +117,24 @@ def generate(
     ] = None,
     tls_ca: Annotated[
         Path | None,
-        typer.Option(help="With tcp://: who signed the daemon's certificate.", metavar="PEM"),
+        typer.Option(
+            help="With tcp://: who signed the daemon's certificate.", metavar="PEM", readable=False
+        ),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="With tcp://: this client's certificate.", metavar="PEM")
+        Path | None,
+        typer.Option(help="With tcp://: this client's certificate.", metavar="PEM", readable=False),
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option(help="With tcp://: its private key.", metavar="PEM")
+        Path | None,
+        typer.Option(help="With tcp://: its private key.", metavar="PEM", readable=False),
     ] = None,
     pack: Annotated[
         Path | None,
         typer.Option(
             help="With tcp://: this host's copy of the pack, whose experts-* may be left out.",
             metavar="PACK",
+            readable=False,
         ),
     ] = None,
     cache: Annotated[

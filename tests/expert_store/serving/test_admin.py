@@ -103,9 +103,13 @@ def test_commands(daemon: Daemon, other_pack: Path) -> None:
     assert "no model named 'other'" in refused(expertd("unload", "other", *at))
 
 
+def _nobody(directory: Path) -> str:
+    return f"No expertd answers at {directory} (no socket in it); {how_to_start(directory)}."
+
+
 def test_commands_without_a_daemon(tmp_path: Path) -> None:
     said = refused(expertd("stats", "--socket", tmp_path, "--json"))
-    assert said == f"expertd: No expertd answers at {tmp_path}; {how_to_start(tmp_path)}.\n"
+    assert said == f"expertd: {_nobody(tmp_path)}\n"
     assert str(tmp_path) in refused(expertd("unload", "m", "--socket", tmp_path))
 
 
@@ -113,9 +117,7 @@ def test_health(daemon: Daemon, tmp_path: Path) -> None:
     assert ran(expertd("health", "--socket", daemon.socket)) == "serving\n"
     silent = expertd("health", "--socket", tmp_path)
     assert (silent.returncode, silent.stdout) == (1, "")
-    assert (
-        silent.stderr == f"expertd: No expertd answers at {tmp_path}; {how_to_start(tmp_path)}.\n"
-    )
+    assert silent.stderr == f"expertd: {_nobody(tmp_path)}\n"
     daemon.signal(signal.SIGSTOP)
     try:
         stuck = expertd("health", "--socket", daemon.socket)

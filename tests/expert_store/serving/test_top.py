@@ -21,7 +21,6 @@ import pytest
 
 from expertd.cli.control import Control
 from expertd.errors import NotFoundError
-from expertd.socket_directory import how_to_start
 from expertd_client import Client
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
@@ -172,9 +171,7 @@ def test_no_daemon(tmp_path: Path) -> None:
     for how in ("--once", "--svg=x.svg"):
         done = expertd("top", "--socket", tmp_path, how)
         assert (done.returncode, done.stdout) == (2, "")
-        assert (
-            done.stderr == f"expertd: No expertd answers at {tmp_path}; {how_to_start(tmp_path)}.\n"
-        )
+        assert f"No expertd answers at {tmp_path} (no socket in it); start one" in done.stderr
 
 
 def test_in_a_terminal(daemon: Daemon) -> None:
