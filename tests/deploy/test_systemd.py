@@ -35,6 +35,11 @@ with Client("/run/expertd") as store, store.attach("m") as session:
     print("attached again", flush=True)
     sys.stdin.readline()
 """
+TOLD_WORKER = """
+from expertd_client import Client, UnavailableError
+try: Client("/run/expertd").attach("m")
+except UnavailableError as error: print(error)
+"""
 DROP_IN = "/run/systemd/system/expertd.service.d/test.conf"
 SMALL_HOST = r"[Service]\nBindReadOnlyPaths=/opt/shared/meminfo:/proc/meminfo"
 MEMINFO = "MemTotal: 8192 kB\nMemAvailable: {} kB\n"
@@ -46,6 +51,13 @@ cat <&3
 """
 
 
+# What installing makes, without the backups of passwd and group that other tools leave.
+LISTING = (
+    r"find /etc /run /usr/lib/systemd \( -path '*expertd*' -o -path '/etc/*' ! -type d \) "
+    "! -name '*-' ! -name .pwd.lock | sort"
+)
+
+
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A host on which expertd is installed as docs/install.md says, and serves."""
@@ -55,6 +67,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     try:
         with booted(shared) as machine:
             # /opt/expertd is there already, since "The program" takes a network.
+            (shared / "before").write_text(machine.run(LISTING).stdout)
             machine.run(f"set -e; cd /opt/source\n{documented('The service')}")
             machine.run("cp /opt/shared/expertd.toml /etc/expertd/expertd.toml")
             machine.run("cp -r /opt/shared/pack /var/lib/expertd/m")
@@ -157,9 +170,18 @@ def test_a_wrong_setting_is_one_line_and_no_restart(machine: Machine) -> None:
         assert len(said) == 1
         assert said[0].startswith("expertd: /etc/expertd/expertd.toml: unknown setting 'ramm'")
         assert "Traceback" not in machine.journal("expertd")
+        # The socket listens meanwhile: who attaches is told where to look, and so is who asks.
+        machine.run("systemctl start expertd.socket")
+        told, complaint = machine.python(UID, "expertd", TOLD_WORKER).communicate(timeout=60)
+        assert complaint == ""
+        assert told.startswith("/run/expertd/attach.sock was closed during attach"), told
+        asked = machine.run("/opt/expertd/bin/expertd stats --socket /run/expertd", check=False)
+        for said in (told, asked.stderr):
+            assert "`systemctl status expertd.service` and `journalctl -u expertd.service`" in said
     finally:
         machine.run("sed -i 's/^ramm/ram/' /etc/expertd/expertd.toml")
-        machine.run("systemctl reset-failed expertd.service; systemctl start expertd.service")
+        machine.run("systemctl reset-failed expertd.service expertd.socket")
+        machine.run("systemctl start expertd.socket expertd.service")
 
 
 def test_tcp_without_a_network_says_what_to_add(machine: Machine) -> None:
@@ -271,10 +293,11 @@ def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
 
 def test_nothing_is_left_when_it_is_uninstalled(machine: Machine) -> None:
     """The last: it takes the machine's expertd away."""
+    machine.run("useradd alice && usermod --append --groups expertd alice")
     machine.run(f"set -e; {documented('Uninstall')}")
     assert "could not be found" in machine.run("systemctl status expertd 2>&1", check=False).stdout
-    left = machine.run(
-        "ls -d /etc/*/expertd* /etc/systemd/system/*/expertd* /run/expertd", check=False
-    )
-    assert left.stdout == ""
+    for kind in ("passwd", "group"):
+        assert machine.run(f"getent {kind} expertd", check=False).stdout == ""
+    before, after = (machine.shared / "before").read_text(), machine.run(LISTING).stdout
+    assert set(after.splitlines()) - set(before.splitlines()) == set()
     assert machine.run("ls /var/lib/expertd").stdout == "m\n"
