@@ -54,8 +54,9 @@ def top(
 ) -> None:
     """Shows live what the daemon does: tiers, models, sessions, and a heat map of the experts.
 
-    Keys: Tab the next model's heat map, q quit. A daemon that goes away is waited for. Figures
-    are of the last interval where nothing else is said; --once takes two looks for that.
+    Keys: Tab the next model's heat map, q quit. A daemon that goes away is waited for; a
+    directory that does not exist is a mistake. Figures are of the last interval where nothing else
+    is said; --once takes two looks for that.
 
     Example: `expertd top --model mixtral`
     """

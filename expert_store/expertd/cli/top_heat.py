@@ -62,22 +62,23 @@ class _Drawing:
             yield Segment.line()
 
     def _legend(self, coloured: bool, shrunk: HeatMap) -> Text:
-        legend = Text(" " * _LABEL, no_wrap=True, overflow="ellipsis")
+        """The scales, and what was shrunk; in few columns without what explains least."""
+        here, away = Text(_PLAIN_RESIDENT), Text(_PLAIN_ABSENT)
         if coloured:
-            legend.append("in RAM, cold ")
-            for step in range(10):
-                legend.append("█", _hex(_blend(_RESIDENT, step / 9)))
-            legend.append(" hot   not in RAM, cold ")
-            for step in range(5):
-                legend.append("█", _hex(_blend(_ABSENT, step / 4)))
-            legend.append(" wanted")
-        else:
-            legend.append(f"in RAM, cold {_PLAIN_RESIDENT} hot   not in RAM, cold ")
-            legend.append(f"{_PLAIN_ABSENT} wanted")
+            here = Text.assemble(*(("█", _hex(_blend(_RESIDENT, n / 9))) for n in range(10)))
+            away = Text.assemble(*(("█", _hex(_blend(_ABSENT, n / 4))) for n in range(5)))
+        indent = " " * _LABEL
+        long = Text.assemble(
+            indent, "in RAM, cold ", here, " hot   not in RAM, cold ", away, " wanted"
+        )
+        short = Text.assemble("RAM ", here, " hot  disk ", away, " wanted")
+        legend = long if long.cell_len <= self._width else short
         rows, columns = self._heat.heat.shape
         if shrunk.heat.shape != (rows, columns):
-            shown = " x ".join(map(str, shrunk.heat.shape))
-            legend.append(f"   {rows} x {columns} shown as {shown}")
+            note = f"   {rows} x {columns} shown as {' x '.join(map(str, shrunk.heat.shape))}"
+            if legend.cell_len + len(note) <= self._width:
+                legend.append(note)
+        legend.no_wrap, legend.overflow = True, "ellipsis"
         return legend
 
 

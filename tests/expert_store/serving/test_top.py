@@ -174,6 +174,19 @@ def test_no_daemon(tmp_path: Path) -> None:
         assert f"No expertd answers at {tmp_path} (no socket in it); start one" in done.stderr
 
 
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    """A mistake in its name, for which no waiting helps; in a terminal and for programs."""
+    missing = tmp_path / "none"
+    with terminal("--socket", missing) as top:
+        assert f"No expertd answers at {missing} (there is no such directory)" in top.read_until(
+            r"\)"
+        )
+        assert top.end()[0] == 2
+    done = expertd("top", "--socket", missing, "--json")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "there is no such directory" in done.stderr
+
+
 def test_in_a_terminal(daemon: Daemon) -> None:
     with terminal("--socket", daemon.socket, "--interval", "0.1") as top:
         shown = top.read_until(r"wanted")
@@ -186,7 +199,8 @@ def test_in_a_terminal(daemon: Daemon) -> None:
         top.read_until(r"m: layers down")
         top.resize(60, 20)
         top.process.send_signal(signal.SIGWINCH)
-        top.read_until("…")  # what does not fit into 60 columns is cut
+        shown = top.read_until("wanted")  # drawn again, in what 60 columns hold
+        assert "…" not in shown
         top.type(b"q")
         code, rest = top.end()
         assert code == 0
