@@ -13,6 +13,7 @@ from expertd.settings.limits import ModelConfig
 from expertd.settings.loopback import LoopbackAddress, parse_loopback
 from expertd.settings.policy_names import DEFAULT_POLICY, PolicyName
 from expertd.settings.tcp_config import TcpConfig
+from expertd.settings.users import uid_of
 from expertd.sizes import parse_bytes
 from expertd.socket_directory import socket_directories
 
@@ -42,7 +43,7 @@ class ServeConfig:
     models: dict[str, ModelConfig] = field(default_factory=dict)
     """Packs to load at start, by model name, and their limits."""
     allowed_uids: tuple[int, ...] = ()
-    """Who may attach besides root and the daemon's own user."""
+    """Who may attach besides root and the daemon's own user; in the file, names too."""
     allowed_groups: tuple[str | int, ...] = ()
     """Groups whose members may, too: names or gids."""
     writable_uids: tuple[int, ...] = ()
@@ -212,7 +213,7 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     if name in ("default_quota_bytes", "page_cache_bytes"):
         return _typed(value, int)
     if name == "quotas":
-        return {_uid(uid): _quota(uid, size) for uid, size in _typed(value, dict).items()}
+        return _quotas(_typed(value, dict))
     if name == "tcp":
         return TcpConfig.from_table(_typed(value, dict))
     if name == "metrics":
@@ -237,23 +238,28 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     if name == "allowed_groups":
         return tuple(_typed(group, (str, int)) for group in _typed(value, list))
     if name in {"allowed_uids", "writable_uids"}:
-        return tuple(_typed(uid, int) for uid in _typed(value, list))
+        return tuple(uid_of(_typed(user, (str, int)), name) for user in _typed(value, list))
     return kind(_typed(value, (int, float))) if kind is float else _typed(value, kind)
 
 
-def _uid(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{text!r} is no uid; quotas are by number")
-    return int(text)
+def _quotas(table: dict[str, Any]) -> dict[int, int]:
+    """By uid; the keys are names or uids."""
+    quotas: dict[int, int] = {}
+    for user, value in table.items():
+        uid = uid_of(user, "quotas")
+        if uid in quotas:
+            raise ConfigError(f"quotas has two for uid {uid}, one by the name {user!r}; keep one.")
+        quotas[uid] = _quota(user, value)
+    return quotas
 
 
-def _quota(uid: str, value: Any) -> int:  # noqa: ANN401
+def _quota(user: str, value: Any) -> int:  # noqa: ANN401
     if isinstance(value, str):
         return parse_bytes(value)
     try:
         size: int = _typed(value, int)
     except TypeError as error:
-        raise TypeError(f"that of {uid} is a {type(value).__name__}") from error
+        raise TypeError(f"that of {user} is a {type(value).__name__}") from error
     return size
 
 

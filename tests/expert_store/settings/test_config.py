@@ -1,11 +1,13 @@
 """The daemon's settings: what is accepted, and that each refusal names file, key and value."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from expertd.errors import ConfigError
 from expertd.log import LogFormat
+from expertd.settings import users
 from expertd.settings.config import ServeConfig, load_config, parse_model
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import ModelConfig
@@ -92,6 +94,23 @@ def test_quotas_by_uid(tmp_path: Path) -> None:
     assert config.default_quota_bytes == 1 << 20
 
 
+def test_users_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"alice": 1001, "bob": 1002}
+    monkeypatch.setattr(users.pwd, "getpwnam", lambda name: SimpleNamespace(pw_uid=known[name]))
+    path = _file(
+        tmp_path,
+        'ram = 8192\nallowed_uids = ["alice", 7, "8"]\nwritable_uids = ["bob"]\n'
+        '[quotas]\nalice = "2GiB"\n9 = 4096',
+    )
+    config = load_config(path)
+    assert config.allowed_uids == (1001, 7, 8)
+    assert config.writable_uids == (1002,)
+    assert config.quotas == {1001: 2 << 30, 9: 4096}
+    twice = _file(tmp_path, 'ram = 8192\n[quotas]\nalice = "2GiB"\n1001 = "1GiB"')
+    with pytest.raises(ConfigError, match=r"quotas has two for uid 1001, one by the name '1001'"):
+        load_config(twice)
+
+
 def test_ram_in_plain_bytes(tmp_path: Path) -> None:
     assert load_config(_file(tmp_path, 'socket = "s"\nram = 8192')).ram_bytes == 8192
 
@@ -131,7 +150,8 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("default_quota = 0", ["default_quota", "positive"]),
         ("default_quota = true", ["default_quota = True", "bool"]),
         ('quotas = "1GiB"', ["quotas = '1GiB'", "str"]),
-        ('quotas = {me = "1GiB"}', ["quotas", "'me' is no uid"]),
+        ('quotas = {nobody-here = "1GiB"}', ["quotas names 'nobody-here', and", "no such user"]),
+        ('quotas = {-1 = "1GiB"}', ["quotas names '-1', and", "no such user"]),
         ('quotas = {1000 = "lots"}', ["quotas", "'lots' is not a size"]),
         ("quotas = {1000 = 1.5}", ["quotas", "that of 1000 is a float"]),
         ("quotas = {1000 = -1}", ["quota of 1000", "positive"]),
@@ -142,10 +162,12 @@ def test_ram_in_plain_bytes(tmp_path: Path) -> None:
         ("metrics = 9464", ["metrics = 9464", "int"]),
         ('metrics = "0.0.0.0:9464"', ["metrics = '0.0.0.0:9464'", "other hosts"]),
         ("allowed_uids = 1000", ["allowed_uids = 1000", "int"]),
-        ('allowed_uids = ["me"]', ["allowed_uids", "str"]),
+        ('allowed_uids = ["nobody-here"]', ["allowed_uids names 'nobody-here', and"]),
+        ('allowed_uids = ["a\\u0000b"]', ["allowed_uids names 'a\\x00b', and"]),
+        ("allowed_uids = [true]", ["allowed_uids", "bool"]),
         ("allowed_uids = [-1]", ["allowed_uids", "-1"]),
         ("writable_uids = [-1]", ["writable_uids", "-1"]),
-        ('writable_uids = ["me"]', ["writable_uids", "str"]),
+        ('writable_uids = ["nobody-here"]', ["writable_uids names 'nobody-here', and"]),
         ('allowed_groups = "expertd"', ["allowed_groups = 'expertd'", "str"]),
         ("allowed_groups = [1.5]", ["allowed_groups", "float"]),
         ("allowed_groups = [-1]", ["allowed_groups", "-1"]),
