@@ -20,11 +20,16 @@ from tests.handmade import make_pack
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "deploy/container"
-LINES = [
-    line
-    for line in (RECIPE / "Containerfile").read_text().replace("\\\n", "").splitlines()
-    if line and not line.startswith("#")
-]
+
+
+def lines_of(name: str) -> list[str]:
+    """The instructions of a Containerfile."""
+    text = (RECIPE / name).read_text().replace("\\\n", "")
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+LINES = lines_of("Containerfile")
+BOTH = ["Containerfile", "Containerfile.worker"]
 # Those that a container of its own has.
 NAMESPACES = ["--pid", "--fork", "--mount-proc", "--ipc", "--net", "--uts", "--kill-child"]
 WORKER = """
@@ -40,15 +45,17 @@ with Client(socket) as store, store.attach("m"), Control(socket) as control:
 """
 
 
-def test_only_known_instructions() -> None:
+@pytest.mark.parametrize("name", BOTH)
+def test_only_known_instructions(name: str) -> None:
     known = {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "STOPSIGNAL", "HEALTHCHECK"}
-    assert {line.split()[0] for line in LINES} <= known | {"ENTRYPOINT", "CMD"}
+    assert {line.split()[0] for line in lines_of(name)} <= known | {"ENTRYPOINT", "CMD", "ARG"}
 
 
-def test_what_it_copies_is_there_and_complete() -> None:
+@pytest.mark.parametrize("name", BOTH)
+def test_what_it_copies_is_there_and_complete(name: str) -> None:
     copied = [
         source
-        for line in LINES
+        for line in lines_of(name)
         if line.startswith("COPY ") and "--from" not in line
         for source in line.split()[1:-1]
     ]
@@ -56,6 +63,24 @@ def test_what_it_copies_is_there_and_complete() -> None:
     wheel = re.search(r"(?s)packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())
     assert wheel is not None
     assert set(re.findall(r'"(\w+)/', wheel[1])) <= set(copied)
+    assert "deploy" in copied, "which the wheel holds"
+
+
+def test_the_worker_s_packages_are_all_of_the_distribution_s() -> None:
+    """Unlike the daemon's, which are those of deploy/requirements.txt."""
+    installs = [line for line in lines_of("Containerfile.worker") if "pip install" in line]
+    assert all("-c constraints.txt" in line and "--no-deps" not in line for line in installs)
+    assert installs[-1].endswith(" .")
+    assert any(" g++" in line for line in lines_of("Containerfile.worker")), "native kernels"
+
+
+def test_the_worker_is_in_the_daemon_s_group() -> None:
+    worker = lines_of("Containerfile.worker")
+    made = [re.findall(r"groupadd --gid (\d+) (\w+)", " ".join(each)) for each in (LINES, worker)]
+    assert made[0] == made[1] == [("990", "expertd")]
+    assert re.search(r"useradd --uid 1000 --gid 990 .* worker", " ".join(worker))
+    assert "USER worker" in worker
+    assert 'ENTRYPOINT ["expert-run"]' in worker
 
 
 def test_its_commands_exist() -> None:
@@ -67,19 +92,70 @@ def test_its_commands_exist() -> None:
     assert expertd(*health[1:-1], "/nowhere").returncode == 1
 
 
+def filled_in(text: str, environment: dict[str, str]) -> str:
+    """``${NAME:-default}`` as compose reads it."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda m: environment.get(m[1], m[2]), text)
+
+
+def compose(**environment: str) -> dict[str, Any]:
+    text = filled_in((RECIPE / "compose.yaml").read_text(), environment)
+    assert "$" not in text
+    services: dict[str, Any] = yaml.safe_load(text)["services"]
+    return services
+
+
 def test_compose_gives_what_the_config_asks_for() -> None:
-    services: dict[str, Any] = yaml.safe_load((RECIPE / "compose.yaml").read_text())["services"]
+    services = compose()
     daemon, worker = services["expertd"], services["worker"]
     config = load_config(ROOT / "deploy/expertd.toml")
     assert parse_bytes(daemon["mem_limit"].replace("g", "GiB")) >= config.ram_bytes + (1 << 30)
-    assert daemon["ulimits"]["memlock"] == -1
-    assert daemon["build"]["dockerfile"] == "deploy/container/Containerfile"
+    assert [each["ulimits"]["memlock"] for each in (daemon, worker)] == [-1, -1]
+    names = [f"deploy/container/{name}" for name in BOTH]
+    assert [each["build"]["dockerfile"] for each in (daemon, worker)] == names
     for each in (daemon, worker):
         assert f"sockets:{config.socket}" in each["volumes"]
+        assert (each["network_mode"], each["read_only"], each["tmpfs"]) == ("none", True, ["/tmp"])
+        assert {"ipc", "pid"}.isdisjoint(each), "a worker outlives the daemon, and needs neither"
         for volume in each["volumes"]:
             if volume.startswith("."):
                 assert (RECIPE / volume.split(":")[0]).exists()
-    assert worker["user"].split(":")[1] in next(line for line in LINES if "groupadd" in line)
+    user, group = worker["user"].split(":")
+    assert f"--gid {group}" in next(line for line in LINES if "groupadd" in line)
+    assert any(f"--uid {user}" in line for line in lines_of("Containerfile.worker"))
+
+
+@pytest.mark.parametrize("environment", [{}, {"MODEL": "qwen", "PACKS": "/packs"}])
+def test_compose_serves_a_model_as_it_stands(environment: dict[str, str], tmp_path: Path) -> None:
+    """A real daemon takes its words, with the paths of the container put below another root."""
+    services = compose(**environment)
+    daemon, worker = services["expertd"], services["worker"]
+    name = environment.get("MODEL", "mixtral")
+    packs = environment.get("PACKS", "/var/lib/expertd")
+    for each in (daemon, worker):
+        assert f"{packs}:/var/lib/expertd:ro" in each["volumes"]
+    if not environment:
+        page = (ROOT / "docs/install.md").read_text()
+        assert f"{packs}/{name}" in page.partition("## Containers")[2], "where the pack is to lie"
+    make_pack(tmp_path / "var/lib/expertd" / name)
+    settings = (ROOT / "deploy/expertd.toml").read_text()
+    (tmp_path / "etc/expertd").mkdir(parents=True)
+    settings = settings.replace("24GiB", "1MiB").replace('["expertd"]', "[]")
+    settings = settings.replace("/run/expertd", f"{tmp_path}/s")
+    (tmp_path / "etc/expertd/expertd.toml").write_text(settings)
+    command = [
+        re.sub(r"(^|=)(/(?:etc|var)/)", rf"\1{tmp_path}\2", word) for word in daemon["command"]
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "expertd", *command], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert f" serves {name} (24 experts" in process.stdout.readline()
+        # The worker names none: it takes the only one there is, where it looks by default.
+        assert worker["command"] == ["generate", "--prompt", "Once upon a time"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
 
 
 @pytest.mark.parametrize("user", [[], ["--user", "--map-user=1234"]], ids=["plain", "user"])
