@@ -38,7 +38,7 @@ V1 = Version(
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """A control group that this process is in, or that one above it."""
+    """A control group that holds this process, or one above it."""
 
     directory: Path
     version: Version

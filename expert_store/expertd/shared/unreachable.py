@@ -32,7 +32,7 @@ class ForbiddenSocketError(PermissionDeniedError):
 
 
 def connect_error(error: OSError, path: Path) -> ExpertdError:
-    """What a connect to the socket at ``path`` that failed with ``error`` raises."""
+    """The exception for a connect to the socket at ``path`` that failed with ``error``."""
     path = path.absolute()
     if error.errno in (errno.EACCES, errno.EPERM):
         return _forbidden(path)
@@ -75,10 +75,9 @@ def explain(directory: Path) -> ExpertdError | None:
 
 
 def silent_listener(directory: Path, happened: str) -> str | None:
-    """What is wrong if somebody listens for the daemon in ``directory``, which does not serve.
+    """The sentence about an attach socket that a service manager holds; None if a daemon serves.
 
-    A service manager does, while the daemon starts or fails to. ``happened`` to the one who
-    connected. None if a daemon serves there.
+    The manager listens while the daemon starts or fails to. ``happened``: how the connection ended.
     """
     if explain(directory) is None:
         return None
@@ -95,7 +94,7 @@ def _no_answer(directory: Path, reason: str) -> UnavailableError:
 
 
 def _look_at_unit(directory: Path) -> str | None:
-    """What says more, if the directory is that of a systemd unit of this host."""
+    """The advice for a directory of a systemd unit of this host; None for any other."""
     for place in UNIT_DIRECTORIES:
         try:
             for unit in place.glob("expertd*.socket"):
