@@ -9,6 +9,7 @@ import grp
 import os
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from expertd.errors import (
@@ -63,14 +64,14 @@ def connect_error(error: OSError, path: Path) -> ExpertdError:
 def explain(directory: Path) -> ExpertdError | None:
     """Why no call reaches the daemon in ``directory``; None if one answers there now."""
     path = directory / RPC_SOCKET
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.setblocking(False)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.setblocking(False)
             connection.connect(os.fsencode(path))
-        except BlockingIOError:
-            return None  # many others wait for it, too
-        except OSError as error:
-            return connect_error(error, path)
+    except BlockingIOError:
+        return None  # many others wait for it, too
+    except OSError as error:
+        return connect_error(error, path)
     return None
 
 
@@ -111,11 +112,11 @@ def _forbidden(path: Path) -> ForbiddenSocketError:
     ways = reversed(path.parents)
     closed = next((way for way in ways if not os.access(way, os.X_OK, effective_ids=True)), None)
     verb, needed = ("connect to", stat.S_IWGRP) if closed is None else ("enter", stat.S_IXGRP)
-    found = (closed or path).stat()
-    if found.st_mode & needed:
-        advice = f"join the group that it belongs to, {_group(found.st_gid)}, and log in again"
-    else:
-        advice = "its permissions let its owner alone"
+    advice = "its permissions let its owner alone"
+    with suppress(OSError):  # a daemon that starts has just replaced it
+        found = (closed or path).stat()
+        if found.st_mode & needed:
+            advice = f"join the group that it belongs to, {_group(found.st_gid)}, and log in again"
     return ForbiddenSocketError(f"User {os.geteuid()} may not {verb} {closed or path}; {advice}.")
 
 
