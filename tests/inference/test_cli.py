@@ -170,7 +170,7 @@ def test_unknown_model(daemon: Daemon) -> None:
         (("--ram", "8GiB"), "--ram belongs to --embedded"),
         (("--top-p", "0"), "top_p"),
         (("--seed", "-1"), "seed"),
-        (("--socket", "/" + "x" * 120, "--model", "m"), "107 bytes"),
+        (("--socket", "/" + "x" * 120, "--model", "m"), "at most 107"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
