@@ -69,7 +69,8 @@ def test_a_socket_directory_that_may_not_be_listed(tmp_path: Path) -> None:
     script = (
         "import os, expertd.cli.commands; from typer.testing import CliRunner; "
         # That user may be unable to read what is imported on the way.
-        "CliRunner().invoke(expertd.cli.commands.app, ['stats', '--socket', '/none']); os.setgroups([]); "
+        "CliRunner().invoke(expertd.cli.commands.app, ['stats', '--socket', '/none']); "
+        "os.setgroups([]); "
         f"os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY}); "
         "expertd.cli.commands.run()"
     )
