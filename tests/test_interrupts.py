@@ -21,7 +21,9 @@ from tests.handmade import make_pack
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/tiny-mixtral"
 BEGUN = (
-    "import sys; from expertd.interrupts import end_at_once; end_at_once();"
+    # Whoever runs the tests in the background ignores SIGINT, and so would what they start.
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " from expertd.interrupts import end_at_once; end_at_once();"
     " sys.stderr.write('begun\\n'); sys.stderr.flush();"
     " from {}.cli import main; main()"
 )

@@ -21,14 +21,14 @@ SLOW, FAST = Reading(0.001, 0.004, 8), Reading(0.016, 0.064, 8)
 def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A host whose kernels read 10 GB/s and whose RAM is what is asked for; nothing is run."""
 
-    def of(ram_bytes: int, **options: Any) -> survey.Survey:
+    def of(free: int, **options: Any) -> survey.Survey:
         def measure(needs: list[Need], *_: Any) -> Measured:
             twin = Twin(needs[0], 0.010, 0.001, 300 << 20)
             seconds = {need: need.token_bytes / 10e9 for need in needs}
-            host = replace(HOST, ram_bytes=ram_bytes)
+            host = replace(HOST, ram_bytes=free)
             return Measured(host, twin, seconds, {"small": SLOW, "large": FAST}, "It is busy.")
 
-        monkeypatch.setattr(survey, "memory_available", lambda: ram_bytes)
+        monkeypatch.setattr(survey, "memory_available", lambda: free)
         monkeypatch.setattr(survey, "measure", measure)
         monkeypatch.setattr(survey, "SHAPES", ["olmoe-1b-7b", "granite-3.0-1b-a400m"])
         return survey.survey(Question(**options), lambda _: None)
