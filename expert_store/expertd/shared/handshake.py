@@ -7,6 +7,7 @@ sends :data:`NUDGE` packets when it waits for the session to publish its epoch, 
 worker sends hints (:func:`encode_hint`), and when either side closes the session is over.
 """
 
+import os
 import struct
 from collections.abc import Sequence
 from enum import StrEnum
@@ -30,7 +31,8 @@ ERROR_DETAIL_KEY = "expertd-error-bin"
 
 def rpc_target(directory: Path) -> str:
     """The gRPC address of the daemon in ``directory``, which is absolute."""
-    return "unix:" + quote(str(directory / RPC_SOCKET))  # gRPC percent-decodes it
+    # gRPC percent-decodes it. The bytes: they may be no text.
+    return "unix:" + quote(os.fsencode(directory / RPC_SOCKET))
 
 
 class Role(StrEnum):
