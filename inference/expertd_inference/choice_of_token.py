@@ -4,7 +4,7 @@ For one sequence on the CPU the usual cases need no tensor of the whole vocabula
 yes or no. Whatever else is asked for is asked of transformers' own processors and criteria.
 """
 
-import math
+from math import isfinite
 from typing import Any
 
 import torch
@@ -44,11 +44,11 @@ class Choice:
         ):
             index = self._kernels.argmax(logits)
             # What is no number counts as the largest.
-            if not math.isfinite(logits[0, index].item()):
+            if not isfinite(logits[0, index].item()):
                 raise _not_finite(logits)
             return torch.tensor([[index]])
         scores = self._processors(tokens, logits.to(torch.float32, copy=True))
-        if not math.isfinite(scores.max().item()):
+        if not isfinite(scores.max().item()):
             raise _not_finite(logits)
         if self._sample:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
