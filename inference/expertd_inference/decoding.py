@@ -48,7 +48,9 @@ def has_own_steps(model: Any) -> bool:  # noqa: ANN401 - transformers is untyped
     context.
     """
     kind = type(model)
-    return any(getattr(kind, name) is not getattr(GenerationMixin, name) for name in _HOOKS)
+    return any(
+        getattr(kind, name, None) is not getattr(GenerationMixin, name, None) for name in _HOOKS
+    )
 
 
 def is_repeatable(model: Any) -> bool:  # noqa: ANN401 - transformers is untyped

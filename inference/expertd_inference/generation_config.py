@@ -248,7 +248,8 @@ def generation_arguments(
                 f"{vocabulary - 1}; mend it there."
             )
     arguments: dict[str, Any] = {
-        **WITHOUT_EFFECT,
+        # Other releases of transformers have other fields.
+        **{name: value for name, value in WITHOUT_EFFECT.items() if hasattr(config, name)},
         "max_new_tokens": max_new_tokens,
         "max_length": None,
         "do_sample": settings.temperature > 0,
