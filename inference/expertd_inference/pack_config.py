@@ -64,16 +64,16 @@ def _check(config: Any, manifest: Manifest, max_layers: int) -> None:  # noqa: A
     if num_layers > max_layers:  # which transformers would begin to make, however many they are
         raise ValueError(f"num_hidden_layers is {num_layers}, and the trunk has {max_layers}")
     num_experts = min(layer.num_experts for layer in manifest.layers)
-    for name in _EXPERTS_PER_TOKEN:
-        value = getattr(text, name, None)
-        if value is None:
-            continue
-        for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, int) or not 1 <= number <= num_experts:
-                raise ValueError(
-                    f"{name} is {number!r}, and the pack has {num_experts} experts in a layer"
-                )
-        break
+    said = {name: getattr(text, name, None) for name in _EXPERTS_PER_TOKEN}
+    name, value = next(((n, v) for n, v in said.items() if v is not None), ("", 0))
+    if not name:
+        raise ValueError("it does not say how many experts a token uses")
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int) or not 1 <= number <= num_experts:
+            raise ValueError(
+                f"{name} is {number!r}, and the pack has {num_experts} experts in a layer"
+            )
+    _check_groups(text, num_experts)
     kinds = set(getattr(text, "layer_types", None) or ())
     for kind, name in (
         ("sliding_attention", "sliding_window"),
@@ -93,6 +93,22 @@ def _check(config: Any, manifest: Manifest, max_layers: int) -> None:  # noqa: A
     for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
         if not isinstance(value := getattr(config, name, None), bool | None):
             raise ValueError(f"{name} is {value!r}, and must be true or false")
+
+
+def _check_groups(text: Any, num_experts: int) -> None:  # noqa: ANN401 - transformers is untyped
+    """Of experts, of which some routers choose the best first. Raises ValueError."""
+    groups, chosen = getattr(text, "n_group", None), getattr(text, "topk_group", None)
+    usual = type(text)()
+    for name, value in (("n_group", groups), ("topk_group", chosen)):
+        # Models that can do without have no groups unless told.
+        if value is None and getattr(usual, name, None) is not None:
+            raise ValueError(f"{name} is null")
+    if groups is not None and (not _is_positive(groups) or num_experts % groups):
+        raise ValueError(
+            f"n_group is {groups!r}, and there are {num_experts} experts to be grouped"
+        )
+    if chosen is not None and groups is not None and not 1 <= chosen <= groups:
+        raise ValueError(f"topk_group is {chosen!r}, and there are {groups} groups")
 
 
 def _check_number(name: str, value: Any, *, least: float) -> None:  # noqa: ANN401 - of a file

@@ -83,6 +83,29 @@ def test_values_that_cannot_be(fields: dict[str, Any], edited: Callable[..., Pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_group": None},
+        {"n_group": 0},
+        {"n_group": 3},
+        {"topk_group": None},
+        {"topk_group": 3},
+        {"topk_group": -1},
+        {"num_experts_per_tok": None},
+    ],
+    ids=str,
+)
+def test_groups_of_experts_that_cannot_be(
+    fields: dict[str, Any], packed: Make, tmp_path: Path
+) -> None:
+    pack = shutil.copytree(packed("deepseek_v3"), tmp_path / "pack")
+    whole = json.loads((pack / "config.json").read_text())
+    (pack / "config.json").write_text(json.dumps(whole | fields))
+    with pytest.raises(PackError, match=r"config\.json cannot be used"):
+        load(pack)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", b"\xff\xfe"])
 def test_files_that_are_no_configuration(text: str | bytes, edited: Callable[..., Path]) -> None:
     pack = edited()
