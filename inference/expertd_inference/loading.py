@@ -131,9 +131,9 @@ def _load(
 
 
 def _num_layers(manifest: Manifest, trunk: TrunkFile) -> int:
-    """As many as the highest that a name in the trunk has, or the last with experts."""
-    numbered = (re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name) for name in trunk.names)
-    return 1 + max([manifest.layers[-1].layer, *(int(found[1]) for found in numbered if found)])
+    """One more than the highest number in a name of the trunk, or of the last with experts."""
+    numbers = (int(number) for name in trunk.names for number in re.findall(r"\.(\d+)\.", name))
+    return 1 + max([manifest.layers[-1].layer, *numbers])
 
 
 def _device_map(
