@@ -65,7 +65,7 @@ def _attach(
     if name is not None:
         try:
             return client.attach(name, cache_bytes=cache_bytes)
-        except NotFoundError:
+        except (NotFoundError, UnicodeEncodeError):
             pass  # Said below, with the names that there are.
     names = sorted(model.name for model in client.list_models())
     if name is None and len(names) == 1:

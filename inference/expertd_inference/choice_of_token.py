@@ -4,17 +4,24 @@ For one sequence on the CPU the usual cases need no tensor of the whole vocabula
 yes or no. Whatever else is asked for is asked of transformers' own processors and criteria.
 """
 
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from expertd.errors import PreconditionError
 from expertd_inference.kernels.step import DTYPES, StepKernels
 
 
 class Choice:
-    """The next token, by the settings of a generation."""
+    """The next token, by the settings of a generation.
+
+    Raises PreconditionError where the scores say nothing, since one of them is no number or
+    infinite: the likeliest token is then the first one, whatever came before.
+    """
 
     def __init__(
         self,
@@ -35,11 +42,46 @@ class Choice:
             and logits.dtype in DTYPES
             and logits.is_contiguous()
         ):
-            return torch.tensor([[self._kernels.argmax(logits)]])
+            index = self._kernels.argmax(logits)
+            # What is no number counts as the largest.
+            if not isfinite(logits[0, index].item()):
+                raise _not_finite(logits)
+            return torch.tensor([[index]])
         scores = self._processors(tokens, logits.to(torch.float32, copy=True))
+        if not isfinite(scores.max().item()):
+            raise _not_finite(logits)
         if self._sample:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
         return torch.argmax(scores, dim=-1, keepdim=True)
+
+
+class Finite(LogitsProcessor):  # type: ignore[misc] # transformers is untyped
+    """For a loop of transformers, after its processors: the check that :class:`Choice` makes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``scores`` as they are, or PreconditionError."""
+        if not bool(scores.amax(dim=-1).isfinite().all()):
+            raise _not_finite(scores, self._dtype)
+        return scores
+
+
+def _not_finite(logits: Tensor, dtype: torch.dtype | None = None) -> PreconditionError:
+    dtype = dtype or logits.dtype
+    other = "float32" if dtype == torch.bfloat16 else "bfloat16"
+    advice = (
+        "verify the pack with `expertd verify`"
+        if dtype == torch.float32
+        else f"compute in {other} (--dtype {other}), and if that does not help verify the pack "
+        "with `expertd verify`"
+    )
+    return PreconditionError(
+        f"The model's scores for the next token are not finite numbers, computed in "
+        f"{str(dtype).removeprefix('torch.')}, so no token can be chosen: values overflow, or "
+        f"weights are damaged; {advice}."
+    )
 
 
 class End:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from expertd_inference.choice_of_token import Choice, End
+from expertd_inference.choice_of_token import Choice, End, Finite
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.kv_cache import growing
 from expertd_inference.lean import KERNELS
+from expertd_inference.pack_config import rope_kinds
 from expertd_inference.steps import Steps
 
 _PLAIN_ARGUMENTS = {
@@ -27,6 +29,39 @@ _PLAIN_ARGUMENTS = {
     "logits_to_keep",
 }
 """What ``generate`` hands on for a text model that was given tokens and nothing else."""
+
+_HOOKS = (
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_prefill",
+    "_sample",
+    "_optimize_model_for_decode",
+)
+"""What transformers' loop asks the model at each step, and ours does not."""
+
+
+def has_own_steps(model: Any) -> bool:  # noqa: ANN401 - transformers is untyped
+    """Whether the model's class does something of its own at each step beside its forward pass.
+
+    Phi-MoE, for one, computes all keys and values anew once the text is longer than its original
+    context.
+    """
+    kind = type(model)
+    return any(
+        getattr(kind, name, None) is not getattr(GenerationMixin, name, None) for name in _HOOKS
+    )
+
+
+def is_repeatable(model: Any) -> bool:  # noqa: ANN401 - transformers is untyped
+    """Whether a step does what the one before did, so that it can be recorded and repeated.
+
+    Angles that depend on the length of the text are chosen in Python, which no recording has.
+    """
+    return not has_own_steps(model) and not any(
+        kind.get("rope_type") in ("dynamic", "longrope")
+        for kind in rope_kinds(model.config.get_text_config())
+    )
 
 
 class Decoding:
@@ -39,6 +74,8 @@ class Decoding:
         self._streamer = streamer
         self.way = ""
         """How the tokens after the first were computed: as :attr:`GenerationResult.decoding`."""
+        self.begun = False
+        """Whether transformers has understood what it was told, and tokens are computed."""
 
     def __call__(
         self,
@@ -50,16 +87,23 @@ class Decoding:
         **model_kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 - whatever transformers' own loop returns
         """All tokens, [1, T + new]; or what transformers' loop gives for what is not plain."""
+        self.begun = True
         model_kwargs.pop("streamer", None)
         if not _is_plain(model, input_ids, generation_config, model_kwargs):
             self.way = "modules (a loop of transformers)"
+            if has_own_steps(model):
+                self.way = f"modules ({type(model).__name__} prepares each step in its own way)"
             model_kwargs.setdefault("synced_gpus", False)
-            return model._sample(
+            logits_processor.append(Finite(model.dtype))
+            beams = generation_config.num_beams > 1
+            if not beams:
+                model_kwargs["streamer"] = self._streamer
+            loop = model._beam_search if beams else model._sample
+            return loop(
                 input_ids,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
                 generation_config=generation_config,
-                streamer=self._streamer,
                 **model_kwargs,
             )
         cache = model_kwargs["past_key_values"]
@@ -113,7 +157,8 @@ def _is_plain(
     cache: Any = model_kwargs.get("past_key_values")
     mask: Tensor | None = model_kwargs.get("attention_mask")
     return (
-        input_ids.shape[0] == 1
+        not has_own_steps(model)
+        and input_ids.shape[0] == 1
         and input_ids.shape[1] > 0
         and not model_kwargs.keys() - _PLAIN_ARGUMENTS
         and bool(model_kwargs.get("use_cache"))

@@ -5,6 +5,7 @@ ends, SIGKILL included, the pipe closes and the child stops (:mod:`.embedded_chi
 parent-death signal would not do: it fires when the *thread* that started the child ends.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +22,7 @@ from expertd.errors import UnavailableError
 from expertd.manager.systemd import VARIABLES
 from expertd.pack.manifest import read_manifest
 from expertd.settings.config import name_of_pack
+from expertd.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES
 from expertd.shared.host_memory import default_ram_bytes
 
 START_SECONDS = 60.0
@@ -42,13 +45,7 @@ class EmbeddedDaemon:
         self.name = name_of_pack(self.pack)
         manifest = read_manifest(self.pack).manifest
         self._budget = str(ram if ram is not None else default_ram_bytes(manifest))
-        # Short, and under /tmp: a Unix socket's path may have 107 bytes at most.
-        try:
-            self._directory = Path(tempfile.mkdtemp(prefix="expertd-"))
-        except OSError as error:
-            raise UnavailableError(
-                f"There is no room for an embedded daemon's socket: {error}; set TMPDIR."
-            ) from error
+        self._directory = _socket_directory()
         self.socket = self._directory / "s"
         self._process: subprocess.Popen[str] | None = None
         try:
@@ -93,19 +90,27 @@ class EmbeddedDaemon:
         command = [sys.executable, "-m", "expertd_inference.embedded_child", str(self._directory)]
         command += ["serve", "--socket", str(self.socket), "--ram", self._budget]
         command += ["--model", f"{self.name}={self.pack}"]
-        # A file: nobody has to drain it, and it outlives the child.
-        with tempfile.TemporaryFile() as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                # A worker that is a service itself must not have its manager hear this one.
-                env={name: value for name, value in os.environ.items() if name not in VARIABLES},
-                # Ctrl-C is for the worker, which then stops the daemon.
-                start_new_session=True,
-            )
+        with ExitStack() as stack:
+            try:
+                # A file: nobody has to drain it, and it outlives the child.
+                log = stack.enter_context(tempfile.TemporaryFile(dir=self._directory))
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    errors="replace",
+                    # A worker that is a service itself must not have its manager hear this one.
+                    env={key: value for key, value in os.environ.items() if key not in VARIABLES},
+                    # Ctrl-C is for the worker, which then stops the daemon.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UnavailableError(
+                    f"The embedded daemon cannot be started by {sys.executable or 'no Python'}: "
+                    f"{error.strerror}; {_advice(error)}."
+                ) from error
             if not self._wait_ready():
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines()
@@ -124,3 +129,29 @@ class EmbeddedDaemon:
             return any(line.startswith(READY_PREFIX) for line in self._process.stdout)
         finally:
             timer.cancel()
+
+
+def _socket_directory() -> Path:
+    """A new private directory, short enough for a Unix socket. Raises UnavailableError."""
+    wanted = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"]
+    reason = "none of them is short enough"
+    for parent in filter(None, wanted):
+        longest = os.fsencode(Path(parent) / f"expertd-{'x' * 8}" / "s" / ATTACH_SOCKET)
+        if len(longest) > MAX_SOCKET_PATH_BYTES:
+            continue
+        try:
+            return Path(tempfile.mkdtemp(prefix="expertd-", dir=parent))
+        except OSError as error:
+            reason = str(error)
+    raise UnavailableError(
+        f"There is no room for an embedded daemon's socket in {', '.join(filter(None, wanted))} "
+        f"({reason}); set TMPDIR to a directory with a short path where this user may write."
+    )
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return "end other processes, or raise the limit of processes (ulimit -u)"
+    return "run a daemon by `expertd serve`, and leave out --embedded"

@@ -7,13 +7,18 @@ from typing import Any, TypeVar
 
 import msgspec
 import torch
+import transformers
 from torch import Tensor
 
-from expertd.errors import InvalidInputError
+from expertd.errors import PackError
 from expertd_inference.decoding import Decoding
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.generation_config import GENERATION_CONFIG, generation_arguments
 from expertd_inference.hints import HintStats
 from expertd_inference.memory import PeakPss
+from expertd_inference.pack_config import context_tokens
+from expertd_inference.prompts import encode
+from expertd_inference.reasons import reason_of
 from expertd_inference.settings import GenerationSettings
 from expertd_inference.streaming import TokenStreamer
 from expertd_inference.worker import Worker
@@ -71,12 +76,15 @@ def generate(
 
     ``on_text`` is given the text piece by piece as it comes. On SIGINT it returns what
     there is. Raises InvalidInputError for a prompt that has no tokens or fills the model's
-    context, or with ``chat`` if the model has no template.
+    context, or with ``chat`` if the model has no template, and for what the pack's
+    generation_config.json asks for and this does not do; PackError if its files cannot be
+    used, PreconditionError if the model's scores are not finite.
     """
     settings = settings or GenerationSettings()
     input_ids = encode_prompt(worker, prompt, chat=chat).to(worker.model.device)
     streamer = TokenStreamer(worker.tokenizer, on_text)
     decoding = Decoding(streamer)
+    arguments = _generate_arguments(worker, settings, input_ids.shape[1])
     interrupted = False
     session = worker.session
     hits, misses, copied = session.host_hits, session.nvme_misses, session.remote_misses
@@ -91,11 +99,25 @@ def generate(
                 attention_mask=torch.ones_like(input_ids),
                 streamer=streamer,
                 custom_generate=decoding,
-                **_generate_arguments(worker, settings, input_ids.shape[1]),
+                **arguments,
             )
         except KeyboardInterrupt:
             interrupted = True
             streamer.end()
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ImportError,
+            RuntimeError,
+        ) as error:
+            if decoding.begun:
+                raise
+            raise PackError(
+                f"transformers {transformers.__version__} cannot do what {GENERATION_CONFIG} of "
+                f"{worker.pack} asks for: {reason_of(error)}."
+            ) from error
     result = GenerationResult(
         text=worker.tokenizer.decode(streamer.tokens, skip_special_tokens=True),
         tokens=streamer.tokens,
@@ -120,57 +142,20 @@ def _since(before: StatsT | None, now: StatsT | None) -> StatsT | None:
 
 
 def encode_prompt(worker: Worker, prompt: str, *, chat: bool) -> Tensor:  # [1, T], int64
-    """The prompt's tokens. Raises InvalidInputError as :func:`generate` says."""
-    tokenizer = worker.tokenizer
-    if chat:
-        if not tokenizer.chat_template:
-            raise InvalidInputError(
-                f"The model {worker.session.model.name} has no chat template; leave out --chat."
-            )
-        ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-    else:
-        ids = tokenizer(prompt).input_ids
-    if not ids:
-        raise InvalidInputError("The prompt is empty; this model needs at least one token.")
-    context = _context_tokens(worker.model)
-    if context is not None and len(ids) >= context:
-        raise InvalidInputError(
-            f"The prompt has {len(ids)} tokens, which leaves no room in the model's context "
-            f"of {context}; shorten it."
-        )
-    return torch.tensor([ids])
+    """The prompt's tokens. Raises InvalidInputError and PackError as :func:`generate` says."""
+    return encode(worker.model, worker.tokenizer, prompt, chat=chat)
 
 
 def _generate_arguments(
     worker: Worker, settings: GenerationSettings, prompt_tokens: int
 ) -> dict[str, Any]:
-    model = worker.model
-    room = _context_tokens(model)
+    # Past its context a model babbles; it does not stop by itself.
+    room = context_tokens(worker.model.config)
     new_tokens = settings.max_new_tokens
-    arguments: dict[str, Any] = {
-        # Past its context a model babbles; it does not stop by itself.
-        "max_new_tokens": new_tokens if room is None else min(new_tokens, room - prompt_tokens),
-        "do_sample": settings.temperature > 0,
-    }
-    config = model.generation_config
-    if config.pad_token_id is None and config.eos_token_id is not None:
-        # One sequence is never padded; without this transformers chooses the same and says so.
-        eos = config.eos_token_id
-        arguments["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    if settings.temperature > 0:
-        # top_k off: transformers' default of 50 is nobody's wish here.
-        arguments |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    else:
-        arguments |= {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
-    cache = worker.new_cache(prompt_tokens + arguments["max_new_tokens"])
+    if room is not None:
+        new_tokens = min(new_tokens, room - prompt_tokens)
+    arguments = generation_arguments(worker.model, worker.tokenizer, settings, new_tokens)
+    cache = worker.new_cache(prompt_tokens + new_tokens)
     if cache is not None:
-        # transformers would compile the model for a cache of this kind.
-        arguments |= {"past_key_values": cache, "disable_compile": True}
+        arguments |= {"past_key_values": cache}
     return arguments
-
-
-def _context_tokens(model: Any) -> int | None:  # noqa: ANN401 - transformers is untyped
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    return limit

@@ -1,6 +1,7 @@
 """A transformers model from a pack's trunk, its experts still unconnected."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ import torch
 import transformers
 from torch import nn
 
-from expertd.errors import PackError
+from expertd.errors import ExpertdError, PackError
 from expertd.pack.manifest import Manifest
 from expertd.packing.codec import TORCH_DTYPES
 from expertd_inference.device.trunk_map import trunk_map
 from expertd_inference.experts import IMPLEMENTATION
+from expertd_inference.generation_config import read_generation_config
 from expertd_inference.kernels.weights import Linear
+from expertd_inference.pack_config import CONFIG, read_config
 from expertd_inference.quantizer import ExpertdConfig
-from expertd_inference.trunk import TrunkFile
+from expertd_inference.reasons import reason_of
+from expertd_inference.recovery import say_on_stderr
+from expertd_inference.trunk import TrunkCheck, TrunkFile
 
 
 @dataclass(frozen=True)
@@ -34,35 +39,76 @@ def load_trunk(
     dtype: torch.dtype | None = None,
     linear: Linear | None = None,
     placed: Mapping[int, str] | None = None,
+    say: Callable[[str], None] = say_on_stderr,
 ) -> TrunkModel:
     """Loads everything of the pack but its experts, in ``dtype`` or the checkpoint's own.
 
     With ``linear`` the matrices that the trunk holds quantized stay so, and it computes with
     them; on the CPU they take no memory of this process, since they lie in the mapped file.
     Without, they are dequantized. ``placed`` says on which device each MoE layer computes, by
-    torch's names: its part of the trunk is loaded there.
+    torch's names: its part of the trunk is loaded there. ``say`` is told what of the pack's
+    config.json is done otherwise here.
 
-    Raises PackError if this transformers does not know the architecture, cannot have its
-    experts replaced, or misses a weight in the trunk.
+    The trunk's file is read whole and held against its checksum while the model is built. Raises
+    PackError if that is wrong, if this transformers does not know the architecture, cannot have
+    its experts replaced or cannot use the pack's config.json, and if a weight is missing.
     """
-    model_class = _model_class(pack, manifest)
-    config = _config(pack, model_class)
     trunk = TrunkFile(pack, manifest)
-    quantized = linear is not None and bool(manifest.trunk_quantized)
-    model, report = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=trunk.state(dequantized=not quantized),
-        quantization_config=ExpertdConfig(manifest, trunk.names if quantized else frozenset()),
-        experts_implementation=IMPLEMENTATION,
-        dtype=dtype or _dtype(manifest),
-        generation_config=_generation_config(pack, config),
-        device_map=_device_map(model_class, config, placed),
-        local_files_only=True,
-        # Reported, and so refused below in our own words.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
+    with TrunkCheck(pack, manifest) as check:
+        try:
+            loaded = _load(pack, manifest, trunk, dtype, linear, placed, say)
+        except Exception:
+            check.finish()  # Whatever else is wrong may come of damage.
+            raise
+        check.finish()
+    return loaded
+
+
+def _load(
+    pack: Path,
+    manifest: Manifest,
+    trunk: TrunkFile,
+    dtype: torch.dtype | None,
+    linear: Linear | None,
+    placed: Mapping[int, str] | None,
+    say: Callable[[str], None],
+) -> TrunkModel:
+    """As :func:`load_trunk`, whatever the trunk's bytes are."""
+    model_class = _model_class(pack, manifest)
+    config = read_config(
+        pack,
+        manifest,
+        model_class,
+        max_layers=_num_layers(manifest, trunk),
+        on_gpu=placed is not None,
+        say=say,
     )
+    quantized = linear is not None and bool(manifest.trunk_quantized)
+    generation_config = read_generation_config(pack, config)
+    try:
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=trunk.state(dequantized=not quantized),
+            quantization_config=ExpertdConfig(manifest, trunk.names if quantized else frozenset()),
+            experts_implementation=IMPLEMENTATION,
+            dtype=dtype or _dtype(manifest),
+            generation_config=generation_config,
+            device_map=_device_map(model_class, config, placed),
+            local_files_only=True,
+            # Reported, and so refused below in our own words.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except ExpertdError:
+        raise
+    except Exception as error:  # whatever a model's own code meets in a configuration
+        if placed is not None and isinstance(error, RuntimeError):
+            raise  # the device's
+        raise PackError(
+            f"transformers {transformers.__version__} cannot build {manifest.architecture} by "
+            f"{pack / CONFIG}: {reason_of(error)}."
+        ) from error
     wrong = {key for key, *_ in report["mismatched_keys"]} | {
         # Older releases do not look at the shapes of what a quantizer has to do with.
         name
@@ -82,6 +128,12 @@ def load_trunk(
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)
     return TrunkModel(model, model.hf_quantizer.experts)
+
+
+def _num_layers(manifest: Manifest, trunk: TrunkFile) -> int:
+    """One more than the highest number in a name of the trunk, or of the last with experts."""
+    numbers = (int(number) for name in trunk.names for number in re.findall(r"\.(\d+)\.", name))
+    return 1 + max([manifest.layers[-1].layer, *numbers])
 
 
 def _device_map(
@@ -130,25 +182,3 @@ def _dtype(manifest: Manifest) -> torch.dtype:
     if manifest.dtype not in TORCH_DTYPES:
         raise PackError(f"The pack's dtype {manifest.dtype!r} is unknown; pack it again.")
     return TORCH_DTYPES[manifest.dtype]
-
-
-def _config(pack: Path, model_class: Any) -> Any:  # noqa: ANN401 - transformers is untyped
-    path = pack / "config.json"
-    if not path.is_file():
-        # transformers would take its defaults.
-        raise PackError(f"{pack} has no config.json; make the pack again.")
-    try:
-        config = model_class.config_class.from_pretrained(pack, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise PackError(f"{path} cannot be used: {error}") from error
-    # A checkpoint that came quantized says so here; the pack's trunk no longer is.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def _generation_config(pack: Path, config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
-    try:
-        return transformers.GenerationConfig.from_pretrained(pack, local_files_only=True)
-    except OSError:
-        return transformers.GenerationConfig.from_model_config(config)

@@ -32,6 +32,9 @@ METHOD = IMPLEMENTATION
 _REPLACED = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 """The parameters of an experts module that records hold."""
 
+_MAX_WEIGHTS_PER_BYTE = 4
+"""No scheme has less than 2 bits a weight."""
+
 
 @register_quantization_config(METHOD)
 class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transformers is untyped
@@ -78,6 +81,14 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
         if self.trunk_names:
             self.linears = replace_linears(model, self.manifest, self.trunk_names)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        num_weights = sum(shape.numel() for shape in self.shapes.values())
+        if num_weights > _MAX_WEIGHTS_PER_BYTE * self.manifest.trunk.num_bytes:
+            # Before there is memory for weights that could only be missing.
+            raise PackError(
+                f"config.json of the pack describes a model of {num_weights} weights beside its "
+                f"experts, and the trunk has {self.manifest.trunk.num_bytes} bytes; copy or make "
+                "the pack again."
+            )
 
     def is_serializable(self) -> bool:
         """No: the model on its own is not whole."""

@@ -27,12 +27,12 @@ class KernelsName(StrEnum):
 class GenerationSettings:
     """How to choose tokens. ``temperature`` 0 takes the likeliest each time.
 
-    Raises InvalidInputError if a value makes no sense.
+    ``top_p`` None is the pack's own, or 1. Raises InvalidInputError if a value makes no sense.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
-    top_p: float = 1.0
+    top_p: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -40,10 +40,20 @@ class GenerationSettings:
             raise InvalidInputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1.")
         if not 0 <= self.temperature <= 100:
             raise InvalidInputError(f"temperature is {self.temperature}; give 0 to 100.")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidInputError(f"top_p is {self.top_p}; give more than 0 and at most 1.")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise InvalidInputError(f"seed is {self.seed}; give 0 to 2**64 - 1.")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises InvalidInputError for text with bytes that are not UTF-8, as Python reads them."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"The prompt is not UTF-8 text: {error.reason} (character {error.start})."
+        ) from error
 
 
 class CachePolicy(StrEnum):

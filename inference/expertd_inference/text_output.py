@@ -1,17 +1,24 @@
 """What the command shows: the new text while it comes, and what is said in between."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
+
+from expertd.errors import PreconditionError
 
 
 class TextOutput:
     """Where new text goes while it comes, if anywhere, and what is said in between."""
 
     def __init__(self, *, json: bool, stream: bool) -> None:
+        """Raises PreconditionError if there is no stdout."""
+        if sys.stdout is None:
+            raise PreconditionError("There is nowhere to write to: stdout is closed.")
         self._output = sys.stderr if json else sys.stdout
         self._silent = json and not stream
         self._in_line = False
@@ -27,8 +34,19 @@ class TextOutput:
     def say(self, message: str) -> None:
         """A line on stderr."""
         self.end_line()
-        sys.stderr.write(f"expert-run: {message}\n")
-        sys.stderr.flush()
+        complain(message)
+
+    def end(self, result: bytes | None) -> None:
+        """Ends the output: with ``result``, a line of JSON, or where none is wanted with a line.
+
+        Raises PreconditionError, as :attr:`write` does, if stdout takes no more.
+        """
+        if result is not None:
+            with _writing():
+                sys.stdout.buffer.write(result + b"\n")
+                sys.stdout.buffer.flush()
+        elif not sys.stdout.isatty():
+            self._write("\n")
 
     def end_line(self) -> None:
         """Lets what stderr says begin a line of its own, where both are seen together."""
@@ -36,9 +54,53 @@ class TextOutput:
             self._write("\n")
 
     def _write(self, text: str) -> None:
-        self._output.write(text)
-        self._output.flush()
+        with _writing():
+            self._output.write(text)
+            self._output.flush()
         self._in_line = not text.endswith("\n")
+
+
+def complain(message: str) -> None:
+    """A line on stderr, if that takes it: that it does not is no reason to do anything else."""
+    try:
+        sys.stderr.write(f"expert-run: {message}\n")
+        sys.stderr.flush()
+    except OSError:
+        discard(sys.stderr)
+
+
+def prepare_streams() -> None:
+    """Opens those of stdin, stdout and stderr that the caller has closed, to nothing.
+
+    Otherwise the next file to be opened would be taken for them.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            if name != "stdout":  # whose absence is told to who would write there
+                setattr(sys, name, open(descriptor, mode))  # noqa: PTH123, SIM115
+
+
+def discard(stream: TextIO) -> None:
+    """Lets nothing more go to ``stream``, whose reader left: Python flushes it at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise PreconditionError(
+            f"The output cannot be written: {error.strerror}; what was generated is lost."
+        ) from error
 
 
 @contextmanager

@@ -5,9 +5,11 @@ are stored as they are come straight from the mapped file, and so do the parts o
 ones; where no kernel computes from these, they are dequantized one at a time.
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import EllipsisType
-from typing import Any
+from types import EllipsisType, TracebackType
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from expertd.errors import PackError
 from expertd.pack.layout import matrix_parts
 from expertd.pack.manifest import Manifest, QuantizedTensor
+from expertd.pack.verify import check_trunk
 from expertd.packing.codec import TORCH_DTYPES, dequantize
 
 
@@ -85,3 +88,40 @@ class TrunkFile:
     def parts(self, name: str) -> dict[str, Tensor]:
         """The parts of the quantized matrix ``name``, in the mapped file."""
         return {part: self._file.get_tensor(part) for part in self._quantized[name][1]}
+
+
+class TrunkCheck:
+    """Reads the trunk's file in a thread, and holds it against its checksum; a context manager.
+
+    Whoever is interrupted before :meth:`finish` does not wait for the rest of the file.
+    """
+
+    def __init__(self, pack: Path, manifest: Manifest) -> None:
+        self._pack = pack
+        self._given_up = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "trunk-check")
+        self._damages = self._thread.submit(check_trunk, pack, manifest, self._go_on)
+
+    def finish(self) -> None:
+        """Waits for the end. Raises PackError if the file has not the bytes that were packed."""
+        for damage in self._damages.result():
+            raise PackError(
+                f"{self._pack / damage.file} is damaged: {damage.reason}; copy or make the pack "
+                "again (`expertd verify` tells what else is wrong)."
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._given_up.set()
+        self._thread.shutdown()
+
+    def _go_on(self, _: int) -> None:
+        if self._given_up.is_set():
+            raise InterruptedError

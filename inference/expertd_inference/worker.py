@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import AutoTokenizer
 
 from expertd.errors import PackError
 from expertd.pack.manifest import Manifest, read_manifest
@@ -17,17 +16,20 @@ from expertd_inference.attachment import (
     ModelAttachment,
     attach,
 )
+from expertd_inference.decoding import is_repeatable
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.experts import ExpertsRunner, connect
+from expertd_inference.forks import refuse_in_forks
 from expertd_inference.hints import HintStats, pays_for_prompts
 from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.step import step_kernels
 from expertd_inference.kv_size import kv_bytes
 from expertd_inference.lean import make_lean
 from expertd_inference.loading import TrunkModel, load_trunk
+from expertd_inference.prompts import load_tokenizer
 from expertd_inference.recovery import Recovery, say_on_stderr
 from expertd_inference.routers import find_routers
 from expertd_inference.settings import DeviceSettings, KernelsName
@@ -83,7 +85,12 @@ class Worker:
         # On a GPU the linears choose kernels of their own.
         linear = self.kernels.linear if native or placed else None
         loaded = load_trunk(
-            self.pack, self.manifest, dtype=dtype, linear=linear, placed=placed or None
+            self.pack,
+            self.manifest,
+            dtype=dtype,
+            linear=linear,
+            placed=placed or None,
+            say=say or say_on_stderr,
         )
         recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
         self._runner: ExpertsRunner | DeviceGroup
@@ -108,19 +115,14 @@ class Worker:
         self.step_kernels = step_kernels() if native else None
         if self.step_kernels is not None:
             make_lean(self.model, self.step_kernels)
+        refuse_in_forks(self.model)
         self._tokenizer: Any = None
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
         """The pack's tokenizer, with its chat template. Raises PackError if it has none."""
         if self._tokenizer is None:
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.pack, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise PackError(
-                    f"{self.pack} has no usable tokenizer; pack a checkpoint that has its "
-                    "tokenizer beside it."
-                ) from error
+            self._tokenizer = load_tokenizer(self.pack)
         return self._tokenizer
 
     @property
@@ -129,8 +131,15 @@ class Worker:
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
 
     def new_cache(self, max_tokens: int) -> DecodeCache | None:
-        """For a sequence whose steps are to be recorded; None if the settings want none."""
-        if isinstance(self._runner, DeviceGroup) and self._runner.graphs is not None:
+        """For a sequence whose steps are to be recorded; None if the settings want none.
+
+        Nor is there one for a model whose steps are not all alike.
+        """
+        if (
+            isinstance(self._runner, DeviceGroup)
+            and self._runner.graphs is not None
+            and is_repeatable(self.model)
+        ):
             return DecodeCache(self.model.config, max_tokens)
         return None
 

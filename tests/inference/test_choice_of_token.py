@@ -6,14 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList, TopKLogitsWarper
+from transformers import (
+    InfNanRemoveLogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+)
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteria,
 )
 
-from expertd_inference.choice_of_token import Choice, End
+from expertd.errors import PreconditionError
+from expertd_inference.choice_of_token import Choice, End, Finite
 from expertd_inference.kernels.step import DTYPES, StepKernels, step_kernels
 
 
@@ -49,8 +55,37 @@ def test_the_likeliest(kernels: StepKernels, size: int, dtype: torch.dtype) -> N
         for case in cases:
             expected = torch.argmax(case.float(), dim=-1, keepdim=True)
             assert kernels.argmax(case) == expected.item()
-            chosen = Choice(LogitsProcessorList(), kernels, sample=False)(case, case)
-            assert torch.equal(chosen, expected)
+            choose = Choice(LogitsProcessorList(), kernels, sample=False)
+            if case.max().isfinite():
+                assert torch.equal(choose(case, case), expected)
+            else:
+                with pytest.raises(PreconditionError, match="not finite"):
+                    choose(case, case)
+
+
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_scores_that_say_nothing(dtype: torch.dtype, sample: bool) -> None:
+    """Neither greedily nor by chance is a token chosen, by whatever code."""
+    name = str(dtype).removeprefix("torch.")
+    for value in (torch.nan, torch.inf):
+        logits = logits_of(100, 0, dtype)
+        logits[0, 50] = value
+        for kernels in (step_kernels(), None):
+            choose = Choice(LogitsProcessorList(), kernels, sample=sample)
+            with pytest.raises(PreconditionError, match=f"not finite numbers, computed in {name}"):
+                choose(logits, logits)
+        with pytest.raises(PreconditionError, match="not finite"):
+            Finite(dtype)(logits, logits.float())
+    # What is forbidden is not what is no number.
+    logits[0, :50] = logits[0, 51:] = -torch.inf
+    logits[0, 50] = 0.0
+    assert Choice(LogitsProcessorList(), None, sample=sample)(logits, logits).item() == 50
+    assert torch.equal(Finite(dtype)(logits, logits), logits)
+    # And what the settings put in the place of it counts.
+    logits[0, 7] = torch.nan
+    removed = LogitsProcessorList([InfNanRemoveLogitsProcessor()])
+    assert Choice(removed, None, sample=False)(logits, logits).item() == 7
 
 
 def test_what_is_asked_for_is_asked_of_transformers(kernels: StepKernels) -> None:

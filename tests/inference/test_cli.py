@@ -193,6 +193,52 @@ def test_prompt_that_is_no_text(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
+    ("redirections", "message"),
+    [
+        (">&-", "stdout is closed"),
+        ("<&- >&-", "stdout is closed"),
+        ("<&- >&- 2>&-", ""),
+        (">/dev/full", "No expertd answers"),
+        ("2>/dev/full", ""),
+    ],
+)
+def test_streams_that_are_none(redirections: str, message: str, tmp_path: Path) -> None:
+    command = [*AT_ONCE, "generate", "--socket", str(tmp_path), "-p", "x"]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirections}', "sh", *command], capture_output=True, timeout=60
+    )
+    assert done.returncode == 2
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == bool(message)
+    assert not message or message in lines[0]
+
+
+def test_an_output_without_room() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*AT_ONCE, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == (
+        "expert-run: The output cannot be written: No space left on device.\n"
+    )
+
+
+def test_bytes_in_arguments_that_are_no_text(tmp_path: Path) -> None:
+    for option in ("-p", "--model", "--socket"):
+        values = {"--socket": str(tmp_path), "-p": "x", "--model": "m"} | {option: b"caf\xe9"}
+        done = subprocess.run(
+            [*AT_ONCE, "generate", *(part for pair in values.items() for part in pair)],
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert b"Traceback" not in done.stderr
+        assert done.stderr.count(b"\n") == 1
+        assert (b"not UTF-8" in done.stderr) == (option == "-p")
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         (),

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
 
+from expertd.errors import PreconditionError
 from expertd.pack.manifest import read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
-from expertd_inference import kv_cache, load_model, steps
+from expertd_inference import choice_of_token, kv_cache, load_model, steps
 from expertd_inference.decoding import Decoding
 from expertd_inference.experts import connect
 from expertd_inference.kernels.native import NativeKernels
@@ -166,7 +167,6 @@ class Frozen(dict[str, Any]):
         ("gpt_oss", {}, "its attention is not native"),
         ("granitemoe", {}, "its GraniteMoeDecoderLayer is built otherwise"),
         ("glm4_moe", {}, "it rotates a part of each head"),
-        ("phimoe", {}, "its LayerNorm is not native"),
         ("mixtral", {"sliding_window": 6}, "its attention does not see all tokens"),
         # Clips nothing here, so only looking at the operations shows it.
         ("olmoe", {"clip_qkv": 1e4}, "its program does not give their bits"),
@@ -268,13 +268,19 @@ def test_threads_may_change(quantized: Make) -> None:
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=["nan", "infinity"])
-def test_what_is_no_number_stays_none(poison: float, quantized: Make) -> None:
+def test_what_is_no_number_stays_none(
+    poison: float, quantized: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = lean(PackSource(quantized("olmoe")))
     prompt = prompt_of(9)
     check(model, prompt)
     with torch.no_grad():
         # Whatever comes after the prompt is none.
         model.get_input_embeddings().weight.fill_(poison)
+    with pytest.raises(PreconditionError, match="not finite"):
+        run(model, prompt, 4)
+    # Were tokens chosen by it, their bits would be the modules'.
+    monkeypatch.setattr(choice_of_token, "isfinite", lambda _: True)
     check(model, prompt)
 
 

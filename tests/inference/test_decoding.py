@@ -1,16 +1,32 @@
 """The loop of our own gives the tokens of transformers' loop, and leaves it what is not plain."""
 
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessor,
+    MixtralConfig,
+    PhimoeConfig,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from expertd_inference.decoding import Decoding
-from tests.inference.greedy import prompt_of
+from expertd.errors import PreconditionError
+from expertd.packing.packer import Request, pack
+from expertd.packing.schemes import SCHEMES
+from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference.attachment import attach
+from expertd_inference.decoding import _HOOKS, Decoding, has_own_steps, is_repeatable
+from tests.daemon import serving
+from tests.inference.greedy import greedy, prompt_of
+from tests.tiny_models import byte_tokenizer, make_checkpoint
 
 Make = Callable[..., Any]
 
@@ -93,6 +109,8 @@ def test_more_tokens_than_there_was_room_for(stock: Make) -> None:
     "arguments",
     [
         {"num_return_sequences": 2, "do_sample": True},
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 3, "do_sample": True},
         {"return_dict_in_generate": True, "output_scores": True, "do_sample": False},
         {"use_cache": False, "do_sample": False},
         {"cache_implementation": "static", "do_sample": False},
@@ -107,6 +125,99 @@ def test_what_is_not_plain_goes_to_transformers(arguments: dict[str, Any], stock
     if arguments.get("return_dict_in_generate"):
         ours, theirs = ours.sequences, theirs.sequences
     assert ours.tolist() == theirs.tolist()
+
+
+def test_models_with_steps_of_their_own() -> None:
+    """Every model that transformers' loop asks for more than a forward pass goes there."""
+    theirs = {
+        name
+        for name, function in vars(GenerationMixin).items()
+        if f"self.{name}(" in inspect.getsource(GenerationMixin._sample) and callable(function)
+    }
+    # What says when to end, on several hosts, and how to compile.
+    assert theirs - set(_HOOKS) == {"_has_unfinished_sequences", "_valid_auto_compile_criteria"}
+    for name, own in {
+        "PhimoeForCausalLM": True,
+        "NemotronHForCausalLM": True,
+        "Qwen3VLMoeForConditionalGeneration": True,
+        "MixtralForCausalLM": False,
+        "GptOssForCausalLM": False,
+        "DeepseekV3ForCausalLM": False,
+    }.items():
+        assert (
+            has_own_steps(getattr(transformers, name).__new__(getattr(transformers, name))) is own
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "repeatable"),
+    [
+        (MixtralConfig(), True),
+        (MixtralConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), False),
+        (MixtralConfig(rope_parameters={"rope_type": "linear", "factor": 2.0}), True),
+        (PhimoeConfig(), False),
+    ],
+)
+def test_steps_that_can_be_recorded(config: Any, repeatable: bool) -> None:
+    kind = type(config).__name__.removesuffix("Config") + "ForCausalLM"
+    model = getattr(transformers, kind).__new__(getattr(transformers, kind))
+    model.__dict__["config"] = config
+    assert is_repeatable(model) is repeatable
+
+
+@pytest.fixture(scope="module")
+def long_rope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Phi-MoE whose angles are others from 64 tokens on."""
+    path = tmp_path_factory.mktemp("phimoe")
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 16,
+        "long_factor": [1 + 0.5 * i for i in range(16)],
+        "short_mscale": 1.0,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 64,
+        "factor": 8.0,
+    }
+    return make_checkpoint(
+        "phimoe", path, original_max_position_embeddings=64, rope_parameters=rope
+    )
+
+
+def test_a_text_that_outgrows_the_original_context(long_rope: Path, tmp_path: Path) -> None:
+    pack(Request(long_rope, tmp_path / "pack", SCHEMES["bf16"]))
+    prompt = "def f(x): return x * x + 1 # a comment to 56 bytes ....."
+    assert len(prompt) == 56
+    with (
+        serving({"m": tmp_path / "pack"}) as daemon,
+        Worker(attach("m", daemon.socket)) as worker,
+    ):
+        result = generate(worker, prompt, GenerationSettings(max_new_tokens=40)).result
+    stock = AutoModelForCausalLM.from_pretrained(long_rope, dtype=torch.bfloat16)
+    ids = byte_tokenizer()(prompt).input_ids
+    assert result.tokens == greedy(stock, ids, 40)
+    assert result.decoding == "modules (PhimoeForCausalLM prepares each step in its own way)"
+
+
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}], ids=str)
+def test_scores_that_are_no_numbers(arguments: Any, sample: bool, stock: Make) -> None:
+    model = stock("mixtral")
+    ids = torch.tensor([prompt_of(9)])
+    healthy = model.lm_head.weight.data[7].clone()
+    model.lm_head.weight.data[7] = torch.nan
+    try:
+        with pytest.raises(PreconditionError, match=r"not finite.*in bfloat16.*--dtype float32"):
+            model.generate(
+                ids,
+                custom_generate=Decoding(),
+                do_sample=sample,
+                max_new_tokens=3,
+                pad_token_id=0,
+                **arguments,
+            )
+    finally:
+        model.lm_head.weight.data[7] = healthy
 
 
 @pytest.mark.parametrize("padded", [True, False])

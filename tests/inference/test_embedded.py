@@ -1,16 +1,19 @@
 """A daemon of the worker's own: there when needed, gone whichever way the worker ends."""
 
+import errno
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -130,6 +133,45 @@ def test_gives_up_on_a_daemon_that_does_not_answer(
     monkeypatch.setattr(sys, "executable", str(hangs))
     with pytest.raises(UnavailableError, match="did not start: it said nothing"):
         EmbeddedDaemon(packed("mixtral"))
+
+
+def test_a_long_directory_for_temporary_files(
+    packed: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    with EmbeddedDaemon(packed("mixtral")) as daemon, Client(daemon.socket) as client:
+        assert daemon.socket.parent.parent == Path("/tmp")
+        client.list_models()
+    monkeypatch.setattr(
+        tempfile, "mkdtemp", mock.Mock(side_effect=PermissionError(errno.EACCES, "no", "/tmp"))
+    )
+    with pytest.raises(UnavailableError, match=r"no room.*/var/tmp.*set TMPDIR to a directory"):
+        EmbeddedDaemon(packed("mixtral"))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOENT, "run a daemon by `expertd serve`"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EAGAIN, "ulimit -u"),
+    ],
+)
+def test_a_child_that_cannot_be_started(
+    number: int, advice: str, packed: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if number == errno.ENOENT:
+        monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    else:
+        failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+        monkeypatch.setattr(subprocess, "Popen", failing)
+    with pytest.raises(UnavailableError, match=f"cannot be started by .*{advice}"):
+        EmbeddedDaemon(packed("mixtral"))
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_default_ram(packed: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
+from xxhash import xxh3_64_hexdigest
 
 from expertd.errors import PackError
 from expertd.pack.manifest import Manifest, read_manifest
@@ -172,7 +173,9 @@ def test_missing_weight_in_the_trunk(packed: Make, tmp_path: Path) -> None:
     size = (pack / "trunk.safetensors").stat().st_size
     manifest = manifest_of(pack)
     manifest = msgspec.structs.replace(
-        manifest, trunk=msgspec.structs.replace(manifest.trunk, num_bytes=size)
+        manifest,
+        trunk=msgspec.structs.replace(manifest.trunk, num_bytes=size),
+        trunk_checksum=xxh3_64_hexdigest((pack / "trunk.safetensors").read_bytes()),
     )
     with pytest.raises(PackError, match=r"model\.norm\.weight"):
         load_trunk(pack, manifest)
@@ -191,6 +194,32 @@ def test_damaged_trunk(packed: Make, tmp_path: Path) -> None:
     with (pack / "trunk.safetensors").open("r+b") as file:
         file.write(b"\xff" * 64)
     with pytest.raises(PackError, match="cannot be read"):
+        load_trunk(pack, manifest_of(pack))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "4bit"])
+def test_trunk_with_other_bytes(scheme: str, packed: Make, tmp_path: Path) -> None:
+    """As a copy that was cut short leaves it, in a file that had its full size before."""
+    pack = copy_of(packed("mixtral", scheme), tmp_path)
+    with (pack / "trunk.safetensors").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(100))
+    for kernels in (None, linear):
+        with pytest.raises(
+            PackError, match=r"trunk\.safetensors is damaged: its checksum is wrong"
+        ):
+            load_trunk(pack, manifest_of(pack), linear=kernels)
+
+
+def test_what_damage_brings_about_is_not_blamed(packed: Make, tmp_path: Path) -> None:
+    pack = copy_of(packed("mixtral"), tmp_path)
+    (pack / "config.json").write_text("{")
+    with pytest.raises(PackError, match=r"config\.json"):
+        load_trunk(pack, manifest_of(pack))
+    data = bytearray((pack / "trunk.safetensors").read_bytes())
+    data[-1] ^= 1
+    (pack / "trunk.safetensors").write_bytes(data)
+    with pytest.raises(PackError, match="checksum is wrong"):
         load_trunk(pack, manifest_of(pack))
 
 

@@ -11,7 +11,8 @@ from expertd.pack.manifest import Manifest
 from expertd.pack.reader import PackReader, RecordPlace
 from expertd.pack.tensor_file import read_header
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+"""Of the trunk, which is read so much at a time: what a core keeps in its cache."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def verify(
                 damages.append(Damage(place.path.name, reason, place.layer, place.expert))
             done += place.num_bytes
         damages += _check_headers(reader, {damage.file for damage in damages})
-        damages += _check_trunk(pack, manifest, lambda read: on_progress(done + read, total))
+        damages += check_trunk(pack, manifest, lambda read: on_progress(done + read, total))
         on_progress(total, total)
         return Verification(manifest.num_experts, total, tuple(damages))
 
@@ -83,17 +84,22 @@ def _check_headers(reader: PackReader, known: set[str]) -> list[Damage]:
     return damages
 
 
-def _check_trunk(
-    pack: Path, manifest: Manifest, on_progress: Callable[[int], None]
+def check_trunk(
+    pack: Path, manifest: Manifest, on_progress: Callable[[int], None] = lambda read: None
 ) -> list[Damage]:
+    """Reads the trunk of ``pack``; what is wrong with it, at most one thing.
+
+    ``on_progress`` gets the bytes read so far.
+    """
     name = manifest.trunk.name
     state = xxh3_64()
     num_bytes = 0
+    chunk = memoryview(bytearray(CHUNK_BYTES))
     try:
-        with (pack / name).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                state.update(chunk)
-                num_bytes += len(chunk)
+        with (pack / name).open("rb", buffering=0) as file:
+            while read := file.readinto(chunk):
+                state.update(chunk[:read])
+                num_bytes += read
                 on_progress(num_bytes)
     except OSError as error:
         return [Damage(name, str(error.strerror))]

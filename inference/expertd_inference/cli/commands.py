@@ -4,8 +4,8 @@ torch and transformers are imported only once the arguments are right and the da
 answered, so help and most refusals come at once.
 """
 
+import errno
 import gc
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -31,8 +31,14 @@ from expertd_inference.attachment import (
 from expertd_inference.cli_advise import advise
 from expertd_inference.embedded import EmbeddedDaemon
 from expertd_inference.environment import garbage_kept, prepare_environment
-from expertd_inference.settings import ComputeDtype, DeviceSettings, GenerationSettings, KernelsName
-from expertd_inference.text_output import TextOutput, status
+from expertd_inference.settings import (
+    ComputeDtype,
+    DeviceSettings,
+    GenerationSettings,
+    KernelsName,
+    check_prompt,
+)
+from expertd_inference.text_output import TextOutput, complain, discard, prepare_streams, status
 
 if TYPE_CHECKING:
     from expertd_inference.worker import Worker
@@ -51,16 +57,33 @@ app = typer.Typer(
 
 def run() -> NoReturn:
     """Runs the one that is asked for; expected failures are one line on stderr and exit code 2."""
+    prepare_streams()
+    code: str | int | None = 0
     try:
-        app()
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ExpertdError as error:
-        sys.stderr.write(f"expert-run: {error}\n")
-        sys.exit(EXIT_USAGE)
+        complain(str(error))
+        code = EXIT_USAGE
     except BrokenPipeError:
-        # The reader of our output left. Python's own flush at exit must not find that out too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(0)
+        # The reader of our output left, or there is no room for it: see below.
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            raise
+        complain(f"The output cannot be written: {error.strerror}.")
+        code = EXIT_USAGE
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # Python's own flush at exit must not find that out, too.
+        discard(sys.stdout)
+    sys.exit(code)
 
 
 def _show_version(value: bool) -> None:
@@ -150,8 +173,12 @@ def generate(
         float, typer.Option(min=0, max=100, help="0 takes the likeliest token each time.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Sample from the likeliest tokens of this total probability. Default: the "
+            "checkpoint's, or all."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer the prompt in the model's chat template.")
@@ -210,6 +237,7 @@ def generate(
     """
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     text = _read_stdin() if prompt == "-" else prompt
+    check_prompt(text)
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
     tls = _tls_files(tls_ca, tls_cert, tls_key)
@@ -257,11 +285,7 @@ def generate(
             )
         finally:
             output.end_line()
-    if json:
-        sys.stdout.buffer.write(msgspec.json.encode(generation.result) + b"\n")
-        sys.stdout.buffer.flush()
-    elif not sys.stdout.isatty():
-        sys.stdout.write("\n")
+    output.end(msgspec.json.encode(generation.result) if json else None)
     if generation.interrupted:
         sys.exit(exit_code(signal.SIGINT))
 
@@ -275,9 +299,13 @@ def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> T
 
 
 def _read_stdin() -> str:
-    """The prompt from a pipe. Raises InvalidInputError if it is not text."""
+    """The prompt from a pipe. Raises InvalidInputError if it is not text or cannot be read."""
     try:
         return sys.stdin.buffer.read().decode()
+    except OSError as error:
+        raise InvalidInputError(
+            f"The prompt cannot be read from stdin: {error.strerror}."
+        ) from error
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
 
