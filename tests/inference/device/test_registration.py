@@ -89,26 +89,17 @@ def test_memory_that_could_be_written_to_is_made_so_for_the_moment() -> None:
     registration.close()
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_only_whom_the_daemon_s_settings_name_can_make_the_arena_writable(
-    named: bool, tmp_path: Path
-) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text(f"writable_uids = [{os.geteuid() if named else os.geteuid() + 1}]\n")
+def test_the_daemon_s_own_user_registers_the_arena_with_nothing_configured(tmp_path: Path) -> None:
+    """With a driver as most are, which registers only what could be written to."""
     pack, runtime = make_pack(tmp_path / "pack"), FakeCudart(reads_only=False)
     with (
-        serving({"m": pack}, config=config) as daemon,
+        serving({"m": pack}) as daemon,
         Client(daemon.socket) as client,
         client.attach("m") as session,
     ):
-        arena = session.arena_address, session.arena_bytes
-        if named:
-            registration = Registration(runtime, 0, *arena)
-            session.acquire(0, [0, 1]).release()
-            registration.close()
-        else:
-            with pytest.raises(RefusedError):
-                Registration(runtime, 0, *arena)
+        registration = Registration(runtime, 0, session.arena_address, session.arena_bytes)
+        session.acquire(0, [0, 1]).release()
+        registration.close()
         assert not is_writable(session.arena_address)
 
 
