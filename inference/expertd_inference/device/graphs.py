@@ -30,8 +30,8 @@ from expertd_inference.kernels.reference import ExpertsSpec
 class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped
     """A static cache whose every layer has full length, since others count in Python.
 
-    Sliding windows are then a matter of the mask. ``num_tokens`` counts what completed steps have
-    written.
+    Sliding windows are then a matter of the mask. ``num_tokens`` counts what forward passes have
+    written: a pass whose end fails is counted too, and undone by :meth:`rewind`.
     """
 
     def __init__(self, config: Any, max_tokens: int) -> None:  # noqa: ANN401
@@ -40,8 +40,10 @@ class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped
         self.max_tokens = max_tokens
         self.num_tokens = 0
 
-    def rewind(self) -> None:
-        """Goes back to the last completed step; what was written after it will be again."""
+    def rewind(self, num_tokens: int | None = None) -> None:
+        """Goes back to ``num_tokens``, or to those counted; later ones will be written again."""
+        if num_tokens is not None:
+            self.num_tokens = num_tokens
         for layer in self.layers:
             if layer.is_initialized:
                 layer.cumulative_length.fill_(self.num_tokens)
@@ -200,7 +202,9 @@ class DecodeGraphs:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or ids.shape != (1, 1) or self._off or not cache.num_tokens:
             result = self._forward(*args, **kwargs)
-            cache.num_tokens += 0 if ids is None else ids.shape[1]
+            given = kwargs.get("inputs_embeds") if ids is None else ids
+            assert given is not None, "the model was called without a token"
+            cache.num_tokens += given.shape[1]
             return result
         with torch.no_grad():
             logits = self._step(ids, cache)
