@@ -51,6 +51,8 @@ class FakeSpeed:
     """At which kernels read records."""
     call_seconds: float = 4e-6
     """What any call costs the host."""
+    compile_seconds: float = 0.0
+    """What the first call of our kernels costs the host."""
     trunk_seconds: float = 30e-6
     """What the compute stream does between two readings of a routing, besides our kernels."""
 
@@ -170,6 +172,7 @@ class FakeDevice:
         self._engines = [0.0] * self._speed.num_engines
         self._copies: list[_Copy] = []
         self._read_until: dict[int, float] = {}
+        self._compiled = False
 
     def __repr__(self) -> str:
         return f"<FakeDevice {self.name} {len(self._copies)} copies under way>"
@@ -271,6 +274,9 @@ class FakeDevice:
     ) -> None:
         """The reference, over what the slots hold at that moment of virtual time."""
         self.call()
+        if not self._compiled:
+            self._compiled = True
+            self.host_time += self._speed.compile_seconds
         slot_bytes = cache.shape[1]
         places = slot_of.tolist()
         wanted = {e for e in top_k_index.flatten().tolist() if e < len(places)}
