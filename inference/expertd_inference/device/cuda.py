@@ -3,13 +3,14 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor
 
 from expertd.errors import DeviceError, DeviceLostError, DeviceMemoryError, ExpertdError
 from expertd.sizes import format_bytes
+from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.device.cudart import Cudart, Runtime
 from expertd_inference.device.device import CopyMode, Event, HostMemory
 from expertd_inference.device.recorder import CudaRecorder
@@ -231,6 +232,10 @@ class CudaDevice:
     def recorder(self) -> CudaRecorder:
         """By CUDA graphs."""
         return CudaRecorder(self.torch_device)
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Keeps attention away from cuDNN."""
+        return without_cudnn_attention()
 
     def clock(self) -> float:
         """Seconds."""

@@ -12,6 +12,7 @@ import ctypes
 import random
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor
 from expertd.errors import DeviceLostError, DeviceMemoryError, ExpertdError
 from expertd.sizes import format_bytes
 from expertd_inference.arena import ArenaTensors
+from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.device.device import CopyMode, Event, HostMemory
 from expertd_inference.device.group import DEVICE_KINDS
 from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
@@ -303,6 +305,10 @@ class FakeDevice:
     def recorder(self) -> FakeRecorder:
         """Which notes what torch is asked for, and repeats it."""
         return FakeRecorder()
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """As on a GPU, whose switch is torch's own."""
+        return without_cudnn_attention()
 
     def clock(self) -> float:
         """Virtual seconds."""
