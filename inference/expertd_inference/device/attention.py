@@ -23,7 +23,7 @@ _before = True
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
     """Around a step on a GPU; several threads may be inside at once."""
-    global _num_inside, _before  # noqa: PLW0603 - the switch is the process's
+    global _num_inside, _before
     with _lock:
         if not _num_inside:
             _before = torch.backends.cuda.cudnn_sdp_enabled()

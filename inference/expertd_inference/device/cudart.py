@@ -29,6 +29,9 @@ class Runtime(Protocol):
     def set_device(self, index: int) -> int:
         """The device of the calls that this thread makes from now on."""
 
+    def current_device(self) -> int:
+        """The device of the calls that this thread makes."""
+
     def attribute(self, attribute: int, index: int) -> int:
         """The value of a device's attribute; 0 if this runtime does not know it."""
 
@@ -60,6 +63,7 @@ class Cudart:
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         for name, types in {
             "cudaSetDevice": (number,),
+            "cudaGetDevice": (ctypes.POINTER(number),),
             "cudaDeviceGetAttribute": (ctypes.POINTER(number), number, number),
             "cudaHostRegister": (pointer, size, ctypes.c_uint),
             "cudaHostUnregister": (pointer,),
@@ -75,6 +79,13 @@ class Cudart:
     def set_device(self, index: int) -> int:
         """``cudaSetDevice``."""
         return int(self._library.cudaSetDevice(index))
+
+    def current_device(self) -> int:
+        """``cudaGetDevice``."""
+        value = ctypes.c_int(0)
+        if self._library.cudaGetDevice(ctypes.byref(value)) != SUCCESS:
+            self.last_error()
+        return value.value
 
     def attribute(self, attribute: int, index: int) -> int:
         """``cudaDeviceGetAttribute``."""

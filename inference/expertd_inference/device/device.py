@@ -33,6 +33,8 @@ class CopyMode(StrEnum):
 
     REGISTERED = "registered"
     """Straight from it, by DMA: its pages are registered with the driver."""
+    PARTIAL = "partial"
+    """The driver registers a part of it; the rest is staged."""
     STAGED = "staged"
     """The driver refused it: by way of a small pinned ring of our own, which costs CPU time."""
 

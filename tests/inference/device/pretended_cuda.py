@@ -1,0 +1,86 @@
+"""CUDA as torch offers it, for hosts without: streams that note what they wait for.
+
+Tensors on such a device are torch's fake ones, which have a shape and no memory. Host memory is
+registered, and copied from, by :class:`~expertd_testing.fake_cudart.FakeCudart`, on real memory.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+NUM_DEVICES = 2
+
+
+@dataclass(eq=False)
+class Stream:
+    """``waited`` for these streams and events."""
+
+    device: torch.device
+    waited: list[Any] = field(default_factory=list)
+    cuda_stream: int = 0
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.waited.append(stream)
+
+    def wait_event(self, event: Any) -> None:
+        self.waited.append(event)
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Event:
+    """Always done."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        self.stream: Stream | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def query(self) -> bool:
+        return True
+
+
+@dataclass
+class Cuda:
+    """What a test may change of it, and see."""
+
+    capability: tuple[int, int] = (9, 0)
+    current: dict[torch.device, Stream] = field(default_factory=dict)
+    """Each device's compute stream."""
+    num_emptied: int = 0
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """Until the test's end there are two devices."""
+    cuda, empty = Cuda(), torch.empty
+    for index in range(NUM_DEVICES):
+        device = torch.device("cuda", index)
+        cuda.current[device] = Stream(device)
+
+    def set_device(device: Any) -> None:
+        raise AssertionError("the process's current device is not ours to choose")
+
+    def empty_cache() -> None:
+        cuda.num_emptied += 1
+
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: NUM_DEVICES,
+        "get_device_name": lambda device: "Pretended",
+        "get_device_capability": lambda device: cuda.capability,
+        "mem_get_info": lambda device: (1 << 30, 2 << 30),
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": cuda.current.__getitem__,
+        "set_device": set_device,
+        "empty_cache": empty_cache,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
+    )
+    return cuda
