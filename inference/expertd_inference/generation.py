@@ -83,7 +83,12 @@ def generate(
     moved, hinted = worker.device_stats, worker.hint_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
-    with PeakPss() as memory:
+    arguments = _generate_arguments(worker, settings, input_ids.shape[1])
+    num_tokens = input_ids.shape[1] + arguments["max_new_tokens"]
+    with PeakPss() as memory, worker.lend_cache(num_tokens) as cache:
+        if cache is not None:
+            # transformers would compile the model for a cache of this kind.
+            arguments |= {"past_key_values": cache, "disable_compile": True}
         begin = time.perf_counter()
         try:
             worker.model.generate(
@@ -91,7 +96,7 @@ def generate(
                 attention_mask=torch.ones_like(input_ids),
                 streamer=streamer,
                 custom_generate=decoding,
-                **_generate_arguments(worker, settings, input_ids.shape[1]),
+                **arguments,
             )
         except KeyboardInterrupt:
             interrupted = True
@@ -164,10 +169,6 @@ def _generate_arguments(
         arguments |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     else:
         arguments |= {"temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
-    cache = worker.new_cache(prompt_tokens + arguments["max_new_tokens"])
-    if cache is not None:
-        # transformers would compile the model for a cache of this kind.
-        arguments |= {"past_key_values": cache, "disable_compile": True}
     return arguments
 
 

@@ -1,6 +1,7 @@
 """A worker: one process's model, attached to the daemon that serves its experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -128,11 +129,18 @@ class Worker:
         """What moved where since the worker began; None on the CPU."""
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
 
-    def new_cache(self, max_tokens: int) -> DecodeCache | None:
-        """For a sequence whose steps are to be recorded; None if the settings want none."""
+    @contextmanager
+    def lend_cache(self, max_tokens: int) -> Iterator[DecodeCache | None]:
+        """For a sequence whose steps are to be recorded, until the block ends.
+
+        None if none are. The next sequence of about that length may be given it anew, with what
+        was recorded.
+        """
         if isinstance(self._runner, DeviceGroup) and self._runner.graphs is not None:
-            return DecodeCache(self.model.config, max_tokens)
-        return None
+            with self._runner.graphs.lend_cache(max_tokens) as cache:
+                yield cache
+        else:
+            yield None
 
     @property
     def hint_stats(self) -> HintStats | None:
