@@ -4,6 +4,8 @@ Tensors on such a device are torch's fake ones, which have a shape and no memory
 registered, and copied from, by :class:`~expertd_testing.fake_cudart.FakeCudart`, on real memory.
 """
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,29 @@ class Event:
         return True
 
 
+class Graph:
+    """A capture, as torch ends one: what an operation has made invalid is not cleaned up."""
+
+    def __init__(self, cuda: "Cuda") -> None:
+        self._cuda = cuda
+        self._pool: Any = None
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        assert not self._cuda.is_capturing
+        self._pool = pool or object()
+        self._cuda.is_capturing = self._cuda.generator_records = True
+        self._cuda.pools.append(self._pool)
+
+    def capture_end(self) -> None:
+        self._cuda.is_capturing = False
+        if self._cuda.is_invalid:
+            self._cuda.is_invalid = False
+            raise torch.AcceleratorError("CUDA error: a failed operation while capturing")
+        self._cuda.end_allocate_to_pool(0, self._pool)
+        self._cuda.generator_records = False
+        warnings.warn("The CUDA Graph is empty. This usually means", stacklevel=2)
+
+
 @dataclass
 class Cuda:
     """What a test may change of it, and see."""
@@ -52,6 +77,18 @@ class Cuda:
     current: dict[torch.device, Stream] = field(default_factory=dict)
     """Each device's compute stream."""
     num_emptied: int = 0
+    is_capturing: bool = False
+    is_invalid: bool = False
+    """The capture, by an operation that it cannot have."""
+    generator_records: bool = False
+    pools: list[Any] = field(default_factory=list)
+    """Those that the allocator serves from."""
+
+    def end_allocate_to_pool(self, index: int, pool: Any) -> None:
+        """Raises RuntimeError if it does not."""
+        if pool not in self.pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools.remove(pool)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Cuda:
@@ -78,8 +115,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "current_stream": cuda.current.__getitem__,
         "set_device": set_device,
         "empty_cache": empty_cache,
+        "CUDAGraph": lambda: Graph(cuda),
+        "graph_pool_handle": object,
+        "synchronize": lambda device: None,
+        "stream": lambda stream: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", cuda.end_allocate_to_pool, raising=False
+    )
     monkeypatch.setattr(
         torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
     )

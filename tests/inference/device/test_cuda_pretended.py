@@ -13,6 +13,7 @@ from expertd_client.arena_mapping import address_of
 from expertd_inference.device.cuda import CudaDevice
 from expertd_inference.device.cuda_errors import explain
 from expertd_inference.device.device import CopyMode
+from expertd_inference.device.recorder import CudaRecorder
 from expertd_inference.device.registration import MIN_RANGE_BYTES, Registrations
 from expertd_testing.fake_cudart import FakeCudart
 from tests.inference.device.pretended_cuda import Cuda, pretend
@@ -104,6 +105,23 @@ def test_at_its_end_the_driver_has_the_memory_back(cuda: Cuda) -> None:
     device = device_on(FakeCudart())
     device.close()
     assert cuda.num_emptied == 1
+
+
+def test_a_capture_that_failed_leaves_nothing_recording(cuda: Cuda) -> None:
+    """Neither torch's random numbers nor its allocator, which other models use as well."""
+    recorder = CudaRecorder(torch.device("cuda", 0))
+
+    def fails() -> None:
+        with recorder.session():
+            recorder.begin()
+            cuda.is_invalid = True
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        fails()
+    assert not cuda.is_capturing
+    assert not cuda.generator_records
+    assert not cuda.pools
 
 
 @pytest.mark.parametrize(("capability", "is_old"), [((7, 5), True), ((8, 0), False)])
