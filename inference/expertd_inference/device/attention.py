@@ -26,7 +26,7 @@ def without_cudnn_attention() -> Iterator[None]:
     global _num_inside, _before
     with _lock:
         if not _num_inside:
-            _before = torch.backends.cuda.cudnn_sdp_enabled()
+            _before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
             torch.backends.cuda.enable_cudnn_sdp(False)
         _num_inside += 1
     try:

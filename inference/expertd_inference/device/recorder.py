@@ -103,7 +103,7 @@ class CudaRecorder:
         """
         # A lost device has neither.
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # type: ignore[attr-defined]
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
         with suppress(RuntimeError), warnings.catch_warnings():
             # Nobody else ends the generator's recording but a capture that succeeds.
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")

@@ -45,7 +45,7 @@ def fill_slots_cached(
     if not len(hidden):
         return
     # Triton launches on the current device, which is another thread's or another worker's choice.
-    with torch.cuda.device_of(hidden):
+    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
         _launch(slots, hidden, top_k_index, top_k_weights, cache, slot_of, spec)
 
 
