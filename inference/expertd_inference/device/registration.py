@@ -281,10 +281,12 @@ def explain_refusal(reason: str, num_bytes: int, registered_bytes: int = 0) -> s
     """What to tell the user, once; of ``num_bytes`` only so many are registered."""
     total = format_bytes(num_bytes)
     if registered_bytes:
-        what = f"registers {format_bytes(registered_bytes)} of the {total} of shared memory"
-    else:
-        what = f"does not register the {total} of shared memory"
+        return (
+            f"the GPU's driver registers {format_bytes(registered_bytes)} of the {total} of shared "
+            f"memory ({reason}): copies of the rest go through a pinned buffer, slower and at the "
+            "cost of CPU time."
+        )
     return (
-        f"the GPU's driver {what} ({reason}): copies {'of the rest ' if registered_bytes else ''}"
-        "go through a pinned buffer, slower and at the cost of CPU time."
+        f"the GPU's driver does not register the {total} of shared memory ({reason}): copies go "
+        "through a pinned buffer, slower and at the cost of CPU time."
     )
