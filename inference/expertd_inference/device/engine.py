@@ -75,7 +75,7 @@ class CopyEngine:
         """Lets go of the arena and of the slots; the source may go on."""
         if self._registered is not None:
             self._registered.close()
-        self.slots = self.slots.new_empty(0)
+        self.slots = torch.empty(0, dtype=torch.uint8)
         self._last_copy.clear()
         self._last_read.clear()
 

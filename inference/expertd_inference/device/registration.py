@@ -246,8 +246,7 @@ def on_device(runtime: Runtime, index: int, *, is_needed: bool = True) -> Iterat
     try:
         yield
     finally:
-        if runtime.set_device(before) != SUCCESS:
-            runtime.last_error()
+        runtime.restore_device(before)
 
 
 def check(runtime: Runtime, code: int, doing: str, *, lost: bool = False) -> None:

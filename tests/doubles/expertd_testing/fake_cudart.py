@@ -65,6 +65,10 @@ class FakeCudart:
         """The first, until another is set."""
         return self.current
 
+    def restore_device(self, index: int) -> None:
+        """Never fails."""
+        self.current = index
+
     def attribute(self, attribute: int, index: int) -> int:
         """The two that matter here."""
         return int(

@@ -12,9 +12,10 @@ from expertd.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from expertd_client.arena_mapping import address_of
 from expertd_inference.device.cuda import CudaDevice
 from expertd_inference.device.cuda_errors import explain
+from expertd_inference.device.cudart import Cudart
 from expertd_inference.device.device import CopyMode
 from expertd_inference.device.recorder import CudaRecorder
-from expertd_inference.device.registration import MIN_RANGE_BYTES, Registrations
+from expertd_inference.device.registration import MIN_RANGE_BYTES, Registrations, on_device
 from expertd_testing.fake_cudart import FakeCudart
 from tests.inference.device.pretended_cuda import Cuda, pretend
 
@@ -90,6 +91,20 @@ def test_two_devices_share_a_registration(cuda: Cuda) -> None:
     assert runtime.registered
     devices[1].close()
     assert not runtime.registered
+
+
+def test_registering_for_one_device_does_not_begin_to_use_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Setting the thread's own again, plainly, would take memory of it."""
+    calls: list[tuple[str, int]] = []
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda index, name=name: calls.append((name, index)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    runtime = Cudart.__new__(Cudart)  # without a library
+    with on_device(runtime, 1):
+        pass
+    assert calls == [("_exchange_device", 1), ("_maybe_exchange_device", 0)]
 
 
 def test_nothing_is_kept_of_an_arena_that_was_left(cuda: Cuda) -> None:
