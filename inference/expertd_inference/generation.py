@@ -91,7 +91,11 @@ def generate(
     moved, hinted = worker.device_stats, worker.hint_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
-    with PeakPss() as memory:
+    arguments = _generate_arguments(worker, settings, input_ids.shape[1])
+    num_tokens = input_ids.shape[1] + arguments["max_new_tokens"]
+    with PeakPss() as memory, worker.lend_cache(num_tokens) as cache:
+        if cache is not None:
+            arguments |= {"past_key_values": cache}
         begin = time.perf_counter()
         try:
             worker.model.generate(
@@ -154,8 +158,4 @@ def _generate_arguments(
     new_tokens = settings.max_new_tokens
     if room is not None:
         new_tokens = min(new_tokens, room - prompt_tokens)
-    arguments = generation_arguments(worker.model, worker.tokenizer, settings, new_tokens)
-    cache = worker.new_cache(prompt_tokens + new_tokens)
-    if cache is not None:
-        arguments |= {"past_key_values": cache}
-    return arguments
+    return generation_arguments(worker.model, worker.tokenizer, settings, new_tokens)

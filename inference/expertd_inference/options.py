@@ -68,7 +68,8 @@ DecodeGraphs = Annotated[
     DecodeGraphsMode,
     typer.Option(
         help="On one GPU: record a step of decoding as CUDA graphs, and repeat it. segments: all "
-        "but the experts, which the host brings; whole: the GPU brings them by itself."
+        "but the experts, which the host brings; whole: the GPU brings them by itself; auto: whole "
+        "where the driver maps shared memory and the link is fast, else segments."
     ),
 ]
 

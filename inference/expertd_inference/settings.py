@@ -79,7 +79,8 @@ class DecodeGraphsMode(StrEnum):
     """Whether steps of one token are recorded on a GPU, and replayed."""
 
     AUTO = "auto"
-    """Off, until measurements on GPUs say which of the others is better."""
+    """Whole on one GPU that reads the arena itself, has room for one token's experts and a fast
+    link; else segments; off on several. By estimates: nothing was measured on a GPU."""
     OFF = "off"
     SEGMENTS = "segments"
     """The trunk is recorded, and the host brings the experts."""

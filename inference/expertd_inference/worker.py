@@ -1,6 +1,7 @@
 """A worker: one process's model, attached to the daemon that serves its experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -130,18 +131,22 @@ class Worker:
         """What moved where since the worker began; None on the CPU."""
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
 
-    def new_cache(self, max_tokens: int) -> DecodeCache | None:
-        """For a sequence whose steps are to be recorded; None if the settings want none.
+    @contextmanager
+    def lend_cache(self, max_tokens: int) -> Iterator[DecodeCache | None]:
+        """For a sequence whose steps are to be recorded, until the block ends.
 
-        Nor is there one for a model whose steps are not all alike.
+        None if none are, or if the model's steps are not all alike. The next sequence of about
+        that length may be given it anew, with what was recorded.
         """
         if (
             isinstance(self._runner, DeviceGroup)
             and self._runner.graphs is not None
             and is_repeatable(self.model)
         ):
-            return DecodeCache(self.model.config, max_tokens)
-        return None
+            with self._runner.graphs.lend_cache(max_tokens) as cache:
+                yield cache
+        else:
+            yield None
 
     @property
     def hint_stats(self) -> HintStats | None:

@@ -128,7 +128,10 @@ class AttachConnection:
             self.close()
 
     def _arena_descriptor(self) -> int:
-        """One that can be mapped writable only for those whom the settings name."""
+        """One that can be mapped writable only for our own uid and those that the settings name.
+
+        Our own uid owns the inode: it could change its mode, or write to this very process.
+        """
         memory = self._server.store.arena.memory
         if self.uid in self._server.writable_uids:
             return os.dup(memory.fd)
@@ -230,7 +233,7 @@ class AttachServer:
         self._listener = listener
         self._listener.setblocking(False)
         self._allowed = allowed
-        self.writable_uids = frozenset(writable_uids)
+        self.writable_uids = frozenset({os.geteuid(), *writable_uids})
         self._listen()
 
     def check(self, packet: bytes, peer: socket.socket, uid: int) -> Hello:

@@ -47,8 +47,9 @@ class ServeConfig:
     allowed_groups: tuple[str | int, ...] = ()
     """Groups whose members may, too: names or gids."""
     writable_uids: tuple[int, ...] = ()
-    """Of these, who may make the arena writable for a moment: some GPUs' drivers register no
-    other memory. They can alter what everybody computes."""
+    """Of these, users whose workers may make the arena writable for a moment: most GPUs' drivers
+    register no other memory. They can alter what everybody computes. Workers of the daemon's own
+    user always may, since that user can do so anyway."""
     socket_mode: int = 0o660
     """Permissions of the sockets."""
     lock_memory: bool = True

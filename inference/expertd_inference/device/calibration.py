@@ -22,7 +22,8 @@ from expertd_inference.source import HeldSource
 
 MAX_RUNS = 5
 MAX_SECONDS = 0.25
-"""Of one of the measurements; the best run counts, since whatever disturbs only takes time."""
+"""Of one of the measurements; the best run counts, since whatever disturbs only takes time. A run
+before them does not count: kernels are compiled by it, and memory is entered into page tables."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,16 @@ def measure(probe: Probe) -> Rates:
     num_bytes = len(offsets) * probe.spec.layout.record_bytes
     link_rate, copy_seconds = copies
     cpu_rate, cpu_seconds = on_cpu
+    link_rate = link_rate or TYPICAL.link_bytes_per_second
+    device_rate = num_bytes / kernel if kernel else TYPICAL.device_bytes_per_second
     return Rates(
-        link_bytes_per_second=link_rate or TYPICAL.link_bytes_per_second,
+        link_bytes_per_second=link_rate,
         copy_seconds=copy_seconds,
         cpu_bytes_per_second=cpu_rate or TYPICAL.cpu_bytes_per_second,
         cpu_seconds=cpu_seconds,
-        device_bytes_per_second=num_bytes / kernel if kernel else TYPICAL.device_bytes_per_second,
+        # No device reads its own memory more slowly than it is filled over the link: what a
+        # kernel over small records takes is its launch.
+        device_bytes_per_second=max(device_rate, link_rate),
     )
 
 
@@ -105,17 +110,21 @@ def _read(path: Path) -> dict[str, Rates]:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Rates])
     except (OSError, ValueError):
         return {}
-    # A rate of zero, whoever wrote it, would be divided by.
     return {key: rates for key, rates in found.items() if _is_sane(rates)}
 
 
 def _is_sane(rates: Rates) -> bool:
-    positive = (
-        rates.link_bytes_per_second,
-        rates.cpu_bytes_per_second,
-        rates.device_bytes_per_second,
+    """Whether it can have been measured, by us as we are now.
+
+    A rate of zero would be divided by. Once the compiler was timed with the device's kernels; what
+    that left in the file is below the link's rate.
+    """
+    positive = (rates.link_bytes_per_second, rates.cpu_bytes_per_second)
+    return (
+        min(positive) > 0
+        and min(rates.copy_seconds, rates.cpu_seconds) >= 0
+        and rates.device_bytes_per_second >= rates.link_bytes_per_second
     )
-    return min(positive) > 0 and min(rates.copy_seconds, rates.cpu_seconds) >= 0
 
 
 def _both(probe: Probe, num: int, run: Callable[[int], None]) -> tuple[float | None, float]:
@@ -132,6 +141,7 @@ def _both(probe: Probe, num: int, run: Callable[[int], None]) -> tuple[float | N
 
 
 def _best(probe: Probe, run: Callable[[], None]) -> float:
+    run()
     clock, best, begin = probe.device.clock, float("inf"), probe.device.clock()
     for _ in range(MAX_RUNS):
         before = clock()

@@ -3,31 +3,32 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor
 
-from expertd.errors import DeviceError, DeviceLostError, DeviceMemoryError, ExpertdError
+from expertd.errors import DeviceError, DeviceMemoryError, ExpertdError
 from expertd.sizes import format_bytes
-from expertd_inference.device.cudart import Cudart, Runtime
-from expertd_inference.device.device import CopyMode, Event, HostMemory
+from expertd_inference.device.attention import without_cudnn_attention
+from expertd_inference.device.cuda_errors import explain
+from expertd_inference.device.cuda_memory import CudaMemory
+from expertd_inference.device.device import Event, HostMemory
 from expertd_inference.device.recorder import CudaRecorder
 from expertd_inference.device.registration import (
     RefusedError,
-    Registration,
+    Registrations,
     check,
     explain_refusal,
+    registrations,
 )
 from expertd_inference.device.staging import BUFFER_BYTES, NUM_BUFFERS, StagingRing
 from expertd_inference.kernels.gpu_choice import gpu_kernels
 from expertd_inference.kernels.reference import ExpertsSpec
 
 _ALIGNMENT = 64
-_LOST = (
-    "look at the host's log (dmesg, nvidia-smi) for why, then start this worker again, or one "
-    "without --device."
-)
+_MIN_CAPABILITY = (8, 0)
+"""What Triton compiles for, and has bfloat16."""
 
 
 class CudaEvent:
@@ -57,41 +58,12 @@ class CudaEvent:
             return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
-class CudaMemory:
-    """A range of host memory, registered or else staged, until :meth:`close`."""
-
-    def __init__(
-        self, address: int, num_bytes: int, registration: Registration | None, reason: str = ""
-    ) -> None:
-        self.address, self.num_bytes = address, num_bytes
-        self.registration = registration
-        self.reason = reason
-        """Why it is staged; empty if it is not."""
-
-    def __repr__(self) -> str:
-        return f"<CudaMemory {self.mode} {format_bytes(self.num_bytes)}>"
-
-    @property
-    def mode(self) -> CopyMode:
-        """How it is read."""
-        return CopyMode.STAGED if self.registration is None else CopyMode.REGISTERED
-
-    @property
-    def device_address(self) -> int:
-        """Where kernels read it; 0 if they cannot."""
-        return 0 if self.registration is None else self.registration.device_address
-
-    def close(self) -> None:
-        """Before it is unmapped."""
-        if self.registration is not None:
-            self.registration.close()
-
-
 class CudaDevice:
     """:class:`~expertd_inference.device.device.Device` for ``cuda:N``.
 
     ``say`` is told once, in one sentence, if memory cannot be registered. ``staged``: do not even
-    try. Raises DeviceError if there is no such device.
+    try. The process's current device stays what it is. Raises DeviceError if there is no such
+    device, or if it is too old for the kernels.
     """
 
     def __init__(
@@ -100,27 +72,29 @@ class CudaDevice:
         *,
         say: Callable[[str], None] | None = None,
         staged: bool = False,
-        runtime: Runtime | None = None,
+        registered: Registrations | None = None,
     ) -> None:
+        """``registered`` is what the process has registered, by default by the CUDA runtime."""
         self.torch_device = _device(name)
         self.name = str(self.torch_device)
         self.num_syncs = 0
-        self.runtime: Runtime = runtime or Cudart()
         self._index = self.torch_device.index
         with self.translating():
             self.hardware = torch.cuda.get_device_name(self.torch_device)
+            _check_capability(self)
+        self._registrations = registered or registrations()
         self._say = say or _say_on_stderr
+        self._said: set[str] = set()
         self._staged = staged
         with self.translating():
-            torch.cuda.set_device(self.torch_device)
             self.copy_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._ring: StagingRing | None = None
         self._ring_memory: Tensor | None = None
         self._pinned = torch.empty(0, dtype=torch.uint8)
-        self._memories: list[CudaMemory] = []
+        self._memories: set[CudaMemory] = set()
 
     def __repr__(self) -> str:
-        return f"<CudaDevice {self.name} {self._memories}>"
+        return f"<CudaDevice {self.name} {[*self._memories]}>"
 
     @property
     def compute_stream(self) -> torch.cuda.Stream:
@@ -137,7 +111,13 @@ class CudaDevice:
     def allocate(self, num_slots: int, slot_bytes: int) -> Tensor:
         """Slots of undefined content."""
         try:
-            return torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=self.torch_device)
+            slots = torch.empty(
+                (num_slots, slot_bytes), dtype=torch.uint8, device=self.torch_device
+            )
+            # What the compute stream still does to this memory, which may have been another
+            # tensor's, comes before the first copy.
+            self.copy_stream.wait_stream(self.compute_stream)
+            return slots
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"{self.name} has {format_bytes(self.free_bytes())} free, and a cache of "
@@ -150,9 +130,10 @@ class CudaDevice:
     def register(self, address: int, num_bytes: int) -> CudaMemory:
         """Registered if the driver allows it."""
         memory = self._register(address, num_bytes)
-        if memory.reason:
-            self._say(explain_refusal(memory.reason, num_bytes))
-        self._memories.append(memory)
+        if memory.reason and memory.reason not in self._said:
+            self._said.add(memory.reason)
+            self._say(explain_refusal(memory.reason, num_bytes, memory.registered_bytes))
+        self._memories.add(memory)
         return memory
 
     def copy(
@@ -169,12 +150,10 @@ class CudaDevice:
             for event in after:
                 assert isinstance(event, CudaEvent)
                 self.copy_stream.wait_event(event.event)
-            target, source = slot.data_ptr(), memory.address + offset
-            if memory.registration is None:
-                self._staging().copy(target, source, num_bytes)
-            else:
-                for start, size in memory.registration.pieces(offset, num_bytes):
-                    self._send(target + start - offset, memory.address + start, size)
+            target = slot.data_ptr() - offset
+            for start, size, is_registered in memory.pieces(offset, num_bytes):
+                send = self._send if is_registered else self._staging().copy
+                send(target + start, memory.address + start, size)
             return CudaEvent(self, self.copy_stream)
 
     def mark(self) -> CudaEvent:
@@ -232,39 +211,32 @@ class CudaDevice:
         """By CUDA graphs."""
         return CudaRecorder(self.torch_device)
 
+    def in_step(self) -> AbstractContextManager[None]:
+        """Keeps attention away from cuDNN."""
+        return without_cudnn_attention()
+
     def clock(self) -> float:
         """Seconds."""
         return time.perf_counter()
 
     def explain(self, error: BaseException) -> ExpertdError | None:
         """Out of memory, and everything that CUDA calls an error."""
-        if isinstance(error, ExpertdError):
-            return error
-        if isinstance(error, torch.OutOfMemoryError):
-            return DeviceMemoryError(
-                f"{self.name} is out of memory with {self._free()} left; give a smaller "
-                "--cache-bytes, or a shorter prompt."
-            )
-        text = str(error)
-        if "captur" in text:
-            return None  # Something that a graph cannot have; the device is well.
-        if isinstance(error, RuntimeError) and ("CUDA" in text or "cuda" in text):
-            return DeviceLostError(
-                f"{self.name} does not answer any more ({text.splitlines()[0]}); {_LOST}"
-            )
-        return None
+        return explain(error, self.name, self._free)
 
     def close(self) -> None:
-        """Waits for the copies, and unregisters what is still registered."""
+        """Waits for the copies, unregisters what still is, and gives the driver its memory."""
         # A lost device copies nothing any more, and has nothing to let go of.
         with suppress(RuntimeError):
             self.copy_stream.synchronize()
-        memories, self._memories = self._memories, []
-        for memory in memories:
+        for memory in [*self._memories]:
             memory.close()
         if self._ring is not None:
             self._ring.close()
         self._ring = self._ring_memory = None
+        self._pinned = self._pinned.new_empty(0)
+        with suppress(RuntimeError):
+            # What torch keeps of it for later, other processes could not have.
+            torch.cuda.empty_cache()
 
     @contextmanager
     def translating(self) -> Iterator[None]:
@@ -281,18 +253,34 @@ class CudaDevice:
 
     def _register(self, address: int, num_bytes: int) -> CudaMemory:
         if self._staged:
-            return CudaMemory(address, num_bytes, None)
+            return CudaMemory(address, num_bytes, None, let_go=self._memories.discard)
         try:
-            registration = Registration(self.runtime, self._index, address, num_bytes)
+            registration = self._registrations.take(self._index, address, num_bytes)
         except RefusedError as refused:
-            return CudaMemory(address, num_bytes, None, str(refused))
-        return CudaMemory(address, num_bytes, registration)
+            reason = str(refused)
+            return CudaMemory(
+                address, num_bytes, None, reason=reason, let_go=self._memories.discard
+            )
+
+        def let_go(memory: CudaMemory) -> None:
+            self._memories.discard(memory)
+            self._registrations.give_back(registration)
+
+        return CudaMemory(
+            address,
+            num_bytes,
+            registration,
+            device_address=registration.device_address(self._index),
+            reason=registration.reason,
+            let_go=let_go,
+        )
 
     def _send(self, target: int, source: int, num_bytes: int) -> None:
-        code = self.runtime.copy_to_device(target, source, num_bytes, self.copy_stream.cuda_stream)
+        runtime = self._registrations.runtime
+        code = runtime.copy_to_device(target, source, num_bytes, self.copy_stream.cuda_stream)
         if code:
-            self.runtime.last_error()
-            check(self.runtime, code, "copying an expert", lost=True)
+            runtime.last_error()
+            check(runtime, code, "copying an expert", lost=True)
 
     def _staging(self) -> StagingRing:
         if self._ring is None:
@@ -331,6 +319,15 @@ def _device(name: str) -> torch.device:
             f"There is no {name}; this host has {torch.cuda.device_count()} CUDA devices."
         )
     return torch.device("cuda", index)
+
+
+def _check_capability(device: CudaDevice) -> None:
+    major, minor = torch.cuda.get_device_capability(device.torch_device)
+    if (major, minor) < _MIN_CAPABILITY:
+        raise DeviceError(
+            f"{device.name} ({device.hardware}) has compute capability {major}.{minor}, and the "
+            "kernels need 8.0 or later; leave out --device to compute on the CPU."
+        )
 
 
 def _say_on_stderr(message: str) -> None:

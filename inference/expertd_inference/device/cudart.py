@@ -6,6 +6,7 @@ knowing whose an error is, it leaves to the runtime. The library is the one that
 
 import ctypes
 import os
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from expertd.errors import DeviceError
 
 SUCCESS = 0
+_UNKNOWN = 999
 ATTRIBUTE_HOST_REGISTER = 99  # cudaDevAttrHostRegisterSupported
 ATTRIBUTE_READ_ONLY_REGISTER = 113  # cudaDevAttrHostRegisterReadOnlySupported
 REGISTER_PORTABLE, REGISTER_MAPPED, REGISTER_READ_ONLY = 0x01, 0x02, 0x08
@@ -28,6 +30,12 @@ class Runtime(Protocol):
 
     def set_device(self, index: int) -> int:
         """The device of the calls that this thread makes from now on."""
+
+    def current_device(self) -> int:
+        """The device of the calls that this thread makes."""
+
+    def restore_device(self, index: int) -> None:
+        """As :meth:`set_device`, but does not begin to use a device that has not been used."""
 
     def attribute(self, attribute: int, index: int) -> int:
         """The value of a device's attribute; 0 if this runtime does not know it."""
@@ -59,7 +67,6 @@ class Cudart:
         self._library = _library()
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         for name, types in {
-            "cudaSetDevice": (number,),
             "cudaDeviceGetAttribute": (ctypes.POINTER(number), number, number),
             "cudaHostRegister": (pointer, size, ctypes.c_uint),
             "cudaHostUnregister": (pointer,),
@@ -73,8 +80,24 @@ class Cudart:
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
 
     def set_device(self, index: int) -> int:
-        """``cudaSetDevice``."""
-        return int(self._library.cudaSetDevice(index))
+        """By torch, which notes each thread's device beside CUDA."""
+        try:
+            torch.cuda._exchange_device(index)
+        except RuntimeError:
+            return self.last_error() or _UNKNOWN
+        return SUCCESS
+
+    def current_device(self) -> int:
+        """By torch; the first if none answers."""
+        try:
+            return torch.cuda.current_device()
+        except RuntimeError:
+            return 0
+
+    def restore_device(self, index: int) -> None:
+        """By torch: ``cudaSetDevice`` would take hundreds of megabytes of a device for nothing."""
+        with suppress(RuntimeError):
+            torch.cuda._maybe_exchange_device(index)
 
     def attribute(self, attribute: int, index: int) -> int:
         """``cudaDeviceGetAttribute``."""

@@ -16,6 +16,10 @@ from expertd_inference.device.whole import WholeSteps
 from expertd_inference.settings import DecodeGraphsMode
 from expertd_inference.source import HeldSource
 
+MIN_WHOLE_LINK = 10e9
+"""Bytes per second below which whole steps are not chosen by themselves: in these all misses are
+copied, and a CPU that computes its share of them is then faster. Estimated, not run on a GPU."""
+
 
 def record_decoding(
     model: Any,  # noqa: ANN401 - transformers is untyped
@@ -31,8 +35,9 @@ def record_decoding(
 ) -> DecodeGraphs:
     """Steps of one token with a :class:`DecodeCache` are recorded from now on.
 
-    ``mode`` is SEGMENTS or WHOLE; ``say`` is told if it has to be the former. To be called once
-    the experts are connected, and before the model's calls are made steps.
+    ``mode`` is SEGMENTS, WHOLE or AUTO, which is WHOLE where that is possible and the link fast
+    enough; ``say`` is told if it was asked for and has to be the former. To be called once the
+    experts are connected and the link is measured, and before the model's calls are made steps.
     """
     modules: Mapping[int, Any] = experts
     runners = {layer: module._expertd[0] for layer, module in modules.items()}
@@ -42,13 +47,16 @@ def record_decoding(
     said: set[str] = set()
 
     def segments(why: str = "") -> Steps:
-        if why and why not in said:
+        if why and why not in said and mode is DecodeGraphsMode.WHOLE:
             said.add(why)
             say(f"the GPU cannot find experts by itself ({why}); the host brings them.")
         return SegmentSteps(runner.device.recorder(), runners)
 
     def make_steps(cache: DecodeCache) -> Steps:
         if mode is DecodeGraphsMode.SEGMENTS:
+            return segments()
+        link = runner.cost.rates.link_bytes_per_second
+        if mode is DecodeGraphsMode.AUTO and link < MIN_WHOLE_LINK:
             return segments()
         if not source.directory_address:
             return segments("this session has copies of its own")

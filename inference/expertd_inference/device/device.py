@@ -16,6 +16,7 @@ routing; ``num_syncs`` counts how often the host waited at all.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Protocol, Self
 
@@ -32,6 +33,8 @@ class CopyMode(StrEnum):
 
     REGISTERED = "registered"
     """Straight from it, by DMA: its pages are registered with the driver."""
+    PARTIAL = "partial"
+    """The driver registers a part of it; the rest is staged."""
     STAGED = "staged"
     """The driver refused it: by way of a small pinned ring of our own, which costs CPU time."""
 
@@ -144,6 +147,9 @@ class Device(Protocol):
 
     def recorder(self) -> Recorder:
         """A recorder of work on this device."""
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Around a forward pass of which a part is computed here; for any thread."""
 
     def clock(self) -> float:
         """Seconds on the host's line of time; only differences mean anything."""

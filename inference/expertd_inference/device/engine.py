@@ -72,9 +72,12 @@ class CopyEngine:
             self._last_read[slot] = mark
 
     def close(self) -> None:
-        """Lets go of the arena; the source may go on."""
+        """Lets go of the arena and of the slots; the source may go on."""
         if self._registered is not None:
             self._registered.close()
+        self.slots = torch.empty(0, dtype=torch.uint8)
+        self._last_copy.clear()
+        self._last_read.clear()
 
 
 class _Registered:

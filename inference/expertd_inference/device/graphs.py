@@ -13,7 +13,8 @@ advances by itself: all that a step is given is the token. Two ways:
 Prompts, batches and whatever else is not one more token of one sequence run as always.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,15 +24,17 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from expertd.errors import PreconditionError
 from expertd_inference.device.recorder import Recorder, Recording
 from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.settings import DecodeGraphsMode
 
 
 class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped
     """A static cache whose every layer has full length, since others count in Python.
 
-    Sliding windows are then a matter of the mask. ``num_tokens`` counts what completed steps have
-    written.
+    Sliding windows are then a matter of the mask. ``num_tokens`` counts what forward passes have
+    written: a pass whose end fails is counted too, and undone by :meth:`rewind`.
     """
 
     def __init__(self, config: Any, max_tokens: int) -> None:  # noqa: ANN401
@@ -40,11 +43,29 @@ class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped
         self.max_tokens = max_tokens
         self.num_tokens = 0
 
-    def rewind(self) -> None:
-        """Goes back to the last completed step; what was written after it will be again."""
+    def reset(self) -> None:
+        """Empties it; what was recorded with it is still good."""
+        super().reset()
+        self.num_tokens = 0
+
+    def rewind(self, num_tokens: int | None = None) -> None:
+        """Goes back to ``num_tokens``, or to those counted; later ones will be written again."""
+        if num_tokens is not None:
+            self.num_tokens = num_tokens
         for layer in self.layers:
             if layer.is_initialized:
                 layer.cumulative_length.fill_(self.num_tokens)
+
+
+def room_for(num_tokens: int) -> int:
+    """What a cache for so many tokens is made for: one of few lengths, a quarter longer at most.
+
+    Few, so that the next sequence can often be replayed with what the last one recorded; below 1024
+    they are multiples of 256. And by the number alone, since attention over another length may
+    round otherwise.
+    """
+    step = max(256, 1 << (num_tokens - 1).bit_length() >> 3)
+    return -(-num_tokens // step) * step
 
 
 class Runner(Protocol):
@@ -64,6 +85,10 @@ class Runner(Protocol):
 
 class Steps(Protocol):
     """One way to run steps of one token."""
+
+    @property
+    def mode(self) -> DecodeGraphsMode:
+        """SEGMENTS or WHOLE."""
 
     @property
     def valid(self) -> bool:
@@ -99,6 +124,11 @@ class SegmentSteps:
         self._stops: list[_Stop] = []
         self._last: Recording | None = None
         self._recording = False
+
+    @property
+    def mode(self) -> DecodeGraphsMode:
+        """Segments."""
+        return DecodeGraphsMode.SEGMENTS
 
     @property
     def valid(self) -> bool:
@@ -176,6 +206,11 @@ class DecodeGraphs:
         say: Callable[[str], None],
     ) -> None:
         self.num_replays = 0
+        self.mode = DecodeGraphsMode.OFF
+        """How the last step of one token ran."""
+        self._config = model.config
+        self._idle: DecodeCache | None = None
+        """What recorded steps know, and no sequence uses."""
         self._forward: Callable[..., Any] = model.forward
         self._make_steps, self._say = make_steps, say
         self._steps: Steps | None = None  # while one of ours runs
@@ -185,9 +220,34 @@ class DecodeGraphs:
             self._interpose(module)
         model.forward = self._call
 
+    @contextmanager
+    def lend_cache(self, max_tokens: int) -> Iterator[DecodeCache]:
+        """An empty cache for a sequence: that of the last one, if it was for as many.
+
+        What was recorded with it is then replayed from the first step on.
+        """
+        size = room_for(max_tokens)
+        idle, self._idle = self._idle, None
+        if idle is not None and idle.max_tokens == size:
+            cache = idle
+            cache.reset()
+        else:
+            cache = DecodeCache(self._config, size)
+        try:
+            yield cache
+        finally:
+            if self._current is not None and self._current.cache is cache:
+                self._idle = cache
+
     def forget(self) -> None:
         """Nothing that was recorded is to be replayed: the next steps record anew."""
-        self._current = None
+        self._current = self._idle = None
+
+    def close(self) -> None:
+        """Lets go of what was recorded; the model is not called any more."""
+        self.forget()
+        self._steps = None
+        self._forward = refuse_call
 
     def _interpose(self, module: Any) -> None:  # noqa: ANN401 - one of sixty classes
         runner, *rest = module._expertd
@@ -200,7 +260,9 @@ class DecodeGraphs:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or ids.shape != (1, 1) or self._off or not cache.num_tokens:
             result = self._forward(*args, **kwargs)
-            cache.num_tokens += 0 if ids is None else ids.shape[1]
+            given = kwargs.get("inputs_embeds") if ids is None else ids
+            assert given is not None, "the model was called without a token"
+            cache.num_tokens += given.shape[1]
             return result
         with torch.no_grad():
             logits = self._step(ids, cache)
@@ -212,6 +274,7 @@ class DecodeGraphs:
         if not usable or self._current is None or self._current.cache is not cache:
             self._current = _Recorded(self._make_steps(cache), cache, ids.clone())
         current = self._current
+        self.mode = current.steps.mode
         current.token.copy_(ids)
 
         def forward() -> Tensor:
@@ -240,12 +303,18 @@ class DecodeGraphs:
             self._steps = None
 
     def _give_up(self, error: RuntimeError, cache: DecodeCache) -> None:
-        self._off, self._current, self._steps = True, None, None
+        self.forget()
+        self._off, self._steps, self.mode = True, None, DecodeGraphsMode.OFF
         cache.rewind()
         self._say(
             "this model's steps cannot be recorded as CUDA graphs "
             f"({str(error).splitlines()[0]}); it runs without."
         )
+
+
+def refuse_call(*_: Any, **__: Any) -> Any:  # noqa: ANN401
+    """A closed model's ``forward``. Raises PreconditionError."""
+    raise PreconditionError("This model was closed; load it again.")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
 from expertd_inference.device.decode_graphs import record_decoding
 from expertd_inference.device.device import Device
-from expertd_inference.device.graphs import DecodeGraphs
+from expertd_inference.device.graphs import DecodeGraphs, refuse_call
 from expertd_inference.device.placement import cache_size, device_names, place_layers
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
@@ -122,9 +122,13 @@ class DeviceGroup:
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
         self._source = source
-        self._measures = rates is None and settings.on_miss is OnMiss.AUTO
+        self._measures = rates is None and (
+            settings.on_miss is OnMiss.AUTO or settings.decode_graphs is DecodeGraphsMode.AUTO
+        )
         self.graphs: DecodeGraphs | None = None
         """What replays steps, if the settings want it."""
+        self._model: Any = None
+        self._experts: Mapping[int, nn.Module] = {}
 
     def __repr__(self) -> str:
         return f"<DeviceGroup {self.runners!r}>"
@@ -140,6 +144,10 @@ class DeviceGroup:
         stats = self._stats.copy()
         stats.syncs = sum(device.num_syncs for device in self.devices)
         stats.prefetch_wasted = sum(runner.cache.num_wasted for runner in self.runners)
+        modes = dict.fromkeys(runner.engine.mode for runner in self.runners)
+        stats.arena = ", ".join(filter(None, modes))
+        if self.graphs is not None:
+            stats.steps = self.graphs.mode.value
         return stats
 
     def connect(
@@ -153,6 +161,7 @@ class DeviceGroup:
 
         ``say`` is told what of the settings is not possible.
         """
+        self._model, self._experts = model, experts
         for layer in manifest.layers:
             module: Any = experts[layer.layer]
             runner = self._runners[layer.layer]
@@ -199,9 +208,11 @@ class DeviceGroup:
         say: Callable[[str], None],
     ) -> None:
         mode = self._settings.decode_graphs
-        if mode in (DecodeGraphsMode.AUTO, DecodeGraphsMode.OFF):
+        if mode is DecodeGraphsMode.OFF:
             return
         if len(self.runners) > 1:
+            if mode is DecodeGraphsMode.AUTO:
+                return
             say("steps over several devices are not recorded; --decode-graphs is for one.")
             return
         self.graphs = record_decoding(
@@ -217,6 +228,25 @@ class DeviceGroup:
         )
 
     def close(self) -> None:
-        """From now on the model refuses to be called; the devices' memory is let go of."""
+        """From now on the model refuses to be called; the devices have all their memory back.
+
+        That of the trunk as well, wherever it lies: the model's tensors have shapes and no content
+        afterwards. Whoever keeps the model or its modules keeps no more than that.
+        """
+        model, self._model = self._model, None
+        if self.graphs is not None:
+            self.graphs.close()
+        if model is not None:
+            model.forward = refuse_call
+            # What was recorded stands between the experts and their runners.
+            modules: list[Any] = [*self._experts.values()]
+            for module in modules:
+                _, layer, *rest = module._expertd
+                module._expertd = (self._runners[layer], layer, *rest)
         for runner in self.runners:
             runner.close()
+        if model is not None:
+            nn.Module.to(model, "meta")
+        self._experts = {}
+        for device in self.devices:
+            device.close()

@@ -15,8 +15,10 @@ class KvMark:
 
     def __init__(self, cache: Any) -> None:  # noqa: ANN401 - transformers is untyped
         self._cache = cache
-        # One that goes back by itself keeps the addresses that recorded steps know.
+        # One that goes back by itself keeps the addresses that recorded steps know. It counts a
+        # step's tokens before the step's end, which may still fail, so the count is noted here.
         self._rewind = getattr(cache, "rewind", None)
+        self._num_tokens: int = getattr(cache, "num_tokens", 0)
         layers = () if self._rewind else getattr(cache, "layers", ())
         self._layers = [_LayerMark(layer) for layer in layers]
 
@@ -28,7 +30,7 @@ class KvMark:
     def restore(self) -> None:
         """Goes back to it."""
         if self._rewind is not None:
-            self._rewind()
+            self._rewind(self._num_tokens)
             return
         if self._cache is None:
             return

@@ -5,8 +5,9 @@ Python runs once, at the recording; a replay repeats the device's work, on the s
 """
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -87,8 +88,25 @@ class CudaRecorder:
             try:
                 graph.capture_end()
             except RuntimeError:
-                return  # It says what the failure said that brought us here.
+                # It says what the failure said that brought us here.
+                self._end_failed_capture()
 
     def launch(self, call: Callable[[], None]) -> None:
         """A launch on the capturing stream is captured, whoever makes it."""
         call()
+
+    def _end_failed_capture(self) -> None:
+        """Does what torch's ``capture_end`` leaves undone when it raises.
+
+        torch's allocator would go on taking memory for the graph, and its generator of random
+        numbers would think that they are recorded, for whoever draws some next.
+        """
+        # A lost device has neither.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        with suppress(RuntimeError), warnings.catch_warnings():
+            # Nobody else ends the generator's recording but a capture that succeeds.
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            empty = torch.cuda.CUDAGraph()
+            empty.capture_begin(capture_error_mode="thread_local")
+            empty.capture_end()

@@ -130,11 +130,10 @@ class DeviceExpertsRunner:
         self._routers, self._runners = routers, runners
 
     def close(self) -> None:
-        """From now on the model refuses to be called; the device's memory is let go of."""
-        if not self._closed:
-            self._closed = True
-            self._engine.close()
-            self.device.close()
+        """Refuses to be called from now on, and lets go of all that it has on the device."""
+        self._closed = True
+        self._engine.close()
+        self._routers, self._runners, self._timed = {}, {}, None
 
     def run(
         self,

@@ -7,9 +7,14 @@ class DeviceStats(msgspec.Struct, kw_only=True):
     """Counts since the worker began, or of one generation.
 
     Each time a layer needed an expert it was a device hit, a useful prefetch, a host hit or an
-    NVMe miss; of host hits and NVMe misses ``cpu_computed`` were not copied.
+    NVMe miss; of host hits and NVMe misses ``cpu_computed`` were not copied. ``arena`` and
+    ``steps`` are no counts but what was found possible.
     """
 
+    arena: str = ""
+    """How devices read shared memory: a :class:`.device.CopyMode`; empty before the first copy."""
+    steps: str = "off"
+    """How steps of one token ran last: ``whole`` or in ``segments``, else ``off``."""
     device_hits: int = 0
     """It was in the device's cache."""
     host_hits: int = 0
@@ -36,10 +41,13 @@ class DeviceStats(msgspec.Struct, kw_only=True):
 
     def since(self, before: "DeviceStats") -> "DeviceStats":
         """What happened after ``before``."""
-        return DeviceStats(
-            **{name: getattr(self, name) - getattr(before, name) for name in self.__struct_fields__}
-        )
+        counts = {
+            name: value - getattr(before, name)
+            for name, value in msgspec.structs.asdict(self).items()
+            if isinstance(value, int)
+        }
+        return msgspec.structs.replace(self, **counts)
 
     def copy(self) -> "DeviceStats":
         """As it is now."""
-        return self.since(DeviceStats())
+        return msgspec.structs.replace(self)

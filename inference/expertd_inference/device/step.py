@@ -11,7 +11,7 @@ unloaded), what was copied is forgotten, and the step is repeated as a whole:
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from expertd.errors import SessionLostError, UnavailableError
@@ -47,9 +47,12 @@ class Step:
                 return
             self._inside = True
             try:
-                self._leave_dead_daemon()
-                yield
-                self._finish()
+                with ExitStack() as stack:
+                    for device in self._devices:
+                        stack.enter_context(device.in_step())
+                    self._leave_dead_daemon()
+                    yield
+                    self._finish()
             except BaseException:
                 self.hold.undo()
                 raise

@@ -8,6 +8,7 @@ from torch import Tensor
 from expertd.errors import ExpertdError
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts
 from expertd_inference.device.recorder import Recorder, Recording
+from expertd_inference.settings import DecodeGraphsMode
 
 MAX_REPEATS = 200
 """Each repeat brings at least the experts of one more layer, and no model has that many."""
@@ -43,6 +44,11 @@ class WholeSteps:
         self._experts, self._recorder, self._store = experts, recorder, store
         self._rewind = rewind
         self._recording: Recording | None = None
+
+    @property
+    def mode(self) -> DecodeGraphsMode:
+        """Whole."""
+        return DecodeGraphsMode.WHOLE
 
     @property
     def valid(self) -> bool:

@@ -9,7 +9,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from expertd.errors import PreconditionError
@@ -37,9 +36,6 @@ class GpuKernels(Protocol):
     ) -> None:
         """As :func:`.triton_experts.fill_slots_cached`."""
 
-    def sum_slots(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """As :func:`.reference.sum_slots`, always in the order of the top k."""
-
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
         """``rows`` [..., in] times the weight: [..., out]."""
 
@@ -52,10 +48,8 @@ class TritonKernels:
     def __init__(self) -> None:
         # Here: Triton takes a second to import, and a machine without a GPU need not have it.
         experts: Any = import_module("expertd_inference.kernels.triton_experts")
-        total: Any = import_module("expertd_inference.kernels.triton_sum")
         linear: Any = import_module("expertd_inference.kernels.triton_linear")
         self.fill_slots_cached = experts.fill_slots_cached
-        self.sum_slots = total.sum_slots
         self.linear = linear.linear
 
 

@@ -42,9 +42,23 @@ def fill_slots_cached(
     """
     _check(slots, hidden, top_k_index, top_k_weights, cache, slot_of, spec)
     assert spec.activation is not None
-    num_tokens, top_k = top_k_index.shape
-    if not num_tokens:
+    if not len(hidden):
         return
+    # Triton launches on the current device, which is another thread's or another worker's choice.
+    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
+        _launch(slots, hidden, top_k_index, top_k_weights, cache, slot_of, spec)
+
+
+def _launch(
+    slots: Tensor,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    cache: Tensor,
+    slot_of: Tensor,
+    spec: ExpertsSpec,
+) -> None:
+    num_tokens, top_k = top_k_index.shape
     gate_up, down = record_form(spec.layout, GATE_UP), record_form(spec.layout, DOWN)
     inner = torch.empty(num_tokens * top_k, down.columns, dtype=hidden.dtype, device=hidden.device)
     hidden, top_k_weights = aligned(hidden), top_k_weights.contiguous()

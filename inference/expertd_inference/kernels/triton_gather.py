@@ -229,29 +229,31 @@ def resolve(
         raise ValueError(f"{num_slots} slots do not hold what {num_routed} choices may need")
     if not top_k_index.is_contiguous():
         raise ValueError("the routing is not contiguous")
-    _resolve[(1,)](
-        top_k_index,
-        directory,
-        table.slot_of,
-        table.entry_in,
-        table.stamp,
-        table.clock,
-        resolution.source,
-        resolution.target,
-        resolution.counts,
-        resolution.noted,
-        num_routed,
-        num_experts,
-        first_entry,
-        first_slot,
-        num_slots,
-        ROUTED=triton.next_power_of_2(num_routed),
-        SLOTS=triton.next_power_of_2(num_slots),
-        PAGE=PAGE_BYTES,
-        COPIED_NOTE=COPIED,
-        ABSENT_NOTE=ABSENT,
-        num_warps=4,
-    )
+    # Triton launches on the current device, which is another thread's or worker's choice.
+    with torch.cuda.device_of(top_k_index):
+        _resolve[(1,)](
+            top_k_index,
+            directory,
+            table.slot_of,
+            table.entry_in,
+            table.stamp,
+            table.clock,
+            resolution.source,
+            resolution.target,
+            resolution.counts,
+            resolution.noted,
+            num_routed,
+            num_experts,
+            first_entry,
+            first_slot,
+            num_slots,
+            ROUTED=triton.next_power_of_2(num_routed),
+            SLOTS=triton.next_power_of_2(num_slots),
+            PAGE=PAGE_BYTES,
+            COPIED_NOTE=COPIED,
+            ABSENT_NOTE=ABSENT,
+            num_warps=4,
+        )
 
 
 def gather(
@@ -272,15 +274,16 @@ def gather(
         raise ValueError(f"records of {record_bytes} bytes do not go into slots of {slot_bytes}")
     words = record_bytes // 8
     programs = min(_GATHER_PROGRAMS, triton.cdiv(words, _WORDS_PER_TURN))
-    _gather[(programs,)](
-        resolution.source,
-        resolution.target,
-        arena,
-        cache.view(torch.int64),
-        words,
-        slot_bytes // 8,
-        ITEMS=num_items,
-        TURNS=triton.cdiv(words, programs * _WORDS_PER_TURN),
-        WORDS=_WORDS_PER_TURN,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(cache):
+        _gather[(programs,)](
+            resolution.source,
+            resolution.target,
+            arena,
+            cache.view(torch.int64),
+            words,
+            slot_bytes // 8,
+            ITEMS=num_items,
+            TURNS=triton.cdiv(words, programs * _WORDS_PER_TURN),
+            WORDS=_WORDS_PER_TURN,
+            num_warps=8,
+        )

@@ -1,5 +1,6 @@
 """A quantized linear layer of the trunk on a GPU, by the experts' own loops."""
 
+import torch
 import triton
 from torch import Tensor
 from triton import language as tl
@@ -145,5 +146,7 @@ def linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     flat = aligned(x.reshape(-1, matrix.in_features))
     out = flat.new_empty(flat.shape[0], matrix.out_features)
     if flat.shape[0]:
-        _launch(out, flat, pointers, form)
+        # Triton launches on the current device, which is another thread's or worker's choice.
+        with torch.cuda.device_of(flat):
+            _launch(out, flat, pointers, form)
     return out.view(*x.shape[:-1], matrix.out_features)

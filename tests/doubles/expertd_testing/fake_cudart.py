@@ -17,9 +17,10 @@ from expertd_inference.device.cudart import (
     SUCCESS,
 )
 
-INVALID_VALUE, NOT_REGISTERED, ALREADY_REGISTERED, LOST = 1, 713, 712, 999
+INVALID_VALUE, OUT_OF_MEMORY, NOT_REGISTERED, ALREADY_REGISTERED, LOST = 1, 2, 713, 712, 999
 _WORDS = {
     INVALID_VALUE: "invalid argument",
+    OUT_OF_MEMORY: "out of memory",
     NOT_REGISTERED: "part or all of the requested memory range is not registered",
     ALREADY_REGISTERED: "part or all of the requested memory range is already mapped",
     LOST: "unknown error",
@@ -27,29 +28,51 @@ _WORDS = {
 
 
 class FakeCudart:
-    """One device, which ``reads_only`` registers read-only memory if asked to.
+    """Devices, which ``reads_only`` register read-only memory if asked to.
 
-    ``offset`` is how far from the host's address the device sees memory.
+    ``offset`` is how far from the host's address they see memory. ``max_bytes`` may be registered
+    altogether, as under WSL; with ``registers`` false nothing can be.
     """
 
     def __init__(
-        self, *, reads_only: bool = True, max_range_bytes: int = 512 << 30, offset: int = 0
+        self,
+        *,
+        reads_only: bool = True,
+        max_range_bytes: int = 512 << 30,
+        offset: int = 0,
+        max_bytes: int = 1 << 60,
+        registers: bool = True,
+        num_devices: int = 1,
     ) -> None:
         self.registered: dict[int, int] = {}
         """Sizes by address."""
         self.lost = False
+        self.current = 0
+        """This thread's device."""
+        self._max_bytes, self._registers, self._num_devices = max_bytes, registers, num_devices
         self._reads_only, self._max_range_bytes, self._offset = reads_only, max_range_bytes, offset
         self._last_error = SUCCESS
         self._queue: list[tuple[int, int, int]] = []
 
     def set_device(self, index: int) -> int:
-        """There is one."""
-        return self._ended(SUCCESS if index == 0 else INVALID_VALUE)
+        """Unless there is no such one."""
+        if not 0 <= index < self._num_devices:
+            return self._ended(INVALID_VALUE)
+        self.current = index
+        return self._ended(SUCCESS)
+
+    def current_device(self) -> int:
+        """The first, until another is set."""
+        return self.current
+
+    def restore_device(self, index: int) -> None:
+        """Never fails."""
+        self.current = index
 
     def attribute(self, attribute: int, index: int) -> int:
         """The two that matter here."""
         return int(
-            attribute == ATTRIBUTE_HOST_REGISTER
+            (attribute == ATTRIBUTE_HOST_REGISTER and self._registers)
             or (attribute == ATTRIBUTE_READ_ONLY_REGISTER and self._reads_only)
         )
 
@@ -59,6 +82,10 @@ class FakeCudart:
             return self._ended(INVALID_VALUE)
         if flags & REGISTER_READ_ONLY and not self._reads_only:
             return self._ended(INVALID_VALUE)
+        if not self._registers:
+            return self._ended(INVALID_VALUE)
+        if sum(self.registered.values()) + num_bytes > self._max_bytes:
+            return self._ended(OUT_OF_MEMORY)
         if not _mapped(address, num_bytes, writable=not flags & REGISTER_READ_ONLY):
             return self._ended(INVALID_VALUE)
         for start, size in self.registered.items():

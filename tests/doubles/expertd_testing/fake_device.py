@@ -11,7 +11,8 @@ another copy is still writing, letting go of host memory in the midst of a copy.
 import ctypes
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -22,8 +23,10 @@ from torch import Tensor
 from expertd.errors import DeviceLostError, DeviceMemoryError, ExpertdError
 from expertd.sizes import format_bytes
 from expertd_inference.arena import ArenaTensors
+from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.device.device import CopyMode, Event, HostMemory
 from expertd_inference.device.group import DEVICE_KINDS
+from expertd_inference.device.registration import explain_refusal
 from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
 from expertd_testing.fake_recorder import FakeRecorder
 
@@ -51,6 +54,8 @@ class FakeSpeed:
     """At which kernels read records."""
     call_seconds: float = 4e-6
     """What any call costs the host."""
+    compile_seconds: float = 0.0
+    """What the first call of our kernels costs the host."""
     trunk_seconds: float = 30e-6
     """What the compute stream does between two readings of a routing, besides our kernels."""
 
@@ -105,14 +110,19 @@ class FakeEvent:
 class FakeMemory:
     """A registered range, of which nobody may let go while a copy reads it."""
 
-    def __init__(self, device: "FakeDevice", address: int, num_bytes: int, mode: CopyMode) -> None:
-        self.address, self.num_bytes, self.mode = address, num_bytes, mode
+    def __init__(
+        self, device: "FakeDevice", address: int, num_bytes: int, registered_bytes: int
+    ) -> None:
+        self.address, self.num_bytes = address, num_bytes
+        self.registered_bytes = registered_bytes
+        partly = CopyMode.PARTIAL if registered_bytes else CopyMode.STAGED
+        self.mode = CopyMode.REGISTERED if registered_bytes == num_bytes else partly
         self.closed = False
         self._device = device
 
     @property
     def device_address(self) -> int:
-        """Its own address, if it is registered."""
+        """Its own address, if all of it is registered."""
         return self.address if self.mode is CopyMode.REGISTERED else 0
 
     def close(self) -> None:
@@ -138,7 +148,10 @@ class _Copy:
 
 
 class FakeDevice:
-    """A device of ``memory_bytes``, which may refuse to register. :meth:`lose` ends it."""
+    """A device of ``memory_bytes``, which registers up to ``max_registered_bytes`` of a range.
+
+    ``say`` is told if that is not all of it. :meth:`lose` ends it.
+    """
 
     def __init__(
         self,
@@ -148,7 +161,10 @@ class FakeDevice:
         speed: FakeSpeed | None = None,
         seed: int = 0,
         registers: bool = True,
+        max_registered_bytes: int = 1 << 60,
+        say: Callable[[str], None] | None = None,
     ) -> None:
+        """Without ``registers`` it refuses to register anything."""
         self.name = name
         self.hardware = "fake"
         self.torch_device = torch.device("cpu")
@@ -163,13 +179,16 @@ class FakeDevice:
         """Off where a test overwrites what a copy reads, as a daemon does that cuts off."""
         self._speed = speed or FakeSpeed()
         self._random = random.Random(seed)
-        self._registers = registers
+        self._max_registered_bytes = max_registered_bytes if registers else 0
+        self._say = say or (lambda _: None)
+        self._has_said = False
         self._memory_bytes = memory_bytes
         self._allocated: list[Tensor] = []
         self._compute_time = 0.0
         self._engines = [0.0] * self._speed.num_engines
         self._copies: list[_Copy] = []
         self._read_until: dict[int, float] = {}
+        self._compiled = False
 
     def __repr__(self) -> str:
         return f"<FakeDevice {self.name} {len(self._copies)} copies under way>"
@@ -194,10 +213,13 @@ class FakeDevice:
         return tensor
 
     def register(self, address: int, num_bytes: int) -> FakeMemory:
-        """Registered, or staged if this device refuses."""
+        """Registered, or staged if this device refuses, or the one and the other."""
         self.call()
-        mode = CopyMode.REGISTERED if self._registers else CopyMode.STAGED
-        memory = FakeMemory(self, address, num_bytes, mode)
+        registered = min(num_bytes, self._max_registered_bytes)
+        memory = FakeMemory(self, address, num_bytes, registered)
+        if registered < num_bytes and not self._has_said:
+            self._has_said = True
+            self._say(explain_refusal("out of memory (2)", num_bytes, registered))
         self.memory.append(memory)
         return memory
 
@@ -218,9 +240,8 @@ class FakeDevice:
                 raise HazardError("a copy from memory that was let go of")
             if offset < 0 or offset + num_bytes > memory.num_bytes or num_bytes > slot.nbytes:
                 raise HazardError("a copy past the end of its source or its slot")
-            staged = memory.mode is CopyMode.STAGED
-            if staged:
-                self.host_time += num_bytes / speed.staged_bytes_per_second
+            staged_bytes = min(num_bytes, max(0, offset + num_bytes - memory.registered_bytes))
+            self.host_time += staged_bytes / speed.staged_bytes_per_second
             engine = self._engines.index(min(self._engines))
             begin = max(self.host_time, self._engines[engine], *map(_time, after), 0.0)
             if begin < self._read_until.get(address, 0.0):
@@ -271,6 +292,9 @@ class FakeDevice:
     ) -> None:
         """The reference, over what the slots hold at that moment of virtual time."""
         self.call()
+        if not self._compiled:
+            self._compiled = True
+            self.host_time += self._speed.compile_seconds
         slot_bytes = cache.shape[1]
         places = slot_of.tolist()
         wanted = {e for e in top_k_index.flatten().tolist() if e < len(places)}
@@ -297,6 +321,10 @@ class FakeDevice:
     def recorder(self) -> FakeRecorder:
         """Which notes what torch is asked for, and repeats it."""
         return FakeRecorder()
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """As on a GPU, whose switch is torch's own."""
+        return without_cudnn_attention()
 
     def clock(self) -> float:
         """Virtual seconds."""
@@ -365,4 +393,4 @@ def _time(event: Event) -> float:
 
 def offer_fake_devices() -> None:
     """Lets this process's workers open ``fake`` and ``fake:0``, ``fake:1`` ..."""
-    DEVICE_KINDS["fake"] = lambda name, say: FakeDevice(name)
+    DEVICE_KINDS["fake"] = lambda name, say: FakeDevice(name, say=say)

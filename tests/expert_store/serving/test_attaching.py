@@ -1,8 +1,10 @@
 """Who may attach, with what they get, and what opens to whom."""
 
 import os
+import socket
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -18,8 +20,11 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
+from expertd.serving.allow_list import AllowList
+from expertd.serving.attach import AttachServer
 from expertd.shared.greeting import handshake
 from expertd.shared.handshake import Role, rpc_target
+from expertd.store import Store
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.raw_worker import Caller, RawWorker
@@ -134,6 +139,31 @@ for name, descriptor in zip(("arena", "directory"), greeting.descriptors):
             continue
         print("could", attempt, name)
 """
+
+
+@pytest.mark.parametrize(("own", "named"), [(0, set()), (998, set()), (998, {1000})])
+def test_whose_workers_could_write(
+    own: int, named: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon's own user's, who could anyway; not root's, who may lack the power to."""
+    monkeypatch.setattr(os, "geteuid", lambda: own)
+    listener = Mock(socket.socket)
+    listener.fileno.return_value = -1
+    server = AttachServer(Mock(Store), listener, AllowList(), named)
+    assert server.writable_uids == {own} | named
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_who_is_named_could_write(pack: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'allowed_uids = [{NOBODY}]\nwritable_uids = [{NOBODY}]\nsocket_mode = "666"\n'
+    )
+    with serving({"m": pack}, ram="1MiB", config=config) as daemon:
+        daemon.socket.chmod(0o755)
+        daemon.socket.parent.chmod(0o755)
+        out, err = python(AS_NOBODY, daemon.socket, "WORKER").communicate(timeout=20)
+    assert (out, err) == ("attached\ncould map arena\ncould write arena\n", "")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

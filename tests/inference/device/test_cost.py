@@ -72,7 +72,12 @@ def test_one_wild_measurement_does_not_upset_it() -> None:
 
 def test_measured_on_a_device_whose_speed_is_known(packed: Make, tmp_path: Path) -> None:
     speed = FakeSpeed(
-        link_bytes_per_second=1e9, copy_seconds=1e-4, memory_bytes_per_second=1e10, call_seconds=0
+        link_bytes_per_second=1e9,
+        copy_seconds=1e-4,
+        memory_bytes_per_second=1e10,
+        call_seconds=0,
+        # More than all the time of a measurement, as Triton's compiler takes.
+        compile_seconds=2.0,
     )
     device = FakeDevice(speed=speed)
     rig = make_rig(HeldPackSource(packed("mixtral")), device, on_miss=OnMiss.COPY, num_slots=9)
@@ -104,6 +109,9 @@ def test_measured_on_a_device_whose_speed_is_known(packed: Make, tmp_path: Path)
         b'{"x": 1}',
         b'{"KEY": {"link_bytes_per_second": 0, "copy_seconds": 0, "cpu_bytes_per_second": 0, '
         b'"cpu_seconds": 0, "device_bytes_per_second": 0}}',
+        # The compiler was timed.
+        b'{"KEY": {"link_bytes_per_second": 2.5e10, "copy_seconds": 0, "cpu_bytes_per_second": '
+        b'2e10, "cpu_seconds": 0, "device_bytes_per_second": 4.4e6}}',
     ],
 )
 def test_what_is_wrong_with_the_file_is_measured_anew(
@@ -118,7 +126,21 @@ def test_what_is_wrong_with_the_file_is_measured_anew(
     )
     probe.engine.attach()
     path.write_bytes(content.replace(b"KEY", probe.key.encode()))
-    assert calibration.calibrated(probe, path).link_bytes_per_second > 0
+    rates = calibration.calibrated(probe, path)
+    assert rates.device_bytes_per_second >= rates.link_bytes_per_second > 0
+    assert calibration.calibrated(probe, path) == rates, "what was measured anew is remembered"
+
+
+def test_what_only_its_launch_takes_is_not_slower_than_the_link(packed: Make) -> None:
+    device = FakeDevice(speed=FakeSpeed(call_seconds=1e-2))
+    rig = make_rig(HeldPackSource(packed("mixtral")), device, on_miss=OnMiss.COPY, num_slots=9)
+    (runner,) = rig.group.runners
+    module = rig.model.model.layers[0].mlp.experts
+    probe = calibration.Probe(
+        device, runner.engine, rig.source, 0, range(2), module._expertd[2], runner.fill_slots
+    )
+    rates = calibration.measure(probe)
+    assert rates.device_bytes_per_second == rates.link_bytes_per_second
 
 
 def test_a_home_that_cannot_be_written_to(packed: Make, tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import torch
 from expertd.pack.manifest import read_manifest
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
+from expertd_inference.device.device import CopyMode
+from expertd_inference.device.graphs import SegmentSteps
 from expertd_inference.device.group import DeviceGroup
+from expertd_inference.device.whole import WholeSteps
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from tests.daemon import serving
 
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 Make = Callable[..., Any]
+STEPS = {DecodeGraphsMode.SEGMENTS: SegmentSteps, DecodeGraphsMode.WHOLE: WholeSteps}
 PROMPT = "Once upon a time"
 NUM_TOKENS = 24
 
@@ -66,10 +70,19 @@ def test_the_text_is_the_cpu_s(
     ):
         assert [tokens_of(worker) for _ in range(2)] == [expected] * 2
         assert isinstance(worker._runner, DeviceGroup)
+        # The daemon is of this user: the driver has nothing to refuse.
+        assert {runner.engine.mode for runner in worker._runner.runners} == {CopyMode.REGISTERED}
         graphs = worker._runner.graphs
         assert (graphs is None) == (mode is DecodeGraphsMode.OFF)
         if graphs is not None:
-            assert graphs.num_replays == 2 * (NUM_TOKENS - 3), "it could not be recorded"
+            # Segments would replay as well.
+            assert graphs._current is not None
+            assert type(graphs._current.steps) is STEPS[mode]
+            # The second text begins with what the first recorded.
+            assert graphs.num_replays == 2 * (NUM_TOKENS - 1) - 2, "it could not be recorded"
+        stats = worker.device_stats
+        assert stats is not None
+        assert (stats.arena, stats.steps) == ("registered", mode.value)
 
 
 @pytest.mark.parametrize("mode", [DecodeGraphsMode.OFF, DecodeGraphsMode.WHOLE])
@@ -94,5 +107,9 @@ def test_two_devices(pack: Path, expected: list[int]) -> None:
     with serving({"m": pack}) as daemon:
         with worker_of(daemon, device="cuda:0,cuda:1") as spread:
             assert tokens_of(spread) == expected
+            # One registration serves both.
+            stats = spread.device_stats
+            assert stats is not None
+            assert stats.arena == "registered"
         with worker_of(daemon, device="cuda:0") as one, worker_of(daemon, device="cuda:1") as other:
             assert tokens_of(one) == tokens_of(other) == expected

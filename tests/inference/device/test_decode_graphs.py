@@ -57,10 +57,12 @@ def test_the_text_is_the_same(mode: DecodeGraphsMode, pack: Path, expected: list
     with serving({"m": pack}) as daemon, worker_of(daemon, mode) as worker:
         # The second prompt finds a device that has been used by itself meanwhile.
         assert [tokens_of(worker) for _ in range(2)] == [expected] * 2
-        # All but the prompt's token, the warm step and the recorded one.
-        assert replays(worker) == 2 * (NUM_TOKENS - 3)
+        # All but the prompt's token, the warm step and the recorded one; then all but the prompt's.
+        assert replays(worker) == 2 * (NUM_TOKENS - 1) - 2
         stats = worker.device_stats
         assert stats is not None
+        assert (stats.arena, stats.steps) == ("registered", mode.value)
+        assert worker._runner.graphs._current.steps.mode is mode  # type: ignore[union-attr]
         assert stats.device_hits
         if mode is DecodeGraphsMode.WHOLE:
             # One look per step, apart from the prompts.
@@ -143,7 +145,8 @@ def test_several_devices_are_not_recorded(pack: Path, expected: list[int]) -> No
         serving({"m": pack}) as daemon,
         Worker(attach("m", daemon.socket), device=settings, say=said.append) as worker,
     ):
-        assert worker.new_cache(32) is None
+        with worker.lend_cache(32) as cache:
+            assert cache is None
         assert tokens_of(worker) == expected
     assert len(said) == 1
     assert "several devices" in said[0]

@@ -16,7 +16,7 @@ from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
 from expertd_inference.device import group
-from expertd_inference.settings import DeviceSettings, OnMiss
+from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.fake_device import FakeDevice
 from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
@@ -84,7 +84,12 @@ def test_tokens_of_stock_from_any_budget(
 
 
 def test_what_moved_is_in_the_result(roomy: Daemon, pack: Path) -> None:
-    with worker_of(roomy, cache_bytes=12 * record_bytes(pack), on_miss=OnMiss.COPY) as worker:
+    with worker_of(
+        roomy,
+        cache_bytes=12 * record_bytes(pack),
+        on_miss=OnMiss.COPY,
+        decode_graphs=DecodeGraphsMode.OFF,
+    ) as worker:
         generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=4))
         done = generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=8))
         moved = done.result.device

@@ -25,7 +25,7 @@ from expertd.pack.layout import record_layout
 from expertd.pack.manifest import GateOrder
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.activation import Activation, ActivationKind
-from expertd_inference.kernels import triton_experts, triton_gather, triton_linear, triton_sum
+from expertd_inference.kernels import triton_experts, triton_gather, triton_linear
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
 
@@ -102,8 +102,6 @@ def compile_all(capability: int) -> None:
         }
         x = torch.zeros(tokens, 4096, dtype=torch.bfloat16)
         triton_linear.linear(x, QuantizedWeight(matrix, parts))
-    shown.compiled_for = "8x2048"
-    triton_sum.sum_slots(torch.zeros(1, 8, 2048), torch.bfloat16)
     for tokens, k, experts, num_slots in LOOKUPS:
         shown.compiled_for = f"{tokens}:{k}of{experts}:{num_slots}"
         entries = 48 * experts

@@ -24,7 +24,6 @@ def test_triton_serves_everything() -> None:
     assert kernels.name == "triton"
     assert kernels.fill_slots_cached.__module__.endswith("triton_experts")
     assert kernels.linear.__module__.endswith("triton_linear")
-    assert kernels.sum_slots.__module__.endswith("triton_sum")
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
