@@ -22,7 +22,7 @@ from expertd.errors import (
     RecordLostError,
     SessionLostError,
 )
-from expertd.hosting.hosted_model import HostedModel, Load, ModelState, Record
+from expertd.hosting.hosted_model import HostedModel, Load, ModelState
 from expertd.hosting.prefetcher import Prefetcher
 from expertd.hosting.quotas import Quotas
 from expertd.hosting.session import Session
@@ -242,8 +242,8 @@ class Records:
     def _claim(self, session: Session, wanted: list[int], held: list[int]) -> list[int]:
         model = session.model
         budget = self._slots.budget
-        pinned = {entry for other, entry in budget.pinned if other is model}
-        count, most = len(set(wanted) - pinned), budget.max_fetch_records(model)
+        count = sum(entry not in model.pinned for entry in wanted)
+        most = budget.max_fetch_records(model)
         if count > most:
             raise CapacityError(
                 f"{count} experts of {model.name} do not fit at once: its budget holds "
@@ -259,10 +259,8 @@ class Records:
     def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
         model = session.model
         wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
-        budget = self._slots.budget
-        pinned_by_any = budget.pinned
-        new = [entry for entry in wanted if Record(model, entry) not in pinned_by_any]
-        budget.check_pins(model, new)
+        new = [entry for entry in wanted if entry not in model.pinned]
+        self._slots.budget.check_pins(model, new)
         session.pin(wanted)
         pinned += wanted
         return wanted

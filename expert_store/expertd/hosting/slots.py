@@ -200,7 +200,9 @@ class Slots:
 
     def _can_move_beside(self, extents: Iterable[Extent]) -> bool:
         """Whether pinned records, some of them in ``extents``, leave a gap for any record."""
-        placed = {model.placed(entry) for model, entry in self.budget.pinned} | {*extents}
+        placed = {
+            model.placed(entry) for model in self._models.values() for entry in model.pinned
+        } | {*extents}
         start = 0
         for extent in sorted(extent for extent in placed if extent is not None):
             if extent.offset - start >= self._largest_record_bytes:
@@ -287,13 +289,12 @@ class Slots:
 
     def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[Kept]:
         """What is in the way of a model's records: pinned, its caller's own, and guarded ones."""
-        pinned = self.budget.pinned
         kept: list[Kept] = []
         for other in self._models.values():
             for entry in other.held().tolist():
                 record = Record(other, entry)
                 mine = own.get(entry) if other is model else None
-                num_holds = pinned[record] + (mine or 0)
+                num_holds = other.pinned.count(entry) + (mine or 0)
                 kept.append(Kept(record, num_holds, mine is not None and num_holds == 1))
             if other is not model:
                 coldest = self._coldest(other)
