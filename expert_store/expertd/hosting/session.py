@@ -138,13 +138,14 @@ class Session:
     @contextmanager
     def asks(self, entries: Collection[int]) -> Iterator[None]:
         """Counts what a fetch or pin under way wants as kept by its user, inside the ``with``."""
+        records = self._records(entries)
         self._asked.append(entries)
-        self._kept.all.add(self._records(entries))
+        self._kept.all.add(records)
         try:
             yield
         finally:
             self._asked.remove(entries)
-            self._kept.all.remove(self._records(entries))
+            self._kept.all.remove(records)
 
     def begin_fetch(self, number: int) -> None:
         """Registers a fetch's number; numbers only grow, or leases could not be told apart."""
@@ -232,16 +233,18 @@ class Session:
         """Holds ``entries``, which must not be pinned yet, until they are unpinned."""
         self.model.hold_pinned(entries)
         self.pins.update(entries)
-        self._kept.pinned.add(self._records(entries))
-        self._kept.all.add(self._records(entries))
+        records = self._records(entries)
+        self._kept.pinned.add(records)
+        self._kept.all.add(records)
 
     def unpin(self, entries: Iterable[int]) -> int:
         """Drops pins; those not pinned are ignored."""
         unpinned = self.pins.intersection(entries)
         self.pins -= unpinned
         self.model.unhold_pinned(unpinned)
-        self._kept.pinned.remove(self._records(unpinned))
-        self._kept.all.remove(self._records(unpinned))
+        records = self._records(unpinned)
+        self._kept.pinned.remove(records)
+        self._kept.all.remove(records)
         return len(unpinned)
 
     def _end_released(self) -> None:
@@ -255,9 +258,9 @@ class Session:
         self.model.unhold(entries)
         self._kept.all.remove(self._records(entries))
 
-    def _records(self, entries: Iterable[int]) -> Iterator[Record]:
+    def _records(self, entries: Iterable[int]) -> list[Record]:
         model = self.model
-        return (Record(model, entry) for entry in entries)
+        return [Record(model, entry) for entry in entries]
 
     def _drain_ring(self) -> None:
         # Misses first: the worker stores them last, so a write in between can only make

@@ -1,6 +1,5 @@
 """Records that are counted once however many keep them, and their bytes: no recounting."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -16,7 +15,7 @@ class Tally(Generic[KeyT]):
 
     def __init__(self, size: Callable[[KeyT], int]) -> None:
         self._size = size
-        self._counts: Counter[KeyT] = Counter()
+        self._counts: dict[KeyT, int] = {}
         self.num_bytes = 0
 
     def __repr__(self) -> str:
@@ -33,19 +32,26 @@ class Tally(Generic[KeyT]):
 
     def count(self, record: KeyT) -> int:
         """How many times that record is kept."""
-        return self._counts[record]
+        return self._counts.get(record, 0)
 
     def add(self, records: Iterable[KeyT]) -> None:
         """Keeps each of ``records`` once more."""
+        counts = self._counts
         for record in records:
-            if record not in self._counts:
+            count = counts.get(record)
+            if count is None:
+                counts[record] = 1
                 self.num_bytes += self._size(record)
-            self._counts[record] += 1
+            else:
+                counts[record] = count + 1
 
     def remove(self, records: Iterable[KeyT]) -> None:
         """Takes back one :meth:`add` of each."""
+        counts = self._counts
         for record in records:
-            self._counts[record] -= 1
-            if not self._counts[record]:
-                del self._counts[record]
+            count = counts[record]
+            if count == 1:
+                del counts[record]
                 self.num_bytes -= self._size(record)
+            else:
+                counts[record] = count - 1
