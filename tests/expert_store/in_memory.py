@@ -55,7 +55,8 @@ class Worker:
 
     async def fetch(self, *entries: int) -> int:
         self.num_fetches += 1
-        return await self.store.records.fetch(self.session, entries, self.num_fetches)
+        fetched = await self.store.records.fetch(self.session, entries, self.num_fetches)
+        return fetched.num_missed
 
     async def fetch_and_release(self, *entries: int) -> None:
         await self.fetch(*entries)

@@ -33,12 +33,13 @@ class Budget:
         kept = sum(_term(model)[0] for model in self._models.values())
         return self.num_bytes - kept - self.pinned_bytes
 
-    def max_fetch_records(self, model: HostedModel) -> int:
+    def max_fetch_records(self, model: HostedModel, taken_bytes: int = 0) -> int:
         """How many of the model's records one fetch can make resident together.
 
-        As many as pinned records, the others' minima and its own maximum leave room for.
+        As many as pinned records, the others' minima and its own maximum leave room for, and what
+        is taken besides.
         """
-        room = self.num_bytes - self.pinned_bytes
+        room = self.num_bytes - self.pinned_bytes - taken_bytes
         for other in self._models.values():
             if other is not model:
                 room -= max(0, other.guarded_bytes - other.pinned.num_bytes)

@@ -85,6 +85,8 @@ class Counters:
     prefetch_useful: int = 0
     prefetch_late: int = 0
     prefetch_wasted: int = 0
+    records_in_pack: int = 0
+    """Fetched ones that a worker was sent to the pack for, since no slot was to be had."""
     records_damaged: int = 0
     """In RAM; dropped, and read again."""
     fetch_seconds: Histogram = field(default_factory=Histogram)

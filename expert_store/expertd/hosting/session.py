@@ -9,6 +9,7 @@ import numpy as np
 
 from expertd.errors import InvalidInputError, PreconditionError
 from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.patience import GRACE_SECONDS
 from expertd.hosting.tally import Tally
 from expertd.residency import Entries
 from expertd.shared.handshake import Role
@@ -67,6 +68,7 @@ class Session:
         self._asked: list[Collection[int]] = []
         self._kept = kept or Kept()
         self.bytes_read = 0
+        self.records_in_pack = 0
         self._model = model
         self._leases: dict[int, list[int]] = {}
         self._last_fetch = 0
@@ -191,6 +193,11 @@ class Session:
             self._stalled += min(now - self._asked_at, _MAX_GAP_SECONDS)
         self._asked_at = now
         return self._stalled
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether, when somebody last waited for it, that was in vain for longer than one waits."""
+        return self._asked_at is not None and self._stalled > GRACE_SECONDS
 
     def not_awaited(self) -> None:
         """Nobody waits for this session: it may stand still as long as it likes."""

@@ -91,6 +91,7 @@ def _model_stats(store: Store, model: HostedModel) -> pb.ModelStats:
         num_pinned=len(model.pinned),
         num_pinned_resident=sum(map(model.is_resident, model.pinned)),
         moves=counters.moves,
+        records_in_pack=counters.records_in_pack,
         disk=pb.DiskStats(
             asked=model.disk.asked,
             way=model.disk.way,
@@ -119,6 +120,7 @@ def _session_stats(
         bytes_read=session.bytes_read,
         host_hits=session.host_hits,
         nvme_misses=session.nvme_misses,
+        records_in_pack=session.records_in_pack,
     )
 
 
