@@ -15,6 +15,7 @@ from expertd.disk.opening import DEFAULT_DISK, DiskChoice
 from expertd.disk.record_file import RecordFile
 from expertd.errors import NotFoundError
 from expertd.histogram import Histogram
+from expertd.hosting.patience import annex_bytes
 from expertd.hosting.tally import Tally
 from expertd.hosting.touch_watch import TouchWatch
 from expertd.pack.manifest import Fingerprinted, Layer
@@ -145,6 +146,14 @@ class HostedModel:
         self.max_record_bytes = max(self._record_bytes)
         self.touches_per_token = sum(layer.experts_per_token for layer in self.manifest.layers)
         layers = self.manifest.layers
+        sizes = [self.manifest.layouts[layer.layout].record_bytes for layer in layers]
+        self.annex_bytes = annex_bytes(
+            [
+                (size, layer.num_experts, layer.experts_per_token)
+                for size, layer in zip(sizes, layers, strict=True)
+            ]
+        )
+        """What its workers may use of their own memory for records that have no slot."""
         self.heat = make_policy(
             policy,
             [layer.num_experts for layer in layers],

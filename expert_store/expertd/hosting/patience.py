@@ -5,8 +5,12 @@ to wait is best, since a record in the arena is there for all. But a long prompt
 debugger or a stopped process hold for seconds, and nothing but time tells them apart.
 """
 
+from collections.abc import Sequence
+
 GRACE_SECONDS = 0.05
 """Longer than what workers hold for a layer or a step of decoding; some reads of the disk."""
+MAX_ANNEX_BYTES = 256 << 20
+"""Of a worker's own memory for such records, unless one token needs more: RAM is what is short."""
 
 
 def seconds_of_patience(
@@ -21,3 +25,13 @@ def seconds_of_patience(
     if missing > max_in_pack:
         return None
     return GRACE_SECONDS if wanted <= obtainable else 0.0
+
+
+def annex_bytes(layers: Sequence[tuple[int, int, int]]) -> int:
+    """How much memory of its own a worker may use for records that have no slot.
+
+    ``layers`` have each the bytes of a record, the number of experts, and how many a token uses.
+    """
+    largest = max(record * num_experts for record, num_experts, _ in layers)
+    token = max(record * per_token for record, _, per_token in layers)
+    return min(largest, max(token, MAX_ANNEX_BYTES))

@@ -237,12 +237,13 @@ class Records:
         self, model: HostedModel, wanted: Sequence[int], max_in_pack: int
     ) -> float | None:
         """Until when a fetch waits for slots, by the loop's clock; None: as long as it takes."""
-        if not max_in_pack:
-            return None
+        num_unpinned = sum(entry not in model.pinned for entry in wanted)
+        if not max_in_pack or num_unpinned > self._slots.budget.max_fetch_records(model):
+            return None  # or it is refused
         patience = seconds_of_patience(
             missing=sum(not model.is_resident(entry) for entry in wanted),
             max_in_pack=max_in_pack,
-            wanted=sum(entry not in model.pinned for entry in wanted),
+            wanted=num_unpinned,
             obtainable=self._slots.obtainable_records(model),
         )
         return None if patience is None else self._loop.time() + patience

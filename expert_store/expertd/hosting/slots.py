@@ -169,9 +169,7 @@ class Slots:
         self.refresh()
         still = [session for session in self._sessions.values() if session.stands_still]
         held = {record for session in still for record in session.leased}
-        taken = sum(
-            other.record_bytes(entry) for other, entry in held if entry not in other.pinned
-        )
+        taken = sum(other.record_bytes(entry) for other, entry in held if entry not in other.pinned)
         for other in self._models.values():
             if any(other.reclaimer.waits_for(session.page.epoch) for session in still):
                 taken += other.reclaimer.bytes_retired
