@@ -67,7 +67,9 @@ class Worker:
         """
         self._attachment = attachment
         self.session = session = attachment.session
-        self.pack = session.model.pack_path if pack is None else Path(pack)
+        if pack is not None:
+            session.pack_path = Path(pack)
+        self.pack = session.pack_path
         self.manifest = _manifest_of(session, self.pack)
         settings = device or DeviceSettings()
         devices = open_devices(self.manifest, settings, say)

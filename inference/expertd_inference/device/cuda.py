@@ -170,7 +170,8 @@ class CudaDevice:
                 assert isinstance(event, CudaEvent)
                 self.copy_stream.wait_event(event.event)
             target, source = slot.data_ptr(), memory.address + offset
-            if memory.registration is None:
+            # Copies that lie past the arena are this process's own memory, and not registered.
+            if memory.registration is None or offset >= memory.num_bytes:
                 self._staging().copy(target, source, num_bytes)
             else:
                 for start, size in memory.registration.pieces(offset, num_bytes):

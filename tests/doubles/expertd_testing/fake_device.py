@@ -216,9 +216,12 @@ class FakeDevice:
             address, speed = slot.data_ptr(), self._speed
             if memory.closed:
                 raise HazardError("a copy from memory that was let go of")
-            if offset < 0 or offset + num_bytes > memory.num_bytes or num_bytes > slot.nbytes:
-                raise HazardError("a copy past the end of its source or its slot")
-            staged = memory.mode is CopyMode.STAGED
+            beyond = offset >= memory.num_bytes  # not registered, whatever the memory is
+            if offset < 0 or offset < memory.num_bytes < offset + num_bytes:
+                raise HazardError("a copy across the end of its source")
+            if num_bytes > slot.nbytes:
+                raise HazardError("a copy past the end of its slot")
+            staged = beyond or memory.mode is CopyMode.STAGED
             if staged:
                 self.host_time += num_bytes / speed.staged_bytes_per_second
             engine = self._engines.index(min(self._engines))
