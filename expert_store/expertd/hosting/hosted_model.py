@@ -169,7 +169,7 @@ class HostedModel:
         self._lengths = np.array(self._record_bytes, np.int64)
         self._holds = np.zeros(self.num_entries, np.int64)
         self._unused_hint = np.zeros(self.num_entries, np.bool_)
-        self.pinned = Tally(self._record_bytes.__getitem__)
+        self.pinned = Tally(self.record_bytes)
         """Entries that the model itself or its sessions pin, resident or not."""
         self.pins = set(pinned_entries(limits.pins, self.manifest, name))
         """Those that the model itself pins."""
