@@ -69,6 +69,8 @@ class BaseSession:
         self.remote_misses = 0
         self._detached = self._enters_pages = False
         self._pack_path: Path | None = None
+        self.say: Callable[[str], None] | None = None
+        """Told, in place of a :class:`PackWarning`, if the pack cannot be read."""
         self._take(attachment, model)
 
     def __repr__(self) -> str:
@@ -303,13 +305,15 @@ class BaseSession:
             )
         except (PackUnreadableError, OSError) as error:
             self._reads_pack = False
-            warnings.warn(
+            message = (
                 f"The arena has no slot for some experts, and this process cannot read them from "
                 f"the pack instead ({error}): it waits for slots, which is slower. Let it read "
-                "the pack's files, or give the daemon more --ram.",
-                PackWarning,
-                stacklevel=2,
+                "the pack's files, or give the daemon more --ram."
             )
+            if self.say is None:
+                warnings.warn(message, PackWarning, stacklevel=2)
+            else:
+                self.say(message)
             return False
 
     def _entries_of(self, layer: int, experts: Sequence[int]) -> list[int]:

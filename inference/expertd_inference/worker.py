@@ -69,6 +69,7 @@ class Worker:
         self.session = session = attachment.session
         if pack is not None:
             session.pack_path = Path(pack)
+        session.say = say or say_on_stderr
         self.pack = session.pack_path
         self.manifest = _manifest_of(session, self.pack)
         settings = device or DeviceSettings()

@@ -100,6 +100,7 @@ class Records:
         except NoSlotError:
             model.unhold(held)
             _check_open(session)
+            self._check_serving(model)
             fetched = Fetched(sum(not model.is_resident(entry) for entry in wanted), wanted)
             model.counters.records_in_pack += fetched.num_missed
             session.records_in_pack += fetched.num_missed

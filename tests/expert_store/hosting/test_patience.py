@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from expertd.hosting.patience import GRACE_SECONDS, seconds_of_patience
+from expertd.hosting.patience import (
+    GRACE_SECONDS,
+    MAX_ANNEX_BYTES,
+    annex_bytes,
+    seconds_of_patience,
+)
 from expertd.hosting.records import Fetched
 from expertd.store import Store
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
@@ -156,3 +161,17 @@ async def test_behind_one_that_waits_nobody_waits_longer(store: Store) -> None:
     assert not waiting.done()
     holder.release()
     assert await waiting == 8
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([(2 << 20, 8, 2)], 16 << 20),  # all of a small layer
+        ([(2 << 20, 512, 8), (1 << 20, 8, 2)], MAX_ANNEX_BYTES),
+        ([(350 << 20, 8, 2)], 700 << 20),  # or one token could not be served
+    ],
+)
+def test_how_much_of_its_own_memory_a_worker_may_use(
+    layers: list[tuple[int, int, int]], expected: int
+) -> None:
+    assert annex_bytes(layers) == expected
