@@ -234,9 +234,9 @@ class Mapping:
             raise state_error(self._state)
         if start + num_bytes > self.annex_bytes:
             return False
+        self._copied_bytes += -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
         read(arena.annex.part(start, num_bytes))
         self.copies[entry] = pack_word(arena.annex_offset + start, 0)
-        self._copied_bytes += -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
         return True
 
     def absent(self, entries: Sequence[int]) -> set[int]:

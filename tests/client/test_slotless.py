@@ -243,6 +243,8 @@ def test_a_copy_that_fails_is_none(shared: SharedMemory, tmp_path: Path) -> None
     with pytest.raises(PackUnreadableError, match="truncated"):
         mapping.copy(1, 2 * PAGE, lambda target: PackFiles(tmp_path).read(place, target))
     assert ABSENT in mapping.try_hold([1], State.FETCHING)
+    mapping.abandon_fetch()
+    assert not any(mapping.arena[-4 * PAGE :]), "its memory was given back"
 
 
 def test_where_addresses_are_short_there_is_no_annex(shared: SharedMemory) -> None:
