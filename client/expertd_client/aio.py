@@ -99,7 +99,7 @@ class AsyncSession(BaseSession):
                     continue
                 try:
                     found = await self._acquire_missing(
-                        layer, wave, found, timeout_seconds, in_arena=in_arena
+                        layer, wave, found, timeout_seconds, in_arena=in_arena, in_waves=True
                     )
                 except CapacityError as error:
                     size.shrink(error)
@@ -163,6 +163,7 @@ class AsyncSession(BaseSession):
         timeout_seconds: float | None,
         *,
         in_arena: bool = False,
+        in_waves: bool = False,
     ) -> Lease:
         """Fetches them; the entries in ``missed`` were not resident."""
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
@@ -171,7 +172,9 @@ class AsyncSession(BaseSession):
             number = self._mapping.begin_fetch()
             try:
                 left = deadline - time.monotonic()
-                places = await self._bring(layer, experts, number, left, in_arena=in_arena)
+                places = await self._bring(
+                    layer, experts, number, left, in_arena=in_arena, in_waves=in_waves
+                )
                 lease = self._acquire_fetched(layer, experts, missed)
                 while lease is None and places and await self._read_pack_in_thread(layer, places):
                     lease = self._acquire_fetched(layer, experts, missed)
@@ -200,10 +203,11 @@ class AsyncSession(BaseSession):
         timeout_seconds: float,
         *,
         in_arena: bool,
+        in_waves: bool,
     ) -> list[PackPlace]:
         cache = self._cache
         if cache is None:
-            call = self._fetch_call(layer, experts, number, in_arena=in_arena)
+            call = self._fetch_call(layer, experts, number, in_arena=in_arena, in_waves=in_waves)
             return await self._call(call, timeout_seconds)
         fill = self._fill(cache, layer, experts)
         try:

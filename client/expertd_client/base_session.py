@@ -280,12 +280,12 @@ class BaseSession:
         return Lease(self, self._mapping, layer, tuple(experts), words)
 
     def _fetch_call(
-        self, layer: int, experts: Sequence[int], number: int, *, in_arena: bool
+        self, layer: int, experts: Sequence[int], number: int, *, in_arena: bool, in_waves: bool
     ) -> calls.Call[list[PackPlace]]:
         most = 0
         if self._reads_pack and not in_arena and isinstance(self._mapping, Mapping):
             most = self._mapping.annex_bytes // self._model.layers[layer].layout.record_bytes
-        return calls.fetch(layer, dict.fromkeys(experts), number, most)
+        return calls.fetch(layer, dict.fromkeys(experts), number, most, in_waves=in_waves)
 
     def _read_pack(self, layer: int, places: Sequence[PackPlace]) -> bool:
         """Copies those that are neither resident nor copied; whether there were any, and all are.

@@ -69,13 +69,20 @@ def unload_model(name: str) -> Call[int]:
 
 
 def fetch(
-    layer: int, experts: Iterable[int], number: int, max_in_pack: int = 0
+    layer: int,
+    experts: Iterable[int],
+    number: int,
+    max_in_pack: int = 0,
+    *,
+    in_waves: bool = False,
 ) -> Call[list[PackPlace]]:
     """Makes experts of one layer resident; or where in the pack they are, up to that many."""
     refs = [pb.ExpertRef(layer=layer, expert=expert) for expert in experts]
     return Call(
         "Fetch",
-        pb.FetchRequest(experts=refs, fetch_number=number, max_in_pack=max_in_pack),
+        pb.FetchRequest(
+            experts=refs, fetch_number=number, max_in_pack=max_in_pack, in_waves=in_waves
+        ),
         lambda response: [
             PackPlace(place.expert.expert, place.file, place.offset, place.checksum)
             for place in response.in_pack

@@ -90,7 +90,7 @@ class Session(BaseSession):
                     continue
                 try:
                     found = self._acquire_missing(
-                        layer, wave, found, timeout_seconds, in_arena=in_arena
+                        layer, wave, found, timeout_seconds, in_arena=in_arena, in_waves=True
                     )
                 except CapacityError as error:
                     size.shrink(error)
@@ -162,6 +162,7 @@ class Session(BaseSession):
         timeout_seconds: float | None,
         *,
         in_arena: bool = False,
+        in_waves: bool = False,
     ) -> Lease:
         """Fetches them; the entries in ``missed`` were not resident."""
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
@@ -170,7 +171,9 @@ class Session(BaseSession):
             number = self._mapping.begin_fetch()
             try:
                 left = deadline - time.monotonic()
-                places = self._bring(layer, experts, number, left, in_arena=in_arena)
+                places = self._bring(
+                    layer, experts, number, left, in_arena=in_arena, in_waves=in_waves
+                )
                 lease = self._acquire_fetched(layer, experts, missed)
                 while lease is None and places and self._read_pack(layer, places):
                     lease = self._acquire_fetched(layer, experts, missed)
@@ -189,6 +192,7 @@ class Session(BaseSession):
         timeout_seconds: float,
         *,
         in_arena: bool,
+        in_waves: bool,
     ) -> list[PackPlace]:
         """Has the daemon make them resident, or else reads copies of those that are missing.
 
@@ -196,7 +200,7 @@ class Session(BaseSession):
         """
         cache = self._cache
         if cache is None:
-            call = self._fetch_call(layer, experts, number, in_arena=in_arena)
+            call = self._fetch_call(layer, experts, number, in_arena=in_arena, in_waves=in_waves)
             return self._call(call, timeout_seconds)
         fill = self._fill(cache, layer, experts)
         try:

@@ -194,6 +194,19 @@ def test_a_restart_between_the_answer_and_the_reading(pack: Path) -> None:
             assert session.pack_reads == 2
 
 
+def test_more_than_a_worker_has_memory_for_is_read_in_waves(full: Daemon) -> None:
+    with all_pinned_or_leased(full) as (session, _):
+        session._mapping.annex_bytes = 2 * RECORD_BYTES  # type: ignore[union-attr]
+        sizes = []
+        for lease in session.waves(2, range(5)):
+            with lease:
+                sizes.append(len(lease.experts))
+                assert read(lease) == [record(2, expert) for expert in lease.experts]
+        assert sizes == [2, 2, 1]
+        with pytest.raises(DeadlineError):
+            session.acquire(2, range(5), timeout_seconds=0.3)
+
+
 def test_who_needs_them_in_the_arena_waits(full: Daemon) -> None:
     with all_pinned_or_leased(full) as (session, _), pytest.raises(DeadlineError):
         next(session.waves(2, [0], in_arena=True, timeout_seconds=0.3))

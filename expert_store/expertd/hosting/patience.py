@@ -14,15 +14,15 @@ MAX_ANNEX_BYTES = 256 << 20
 
 
 def seconds_of_patience(
-    *, missing: int, max_in_pack: int, wanted: int, obtainable: int
+    *, missing: int, max_in_pack: int, wanted: int, obtainable: int, in_waves: bool = False
 ) -> float | None:
     """None: it waits as long as it takes.
 
     ``missing`` of ``wanted`` records are not resident, and the worker can read ``max_in_pack`` by
-    itself. ``obtainable`` is how many could be granted together if everybody let go but those
+    itself; ``in_waves``: if those are too few, it would rather ask for fewer. ``obtainable`` is how many could be granted together if everybody let go but those
     that have stood still for longer than the grace: where that is too few, to wait is in vain.
     """
-    if missing > max_in_pack:
+    if not max_in_pack or (missing > max_in_pack and not in_waves):
         return None
     return GRACE_SECONDS if wanted <= obtainable else 0.0
 

@@ -69,14 +69,20 @@ class Records:
         self._prefetcher = Prefetcher(slots, self._start_load, loader, hint_depth)
 
     async def fetch(
-        self, session: Session, entries: Sequence[int], number: int, max_in_pack: int = 0
+        self,
+        session: Session,
+        entries: Sequence[int],
+        number: int,
+        max_in_pack: int = 0,
+        *,
+        in_waves: bool = False,
     ) -> Fetched:
         """Makes records resident and leases them to the session under ``number``.
 
         Or, where slots are not to be had soon (:mod:`expertd.hosting.patience`), sends it to the
         pack, if it can read as many as ``max_in_pack`` there. All or none: raises
-        :class:`CapacityError` if they can never be resident together, :class:`RecordLostError`,
-        :class:`DeadlineError`.
+        :class:`CapacityError` if they can never be resident together, or, ``in_waves``, if they
+        neither are soon nor can be read there; :class:`RecordLostError`, :class:`DeadlineError`.
         """
         model, wanted = session.model, list(dict.fromkeys(entries))
         began = time.monotonic()  # uvloop's own clock counts whole milliseconds
@@ -90,7 +96,7 @@ class Records:
             async with self._quotas.admitted(session, wanted):
                 missed = 0
                 if self._slots.is_taken or not all(map(model.is_resident, wanted)):
-                    until = self._patience_ends(model, wanted, max_in_pack)
+                    until = self._patience_ends(model, wanted, max_in_pack, in_waves=in_waves)
                     missed = await self._make_resident(session, claim, until=until)
                 else:  # needs no room, and overtakes nobody who waits for some
                     self._check_serving(model)
@@ -101,7 +107,16 @@ class Records:
             model.unhold(held)
             _check_open(session)
             self._check_serving(model)
-            fetched = Fetched(sum(not model.is_resident(entry) for entry in wanted), wanted)
+            missed = sum(not model.is_resident(entry) for entry in wanted)
+            if in_waves and missed > max_in_pack:
+                raise CapacityError(
+                    f"{missed} experts of {model.name} get no slots soon, and {max_in_pack} can be "
+                    f"read from the pack at a time; fetch in waves of {max_in_pack}.",
+                    requested=missed,
+                    available=max_in_pack,
+                    unit="records",
+                ) from None
+            fetched = Fetched(missed, wanted)
             model.counters.records_in_pack += fetched.num_missed
             session.records_in_pack += fetched.num_missed
         except BaseException:
@@ -235,7 +250,7 @@ class Records:
             model.num_reads -= 1
 
     def _patience_ends(
-        self, model: HostedModel, wanted: Sequence[int], max_in_pack: int
+        self, model: HostedModel, wanted: Sequence[int], max_in_pack: int, *, in_waves: bool
     ) -> float | None:
         """Until when a fetch waits for slots, by the loop's clock; None: as long as it takes."""
         num_unpinned = sum(entry not in model.pinned for entry in wanted)
@@ -246,6 +261,7 @@ class Records:
             max_in_pack=max_in_pack,
             wanted=num_unpinned,
             obtainable=self._slots.obtainable_records(model),
+            in_waves=in_waves,
         )
         return None if patience is None else self._loop.time() + patience
 

@@ -105,7 +105,11 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
         session = self._session(context)
         entries = _entries(session.model, request.experts)
         fetched = await self._store.records.fetch(
-            session, entries, request.fetch_number, request.max_in_pack
+            session,
+            entries,
+            request.fetch_number,
+            request.max_in_pack,
+            in_waves=request.in_waves,
         )
         return pb.FetchResponse(
             num_missed=fetched.num_missed,

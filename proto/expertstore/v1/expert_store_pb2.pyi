@@ -630,6 +630,7 @@ class FetchRequest(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     FETCH_NUMBER_FIELD_NUMBER: _builtins.int
     MAX_IN_PACK_FIELD_NUMBER: _builtins.int
+    IN_WAVES_FIELD_NUMBER: _builtins.int
     fetch_number: _builtins.int
     """The worker's own count of its fetches, from 1. The lease ends when the
     session page's released_fetch reaches it.
@@ -637,6 +638,10 @@ class FetchRequest(_message.Message):
     max_in_pack: _builtins.int
     """How many records of this layer the worker can read from the pack's files into
     memory of its own; 0: it waits for slots, however long.
+    """
+    in_waves: _builtins.bool
+    """Where slots are not to be had soon, and that is too few for what is missing:
+    rather than wait, be refused with that number, and ask for so many at a time.
     """
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
@@ -646,10 +651,11 @@ class FetchRequest(_message.Message):
         experts: _abc.Iterable[Global___ExpertRef] | None = ...,
         fetch_number: _builtins.int = ...,
         max_in_pack: _builtins.int = ...,
+        in_waves: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "fetch_number", b"fetch_number", "max_in_pack", b"max_in_pack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "fetch_number", b"fetch_number", "in_waves", b"in_waves", "max_in_pack", b"max_in_pack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

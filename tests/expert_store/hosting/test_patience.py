@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from expertd.errors import CapacityError
 from expertd.hosting.patience import (
     GRACE_SECONDS,
     MAX_ANNEX_BYTES,
@@ -28,20 +29,30 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.mark.parametrize(
-    ("missing", "max_in_pack", "wanted", "obtainable", "seconds"),
+    ("missing", "max_in_pack", "wanted", "obtainable", "in_waves", "seconds"),
     [
-        (2, 0, 4, 8, None),  # a client that cannot
-        (5, 4, 8, 8, None),  # more than it can
-        (2, 4, 4, 4, GRACE_SECONDS),  # would fit if others let go
-        (2, 4, 4, 3, 0.0),  # would not: those stand still
-        (0, 4, 4, 8, GRACE_SECONDS),  # all resident, and others wait before it
+        (2, 0, 4, 8, True, None),  # a client that cannot
+        (5, 4, 8, 8, False, None),  # more than it can
+        (5, 4, 8, 8, True, GRACE_SECONDS),  # the same, but fewer would do
+        (2, 4, 4, 4, False, GRACE_SECONDS),  # would fit if others let go
+        (2, 4, 4, 3, False, 0.0),  # would not: those stand still
+        (0, 4, 4, 8, False, GRACE_SECONDS),  # all resident, and others wait before it
     ],
 )
 def test_how_long_a_fetch_waits(
-    missing: int, max_in_pack: int, wanted: int, obtainable: int, seconds: float | None
+    missing: int,
+    max_in_pack: int,
+    wanted: int,
+    obtainable: int,
+    in_waves: bool,
+    seconds: float | None,
 ) -> None:
     assert seconds == seconds_of_patience(
-        missing=missing, max_in_pack=max_in_pack, wanted=wanted, obtainable=obtainable
+        missing=missing,
+        max_in_pack=max_in_pack,
+        wanted=wanted,
+        obtainable=obtainable,
+        in_waves=in_waves,
     )
 
 
@@ -139,6 +150,18 @@ async def test_who_cannot_read_so_much_waits(store: Store, most: int) -> None:
     assert not waiting.done()
     holder.release()
     assert await waiting == Fetched(3)
+
+
+async def test_who_goes_in_waves_is_told_how_many_it_can_read(store: Store) -> None:
+    holder, other = Worker(store), Worker(store)
+    await holder.fetch(*range(6))
+    other.num_fetches += 1
+    with pytest.raises(CapacityError, match="waves of 2") as caught:
+        await store.records.fetch(other.session, [8, 9, 10], 1, 2, in_waves=True)
+    assert (caught.value.requested, caught.value.available) == (3, 2)
+    assert store.models["m"].counters.records_in_pack == 0
+    holder.release()
+    assert_nothing_held(store)
 
 
 async def test_a_slow_disk_is_no_want_of_slots(store: Store) -> None:
