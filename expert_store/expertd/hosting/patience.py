@@ -19,8 +19,9 @@ def seconds_of_patience(
     """None: it waits as long as it takes.
 
     ``missing`` of ``wanted`` records are not resident, and the worker can read ``max_in_pack`` by
-    itself; ``in_waves``: if those are too few, it would rather ask for fewer. ``obtainable`` is how many could be granted together if everybody let go but those
-    that have stood still for longer than the grace: where that is too few, to wait is in vain.
+    itself; ``in_waves``: if those are too few, it would rather ask for fewer. ``obtainable`` is how
+    many could be granted together if everybody let go but those that have stood still for longer
+    than the grace: where that is too few, to wait is in vain.
     """
     if not max_in_pack or (missing > max_in_pack and not in_waves):
         return None
