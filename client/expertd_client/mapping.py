@@ -295,7 +295,8 @@ class Mapping:
         Raises SessionLostError if the bytes may have changed while they were held.
         """
         # W3 is behind us: the caller has stopped reading.
-        self._drop_copies()
+        if self._copied_bytes:  # asked here: this is the hit path
+            self._drop_copies()
         self._stop_holding()
         if self._page.released_fetch != self._num_fetches:
             self._page.released_fetch = self._num_fetches
