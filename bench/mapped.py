@@ -46,7 +46,7 @@ class MappedSource:
         names = [file.name for file in manifest.files]
         sizes = [-(-(pack / name).stat().st_size // PAGE_BYTES) * PAGE_BYTES for name in names]
         starts = np.cumsum([0, *sizes]).tolist()
-        self.arena_bytes = starts[-1]
+        self.arena_bytes = self.mapped_bytes = starts[-1]
         self._room = mmap.mmap(-1, self.arena_bytes, prot=mmap.PROT_READ)  # addresses, no memory
         self._libc = ctypes.CDLL(None, use_errno=True)
         # Python tells no address of a mapping that cannot be written; a view of it does.

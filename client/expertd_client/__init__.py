@@ -28,6 +28,7 @@ from expertd.errors import (
 )
 from expertd_client.address import TlsFiles
 from expertd_client.attaching import SharedMemoryWarning
+from expertd_client.base_session import PackWarning
 from expertd_client.client import Client
 from expertd_client.lease import Lease
 from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
@@ -48,6 +49,7 @@ __all__ = [
     "MoeLayer",
     "NotFoundError",
     "PackError",
+    "PackWarning",
     "PermissionDeniedError",
     "PreconditionError",
     "Record",

@@ -21,6 +21,7 @@ from expertd.shared.greeting import handshake
 from expertd.shared.handshake import Role
 from expertd_client import calls
 from expertd_client.address import Address, TlsFiles, UnixAddress, parse_address
+from expertd_client.annex import PackPlace
 from expertd_client.attaching import attachment_for, credentials_of, greet
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import MAX_FETCHES, NOT_YET, SESSION_OVER, BaseSession, WaveSize
@@ -63,30 +64,47 @@ class AsyncSession(BaseSession):
         await self.detach()
 
     async def acquire(
-        self, layer: int, experts: Sequence[int], *, timeout_seconds: float | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        timeout_seconds: float | None = None,
+        in_arena: bool = False,
     ) -> Lease:
         """See :meth:`Session.acquire`; ``with await session.acquire(...) as lease``."""
-        lease = self._acquire_resident(layer, experts)
-        if lease is not None:
-            return lease
-        return await self._acquire_missing(layer, experts, timeout_seconds)
+        found = self._acquire_resident(layer, experts)
+        if isinstance(found, Lease):
+            return found
+        return await self._acquire_missing(
+            layer, experts, found, timeout_seconds, in_arena=in_arena
+        )
 
     async def waves(
-        self, layer: int, experts: Sequence[int], *, timeout_seconds: float | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        timeout_seconds: float | None = None,
+        in_arena: bool = False,
     ) -> AsyncGenerator[Lease]:
         """See :meth:`Session.waves`."""
         size = WaveSize(self.model.max_fetch_records)
         start = 0
         while start < len(experts):
-            lease = self._acquire_resident(layer, experts[start:])
-            while lease is None:
+            found = self._acquire_resident(layer, experts[start:])
+            while not isinstance(found, Lease):
                 wave = experts[start : start + size.num_experts]
+                if found.isdisjoint(self._entries_of(layer, wave)):
+                    found = self._acquire_resident(layer, wave)
+                    continue
                 try:
-                    lease = await self.acquire(layer, wave, timeout_seconds=timeout_seconds)
+                    found = await self._acquire_missing(
+                        layer, wave, found, timeout_seconds, in_arena=in_arena, in_waves=True
+                    )
                 except CapacityError as error:
                     size.shrink(error)
-            start += len(lease.experts)
-            yield lease
+            start += len(found.experts)
+            yield found
 
     async def prefetch(self, experts: Sequence[tuple[int, int]], *, priority: int = 0) -> int:
         """See :meth:`Session.prefetch`."""
@@ -138,31 +156,59 @@ class AsyncSession(BaseSession):
         self._end()
 
     async def _acquire_missing(
-        self, layer: int, experts: Sequence[int], timeout_seconds: float | None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        missed: set[int],
+        timeout_seconds: float | None,
+        *,
+        in_arena: bool = False,
+        in_waves: bool = False,
     ) -> Lease:
-        missed = self._absent(layer, experts)
+        """Fetches them; the entries in ``missed`` were not resident."""
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + seconds
         for _ in range(MAX_FETCHES):
             number = self._mapping.begin_fetch()
             try:
-                await self._bring(layer, experts, number, deadline - time.monotonic())
+                left = deadline - time.monotonic()
+                places = await self._bring(
+                    layer, experts, number, left, in_arena=in_arena, in_waves=in_waves
+                )
+                lease = self._acquire_fetched(layer, experts, missed)
+                while lease is None and places and await self._read_pack_in_thread(layer, places):
+                    lease = self._acquire_fetched(layer, experts, missed)
             except BaseException:
                 # A cancelled task, too.
                 self._mapping.abandon_fetch()
                 raise
-            lease = self._acquire_fetched(layer, experts, missed)
             if lease is not None:
                 return lease
         raise self._not_granted(layer)
 
+    async def _read_pack_in_thread(self, layer: int, places: list[PackPlace]) -> bool:
+        reading = asyncio.get_running_loop().run_in_executor(None, self._read_pack, layer, places)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            # To its end: the thread writes where the next fetch's records come to lie.
+            await asyncio.wait([reading])
+            raise
+
     async def _bring(
-        self, layer: int, experts: Sequence[int], number: int, timeout_seconds: float
-    ) -> None:
+        self,
+        layer: int,
+        experts: Sequence[int],
+        number: int,
+        timeout_seconds: float,
+        *,
+        in_arena: bool,
+        in_waves: bool,
+    ) -> list[PackPlace]:
         cache = self._cache
         if cache is None:
-            await self._call(calls.fetch(layer, dict.fromkeys(experts), number), timeout_seconds)
-            return
+            call = self._fetch_call(layer, experts, number, in_arena=in_arena, in_waves=in_waves)
+            return await self._call(call, timeout_seconds)
         fill = self._fill(cache, layer, experts)
         try:
             chunks = self._rpc.stream(
@@ -176,6 +222,7 @@ class AsyncSession(BaseSession):
         except SESSION_OVER as error:
             raise self._over(error) from None
         fill.finish()
+        return []
 
     async def _call(
         self, call: calls.Call[calls.ResultT], timeout_seconds: float | None = None

@@ -46,6 +46,7 @@ class Attachment:
                 directory_bytes=welcome.directory_bytes,
                 page_bytes=welcome.page_bytes,
                 adoption=welcome.adoption,
+                annex_bytes=welcome.annex_bytes,
                 previous=previous,
             )
         except ValueError as error:

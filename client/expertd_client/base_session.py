@@ -1,7 +1,10 @@
 """What the sync and the asyncio session share: everything but the RPCs."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 from expertd.errors import (
     CapacityError,
@@ -17,6 +20,7 @@ from expertd.errors import (
 from expertd.shared.directory import ABSENT
 from expertd.shared.unreachable import ForbiddenSocketError
 from expertd_client import calls
+from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
 from expertd_client.attachment import Attachment
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.lease import Lease
@@ -38,6 +42,10 @@ NOT_YET = (UnavailableError, DeadlineError, ForbiddenSocketError)
 _NOTHING: frozenset[int] = frozenset()
 
 
+class PackWarning(UserWarning):
+    """Records that have no slot in the arena cannot be read from the pack here."""
+
+
 class BaseSession:
     """One attached worker: its model, its counters, and the way to resident records.
 
@@ -49,15 +57,20 @@ class BaseSession:
     """Experts acquired that were resident, over this object's life."""
     nvme_misses: int
     """Experts acquired that had to be fetched."""
+    pack_reads: int
+    """Of these, those that this process read from the pack, as the arena had no slot for them."""
     remote_misses: int
     """Experts acquired that had to be copied from the daemon, in a session that shares no memory;
     its host hits are those that it had copied before."""
 
     def __init__(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         self.host_hits = 0
-        self.nvme_misses = 0
+        self.nvme_misses = self.pack_reads = 0
         self.remote_misses = 0
         self._detached = self._enters_pages = False
+        self._pack_path: Path | None = None
+        self.say: Callable[[str], None] | None = None
+        """Told, in place of a :class:`PackWarning`, if the pack cannot be read."""
         self._take(attachment, model)
 
     def __repr__(self) -> str:
@@ -84,6 +97,21 @@ class BaseSession:
         return self._model.max_fetch_records
 
     @property
+    def pack_path(self) -> Path:
+        """Where this process finds the pack's files; the daemon's path, unless it is set.
+
+        From there records are read for which the arena has no slot. If that fails, the session
+        says so by a :class:`PackWarning`, and waits for slots from then on, until it attaches
+        again or this is set.
+        """
+        return self._pack_path or self._model.pack_path
+
+    @pack_path.setter
+    def pack_path(self, path: Path) -> None:
+        self._pack_path, self._reads_pack = path, True
+        self._pack = PackFiles(path)
+
+    @property
     def connected(self) -> bool:
         """Whether the daemon is there and keeps this session; False at once when not."""
         return self._attachment.connected
@@ -102,6 +130,14 @@ class BaseSession:
     def arena_bytes(self) -> int:
         """The size of that mapping."""
         return self._mapping.arena_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """How much from :attr:`arena_address` on the offsets of leases may lead to.
+
+        The arena, and behind it this process's copies of records that had no slot in it.
+        """
+        return self._mapping.mapped_bytes
 
     @property
     def directory_address(self) -> int:
@@ -157,7 +193,6 @@ class BaseSession:
         held, nothing can be fetched. Raises as ``acquire`` does, but costs no call.
         """
         words = self._mapping.try_hold(())
-        assert words is not None
         return Lease(self, self._mapping, None, (), words)
 
     def before_unmapping(self, call: Callable[[], None]) -> None:
@@ -202,6 +237,7 @@ class BaseSession:
         self._attachment = attachment
         self._mapping: Mapping | RecordCache = attachment.mapping
         self._model = model
+        self._pack, self._reads_pack = PackFiles(self._pack_path or model.pack_path), True
         # One look-up that also refuses what is no expert.
         self._entries = {
             layer.layer: {expert: layer.first_entry + expert for expert in range(layer.num_experts)}
@@ -213,12 +249,12 @@ class BaseSession:
         if self._enters_pages:
             self.enter_pages()
 
-    def _acquire_resident(self, layer: int, experts: Sequence[int]) -> Lease | None:
-        """The hit path: a lease if all experts are resident."""
+    def _acquire_resident(self, layer: int, experts: Sequence[int]) -> Lease | set[int]:
+        """The hit path: a lease if all experts are resident, else the entries that are not."""
         entries = self._entries_of(layer, experts)
         words = self._mapping.try_hold(entries)
-        if words is None:
-            return None
+        if ABSENT in words:
+            return {entry for entry, word in zip(entries, words, strict=True) if word == ABSENT}
         self._mapping.touch(entries, _NOTHING)
         self.host_hits += len(entries)
         return Lease(self, self._mapping, layer, tuple(experts), words)
@@ -229,8 +265,11 @@ class BaseSession:
         """A lease after a fetch of these experts was granted."""
         entries = self._entries_of(layer, experts)
         words = self._mapping.try_hold(entries, State.FETCHING)
-        if words is None:
+        if ABSENT in words:
             return None
+        if copies := self._mapping.copies:
+            self.pack_reads += len(copies)
+            missed = missed.union(copies)
         self._mapping.touch(entries, missed)
         num_missed = sum(entry in missed for entry in entries)
         if self.shares_memory:
@@ -240,8 +279,42 @@ class BaseSession:
         self.host_hits += len(entries) - num_missed
         return Lease(self, self._mapping, layer, tuple(experts), words)
 
-    def _absent(self, layer: int, experts: Sequence[int]) -> set[int]:
-        return self._mapping.absent(self._entries_of(layer, experts))
+    def _fetch_call(
+        self, layer: int, experts: Sequence[int], number: int, *, in_arena: bool, in_waves: bool
+    ) -> calls.Call[list[PackPlace]]:
+        most = 0
+        if self._reads_pack and not in_arena and isinstance(self._mapping, Mapping):
+            most = self._mapping.annex_bytes // self._model.layers[layer].layout.record_bytes
+        return calls.fetch(layer, dict.fromkeys(experts), number, most, in_waves=in_waves)
+
+    def _read_pack(self, layer: int, places: Sequence[PackPlace]) -> bool:
+        """Copies those that are neither resident nor copied; whether there were any, and all are.
+
+        Waits for the disk. While it does, nothing is held.
+        """
+        mapping = self._mapping
+        assert isinstance(mapping, Mapping)
+        entries = self._entries_of(layer, [place.expert for place in places])
+        absent = mapping.absent(entries).difference(mapping.copies)
+        num_bytes = self._model.layers[layer].layout.record_bytes
+        try:
+            return bool(absent) and all(
+                mapping.copy(entry, num_bytes, partial(self._pack.read, place))
+                for entry, place in zip(entries, places, strict=True)
+                if entry in absent
+            )
+        except (PackUnreadableError, OSError) as error:
+            self._reads_pack = False
+            message = (
+                f"The arena has no slot for some experts, and this process cannot read them from "
+                f"the pack instead ({error}): it waits for slots, which is slower. Let it read "
+                "the pack's files, or give the daemon more --ram."
+            )
+            if self.say is None:
+                warnings.warn(message, PackWarning, stacklevel=2)
+            else:
+                self.say(message)
+            return False
 
     def _entries_of(self, layer: int, experts: Sequence[int]) -> list[int]:
         try:

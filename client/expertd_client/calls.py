@@ -13,6 +13,7 @@ from expertd.errors import InvalidInputError
 from expertd.pack.files import check_path
 from expertd.pack.manifest import Encoding, Matrix, Part, RecordLayout
 from expertd.plain import to_plain
+from expertd_client.annex import PackPlace
 from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
 from expertstore.v1 import expert_store_pb2 as pb
 
@@ -67,13 +68,25 @@ def unload_model(name: str) -> Call[int]:
     )
 
 
-def fetch(layer: int, experts: Iterable[int], number: int) -> Call[int]:
-    """Makes experts of one layer resident; how many were not."""
+def fetch(
+    layer: int,
+    experts: Iterable[int],
+    number: int,
+    max_in_pack: int = 0,
+    *,
+    in_waves: bool = False,
+) -> Call[list[PackPlace]]:
+    """Makes experts of one layer resident; or where in the pack they are, up to that many."""
     refs = [pb.ExpertRef(layer=layer, expert=expert) for expert in experts]
     return Call(
         "Fetch",
-        pb.FetchRequest(experts=refs, fetch_number=number),
-        lambda response: int(response.num_missed),
+        pb.FetchRequest(
+            experts=refs, fetch_number=number, max_in_pack=max_in_pack, in_waves=in_waves
+        ),
+        lambda response: [
+            PackPlace(place.expert.expert, place.file, place.offset, place.checksum)
+            for place in response.in_pack
+        ],
     )
 
 

@@ -18,7 +18,14 @@ from expertd.errors import (
     UnavailableError,
 )
 from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.directory import ABSENT, HEADER_WORDS, DirectoryView, unpack_word
+from expertd.shared.directory import (
+    ABSENT,
+    HEADER_WORDS,
+    PAGE_BYTES,
+    DirectoryView,
+    pack_word,
+    unpack_word,
+)
 from expertd.shared.session_page import SessionPage
 from expertd_client.arena_mapping import ArenaMapping, address_of
 
@@ -85,9 +92,14 @@ class Mapping:
         self, arena: ArenaMapping, directory: mmap.mmap, page: mmap.mmap, adoption: int
     ) -> None:
         """Raises ValueError if the directory or the page is of another format."""
-        self.arena = arena.records
+        self.arena = arena.everything
         self.arena_address = arena.address
         self.arena_bytes = len(arena.records)
+        self.mapped_bytes = len(arena.everything)
+        self.annex_bytes = arena.annex.num_bytes
+        self.copies: dict[int, int] = {}
+        """Directory words of records in the annex, good until the release."""
+        self._copied_bytes = 0
         self._arena_mapping: ArenaMapping | None = arena
         self._trailer: ArenaTrailer | None = arena.trailer
         self._adoption = adoption
@@ -116,6 +128,7 @@ class Mapping:
         directory_bytes: int,
         page_bytes: int,
         adoption: int,
+        annex_bytes: int = 0,
         previous: "Mapping | None" = None,
     ) -> "Mapping":
         """Maps the three descriptors, which stay the caller's to close.
@@ -133,7 +146,7 @@ class Mapping:
         arena, directory, page = descriptors
         mapped = previous.arena_mapping if previous is not None else None
         if mapped is None or not mapped.is_of(arena, arena_bytes):
-            mapped = ArenaMapping(arena, arena_bytes)
+            mapped = ArenaMapping(arena, arena_bytes, annex_bytes)
         return cls(
             mapped,
             mmap.mmap(directory, directory_bytes, access=mmap.ACCESS_READ),
@@ -173,11 +186,11 @@ class Mapping:
         if self._state in _OVER:
             raise state_error(self._state)
 
-    def try_hold(self, entries: Sequence[int], expected: State = _IDLE) -> list[int] | None:
-        """Starts holding, if all ``entries`` are resident; their directory words, or None.
+    def try_hold(self, entries: Sequence[int], expected: State = _IDLE) -> list[int]:
+        """Starts holding, if all ``entries`` are resident or copied; their directory words.
 
-        ``expected`` is ``FETCHING`` after a fetch. Raises PreconditionError, SessionLostError
-        or UnavailableError where nothing may be acquired.
+        If a word is ABSENT, nothing is held. ``expected`` is ``FETCHING`` after a fetch. Raises
+        PreconditionError, SessionLostError or UnavailableError where nothing may be acquired.
         """
         # W1. The mutex makes the nudge's "is it holding? then publish" one step: it either
         # sees HOLDING, or has stored its epoch before the loads below, which then see every
@@ -190,9 +203,14 @@ class Mapping:
         table = self._entries
         words = [table[entry] for entry in entries]
         if ABSENT in words:
-            self._stop_holding()
+            if self.copies:
+                copies = self.copies
+                both = zip(entries, words, strict=True)
+                words = [word or copies.get(entry, ABSENT) for entry, word in both]
+                if ABSENT not in words:
+                    return words
+            self._stop_holding(expected)
             self.publish()
-            return None
         return words
 
     def look_up(self, entries: Sequence[int]) -> list[int]:
@@ -204,6 +222,22 @@ class Mapping:
             raise PreconditionError("This session holds no lease; hold one to look experts up.")
         table = self._entries
         return [table[entry] for entry in entries]
+
+    def copy(self, entry: int, num_bytes: int, read: Callable[[memoryview], None]) -> bool:
+        """Has ``read`` fill a part of the annex with a record that :meth:`try_hold` finds there.
+
+        For a session that is fetching. False, and nothing is read, if the annex is full. Raises
+        what ``read`` raises, and OSError.
+        """
+        arena, start = self._arena_mapping, self._copied_bytes
+        if arena is None or self._state is not _FETCHING:
+            raise state_error(self._state)
+        if start + num_bytes > self.annex_bytes:
+            return False
+        self._copied_bytes += -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+        read(arena.annex.part(start, num_bytes))
+        self.copies[entry] = pack_word(arena.annex_offset + start, 0)
+        return True
 
     def absent(self, entries: Sequence[int]) -> set[int]:
         """Which of ``entries`` are not resident just now: for hints and counts only."""
@@ -235,6 +269,7 @@ class Mapping:
             if self._state is not _IDLE and self._state is not _FETCHING:
                 raise state_error(self._state)
             self._state = _FETCHING
+        self._drop_copies()
         # Nobody waits for the daemon while it holds leases of it: that is why there is no
         # deadlock over slots.
         self._page.released_fetch = self._num_fetches
@@ -251,6 +286,7 @@ class Mapping:
             if self._state is not _FETCHING:
                 return
             self._state = _IDLE
+        self._drop_copies()
         self._page.released_fetch = self._num_fetches
 
     def release(self) -> None:
@@ -259,6 +295,8 @@ class Mapping:
         Raises SessionLostError if the bytes may have changed while they were held.
         """
         # W3 is behind us: the caller has stopped reading.
+        if self._copied_bytes:  # asked here: this is the hit path
+            self._drop_copies()
         self._stop_holding()
         if self._page.released_fetch != self._num_fetches:
             self._page.released_fetch = self._num_fetches
@@ -335,7 +373,14 @@ class Mapping:
         self._mutex = threading.Lock()
         self._state = State.FORKED
 
-    def _stop_holding(self) -> None:
+    def _drop_copies(self) -> None:
+        """Gives the annex's memory back: what is held in vain may be needed elsewhere."""
+        if self._copied_bytes and self._arena_mapping is not None:
+            self._arena_mapping.annex.clear()
+        self._copied_bytes = 0
+        self.copies.clear()
+
+    def _stop_holding(self, state: State = _IDLE) -> None:
         with self._mutex:
             if self._state is not _HOLDING:
                 if self._state is State.CLOSED:
@@ -345,7 +390,7 @@ class Mapping:
                         "computed from it."
                     )
                 raise state_error(self._state)
-            self._state = _IDLE
+            self._state = state
 
 
 def state_error(state: State) -> ExpertdError:

@@ -43,6 +43,8 @@ class RecordCache:
         self._writable = memoryview(memory)
         self.arena = self._writable.toreadonly()
         self.arena_address = address_of(memory)
+        self.mapped_bytes = self.arena_bytes
+        self.copies: dict[int, int] = {}
         self.num_entries = model.num_experts
         self._slots: OrderedDict[int, int] = OrderedDict()  # by entry, longest unused first
         self._free = list(range(self.num_slots))
@@ -67,16 +69,13 @@ class RecordCache:
         """As :meth:`check_attached`: nobody revokes what is ours."""
         self.check_attached()
 
-    def try_hold(self, entries: Sequence[int], expected: State = State.IDLE) -> list[int] | None:
-        """Starts holding if all ``entries`` are here; directory words of where, or None."""
+    def try_hold(self, entries: Sequence[int], expected: State = State.IDLE) -> list[int]:
+        """Starts holding if all ``entries`` are here; directory words of where, or ABSENT."""
         if self._state is not expected:
             raise state_error(self._state)
-        slots = [self._slots.get(entry) for entry in entries]
-        words = [pack_word(slot * self._slot_bytes, 0) for slot in slots if slot is not None]
-        if len(words) < len(slots):
-            self._state = State.IDLE
-            return None
-        self._state = State.HOLDING
+        words = self._words(entries)
+        if ABSENT not in words:
+            self._state = State.HOLDING
         return words
 
     def look_up(self, entries: Sequence[int]) -> list[int]:
@@ -84,10 +83,11 @@ class RecordCache:
         if self._state is not State.HOLDING:
             self.check_attached()
             raise PreconditionError("This session holds no lease; hold one to look experts up.")
-        places = [self._slots.get(entry) for entry in entries]
-        return [
-            ABSENT if slot is None else pack_word(slot * self._slot_bytes, 0) for slot in places
-        ]
+        return self._words(entries)
+
+    def _words(self, entries: Sequence[int]) -> list[int]:
+        slots = [self._slots.get(entry) for entry in entries]
+        return [ABSENT if slot is None else pack_word(slot * self._slot_bytes, 0) for slot in slots]
 
     def before_unmapping(self, call: Callable[[], None]) -> None:
         """Has ``call`` called before the memory goes."""

@@ -7,6 +7,7 @@ from contextlib import closing
 from expertd.errors import CapacityError, UnauthenticatedError, UnavailableError
 from expertd_client import calls
 from expertd_client.address import Address, UnixAddress
+from expertd_client.annex import PackPlace
 from expertd_client.attaching import attachment_for, greet
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import MAX_FETCHES, NOT_YET, SESSION_OVER, BaseSession, WaveSize
@@ -43,41 +44,58 @@ class Session(BaseSession):
         self.detach()
 
     def acquire(
-        self, layer: int, experts: Sequence[int], *, timeout_seconds: float | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        timeout_seconds: float | None = None,
+        in_arena: bool = False,
     ) -> Lease:
         """Experts of one layer, resident and staying so until the lease is released.
 
-        Those that are all resident cost no call; else all are fetched by one. A session has
+        Those that are all resident cost no call; else all are fetched by one. Those for which
+        the arena has no slot are read from the pack into memory of this process; unless
+        ``in_arena``: then they are waited for, and are where others see them too. A session has
         one lease at a time: acquiring with one in hand is a PreconditionError. Raises
         NotFoundError, CapacityError if more was asked for than can ever be resident at once
         (then see :meth:`waves`), RecordLostError, DeadlineError, and UnavailableError,
         IncarnationError or SessionLostError, after which :meth:`reattach` helps.
         """
-        lease = self._acquire_resident(layer, experts)
-        if lease is not None:
-            return lease
-        return self._acquire_missing(layer, experts, timeout_seconds)
+        found = self._acquire_resident(layer, experts)
+        if isinstance(found, Lease):
+            return found
+        return self._acquire_missing(layer, experts, found, timeout_seconds, in_arena=in_arena)
 
     def waves(
-        self, layer: int, experts: Sequence[int], *, timeout_seconds: float | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        timeout_seconds: float | None = None,
+        in_arena: bool = False,
     ) -> Iterator[Lease]:
         """``experts`` in consecutive runs, each a lease of as many as fit.
 
         Release each before taking the next. All at once if all are resident. The timeout is
-        each wave's. Raises as :meth:`acquire` does.
+        each wave's. The other arguments, and what is raised, are :meth:`acquire`'s.
         """
         size = WaveSize(self.model.max_fetch_records)
         start = 0
         while start < len(experts):
-            lease = self._acquire_resident(layer, experts[start:])
-            while lease is None:
+            found = self._acquire_resident(layer, experts[start:])
+            while not isinstance(found, Lease):
                 wave = experts[start : start + size.num_experts]
+                if found.isdisjoint(self._entries_of(layer, wave)):
+                    found = self._acquire_resident(layer, wave)
+                    continue
                 try:
-                    lease = self.acquire(layer, wave, timeout_seconds=timeout_seconds)
+                    found = self._acquire_missing(
+                        layer, wave, found, timeout_seconds, in_arena=in_arena, in_waves=True
+                    )
                 except CapacityError as error:
                     size.shrink(error)
-            start += len(lease.experts)
-            yield lease
+            start += len(found.experts)
+            yield found
 
     def prefetch(self, experts: Sequence[tuple[int, int]], *, priority: int = 0) -> int:
         """Hints which (layer, expert) pairs are wanted next, likeliest first.
@@ -137,31 +155,53 @@ class Session(BaseSession):
         self._end()
 
     def _acquire_missing(
-        self, layer: int, experts: Sequence[int], timeout_seconds: float | None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        missed: set[int],
+        timeout_seconds: float | None,
+        *,
+        in_arena: bool = False,
+        in_waves: bool = False,
     ) -> Lease:
-        missed = self._absent(layer, experts)
+        """Fetches them; the entries in ``missed`` were not resident."""
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + seconds
         for _ in range(MAX_FETCHES):
             number = self._mapping.begin_fetch()
             try:
-                self._bring(layer, experts, number, deadline - time.monotonic())
+                left = deadline - time.monotonic()
+                places = self._bring(
+                    layer, experts, number, left, in_arena=in_arena, in_waves=in_waves
+                )
+                lease = self._acquire_fetched(layer, experts, missed)
+                while lease is None and places and self._read_pack(layer, places):
+                    lease = self._acquire_fetched(layer, experts, missed)
             except BaseException:
                 self._mapping.abandon_fetch()
                 raise
-            lease = self._acquire_fetched(layer, experts, missed)
             if lease is not None:
                 return lease
         raise self._not_granted(layer)
 
     def _bring(
-        self, layer: int, experts: Sequence[int], number: int, timeout_seconds: float
-    ) -> None:
-        """Has the daemon make them resident, or else reads copies of those that are missing."""
+        self,
+        layer: int,
+        experts: Sequence[int],
+        number: int,
+        timeout_seconds: float,
+        *,
+        in_arena: bool,
+        in_waves: bool,
+    ) -> list[PackPlace]:
+        """Has the daemon make them resident, or else reads copies of those that are missing.
+
+        Where the daemon has no slots for them, it says where in the pack they are.
+        """
         cache = self._cache
         if cache is None:
-            self._call(calls.fetch(layer, dict.fromkeys(experts), number), timeout_seconds)
-            return
+            call = self._fetch_call(layer, experts, number, in_arena=in_arena, in_waves=in_waves)
+            return self._call(call, timeout_seconds)
         fill = self._fill(cache, layer, experts)
         try:
             chunks = self._rpc.stream(
@@ -175,6 +215,7 @@ class Session(BaseSession):
         except SESSION_OVER as error:
             raise self._over(error) from None
         fill.finish()
+        return []
 
     def _call(
         self, call: calls.Call[calls.ResultT], timeout_seconds: float | None = None

@@ -93,7 +93,7 @@ class Store:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pinning: dict[HostedModel, asyncio.Task[None]] = {}
         self.stopping = asyncio.Event()
-        self.budget = Budget(arena.num_bytes, self.models, self.sessions)
+        self.budget = Budget(arena.num_bytes, self.models)
         self.slots = Slots(
             self.budget,
             arena.copy,
@@ -105,7 +105,6 @@ class Store:
         self.quotas = Quotas(
             config.quotas,
             config.default_quota_bytes,
-            self.sessions,
             self.slots.refresh,
             config.fetch_seconds,
         )
@@ -213,8 +212,7 @@ class Store:
         async with self._admission:
             model = self.model(name)
             limits = replace(model.limits, min_bytes=min_bytes, max_bytes=max_bytes)
-            pinned = self.budget.pinned_bytes().get(model, 0)
-            self.budget.check_model(name, model.manifest, limits, pinned)
+            self.budget.check_model(name, model.manifest, limits, model.pinned.num_bytes)
             model.limits = limits
             self.slots.trim(model)
         log("limits changed", model=name, min_bytes=min_bytes, max_bytes=max_bytes or "none")
@@ -312,7 +310,8 @@ class Store:
             if model.state is not ModelState.SERVING:
                 raise PreconditionError(f"model {model_name!r} is being unloaded.")
         token = secrets.token_hex(16)
-        session = Session(next(self._numbers), token, role, pid, uid, connection, model)
+        kept = self.quotas.kept_by(uid)
+        session = Session(next(self._numbers), token, role, pid, uid, connection, model, kept)
         self.sessions[token] = session
         return session
 

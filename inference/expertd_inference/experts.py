@@ -55,7 +55,7 @@ class ExpertsRunner:
         self._ahead = ahead
         self._recovery = recovery
         self._first_layer = first_layer
-        self._arena = ArenaTensors(source.arena_address, source.arena_bytes)
+        self._arena = ArenaTensors(source.arena_address, source.mapped_bytes)
         self._closed = False
         # A session has one holder at a time, and models are called from several threads.
         self._lock = threading.Lock()
@@ -220,7 +220,7 @@ class ExpertsRunner:
 
     def _recover(self, error: Exception) -> None:
         self._recovery.recover(error)
-        self._arena = ArenaTensors(self._source.arena_address, self._source.arena_bytes)
+        self._arena = ArenaTensors(self._source.arena_address, self._source.mapped_bytes)
 
 
 def _split(

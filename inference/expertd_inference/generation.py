@@ -33,7 +33,9 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     runs from the prompt's tokens to the first new one (null if there was none);
     ``tokens_per_second`` counts from the first to the last (null below two). ``host_hits``
     and ``nvme_misses`` are the experts found in RAM and those that the daemon had to read,
-    ``remote_misses`` those copied from a daemon whose memory this process cannot share;
+    ``pack_reads`` those of the latter that this process read from the pack, as the daemon had no
+    slot for them, ``remote_misses`` those copied from a daemon whose memory this process cannot
+    share;
     ``device`` is what moved to GPUs, null on the CPU; ``kernels`` are those that the CPU
     computed with; ``decoding`` is how its tokens after the second came: by a ``program``, or by
     the model's ``modules`` and why (empty with fewer tokens); ``hints`` is what became of hints
@@ -48,6 +50,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float | None
     host_hits: int
     nvme_misses: int
+    pack_reads: int
     remote_misses: int
     peak_pss_bytes: int
     device: DeviceStats | None = None
@@ -88,6 +91,7 @@ def generate(
     interrupted = False
     session = worker.session
     hits, misses, copied = session.host_hits, session.nvme_misses, session.remote_misses
+    pack_reads = session.pack_reads
     moved, hinted = worker.device_stats, worker.hint_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
@@ -131,6 +135,7 @@ def generate(
         tokens_per_second=streamer.tokens_per_second,
         host_hits=session.host_hits - hits,
         nvme_misses=session.nvme_misses - misses,
+        pack_reads=session.pack_reads - pack_reads,
         remote_misses=session.remote_misses - copied,
         peak_pss_bytes=memory.peak_bytes,
         device=_since(moved, worker.device_stats),

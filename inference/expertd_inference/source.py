@@ -17,7 +17,7 @@ class ExpertLease(Protocol):
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where their records lie in the arena, in bytes."""
+        """Where their records lie, in bytes from the arena's beginning."""
 
     def __enter__(self) -> object:
         """Begins a block at whose end the lease is released."""
@@ -41,7 +41,14 @@ class ExpertSource(Protocol):
 
     @property
     def arena_bytes(self) -> int:
-        """Size of the mapping."""
+        """Size of the arena."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        """How far from :attr:`arena_address` on the offsets of leases may lead.
+
+        Behind the arena are this process's own copies of records that had no slot in it.
+        """
 
     @property
     def connected(self) -> bool:
@@ -81,8 +88,10 @@ class HeldSource(ExpertSource, Protocol):
     def hold(self) -> HeldLease:
         """A lease of nothing yet."""
 
-    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[HeldLease]:
-        """As :meth:`ExpertSource.waves`."""
+    def waves(
+        self, layer: int, experts: Sequence[int], *, in_arena: bool = False
+    ) -> Iterator[HeldLease]:
+        """As :meth:`ExpertSource.waves`; ``in_arena``: none may be a copy of this process's."""
 
     def hint(
         self, experts: Sequence[tuple[int, int]], needed: Sequence[tuple[int, int]] = ()

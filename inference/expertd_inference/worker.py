@@ -68,7 +68,10 @@ class Worker:
         """
         self._attachment = attachment
         self.session = session = attachment.session
-        self.pack = session.model.pack_path if pack is None else Path(pack)
+        if pack is not None:
+            session.pack_path = Path(pack)
+        session.say = say or say_on_stderr
+        self.pack = session.pack_path
         self.manifest = _manifest_of(session, self.pack)
         settings = device or DeviceSettings()
         devices = open_devices(self.manifest, settings, say)

@@ -175,7 +175,7 @@ async def test_cut_off_then_reattach(tight: Daemon) -> None:
     async with AsyncClient(tight.socket) as store:
         session, other = await store.attach("m"), await store.attach("m")
         lease = await session.acquire(0, [0, 1, 2])
-        (await other.acquire(1, range(6))).release()
+        (await other.acquire(1, range(6), in_arena=True)).release()
         with pytest.raises(SessionLostError):
             lease.release()
         await session.reattach(5)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from expertd.errors import PreconditionError, SessionLostError, UnavailableError
+from expertd.shared.directory import ABSENT
 from expertd.shared.handshake import NUDGE
 from expertd_client.attachment import Attachment
 from expertd_client.mapping import State
@@ -41,7 +42,7 @@ def test_nudge_is_not_answered_while_holding(
     attachment, theirs = attached
     shared.publish(0, 1)
     before = shared.page.epoch
-    assert attachment.mapping.try_hold([0])
+    assert ABSENT not in attachment.mapping.try_hold([0])
     epoch = shared.evict(1)
     theirs.send(NUDGE)
     time.sleep(0.05)
@@ -78,7 +79,7 @@ def test_the_arena_of_a_daemon_that_has_gone_is_let_go(
     attachment, theirs = attached
     arena = weakref.ref(attachment.mapping.arena_mapping)
     shared.publish(0, 1)
-    assert attachment.mapping.try_hold([0])
+    assert ABSENT not in attachment.mapping.try_hold([0])
     theirs.close()
     time.sleep(0.3)
     assert arena() is not None, "a lease needs it"

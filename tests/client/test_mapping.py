@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.errors import PreconditionError, SessionLostError
-from expertd.shared.directory import unpack_word
+from expertd.shared.directory import ABSENT, unpack_word
 from expertd.shared.session_page import MISSED
 from expertd_client.mapping import Mapping, State
 from tests.client.shared_memory import SharedMemory, shared_memory
@@ -34,7 +34,7 @@ def test_hold_of_absent_holds_nothing_and_publishes(shared: SharedMemory) -> Non
     mapping = shared.mapping()
     shared.publish(0, 1)
     epoch = shared.evict(1)
-    assert mapping.try_hold([0, 1]) is None
+    assert ABSENT in mapping.try_hold([0, 1])
     assert mapping.state is State.IDLE
     assert shared.page.epoch == epoch
 
@@ -43,7 +43,7 @@ def test_no_epoch_is_published_while_holding(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
     before = shared.page.epoch
-    assert mapping.try_hold([0])
+    assert ABSENT not in mapping.try_hold([0])
     epoch = shared.evict(0)
     mapping.publish()  # as a nudge does
     assert shared.page.epoch == before
@@ -66,7 +66,7 @@ def test_fetch_numbers_and_their_release(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
     assert mapping.begin_fetch() == 1
-    assert mapping.try_hold([0], State.FETCHING)
+    assert ABSENT not in mapping.try_hold([0], State.FETCHING)
     assert shared.page.released_fetch == 0
     mapping.release()
     assert shared.page.released_fetch == 1
@@ -76,7 +76,7 @@ def test_fetch_numbers_and_their_release(shared: SharedMemory) -> None:
     assert mapping.state is State.IDLE
     # One that is repeated, since its records had gone again: the first is released.
     assert mapping.begin_fetch() == 3
-    assert mapping.try_hold([5], State.FETCHING) is None
+    assert ABSENT in mapping.try_hold([5], State.FETCHING)
     assert mapping.begin_fetch() == 4
     assert shared.page.released_fetch == 3
 
@@ -91,7 +91,7 @@ def test_a_fetch_publishes_before_it_waits(shared: SharedMemory) -> None:
 def test_revoked_while_holding(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
-    assert mapping.try_hold([0])
+    assert ABSENT not in mapping.try_hold([0])
     shared.page.revoke()
     mapping.disconnect()
     with pytest.raises(SessionLostError):
@@ -105,14 +105,14 @@ def test_disconnected_but_not_revoked_reads_on(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
     mapping.disconnect()
-    assert mapping.try_hold([0])
+    assert ABSENT not in mapping.try_hold([0])
     mapping.release()
 
 
 def test_two_holds_at_once_are_refused(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
-    assert mapping.try_hold([0])
+    assert ABSENT not in mapping.try_hold([0])
     with pytest.raises(PreconditionError, match="release it"):
         mapping.try_hold([0])
     with pytest.raises(PreconditionError, match="release it"):
@@ -126,7 +126,7 @@ def test_two_holds_at_once_are_refused(shared: SharedMemory) -> None:
 def test_closed_while_holding_is_lost(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
-    assert mapping.try_hold([0])
+    assert ABSENT not in mapping.try_hold([0])
     view = mapping.arena[4096:8192]
     mapping.close()
     mapping.close()
@@ -228,7 +228,7 @@ class Step:
         if self.held or self.fetching:
             with pytest.raises(PreconditionError):
                 self.mapping.try_hold([entry])
-        elif self.mapping.try_hold([entry]) is not None:
+        elif ABSENT not in self.mapping.try_hold([entry]):
             self.held = [entry]
 
     def release(self, entry: int) -> None:
@@ -248,7 +248,7 @@ class Step:
     def granted(self, entry: int) -> None:
         if self.fetching:
             self.shared.publish(entry, entry)
-            assert self.mapping.try_hold([entry], State.FETCHING) is not None
+            assert ABSENT not in self.mapping.try_hold([entry], State.FETCHING)
             self.held, self.fetching = [entry], False
 
     def abandon(self, entry: int) -> None:
@@ -314,7 +314,7 @@ def test_a_hold_cannot_slip_into_a_nudge(shared: SharedMemory) -> None:
     nudge = threading.Thread(target=mapping.publish)
     nudge.start()
     directory.looked.wait()
-    assert mapping.try_hold([0])  # must wait for the nudge to end
+    assert ABSENT not in mapping.try_hold([0])  # must wait for the nudge to end
     epoch = shared.evict(0)
     directory.go_on.set()
     nudge.join()
@@ -337,7 +337,7 @@ def test_nudges_race_with_holds(shared: SharedMemory) -> None:
     thread.start()
     try:
         for generation in range(2, 4000):
-            assert mapping.try_hold([0])
+            assert ABSENT not in mapping.try_hold([0])
             epoch = shared.evict(0)
             for _ in range(3):
                 assert shared.page.epoch < epoch

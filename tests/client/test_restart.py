@@ -306,5 +306,5 @@ def test_killed_while_a_fetch_waits(pack: Path) -> None:
 
 def failure_of_wave(session: Session) -> type[ExpertdError]:
     with pytest.raises(ExpertdError) as raised:
-        session.acquire(1, range(6))
+        session.acquire(1, range(6), in_arena=True)
     return type(raised.value)

@@ -358,7 +358,7 @@ def test_no_leaks(store: Client) -> None:
 def hold_too_long(session: Session, other: Session) -> None:
     """Holds records until the daemon, pressed by ``other``, cuts ``session`` off."""
     lease = session.acquire(0, [0, 1, 2])
-    for waves in other.waves(1, range(6)):
+    for waves in other.waves(1, range(6), in_arena=True):
         waves.release()
     eventually(lambda: not session.connected)
     with pytest.raises(SessionLostError, match="reattach"):
@@ -406,7 +406,7 @@ def test_void_token_of_an_ended_session_says_so(store: Client) -> None:
 def test_cut_off_outranks_the_block_s_error_but_not_an_interrupt(tight: Daemon) -> None:
     def lose(session: Session, other: Session, error: BaseException) -> None:
         with session.acquire(0, [0, 1, 2]):
-            for lease in other.waves(1, range(6)):
+            for lease in other.waves(1, range(6), in_arena=True):
                 lease.release()
             raise error
 

@@ -1,6 +1,7 @@
 """A store without sockets: real arena, loader and packs, workers inside the test."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ class Worker:
 
     async def fetch(self, *entries: int) -> int:
         self.num_fetches += 1
-        return await self.store.records.fetch(self.session, entries, self.num_fetches)
+        fetched = await self.store.records.fetch(self.session, entries, self.num_fetches)
+        return fetched.num_missed
 
     async def fetch_and_release(self, *entries: int) -> None:
         await self.fetch(*entries)
@@ -130,8 +132,12 @@ def assert_nothing_held(store: Store) -> None:
 def assert_consistent(store: Store) -> None:
     """What holds between any two ticks of the loop; models must be of handmade packs."""
     pages: list[int] = []
+    workers = [session for session in store.sessions.values() if session.is_worker]
     for model in store.models.values():
         assert model._holds.min() >= 0, "a hold was given back once too often"
+        pins = [entry for worker in workers if worker.model is model for entry in worker.pins]
+        assert model.pinned._counts == Counter([*model.pins, *pins])
+        assert model.pinned.num_bytes == sum(map(model.record_bytes, model.pinned))
         for entry in range(model.num_entries):
             location, extent = unpack_word(model.directory.word(entry)), model.extent(entry)
             assert (location is None) == (extent is None)

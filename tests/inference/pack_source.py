@@ -72,7 +72,7 @@ class PackSource:
                     file.seek(layer.offsets[expert])
                     records[layer.layer, expert] = file.read(size)
         self.memory = mmap.mmap(-1, sum(map(len, records.values())))
-        self.arena_bytes = len(self.memory)
+        self.arena_bytes = self.mapped_bytes = len(self.memory)
         self.arena_address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self._offsets.clear()
         for key in sorted(records, reverse=bool(self.num_reattached % 2)):

@@ -82,6 +82,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "tokens_per_second",
         "host_hits",
         "nvme_misses",
+        "pack_reads",
         "remote_misses",
         "peak_pss_bytes",
         "kernels",

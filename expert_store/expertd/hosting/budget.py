@@ -3,12 +3,10 @@
 Only sums; where the bytes lie is :mod:`expertd.hosting.slots`' business.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from expertd.errors import CapacityError, ConfigError
-from expertd.hosting.hosted_model import HostedModel, Record
-from expertd.hosting.session import Session
+from expertd.hosting.hosted_model import HostedModel
 from expertd.pack.manifest import Manifest
 from expertd.settings.limits import Limits
 from expertd.sizes import format_bytes, parse_bytes, size_to_give
@@ -17,53 +15,36 @@ from expertd.sizes import format_bytes, parse_bytes, size_to_give
 class Budget:
     """``num_bytes`` for all of ``models``. Raises :class:`CapacityError` for what does not fit."""
 
-    def __init__(
-        self, num_bytes: int, models: Mapping[str, HostedModel], sessions: Mapping[str, Session]
-    ) -> None:
+    def __init__(self, num_bytes: int, models: Mapping[str, HostedModel]) -> None:
         self.num_bytes = num_bytes
-        self._models, self._sessions = models, sessions
+        self._models = models
 
     def __repr__(self) -> str:
         return f"Budget({self.num_bytes}: {' + '.join(self._terms())})"
 
     @property
-    def pinned(self) -> Counter[Record]:
-        """All pinned records, resident or not, and how many pin each."""
-        pinned = Counter(
-            Record(session.model, entry)
-            for session in self._sessions.values()
-            for entry in session.pins
-        )
-        pinned.update(
-            Record(model, entry) for model in self._models.values() for entry in model.pins
-        )
-        return pinned
-
-    def pinned_bytes(self) -> dict[HostedModel, int]:
-        """Their size, of each model that has any."""
-        sizes: Counter[HostedModel] = Counter()
-        for model, entry in self.pinned:
-            sizes[model] += model.record_bytes(entry)
-        return dict(sizes)
+    def pinned_bytes(self) -> int:
+        """The size of all pinned records, resident or not."""
+        return sum(model.pinned.num_bytes for model in self._models.values())
 
     @property
     def free_to_pin(self) -> int:
         """What may still be pinned: all but what is, and what each model must keep to itself."""
         kept = sum(_term(model)[0] for model in self._models.values())
-        return self.num_bytes - kept - sum(self.pinned_bytes().values())
+        return self.num_bytes - kept - self.pinned_bytes
 
-    def max_fetch_records(self, model: HostedModel) -> int:
+    def max_fetch_records(self, model: HostedModel, taken_bytes: int = 0) -> int:
         """How many of the model's records one fetch can make resident together.
 
-        As many as pinned records, the others' minima and its own maximum leave room for.
+        As many as pinned records, the others' minima and its own maximum leave room for, and what
+        is taken besides.
         """
-        pinned = self.pinned_bytes()
-        room = self.num_bytes - sum(pinned.values())
+        room = self.num_bytes - self.pinned_bytes - taken_bytes
         for other in self._models.values():
             if other is not model:
-                room -= max(0, other.guarded_bytes - pinned.get(other, 0))
+                room -= max(0, other.guarded_bytes - other.pinned.num_bytes)
         if model.limits.max_bytes is not None:
-            room = min(room, model.limits.max_bytes - pinned.get(model, 0))
+            room = min(room, model.limits.max_bytes - model.pinned.num_bytes)
         return max(0, room) // model.max_record_bytes
 
     def over_max(self, model: HostedModel, num_bytes: int) -> int:
@@ -97,11 +78,10 @@ class Budget:
         if pinned:
             terms.append(f"{format_bytes(pinned)} pinned of {name!r}")
         terms += self._terms(besides=name)
-        pins = self.pinned_bytes()
         needed = max(guarded, working_set) + pinned
         for model in self._models.values():
             if model.name != name:
-                needed += _term(model)[0] + pins.get(model, 0)
+                needed += _term(model)[0] + model.pinned.num_bytes
         if needed > self.num_bytes:
             sum_of = "; ".join(terms)
             raise CapacityError(
@@ -119,8 +99,8 @@ class Budget:
         asked = sum(map(model.record_bytes, entries))
         room, why = self.free_to_pin, "what each model must keep"
         if model.limits.max_bytes is not None:
-            pinned = self.pinned_bytes().get(model, 0)
-            own = model.limits.max_bytes - model.manifest.working_set_bytes - pinned
+            own = model.limits.max_bytes - model.manifest.working_set_bytes
+            own -= model.pinned.num_bytes
             if own < room:
                 room, why = own, f"one token's experts within the maximum of {model.name}"
         if asked > room:
@@ -135,14 +115,13 @@ class Budget:
             )
 
     def _terms(self, besides: str = "") -> list[str]:
-        pinned = self.pinned_bytes()
         terms = []
         for model in self._models.values():
             if model.name == besides:
                 continue
             terms.append(_term(model)[1])
-            if model in pinned:
-                terms.append(f"{format_bytes(pinned[model])} pinned of {model.name!r}")
+            if pinned := model.pinned.num_bytes:
+                terms.append(f"{format_bytes(pinned)} pinned of {model.name!r}")
         return terms
 
 

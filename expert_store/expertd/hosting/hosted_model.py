@@ -1,7 +1,7 @@
 """A model that the daemon holds: which of its records are resident, and who uses them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -15,6 +15,8 @@ from expertd.disk.opening import DEFAULT_DISK, DiskChoice
 from expertd.disk.record_file import RecordFile
 from expertd.errors import NotFoundError
 from expertd.histogram import Histogram
+from expertd.hosting.patience import annex_bytes
+from expertd.hosting.tally import Tally
 from expertd.hosting.touch_watch import TouchWatch
 from expertd.pack.manifest import Fingerprinted, Layer
 from expertd.residency import DEFAULT_POLICY, Entries, make_policy
@@ -84,6 +86,8 @@ class Counters:
     prefetch_useful: int = 0
     prefetch_late: int = 0
     prefetch_wasted: int = 0
+    records_in_pack: int = 0
+    """Fetched ones that a worker was sent to the pack for, since no slot was to be had."""
     records_damaged: int = 0
     """In RAM; dropped, and read again."""
     fetch_seconds: Histogram = field(default_factory=Histogram)
@@ -142,6 +146,14 @@ class HostedModel:
         self.max_record_bytes = max(self._record_bytes)
         self.touches_per_token = sum(layer.experts_per_token for layer in self.manifest.layers)
         layers = self.manifest.layers
+        sizes = [self.manifest.layouts[layer.layout].record_bytes for layer in layers]
+        self.annex_bytes = annex_bytes(
+            [
+                (size, layer.num_experts, layer.experts_per_token)
+                for size, layer in zip(sizes, layers, strict=True)
+            ]
+        )
+        """What its workers may use of their own memory for records that have no slot."""
         self.heat = make_policy(
             policy,
             [layer.num_experts for layer in layers],
@@ -157,8 +169,11 @@ class HostedModel:
         self._lengths = np.array(self._record_bytes, np.int64)
         self._holds = np.zeros(self.num_entries, np.int64)
         self._unused_hint = np.zeros(self.num_entries, np.bool_)
+        self.pinned = Tally(self.record_bytes)
+        """Entries that the model itself or its sessions pin, resident or not."""
         self.pins = set(pinned_entries(limits.pins, self.manifest, name))
-        self.hold(self.pins)
+        """Those that the model itself pins."""
+        self.hold_pinned(self.pins)
 
     def __repr__(self) -> str:
         return (
@@ -270,6 +285,16 @@ class HostedModel:
         for entry in entries:
             self._holds[entry] -= 1
 
+    def hold_pinned(self, entries: Collection[int]) -> None:
+        """Holds records until :meth:`unhold_pinned`, and counts them as pinned."""
+        self.hold(entries)
+        self.pinned.add(entries)
+
+    def unhold_pinned(self, entries: Collection[int]) -> None:
+        """Takes back one :meth:`hold_pinned` of each."""
+        self.unhold(entries)
+        self.pinned.remove(entries)
+
     def resident_from(self, start: int, most: int) -> list[int]:
         """The first ``most`` resident entries that are not below ``start``."""
         found: list[int] = (start + np.flatnonzero(self._resident[start:])[:most]).tolist()
@@ -279,7 +304,7 @@ class HostedModel:
         """Gives up pins of the model itself; those not pinned are ignored."""
         unpinned = self.pins.intersection(entries)
         self.pins -= unpinned
-        self.unhold(unpinned)
+        self.unhold_pinned(unpinned)
 
     def evictable(self) -> Entries:
         """Resident records that nobody holds."""

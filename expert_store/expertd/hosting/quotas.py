@@ -7,12 +7,13 @@ room: so nobody else waits for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from expertd.errors import CapacityError, SessionLostError
 from expertd.hosting.hosted_model import Record
-from expertd.hosting.session import Session
+from expertd.hosting.session import Kept, Session
 from expertd.sizes import format_bytes
 
 _PAUSE_SECONDS = 0.002
@@ -21,19 +22,19 @@ _PAUSE_SECONDS = 0.002
 class Quotas:
     """``quotas`` in bytes by uid, ``default`` for all others, None: no limit.
 
-    ``refresh`` takes in what sessions have released.
+    What is kept is counted as it changes (:meth:`kept_by`), so that a fetch costs the same however
+    much its user has pinned. ``refresh`` takes in what sessions have released.
     """
 
     def __init__(
         self,
         quotas: Mapping[int, int],
         default: int | None,
-        sessions: Mapping[str, Session],
         refresh: Callable[[], None],
         wait_seconds: float,
     ) -> None:
         self._quotas, self._default = quotas, default
-        self._sessions = sessions
+        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
         self._refresh = refresh
         self._wait_seconds = wait_seconds
         self._turns: dict[int, asyncio.Lock] = {}
@@ -42,9 +43,9 @@ class Quotas:
         """What that user may keep, in bytes."""
         return self._quotas.get(uid, self._default)
 
-    def kept_bytes(self, uid: int) -> int:
-        """What that user keeps."""
-        return _size(record for session in self._of(uid) for record in session.kept)
+    def kept_by(self, uid: int) -> Kept:
+        """What the sessions of that user keep; to be given to each of them."""
+        return self._kept.setdefault(uid, Kept())
 
     @asynccontextmanager
     async def admitted(self, session: Session, entries: Sequence[int]) -> AsyncIterator[None]:
@@ -55,7 +56,7 @@ class Quotas:
         quota = self.of(session.uid)
         if quota is not None:
             asked = {Record(session.model, entry) for entry in entries}
-            self._check(session, quota, asked, self._firmly_kept(session))
+            self._check(session, quota, asked)
             try:
                 async with (
                     asyncio.timeout(self._wait_seconds),
@@ -63,51 +64,54 @@ class Quotas:
                 ):
                     await self._wait(session, quota, asked)
             except TimeoutError:
-                self._check(session, quota, asked, self._kept(session.uid))
-        session.asked.append(entries)
-        try:
+                self._check(session, quota, asked, in_time=True)
+        with session.asks(entries):
             yield
-        finally:
-            session.asked.remove(entries)
 
     async def _wait(self, session: Session, quota: int, asked: set[Record]) -> None:
-        while _size(self._kept(session.uid) | asked) > quota:
-            self._check(session, quota, asked, self._firmly_kept(session))
+        while self._exceeds(session, quota, asked):
+            self._check(session, quota, asked)
             await asyncio.sleep(_PAUSE_SECONDS)
             self._refresh()
             if session.closed:
                 raise SessionLostError("the session ended while it waited.")
 
-    def _of(self, uid: int) -> list[Session]:
-        sessions = self._sessions.values()
-        return [session for session in sessions if session.is_worker and session.uid == uid]
+    def _exceeds(self, session: Session, quota: int, asked: set[Record]) -> bool:
+        kept = self.kept_by(session.uid).all
+        new = [record for record in asked if record not in kept]
+        return kept.num_bytes + _size(new) > quota
 
-    def _kept(self, uid: int) -> set[Record]:
-        return {record for session in self._of(uid) for record in session.kept}
+    def _check(
+        self, session: Session, quota: int, asked: set[Record], *, in_time: bool = False
+    ) -> None:
+        """Raises if ``asked`` do not fit beside what no waiting will end.
 
-    def _firmly_kept(self, session: Session) -> set[Record]:
-        """What no waiting will end: pins, and leases of the session that asks."""
-        pinned = {record for other in self._of(session.uid) for record in other.pinned}
-        return pinned | session.leased
-
-    def _check(self, session: Session, quota: int, asked: set[Record], kept: set[Record]) -> None:
-        new = asked - kept
-        held = _size(kept)
+        That is what is pinned, and what is leased to the session that asks; ``in_time``: whatever
+        is kept, since there is no time left to wait.
+        """
+        kept = self.kept_by(session.uid)
+        if in_time:
+            held = kept.all.num_bytes
+            new = {record for record in asked if record not in kept.all}
+        else:
+            leased = {record for record in session.leased if record not in kept.pinned}
+            held = kept.pinned.num_bytes + _size(leased)
+            new = {record for record in asked - leased if record not in kept.pinned}
         if held + _size(new) <= quota:
             return
         model = session.model
         most = max(0, quota - held) // model.max_record_bytes
-        pins = _size(record for other in self._of(session.uid) for record in other.pinned)
         way_out = f"fetch in waves of {most}" if most else "unpin or release some first"
         raise CapacityError(
             f"the quota of uid {session.uid} is {format_bytes(quota)}, and its sessions keep "
-            f"{format_bytes(held)}, of which {format_bytes(pins)} pinned: {len(new)} more experts "
-            f"of {model.name}, {format_bytes(_size(new))}, exceed it; {way_out}.",
+            f"{format_bytes(held)}, of which {format_bytes(kept.pinned.num_bytes)} pinned: "
+            f"{len(new)} more experts of {model.name}, {format_bytes(_size(new))}, exceed it; "
+            f"{way_out}.",
             requested=len(new),
             available=most,
             unit="records",
         )
 
 
-def _size(records: Iterable[Record]) -> int:
-    return sum(model.record_bytes(entry) for model, entry in {*records})
+def _size(records: Collection[Record]) -> int:
+    return sum(model.record_bytes(entry) for model, entry in records)

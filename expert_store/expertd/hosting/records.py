@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import compress
+from typing import NamedTuple
 
 from xxhash import xxh3_64_hexdigest
 
@@ -22,17 +23,29 @@ from expertd.errors import (
     RecordLostError,
     SessionLostError,
 )
-from expertd.hosting.hosted_model import HostedModel, Load, ModelState, Record
+from expertd.hosting.hosted_model import HostedModel, Load, ModelState
+from expertd.hosting.patience import seconds_of_patience
 from expertd.hosting.prefetcher import Prefetcher
 from expertd.hosting.quotas import Quotas
 from expertd.hosting.session import Session
-from expertd.hosting.slots import Slots
+from expertd.hosting.slots import NoSlotError, Slots
 from expertd.log import log, log_error
 from expertd.shared.arena import Arena
 from expertd.shared.extents import Extent
 
 _PINS_AT_ONCE = 8
 _PROGRESS_SECONDS = 5.0
+
+
+class Fetched(NamedTuple):
+    """How a fetch was granted: ``num_missed`` of its records were not resident.
+
+    ``in_pack``: nothing is leased, since no slot was to be had; the worker reads these by itself,
+    as far as they are not resident when it looks.
+    """
+
+    num_missed: int
+    in_pack: Sequence[int] = ()
 
 
 class Records:
@@ -55,11 +68,21 @@ class Records:
         self._finishing = False
         self._prefetcher = Prefetcher(slots, self._start_load, loader, hint_depth)
 
-    async def fetch(self, session: Session, entries: Sequence[int], number: int) -> int:
+    async def fetch(
+        self,
+        session: Session,
+        entries: Sequence[int],
+        number: int,
+        max_in_pack: int = 0,
+        *,
+        in_waves: bool = False,
+    ) -> Fetched:
         """Makes records resident and leases them to the session under ``number``.
 
-        Returns how many were not resident. All or none: raises :class:`CapacityError` if
-        they can never be resident together, :class:`RecordLostError`, :class:`DeadlineError`.
+        Or, where slots are not to be had soon (:mod:`expertd.hosting.patience`), sends it to the
+        pack, if it can read as many as ``max_in_pack`` there. All or none: raises
+        :class:`CapacityError` if they can never be resident together, or, ``in_waves``, if they
+        neither are soon nor can be read there; :class:`RecordLostError`, :class:`DeadlineError`.
         """
         model, wanted = session.model, list(dict.fromkeys(entries))
         began = time.monotonic()  # uvloop's own clock counts whole milliseconds
@@ -73,18 +96,36 @@ class Records:
             async with self._quotas.admitted(session, wanted):
                 missed = 0
                 if self._slots.is_taken or not all(map(model.is_resident, wanted)):
-                    missed = await self._make_resident(session, claim)
+                    until = self._patience_ends(model, wanted, max_in_pack, in_waves=in_waves)
+                    missed = await self._make_resident(session, claim, until=until)
                 else:  # needs no room, and overtakes nobody who waits for some
                     self._check_serving(model)
                     claim()
                 session.lease(number, wanted)
+            fetched = Fetched(missed)
+        except NoSlotError:
+            model.unhold(held)
+            _check_open(session)
+            self._check_serving(model)
+            missed = sum(not model.is_resident(entry) for entry in wanted)
+            if in_waves and missed > max_in_pack:
+                raise CapacityError(
+                    f"{missed} experts of {model.name} get no slots soon, and {max_in_pack} can be "
+                    f"read from the pack at a time; fetch in waves of {max_in_pack}.",
+                    requested=missed,
+                    available=max_in_pack,
+                    unit="records",
+                ) from None
+            fetched = Fetched(missed, wanted)
+            model.counters.records_in_pack += fetched.num_missed
+            session.records_in_pack += fetched.num_missed
         except BaseException:
             model.unhold(held)
             raise
         finally:
             session.fetches_in_flight -= 1
         model.counters.fetch_seconds.observe(time.monotonic() - began)
-        return missed
+        return fetched
 
     async def pin(self, session: Session, entries: Sequence[int]) -> int:
         """Makes records resident and keeps them so; returns how many are newly pinned."""
@@ -208,22 +249,44 @@ class Records:
             model.unhold([entry])
             model.num_reads -= 1
 
+    def _patience_ends(
+        self, model: HostedModel, wanted: Sequence[int], max_in_pack: int, *, in_waves: bool
+    ) -> float | None:
+        """Until when a fetch waits for slots, by the loop's clock; None: as long as it takes."""
+        num_unpinned = sum(entry not in model.pinned for entry in wanted)
+        if not max_in_pack or num_unpinned > self._slots.budget.max_fetch_records(model):
+            return None  # or it is refused
+        patience = seconds_of_patience(
+            missing=sum(not model.is_resident(entry) for entry in wanted),
+            max_in_pack=max_in_pack,
+            wanted=num_unpinned,
+            obtainable=self._slots.obtainable_records(model),
+            in_waves=in_waves,
+        )
+        return None if patience is None else self._loop.time() + patience
+
     async def _make_resident(
-        self, session: Session, claim: Callable[[], Sequence[int]], *, to_pin: bool = False
+        self,
+        session: Session,
+        claim: Callable[[], Sequence[int]],
+        *,
+        to_pin: bool = False,
+        until: float | None = None,
     ) -> int:
         """Makes resident what ``claim`` holds when it is the session's turn; how many were not.
 
-        If this raises, what was claimed is the caller's to give up.
+        If this raises, what was claimed is the caller's to give up. :class:`NoSlotError` is
+        raised where slots would have to be waited for past ``until``.
         """
         model = session.model
         self._check_serving(model)
         try:
             async with asyncio.timeout(self._fetch_seconds):
-                async with self._slots.turn():
+                async with self._slots.turn(until):
                     self._check_serving(model)  # it may have been unloaded while we queued
                     _check_open(session)
                     entries = claim()
-                    loads = await self._start_loads(model, entries, to_pin)
+                    loads = await self._start_loads(model, entries, to_pin, until)
                 if loads:
                     # wait() and not await: a cancelled caller must not cancel what others
                     # wait for too.
@@ -242,8 +305,8 @@ class Records:
     def _claim(self, session: Session, wanted: list[int], held: list[int]) -> list[int]:
         model = session.model
         budget = self._slots.budget
-        pinned = {entry for other, entry in budget.pinned if other is model}
-        count, most = len(set(wanted) - pinned), budget.max_fetch_records(model)
+        count = sum(entry not in model.pinned for entry in wanted)
+        most = budget.max_fetch_records(model)
         if count > most:
             raise CapacityError(
                 f"{count} experts of {model.name} do not fit at once: its budget holds "
@@ -259,16 +322,18 @@ class Records:
     def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
         model = session.model
         wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
-        budget = self._slots.budget
-        pinned_by_any = budget.pinned
-        new = [entry for entry in wanted if Record(model, entry) not in pinned_by_any]
-        budget.check_pins(model, new)
+        new = [entry for entry in wanted if entry not in model.pinned]
+        self._slots.budget.check_pins(model, new)
         session.pin(wanted)
         pinned += wanted
         return wanted
 
     async def _start_loads(
-        self, model: HostedModel, entries: Sequence[int], to_pin: bool
+        self,
+        model: HostedModel,
+        entries: Sequence[int],
+        to_pin: bool,
+        until: float | None = None,
     ) -> list[Load]:
         """What has to be waited for until all of ``entries``, which are held, are resident."""
         loads = [self._join(model, load) for e in entries if (load := model.loads.get(e))]
@@ -280,6 +345,7 @@ class Records:
             missing,
             dict.fromkeys(entries, 0 if to_pin else 1),
             to_pin=bool(entries) and (to_pin or not model.pins.isdisjoint(missing)),
+            until=until,
         )
         # In one batch, so that the loader can read it in the order of the file.
         started = [self._new_load(*record, extent, hinted=False) for record, extent in reserved]

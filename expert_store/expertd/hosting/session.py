@@ -1,13 +1,16 @@
 """A session as the daemon sees it: one attached process, what it may do, what it holds."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 
 from expertd.errors import InvalidInputError, PreconditionError
 from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.patience import GRACE_SECONDS
+from expertd.hosting.tally import Tally
 from expertd.residency import Entries
 from expertd.shared.handshake import Role
 from expertd.shared.memfd import SharedMemory
@@ -30,6 +33,15 @@ class Connection(Protocol):
         """Hangs up; twice is harmless."""
 
 
+class Kept:
+    """What the sessions of one user keep from being evicted, of all models."""
+
+    def __init__(self) -> None:
+        self.pinned: Tally[Record] = Tally(_record_bytes)
+        self.all: Tally[Record] = Tally(_record_bytes)
+        """Pins, leases, and what fetches and pins under way want."""
+
+
 class Session:
     """Alive as long as its attach connection. Only a worker's has a model and a page."""
 
@@ -42,7 +54,9 @@ class Session:
         uid: int,
         connection: Connection,
         model: HostedModel | None,
+        kept: Kept | None = None,
     ) -> None:
+        """``kept`` is that of the session's user, of whom there may be other sessions."""
         self.id, self.token, self.role, self.pid, self.uid = number, token, role, pid, uid
         self.connection = connection
         self.attached_at = time.monotonic()
@@ -51,9 +65,10 @@ class Session:
         """Whether a call with its token was answered: before that, it reads nothing."""
         self.pins: set[int] = set()
         self.fetches_in_flight = 0
-        self.asked: list[Sequence[int]] = []
-        """What fetches and pins under way want, once the user's quota lets them."""
+        self._asked: list[Collection[int]] = []
+        self._kept = kept or Kept()
         self.bytes_read = 0
+        self.records_in_pack = 0
         self._model = model
         self._leases: dict[int, list[int]] = {}
         self._last_fetch = 0
@@ -110,27 +125,29 @@ class Session:
         return max(0, self._model.directory.epoch - self.page.epoch)
 
     @property
-    def pinned(self) -> set[Record]:
-        """What it pins."""
-        return {Record(self.model, entry) for entry in self.pins}
-
-    @property
     def leased(self) -> set[Record]:
         """What is leased to it."""
         return {Record(self.model, entry) for lease in self._leases.values() for entry in lease}
 
     @property
-    def kept(self) -> set[Record]:
-        """A worker's pins and leases, and those that it will have."""
-        asked = {Record(self.model, entry) for entries in self.asked for entry in entries}
-        return self.pinned | self.leased | asked
-
-    @property
     def kept_bytes(self) -> int:
-        """Size of those; 0 for other roles."""
+        """Size of a worker's pins and leases, and of those that it will have; else 0."""
         if not self.is_worker:
             return 0
-        return sum(model.record_bytes(entry) for model, entry in self.kept)
+        kept = self.pins.union(*self._leases.values(), *self._asked)
+        return sum(map(self.model.record_bytes, kept))
+
+    @contextmanager
+    def asks(self, entries: Collection[int]) -> Iterator[None]:
+        """Counts what a fetch or pin under way wants as kept by its user, inside the ``with``."""
+        records = self._records(entries)
+        self._asked.append(entries)
+        self._kept.all.add(records)
+        try:
+            yield
+        finally:
+            self._asked.remove(entries)
+            self._kept.all.remove(records)
 
     def begin_fetch(self, number: int) -> None:
         """Registers a fetch's number; numbers only grow, or leases could not be told apart."""
@@ -155,6 +172,7 @@ class Session:
         """Takes over the holds of ``entries`` until the worker releases that fetch."""
         if entries:
             self._leases[number] = entries
+            self._kept.all.add(self._records(entries))
 
     def refresh(self) -> None:
         """Reads the page: ends released leases, takes in touches."""
@@ -175,6 +193,11 @@ class Session:
             self._stalled += min(now - self._asked_at, _MAX_GAP_SECONDS)
         self._asked_at = now
         return self._stalled
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether, when somebody last waited for it, that was in vain for longer than one waits."""
+        return self._asked_at is not None and self._stalled > GRACE_SECONDS
 
     def not_awaited(self) -> None:
         """Nobody waits for this session: it may stand still as long as it likes."""
@@ -203,9 +226,8 @@ class Session:
         if self._model is None:
             return
         self._drain_ring()
-        for entries in self._leases.values():
-            self._model.unhold(entries)
-        self._leases.clear()
+        for number in list(self._leases):
+            self._end_lease(number)
         self.unpin(self.pins.copy())
         self._model.num_sessions -= 1
         self._model.heat.leave(self.id)
@@ -216,21 +238,36 @@ class Session:
 
     def pin(self, entries: Sequence[int]) -> None:
         """Holds ``entries``, which must not be pinned yet, until they are unpinned."""
-        self.model.hold(entries)
+        self.model.hold_pinned(entries)
         self.pins.update(entries)
+        records = self._records(entries)
+        self._kept.pinned.add(records)
+        self._kept.all.add(records)
 
     def unpin(self, entries: Iterable[int]) -> int:
         """Drops pins; those not pinned are ignored."""
         unpinned = self.pins.intersection(entries)
         self.pins -= unpinned
-        self.model.unhold(unpinned)
+        self.model.unhold_pinned(unpinned)
+        records = self._records(unpinned)
+        self._kept.pinned.remove(records)
+        self._kept.all.remove(records)
         return len(unpinned)
 
     def _end_released(self) -> None:
         released = self.page.released_fetch
         for number in [number for number in self._leases if number <= released]:
-            self.model.unhold(self._leases.pop(number))
+            self._end_lease(number)
             self._leases_ended += 1
+
+    def _end_lease(self, number: int) -> None:
+        entries = self._leases.pop(number)
+        self.model.unhold(entries)
+        self._kept.all.remove(self._records(entries))
+
+    def _records(self, entries: Iterable[int]) -> list[Record]:
+        model = self.model
+        return [Record(model, entry) for entry in entries]
 
     def _drain_ring(self) -> None:
         # Misses first: the worker stores them last, so a write in between can only make
@@ -251,3 +288,7 @@ class Session:
         entries: Entries = (raw & np.uint32(MISSED - 1)).astype(np.int64)
         entries = entries[entries < self.model.num_entries]
         self.model.touched(entries, count, missed, self.id)
+
+
+def _record_bytes(record: Record) -> int:
+    return record.model.record_bytes(record.entry)

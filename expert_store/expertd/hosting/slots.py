@@ -29,6 +29,10 @@ _LOOK_AGAIN_SECONDS = 0.05
 _SPARE_SHARE, _MANY_SHARE = 4, 64
 
 
+class NoSlotError(Exception):
+    """There was no room in time, for a fetch that need not wait for it; nothing was taken."""
+
+
 class Slots:
     """The arena's extents and the models and sessions that use them.
 
@@ -59,10 +63,20 @@ class Slots:
         return f"Slots({self.extents}, {'busy' if self._turn.locked() else 'idle'})"
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """First come, first served: who is inside may reserve, the others wait."""
-        async with self._turn:
+    async def turn(self, until: float | None = None) -> AsyncIterator[None]:
+        """First come, first served: who is inside may reserve, the others wait.
+
+        Raises :class:`NoSlotError` if it is not its turn by ``until``, of the loop's clock.
+        """
+        try:
+            async with asyncio.timeout_at(until):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise NoSlotError from None
+        try:
             yield
+        finally:
+            self._turn.release()
 
     @property
     def is_taken(self) -> bool:
@@ -87,6 +101,7 @@ class Slots:
         own: Mapping[int, int] | None = None,
         *,
         to_pin: bool = False,
+        until: float | None = None,
     ) -> list[tuple[Record, Extent]]:
         """Extents for missing records of a model, evicting the coldest of all models for them.
 
@@ -97,7 +112,8 @@ class Slots:
         is left beside what is.
 
         Call inside a turn, with what fits by size into the model's budget. Waits for readers as
-        long as the caller lets it; cancelled, it leaves nothing allocated.
+        long as the caller lets it; cancelled, it leaves nothing allocated. Raises
+        :class:`NoSlotError` where it would have to wait for them past ``until``.
         """
         wanted = [Record(model, entry) for entry in missing]
         loop, spare = asyncio.get_running_loop(), list[int]()
@@ -132,6 +148,8 @@ class Slots:
                     seen_at, pause = 0.0, _FIRST_PAUSE_SECONDS
                     continue
             self._press()
+            if until is not None and loop.time() >= until:
+                raise NoSlotError
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         # Who gave up instead has not ended the wait: the next may wait for the same session.
@@ -140,6 +158,22 @@ class Slots:
         if spare:
             self.free(extents.pop())
         return list(zip(wanted, extents, strict=True))
+
+    def obtainable_records(self, model: HostedModel) -> int:
+        """How many of the model's records one fetch could get, if all let go who ever do.
+
+        Of those who stand still nothing is expected, as far as that is known by now.
+        """
+        if not any(session.stands_still for session in self._sessions.values()):
+            return self.budget.max_fetch_records(model)
+        self.refresh()
+        still = [session for session in self._sessions.values() if session.stands_still]
+        held = {record for session in still for record in session.leased}
+        taken = sum(other.record_bytes(entry) for other, entry in held if entry not in other.pinned)
+        for other in self._models.values():
+            if any(other.reclaimer.waits_for(session.page.epoch) for session in still):
+                taken += other.reclaimer.bytes_retired
+        return self.budget.max_fetch_records(model, taken)
 
     def try_reserve(self, model: HostedModel, entry: int) -> Extent | None:
         """An extent for a hinted record, if there is one now.
@@ -200,7 +234,9 @@ class Slots:
 
     def _can_move_beside(self, extents: Iterable[Extent]) -> bool:
         """Whether pinned records, some of them in ``extents``, leave a gap for any record."""
-        placed = {model.placed(entry) for model, entry in self.budget.pinned} | {*extents}
+        placed = {
+            model.placed(entry) for model in self._models.values() for entry in model.pinned
+        } | {*extents}
         start = 0
         for extent in sorted(extent for extent in placed if extent is not None):
             if extent.offset - start >= self._largest_record_bytes:
@@ -287,13 +323,12 @@ class Slots:
 
     def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[Kept]:
         """What is in the way of a model's records: pinned, its caller's own, and guarded ones."""
-        pinned = self.budget.pinned
         kept: list[Kept] = []
         for other in self._models.values():
             for entry in other.held().tolist():
                 record = Record(other, entry)
                 mine = own.get(entry) if other is model else None
-                num_holds = pinned[record] + (mine or 0)
+                num_holds = other.pinned.count(entry) + (mine or 0)
                 kept.append(Kept(record, num_holds, mine is not None and num_holds == 1))
             if other is not model:
                 coldest = self._coldest(other)

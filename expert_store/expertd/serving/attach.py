@@ -149,6 +149,7 @@ class AttachConnection:
                     directory_bytes=directory_bytes(session.model.num_entries),
                     page_bytes=session_page_bytes(),
                     adoption=store.arena.trailer.adoptions,
+                    annex_bytes=session.model.annex_bytes,
                 )
                 descriptors.append(self._arena_descriptor())
                 descriptors.append(session.model.memory.open_read_only())

@@ -56,6 +56,18 @@ def model_response(
     )
 
 
+def pack_place(model: HostedModel, entry: int) -> pb.PackPlace:
+    """Where a worker finds an entry's record by itself."""
+    layer, expert = model.expert(entry)
+    place = model.place(entry)
+    return pb.PackPlace(
+        expert=pb.ExpertRef(layer=layer, expert=expert),
+        file=place.file.path.name,
+        offset=place.offset,
+        checksum=int(place.checksum, 16),
+    )
+
+
 def _layout(layout: RecordLayout) -> pb.RecordLayout:
     return pb.RecordLayout(
         record_bytes=layout.record_bytes,

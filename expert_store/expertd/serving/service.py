@@ -22,7 +22,7 @@ from expertd.hosting.peers import Peer
 from expertd.hosting.read_ahead import read_ahead
 from expertd.hosting.session import Session
 from expertd.hosting.touch_watch import MAX_WATCHERS, TouchWatch
-from expertd.serving.messages import model_response, model_summary
+from expertd.serving.messages import model_response, model_summary, pack_place
 from expertd.serving.stats import collect_heat, collect_stats
 from expertd.settings.disk_io import parse_disk_io
 from expertd.settings.limits import Limits
@@ -104,9 +104,17 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> pb.FetchResponse:
         session = self._session(context)
         entries = _entries(session.model, request.experts)
-        missed = await self._store.records.fetch(session, entries, request.fetch_number)
-        words = map(session.model.directory.word, entries)
-        return pb.FetchResponse(words=words, num_missed=missed)
+        fetched = await self._store.records.fetch(
+            session,
+            entries,
+            request.fetch_number,
+            request.max_in_pack,
+            in_waves=request.in_waves,
+        )
+        return pb.FetchResponse(
+            num_missed=fetched.num_missed,
+            in_pack=[pack_place(session.model, entry) for entry in fetched.in_pack],
+        )
 
     async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:
         session = self._session(context)

@@ -1,7 +1,7 @@
 """What the daemon reports: numbers out of its state, and the same as plain values."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,10 +18,7 @@ def collect_stats(store: Store) -> pb.Stats:
     store.slots.refresh()
     extents = store.slots.extents
     uids = {session.uid for session in store.sessions.values()}
-    kept = {uid: store.quotas.kept_bytes(uid) for uid in uids}
-    pinned: dict[HostedModel, list[int]] = {model: [] for model in store.models.values()}
-    for model, entry in store.budget.pinned:
-        pinned[model].append(entry)
+    kept = {uid: store.quotas.kept_by(uid).all.num_bytes for uid in uids}
     return pb.Stats(
         incarnation=store.incarnation,
         uptime_seconds=time.monotonic() - store.started_at,
@@ -32,7 +29,7 @@ def collect_stats(store: Store) -> pb.Stats:
             huge_pages=store.arena.huge_page_bytes,
             retired=sum(model.reclaimer.bytes_retired for model in store.models.values()),
         ),
-        models=[_model_stats(store, model, entries) for model, entries in pinned.items()],
+        models=[_model_stats(store, model) for model in store.models.values()],
         sessions=[_session_stats(each, store.quotas, kept) for each in store.sessions.values()],
         warnings=store.warnings,
         policy=store.config.policy,
@@ -63,7 +60,7 @@ def collect_heat(model: HostedModel) -> pb.GetHeatResponse:
     )
 
 
-def _model_stats(store: Store, model: HostedModel, pinned: Sequence[int]) -> pb.ModelStats:
+def _model_stats(store: Store, model: HostedModel) -> pb.ModelStats:
     counters = model.counters
     return pb.ModelStats(
         name=model.name,
@@ -91,9 +88,10 @@ def _model_stats(store: Store, model: HostedModel, pinned: Sequence[int]) -> pb.
         dropped_records=counters.dropped_records,
         min_bytes=model.limits.min_bytes,
         max_bytes=model.limits.max_bytes or 0,
-        num_pinned=len(pinned),
-        num_pinned_resident=sum(map(model.is_resident, pinned)),
+        num_pinned=len(model.pinned),
+        num_pinned_resident=sum(map(model.is_resident, model.pinned)),
         moves=counters.moves,
+        records_in_pack=counters.records_in_pack,
         disk=pb.DiskStats(
             asked=model.disk.asked,
             way=model.disk.way,
@@ -122,6 +120,7 @@ def _session_stats(
         bytes_read=session.bytes_read,
         host_hits=session.host_hits,
         nvme_misses=session.nvme_misses,
+        records_in_pack=session.records_in_pack,
     )
 
 

@@ -88,6 +88,8 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", kw_only=True):
     page_bytes: int = 0
     adoption: int = 0
     """Which of the daemons that the arena has had; see :mod:`expertd.shared.arena_trailer`."""
+    annex_bytes: int = 0
+    """How much of its own memory a worker uses at most for records that have no slot."""
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal"):

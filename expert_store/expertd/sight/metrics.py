@@ -170,6 +170,11 @@ class StoreMetrics:
                 lambda m: m.counters.moves,
             ),
             (
+                "expertd_records_in_pack",
+                "Fetched records that workers were sent to the pack for, as no slot was to be had.",
+                lambda m: m.counters.records_in_pack,
+            ),
+            (
                 "expertd_records_adopted",
                 "Records taken over, verified, from the daemon before this one.",
                 lambda m: m.counters.adopted_records,

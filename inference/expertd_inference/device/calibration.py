@@ -59,7 +59,7 @@ def measure(probe: Probe) -> Rates:
 
     The records are copied to the device's first slots, which must hold nothing yet.
     """
-    waves = probe.source.waves(probe.layer, list(probe.experts))
+    waves = probe.source.waves(probe.layer, list(probe.experts), in_arena=True)
     lease = next(waves)
     with lease:
         offsets, experts = lease.offsets, lease.experts
@@ -169,7 +169,7 @@ def _on_cpu(probe: Probe, experts: Sequence[int], offsets: Sequence[int]) -> Non
         weights,
         experts=list(experts),
         records=list(offsets[: len(experts)]),
-        arena=ArenaTensors(probe.source.arena_address, probe.source.arena_bytes),
+        arena=ArenaTensors(probe.source.arena_address, probe.source.mapped_bytes),
         spec=probe.spec,
     )
 

@@ -114,7 +114,8 @@ class Device(Protocol):
     ) -> Event:
         """Queues a copy to the slot's beginning, to start once ``after`` have come to pass.
 
-        Until its event the slot's bytes are undefined, and the source must stay what it is.
+        Until its event the slot's bytes are undefined, and the source must stay what it is. Past
+        ``memory`` it is other memory of this process, which has been read when this returns.
         """
 
     def mark(self) -> Event:

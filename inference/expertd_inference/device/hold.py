@@ -40,14 +40,17 @@ class StepHold:
             self._lease = self._source.hold()
         return self._lease.find(layer, experts)
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[dict[int, int]]:
+    def fetch(
+        self, layer: int, experts: Sequence[int], *, in_arena: bool = False
+    ) -> Iterator[dict[int, int]]:
         """Releases, and has the daemon bring ``experts``: the offsets of as many as fit at once.
 
         Each lot is released before the next, so its copies are to be queued before that.
+        ``in_arena``: for who looks them up in the directory after that.
         """
         self.release()
         num_left = len(experts)
-        for lease in self._source.waves(layer, experts):
+        for lease in self._source.waves(layer, experts, in_arena=in_arena):
             self._lease = lease
             yield dict(zip(lease.experts, lease.offsets, strict=True))
             num_left -= len(lease.experts)

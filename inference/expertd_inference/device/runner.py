@@ -389,7 +389,7 @@ class DeviceExpertsRunner:
             weights,
             experts=list(offsets),
             records=list(offsets.values()),
-            arena=ArenaTensors(self._source.arena_address, self._source.arena_bytes),
+            arena=ArenaTensors(self._source.arena_address, self._source.mapped_bytes),
             spec=block.spec,
         )
         num_bytes = len(offsets) * self._record_bytes[block.layer]

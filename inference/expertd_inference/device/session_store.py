@@ -54,7 +54,7 @@ class SessionStore:
         """Fetches them, layer by layer; the last lot stays held."""
         for layer, experts in absent.items():
             try:
-                for _ in self._step.hold.fetch(layer, experts):
+                for _ in self._step.hold.fetch(layer, experts, in_arena=True):
                     pass
             except SESSION_ENDED as error:
                 self._lose(error)

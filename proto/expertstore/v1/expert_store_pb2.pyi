@@ -629,9 +629,19 @@ class FetchRequest(_message.Message):
 
     EXPERTS_FIELD_NUMBER: _builtins.int
     FETCH_NUMBER_FIELD_NUMBER: _builtins.int
+    MAX_IN_PACK_FIELD_NUMBER: _builtins.int
+    IN_WAVES_FIELD_NUMBER: _builtins.int
     fetch_number: _builtins.int
     """The worker's own count of its fetches, from 1. The lease ends when the
     session page's released_fetch reaches it.
+    """
+    max_in_pack: _builtins.int
+    """How many records of this layer the worker can read from the pack's files into
+    memory of its own; 0: it waits for slots, however long.
+    """
+    in_waves: _builtins.bool
+    """Where slots are not to be had soon, and that is too few for what is missing:
+    rather than wait, be refused with that number, and ask for so many at a time.
     """
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
@@ -640,10 +650,12 @@ class FetchRequest(_message.Message):
         *,
         experts: _abc.Iterable[Global___ExpertRef] | None = ...,
         fetch_number: _builtins.int = ...,
+        max_in_pack: _builtins.int = ...,
+        in_waves: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "fetch_number", b"fetch_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "fetch_number", b"fetch_number", "in_waves", b"in_waves", "max_in_pack", b"max_in_pack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -653,27 +665,65 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 class FetchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORDS_FIELD_NUMBER: _builtins.int
     NUM_MISSED_FIELD_NUMBER: _builtins.int
+    IN_PACK_FIELD_NUMBER: _builtins.int
     num_missed: _builtins.int
-    """How many of them were not resident when the request came."""
+    """How many of them were not resident when the request came, or when it was answered
+    with in_pack.
+    """
     @_builtins.property
-    def words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Directory words, in the request's order."""
+    def in_pack(self) -> _containers.RepeatedCompositeFieldContainer[Global___PackPlace]:
+        """If not empty, nothing is leased: where the experts' records are in the pack. Those
+        that the directory has may be used from there, as those of a hit.
+        """
 
     def __init__(
         self,
         *,
-        words: _abc.Iterable[_builtins.int] | None = ...,
         num_missed: _builtins.int = ...,
+        in_pack: _abc.Iterable[Global___PackPlace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_missed", b"num_missed", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_pack", b"in_pack", "num_missed", b"num_missed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
+
+@_typing.final
+class PackPlace(_message.Message):
+    """Where a record lies in the pack."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """Its name in the pack's directory."""
+    offset: _builtins.int
+    """In bytes from the file's start."""
+    checksum: _builtins.int
+    """XXH3-64 of the record."""
+    @_builtins.property
+    def expert(self) -> Global___ExpertRef: ...
+    def __init__(
+        self,
+        *,
+        expert: Global___ExpertRef | None = ...,
+        file: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "expert", b"expert", "file", b"file", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackPlace: _TypeAlias = PackPlace  # noqa: Y015
 
 @_typing.final
 class PrefetchRequest(_message.Message):
@@ -1215,6 +1265,7 @@ class ModelStats(_message.Message):
     ADOPTED_BYTES_FIELD_NUMBER: _builtins.int
     DROPPED_RECORDS_FIELD_NUMBER: _builtins.int
     DISK_FIELD_NUMBER: _builtins.int
+    RECORDS_IN_PACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     num_experts: _builtins.int
     num_resident: _builtins.int
@@ -1249,6 +1300,8 @@ class ModelStats(_message.Message):
     adopted_bytes: _builtins.int
     dropped_records: _builtins.int
     """Those that it left but that failed verification; they are read again when needed."""
+    records_in_pack: _builtins.int
+    """Fetched records that workers were sent to the pack for, since no slot was to be had."""
     @_builtins.property
     def prefetch(self) -> Global___PrefetchStats: ...
     @_builtins.property
@@ -1282,10 +1335,11 @@ class ModelStats(_message.Message):
         adopted_bytes: _builtins.int = ...,
         dropped_records: _builtins.int = ...,
         disk: Global___DiskStats | None = ...,
+        records_in_pack: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "prefetch", b"prefetch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "disk", b"disk", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "disk", b"disk", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_in_pack", b"records_in_pack", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1380,6 +1434,7 @@ class SessionStats(_message.Message):
     BYTES_READ_FIELD_NUMBER: _builtins.int
     HOST_HITS_FIELD_NUMBER: _builtins.int
     NVME_MISSES_FIELD_NUMBER: _builtins.int
+    RECORDS_IN_PACK_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     pid: _builtins.int
     """0 if the daemon cannot see it: a process of another pid namespace."""
@@ -1402,6 +1457,8 @@ class SessionStats(_message.Message):
     host_hits: _builtins.int
     """Accesses of this worker, as in ModelStats."""
     nvme_misses: _builtins.int
+    records_in_pack: _builtins.int
+    """Fetched records that this worker was sent to the pack for, as in ModelStats."""
     def __init__(
         self,
         *,
@@ -1418,10 +1475,11 @@ class SessionStats(_message.Message):
         bytes_read: _builtins.int = ...,
         host_hits: _builtins.int = ...,
         nvme_misses: _builtins.int = ...,
+        records_in_pack: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "host_hits", b"host_hits", "id", b"id", "kept_bytes", b"kept_bytes", "model", b"model", "nvme_misses", b"nvme_misses", "pid", b"pid", "quota_bytes", b"quota_bytes", "role", b"role", "uid", b"uid", "uid_kept_bytes", b"uid_kept_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached_seconds", b"attached_seconds", "bytes_read", b"bytes_read", "epoch_lag", b"epoch_lag", "host_hits", b"host_hits", "id", b"id", "kept_bytes", b"kept_bytes", "model", b"model", "nvme_misses", b"nvme_misses", "pid", b"pid", "quota_bytes", b"quota_bytes", "records_in_pack", b"records_in_pack", "role", b"role", "uid", b"uid", "uid_kept_bytes", b"uid_kept_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

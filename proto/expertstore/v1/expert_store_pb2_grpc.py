@@ -147,7 +147,9 @@ class ExpertStoreServicer(object):
 
     def Fetch(self, request, context):
         """Makes experts resident and leases them to the session until the worker
-        releases this fetch in its session page. All or none.
+        releases this fetch in its session page. All or none. Or, to a worker that can
+        read the pack and where no slots are to be had soon, says where in the pack
+        they are, and leases nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,7 +65,9 @@ class ExpertStoreStub:
     """Changes how much RAM a model keeps and may take. Admin sessions only."""
     Fetch: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.FetchRequest, _expert_store_pb2.FetchResponse]
     """Makes experts resident and leases them to the session until the worker
-    releases this fetch in its session page. All or none.
+    releases this fetch in its session page. All or none. Or, to a worker that can
+    read the pack and where no slots are to be had soon, says where in the pack
+    they are, and leases nothing.
     """
     Prefetch: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.PrefetchRequest, _expert_store_pb2.PrefetchResponse]
     """Hints which experts are wanted next, likeliest first. A newer hint of the
@@ -103,7 +105,9 @@ class ExpertStoreAsyncStub(ExpertStoreStub):
     """Changes how much RAM a model keeps and may take. Admin sessions only."""
     Fetch: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.FetchRequest, _expert_store_pb2.FetchResponse]  # type: ignore[assignment]
     """Makes experts resident and leases them to the session until the worker
-    releases this fetch in its session page. All or none.
+    releases this fetch in its session page. All or none. Or, to a worker that can
+    read the pack and where no slots are to be had soon, says where in the pack
+    they are, and leases nothing.
     """
     Prefetch: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.PrefetchRequest, _expert_store_pb2.PrefetchResponse]  # type: ignore[assignment]
     """Hints which experts are wanted next, likeliest first. A newer hint of the
@@ -174,7 +178,9 @@ class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_store_pb2.FetchResponse, _abc.Awaitable[_expert_store_pb2.FetchResponse]]:
         """Makes experts resident and leases them to the session until the worker
-        releases this fetch in its session page. All or none.
+        releases this fetch in its session page. All or none. Or, to a worker that can
+        read the pack and where no slots are to be had soon, says where in the pack
+        they are, and leases nothing.
         """
 
     @_abc_1.abstractmethod

@@ -238,8 +238,11 @@ class FakeDevice:
             address, speed = slot.data_ptr(), self._speed
             if memory.closed:
                 raise HazardError("a copy from memory that was let go of")
-            if offset < 0 or offset + num_bytes > memory.num_bytes or num_bytes > slot.nbytes:
-                raise HazardError("a copy past the end of its source or its slot")
+            if offset < 0 or offset < memory.num_bytes < offset + num_bytes:
+                raise HazardError("a copy across the end of its source")
+            if num_bytes > slot.nbytes:
+                raise HazardError("a copy past the end of its slot")
+            # What lies past its end is this process's own memory, and not registered.
             staged_bytes = min(num_bytes, max(0, offset + num_bytes - memory.registered_bytes))
             self.host_time += staged_bytes / speed.staged_bytes_per_second
             engine = self._engines.index(min(self._engines))

@@ -78,7 +78,8 @@ def _needed_pages(store: Store) -> int:
 
 
 def _pinned_pages(store: Store) -> int:
-    return sum(SIZES[model.name] for model, _ in store.budget.pinned)
+    pinned = {(s.model.name, entry) for s in store.sessions.values() for entry in s.pins}
+    return sum(SIZES[name] for name, _ in pinned)
 
 
 async def _load(store: Store, name: str, pack: Path) -> bool:

@@ -1,14 +1,23 @@
 """Pins of sessions: what is pinned stays, and leaves the models what they need."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from expertd.errors import CapacityError, RecordLostError
+from expertd.settings.limits import Limits
 from expertd.store import Store
-from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing
+from tests.expert_store.in_memory import (
+    Worker,
+    assert_consistent,
+    assert_nothing_held,
+    disk,
+    storing,
+)
 from tests.handmade import PAGE, make_pack
 
 RECORD = 2 * PAGE
@@ -68,3 +77,32 @@ async def test_a_pin_that_fails_pins_nothing(store: Store) -> None:
         await store.records.pin(worker.session, [0, 1])
     assert worker.session.pins == set()
     assert_nothing_held(store)
+
+
+@pytest.mark.parametrize("quota", [None, 24 * RECORD])
+async def test_a_fetch_costs_the_same_however_much_is_pinned(
+    tmp_path: Path, quota: int | None
+) -> None:
+    limits = {"m": Limits(pins=("0:0-2",))}
+    settings = {"default_quota_bytes": quota}
+    pack = make_pack(tmp_path / "pack")
+    async with storing({"m": pack}, 24 * RECORD, limits, **settings) as store:
+        worker, pinner = Worker(store), Worker(store)
+        await worker.fetch_and_release(22, 23)
+        few = await _calls_of(lambda: worker.fetch(22, 23))
+        worker.release()
+        await store.records.pin(pinner.session, range(3, 18))
+        assert await _calls_of(lambda: worker.fetch(22, 23)) == few
+        worker.release()
+        assert_consistent(store)
+
+
+async def _calls_of(work: Callable[[], Awaitable[object]]) -> int:
+    """How many functions are called, and generators resumed, by what waits for nothing."""
+    calls: Counter[str] = Counter()
+    sys.setprofile(lambda _frame, event, _arg: calls.update([event]))
+    try:
+        await work()
+    finally:
+        sys.setprofile(None)
+    return calls["call"]

@@ -52,10 +52,10 @@ async def test_pins_and_leases_count(store: Store) -> None:
     assert await alice.fetch(0, 1, 2, 3, 4, 5) == 4, "what is pinned counts once"
     with pytest.raises(CapacityError, match="unpin or release some first"):
         await asyncio.wait_for(alice.fetch(6), HANG_SECONDS)  # its own lease, which no waiting ends
-    assert store.quotas.kept_bytes(ALICE) == 6 * RECORD
+    assert store.quotas.kept_by(ALICE).all.num_bytes == 6 * RECORD
     alice.release()
     store.slots.refresh()
-    assert store.quotas.kept_bytes(ALICE) == 2 * RECORD
+    assert store.quotas.kept_by(ALICE).all.num_bytes == 2 * RECORD
     with pytest.raises(CapacityError, match="5 more experts"):
         await store.records.pin(alice.session, range(6, 11))
     assert alice.session.pins == set()
@@ -100,7 +100,7 @@ async def test_a_fetch_under_way_counts(store: Store) -> None:
     await until(lambda: len(file.offsets) >= 2)
     waiting = asyncio.create_task(second.fetch(*range(4, 8)))
     await asyncio.sleep(0.02)
-    assert store.quotas.kept_bytes(ALICE) == 4 * RECORD
+    assert store.quotas.kept_by(ALICE).all.num_bytes == 4 * RECORD
     assert len(store.models["m"].loads) == 4
     file.faults.gate.set()
     assert await reading == 4
@@ -122,7 +122,7 @@ async def test_who_gives_up_waiting_leaves_nothing(store: Store, how: str) -> No
         await fetch
     holder.release()
     assert_nothing_held(store)
-    assert store.quotas.kept_bytes(ALICE) == 0
+    assert store.quotas.kept_by(ALICE).all.num_bytes == 0
     assert await Worker(store, uid=ALICE).fetch(*range(6)) == 0
 
 

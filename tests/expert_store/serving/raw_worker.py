@@ -94,10 +94,10 @@ class RawWorker(Caller):
         self, layer: int, experts: Iterable[int], *, number: int | None = None, seconds: float = 20
     ) -> list[int]:
         """Fetches and goes on holding; the directory words."""
-        request = self.fetch_request(layer, experts, number=number)
-        words = list(self.call("Fetch", request, seconds).words)
+        experts = list(experts)
+        self.call("Fetch", self.fetch_request(layer, experts, number=number), seconds)
         self.hold()
-        return words
+        return [self.directory_view.word(self.entry(layer, expert)) for expert in experts]
 
     def fetch_request(
         self, layer: int, experts: Iterable[int], *, number: int | None = None

@@ -35,7 +35,7 @@ class HeldPackSource(PackSource):
         return self._take((), ())
 
     def waves(  # type: ignore[override] # what it yields is no PackLease
-        self, layer: int, experts: Sequence[int]
+        self, layer: int, experts: Sequence[int], *, in_arena: bool = False
     ) -> Iterator["HeldPackLease"]:
         for start in range(0, len(experts), self.wave):
             self.fail()

@@ -75,6 +75,23 @@ def test_records_arrive(writable: bool, staged: bool) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+def test_what_lies_past_the_registered_memory_has_been_read_on_return() -> None:
+    """As a worker's own copies of records that the arena has no slot for, behind the arena."""
+    device = CudaDevice(say=lambda _: None)
+    arena = Arena(2 * SLOT_BYTES, writable=True)
+    cache = device.allocate(1, SLOT_BYTES)
+    memory = device.register(arena.address, SLOT_BYTES)
+    expected = arena.bytes_at(SLOT_BYTES, SLOT_BYTES).clone()
+    arrived = device.copy(memory, SLOT_BYTES, SLOT_BYTES, cache[0])
+    arena.bytes_at(SLOT_BYTES, SLOT_BYTES).zero_()
+    device.wait_for(arrived)
+    (found,) = device.to_host(cache[0])
+    assert torch.equal(found, expected)
+    device.close()
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_copy_waits_for_the_slot_s_last_reader() -> None:
     device = CudaDevice(say=lambda _: None)
     arena = Arena(SLOT_BYTES, writable=True)

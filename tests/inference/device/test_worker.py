@@ -83,6 +83,36 @@ def test_tokens_of_stock_from_any_budget(
         assert (stats.nvme_misses > 24) == (num_records < 24)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        DeviceSettings(),
+        DeviceSettings(device="fake", on_miss=OnMiss.COPY),
+        DeviceSettings(device="fake", on_miss=OnMiss.AUTO),
+    ],
+    ids=["cpu", "copied", "shared with the cpu"],
+)
+def test_tokens_of_stock_where_no_slot_is_to_be_had(
+    pack: Path, expected: list[int], device: DeviceSettings
+) -> None:
+    """Pinned or leased is all, for as long as it takes."""
+    size = record_bytes(pack)
+    with (
+        serving({"m": pack}, ram=10 * size) as daemon,
+        Client(daemon.socket) as store,
+        store.attach("m") as pinner,
+        store.attach("m") as holder,
+    ):
+        pinner.pin([(0, expert) for expert in range(4)])
+        with (
+            holder.acquire(1, range(6)),
+            Worker(attach("m", daemon.socket), device=device) as worker,
+        ):
+            assert greedy(worker.model, PROMPT, 16) == expected
+            assert worker.session.pack_reads > 0
+        assert holder.connected
+
+
 def test_what_moved_is_in_the_result(roomy: Daemon, pack: Path) -> None:
     with worker_of(
         roomy,
@@ -129,7 +159,7 @@ def test_a_cut_off_worker_repeats_the_step(
             found = worker._runner.step.hold._lease is not None  # type: ignore[union-attr]
             if found and len(sessions) < 3:
                 sessions.append(worker.session.id)
-                for lease in other.waves(2, range(8), timeout_seconds=20):
+                for lease in other.waves(2, range(8), timeout_seconds=20, in_arena=True):
                     lease.release()
             return real(*tensors)
 
