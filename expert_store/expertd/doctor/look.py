@@ -16,7 +16,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from expertd.disk.loader import RecordFile
+from expertd.disk.record_file import RecordFile
 from expertd.doctor.gpu import find_driver
 from expertd.doctor.host import Disk, Host, Kernel, Kernels, Memory, PackOnDisk, Place
 from expertd.errors import PackError
