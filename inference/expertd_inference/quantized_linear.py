@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from expertd.errors import PackError
-from expertd.pack.layout import Matrix, matrix_parts
+from expertd.pack.layout import Matrix, matrix_parts, scale_types
 from expertd.packing.codec import TORCH_DTYPES, dequantize
 from expertd_inference.kernels.gpu_choice import gpu_kernels
 from expertd_inference.kernels.weights import Linear, QuantizedWeight
@@ -33,7 +33,9 @@ class QuantizedLinear(nn.Module):
         self.bias = linear.bias
         self._dtype = linear.weight.dtype
         self._buffer_names: dict[str, str] = {}
+        self._types: dict[str, set[torch.dtype]] = {}
         for name, shape, dtype in matrix_parts(matrix, ""):
+            self._types[name] = {TORCH_DTYPES[each] for each in scale_types(name, dtype)}
             # A buffer's name may have no dots.
             buffer = name.removeprefix(f"{matrix.name}.").replace(".", "_")
             self._buffer_names[name] = buffer
@@ -69,7 +71,7 @@ class QuantizedLinear(nn.Module):
         for name, buffer in self._buffer_names.items():
             expected: Tensor = getattr(self, buffer)
             part = parts.get(name)
-            if part is None or part.shape != expected.shape or part.dtype != expected.dtype:
+            if part is None or part.shape != expected.shape or part.dtype not in self._types[name]:
                 raise PackError(f"{name} is missing in the trunk or has another shape; pack again.")
             setattr(self, buffer, part.to(expected.device))
         self._linear = linear

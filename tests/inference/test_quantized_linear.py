@@ -56,6 +56,18 @@ def test_a_layer_is_the_plain_one(precision: str, shape: tuple[int, ...]) -> Non
     assert torch.equal(ours.weight, theirs.weight)
 
 
+def test_weights_of_unusual_size_have_other_scales() -> None:
+    matrix = parse_precision("4g64").matrix("x.weight", 64, 128)
+    parts = quantize(1e-7 * torch.randn(64, 128), matrix, optimize=False)
+    assert parts["x.weight.scale"].dtype == torch.bfloat16
+    made = QuantizedLinear(nn.Linear(128, 64, bias=False), matrix)
+    made.load(parts, reference.linear)
+    made.to(torch.float32)
+    assert torch.equal(made.weight, dequantize(matrix, parts, torch.float32))
+    with pytest.raises(PackError, match=r"x\.weight\.scale is missing .* or has another shape"):
+        made.load({**parts, "x.weight.scale": parts["x.weight.scale"].float()}, reference.linear)
+
+
 def test_casting_leaves_the_parts_types() -> None:
     ours, theirs = layer()
     before = {name: part.dtype for name, part in ours.quantized.parts.items()}

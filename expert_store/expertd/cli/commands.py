@@ -1,5 +1,7 @@
 """All commands of ``expertd``."""
 
+import errno
+import os
 import sys
 from typing import Annotated
 
@@ -9,6 +11,8 @@ from expertd import __version__
 from expertd.cli import admin, deploy_files, doctor, pack, record, replay, serve, top
 from expertd.errors import ExpertdError, ShortMemoryError
 
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What writing to a standard output that is a file may meet."""
 _EXIT_INPUT = 2
 _EXIT_TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: a service manager may try again
 
@@ -64,4 +68,11 @@ def run() -> None:
         sys.exit(_EXIT_TEMPORARY if isinstance(error, ShortMemoryError) else _EXIT_INPUT)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing to say to it
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
+            raise
+        typer.echo(f"expertd: the output cannot be written: {error.strerror}.", err=True)
+        # What is still to be written would be tried once more at the end, and told in a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

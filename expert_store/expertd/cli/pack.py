@@ -96,7 +96,12 @@ def pack(
         ),
     ] = "cpu",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the pack that is there once the new is whole.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace the pack that is there once the new is whole; and pack weights that are "
+            "not finite, which are named.",
+        ),
     ] = False,
 ) -> None:
     """Makes a pack of a checkpoint: quantized expert by expert, ready to serve.
@@ -123,9 +128,11 @@ def pack(
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
+    from expertd.pack.files import check_path
     from expertd.packing.early import check_early
     from expertd.packing.schemes import choose_scheme, default_scheme
 
+    check_path(destination.absolute())
     chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
     check_early(source, destination, chosen, force=force)
     # torch takes seconds to import: only once the arguments are known to be good.

@@ -8,6 +8,10 @@ namespace expertd {
 // The input's type, in the order that expertd.packing.native knows.
 enum Dtype : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
 
+// What a group's scale is stored as. It is made a number of that type before the integers are
+// chosen, where that type is coarse, so that they make up for it.
+enum Scales : int32_t { kScalesFp16 = 0, kScalesBf16 = 1, kScalesFp32 = 2 };
+
 // A matrix [out_features, in_features], row after row, and where its parts go. Of the parts, q is
 // [out_features * bits / 8, in_features] as expertd.packing.codec describes it, scale and zero are
 // [out_features, in_features / group_size], fp32. Python has the same structure.
@@ -22,6 +26,7 @@ struct HqqMatrix {
     int32_t group_size;
     int32_t dtype;
     int32_t optimize;
+    int32_t scales;  // a Scales: what the scale will be stored as
 };
 
 constexpr int kMaxGroupSize = 128;

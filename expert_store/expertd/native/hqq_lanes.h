@@ -34,8 +34,12 @@ typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 constexpr int kIterations = 20;
 constexpr float kMaxInverse = 2e4f;  // hqq's bound on 1 / scale, for fp16
+constexpr float kMostInverse = 0x1p100f;  // of scales that are not fp16
+constexpr float kLeastNormalHalf = 0x1p-14f, kHalfUnit = 0x1p-24f;  // subnormals are multiples
 constexpr float kMaxZero = 65000.0f;  // leaves room below fp16's largest for what is added to it
 constexpr float kThreshold = 0.17f;  // below it e - 0.1 e^-0.3 is negative
+constexpr float kLittle = 0x1p-7f;
+constexpr float kLargest = 32.0f;  // of larger weights all errors would be kept, which is no help
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to even, as torch does
 
 inline Floats all(float value) { return value - (Floats){}; }
@@ -134,8 +138,10 @@ inline Floats shrunk(const Floats* y, int size, Floats zero, Floats inverse, flo
     return sum;
 }
 
-// The best zeros of the groups whose weights over scale are `y`; `inverse` is 1 / scale.
-inline Floats find_zero(const Floats* y, int size, Floats zero, Floats inverse, float max_q) {
+// The best zeros of the groups whose weights over scale are `y`; `inverse` is 1 / scale. Only what
+// `shrinks` has errors shrunk.
+inline Floats find_zero(const Floats* y, int size, Floats zero, Floats inverse, float max_q,
+                        Ints shrinks) {
     Floats best_zero = zero, best_error = all(__builtin_inff());
     const Floats threshold = kThreshold * inverse;
     for (int iteration = 0; iteration <= kIterations; iteration++) {
@@ -151,7 +157,9 @@ inline Floats find_zero(const Floats* y, int size, Floats zero, Floats inverse, 
         const Ints better = error < best_error;
         best_error = choose(better, error, best_error);
         best_zero = choose(better, zero, best_zero);
-        if (any(largest > threshold)) sum += shrunk(y, size, zero, inverse, max_q);
+        if (any((largest > threshold) & shrinks)) {
+            sum += choose(shrinks, shrunk(y, size, zero, inverse, max_q), all(0));
+        }
         const Floats next = sum / float(size);
         if (!any(next != zero)) break;
         zero = next;
@@ -159,8 +167,20 @@ inline Floats find_zero(const Floats* y, int size, Floats zero, Floats inverse, 
     return best_zero;
 }
 
+// The next number above a positive scale, of the type that it is stored as. Of fp16 only where it
+// is subnormal: above that hqq rounds after it has chosen the integers, and so do we.
+inline Floats storable(Floats scale, int scales) {
+    if (scales == kScalesBf16) return as_floats(((Ints)scale + 0xffff) & ~0xffff);
+    if (scales == kScalesFp32) return scale;
+    const Floats units = smaller(scale, all(kLeastNormalHalf)) / kHalfUnit;
+    const Floats nearest = (units + kRounder) - kRounder;
+    const Floats above = nearest + choose(nearest < units, all(1), all(0));
+    return choose(scale < kLeastNormalHalf, larger(above, all(1)) * kHalfUnit, scale);
+}
+
 // Quantizes the groups in `tile`, which becomes their integers.
-inline void solve(Floats* tile, int size, int bits, bool optimize, Floats& scale, Floats& zero) {
+inline void solve(Floats* tile, int size, int bits, bool optimize, int scales, Floats& scale,
+                  Floats& zero) {
     Floats low = tile[0], high = tile[0], damage = {};
     for (int i = 0; i < size; i++) {
         low = smaller(tile[i], low);
@@ -169,14 +189,22 @@ inline void solve(Floats* tile, int size, int bits, bool optimize, Floats& scale
     }
     const float max_q = float((1 << bits) - 1);
     const Floats range = high - low;
-    // As torch divides a number by a tensor, for the same bits.
-    Floats inverse = choose(range > 0, smaller(1.0f / range * max_q, all(kMaxInverse)), all(1));
-    inverse = smaller(inverse, kMaxZero / larger(magnitude(low), magnitude(high)));
+    const Floats largest = larger(magnitude(low), magnitude(high));
+    // As torch divides a number by a tensor, for the same bits. Equal weights have a scale of 1, as
+    // hqq's, unless that makes too little of them.
+    const Floats of_equal = choose(largest < kLittle, 1.0f / largest, all(1));
+    Floats inverse = choose(range > 0, 1.0f / range * max_q, of_equal);
+    inverse = smaller(inverse, all(kMostInverse));
+    inverse = smaller(inverse, kMaxZero / largest);
+    inverse = choose(largest > 0, inverse, all(1));
+    const Floats wanted = 1.0f / inverse, stored = storable(wanted, scales);
+    inverse = choose(stored != wanted, 1.0f / stored, inverse);
     inverse += damage;
     zero = -low * inverse;
     for (int i = 0; i < size; i++) tile[i] = tile[i] * inverse;
-    if (optimize) zero = find_zero(tile, size, zero, inverse, max_q);
-    scale = 1.0f / inverse;
+    if (optimize) zero = find_zero(tile, size, zero, inverse, max_q, largest <= kLargest);
+    // Of zeros alone the scale is zero as well, which spoils no meta group.
+    scale = choose((largest == 0) & (damage == 0), all(0), 1.0f / inverse);
     for (int i = 0; i < size; i++) {
         const Floats x = tile[i] + zero;
         tile[i] = (smaller(larger(x, all(0)), all(max_q)) + kRounder) - kRounder;
@@ -206,7 +234,7 @@ void quantize_unit(const HqqMatrix& m, int64_t unit) {
             const int64_t row = unit + k * stride;
             Floats scale, zero;
             load_tile<kDtype>(m, row, first, count, tile);
-            solve(tile, m.group_size, m.bits, m.optimize, scale, zero);
+            solve(tile, m.group_size, m.bits, m.optimize, m.scales, scale, zero);
             for (int i = 0; i < m.group_size; i++) packed[i] |= placed(tile[i], m.bits, k);
             const int64_t at = row * num_groups + first;
             std::memcpy(m.scale + at, &scale, count * sizeof(float));

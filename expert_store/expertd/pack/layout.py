@@ -15,6 +15,7 @@ Everything here is plain data: no torch, no numpy.
 """
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
 
@@ -27,6 +28,9 @@ PART_ALIGNMENT = 64
 
 DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8, "F64": 8}
 """Size of a value, by safetensors' name of its type."""
+
+SCALE_TYPES = {"F16", "BF16"}
+"""Of scales that are not MXFP4's: BF16 where the weights are far larger or smaller than usual."""
 
 ROWS_PER_BYTE = {8: 1, 4: 2, 3: 8, 2: 4}
 """By bit width, what the number of rows must be a multiple of: rows share bytes."""
@@ -73,10 +77,10 @@ class Matrix(Struct, frozen=True):
     ======================  ============================  =====  ==========================
     ``NAME.weight``         [out, in]                     model  plain
     ``NAME.q``              [out * bits / 8, in]          U8     HQQ
-    ``NAME.scale, .zero``   [out, in / group_size]        F16    HQQ without meta groups
+    ``NAME.scale, .zero``   [out, in / group_size]        F16 *  HQQ without meta groups
     ``NAME.scale.q``        [out, in / group_size]        U8     HQQ with meta groups, and
                                                                  so for ``NAME.zero``
-    ``NAME.scale.scale``    [out * in / group_size /      F16    the same; ``.zero`` too
+    ``NAME.scale.scale``    [out * in / group_size /      F16 *  the same; ``.zero`` too
                             meta_group_size]
     ``NAME.q``              [out / 2, in]                 U8     MXFP4
     ``NAME.scale``          [out, in / 32]                U8     MXFP4
@@ -86,6 +90,9 @@ class Matrix(Struct, frozen=True):
     Meta groups run over the flattened ``NAME.scale.q``: element i belongs to group
     ``i // meta_group_size``. ``meta_group_size`` is 0 where scale and zero are F16. MXFP4 has
     4 bits, groups of 32 and no meta groups.
+
+    * What scales the weights (``NAME.scale``, ``NAME.scale.scale``) is BF16 where these are far
+    larger or smaller than usual; zeros count in steps of it, and stay F16.
     """
 
     name: str
@@ -119,10 +126,13 @@ class RecordLayout(Struct, frozen=True):
         raise KeyError(name)
 
 
-def matrix_parts(matrix: Matrix, dtype: str) -> list[tuple[str, tuple[int, ...], str]]:
+def matrix_parts(
+    matrix: Matrix, dtype: str, scales: str = "F16"
+) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and dtype of each part of ``matrix``, without bias.
 
-    ``dtype`` is the model's. Raises ValueError if the matrix cannot be written so.
+    ``dtype`` is the model's, ``scales`` one of SCALE_TYPES. Raises ValueError if the matrix cannot
+    be written so.
     """
     shape = (matrix.out_features, matrix.in_features)
     if matrix.encoding is Encoding.PLAIN:
@@ -153,8 +163,9 @@ def matrix_parts(matrix: Matrix, dtype: str) -> list[tuple[str, tuple[int, ...],
     if matrix.encoding is Encoding.MXFP4:
         return [*parts, (f"{matrix.name}.scale", groups, "U8")]
     for name in (f"{matrix.name}.scale", f"{matrix.name}.zero"):
+        own = scales if name.endswith(".scale") else "F16"
         if not matrix.meta_group_size:
-            parts.append((name, groups, "F16"))
+            parts.append((name, groups, own))
             continue
         if math.prod(groups) % matrix.meta_group_size:
             raise ValueError(
@@ -163,20 +174,37 @@ def matrix_parts(matrix: Matrix, dtype: str) -> list[tuple[str, tuple[int, ...],
             )
         meta_groups = (math.prod(groups) // matrix.meta_group_size,)
         parts.append((f"{name}.q", groups, "U8"))
-        parts += [(f"{name}.scale", meta_groups, "F16"), (f"{name}.zero", meta_groups, "F16")]
+        parts += [(f"{name}.scale", meta_groups, own), (f"{name}.zero", meta_groups, "F16")]
     return parts
 
 
-def record_layout(matrices: tuple[Matrix, ...], dtype: str, *, has_bias: bool) -> RecordLayout:
+def scale_part(matrix: Matrix) -> str:
+    """The full name of what scales an HQQ matrix: its scales, or those of its meta groups."""
+    return f"{matrix.name}.scale.scale" if matrix.meta_group_size else f"{matrix.name}.scale"
+
+
+def scale_types(name: str, dtype: str) -> set[str]:
+    """The types that the part ``name`` may have, by the one that :func:`matrix_parts` gives it."""
+    own = dtype == "F16" and name.endswith(".scale") and not name.endswith(".zero.scale")
+    return SCALE_TYPES if own else {dtype}
+
+
+def record_layout(
+    matrices: tuple[Matrix, ...],
+    dtype: str,
+    *,
+    has_bias: bool,
+    scales: Sequence[str] | None = None,
+) -> RecordLayout:
     """The record that holds ``matrices`` in this order, each with its bias if ``has_bias``.
 
-    ``dtype`` is the model's, of plain matrices and biases. Raises ValueError if a matrix
-    cannot be written so.
+    ``dtype`` is the model's, of plain matrices and biases, and ``scales`` one of SCALE_TYPES for
+    each matrix, by default F16. Raises ValueError if a matrix cannot be written so.
     """
     parts: list[Part] = []
     end = 0
-    for matrix in matrices:
-        pieces = matrix_parts(matrix, dtype)
+    for matrix, own in zip(matrices, scales or ["F16"] * len(matrices), strict=True):
+        pieces = matrix_parts(matrix, dtype, own)
         if has_bias:
             pieces.append((f"{matrix.name}.bias", (matrix.out_features,), dtype))
         for name, shape, part_dtype in pieces:
@@ -213,7 +241,8 @@ def check_layout(layout: RecordLayout) -> None:
     for matrix in layout.matrices:
         for name, shape, dtype in matrix_parts(matrix, ""):
             found = parts.pop(name, None)
-            if found is None or found.shape != shape or dtype not in {"", found.dtype}:
+            allowed = scale_types(name, dtype)
+            if found is None or found.shape != shape or (dtype and found.dtype not in allowed):
                 raise ValueError(f"part {name} is missing or not of its matrix's shape")
         bias = parts.pop(f"{matrix.name}.bias", None)
         if bias is not None and bias.shape != (matrix.out_features,):

@@ -66,9 +66,9 @@ class Architecture:
     model: Any
     experts: tuple[ExpertsModule, ...]
     is_mxfp4: bool = False
-    """Whether the checkpoint has its experts in MXFP4."""
+    """Whether the configuration says that the experts come in MXFP4."""
     fp8_block: fp8.Block | None = None
-    """Rows and columns that share a scale, where the checkpoint has matrices in FP8."""
+    """Rows and columns that share a scale, where the configuration has matrices in FP8."""
 
     def attention_linears(self) -> set[str]:
         """The weights of the linear layers under an attention module, by full name."""
@@ -95,10 +95,15 @@ class Architecture:
             if isinstance(module, nn.Linear)
         }
 
-    def required_parameters(self) -> set[str]:
-        """The parameters that a checkpoint must have: all but tied ones."""
-        names = {name for name, _ in self.model.named_parameters()}
-        return names - set(self.model.all_tied_weights_keys)
+    def missing_parameters(self, filled: set[str]) -> set[str]:
+        """The parameters that a checkpoint must have and that are not among ``filled``.
+
+        Of tied ones, under whichever name they are there, one is enough.
+        """
+        tied = self.model.all_tied_weights_keys
+        filled = filled | {source for target, source in tied.items() if target in filled}
+        names: set[str] = {name for name, _ in self.model.named_parameters()}
+        return names.difference(tied, filled)
 
     def stays_float32(self, parameter: str) -> bool:
         """Whether transformers keeps that parameter in float32 when the rest has 16 bits."""
@@ -109,14 +114,10 @@ class Architecture:
 def read_architecture(path: Path) -> Architecture:
     """The architecture of the checkpoint in ``path``. Raises :class:`CheckpointError`."""
     raw = read_config(path)
-    name = str((raw.get("architectures") or [raw.get("model_type")])[0])
+    named = raw.get("architectures")
+    name = str(named[0] if isinstance(named, list) and named else raw.get("model_type"))
     method = quantization_method(raw)
     block = fp8.block_size(raw) if method == fp8.METHOD else None
-    if method not in {"", MXFP4} and block is None:
-        raise CheckpointError(
-            f"{path} is already quantized ({method}); only MXFP4, and FP8 with a scale per block, "
-            "can be packed; pack the 16-bit checkpoint of the model."
-        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
@@ -189,7 +190,9 @@ def _experts_module(
         name=name,
         layer=int(index[1]),
         num_experts=num_experts,
-        experts_per_token=_experts_per_token(path, config.get_text_config(), int(index[1])),
+        experts_per_token=_experts_per_token(
+            path, config.get_text_config(), int(index[1]), num_experts
+        ),
         hidden_size=hidden_size,
         intermediate_size=gate_up_size // 2,
         gate_order=GateOrder.CONCATENATED if module.is_concatenated else GateOrder.INTERLEAVED,
@@ -198,14 +201,34 @@ def _experts_module(
     )
 
 
-def _experts_per_token(path: Path, config: Any, layer: int) -> int:  # noqa: ANN401
+def _experts_per_token(path: Path, config: Any, layer: int, num_experts: int) -> int:  # noqa: ANN401
     for key in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "top_k"):
         value = getattr(config, key, None)
         if isinstance(value, list):
-            value = value[layer]
+            value = value[layer] if layer < len(value) else None
+        if isinstance(value, int) and value > num_experts:
+            raise CheckpointError(
+                f"{path / CONFIG_NAME} asks for {value} experts per token ({key}) in layer "
+                f"{layer}, which has {num_experts}; give the config.json of these weights."
+            )
         if isinstance(value, int) and value > 0:
+            _check_groups(path, config, value, num_experts)
             return value
     raise CheckpointError(f"{path / CONFIG_NAME} does not say how many experts a token uses.")
+
+
+def _check_groups(path: Path, config: Any, per_token: int, num_experts: int) -> None:  # noqa: ANN401
+    """Raises :class:`CheckpointError` if routing by groups of experts cannot work."""
+    groups, chosen = getattr(config, "n_group", None), getattr(config, "topk_group", None)
+    if not isinstance(groups, int) or not isinstance(chosen, int) or groups == 1:
+        return
+    sound = 0 < chosen <= groups and num_experts % groups == 0
+    if not sound or per_token > chosen * (num_experts // groups):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} chooses {per_token} experts per token out of {chosen} of "
+            f"{groups} groups (topk_group, n_group), which {num_experts} experts do not allow; "
+            "give the config.json of these weights."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -10,10 +10,9 @@ as it is, what comes in FP8 (:mod:`expertd.packing.fp8`) as the 16-bit weights t
 """
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -21,26 +20,30 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter
 
 from expertd.errors import CheckpointError
-from expertd.pack.layout import MXFP4_GROUP_SIZE
 from expertd.pack.manifest import GateOrder
 from expertd.pack.tensor_file import read_into
 from expertd.packing import fp8
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.codec import TORCH_DTYPES
-from expertd.packing.mxfp4 import BITS_PER_WEIGHT, BLOCKS, SCALES, Mxfp4Weight
+from expertd.packing.mxfp4 import BITS_PER_WEIGHT, Mxfp4Weight
+from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
-from expertd.packing.source import SourceTensor, find_tensors, fingerprint
+from expertd.packing.sorting import Sorter
+from expertd.packing.source import (
+    MXFP4_BLOCKS,
+    MXFP4_SCALES,
+    SourceTensor,
+    find_tensors,
+    fingerprint,
+    quantization_method,
+    read_config,
+)
+
+SAMPLE_BYTES = 64 << 10
+"""Read of a tensor to see how large its weights are."""
 
 
 @dataclass(frozen=True)
@@ -53,49 +56,6 @@ class ExpertTensors:
     down_bias: Tensor | None  # [H]
 
 
-@dataclass
-class _Parameter:
-    """What one fused parameter of an experts module is made of."""
-
-    name: str
-    shape: tuple[int, ...]
-    """[num_experts, ...], as the model has it."""
-    converter: WeightConverter | None = None
-    sources: dict[str, list[SourceTensor]] = field(default_factory=dict)
-    """By the converter's source pattern; in the experts' order, or one tensor of all. Of what is
-    MXFP4, by the ends of the tensors' names."""
-
-    @property
-    def is_mxfp4(self) -> bool:
-        """Whether it comes as blocks and scales."""
-        return BLOCKS in self.sources
-
-    def is_fused(self, pattern: str) -> bool:
-        """Whether the checkpoint has one tensor of all experts."""
-        sources = self.sources.get(pattern, [])
-        return len(sources) == 1 and len(sources[0].entry.shape) == len(self.shape)
-
-    def stacked(self, expert: int) -> list[SourceTensor]:
-        """The matrices that, one below the other, are the expert's; none if more is to be done.
-
-        That is Mixtral's conversion and most others': experts are stacked, and then gate and up
-        are concatenated. transformers' operations would copy what can be read in place.
-        """
-        if self.converter is None or len(self.shape) != 3:
-            return []
-        merge, *concatenate = self.converter.operations
-        plain = isinstance(merge, MergeModulelist) and merge.dim == 0
-        if concatenate:
-            (then,) = concatenate[:1]
-            plain &= isinstance(then, Concatenate) and then.dim == 1 and not concatenate[1:]
-        patterns = self.converter.source_patterns
-        if not plain or any(self.is_fused(pattern) for pattern in patterns):
-            return []
-        pieces = [self.sources[pattern][expert] for pattern in patterns]
-        kinds = {(piece.entry.dtype, piece.entry.shape[1:]) for piece in pieces}
-        return pieces if len(kinds) == 1 and len(pieces[0].entry.shape) == 2 else []
-
-
 class Checkpoint:
     """An open checkpoint. Close it, or use it as a context manager; threads may read from it.
 
@@ -105,27 +65,34 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         """Reads the configuration and all headers. Raises :class:`CheckpointError`."""
         self.path = path
+        config = read_config(path)
         self.architecture: Architecture = read_architecture(path)
-        tensors = find_tensors(path)
-        self.fingerprint = fingerprint(path, tensors)
+        listing = find_tensors(path, config)
+        self.fingerprint = fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
-        self._parameters: dict[str, _Parameter] = {}
-        self.trunk: list[tuple[str, SourceTensor]] = []
-        """The other tensors, each with the model's own name of the parameter it fills: one that
-        is made of several or split into several comes with an empty name."""
-        self.unused: list[str] = []
-        """Tensors that the architecture has no place for; transformers ignores them too."""
-        self._scales = self._find_scales(tensors)
+        self._scales = fp8.find_scales(path, listing.tensors, self.architecture.fp8_block)
         scales = {scale.name for scale in self._scales.values()}
-        self._sort([tensor for tensor in tensors if tensor.name not in scales])
-        for module in self.architecture.experts:
-            self._check(module)
-        source_dtype = self._source_dtype()
-        self.is_float32 = source_dtype not in {"BF16", "F16"}
-        self.dtype = "BF16" if self.is_float32 else source_dtype
-        """Of the model's 16-bit weights, in safetensors' names; float32 becomes BF16."""
-        self.expert_bits = BITS_PER_WEIGHT if self.architecture.is_mxfp4 else 16.0
+        tensors = [tensor for tensor in listing.tensors if tensor.name not in scales]
+        sorter = Sorter(path, config, self.architecture, set(self._scales))
+        found = sorter.sort(replace(listing, tensors=tensors), self._convert)
+        self._parameters = found.experts
+        self.trunk = found.trunk
+        """All but the experts, each with the model's own name of the parameter it fills: one that
+        is made of several or split into several comes with an empty name."""
+        self.unused = found.unused
+        """Tensors that the architecture has no place for; transformers ignores them too."""
+        self.unfilled = found.unfilled
+        """Buffers of the model that the checkpoint lacks; transformers makes them up too."""
+        self.types = self._types()
+        self.is_float32 = not self.types & {"BF16", "F16"}
+        self.dtype = "F16" if self._holds_all() else "BF16"
+        """Of the model's 16-bit weights, in safetensors' names: the one that has the range of all
+        types that its tensors come in; float32 becomes BF16."""
+        self.is_mxfp4 = any(parameter.is_mxfp4 for parameter in self._parameters.values())
+        self.disagrees = "" if self.is_mxfp4 or self._scales else quantization_method(config)
+        """The method by which config.json has the checkpoint quantized, though it is not."""
+        self.expert_bits = BITS_PER_WEIGHT if self.is_mxfp4 else 16.0
         if self._scales:
             self.expert_bits = 8.0
         """Size of an expert's weights in the checkpoint, about: one in float32 is twice that."""
@@ -160,7 +127,7 @@ class Checkpoint:
     def expert(
         self, module: ExpertsModule, expert: int, scratch: Scratch | None = None
     ) -> ExpertTensors:
-        """One expert's weights in :attr:`dtype`, or as MXFP4 if that is what they are.
+        """One expert's weights in the type that they come in; of several types, in the widest.
 
         Raises :class:`CheckpointError`.
         """
@@ -190,41 +157,88 @@ class Checkpoint:
         if parameter.is_mxfp4:
             blocks, scales = (
                 self._slice_fused(parameter.sources[end][0], expert, scratch)
-                for end in (BLOCKS, SCALES)
+                for end in (MXFP4_BLOCKS, MXFP4_SCALES)
             )
             return Mxfp4Weight.from_blocks(order(blocks), order(scales))
         weight = self._slice_parameter(name, expert, scratch)
         return order(weight.T if module.is_transposed else weight)
 
-    def _source_dtype(self) -> str:
-        """The type of the experts' weights, or of their biases where they are MXFP4."""
-        first = self.architecture.experts[0]
-        names = first.parameters()
-        if self._parameters[names[0]].is_mxfp4:
-            if not first.has_bias:
-                return "BF16"
-            names = names[2:]
-        source = next(iter(self._parameters[names[0]].sources.values()))[0]
-        return "BF16" if source.name in self._scales else source.entry.dtype
+    def scale_type(self, module: ExpertsModule, leaf: str, bits: int) -> str:
+        """In which type the scales of the experts' matrix ``leaf`` are to be stored in ``bits``.
 
-    def _find_scales(self, tensors: Sequence[SourceTensor]) -> dict[str, SourceTensor]:
-        """By the name of each tensor in FP8, the tensor of its scales."""
-        block = self.architecture.fp8_block
-        if block is None:
-            return {}
-        by_name = {tensor.name: tensor for tensor in tensors}
-        scales = {}
-        for tensor in tensors:
-            if tensor.entry.dtype != fp8.DTYPE:
-                continue
-            scale = by_name.get(f"{tensor.name}{fp8.SCALE}")
-            if scale is None:
-                raise CheckpointError(
-                    f"{self.path} lacks {tensor.name}{fp8.SCALE}; download the checkpoint again."
-                )
-            _check_shape(scale, fp8.num_blocks(tensor.entry.shape, block))
-            scales[tensor.name] = scale
-        return scales
+        By a sample, from which an expert may differ by some powers of two.
+        """
+        parameter = self._parameters[module.parameter(leaf)]
+        last = module.num_experts - 1
+        if parameter.is_mxfp4 or any(s.name in self._scales for s, _ in parameter.of_expert(last)):
+            weight = self._weight(module, leaf, last // 2, Scratch())
+            if isinstance(weight, Mxfp4Weight):
+                weight = weight.dequantize(torch.float32)
+            return scale_type(_largest(weight), bits)
+        experts = {0, last // 2, last}
+        samples = [
+            [self._sample(*piece, expert) for piece in parameter.of_expert(expert)]
+            for expert in experts
+        ]
+        # Gate and up are of one matrix, and need not be of one size.
+        medians = [sorted(of_piece)[len(experts) // 2] for of_piece in zip(*samples, strict=True)]
+        is_unusual = any(scale_type(median, bits) != "F16" for median in medians)
+        return "BF16" if is_unusual else "F16"
+
+    def trunk_scale_type(self, tensor: SourceTensor, bits: int) -> str:
+        """The same for a matrix of the trunk."""
+        if tensor.name in self._scales:
+            return scale_type(_largest(self.read(tensor)), bits)
+        return scale_type(self._sample(tensor, False, 0), bits)
+
+    def _sample(self, tensor: SourceTensor, is_fused: bool, expert: int) -> float:
+        """The largest of the first weights of a tensor, or of an expert's in it."""
+        num_bytes = tensor.entry.num_bytes // (tensor.entry.shape[0] if is_fused else 1)
+        buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
+        return _largest(self._read_slice(tensor, expert * num_bytes * is_fused, buffer))
+
+    def has_mxfp4(self, module: ExpertsModule) -> bool:
+        """Whether both matrices of the module's experts come in MXFP4."""
+        return all(self._parameters[name].is_mxfp4 for name in module.parameters()[:2])
+
+    def pieces(self, module: ExpertsModule, expert: int) -> Iterator[tuple[SourceTensor, Tensor]]:
+        """Each tensor that holds something of the expert, and what of it is the expert's.
+
+        As the files have it: blocks, FP8 and the scales of these are tensors of their own.
+        """
+        for name in module.parameters():
+            for source, is_fused in self._parameters[name].of_expert(expert):
+                for each in (source, self._scales.get(source.name)):
+                    if each is None:
+                        continue
+                    num_bytes = each.entry.num_bytes // (each.entry.shape[0] if is_fused else 1)
+                    buffer = Scratch().take(num_bytes)
+                    yield each, self._read_slice(each, expert * num_bytes * is_fused, buffer)
+
+    def is_scaled(self, tensor: SourceTensor) -> bool:
+        """Whether it is in FP8, and read as what it is with its scales."""
+        return tensor.name in self._scales
+
+    def trunk_pieces(self, source: SourceTensor) -> Iterator[tuple[SourceTensor, Tensor]]:
+        """A tensor of the trunk, and that of its scales, as the files have them."""
+        for each in (source, self._scales.get(source.name)):
+            if each is not None:
+                yield each, self._read_slice(each, 0, Scratch().take(each.entry.num_bytes))
+
+    def _types(self) -> set[str]:
+        """Of the experts' weights and biases, in safetensors' names; what is FP8 counts as BF16."""
+        return {
+            "BF16" if source.name in self._scales else source.entry.dtype
+            for parameter in self._parameters.values()
+            if not parameter.is_mxfp4
+            for sources in parameter.sources.values()
+            for source in sources
+        } or {"BF16"}
+
+    def _holds_all(self) -> bool:
+        """Whether F16 has the range of all 16-bit tensors, and of the experts' others."""
+        trunk = {source.entry.dtype for _, source in self.trunk}
+        return self.types == {"F16"} and "BF16" not in trunk and not self._scales
 
     def _dequantize(self, values: Tensor, scales: Tensor) -> Tensor:
         """A weight in FP8 as what it stands for; of all experts, or of one."""
@@ -236,80 +250,8 @@ class Checkpoint:
         pairs = zip(values, scales, strict=True)
         return torch.stack([fp8.dequantize(*pair, block, dtype) for pair in pairs])
 
-    def _sort(self, tensors: Sequence[SourceTensor]) -> None:
-        """Finds for each tensor the parameter that it belongs to."""
-        model = self.architecture.model
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        state = model.state_dict()
-        experts = {name for module in self.architecture.experts for name in module.parameters()}
-        filled: set[str] = set()
-        # In transformers' own order, which its lazily activated renamings depend on.
-        for tensor in sorted(tensors, key=lambda tensor: dot_natural_key(tensor.name)):
-            prefix = model.base_model_prefix
-            stem, end = tensor.name, ""
-            if self.architecture.is_mxfp4:
-                stem, end = _split_end(stem)
-            name, pattern = rename_source_key(stem, renamings, converters, prefix, state)
-            if name not in state and stem in state:
-                name, pattern = rename_source_key(stem, [], [], prefix, state)
-            if name in experts:
-                parameter = self._parameters.setdefault(
-                    name, _Parameter(name, tuple(state[name].shape))
-                )
-                parameter.converter = by_pattern[pattern] if pattern else None
-                parameter.sources.setdefault(end or pattern or "", []).append(tensor)
-            elif name in state and not end:
-                if not pattern:
-                    _check_shape(tensor, tuple(state[name].shape))
-                self.trunk.append(("" if pattern else name, tensor))
-                filled |= _targets(name, by_pattern[pattern]) if pattern else {name}
-            else:
-                self.unused.append(tensor.name)
-        missing = self.architecture.required_parameters() - filled - experts
-        if missing:
-            raise CheckpointError(
-                f"{self.path} lacks the weights of {min(missing)} (and of {len(missing) - 1} "
-                "more parameters); download the checkpoint again."
-            )
-        self.trunk.sort(key=lambda item: item[1].name)
-
-    def _check(self, module: ExpertsModule) -> None:
-        """Raises :class:`CheckpointError` unless every expert of ``module`` is complete."""
-        for name in module.parameters():
-            parameter = self._parameters.get(name)
-            if parameter is None:
-                raise CheckpointError(
-                    f"{self.path} lacks the weights of {name}; download the checkpoint again."
-                )
-            if self.architecture.is_mxfp4 and not name.endswith("_bias"):
-                self._check_mxfp4(parameter, module)
-                continue
-            patterns = parameter.converter.source_patterns if parameter.converter else [""]
-            for pattern in patterns:
-                sources = parameter.sources.get(pattern, [])
-                if parameter.is_fused(pattern):
-                    _check_shape(sources[0], (module.num_experts, *sources[0].entry.shape[1:]))
-                else:
-                    _check_each_expert(self.path, sources, module, pattern)
-
-    def _check_mxfp4(self, parameter: _Parameter, module: ExpertsModule) -> None:
-        rows, columns = parameter.shape[1:]
-        if module.is_transposed:  # the parameter, not its blocks
-            rows, columns = columns, rows
-        groups = (module.num_experts, rows, columns // MXFP4_GROUP_SIZE)
-        for end, shape in ((BLOCKS, (*groups, MXFP4_GROUP_SIZE // 2)), (SCALES, groups)):
-            sources = parameter.sources.get(end)
-            if not sources:
-                raise CheckpointError(
-                    f"{self.path} lacks {parameter.name}{end}; download the checkpoint again."
-                )
-            _check_shape(sources[0], shape)
-
     def _slice_parameter(self, name: str, expert: int, scratch: Scratch) -> Tensor:
-        """The expert's slice of the module's parameter, in :attr:`dtype`."""
+        """The expert's slice of the module's parameter."""
         parameter = self._parameters[name]
         pieces = parameter.stacked(expert)
         if parameter.converter is None:
@@ -324,12 +266,7 @@ class Checkpoint:
                 else:
                     slices[pattern] = [self.read(sources[expert], scratch)]
             result = self._convert(parameter.converter, name, slices)
-        if result[0].shape != parameter.shape[1:]:
-            raise CheckpointError(
-                f"{self.path} has {name} of expert {expert} in the shape {list(result[0].shape)}, "
-                f"and its config.json asks for {list(parameter.shape[1:])}; download it again."
-            )
-        return result[0].to(TORCH_DTYPES[self.dtype])
+        return result[0]
 
     def _slice_fused(self, tensor: SourceTensor, expert: int, scratch: Scratch) -> Tensor:
         """One expert's piece of a tensor of all experts, in the tensor's dtype."""
@@ -395,44 +332,10 @@ class Checkpoint:
         return buffer.view(dtype)
 
 
+def _largest(values: Tensor) -> float:
+    return float(values.float().abs().max()) if values.numel() else 0.0
+
+
 def _gate_rows_first(rows: Tensor) -> Tensor:
     """Rows gate, up, gate, up ... become all gate rows, then all up rows."""
     return torch.cat((rows[0::2], rows[1::2]))
-
-
-def _split_end(name: str) -> tuple[str, str]:
-    """A tensor's name without the end that tells MXFP4's blocks from its scales, and that end."""
-    for end in (BLOCKS, SCALES):
-        if name.endswith(end):
-            return name.removesuffix(end), end
-    return name, ""
-
-
-def _targets(name: str, converter: WeightConverter) -> set[str]:
-    """The parameters that a converter fills, given the first of them."""
-    first = converter.target_patterns[0]
-    return {name.replace(first, target) for target in converter.target_patterns}
-
-
-def _check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
-    if tensor.entry.shape != shape:
-        raise CheckpointError(
-            f"{tensor.file} has {tensor.name} in the shape {list(tensor.entry.shape)}, and its "
-            f"config.json asks for {list(shape)}; download the checkpoint again."
-        )
-
-
-def _check_each_expert(
-    path: Path, sources: list[SourceTensor], module: ExpertsModule, pattern: str
-) -> None:
-    found = {}
-    for source in sources:
-        numbers = re.findall(r"\.(\d+)(?=\.)", source.name)  # layer, then expert
-        found[int(numbers[-1]) if numbers else -1] = source
-    missing = [expert for expert in range(module.num_experts) if expert not in found]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {pattern.replace('*', str(missing[0])).lstrip('.')} of layer "
-            f"{module.layer}: it has that tensor for {len(found)} of {module.num_experts} "
-            "experts; download the checkpoint again."
-        )

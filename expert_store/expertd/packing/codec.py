@@ -76,8 +76,9 @@ def dequantize(matrix: Matrix, parts: Mapping[str, Tensor], dtype: torch.dtype) 
     groups = (matrix.out_features, matrix.in_features // matrix.group_size, 1)
     if matrix.encoding is Encoding.MXFP4:
         values = torch.tensor(E2M1)[decode(parts[f"{matrix.name}.q"], matrix.bits).int()]
-        exponents = parts[f"{matrix.name}.scale"].int().view(groups) - E8M0_BIAS
-        weight = torch.ldexp(values.view(*groups[:2], matrix.group_size), exponents)
+        scales = parts[f"{matrix.name}.scale"].int().view(groups)
+        weight = torch.ldexp(values.view(*groups[:2], matrix.group_size), scales - E8M0_BIAS)
+        weight = weight.masked_fill(scales == E8M0_NAN, torch.nan)
         return weight.view(matrix.out_features, matrix.in_features).to(dtype)
     scale = _per_group(matrix, parts, "scale").view(groups)
     zero = _per_group(matrix, parts, "zero").view(groups)

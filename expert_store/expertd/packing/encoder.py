@@ -8,14 +8,24 @@ import torch
 from torch import Tensor
 
 from expertd.errors import CheckpointError
-from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, matrix_parts
+from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.codec import TORCH_DTYPES, record_parts
+from expertd.packing.finite import flaw, flaws
 from expertd.packing.mxfp4 import Mxfp4Weight
 from expertd.packing.plan import ExpertStep, Step, TrunkStep
 from expertd.packing.quantizer import quantize_to
 from expertd.packing.scratch import Scratch
 from expertd.packing.solver import Solver
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a step writes, and what is wrong with the weights that it comes from."""
+
+    data: memoryview
+    flaws: tuple[str, ...] = ()
+    """Clauses that name the tensors, such as "lm_head.weight holds NaN"."""
 
 
 @dataclass(frozen=True)
@@ -26,61 +36,105 @@ class Encoder:
     solver: Solver
     optimize: bool
 
-    def encode(self, step: Step, scratch: Scratch) -> memoryview:
+    def encode(self, step: Step, scratch: Scratch) -> Encoded:
         """The bytes that a step writes, in ``scratch``: a padded record, or a tensor of the trunk.
 
         Raises :class:`CheckpointError`.
         """
         encode = self._tensor if isinstance(step, TrunkStep) else self._expert
-        return encode(step, scratch).numpy().data  # type: ignore[arg-type]
+        data, found = encode(step, scratch)  # type: ignore[arg-type]
+        return Encoded(data.numpy().data, tuple(found))
 
-    def _tensor(self, step: TrunkStep, scratch: Scratch) -> Tensor:
+    def _tensor(self, step: TrunkStep, scratch: Scratch) -> tuple[Tensor, list[str]]:
         tensor = self.checkpoint.read(step.source, scratch)
         if step.matrix is None:
-            return tensor.to(TORCH_DTYPES[step.dtype]).view(-1).view(torch.uint8)
-        pieces = matrix_parts(step.matrix, step.dtype)
+            dtype = TORCH_DTYPES[step.dtype]
+            used = dtype if step.stays_wide else TORCH_DTYPES[self.checkpoint.dtype]
+            data = tensor.to(dtype).view(-1).view(torch.uint8)
+            is_bad = bool(flaw(tensor, used))
+            return data, self._trunk_flaws(step, used) if is_bad else []
+        pieces = step.pieces()
         sizes = [math.prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in pieces]
         data = scratch.take(sum(sizes))
         parts, offset = {}, 0
-        for (name, shape, dtype), num_bytes in zip(pieces, sizes, strict=True):
+        for (name, shape, kind), num_bytes in zip(pieces, sizes, strict=True):
             piece = data[offset : offset + num_bytes]
-            parts[name] = piece.view(TORCH_DTYPES[dtype]).view(shape)
+            parts[name] = piece.view(TORCH_DTYPES[kind]).view(shape)
             offset += num_bytes
-        self._write(parts, tensor, step.matrix, str(step.source.file))
-        return data
+        if not self._quantize(parts, tensor, step.matrix):
+            return data, []
+        return data, self._trunk_flaws(step, tensor.dtype) or self._refuse(
+            step.source.name, tensor, step.matrix, "--attention, --dense or --head"
+        )
 
-    def _expert(self, step: ExpertStep, scratch: Scratch) -> Tensor:
+    def _trunk_flaws(self, step: TrunkStep, dtype: torch.dtype) -> list[str]:
+        found = flaws(self.checkpoint.trunk_pieces(step.source), dtype)
+        if not found and self.checkpoint.is_scaled(step.source):
+            return [f"{step.source.name} times its scales is more than a number holds"]
+        return found
+
+    def _expert(self, step: ExpertStep, scratch: Scratch) -> tuple[Tensor, list[str]]:
         tensors = self.checkpoint.expert(step.module, step.expert, scratch)
         record = scratch.take(step.layout.record_bytes).zero_()  # what is between parts
         parts = record_parts(record.numpy().data, step.layout)
+        dtype = TORCH_DTYPES[self.checkpoint.dtype]
+        found: list[str] = []
         for matrix, weight, bias in (
             (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
             (step.layout.matrix("down"), tensors.down, tensors.down_bias),
         ):
-            what = f"Expert {step.expert} of layer {step.module.layer}"
-            self._write(parts, weight, matrix, what)
+            is_bad = self._write(parts, weight, matrix)
             if bias is not None:
                 parts[f"{matrix.name}.bias"].copy_(bias)
-        return record
+                is_bad |= bool(flaw(bias, dtype))
+            if is_bad and not found:
+                found = self._expert_flaws(step, matrix, weight)
+        return record, found
+
+    def _expert_flaws(
+        self, step: ExpertStep, matrix: Matrix, weight: Tensor | Mxfp4Weight
+    ) -> list[str]:
+        pieces = list(self.checkpoint.pieces(step.module, step.expert))
+        dtype = TORCH_DTYPES[self.checkpoint.dtype]
+        # Of quantized weights only what is no number is lost, but biases are not quantized.
+        of_weights = torch.float32 if matrix.encoding is Encoding.HQQ else dtype
+        found = [
+            clause
+            for piece in pieces
+            for clause in flaws(
+                [piece], dtype if "bias" in piece[0].name else of_weights, step.expert
+            )
+        ]
+        where = f"Expert {step.expert} of layer {step.module.layer}"
+        if found:
+            return found
+        if isinstance(weight, Tensor) and bool(torch.isfinite(weight).all()):
+            return self._refuse(where, weight, matrix, "--experts")
+        return [f"{where} times its scales is more than a number holds"]
 
     def _write(
-        self,
-        parts: Mapping[str, Tensor],
-        weight: Tensor | Mxfp4Weight,
-        matrix: Matrix,
-        what: str,
-    ) -> None:
-        """Fills the parts of ``matrix``; ``what`` names it in an error."""
-        try:
-            if isinstance(weight, Mxfp4Weight):
-                if matrix.encoding is Encoding.MXFP4:
-                    for name, values in weight.parts(matrix.name).items():
-                        parts[name].copy_(values)
-                    return
-                weight = weight.dequantize(TORCH_DTYPES[self.checkpoint.dtype])
-            if matrix.encoding is Encoding.PLAIN:
-                parts[f"{matrix.name}.weight"].copy_(weight)
-            else:
-                quantize_to(parts, weight, matrix, optimize=self.optimize, solver=self.solver)
-        except ValueError as error:
-            raise CheckpointError(f"{what} cannot be quantized: {error}.") from error
+        self, parts: Mapping[str, Tensor], weight: Tensor | Mxfp4Weight, matrix: Matrix
+    ) -> bool:
+        """Fills the parts of ``matrix``; whether something in it is not a number then."""
+        if isinstance(weight, Mxfp4Weight):
+            if matrix.encoding is Encoding.MXFP4:
+                for name, values in weight.parts(matrix.name).items():
+                    parts[name].copy_(values)
+                return not weight.is_finite
+            weight = weight.dequantize(torch.float32)
+        if matrix.encoding is Encoding.PLAIN:
+            part = parts[f"{matrix.name}.weight"]
+            part.copy_(weight)
+            return bool(flaw(weight, part.dtype))
+        return self._quantize(parts, weight, matrix)
+
+    def _quantize(self, parts: Mapping[str, Tensor], weight: Tensor, matrix: Matrix) -> bool:
+        return bool(quantize_to(parts, weight, matrix, optimize=self.optimize, solver=self.solver))
+
+    @staticmethod
+    def _refuse(what: str, weight: Tensor, matrix: Matrix, option: str) -> list[str]:
+        raise CheckpointError(
+            f"{what} cannot be written in {matrix.bits} bits: its weights reach "
+            f"{weight.abs().max():.3g}, far more than others like it, and scales in fp16 end at "
+            f"65504; give {option} 16 to keep such weights in 16 bits."
+        )

@@ -5,11 +5,15 @@ usually 128 x 128 weights; the last blocks of a row or column may be partial. Th
 product. No record holds FP8: what comes so is made 16-bit weights, which then go their way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from expertd.errors import CheckpointError
+from expertd.packing.source import SourceTensor, check_shape
 
 METHOD = "fp8"
 """``quant_method`` of such a checkpoint's configuration."""
@@ -36,6 +40,30 @@ def num_blocks(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
     """The shape of the scales of a weight [..., out, in]."""
     *experts, rows, columns = shape
     return (*experts, -(-rows // block[0]), -(-columns // block[1]))
+
+
+def find_scales(
+    path: Path, tensors: Sequence[SourceTensor], block: Block | None
+) -> dict[str, SourceTensor]:
+    """By the name of each of ``tensors`` in FP8, the tensor of its scales; none without blocks.
+
+    Raises :class:`CheckpointError` if one is missing or of another shape.
+    """
+    if block is None:
+        return {}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    scales = {}
+    for tensor in tensors:
+        if tensor.entry.dtype != DTYPE or len(tensor.entry.shape) < 2:
+            continue
+        scale = by_name.get(f"{tensor.name}{SCALE}")
+        if scale is None:
+            raise CheckpointError(
+                f"{path} lacks {tensor.name}{SCALE}; download the checkpoint again."
+            )
+        check_shape(scale, num_blocks(tensor.entry.shape, block))
+        scales[tensor.name] = scale
+    return scales
 
 
 def dequantize(weight: Tensor, scales: Tensor, block: Block, dtype: torch.dtype) -> Tensor:

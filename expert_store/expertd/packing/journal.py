@@ -57,10 +57,11 @@ class Journal:
         os.fsync(self._fd)
         self.matches = True
 
-    def add(self, step: int, checksum: str) -> None:
-        """Notes a finished step; :meth:`commit` makes it last."""
+    def add(self, step: int, checksum: str, *, lasting: bool = True) -> None:
+        """Notes a finished step; :meth:`commit` makes it last, or another run does it again."""
         self.done[step] = checksum
-        self._pending.append(f"{step} {checksum}\n")
+        if lasting:
+            self._pending.append(f"{step} {checksum}\n")
 
     def commit(self) -> None:
         """Writes what was added; the data of these steps must be on the disk."""

@@ -17,8 +17,6 @@ from expertd.packing.codec import E8M0_NAN, dequantize, encode
 
 METHOD = "mxfp4"
 """``quant_method`` of such a checkpoint's configuration."""
-BLOCKS, SCALES = "_blocks", "_scales"
-"""What the names of its tensors end with, after the parameter's."""
 BITS_PER_WEIGHT = MXFP4_BITS + 8 / MXFP4_GROUP_SIZE
 
 
@@ -29,6 +27,11 @@ class Mxfp4Weight:
     nibbles: Tensor
     scales: Tensor
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all scales are numbers; the nibbles always are."""
+        return not bool((self.scales == E8M0_NAN).any())
+
     @classmethod
     def from_blocks(cls, blocks: Tensor, scales: Tensor) -> Self:
         """Of one expert's ``blocks`` [out, in / 32, 16] and ``scales``."""
@@ -36,16 +39,11 @@ class Mxfp4Weight:
         return cls(nibbles.view(blocks.shape[0], -1), scales)
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The parts of a matrix ``name`` of a record.
-
-        Raises ValueError if a scale is not a number.
-        """
-        if bool((self.scales == E8M0_NAN).any()):
-            raise ValueError(f"a scale of {name} is not a number: the checkpoint is damaged")
+        """The parts of a matrix ``name`` of a record."""
         return {f"{name}.q": encode(self.nibbles, MXFP4_BITS), f"{name}.scale": self.scales}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weights [out, in] in ``dtype``. Raises ValueError as :meth:`parts` does."""
+        """The weights [out, in] in ``dtype``; NaN where a scale is none."""
         matrix = Matrix(
             name="weight",
             encoding=Encoding.MXFP4,

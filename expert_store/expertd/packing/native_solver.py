@@ -17,14 +17,16 @@ from expertd.pack.layout import ROWS_PER_BYTE, Matrix
 from expertd.packing.cores import cores
 
 LIBRARY = Path(expertd.native.__file__).with_name("libexpertd_packing.so")
-ABI = 1
-VERSION = 1
+ABI = 2
+VERSION = 2
 """Of the method: to be raised when the bytes it gives change."""
 TASK_ELEMENTS = 1 << 20
 """Weights that a core takes at a time, some milliseconds."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """By their number in native code."""
+_SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""What scales are stored as, by its number in native code."""
 
 
 class _HqqMatrix(ctypes.Structure):
@@ -41,6 +43,7 @@ class _HqqMatrix(ctypes.Structure):
         ("group_size", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("optimize", ctypes.c_int32),
+        ("scales", ctypes.c_int32),
     ]
 
 
@@ -57,7 +60,8 @@ class NativeSolver:
             ctypes.POINTER(_HqqMatrix), ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p,
         ]  # fmt: skip
         library.expertd_quantize_meta.argtypes = [
-            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *3 * [ctypes.c_void_p],
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
+            *3 * [ctypes.c_void_p],
         ]  # fmt: skip
         self.variants: list[str] = []
         while name := library.expertd_hqq_variant(len(self.variants)):
@@ -71,7 +75,13 @@ class NativeSolver:
         return loaded.reason if loaded.library is None else cls(loaded.library, variant)
 
     def solve(
-        self, weight: Tensor, matrix: Matrix, q: Tensor, *, optimize: bool
+        self,
+        weight: Tensor,
+        matrix: Matrix,
+        q: Tensor,
+        *,
+        optimize: bool,
+        scales: torch.dtype = torch.float16,
     ) -> tuple[Tensor, Tensor]:
         """See :class:`expertd.packing.solver.Solver`."""
         if weight.dtype not in _DTYPES:
@@ -84,7 +94,7 @@ class NativeSolver:
         job = _HqqMatrix(
             weight.data_ptr(), q.data_ptr(), scale.data_ptr(), zero.data_ptr(),
             matrix.out_features, matrix.in_features, matrix.bits, matrix.group_size,
-            _DTYPES.index(weight.dtype), optimize,
+            _DTYPES.index(weight.dtype), optimize, _SCALES[scales],
         )  # fmt: skip
         # A unit is the rows that share bytes.
         num_rows = ROWS_PER_BYTE[matrix.bits]
@@ -99,13 +109,16 @@ class NativeSolver:
         list(cores().map(run, range(0, num_units, step)))
         return scale, zero
 
-    def quantize_meta(self, values: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize_meta(
+        self, values: Tensor, group_size: int, scales: torch.dtype = torch.float16
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`expertd.packing.solver.Solver`."""
         q = torch.empty(values.numel(), dtype=torch.uint8)
         num_groups = values.numel() // group_size
-        scale, zero = (torch.empty(num_groups, dtype=torch.float16) for _ in range(2))
+        scale = torch.empty(num_groups, dtype=scales)
+        zero = torch.empty(num_groups, dtype=torch.float16)
         self._library.expertd_quantize_meta(
-            values.data_ptr(), values.numel(), group_size,
+            values.data_ptr(), values.numel(), group_size, _SCALES[scales],
             q.data_ptr(), scale.data_ptr(), zero.data_ptr(),
         )  # fmt: skip
         return q, scale, zero

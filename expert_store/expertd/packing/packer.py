@@ -16,7 +16,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,7 +33,8 @@ from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.early import check_destination, partial_of
 from expertd.packing.encoder import Encoder
 from expertd.packing.journal import Journal
-from expertd.packing.mxfp4 import BITS_PER_WEIGHT
+from expertd.packing.missing_files import why_not_there
+from expertd.packing.notices import Flawed, peculiarities
 from expertd.packing.pipeline import encode_ahead
 from expertd.packing.plan import (
     MAX_FILE_BYTES,
@@ -41,13 +42,13 @@ from expertd.packing.plan import (
     make_manifest,
     make_plan,
 )
-from expertd.packing.schemes import MXFP4, PARTS, Scheme
-from expertd.packing.solver import Solver, choose_solver
+from expertd.packing.schemes import PARTS, Scheme
+from expertd.packing.solver import Choice, Solver, choose_solver
 
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 256 << 20
 """How much work an interruption may cost; each commit waits for the disk."""
-
+DOCUMENTS = ("LICENSE*", "NOTICE*", "README.md")
 COPIED_FILES = (
     "config.json",
     "generation_config.json",
@@ -60,9 +61,7 @@ COPIED_FILES = (
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
+    *DOCUMENTS,
 )
 
 
@@ -89,7 +88,7 @@ class Request:
     device: str = "cpu"
     """Where the weights are quantized: cpu, cuda or cuda:N."""
     force: bool = False
-    """Replace the pack at ``destination``."""
+    """Replace the pack at ``destination``, and pack weights that are not finite."""
     max_file_bytes: int = MAX_FILE_BYTES
     """Of each file of records; a larger record gets a file of its own."""
 
@@ -106,47 +105,76 @@ def pack(
     :class:`CheckpointError` and :class:`PackError`; ConfigError and PreconditionError for a device.
     """
     choice = choose_solver(request.device)
+    try:
+        side_files = _side_files(request.source)
+        with Checkpoint(request.source) as checkpoint:
+            _pack(request, checkpoint, choice, side_files, on_progress, on_notice)
+    except BrokenPipeError:  # of what on_notice writes to
+        raise
+    except OSError as error:
+        where = error.filename or request.destination
+        raise PackError(f"{where} cannot be used: {error.strerror}.") from error
+
+
+def _pack(
+    request: Request,
+    checkpoint: Checkpoint,
+    choice: Choice,
+    side_files: Sequence[Path],
+    on_progress: Callable[[Progress], None],
+    on_notice: Callable[[str], None],
+) -> None:
     destination = request.destination
     partial = partial_of(destination)
-    with Checkpoint(request.source) as checkpoint:
-        key = _key(request, checkpoint, choice.solver)
-        if _was_completed(destination, partial, key):
-            on_notice(f"{destination} was complete already.")
-            shutil.rmtree(partial)
-            return
-        check_destination(destination, force=request.force)
-        if choice.drawback and request.optimize and _quantizes(request.scheme):
-            on_notice(choice.drawback)
-        if checkpoint.unused:
-            on_notice(
-                f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "
-                f"place for are left out, such as {checkpoint.unused[0]}."
-            )
-        if checkpoint.architecture.is_mxfp4 and request.scheme.experts != MXFP4:
-            on_notice(
-                f"The experts come in MXFP4, {BITS_PER_WEIGHT} bits per weight, and are made "
-                f"{request.scheme.experts} of that; --experts mxfp4 keeps them as they are."
-            )
-        plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
-        if plan.misfits:
-            more = len(plan.misfits) - 1
-            on_notice(
-                f"{plan.misfits[0]}: it stays in 16 bits"
-                + (f", and so do {more} more matrices of the trunk." if more else ".")
-            )
-        try:
-            _check_partial(partial)
-            (partial / "pack").mkdir(parents=True, exist_ok=True)
-            with Journal(partial / "journal", key) as journal:
-                try:
-                    _prepare(plan, partial, journal, on_notice)
-                    encoder = Encoder(checkpoint, choice.solver, request.optimize)
-                    _run_steps(plan, encoder, partial, journal, on_progress)
-                    _finish(plan, checkpoint, request, partial, journal)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{error} {_kept(journal, plan, partial)}") from error
-        except OSError as error:
-            raise PackError(_cannot_write(error, plan, partial)) from error
+    key = _key(request, checkpoint, choice.solver)
+    if _was_completed(destination, partial, key):
+        on_notice(f"{destination} was complete already.")
+        shutil.rmtree(partial)
+        return
+    check_destination(destination, force=request.force)
+    if choice.drawback and request.optimize and _quantizes(request.scheme):
+        on_notice(choice.drawback)
+    for sentence in peculiarities(checkpoint, request.scheme):
+        on_notice(sentence)
+    plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
+    if plan.misfits:
+        more = len(plan.misfits) - 1
+        on_notice(
+            f"{plan.misfits[0]}: it stays in 16 bits"
+            + (f", and so do {more} more matrices of the trunk." if more else ".")
+        )
+    try:
+        _check_partial(partial)
+        (partial / "pack").mkdir(parents=True, exist_ok=True)
+        with Journal(partial / "journal", key) as journal:
+            try:
+                _prepare(plan, partial, journal, on_notice)
+                encoder = Encoder(checkpoint, choice.solver, request.optimize)
+                flawed = Flawed(request.force, on_notice)
+                _run_steps(plan, encoder, partial, journal, on_progress, flawed)
+                flawed.conclude()
+                _finish(plan, checkpoint, request, side_files, partial, journal)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} {_kept(journal, plan, partial)}") from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise PackError(_cannot_write(error, plan, partial)) from error
+
+
+def _side_files(source: Path) -> list[Path]:
+    """The files that a pack brings along. Raises :class:`CheckpointError` if one is unreadable."""
+    found = []
+    for pattern in COPIED_FILES:
+        for file in sorted(source.glob(pattern)):
+            if (reason := why_not_there(file)) and pattern not in DOCUMENTS:
+                raise CheckpointError(reason)
+            if not file.is_file():
+                continue
+            if not os.access(file, os.R_OK):
+                raise CheckpointError(f"{file} cannot be read: {os.strerror(errno.EACCES)}.")
+            found.append(file)
+    return found
 
 
 def _was_completed(destination: Path, partial: Path, key: str) -> bool:
@@ -217,6 +245,7 @@ def _run_steps(
     partial: Path,
     journal: Journal,
     on_progress: Callable[[Progress], None],
+    flawed: Flawed,
 ) -> None:
     total_bytes = sum(step.source_bytes for step in plan.steps)
     done_bytes = resumed = sum(plan.steps[index].source_bytes for index in journal.done)
@@ -234,12 +263,16 @@ def _run_steps(
         todo = [item for item in enumerate(plan.steps) if item[0] not in journal.done]
         with closing(encode_ahead(encoder.encode, todo)) as encoded:
             report()
-            for index, step, data in encoded:
-                _write(fds[step.file], data, step.offset)
+            for index, step, result in encoded:
+                if result.flaws:
+                    flawed.meet(result.flaws)
+                _write(fds[step.file], result.data, step.offset)
                 dirty.add(fds[step.file])
-                journal.add(index, xxh3_64_hexdigest(data))
+                # A run that goes on after an interruption is to tell of it again.
+                lasting = not result.flaws
+                journal.add(index, xxh3_64_hexdigest(result.data), lasting=lasting)
                 done_bytes += step.source_bytes
-                uncommitted_bytes += len(data)
+                uncommitted_bytes += len(result.data)
                 now = time.monotonic()
                 if now - last_commit >= COMMIT_SECONDS or uncommitted_bytes >= COMMIT_BYTES:
                     _commit(dirty, journal)
@@ -269,16 +302,19 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _finish(
-    plan: Plan, checkpoint: Checkpoint, request: Request, partial: Path, journal: Journal
+    plan: Plan,
+    checkpoint: Checkpoint,
+    request: Request,
+    side_files: Sequence[Path],
+    partial: Path,
+    journal: Journal,
 ) -> None:
     folder = partial / "pack"
-    for pattern in COPIED_FILES:
-        for source in sorted(request.source.glob(pattern)):
-            if source.is_file():
-                target = folder / source.relative_to(request.source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, target)
-                _flush(target)
+    for source in side_files:
+        target = folder / source.relative_to(request.source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+        _flush(target)
     trunk = _file_checksum(folder / plan.files[-1].name)
     manifest = make_manifest(plan, checkpoint, request.scheme, journal.done, trunk)
     (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))

@@ -7,7 +7,7 @@ be done, or done again, without looking at the others.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertd.errors import CheckpointError
 from expertd.pack.layout import (
@@ -64,9 +64,19 @@ class TrunkStep:
     source: SourceTensor
     matrix: Matrix | None
     dtype: str
+    stays_wide: bool
+    """Whether a worker keeps it in ``dtype``, and not in the model's 16-bit type."""
+    scales: str
+    """The type of the scales of ``matrix``."""
     file: int
     offset: int
     source_bytes: int
+
+    def pieces(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype of each tensor that is written, one after the other."""
+        if self.matrix is None:
+            return [(self.source.name, self.source.entry.shape, self.dtype)]
+        return matrix_parts(self.matrix, self.dtype, self.scales)
 
 
 Step = ExpertStep | TrunkStep
@@ -162,17 +172,23 @@ def make_manifest(
 
 def _layout(checkpoint: Checkpoint, module: ExpertsModule, precision: Precision) -> RecordLayout:
     hidden, intermediate = module.hidden_size, module.intermediate_size
-    if precision.encoding is Encoding.MXFP4 and not checkpoint.architecture.is_mxfp4:
+    if precision.encoding is Encoding.MXFP4 and not checkpoint.has_mxfp4(module):
         raise CheckpointError(
-            f"{checkpoint.path} does not have its experts in MXFP4, and nothing else is made it; "
-            "choose another scheme, such as 4bit."
+            f"{checkpoint.path} does not have its experts in MXFP4 in layer {module.layer}, and "
+            "nothing else is made it; choose another scheme, such as 4bit."
         )
     try:
         matrices = (
             precision.matrix("gate_up", 2 * intermediate, hidden),
             precision.matrix("down", hidden, intermediate),
         )
-        return record_layout(matrices, checkpoint.dtype, has_bias=module.has_bias)
+        scales = [
+            checkpoint.scale_type(module, f"{matrix.name}_proj", matrix.bits)
+            if matrix.encoding is Encoding.HQQ
+            else "F16"
+            for matrix in matrices
+        ]
+        return record_layout(matrices, checkpoint.dtype, has_bias=module.has_bias, scales=scales)
     except ValueError as error:
         raise CheckpointError(
             f"The experts of layer {module.layer} cannot be written as {precision}: {error}; "
@@ -200,17 +216,15 @@ def _plan_trunk(
 ) -> tuple[PlannedFile, list[TrunkStep], list[str]]:
     precisions = _trunk_precisions(checkpoint.architecture, scheme)
     misfits: list[str] = []
-    pending: list[tuple[SourceTensor, Matrix | None, str]] = []
+    pending: list[TrunkStep] = []
     for parameter, source in checkpoint.trunk:
         entry = source.entry
         dtype = checkpoint.type_of(source)
         # A float32 checkpoint becomes BF16, but for what transformers itself keeps in float32;
         # float32 tensors of a 16-bit checkpoint are so on purpose.
-        if (
-            dtype == "F32"
-            and checkpoint.is_float32
-            and not checkpoint.architecture.stays_float32(parameter)
-        ):
+        wide = dtype in {"F32", "F64"}
+        stays_wide = wide and checkpoint.architecture.stays_float32(parameter)
+        if wide and checkpoint.is_float32 and not stays_wide:
             dtype = checkpoint.dtype
         matrix = None
         precision = precisions.get(parameter)
@@ -221,25 +235,19 @@ def _plan_trunk(
             except ValueError as error:
                 misfits.append(str(error))
                 matrix = None
-        pending.append((source, matrix, dtype))
-    # Wide types first, bytes last: each tensor is then aligned to its type.
-    pending.sort(key=lambda item: (item[1] is not None, -DTYPE_BYTES[item[2]]))
-    tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    sizes = []
-    for source, matrix, dtype in pending:
-        pieces = (
-            [(source.name, source.entry.shape, dtype)]
-            if matrix is None
-            else matrix_parts(matrix, dtype)
+        scales = "F16" if matrix is None else checkpoint.trunk_scale_type(source, matrix.bits)
+        pending.append(
+            TrunkStep(source, matrix, dtype, stays_wide, scales, file, 0, entry.num_bytes)
         )
-        tensors += [(name, piece_dtype, shape) for name, shape, piece_dtype in pieces]
-        sizes.append(sum(math.prod(shape) * DTYPE_BYTES[kind] for _, shape, kind in pieces))
-    header = build_header(tensors)
+    # Wide types first, bytes last: each tensor is then aligned to its type.
+    pending.sort(key=lambda step: (step.matrix is not None, -DTYPE_BYTES[step.dtype]))
+    pieces = [step.pieces() for step in pending]
+    header = build_header([(name, dtype, shape) for each in pieces for name, shape, dtype in each])
     steps = []
     offset = len(header)
-    for (source, matrix, dtype), num_bytes in zip(pending, sizes, strict=True):
-        steps.append(TrunkStep(source, matrix, dtype, file, offset, source.entry.num_bytes))
-        offset += num_bytes
+    for step, each in zip(pending, pieces, strict=True):
+        steps.append(replace(step, offset=offset))
+        offset += sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in each)
     return PlannedFile(TRUNK_NAME, header, offset), steps, misfits
 
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from expertd.errors import ConfigError
+from expertd.errors import CheckpointError, ConfigError
 from expertd.pack.layout import (
     MXFP4_BITS,
     MXFP4_GROUP_SIZE,
@@ -19,7 +17,7 @@ from expertd.pack.layout import (
     Encoding,
     Matrix,
 )
-from expertd.packing.source import CONFIG_NAME, quantization_method
+from expertd.packing.source import MXFP4_BLOCKS, find_tensors, read_config
 
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
@@ -127,10 +125,12 @@ def default_scheme(checkpoint: Path) -> str:
     Whether ``checkpoint`` is one at all is for others to say.
     """
     try:
-        config = msgspec.json.decode((checkpoint / CONFIG_NAME).read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        config = {}
-    return str(MXFP4) if quantization_method(config) == str(MXFP4) else "4bit"
+        listing = find_tensors(checkpoint, read_config(checkpoint))
+    except CheckpointError:
+        return "4bit"
+    # Not what its configuration says: fine-tuning makes 16-bit experts and leaves that as it was.
+    comes_so = any(tensor.name.endswith(MXFP4_BLOCKS) for tensor in listing.tensors)
+    return str(MXFP4) if comes_so else "4bit"
 
 
 def parse_precision(text: str) -> Precision:

@@ -23,17 +23,29 @@ class Solver(Protocol):
     """Changes when the results do."""
 
     def solve(
-        self, weight: Tensor, matrix: Matrix, q: Tensor, *, optimize: bool
+        self,
+        weight: Tensor,
+        matrix: Matrix,
+        q: Tensor,
+        *,
+        optimize: bool,
+        scales: torch.dtype = torch.float16,
     ) -> tuple[Tensor, Tensor]:
         """Scale and zero (float32, [out, groups]) of ``weight`` [out, in] (floating).
 
         The packed integers go to ``q``, the part of that name. ``optimize`` moves the zeros to
         where the error is least; without it the groups' extremes decide. Scale or zero of a
-        group is not finite if one of its weights is not.
+        group is not finite if one of its weights is not. ``scales`` is what the scale will be
+        stored as: float16, bfloat16 or, where it is quantized once more, float32.
         """
 
-    def quantize_meta(self, values: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """8-bit integers (uint8) of ``values`` (float32, flat), scales and zeros (float16)."""
+    def quantize_meta(
+        self, values: Tensor, group_size: int, scales: torch.dtype = torch.float16
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """8-bit integers (uint8) of ``values`` (float32, flat), scales and zeros (float16).
+
+        ``scales``: the type of their scales, float16 or bfloat16.
+        """
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertd.pack.manifest import MANIFEST_NAME, encode_manifest
 from expertd.pack.tensor_file import TensorEntry, build_header
-from expertd.packing.architecture import Architecture, read_architecture
+from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.codec import TORCH_DTYPES, record_parts
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.plan import ExpertStep, Plan, PlannedFile, TrunkStep, make_manifest, make_plan
@@ -54,6 +54,18 @@ class ImaginedCheckpoint:
     def type_of(self, source: SourceTensor) -> str:
         """What the tensor is read as."""
         return source.entry.dtype
+
+    def scale_type(self, module: ExpertsModule, leaf: str, bits: int) -> str:
+        """The type of scales of weights of usual size."""
+        return "F16"
+
+    def trunk_scale_type(self, tensor: SourceTensor, bits: int) -> str:
+        """The same."""
+        return "F16"
+
+    def has_mxfp4(self, module: ExpertsModule) -> bool:
+        """Whether the module's experts come in MXFP4."""
+        return self.architecture.is_mxfp4
 
 
 def make_pack(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertd.errors import PreconditionError
-from expertd.pack.layout import ROWS_PER_BYTE, Encoding, Matrix
+from expertd.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, scale_part
 from expertd.pack.manifest import GateOrder
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels import reference
@@ -358,4 +358,10 @@ def matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
     parts = weight.parts.values()
     if not all(part.is_cpu and part.is_contiguous() for part in parts):
         return None
-    return native_matrix(weight.matrix, lambda name: weight.parts[name].data_ptr(), "")
+    scales = "F16"
+    if weight.matrix.encoding is Encoding.HQQ:
+        dtype = weight.parts[scale_part(weight.matrix)].dtype
+        scales = "BF16" if dtype == torch.bfloat16 else "F16"
+    return native_matrix(
+        weight.matrix, lambda name: weight.parts[name].data_ptr(), "", scales=scales
+    )

@@ -12,12 +12,19 @@ from pathlib import Path
 import torch
 
 from expertd.native.library import Loaded, load
-from expertd.pack.layout import MXFP4_GROUP_SIZE, Encoding, Matrix, RecordLayout, matrix_parts
+from expertd.pack.layout import (
+    MXFP4_GROUP_SIZE,
+    Encoding,
+    Matrix,
+    RecordLayout,
+    matrix_parts,
+    scale_part,
+)
 from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
 
 PATH = Path(__file__).parent / "native" / "libexpertd_kernels.so"
-ABI = 2
+ABI = 3
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 
@@ -44,6 +51,7 @@ class NativeMatrix(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("zero", "zero_scale", "zero_zero", "bias")),
         *((name, ctypes.c_int32) for name in ("format", "group_size")),
         *((name, ctypes.c_int32) for name in ("meta_group_size", "bias_format")),
+        *((name, ctypes.c_int32) for name in ("scale_format", "padding")),
     )
 
 
@@ -130,18 +138,24 @@ def native_library() -> Loaded:
 
 
 def native_matrix(
-    matrix: Matrix, place: Callable[[str], int], plain: str, bias: tuple[str, int] | None = None
+    matrix: Matrix,
+    place: Callable[[str], int],
+    plain: str,
+    bias: tuple[str, int] | None = None,
+    scales: str = "F16",
 ) -> NativeMatrix | None:
     """``matrix`` for the kernels, or None if they do not know its form.
 
     ``place`` tells where a part is, by its full name; ``plain`` is the type of its weights if
-    they are not quantized, and ``bias`` the type and place of its bias.
+    they are not quantized, ``bias`` the type and place of its bias, and ``scales`` the type of
+    what scales them if they are.
     """
     native = NativeMatrix(
         rows=matrix.out_features,
         columns=matrix.in_features,
         group_size=matrix.group_size,
         meta_group_size=matrix.meta_group_size,
+        scale_format=_PLAIN[scales],
         **dict.fromkeys(("weight", "scale", "scale_scale", "scale_zero", "zero"), -1),
         **dict.fromkeys(("zero_scale", "zero_zero", "bias"), -1),
     )
@@ -190,11 +204,13 @@ def _of_record(layout: RecordLayout, name: str) -> NativeMatrix | None:
     parts = {part.name: part for part in layout.parts}
     bias = parts.get(f"{name}.bias")
     weight = parts.get(f"{name}.weight")
+    matrix = layout.matrix(name)
     return native_matrix(
-        layout.matrix(name),
+        matrix,
         lambda part: parts[part].offset,
         "" if weight is None else weight.dtype,
         None if bias is None else (bias.dtype, bias.offset),
+        parts[scale_part(matrix)].dtype if matrix.encoding is Encoding.HQQ else "F16",
     )
 
 

@@ -42,7 +42,7 @@ def record_parts(record, F: tl.constexpr):
         scale = record + F.at.scale
     else:
         weight = record + F.at.q
-        scale = (record + F.at.scale).to(tl.pointer_type(tl.float16))
+        scale = (record + F.at.scale).to(tl.pointer_type(F.scales))
     if F.encoding == "hqq" and not F.meta:
         zero = (record + F.at.zero).to(tl.pointer_type(tl.float16))
     else:
@@ -52,7 +52,7 @@ def record_parts(record, F: tl.constexpr):
         weight,
         scale,
         zero,
-        (record + F.at.scale_scale).to(half),
+        (record + F.at.scale_scale).to(tl.pointer_type(F.scales)),
         (record + F.at.scale_zero).to(half),
         (record + F.at.zero_scale).to(half),
         (record + F.at.zero_zero).to(half),

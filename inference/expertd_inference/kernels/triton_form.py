@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from triton import language as tl
 
-from expertd.pack.layout import DTYPE_BYTES, ROWS_PER_BYTE, Encoding, Matrix, RecordLayout
+from expertd.pack.layout import (
+    DTYPE_BYTES,
+    ROWS_PER_BYTE,
+    Encoding,
+    Matrix,
+    RecordLayout,
+    scale_part,
+)
 
 TRITON_DTYPES: dict[torch.dtype, tl.dtype] = {
     torch.float32: tl.float32,
@@ -77,6 +84,8 @@ class Form(NamedTuple):
     dtype: tl.dtype
     """Of plain weights and of the bias."""
     at: Places = Places()
+    scales: tl.dtype = tl.float16
+    """Of what scales the weights, in a record."""
 
     @property
     def span(self) -> int:
@@ -99,7 +108,10 @@ def record_form(layout: RecordLayout, name: str) -> Form:
     plain = parts.get(f"{name}.weight")
     own = plain or bias
     dtype = own.dtype if own else "BF16"
-    return _form(matrix, dtype, bias is not None)._replace(at=places)
+    form = _form(matrix, dtype, bias is not None)._replace(at=places)
+    if matrix.encoding is Encoding.HQQ:
+        form = form._replace(scales=_PLAIN_DTYPES[parts[scale_part(matrix)].dtype])
+    return form
 
 
 def weight_form(matrix: Matrix, parts: Mapping[str, Tensor]) -> Form:

@@ -15,6 +15,7 @@ from expertd.pack.layout import (
     check_layout,
     matrix_parts,
     record_layout,
+    scale_part,
 )
 
 
@@ -104,6 +105,25 @@ def test_what_is_built_passes_the_check(
 def test_impossible_matrices_are_refused(matrix: Matrix, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         matrix_parts(matrix, "BF16")
+
+
+@pytest.mark.parametrize("meta", [0, 128])
+def test_scales_may_be_bfloat16_and_zeros_not(meta: int) -> None:
+    matrix = hqq("down", 4, 128, 128, 16, meta)
+    layout = record_layout((matrix,), "BF16", has_bias=False, scales=["BF16"])
+    dtypes = {part.name: part.dtype for part in layout.parts}
+    assert {name for name, dtype in dtypes.items() if dtype == "BF16"} == {scale_part(matrix)}
+    usual = record_layout((matrix,), "BF16", has_bias=False)
+    assert layout.record_bytes == usual.record_bytes
+    check_layout(layout)
+    for name, dtype in dtypes.items():
+        if dtype == "F16":
+            parts = tuple(
+                msgspec.structs.replace(part, dtype="BF16") if part.name == name else part
+                for part in layout.parts
+            )
+            with pytest.raises(ValueError, match=f"part {name} is missing or not of"):
+                check_layout(msgspec.structs.replace(layout, parts=parts))
 
 
 GOOD = record_layout((plain("down", 64, 64), plain("gate_up", 128, 64)), "BF16", has_bias=False)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from expertd.errors import CheckpointError
 from expertd.pack.manifest import GateOrder
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.plan import TrunkStep, make_plan
-from expertd.packing.schemes import choose_scheme
+from expertd.packing.schemes import choose_scheme, default_scheme
 from tests.expert_store.packing.conftest import MakeCheckpoint
+from tests.expert_store.packing.editing import WEIGHTS, edited, write_config, write_shards
 from tests.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
-
-WEIGHTS = "model.safetensors"
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -103,7 +101,8 @@ def test_float32_becomes_bfloat16(tmp_path: Path) -> None:
     with Checkpoint(path) as checkpoint:
         assert checkpoint.dtype == "BF16"
         module = checkpoint.architecture.experts[0]
-        assert checkpoint.expert(module, 0).down.dtype == torch.bfloat16
+        # Which scales and zeros are found for, and which is rounded where it is not quantized.
+        assert checkpoint.expert(module, 0).down.dtype == torch.float32
         plan = make_plan(checkpoint, choose_scheme("bf16"))
         types = {s.source.name: s.dtype for s in plan.steps if isinstance(s, TrunkStep)}
     # As when transformers loads it in bfloat16: the routers' corrections stay exact.
@@ -134,6 +133,137 @@ def test_tensors_without_a_place_are_left_out(
         ]
 
 
+EXPERT = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        ({EXPERT: torch.float16}, "BF16"),
+        ({NORM: torch.float16}, "BF16"),
+        ({"": torch.float16}, "F16"),
+        ({"": torch.float16, NORM: torch.float32}, "F16"),
+        ({"": torch.float16, NORM: torch.bfloat16}, "BF16"),
+        ({"": torch.float16, EXPERT: torch.float32}, "BF16"),
+        ({"": torch.float32, EXPERT: torch.float16}, "BF16"),
+        ({"": torch.float64}, "BF16"),
+    ],
+    ids=str,
+)
+def test_the_type_that_has_the_range_of_all(
+    types: dict[str, torch.dtype], dtype: str, tmp_path: Path, checkpoint_of: MakeCheckpoint
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for start, kind in types.items():
+            for name in [name for name in tensors if name.startswith(start)]:
+                tensors[name] = tensors[name].to(kind)
+
+    with Checkpoint(edited(checkpoint_of("mixtral"), tmp_path, change)) as checkpoint:
+        assert checkpoint.dtype == dtype
+        module = checkpoint.architecture.experts[1]
+        own = types.get(EXPERT, types.get("", torch.bfloat16))
+        usual = types.get("", torch.bfloat16)
+        widest = torch.promote_types(own, usual)  # gate and up are one matrix
+        assert checkpoint.expert(module, 5).gate_up.dtype == widest
+        assert checkpoint.expert(module, 4).gate_up.dtype == usual
+
+
+def test_a_tied_head_under_either_name(tmp_path: Path) -> None:
+    path = make_checkpoint("mixtral", tmp_path / "m", tie_word_embeddings=True, num_hidden_layers=1)
+    tensors = load_file(path / WEIGHTS)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors.pop("model.embed_tokens.weight")
+        save_file(tensors, path / WEIGHTS, {"format": "pt"})
+        with Checkpoint(path) as checkpoint:
+            assert name in {source.name for _, source in checkpoint.trunk}
+        tensors["model.embed_tokens.weight"] = tensors.pop(name)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks the weights of model\.embed_tokens\.weight"):
+        Checkpoint(path)
+
+
+def test_buffers_that_old_checkpoints_lack(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    path = edited(checkpoint_of("deepseek_v3"), tmp_path, lambda t: t.pop(name))
+    with Checkpoint(path) as checkpoint:
+        assert checkpoint.unfilled == [name]
+    tensors = load_file(path / WEIGHTS)
+    (path / WEIGHTS).unlink()
+    write_shards(path, {"a.safetensors": tensors}, **{name: "a.safetensors"})
+    with pytest.raises(CheckpointError, match=f"and the tensor {name}, which its index names"):
+        Checkpoint(path)
+
+
+def test_more_experts_than_the_configuration_has(
+    tmp_path: Path, checkpoint_of: MakeCheckpoint
+) -> None:
+    """transformers would stack nine, and refuse the shape."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for end in ("w1", "w2", "w3"):
+            stem = "model.layers.1.block_sparse_moe.experts"
+            tensors[f"{stem}.8.{end}.weight"] = tensors[f"{stem}.7.{end}.weight"].clone()
+
+    path = edited(checkpoint_of("mixtral"), tmp_path, add)
+    with pytest.raises(CheckpointError, match=r"has 9 experts in layer 1.* asks for 8; give the"):
+        Checkpoint(path)
+    path = make_checkpoint("gpt_oss", tmp_path / "fused", num_hidden_layers=1)
+    write_config(path, num_local_experts=6)
+    with pytest.raises(CheckpointError, match=r"the shape \[8(, \d+)*\], .* asks for \[6"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "asks for 9 experts per token .* which has 8"),
+        ("mixtral", {"num_experts_per_tok": 0}, "does not say how many experts a token uses"),
+        ("deepseek_v3", {"n_group": 3}, "2 experts per token out of 1 of 3 groups"),
+        ("deepseek_v3", {"topk_group": 3}, "out of 3 of 2 groups"),
+        ("deepseek_v3", {"n_group": 8, "num_experts_per_tok": 4}, "4 experts .* out of 1 of 8"),
+        ("mixtral", {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "cannot build"),
+        ("mixtral", {"pad_token_id": 999}, "cannot build as a language model"),
+        ("mixtral", {"architectures": "Mixtral", "hidden_act": "nope"}, "cannot build"),
+        ("mixtral", {"num_attention_heads": 0}, "cannot build"),
+    ],
+)
+def test_configurations_that_cannot_work(
+    architecture: str,
+    config: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    checkpoint_of: MakeCheckpoint,
+) -> None:
+    """Told before anything is packed."""
+    path = tmp_path / "c"
+    path.mkdir()
+    shutil.copy(checkpoint_of(architecture) / "config.json", path)
+    write_config(path, **config)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_16_bits_that_are_said_to_be_mxfp4(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
+    """As fine-tuning leaves GPT-OSS; transformers loads what is there."""
+    path = edited(checkpoint_of("gpt_oss"), tmp_path, lambda _: None)
+    write_config(path, quantization_config={"quant_method": "mxfp4"})
+    assert default_scheme(path) == "4bit"
+    with Checkpoint(path) as checkpoint:
+        assert not checkpoint.is_mxfp4
+        assert checkpoint.disagrees == "mxfp4"
+        make_plan(checkpoint, choose_scheme("4bit"))
+
+
+def test_infinity_in_the_configuration(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
+    path = edited(checkpoint_of("mixtral"), tmp_path, lambda _: None)
+    write_config(path, made_up=[float("inf"), float("nan")])
+    with Checkpoint(path) as checkpoint:
+        assert checkpoint.architecture.name == "MixtralForCausalLM"
+
+
 def test_a_change_of_the_source_is_seen(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
     path = edited(checkpoint_of("mixtral"), tmp_path, lambda _: None)
 
@@ -152,23 +282,10 @@ def test_a_change_of_the_source_is_seen(tmp_path: Path, checkpoint_of: MakeCheck
     assert len({first, second, fingerprint()}) == 3
 
 
-def edited(source: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy of the checkpoint with its tensors changed."""
-    path = tmp_path / "edited"
-    shutil.copytree(source, path)
-    tensors = load_file(path / WEIGHTS)
-    change(tensors)
-    save_file(tensors, path / WEIGHTS)
-    return path
-
-
-EXPERT = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(EXPERT), "lacks experts.5.w3.weight of layer 1.* for 7 of 8 experts"),
+        (lambda t: t.pop(EXPERT), "lacks experts.5.w3.weight of layer 1 .* for 7 of 8 experts"),
         (lambda t: t.pop("model.norm.weight"), "lacks the weights of model.norm.weight"),
         (
             lambda t: [t.pop(name) for name in list(t) if "layers.2.block_sparse_moe.exp" in name],
@@ -190,32 +307,36 @@ def test_incomplete_checkpoints(
 
 
 def test_an_expert_of_another_shape(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
+    """Of one expert or of all: told from the headers, before anything is packed."""
     path = edited(
         checkpoint_of("mixtral"), tmp_path, lambda t: t.update({EXPERT: torch.zeros(128, 128)})
     )
-    with Checkpoint(path) as checkpoint:
-        module = checkpoint.architecture.experts[1]
-        checkpoint.expert(module, 4)
-        with pytest.raises(CheckpointError, match=r"of expert 5 in the shape \[384, 128\]"):
-            checkpoint.expert(module, 5)
+    with pytest.raises(CheckpointError, match=r"5.w3.weight in the shape \[128, 128\], and .*256"):
+        Checkpoint(path)
+    write_config(path, intermediate_size=128)
+    tensors = load_file(path / WEIGHTS)
+    tensors[EXPERT] = torch.zeros(256, 128)
+    save_file(tensors, path / WEIGHTS)
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj of each expert .* \[512, 128\], and .* \[256, 128\]"
+    ):
+        Checkpoint(path)
 
 
 def test_a_truncated_shard(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
     path = edited(checkpoint_of("mixtral"), tmp_path, lambda _: None)
-    with (path / WEIGHTS).open("r+b") as file:
-        file.truncate(1_000_000)
+    num_bytes = (path / WEIGHTS).stat().st_size
     with Checkpoint(path) as checkpoint:
+        with (path / WEIGHTS).open("r+b") as file:
+            file.truncate(1_000_000)  # since then
         module = checkpoint.architecture.experts[-1]
         with pytest.raises(CheckpointError, match=r"is truncated: model\.layers"):
             checkpoint.expert(module, module.num_experts - 1)
+    with pytest.raises(CheckpointError, match=rf"truncated: it has 1000000 of {num_bytes} bytes"):
+        Checkpoint(path)
     (path / WEIGHTS).write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         Checkpoint(path)
-
-
-def write_config(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_bytes()), **changes}))
 
 
 def test_no_checkpoint_at_all(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
@@ -267,16 +388,21 @@ def test_architectures_without_the_seam(
         Checkpoint(tmp_path)
 
 
-def test_types_that_cannot_be_packed(tmp_path: Path, checkpoint_of: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("name", [EXPERT, "model.norm.weight"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.int8, torch.int16, torch.uint32,
+     torch.int64, torch.complex64],
+    ids=str,
+)  # fmt: skip
+def test_types_that_are_none_of_weights(
+    dtype: torch.dtype, name: str, tmp_path: Path, checkpoint_of: MakeCheckpoint
+) -> None:
     path = edited(
-        checkpoint_of("mixtral"),
-        tmp_path,
-        lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)}),
+        checkpoint_of("mixtral"), tmp_path, lambda t: t.update({name: torch.ones(128).to(dtype)})
     )
-    with Checkpoint(path) as checkpoint:
-        module = checkpoint.architecture.experts[1]
-        with pytest.raises(CheckpointError, match="has the type F8_E4M3, which cannot be packed"):
-            checkpoint.expert(module, 5)
+    with pytest.raises(CheckpointError, match=f"{name} in .* has the type .*, which cannot be pac"):
+        Checkpoint(path)
 
 
 def test_a_scheme_that_does_not_fit(tmp_path: Path) -> None:

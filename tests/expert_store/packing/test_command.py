@@ -1,6 +1,8 @@
 """The commands as a user sees them: what they print, and how they end."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,7 @@ def test_refusals_are_one_sentence(checkpoint_of: MakeCheckpoint, tmp_path: Path
         (("pack", source, tmp_path / "absent/p"), ConfigError),
         (("pack", source, tmp_path / "p", "--device", "tpu"), ConfigError),
         (("pack", source, tmp_path), PackError),
+        (("pack", source, tmp_path / "p\udcff"), PackError),  # which no worker could be told
         (("pack", tmp_path, tmp_path / "p"), CheckpointError),
         (("verify", tmp_path), PackError),
         (("inspect", tmp_path), PackError),
@@ -108,6 +111,16 @@ def test_refusals_are_one_sentence(checkpoint_of: MakeCheckpoint, tmp_path: Path
         assert "\n" not in str(result.exception)
         assert not result.stdout
     assert not list(tmp_path.glob("p*"))
+
+
+def test_an_output_that_is_full() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "expertd", "--version"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.stderr == "expertd: the output cannot be written: No space left on device.\n"
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(

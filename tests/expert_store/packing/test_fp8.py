@@ -116,5 +116,26 @@ def test_other_fp8_is_refused(size: object, checkpoint: Path, tmp_path: Path) ->
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] = QUANTIZATION | {"weight_block_size": size}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"already quantized \(fp8\)"):
+    (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"already quantized \(fp8, by quantization_config"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("end", "value", "name"),
+    [("", "nan", EXPERT), (fp8.SCALE, "inf", f"{EXPERT}{fp8.SCALE}"), (fp8.SCALE, "1e38", "Exp")],
+    ids=["weight", "scale", "product"],
+)
+def test_what_is_no_number_is_named(
+    end: str, value: str, name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    (tmp_path / "c").mkdir()
+    values = tensors[f"{EXPERT}{end}"].float()
+    values.view(-1)[0] = float(value)
+    values = values.to(tensors[f"{EXPERT}{end}"].dtype)
+    path = edited(checkpoint, tmp_path / "c", **{end: values})
+    for scheme in ("bf16", "4bit"):
+        request = Request(path, tmp_path / scheme, choose_scheme(scheme), optimize=False)
+        with pytest.raises(CheckpointError, match=f"^{name}.* (holds|than a number holds)"):
+            pack(request)

@@ -1,6 +1,5 @@
 """MXFP4: a pack has the values that transformers reads from the checkpoint, and loses none."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from expertd.pack.inspect import inspect
 from expertd.pack.layout import Encoding
 from expertd.pack.reader import PackReader
 from expertd.pack.verify import verify
-from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.codec import dequantize, record_parts
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme, default_scheme
@@ -139,14 +137,14 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
         ),
         (
             lambda t: t[f"{DOWN}_scales"][7, 159].fill_(255),
-            "Expert 7 of layer 1 cannot be quantized: a scale of down is not a number",
+            f"{DOWN}_scales holds NaN in expert 7",
         ),
         (
             lambda t: (
                 t.update({DOWN: torch.zeros(8, 96, 160, dtype=torch.bfloat16)})
                 or [t.pop(f"{DOWN}_blocks"), t.pop(f"{DOWN}_scales")]
             ),
-            f"lacks {DOWN}_blocks",
+            "does not have its experts in MXFP4 in layer 1",
         ),
     ],
     ids=["no blocks", "no scales", "another shape", "not a number", "16 bits"],
@@ -162,12 +160,3 @@ def test_damaged_checkpoints(
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     with pytest.raises(CheckpointError, match=message):
         pack(Request(tmp_path, tmp_path / "p", choose_scheme("mxfp4")))
-
-
-def test_other_formats_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    for method in ("fp8", "gptq"):
-        config["quantization_config"] = {"quant_method": method}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match=rf"quantized \({method}\).*can be packed"):
-            Checkpoint(tmp_path)

@@ -10,7 +10,7 @@ from expertd.native.library import SWITCH
 from expertd.packing.codec import decode, dequantize
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.native_solver import LIBRARY, NativeSolver
-from expertd.packing.quantizer import quantize
+from expertd.packing.quantizer import quantize, quantize_to
 from expertd.packing.schemes import parse_precision
 from expertd.packing.solver import choose_solver
 from hatch_build import find_compiler
@@ -173,6 +173,26 @@ def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtyp
                 matrix = parse_precision(text).matrix("m", 64, 512)
                 with pytest.raises(ValueError, match=r"m\.scale is not finite"):
                     quantize(weight, matrix, optimize=True, solver=native(variant))
+
+
+@needs_library
+@pytest.mark.parametrize("text", ["4g64", "2g16m"])
+def test_what_is_no_number_spoils_no_other_group(text: str) -> None:
+    """Where it is packed all the same."""
+    weight = normal(64, 512)
+    matrix = parse_precision(text).matrix("m", 64, 512)
+    whole = quantize(weight, matrix, optimize=True, solver=native())
+    parts = {name: part.clone() for name, part in whole.items()}
+    weight[3, 5] = torch.nan
+    bad = quantize_to(parts, weight, matrix, optimize=True, solver=native())
+    assert bad == "m.scale"
+    found = dequantize(matrix, parts, torch.float32)
+    groups = 128 if matrix.meta_group_size else 1
+    assert found.isnan().sum() == groups * matrix.group_size
+    assert found[3, 5].isnan()
+    others = ~found.isnan()
+    expected = dequantize(matrix, whole, torch.float32)
+    assert torch.equal(found[others], expected[others])
 
 
 @needs_library

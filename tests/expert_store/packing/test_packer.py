@@ -384,24 +384,17 @@ def test_a_write_error_keeps_what_is_done(
     assert notices == ["Going on after 30 of 48 steps."]
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
-    model = make_model("mixtral", num_hidden_layers=2)
-    model.model.layers[1].mlp.experts.down_proj.data[3, 7, 9] = float("nan")
-    save_model(model, tmp_path / "nan")
-    request = Request(tmp_path / "nan", tmp_path / "pack", choose_scheme("4bit"), optimize=False)
-    with pytest.raises(CheckpointError, match="Expert 3 of layer 1 cannot be quantized: down") as e:
-        pack(request)
-    assert "are done and kept in" in str(e.value)
-
-
 def test_a_source_that_goes_bad_keeps_what_is_done(
     tmp_path: Path, checkpoint_of: MakeCheckpoint
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(checkpoint_of("mixtral"), source)
-    with (source / "model.safetensors").open("r+b") as file:
-        file.truncate(4_000_000)
     request = Request(source, tmp_path / "pack", choose_scheme("bf16"))
+
+    def truncate(progress: Progress) -> None:
+        if progress.done_steps == 3:
+            os.truncate(source / "model.safetensors", 4_000_000)
+
     with pytest.raises(CheckpointError, match=r"is truncated: .* \d+ of 48 steps are done and"):
-        pack(request)
+        pack(request, on_progress=truncate)
     assert not request.destination.exists()

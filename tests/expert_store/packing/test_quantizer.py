@@ -74,6 +74,36 @@ def test_error_of_a_normal_matrix(text: str, optimize: bool, solver: Solver) -> 
     assert 0.95 * expected < error < 1.03 * expected
 
 
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("text", ERRORS)
+def test_the_error_is_the_same_at_any_size(text: str, optimize: bool, solver: Solver) -> None:
+    """Also where the scales of fp16 end, and where it has few digits or none."""
+    weight = weights(64, 512)
+    matrix = parse_precision(text).matrix("m", 64, 512)
+
+    def error(factor: float) -> float:
+        scaled = weight * factor
+        parts = quantize(scaled, matrix, optimize=optimize, solver=solver)
+        difference = dequantize(matrix, parts, torch.float32) - scaled
+        return (difference.norm() / scaled.norm()).item()
+
+    usual = error(1)
+    for exponent in (-60, -30, -20, -14, -11, -9, -7, 14, 20, 30, 60):
+        # 8 digits round a scale up by 2^-7 at most, and 5 where fp16 has no more by a bit less.
+        assert error(2.0**exponent) < 1.05 * usual, exponent
+
+
+@pytest.mark.parametrize("value", [1e-9, -1e-6, 3e-5, 1e-3, 1e6])
+def test_equal_weights_of_any_size(value: float, solver: Solver) -> None:
+    weight = torch.full((16, 64), value)
+    weight[3] = torch.linspace(0, value, 64)
+    matrix = Precision(4, 64).matrix("m", 16, 64)
+    result = dequantize(
+        matrix, quantize(weight, matrix, optimize=True, solver=solver), torch.float32
+    )
+    assert torch.allclose(result[4:], weight[4:], rtol=0.01)
+
+
 @pytest.mark.parametrize("deviation", [1e-3, 0.02, 1.0, 30.0])
 def test_meta_groups_follow_the_size_of_the_weights(deviation: float, solver: Solver) -> None:
     """HQQ alone takes scales that span less than 1e-4 for equal, which small weights have."""

@@ -61,10 +61,13 @@ class CachedLayer:
         bias: bool = False,
         activation: Activation = SILU,
         device: str = "cpu",
+        scales: str = "F16",
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.layout = record_layout(matrices, NAMES[dtype], has_bias=bias)
+        self.layout = record_layout(
+            matrices, NAMES[dtype], has_bias=bias, scales=[scales] * len(matrices)
+        )
         self.num_experts, self.hidden, self.dtype = (
             num_experts,
             matrices[1].out_features,

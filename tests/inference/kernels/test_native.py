@@ -96,6 +96,22 @@ def test_layer(isa: str, precision: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g32m", "3g64m", "3g32", "2g16m"])
+def test_weights_of_unusual_size(isa: str, precision: str) -> None:
+    """Their scales are bfloat16: of an expert's, of linear layers', alone and of meta groups."""
+    layer = Layer(4, 128, 64, precision=precision, dtype=torch.bfloat16, sizes=(2.0**20, 2.0**-40))
+    for tokens in (1, 3, FUSED_TOKENS * 3):
+        index, weights = routed(tokens, 2, 4)
+        hidden = inputs(tokens, 128, torch.bfloat16)
+        assert_near(*both(layer, spec_of(layer), hidden, index, weights), torch.bfloat16)
+    weight = quantized(64, 256, precision, size=2.0**-24)
+    x = inputs(2, 256, torch.bfloat16)
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+    error = (NativeKernels().linear(x, weight).double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 + 2e-4 * 2**-24).all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("columns", [16, 48, 112, 2064])
 @pytest.mark.parametrize("precision", ["8g16", "4g16m", "3g16", "2g16m"])
 def test_columns_that_no_register_divides(isa: str, columns: int, precision: str) -> None:
@@ -376,10 +392,10 @@ GATES = {
 }
 
 
-def quantized(rows: int, columns: int, precision: str) -> QuantizedWeight:
+def quantized(rows: int, columns: int, precision: str, size: float = 1) -> QuantizedWeight:
     matrix = parse_precision(precision).matrix("w", rows, columns)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
-    return QuantizedWeight(matrix, quantize(weight / columns**0.5, matrix, optimize=False))
+    return QuantizedWeight(matrix, quantize(weight * size / columns**0.5, matrix, optimize=False))
 
 
 def assert_exact(ours: Tensor, x: Tensor, weight: QuantizedWeight) -> None:

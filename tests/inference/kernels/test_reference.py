@@ -31,13 +31,16 @@ class Layer:
         bias: bool = False,
         gate_order: GateOrder = GateOrder.CONCATENATED,
         dtype: torch.dtype = torch.bfloat16,
+        sizes: tuple[float, float] = (1, 1),
         seed: int = 0,
     ) -> None:
+        """``sizes`` of the weights of gate_up and down beside usual ones; BF16 scales if not 1."""
         generator = torch.Generator().manual_seed(seed)
         name = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}[dtype]
         chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
         matrices = (chosen.matrix("gate_up", 2 * i, h), chosen.matrix("down", h, i))
-        self.layout = record_layout(matrices, name, has_bias=bias)
+        scales = ["F16" if size == 1 else "BF16" for size in sizes]
+        self.layout = record_layout(matrices, name, has_bias=bias, scales=scales)
         # A page before the first record: an offset of 0 hides its misuse.
         self.records = [4096 + e * self.layout.record_bytes for e in range(num_experts)]
         self.memory = mmap.mmap(-1, 4096 + num_experts * self.layout.record_bytes)
@@ -47,9 +50,10 @@ class Layer:
         self.gate_order = gate_order
         for record in self.records:
             weights: dict[str, Tensor] = {}
-            for matrix in matrices:
+            for matrix, size in zip(matrices, sizes, strict=True):
                 shape = (matrix.out_features, matrix.in_features)
-                weight = torch.randn(shape, generator=generator).div(shape[1] ** 0.5).to(dtype)
+                weight = torch.randn(shape, generator=generator).mul(size / shape[1] ** 0.5)
+                weight = weight.to(dtype)
                 if matrix.encoding is Encoding.MXFP4:
                     parts = random_mxfp4(matrix, generator)
                 elif matrix.bits:

@@ -70,6 +70,16 @@ def test_every_scheme(precision: str, dtype: torch.dtype, tokens: int) -> None:
     assert_close(found, expected, dtype)
 
 
+@pytest.mark.parametrize("precision", ["4g64", "2g16m"])
+@pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
+def test_scales_in_bfloat16(tokens: int, precision: str) -> None:
+    layer = CachedLayer(
+        matrices(precision, 128, 64), dtype=torch.float32, device=DEVICE, scales="BF16"
+    )
+    found, expected = run(layer, tokens)
+    assert_close(found, expected, torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize(
     ("precision", "hidden", "inner"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from expertd.pack.layout import scale_part
 from expertd.packing.codec import dequantize
 from expertd.packing.schemes import parse_precision
 from expertd_inference.kernels.weights import QuantizedWeight
@@ -39,6 +40,19 @@ def test_every_scheme(precision: str, rows: int, columns: int, shape: tuple[int,
     expected = functional.linear(x.cpu(), dequantize(weight.matrix, parts, torch.float32))
     assert found.shape == (*shape, rows)
     # Sums of at most 192 products in another order.
+    torch.testing.assert_close(found.cpu(), expected, atol=3e-6 * expected.abs().max(), rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["4g64", "2g16m"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_scales_in_bfloat16(tokens: int, precision: str) -> None:
+    weight = random_weight(precision, 64, 128)
+    name = scale_part(weight.matrix)
+    parts = {**weight.parts, name: weight.parts[name].bfloat16()}
+    x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    found = triton_linear.linear(x, QuantizedWeight(weight.matrix, parts))
+    on_cpu = {name: part.cpu() for name, part in parts.items()}
+    expected = functional.linear(x.cpu(), dequantize(weight.matrix, on_cpu, torch.float32))
     torch.testing.assert_close(found.cpu(), expected, atol=3e-6 * expected.abs().max(), rtol=0)
 
 

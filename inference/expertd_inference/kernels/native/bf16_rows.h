@@ -10,7 +10,9 @@ namespace {
 constexpr int64_t AHEAD = 3072, SCALES_AHEAD = 512;
 
 bool is_fast(const Matrix& m, int32_t type) {
-    return type == BF16 && (m.format >= HQQ8 || m.format == BF16);
+    if (type != BF16) return false;
+    // Scales of weights of unusual size are not worth a copy of all this.
+    return m.format == BF16 || m.format == MXFP4 || (m.format >= HQQ8 && m.scale_format == F16);
 }
 
 // Where a field of row `k` lies in its word; see bf16_words.h.

@@ -31,23 +31,25 @@ inline void decode_groups(const Matrix& m, const uint8_t* base, int64_t first, i
             zero[i] = 0;
         }
     } else if (!m.meta_group_size) {
-        widen(base + m.scale + first * 2, F16, count, scale);
+        widen(base + m.scale + first * 2, m.scale_format, count, scale);
         widen(base + m.zero + first * 2, F16, count, zero);
     } else {
-        const auto decode = [&](int64_t q, int64_t scales, int64_t zeros, float* out) {
+        const auto decode = [&](int64_t q, int64_t scales, int64_t zeros, int32_t format,
+                                float* out) {
             for (int64_t i = 0; i < count;) {
                 const int64_t group = (first + i) / m.meta_group_size;
                 const int64_t end = std::min(count, (group + 1) * m.meta_group_size - first);
                 uint16_t s, z;
                 memcpy(&s, base + scales + group * 2, 2);
                 memcpy(&z, base + zeros + group * 2, 2);
-                const float scale_here = from_f16(s), zero_here = from_f16(z);
+                const float scale_here = format == BF16 ? from_bf16(s) : from_f16(s);
+                const float zero_here = from_f16(z);
                 for (; i < end; ++i)
                     out[i] = (static_cast<float>(base[q + first + i]) - zero_here) * scale_here;
             }
         };
-        decode(m.scale, m.scale_scale, m.scale_zero, scale);
-        decode(m.zero, m.zero_scale, m.zero_zero, zero);
+        decode(m.scale, m.scale_scale, m.scale_zero, m.scale_format, scale);
+        decode(m.zero, m.zero_scale, m.zero_zero, F16, zero);
     }
 }
 

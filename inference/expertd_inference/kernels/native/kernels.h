@@ -6,7 +6,7 @@
 #define EXPERTD_API extern "C" __attribute__((visibility("default")))
 
 // Changes with any structure or function here; kernels/native_library.py has the same number.
-#define EXPERTD_ABI 2
+#define EXPERTD_ABI 3
 
 // How values are stored; the first three are also the types of activations.
 enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4 };
@@ -22,6 +22,8 @@ struct Matrix {
     int64_t zero, zero_scale, zero_zero;    // HQQ only
     int64_t bias;                           // -1: none
     int32_t format, group_size, meta_group_size, bias_format;
+    int32_t scale_format; // of HQQ: F16 or BF16, where meta groups are of their scales; zeros are F16
+    int32_t padding;
 };
 
 struct Activation {

@@ -1,0 +1,75 @@
+"""What a packing tells its user of the checkpoint, in sentences."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from expertd.errors import CheckpointError
+from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.mxfp4 import BITS_PER_WEIGHT
+from expertd.packing.schemes import MXFP4, Scheme
+
+MOST_TOLD = 20
+"""Tensors that are not finite and are named, of those that were forced."""
+ADAPTER_NAME = "adapter_config.json"
+
+
+def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
+    """What the user is to know of the checkpoint, in sentences."""
+    if checkpoint.unused:
+        yield (
+            f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "
+            f"place for are left out, such as {checkpoint.unused[0]}."
+        )
+    if checkpoint.unfilled:
+        yield (
+            f"{checkpoint.path} lacks {len(checkpoint.unfilled)} buffers, such as "
+            f"{checkpoint.unfilled[0]}, which stay as transformers makes them."
+        )
+    if (checkpoint.path / ADAPTER_NAME).exists():
+        yield (
+            f"{checkpoint.path} has an adapter as well ({ADAPTER_NAME}), which is left out: merge "
+            "it first if it is to have an effect."
+        )
+    if checkpoint.disagrees:
+        yield (
+            f"The config.json of {checkpoint.path} names a quantization ({checkpoint.disagrees}), "
+            "and its weights are not quantized: they are packed as what they are."
+        )
+    if len(checkpoint.types) > 1:
+        yield (
+            f"The experts come in {', '.join(sorted(checkpoint.types))}: what of them is not "
+            f"quantized is written as {checkpoint.dtype}, which has the range of all."
+        )
+    if checkpoint.is_mxfp4 and scheme.experts != MXFP4:
+        yield (
+            f"The experts come in MXFP4, {BITS_PER_WEIGHT} bits per weight, and are made "
+            f"{scheme.experts} of that; --experts mxfp4 keeps them as they are."
+        )
+
+
+class Flawed:
+    """Tells of weights that are not finite: refuses them, or names them as they come."""
+
+    def __init__(self, force: bool, notice: Callable[[str], None]) -> None:
+        self._force = force
+        self._notice = notice
+        self._num_told = 0
+        self._num_more = 0
+
+    def meet(self, flaws: Sequence[str]) -> None:
+        """Raises :class:`CheckpointError` unless forced."""
+        if not self._force:
+            more = f", and {len(flaws) - 1} more tensors have flaws" if len(flaws) > 1 else ""
+            raise CheckpointError(
+                f"{flaws[0]}{more}; mend the checkpoint, or give --force to pack it as it is."
+            )
+        for flaw in flaws:
+            if self._num_told < MOST_TOLD:
+                self._num_told += 1
+                self._notice(f"{flaw}; it is packed so (--force).")
+            else:
+                self._num_more += 1
+
+    def conclude(self) -> None:
+        """Says how many were not named."""
+        if self._num_more:
+            self._notice(f"{self._num_more} more tensors are not finite, and packed so (--force).")
