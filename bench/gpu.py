@@ -28,7 +28,7 @@ if "--fake" in sys.argv:
 import torch
 
 from bench import gpu_copies, gpu_decode
-from bench.figures import Figure
+from bench.gpu_figures import GpuFigure
 from bench.gpu_rig import OutOfTimeError, Rig, loaded
 from bench.host import describe_host
 from bench.store import default_traces
@@ -94,21 +94,22 @@ class Report:
 
     def __init__(self, folder: Path, *, fake: bool) -> None:
         self.host = describe_host()
-        self.figures: list[Figure] = []
+        self.figures: list[GpuFigure] = []
         self.failures: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
         gpu = "fake" if fake else torch.cuda.get_device_name(0)
         name = "".join(each if each.isalnum() else "-" for each in gpu.lower())
         self.path = folder / f"gpu-{name}.json"
 
-    def take(self, part: str, figures: Iterator[Figure]) -> None:
+    def take(self, part: str, figures: Iterator[GpuFigure]) -> None:
         """All of a part that come; whatever goes wrong is noted."""
         try:
             for figure in figures:
                 self.figures.append(figure)
                 self.write()
                 value = figure.ours if figure.ratio is None else figure.ratio
-                say(f"  {figure.what}: {figure.ours:.3g} {figure.unit} ({value:.2f})")
+                state = " ".join(filter(None, (figure.arena, figure.steps)))
+                say(f"  {figure.what} [{state}]: {figure.ours:.3g} {figure.unit} ({value:.2f})")
         except OutOfTimeError as error:
             self.failures.append(f"{part}: cut short, {error}")
         except Exception as error:
@@ -138,19 +139,21 @@ class Report:
     def _page(self) -> str:
         lines = [f"# {self.host.get('GPU', 'The fake device')}", "", "`make gpu-bench` on:", ""]
         lines += [f"- {name}: {value}" for name, value in self.host.items()]
-        lines += ["", "| what | ours | limit | ratio | goal | |", "|---|---|---|---|---|---|"]
+        lines += ["", "| what | arena | steps | ours | limit | bound by | ratio | goal | |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
         for each in self.figures:
             limit = "" if each.limit is None else f"{each.limit:.4g} {each.unit}"
             ratio = "" if each.ratio is None else f"{each.ratio:.2f}"
             met = {True: "met", False: "missed", None: ""}[each.met]
             ours = f"{each.ours:.4g} {each.unit}"
-            lines.append(f"| {each.what} | {ours} | {limit} | {ratio} | {each.goal} | {met} |")
+            cells = [each.what, each.arena, each.steps, ours, limit, each.bound, ratio, each.goal]
+            lines.append(f"| {' | '.join([*cells, met])} |")
         if self.failures:
             lines += ["", "Not measured:", "", *(f"- {failure}" for failure in self.failures)]
         return "\n".join([*lines, ""])
 
 
-def _shape(rig: Rig, shape: str, scheme: str) -> Iterator[Figure]:
+def _shape(rig: Rig, shape: str, scheme: str) -> Iterator[GpuFigure]:
     pack = rig.make_pack(shape, scheme)
     try:
         with loaded(rig, pack) as (_, session):
@@ -161,7 +164,7 @@ def _shape(rig: Rig, shape: str, scheme: str) -> Iterator[Figure]:
             file.unlink()
 
 
-def _kernels(deadline: float, *, fake: bool) -> Iterator[Figure]:
+def _kernels(deadline: float, *, fake: bool) -> Iterator[GpuFigure]:
     """By a process of its own, whose compiling may be cut short."""
     if fake:
         return
@@ -176,7 +179,7 @@ def _kernels(deadline: float, *, fake: bool) -> Iterator[Figure]:
     except subprocess.TimeoutExpired as error:
         raise OutOfTimeError("compiling and measuring them took longer than was left") from error
     for row in json.loads(done.stdout)["figures"]:
-        yield Figure(**row)
+        yield GpuFigure(**row)
 
 
 if __name__ == "__main__":

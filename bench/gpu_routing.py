@@ -55,6 +55,15 @@ def routing_for(
     return Routing(result, what)
 
 
+def swept(routing: Routing, num_experts: int) -> tuple[Routing, int]:
+    """The routing after so many tokens that together use every expert of every layer once."""
+    _, layers, k = routing.experts.shape
+    tokens = -(-num_experts // k)
+    sweep = torch.arange(tokens * k).view(tokens, 1, k) % num_experts
+    every = torch.cat([sweep.expand(tokens, layers, k), routing.experts])
+    return Routing(every, routing.what), tokens
+
+
 def _decoded(path: Path, num_layers: int, num_experts: int) -> list[list[list[int]]]:
     """The decoded tokens that have all layers; none if the trace is of another shape."""
     steps: dict[int, dict[int, list[int]]] = defaultdict(dict)
