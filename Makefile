@@ -14,7 +14,9 @@
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-prefetch  what hints to the daemon are worth with less RAM than model (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
-#   make gpu-test   what needs a GPU, and the Triton kernels on it, under the host's own python3
+#   make gpu-slot   everything that only a GPU can tell, the most telling first, in 500 s at most
+#                   (GPU_SLOT="--seconds 300 --stages probe,same"; GPU_SLOT=--fake without a GPU)
+#   make gpu-test   the tests that need a GPU, under the host's own python3 (two minutes)
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
 #   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
@@ -29,7 +31,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-quantize gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -98,18 +100,23 @@ bench-decode: setup
 bench-quantize: setup
 	@$(BIN)/python -m bench.quantize
 
-# A GPU host's own Python, which has its torch: no virtual environment, no network.
-GPU_PYTHON = PYTHONPATH="$(CURDIR)/proto:$(CURDIR)/expert_store:$(CURDIR)/client:$(CURDIR)/inference:$(CURDIR)/tests/doubles:$$PYTHONPATH" \
-	$(PYTHON)
+# A GPU host's own Python, which has its torch: no virtual environment, no network. Without a GPU
+# (--fake), that of the virtual environment.
+GPU_PYTHON = PYTHONPATH="$(CURDIR)/build/gpu-site:$(CURDIR)/proto:$(CURDIR)/expert_store:$(CURDIR)/client:$(CURDIR)/inference:$(CURDIR)/tests/doubles:$$PYTHONPATH" \
+	$(if $(FAKE_GPU),$(BIN)/python,$(PYTHON))
+FAKE_GPU = $(findstring --fake,$(GPU_SLOT) $(GPU_BENCH))
+
+gpu-slot: $(if $(FAKE_GPU),setup native)
+	@$(GPU_PYTHON) -m bench.gpu_slot $(GPU_SLOT)
 
 gpu-test:
 	@$(GPU_PYTHON) -m bench.gpu_needs
 	@$(GPU_PYTHON) hatch_build.py
-	$(GPU_PYTHON) -m pytest -c tests/gpu.ini --rootdir . tests/inference/device tests/inference/kernels
+	@$(GPU_PYTHON) -m tests.on_gpu
 
-gpu-bench:
-	@$(GPU_PYTHON) -m bench.gpu_needs
-	@$(GPU_PYTHON) hatch_build.py
+gpu-bench: $(if $(FAKE_GPU),setup native)
+	@$(if $(FAKE_GPU),,$(GPU_PYTHON) -m bench.gpu_needs)
+	@$(if $(FAKE_GPU),,$(GPU_PYTHON) hatch_build.py)
 	$(GPU_PYTHON) -m bench.gpu $(GPU_BENCH)
 
 bench-kernels: setup native

@@ -6,6 +6,7 @@ way nothing of it is left on the GPU, so that the next has all of its memory.
 """
 
 import gc
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from bench.gpu_rig import Rig
 from bench.gpu_routing import routing_for, swept
 from bench.gpu_state import EAGER, GpuState, state_of
 from expertd.pack.manifest import read_manifest
+from expertd.sizes import format_bytes
 from expertd_client import Session
 from expertd_inference.device.device import Device
 from expertd_inference.device.graphs import DecodeCache
@@ -33,7 +35,7 @@ from expertd_inference.recovery import Recovery
 from expertd_inference.settings import DeviceSettings
 
 WARM_TOKENS, TOKENS = 80, 40
-FAKE_WARM_TOKENS, FAKE_TOKENS = 4, 4
+FAKE_WARM_TOKENS, FAKE_TOKENS = 3, 2
 PROMPT_TOKENS = 4
 CACHE_TOKENS = 1024
 """Room for keys and values where steps are recorded: attention costs by it, not by what is in it.
@@ -82,8 +84,34 @@ class Decoded:
     def cached(self, cache_bytes: int, expert_bytes: int) -> str:
         """What the cache held, in words: all only if nothing was missed."""
         if cache_bytes < expert_bytes:
-            return f"a cache of {cache_bytes / 2**30:.1f} GiB"
+            return f"a cache of {format_bytes(cache_bytes)}"
         return f"room for all, {self.misses} misses" if self.misses else "all cached"
+
+    def row(self, cache_bytes: int, expert_bytes: int) -> dict[str, Any]:
+        """For :class:`bench.gpu_rows.Rows`."""
+        moved, tokens = self.moved, len(self.seconds)
+        return {
+            "arena": self.state.arena,
+            "steps": self.state.steps,
+            "tokens_per_s": self.tokens_per_second,
+            "bound": 1 / self.bound.seconds,
+            "bound_by": self.bound.by,
+            "of_bound": self.tokens_per_second * self.bound.seconds,
+            "cached": self.cached(cache_bytes, expert_bytes),
+            "hits": self.hits,
+            "MB_a_token": self.copied_bytes / 1e6,
+            "median_ms": statistics.median(self.seconds) * 1e3,
+            "best_ms": min(self.seconds) * 1e3,
+            "host_cpu_ms": self.host_seconds * 1e3,
+            "syncs_a_token": moved.syncs / tokens,
+            "replays": self.state.replays,
+            "cpu_computed": moved.cpu_computed,
+            "guesses": moved.prefetch_issued,
+            "guesses_useful": moved.prefetch_useful,
+            "guesses_late": moved.prefetch_late,
+            "gpu_GB": self.gpu_bytes / 1e9,
+            "first_ms": [seconds * 1e3 for seconds in self.first_seconds],
+        }
 
 
 class Decoder:

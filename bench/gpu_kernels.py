@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.figures import Figure, compared, timed
+from bench.figures import compared, timed
+from bench.gpu_figures import GpuFigure, of_gpu
 from bench.gpu_peers import gemlite_product, torch_int4_product
 from bench.store import show
 from expertd.pack.layout import Matrix, RecordLayout, matrix_parts, record_layout
@@ -43,6 +44,8 @@ from expertd_inference.kernels.weights import QuantizedWeight
 SCHEMES = ("16", "8g128", "4g64", "3g64m", "2g16m", "mxfp4")
 LINEAR_SCHEMES = ("8g128", "4g64", "4g64m")
 MANY_TOKENS = 512
+LAUNCHES_OF_EXPERTS = 2
+"""Of our kernels, for the experts of a token: one a matrix."""
 SILU = Activation(ActivationKind.SILU)
 
 
@@ -56,7 +59,7 @@ class Shape:
     top_k: int
 
 
-SHAPES = (Shape("mixtral-8x7b", 4096, 14336, 2), Shape("qwen3-30b-a3b", 2048, 768, 8))
+SHAPES = (Shape("qwen3-30b-a3b", 2048, 768, 8), Shape("mixtral-8x7b", 4096, 14336, 2))
 TINY = Shape("tiny", 256, 64, 2)
 
 
@@ -70,6 +73,12 @@ class Run:
     """In one graph."""
     cache_bytes: int
     """Of different experts: many times what the GPU's own cache holds."""
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FULL = Run(DEVICE, 9, 16, 2 << 30)
+QUICK = Run(DEVICE, 1, 1, 1 << 16)
+"""Tiny, to see this program work."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,8 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.quick:
         parser.error("there is no GPU here; --quick shows on the CPU that the program works")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Run(device, 1, 1, 1 << 16) if options.quick else Run(device, 9, 16, 2 << 30)
+    run = QUICK if options.quick else FULL
     shapes = [shape for shape in SHAPES if shape.name in (options.shape or [shape.name])]
     shapes = [TINY] if options.quick else shapes
     schemes = options.scheme or (("4g64",) if options.quick or options.tune else SCHEMES)
@@ -99,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for figure in (tune if options.tune else measure)(run, shapes, schemes, say.print):
         figures.append(figure)
         say.print(f"  {figure.what}: {figure.ours:.3g} {figure.unit}", highlight=False)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU, interpreted"
     if options.json:
         rows = [asdict(figure) for figure in figures]
         print(json.dumps({"device": name, "torch": torch.__version__, "figures": rows}, indent=1))
@@ -110,28 +118,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(
     run: Run, shapes: Sequence[Shape], schemes: Sequence[str], say: Callable[[str], None]
-) -> Iterator[Figure]:
+) -> Iterator[GpuFigure]:
     """What the kernels do with the table's block sizes."""
     copy = Copy(run)
     for shape, scheme in itertools.product(shapes, schemes):
         say(f"{shape.name} in {scheme}")
         layer = CachedLayer(run, shape, scheme)
         goal = 0.7 if scheme in {"3g64m", "2g16m"} else 0.85
-        yield compared(
-            "gemv",
-            f"{shape.name} {scheme}, experts of a token",
-            "GB/s",
-            turns(run, layer.tokens(1), layer.token_bytes, copy.run, copy.num_bytes),
-            at_least=goal,
+        num_launches = LAUNCHES_OF_EXPERTS * run.calls
+        turned, bound = bounded(run, layer.tokens(1), layer.token_bytes, num_launches, copy)
+        yield of_gpu(
+            compared(
+                "gemv",
+                f"{shape.name} {scheme}, experts of a token",
+                "GB/s",
+                turned,
+                at_least=goal,
+            ),
+            bound=bound,
         )
         num_tokens = MANY_TOKENS if run.device == "cuda" else 9
         dense, operations = layer.dense(num_tokens)
         turned = turns(run, layer.tokens(num_tokens), operations, dense, operations)
-        yield compared(
-            "gemm",
-            f"{shape.name} {scheme}, experts of {num_tokens} tokens",
-            "TFLOP/s",
-            [(ours / 1000, limit / 1000) for ours, limit in turned],
+        yield of_gpu(
+            compared(
+                "gemm",
+                f"{shape.name} {scheme}, experts of {num_tokens} tokens",
+                "TFLOP/s",
+                [(ours / 1000, limit / 1000) for ours, limit in turned],
+            ),
+            bound="dense product",
         )
     for scheme in LINEAR_SCHEMES:
         say(f"a linear layer in {scheme}")
@@ -140,7 +156,7 @@ def measure(
 
 def measure_linear(
     run: Run, scheme: str, copy: "Copy", say: Callable[[str], None]
-) -> Iterator[Figure]:
+) -> Iterator[GpuFigure]:
     """A layer of Mixtral's size for one token, beside a copy and beside other libraries."""
     rows, columns = (4096, 4096) if run.device == "cuda" else (64, 128)
     matrix = parse_precision(scheme).matrix("weight", rows, columns)
@@ -149,34 +165,26 @@ def measure_linear(
     weights = [QuantizedWeight(matrix, random_parts(matrix, run.device)) for _ in range(count)]
     x = torch.randn(1, columns, device=run.device, dtype=torch.bfloat16)
     linear = gpu_kernels().linear
-    ours = captured(run, [lambda w=w: linear(x, w) for w in weights[: 4 * run.calls]])
-    num_bytes *= min(count, 4 * run.calls)
+    calls = min(count, 4 * run.calls)
+    ours = captured(run, [lambda w=w: linear(x, w) for w in weights[:calls]])
+    num_bytes *= calls
     what = f"[{rows}, {columns}] in {scheme}, a token"
-    yield compared(
-        "linear",
-        what,
-        "GB/s",
-        turns(run, ours, num_bytes, copy.run, copy.num_bytes),
-        at_least=0.85,
-    )
+    turned, bound = bounded(run, ours, num_bytes, calls, copy)
+    yield of_gpu(compared("linear", what, "GB/s", turned, at_least=0.85), bound=bound)
     for name, product in {"torch": torch_int4_product, "gemlite": gemlite_product}.items():
         try:
-            actions = [product(matrix, x) for _ in weights[: 4 * run.calls]]
+            actions = [product(matrix, x) for _ in weights[:calls]]
             theirs = captured(run, actions)
         except Exception as error:  # each has its own reasons not to serve here
             say(f"{name} is not compared: {str(error).splitlines()[0]}")
             continue
-        yield compared(
-            "linear",
-            f"{what}, beside {name}",
-            "GB/s",
-            turns(run, ours, num_bytes, theirs, num_bytes),
-        )
+        turned = turns(run, ours, num_bytes, theirs, num_bytes)
+        yield of_gpu(compared("linear", f"{what}, beside {name}", "GB/s", turned), bound=name)
 
 
 def tune(
     run: Run, shapes: Sequence[Shape], schemes: Sequence[str], say: Callable[[str], None]
-) -> Iterator[Figure]:
+) -> Iterator[GpuFigure]:
     """The best block sizes for a token's experts beside the table's, per matrix."""
     for shape, scheme, name in itertools.product(shapes, schemes, (GATE_UP, DOWN)):
         layer = CachedLayer(run, shape, scheme)
@@ -198,13 +206,11 @@ def tune(
             if ratio > statistics.median(ours / limit for ours, limit in best_turns):
                 best, best_turns = tried, found
                 say(f"  {name}: {tried} is {ratio:.2f} of the table's")
-        yield compared(
-            "tune",
+        what = (
             f"{shape.name} {scheme} {name}: rows {best.rows}, spans {best.spans}, "
-            f"warps {best.num_warps}; table: {table.rows}, {table.spans}, {table.num_warps}",
-            "GB/s",
-            best_turns,
+            f"warps {best.num_warps}; table: {table.rows}, {table.spans}, {table.num_warps}"
         )
+        yield of_gpu(compared("tune", what, "GB/s", best_turns), bound="the table's")
 
 
 class Copy:
@@ -348,6 +354,21 @@ def turns(
         (our_work / seconds(run, ours) / 1e9, limit_work / seconds(run, limit) / 1e9)
         for _ in range(run.rounds)
     ]
+
+
+def bounded(
+    run: Run, ours: Callable[[], None], num_bytes: int, num_launches: int, copy: "Copy"
+) -> tuple[list[tuple[float, float]], str]:
+    """GB/s of ours and of the bound, in turns, and the bound: memory or launches.
+
+    A call of few bytes cannot be faster than kernels that do nothing are launched.
+    """
+    one = torch.zeros(32, device=run.device)
+    launches = captured(run, [lambda: one.add_(1)] * num_launches)
+    memory_seconds = num_bytes * seconds(run, copy.run) / copy.num_bytes
+    if seconds(run, launches) > memory_seconds:
+        return turns(run, ours, num_bytes, launches, num_bytes), "launches"
+    return turns(run, ours, num_bytes, copy.run, copy.num_bytes), "memory"
 
 
 def seconds(run: Run, action: Callable[[], None]) -> float:

@@ -1,4 +1,8 @@
-"""What the parts of ``bench.gpu`` share: a device, packs, a daemon that has loaded them."""
+"""What the parts of ``bench.gpu`` share: a device, packs, a daemon that has loaded them.
+
+torch and transformers take seconds to import, and are imported by what needs them: a stage of
+``bench.gpu_slot`` that does not begins at once.
+"""
 
 import ctypes
 import mmap
@@ -8,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.synthetic import make_pack
 from expertd_client import Client, Session
 from expertd_inference import EmbeddedDaemon
-from expertd_inference.device.device import Device
-from expertd_testing.fake_device import FakeDevice
+
+if TYPE_CHECKING:
+    from expertd_inference.device.device import Device
 
 TINY: dict[str, Any] = {
     "hidden_size": 128,
@@ -49,9 +53,11 @@ class Rig:
         if not self.fake and time.monotonic() + seconds > self.deadline:
             raise OutOfTimeError(f"less than {seconds:.0f} s are left")
 
-    def open_device(self, *, staged: bool = False) -> Device:
+    def open_device(self, *, staged: bool = False) -> "Device":
         """The first GPU, anew."""
         if self.fake:
+            from expertd_testing.fake_device import FakeDevice
+
             return FakeDevice("fake:0", memory_bytes=1 << 30, registers=not staged)
         from expertd_inference.device.cuda import CudaDevice
 
@@ -62,6 +68,8 @@ class Rig:
         path = self.folder / f"{shape}-{scheme}"
         if not path.exists():
             self.say(f"writing a pack of {shape}, {scheme}")
+            from bench.synthetic import make_pack
+
             changed = {**overrides, **(TINY if self.fake else {})}
             make_pack(path, shape, scheme, 2 if self.fake else None, overrides=changed)
         return path
@@ -82,7 +90,7 @@ def loaded(rig: Rig, pack: Path) -> Iterator[tuple[Client, Session]]:
         yield client, session
 
 
-def seconds_of(device: Device, action: Callable[[], object]) -> float:
+def seconds_of(device: "Device", action: Callable[[], object]) -> float:
     """Until all that ``action`` has queued is done, by the device's clock."""
     device.mark().wait()
     begin = device.clock()

@@ -1,20 +1,32 @@
-"""Workers on a real GPU give the text that the CPU gives, however they decode."""
+"""Workers on a real GPU give the logits that the CPU gives, however they decode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from bench.gpu_same import (
+    OFF,
+    PROMPT_TOKENS,
+    SEGMENTS,
+    STEPS,
+    TOLERANCE,
+    WHOLE,
+    Case,
+    distance,
+    given_text,
+    logits,
+)
+from bench.gpu_state import state_of
 from expertd.pack.manifest import read_manifest
-from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference import Worker
 from expertd_inference.attachment import attach
-from expertd_inference.device.device import CopyMode
-from expertd_inference.device.graphs import SegmentSteps
 from expertd_inference.device.group import DeviceGroup
-from expertd_inference.device.whole import WholeSteps
-from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
+from expertd_inference.settings import DeviceSettings, OnMiss
 from tests.daemon import serving
 
 pytestmark = [
@@ -22,21 +34,17 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 Make = Callable[..., Any]
-STEPS = {DecodeGraphsMode.SEGMENTS: SegmentSteps, DecodeGraphsMode.WHOLE: WholeSteps}
-PROMPT = "Once upon a time"
-NUM_TOKENS = 24
+DEVICE = "cuda:0"
+REGISTERED = "registered"
 
 
-def tokens_of(worker: Worker) -> list[int]:
-    return generate(worker, PROMPT, GenerationSettings(max_new_tokens=NUM_TOKENS)).result.tokens
-
-
-def worker_of(daemon: Any, **settings: Any) -> Worker:
-    # In fp32 a token would have to be a tie to differ from the CPU's.
+def worker_of(daemon: Any, device: DeviceSettings | None, kernels: str = "auto") -> Worker:
+    # In fp32 what differs is no rounding.
     return Worker(
         attach("m", daemon.socket),
         dtype=torch.float32,
-        device=DeviceSettings(**settings) if settings else None,
+        kernels=kernels,
+        device=device,
         say=lambda _: None,
     )
 
@@ -48,68 +56,69 @@ def pack(request: pytest.FixtureRequest, packed: Make) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(pack: Path) -> list[int]:
-    with serving({"m": pack}) as daemon, worker_of(daemon) as worker:
-        return tokens_of(worker)
+def given(pack: Path) -> tuple[Tensor, Tensor]:
+    """A text that the example was not trained on, and the CPU's logits for it."""
+    with serving({"m": pack}) as daemon, worker_of(daemon, None, "reference") as worker:
+        text = given_text(worker, PROMPT_TOKENS + STEPS)
+        return text, logits(worker, text)
+
+
+@contextmanager
+def running(pack: Path, case: Case) -> Iterator[Worker]:
+    """A worker on the GPU that decodes in a case's way."""
+    manifest = read_manifest(pack).manifest
+    ram = 2 * manifest.working_set_bytes if case.starved else 64 << 20
+    settings = case.settings(manifest, DEVICE)
+    with serving({"m": pack}, ram=ram) as daemon, worker_of(daemon, settings) as worker:
+        yield worker
+
+
+def check(case: Case, worker: Worker, given: tuple[Tensor, Tensor]) -> None:
+    text, expected = given
+    for _ in range(2):  # then with what the first time left in the cache
+        assert distance(logits(worker, text), expected) < TOLERANCE[torch.float32]
+    assert isinstance(worker._runner, DeviceGroup)
+    state = state_of(worker._runner)
+    # Staged copies and other steps would give the same logits, slowly.
+    assert (state.arena, state.steps) == (REGISTERED, case.steps)
+    # Each cache's first two steps are no replays: one compiles, one records.
+    assert state.replays == (0 if case.mode is OFF else 2 * (STEPS - 2))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["all cached", "half cached"])
-@pytest.mark.parametrize(
-    "mode", [DecodeGraphsMode.OFF, DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE]
-)
-def test_the_text_is_the_cpu_s(
-    mode: DecodeGraphsMode, share: float, pack: Path, expected: list[int]
+@pytest.mark.parametrize("mode", [OFF, SEGMENTS, WHOLE])
+def test_the_logits_are_the_cpu_s(
+    mode: Any, share: float, pack: Path, given: tuple[Tensor, Tensor]
 ) -> None:
-    manifest = read_manifest(pack).manifest
-    budget = int(manifest.expert_bytes * share) + 4 * manifest.max_record_bytes
-    with (
-        serving({"m": pack}) as daemon,
-        worker_of(
-            daemon, device="cuda:0", decode_graphs=mode, cache_bytes=budget, on_miss=OnMiss.COPY
-        ) as worker,
-    ):
-        assert [tokens_of(worker) for _ in range(2)] == [expected] * 2
-        assert isinstance(worker._runner, DeviceGroup)
-        # The daemon is of this user: the driver has nothing to refuse.
-        assert {runner.engine.mode for runner in worker._runner.runners} == {CopyMode.REGISTERED}
-        graphs = worker._runner.graphs
-        assert (graphs is None) == (mode is DecodeGraphsMode.OFF)
-        if graphs is not None:
-            # Segments would replay as well.
-            assert graphs._current is not None
-            assert type(graphs._current.steps) is STEPS[mode]
-            # The second text begins with what the first recorded.
-            assert graphs.num_replays == 2 * (NUM_TOKENS - 1) - 2, "it could not be recorded"
-        stats = worker.device_stats
-        assert stats is not None
-        assert (stats.arena, stats.steps) == ("registered", mode.value)
+    case = Case(mode, share)
+    with running(pack, case) as worker:
+        check(case, worker, given)
 
 
-@pytest.mark.parametrize("mode", [DecodeGraphsMode.OFF, DecodeGraphsMode.WHOLE])
-def test_from_too_little_ram(mode: DecodeGraphsMode, pack: Path, expected: list[int]) -> None:
+@pytest.mark.parametrize("on_miss", [OnMiss.CPU, OnMiss.AUTO])
+def test_misses_may_be_the_cpu_s(on_miss: OnMiss, pack: Path, given: tuple[Tensor, Tensor]) -> None:
+    case = Case(OFF, on_miss=on_miss)
+    with running(pack, case) as worker:
+        check(case, worker, given)
+
+
+@pytest.mark.parametrize("mode", [OFF, WHOLE])
+def test_from_too_little_ram(mode: Any, pack: Path, given: tuple[Tensor, Tensor]) -> None:
     """What was copied before is overwritten in the arena: no cache between may keep it."""
-    manifest = read_manifest(pack).manifest
-    with (
-        serving({"m": pack}, ram=2 * manifest.working_set_bytes) as daemon,
-        worker_of(
-            daemon,
-            device="cuda:0",
-            decode_graphs=mode,
-            cache_bytes=manifest.working_set_bytes + 4 * manifest.max_record_bytes,
-            on_miss=OnMiss.COPY,
-        ) as worker,
-    ):
-        assert [tokens_of(worker) for _ in range(3)] == [expected] * 3
+    case = Case(mode, starved=True)
+    with running(pack, case) as worker:
+        check(case, worker, given)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
-def test_two_devices(pack: Path, expected: list[int]) -> None:
-    with serving({"m": pack}) as daemon:
-        with worker_of(daemon, device="cuda:0,cuda:1") as spread:
-            assert tokens_of(spread) == expected
-            # One registration serves both.
-            stats = spread.device_stats
-            assert stats is not None
-            assert stats.arena == "registered"
-        with worker_of(daemon, device="cuda:0") as one, worker_of(daemon, device="cuda:1") as other:
-            assert tokens_of(one) == tokens_of(other) == expected
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "cuda:1"])
+def test_several_devices(device: str, pack: Path, given: tuple[Tensor, Tensor]) -> None:
+    text, expected = given
+    settings = DeviceSettings(device=device)
+    with serving({"m": pack}) as daemon, worker_of(daemon, settings) as worker:
+        # Beside another on the first, whose registration of the arena is its own.
+        with worker_of(daemon, DeviceSettings(device=DEVICE)) as first:
+            assert distance(logits(first, text), expected) < TOLERANCE[torch.float32]
+        assert distance(logits(worker, text), expected) < TOLERANCE[torch.float32]
+        assert isinstance(worker._runner, DeviceGroup)
+        assert state_of(worker._runner).arena == REGISTERED
