@@ -29,12 +29,14 @@ from bench.gpu_needs import SITE
 from bench.gpu_rows import FILE, SOME_FAILED, Rows, read_rows
 from bench.gpu_summary import line_of, summary
 
-QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"
+QWEN, MIXTRAL, SCHEME = "qwen3-30b-a3b", "mixtral-8x7b", "4bit"
 SECONDS = 500.0
 FAKE_LIMIT = 120.0
 """Of a stage on the fake device, whose machine may be busy."""
 END_SECONDS = 5.0
 """Kept for killing the last stage and for the summary."""
+PACK_BYTES = 12 << 30
+"""More than a pack takes."""
 LEAST_SECONDS = 8.0
 """A stage that has less is not begun."""
 RESULTS = (FILE, "summary.md", "log.txt", "env.txt", "tests.txt", "profile.txt")
@@ -76,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     stages = [stage for stage in STAGES if stage.name in options.stages]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    shared = Path("/dev/shm")
-    place = shared if shared.is_dir() and not options.fake else None
+    place = None if options.fake else _place()
     with tempfile.TemporaryDirectory(prefix="gpu-slot-", dir=place) as work:
         slot = Slot(options, Path(work), begin)
         with slot.preparing(stages):
@@ -204,19 +205,27 @@ class Slot:
         """Until it has been prepared; a stage that lacks it says so itself."""
         if (process := self._jobs.pop(job, None)) is not None:
             try:
-                code = process.wait(max(1.0, min(100.0, self._end - time.monotonic())))
-                if code:
-                    self.say(f"preparing {job} ended with code {code}")
+                code: int | None = process.wait(max(1.0, min(100.0, self._end - time.monotonic())))
             except subprocess.TimeoutExpired:
-                self.say(f"preparing {job} takes too long")
-            finally:
-                _end_group(process)
+                code = None
+            _end_group(process)
+            if code != 0:
+                self.say(f"preparing {job} {'took too long' if code is None else 'failed'}")
+                # Half a pack is none: its stage writes it again.
+                shutil.rmtree(self.work / f"{job}-{SCHEME}", ignore_errors=True)
 
-    def _forget_packs(self, shape: str) -> None:
-        """Those of other shapes: shared memory is memory."""
-        for pack in self.work.glob("*-4bit"):
-            if not pack.name.startswith(shape):
+    def _forget_packs(self, but: str) -> None:
+        """Of all shapes but one: shared memory is memory."""
+        for pack in self.work.glob(f"*-{SCHEME}"):
+            if not pack.name.startswith(but):
                 shutil.rmtree(pack, ignore_errors=True)
+
+
+def _place() -> Path | None:
+    """Where packs are written: shared memory, if there is enough of it."""
+    shared = Path("/dev/shm")
+    has_room = shared.is_dir() and shutil.disk_usage(shared).free > PACK_BYTES
+    return shared if has_room else None
 
 
 def _end_group(process: subprocess.Popen[Any]) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from bench.gpu_figures import GpuFigure
 from bench.gpu_rig import Rig, loaded
 from bench.gpu_rows import SOME_FAILED, Rows
+from bench.gpu_slot import MIXTRAL, QWEN, SCHEME
 from bench.store import default_traces
+from expertd.errors import DeviceMemoryError
 
-QWEN, MIXTRAL = "qwen3-30b-a3b", "mixtral-8x7b"
-SCHEME = "4bit"
 KERNEL_SCHEMES = ("4g64", "3g64m", "2g16m")
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,7 +88,13 @@ def _decode(rig: Rig, rows: Rows, shape: str = QWEN) -> None:
             settings = way.device_settings(decoder.manifest, budget, fake=rig.fake)
             profile = rows.path.parent / "profile.txt" if is_profiled else None
             with rows.part(what) as row:
-                decoded = decoder.decode(settings, cache_tokens=way.cache_tokens, profile=profile)
+                try:
+                    decoded = decoder.decode(
+                        settings, cache_tokens=way.cache_tokens, profile=profile
+                    )
+                except DeviceMemoryError as error:
+                    row.update(status="skipped", reason=str(error))
+                    continue
                 row.update(decoded.row(settings.cache_bytes or 0, decoder.manifest.expert_bytes))
 
 

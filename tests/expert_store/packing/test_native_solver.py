@@ -237,16 +237,3 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tpu", "cuda:x", "cpu:1", ""):
         with pytest.raises(ConfigError, match="give cpu, cuda or cuda:N"):
             choose_solver(name)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("text", ["4g64", "2g16m"])
-def test_hqq_on_a_gpu_is_as_good(text: str) -> None:
-    weight = normal(256, 4096)
-    matrix = parse_precision(text).matrix("m", 256, 4096)
-    errors = []
-    for solver in (choose_solver("cuda").solver, HqqSolver()):
-        parts = quantize(weight.bfloat16(), matrix, optimize=True, solver=solver)
-        errors.append((dequantize(matrix, parts, torch.float32) - weight).norm().item())
-    assert errors[0] < 1.02 * errors[1]  # it solves in fp16

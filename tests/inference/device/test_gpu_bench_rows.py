@@ -114,15 +114,13 @@ def test_what_a_way_had_on_the_gpu_is_gone_after_it(way: Any, decoder: Decoder) 
 
 def test_all_cached_misses_nothing(decoder: Decoder) -> None:
     room = decoder.manifest.expert_bytes
-    decoded = decoder.decode(
-        replace(NO_SPECULATION.device_settings(decoder.manifest, room, fake=False))
-    )
+    decoded = decoder.decode(NO_SPECULATION.device_settings(decoder.manifest, room, fake=False))
     assert decoded.misses == 0
     assert decoded.hits == 1
     assert decoded.cached(room, room) == "all cached"
     missed = replace(decoded, moved=replace_stats(decoded.moved, host_hits=3))
     assert missed.cached(room, room) == "room for all, 3 misses"
-    assert missed.cached(1 << 20, room) == "a cache of 1 MiB"
+    assert missed.cached(1 << 20, room) == "a cache of 1.0 MiB"
 
 
 def test_a_row_says_that_copies_were_staged(decoder: Decoder) -> None:
