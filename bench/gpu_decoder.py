@@ -20,7 +20,7 @@ from bench.gpu_bound import Bound, Launches, Rates, measure_rates
 from bench.gpu_replay import LaunchCount, Replay
 from bench.gpu_rig import Rig
 from bench.gpu_routing import routing_for, swept
-from bench.gpu_state import EAGER, GpuState, state_of
+from bench.gpu_state import GpuState, state_of
 from expertd.pack.manifest import read_manifest
 from expertd.sizes import format_bytes
 from expertd_client import Session
@@ -32,7 +32,7 @@ from expertd_inference.kernels.choice import cpu_kernels
 from expertd_inference.kv_cache import growing
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
-from expertd_inference.settings import DeviceSettings
+from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 
 WARM_TOKENS, TOKENS = 80, 40
 FAKE_WARM_TOKENS, FAKE_TOKENS = 3, 2
@@ -181,7 +181,11 @@ class Decoder:
             )
             return self._decode(device, group, settings, cache_tokens, profile)
         finally:
-            (group or device).close()
+            if group is not None:
+                # Not the group, which would give up the trunk, too.
+                for runner in group.runners:
+                    runner.close()
+            device.close()
             del group
             self._let_go()
 
@@ -269,7 +273,7 @@ class Decoder:
 
 def _launched(launches: LaunchCount, steps: str) -> Launches:
     both = launches.trunk + launches.experts
-    if steps == EAGER:
+    if steps == DecodeGraphsMode.OFF:
         return Launches(eager=both)
     if steps == "segments":
         return Launches(eager=launches.experts, recorded=launches.trunk)

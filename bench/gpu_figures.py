@@ -12,7 +12,7 @@ class GpuFigure(Figure):
     arena: str = ""
     """How the GPU read the arena: registered, or staged."""
     steps: str = ""
-    """How steps of one token ran: eager, segments or whole."""
+    """How steps of one token ran: off, segments or whole."""
     bound: str = ""
     """What the limit is made of: link, memory or launches."""
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from bench.gpu_rig import Rig
 from bench.gpu_rows import Rows
-from bench.gpu_state import EAGER, state_of
+from bench.gpu_state import state_of
 from expertd.pack.manifest import Manifest, read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
@@ -45,11 +45,6 @@ class Case:
     on_miss: OnMiss = OnMiss.COPY
     starved: bool = False
     """The daemon has RAM for two tokens' experts."""
-
-    @property
-    def steps(self) -> str:
-        """As which its steps are to run."""
-        return EAGER if self.mode is DecodeGraphsMode.OFF else self.mode.value
 
     def __str__(self) -> str:
         starved = ", little RAM" if self.starved else ""
@@ -146,8 +141,8 @@ def _measure_case(
         reasons = []
         if max(errors) > TOLERANCE[dtype]:
             reasons.append(f"further from the CPU's logits than {TOLERANCE[dtype]}")
-        if state.steps != case.steps:
-            reasons.append(f"{case.steps} steps were asked for")
+        if state.steps != case.mode:
+            reasons.append(f"{case.mode} was asked for")
         row.update(
             arena=state.arena,
             steps=state.steps,

@@ -3,12 +3,11 @@
 from typing import NamedTuple
 
 from expertd_inference.device.group import DeviceGroup
-
-EAGER = "eager"
+from expertd_inference.settings import DecodeGraphsMode
 
 
 class GpuState(NamedTuple):
-    """``arena``: registered or staged. ``steps``: eager, segments or whole; ``replays`` of them."""
+    """``arena``: registered or staged. ``steps``: off, segments or whole; ``replays`` of them."""
 
     arena: str
     steps: str
@@ -20,6 +19,6 @@ def state_of(group: DeviceGroup) -> GpuState:
     arena = "+".join(sorted({runner.engine.mode or "unused" for runner in group.runners}))
     graphs = group.graphs
     if graphs is None or graphs._current is None or graphs._current.logits is None:
-        return GpuState(arena, EAGER, 0)
+        return GpuState(arena, DecodeGraphsMode.OFF, 0)
     steps = type(graphs._current.steps).__name__.removesuffix("Steps").lower()
     return GpuState(arena, {"segment": "segments"}.get(steps, steps), graphs.num_replays)

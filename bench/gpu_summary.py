@@ -6,7 +6,7 @@ from typing import Any
 HEAD = (
     "# What the GPU host told\n\n"
     "`arena` is how the GPU read the shared memory (registered or staged), `steps` how steps of "
-    "one token ran (eager, segments or whole); a dash where no worker ran.\n"
+    "one token ran as CUDA graphs (off, segments or whole); a dash where no worker ran.\n"
 )
 _COLUMNS = ("what", "arena", "steps", "found")
 _APART = {"stage", "what", "arena", "steps", "status", "reason"}

@@ -22,6 +22,7 @@ BUDGETS = (24 * GIB, 12 * GIB, 6 * GIB)
 MIDDLE = BUDGETS[1]
 _FAKE_ALL = 17 * GIB
 """On the fake device a budget is the share that it would be of a model of this size."""
+_OFF = {"decode_graphs": DecodeGraphsMode.OFF}
 _NO_SPECULATION = {"speculate_layers": 0}
 
 
@@ -55,9 +56,9 @@ class Way:
         return settings
 
 
-FULL = Way("full", {}, best=True)
-NO_SPECULATION = Way("no speculation", _NO_SPECULATION)
-NO_CACHE = Way("no cache", _NO_SPECULATION, no_cache=True)
+FULL = Way("full", _OFF, best=True)
+NO_SPECULATION = Way("no speculation", {**_OFF, **_NO_SPECULATION})
+NO_CACHE = replace(NO_SPECULATION, name="no cache", no_cache=True)
 SEGMENTS = Way("segments", {"decode_graphs": DecodeGraphsMode.SEGMENTS}, once=True, best=True)
 WHOLE = Way("whole", {"decode_graphs": DecodeGraphsMode.WHOLE, **_NO_SPECULATION}, best=True)
 LONG = replace(WHOLE, name="whole, long cache", cache_tokens=LONG_CACHE_TOKENS, once=True)
@@ -66,7 +67,7 @@ UNGUESSED_SEGMENTS = replace(
     name="segments, no speculation",
     settings={**SEGMENTS.settings, **_NO_SPECULATION},
 )
-CPU_SHARE = Way("CPU share", {"on_miss": OnMiss.AUTO, **_NO_SPECULATION}, once=True)
+CPU_SHARE = Way("CPU share", {"on_miss": OnMiss.AUTO, **_OFF, **_NO_SPECULATION}, once=True)
 
 WAYS = (
     FULL,

@@ -40,7 +40,7 @@ def test_every_stage_runs_on_the_fake_device(tmp_path: Path) -> None:
     # Every row of a worker says what it ran in.
     ways = [row for row in rows if "tokens_per_s" in row or "same_choice" in row]
     assert {row["arena"] for row in ways} == {"registered"}
-    assert {row["steps"] for row in ways} == {"eager", "segments", "whole"}
+    assert {row["steps"] for row in ways} == {"off", "segments", "whole"}
     assert all(row["bound_by"] in {"link", "memory"} for row in ways if "tokens_per_s" in row)
     assert all(row["arena"] in {"registered", "staged"} for row in by_stage["copies"])
     cached = [row for row in ways if row.get("cached") == "all cached"]
@@ -60,6 +60,13 @@ def test_the_stages_fit_their_time() -> None:
     # The most telling come first, and all of them fit.
     before_last = sum(stage.seconds for stage in unasked if stage.name not in ("copies", "kernels"))
     assert before_last + gpu_slot.END_SECONDS <= gpu_slot.SECONDS
+
+
+def test_the_docs_have_the_stages() -> None:
+    page = (ROOT / "docs/gpu-hosts.md").read_text()
+    for stage in STAGES:
+        asked = "" if stage.unasked else "if asked for: "
+        assert f"| `{stage.name}` | {stage.seconds:.0f} s | {asked}" in page
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def check(case: Case, worker: Worker, given: tuple[Tensor, Tensor]) -> None:
     assert isinstance(worker._runner, DeviceGroup)
     state = state_of(worker._runner)
     # Staged copies and other steps would give the same logits, slowly.
-    assert (state.arena, state.steps) == (REGISTERED, case.steps)
+    assert (state.arena, state.steps) == (REGISTERED, case.mode)
     # Each cache's first two steps are no replays: one compiles, one records.
     assert state.replays == (0 if case.mode is OFF else 2 * (STEPS - 2))
 

@@ -105,7 +105,7 @@ def decoder(packed: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_what_a_way_had_on_the_gpu_is_gone_after_it(way: Any, decoder: Decoder) -> None:
     del ALLOCATED[:]
     decoded = decoder.decode(way.device_settings(decoder.manifest, MIDDLE, fake=True))
-    assert decoded.state.steps == {"no speculation": "eager"}.get(way.name, way.name)
+    assert decoded.state.steps == {"no speculation": "off"}.get(way.name, way.name)
     assert decoded.state.arena == "registered"
     assert len(decoded.seconds) == FAKE_TOKENS
     assert ALLOCATED
