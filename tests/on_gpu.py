@@ -39,7 +39,8 @@ def _in_shares(processes: int, arguments: Sequence[str]) -> int:
         text=True,
         check=False,
     )
-    tests = [line for line in listed.stdout.splitlines() if "::" in line]
+    lines = listed.stdout.splitlines()
+    tests = [line for line in lines if line.startswith("tests/") and "::" in line]
     if listed.returncode or not tests:
         sys.stdout.write(listed.stdout)
         return listed.returncode or _NOTHING_COLLECTED
