@@ -27,13 +27,15 @@ from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples/tiny-mixtral"
 PROMPT_TOKENS, STEPS = 12, 40
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+COPIED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+CPU_TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 """Of the difference's norm, as a share of the logits'.
 
-A GPU adds in another order than the CPU. In float32 that is some 1e-6 a product, with forty
-products one after the other. In bfloat16 each result rounds to 2**-8, now and then to the
-neighbour. An expert in the place of another, a slot's former bytes or a key that was written twice
-are tenths."""
+A GPU adds in another order than the CPU: some 1e-6 of each product in float32, with forty products
+one after the other; in bfloat16 results round to the neighbour now and then. Where the CPU
+computes misses, its native kernels take activations in fixed point. By these alone the example's
+logits move by 7e-4, in bfloat16 by 1.1e-2. One expert in the place of another, in one layer, moves
+them by 0.4."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Case:
     def __str__(self) -> str:
         starved = ", little RAM" if self.starved else ""
         return f"{self.mode}, {self.share:.0%} cached, {self.on_miss} on a miss{starved}"
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far its logits may be from the CPU's."""
+        is_copied = self.on_miss is OnMiss.COPY
+        return (COPIED_TOLERANCE if is_copied else CPU_TOLERANCE)[dtype]
 
     def settings(self, manifest: Manifest, device: str) -> DeviceSettings:
         """For a worker on ``device``."""
@@ -139,8 +146,8 @@ def _measure_case(
             cost = repr(worker._runner.runners[0].cost)
         errors = [distance(each, expected) for each in found]
         reasons = []
-        if max(errors) > TOLERANCE[dtype]:
-            reasons.append(f"further from the CPU's logits than {TOLERANCE[dtype]}")
+        if max(errors) > (most := case.tolerance(dtype)):
+            reasons.append(f"further from the CPU's logits than {most}")
         if state.steps != case.mode:
             reasons.append(f"{case.mode} was asked for")
         row.update(
