@@ -168,6 +168,7 @@ class Decoder:
         ``cache_tokens`` are the room for keys and values where steps are recorded. A table of
         two tokens' kernels is appended to ``profile``.
         """
+        self._let_go()  # of what an error kept
         device = self.rig.open_device(staged=staged)
         group = None
         try:

@@ -82,7 +82,7 @@ def _decode(rig: Rig, rows: Rows, shape: str = QWEN) -> None:
             ways = FAKE_TELLING if shape == QWEN else FAKE_TELLING[-1:]
         for way, budget, is_profiled in ways:
             what = f"{shape}, {way.name}, {budget >> 30} GiB"
-            if not rig.fake and time.monotonic() + 10 > rig.deadline:
+            if not rig.has(10):
                 rows.cut(what, "less than 10 s were left")
                 continue
             settings = way.device_settings(decoder.manifest, budget, fake=rig.fake)
@@ -120,6 +120,9 @@ def _kernels(rig: Rig, rows: Rows) -> None:
     schemes = KERNEL_SCHEMES[:1] if rig.fake else KERNEL_SCHEMES
     for figure in gpu_kernels.measure(run, shapes, schemes, rig.say):
         _put(rows, figure)
+        if not rig.has(15):  # what the next takes to compile
+            rows.cut("the other kernels", "less than 15 s were left")
+            break
 
 
 def _tests(rig: Rig, rows: Rows) -> None:
