@@ -10,7 +10,7 @@ class GpuFigure(Figure):
     """A figure with the state of what was measured; what does not apply is empty."""
 
     arena: str = ""
-    """How the GPU read the arena: registered, or staged."""
+    """How the GPU read the arena: registered, partial or staged."""
     steps: str = ""
     """How steps of one token ran: off, segments or whole."""
     bound: str = ""

@@ -196,12 +196,13 @@ def logits(worker: Worker, text: Tensor, prompt_tokens: int = PROMPT_TOKENS) -> 
     [tokens, vocabulary] in float32 on the CPU: the prompt at once, then one token a step.
     """
     model = worker.model
-    cache = worker.new_cache(len(text) + 8) or DynamicCache(config=model.config)
     ids = text[None].to(model.device)
     rows = []
-    for piece in (ids[:, :prompt_tokens], *ids[:, prompt_tokens:].split(1, dim=1)):
-        found = model(input_ids=piece, past_key_values=cache, use_cache=True).logits
-        rows.append(found[0, -1].float().cpu())
+    with worker.lend_cache(len(text) + 8) as lent:
+        cache = lent or DynamicCache(config=model.config)
+        for piece in (ids[:, :prompt_tokens], *ids[:, prompt_tokens:].split(1, dim=1)):
+            found = model(input_ids=piece, past_key_values=cache, use_cache=True).logits
+            rows.append(found[0, -1].float().cpu())
     return torch.stack(rows)
 
 

@@ -81,8 +81,9 @@ def check(case: Case, worker: Worker, given: tuple[Tensor, Tensor]) -> None:
     state = state_of(worker._runner)
     # Staged copies and other steps would give the same logits, slowly.
     assert (state.arena, state.steps) == (REGISTERED, case.mode)
-    # Each cache's first two steps are no replays: one compiles, one records.
-    assert state.replays == (0 if case.mode is OFF else 2 * (STEPS - 2))
+    # The first two steps are no replays: one compiles, one records. The second text begins with
+    # a replay.
+    assert state.replays == (0 if case.mode is OFF else 2 * STEPS - 2)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["all cached", "half cached"])
@@ -116,7 +117,7 @@ def test_several_devices(device: str, pack: Path, given: tuple[Tensor, Tensor]) 
     text, expected = given
     settings = DeviceSettings(device=device)
     with serving({"m": pack}) as daemon, worker_of(daemon, settings) as worker:
-        # Beside another on the first, whose registration of the arena is its own.
+        # Beside another on the first: one registration of the arena serves both.
         with worker_of(daemon, DeviceSettings(device=DEVICE)) as first:
             assert distance(logits(first, text), expected) < CPU_TOLERANCE[torch.float32]
         assert distance(logits(worker, text), expected) < CPU_TOLERANCE[torch.float32]
