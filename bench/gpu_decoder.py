@@ -267,7 +267,10 @@ class Decoder:
         modules: Mapping[int, Any] = self._trunk.experts
         for module in modules.values():
             module.__dict__.pop("_expertd", None)
-        gc.collect()
+        # One tensor's end may be what makes another's cycle unreachable.
+        for _ in range(5):
+            if not gc.collect():
+                break
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
