@@ -184,8 +184,12 @@ class Decoder:
         finally:
             if group is not None:
                 # Not the group, which would give up the trunk, too.
+                if group.graphs is not None:
+                    group.graphs.forget()
                 for runner in group.runners:
                     runner.close()
+                    # Whoever still knows the runner keeps no slots.
+                    runner.engine.slots = runner.engine.slots.new_empty(0)
             device.close()
             del group
             self._let_go()
