@@ -79,6 +79,14 @@ def test_every_field_is_documented(kind: type, page: str) -> None:
     assert not {name for name in names if f"`{name}`" not in text}
 
 
+def test_every_field_of_a_message_is_described() -> None:
+    rows = re.findall(
+        r"(?m)^\| \d+ \| `(\w+)` \| [^|]* \| (.*) \|$", (ROOT / "docs/rpc.md").read_text()
+    )
+    assert len(rows) > 100
+    assert not [name for name, text in rows if not text.strip()]
+
+
 def test_every_page_is_in_the_index() -> None:
     listed = set(re.findall(r"^([a-z-]+)$", (ROOT / "docs/index.md").read_text(), re.MULTILINE))
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}

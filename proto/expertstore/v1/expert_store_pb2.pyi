@@ -92,7 +92,9 @@ class ExpertRef(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     EXPERT_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """The decoder layer's number, as in the checkpoint."""
     expert: _builtins.int
+    """The expert's number within the layer."""
     def __init__(
         self,
         *,
@@ -117,7 +119,9 @@ class Shortfall(_message.Message):
     AVAILABLE_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     requested: _builtins.int
+    """What was asked for, in `unit`."""
     available: _builtins.int
+    """What would fit, in `unit`."""
     unit: _builtins.str
     """"records" or "bytes"."""
     def __init__(
@@ -187,10 +191,13 @@ class Part(_message.Message):
     offset: _builtins.int
     """In bytes from the record's start."""
     num_bytes: _builtins.int
+    """Its size."""
     dtype: _builtins.str
     """safetensors' dtype names: U8, F16, BF16, F32."""
     @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tensor's shape, in elements of `dtype`."""
+
     def __init__(
         self,
         *,
@@ -224,11 +231,15 @@ class MatrixEncoding(_message.Message):
     name: _builtins.str
     """"gate_up" or "down"."""
     encoding: Global___Encoding.ValueType
+    """How its weights are stored."""
     out_features: _builtins.int
+    """Rows of the matrix."""
     in_features: _builtins.int
+    """Columns of the matrix."""
     bits: _builtins.int
     """HQQ only."""
     group_size: _builtins.int
+    """HQQ only: weights of a row that share a scale and a zero."""
     meta_group_size: _builtins.int
     """HQQ only; group size of 8-bit quantized scales and zeros, 0: fp16 scales."""
     def __init__(
@@ -260,9 +271,13 @@ class RecordLayout(_message.Message):
     record_bytes: _builtins.int
     """Padded to 4 KiB: the size of the record in the file and in the arena."""
     @_builtins.property
-    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]: ...
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
+        """The pieces, in the order of their offsets."""
+
     @_builtins.property
-    def matrices(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatrixEncoding]: ...
+    def matrices(self) -> _containers.RepeatedCompositeFieldContainer[Global___MatrixEncoding]:
+        """The matrices that the parts encode."""
+
     def __init__(
         self,
         *,
@@ -288,8 +303,11 @@ class MoeLayer(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     FIRST_ENTRY_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """The decoder layer's number, as in the checkpoint."""
     num_experts: _builtins.int
+    """Experts of the layer."""
     experts_per_token: _builtins.int
+    """Experts that one token uses."""
     layout: _builtins.int
     """Index into ModelInfo.layouts."""
     first_entry: _builtins.int
@@ -328,16 +346,23 @@ class ModelSummary(_message.Message):
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     NUM_PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The name under which the daemon serves it."""
     architecture: _builtins.str
+    """transformers' model type, e.g. "mixtral"."""
     scheme: _builtins.str
+    """The packing scheme, e.g. "4bit"."""
     num_experts: _builtins.int
+    """Experts of all layers."""
     num_resident: _builtins.int
+    """Experts in RAM now."""
     record_bytes: _builtins.int
     """Of the largest record."""
     expert_bytes: _builtins.int
     """Of all records together."""
     pack_path: _builtins.str
+    """The pack's directory on the daemon's host."""
     state: Global___ModelState.ValueType
+    """Whether it can be used."""
     min_bytes: _builtins.int
     """What other models' needs leave it, in bytes."""
     max_bytes: _builtins.int
@@ -390,8 +415,11 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
+    """The daemon's incarnation id, new with each start."""
     @_builtins.property
-    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSummary]: ...
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSummary]:
+        """In the order in which they were loaded."""
+
     def __init__(
         self,
         *,
@@ -412,6 +440,7 @@ class GetModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The model."""
     def __init__(
         self,
         *,
@@ -444,11 +473,17 @@ class GetModelResponse(_message.Message):
     incarnation: _builtins.str
     """Of the daemon that answers."""
     @_builtins.property
-    def summary(self) -> Global___ModelSummary: ...
+    def summary(self) -> Global___ModelSummary:
+        """What ListModels says of it."""
+
     @_builtins.property
-    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoeLayer]: ...
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoeLayer]:
+        """The layers that have experts, in rising order."""
+
     @_builtins.property
-    def layouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordLayout]: ...
+    def layouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordLayout]:
+        """The layouts that layers refer to by index."""
+
     def __init__(
         self,
         *,
@@ -478,7 +513,9 @@ class LoadModelRequest(_message.Message):
     PINS_FIELD_NUMBER: _builtins.int
     DISK_IO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The name to serve it under."""
     pack_path: _builtins.str
+    """The pack's directory on the daemon's host."""
     min_bytes: _builtins.int
     """What other models' needs leave it, in bytes."""
     max_bytes: _builtins.int
@@ -517,7 +554,9 @@ class LoadModelResponse(_message.Message):
 
     SUMMARY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def summary(self) -> Global___ModelSummary: ...
+    def summary(self) -> Global___ModelSummary:
+        """The model as it was loaded."""
+
     def __init__(
         self,
         *,
@@ -537,6 +576,7 @@ class UnloadModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The model."""
     def __init__(
         self,
         *,
@@ -556,6 +596,7 @@ class UnloadModelResponse(_message.Message):
 
     RELEASED_BYTES_FIELD_NUMBER: _builtins.int
     released_bytes: _builtins.int
+    """RAM that its records had."""
     def __init__(
         self,
         *,
@@ -577,6 +618,7 @@ class SetLimitsRequest(_message.Message):
     MIN_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The model."""
     min_bytes: _builtins.int
     """In bytes; absent: as it is."""
     max_bytes: _builtins.int
@@ -609,7 +651,9 @@ class SetLimitsResponse(_message.Message):
 
     SUMMARY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def summary(self) -> Global___ModelSummary: ...
+    def summary(self) -> Global___ModelSummary:
+        """The model with its new limits."""
+
     def __init__(
         self,
         *,
@@ -644,7 +688,9 @@ class FetchRequest(_message.Message):
     rather than wait, be refused with that number, and ask for so many at a time.
     """
     @_builtins.property
-    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]:
+        """The experts; one that is named twice counts once."""
+
     def __init__(
         self,
         *,
@@ -708,7 +754,9 @@ class PackPlace(_message.Message):
     checksum: _builtins.int
     """XXH3-64 of the record."""
     @_builtins.property
-    def expert(self) -> Global___ExpertRef: ...
+    def expert(self) -> Global___ExpertRef:
+        """The expert whose record lies there."""
+
     def __init__(
         self,
         *,
@@ -734,7 +782,9 @@ class PrefetchRequest(_message.Message):
     priority: _builtins.int
     """Higher is sooner; among equal ones the sessions take turns."""
     @_builtins.property
-    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]:
+        """The experts, likeliest first."""
+
     def __init__(
         self,
         *,
@@ -777,7 +827,9 @@ class PinRequest(_message.Message):
 
     EXPERTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]:
+        """The experts."""
+
     def __init__(
         self,
         *,
@@ -797,6 +849,7 @@ class PinResponse(_message.Message):
 
     NUM_PINNED_FIELD_NUMBER: _builtins.int
     num_pinned: _builtins.int
+    """Experts that this call pinned."""
     def __init__(
         self,
         *,
@@ -838,6 +891,7 @@ class UnpinResponse(_message.Message):
 
     NUM_UNPINNED_FIELD_NUMBER: _builtins.int
     num_unpinned: _builtins.int
+    """Experts that this call unpinned."""
     def __init__(
         self,
         *,
@@ -865,7 +919,9 @@ class ReadRequest(_message.Message):
     FAILED_PRECONDITION: another pack may have come under its name.
     """
     @_builtins.property
-    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]: ...
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertRef]:
+        """The experts, in the order in which they come."""
+
     def __init__(
         self,
         *,
@@ -893,13 +949,17 @@ class ReadResponse(_message.Message):
     RECORD_BYTES_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
+    """Where in the record the chunk begins."""
     data: _builtins.bytes
+    """The bytes."""
     record_bytes: _builtins.int
     """Of the whole record."""
     checksum: _builtins.int
     """XXH3-64 of the whole record, as in the pack's manifest."""
     @_builtins.property
-    def expert(self) -> Global___ExpertRef: ...
+    def expert(self) -> Global___ExpertRef:
+        """The record that the chunk belongs to."""
+
     def __init__(
         self,
         *,
@@ -938,7 +998,9 @@ class GetStatsResponse(_message.Message):
 
     STATS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def stats(self) -> Global___Stats: ...
+    def stats(self) -> Global___Stats:
+        """The daemon's state now."""
+
     def __init__(
         self,
         *,
@@ -978,7 +1040,9 @@ class WatchStatsResponse(_message.Message):
 
     STATS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def stats(self) -> Global___Stats: ...
+    def stats(self) -> Global___Stats:
+        """The daemon's state at that moment."""
+
     def __init__(
         self,
         *,
@@ -998,6 +1062,7 @@ class GetHeatRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """The model."""
     def __init__(
         self,
         *,
@@ -1056,6 +1121,7 @@ class HeatLayer(_message.Message):
     layer: _builtins.int
     """Decoder layer number, as in the checkpoint."""
     num_experts: _builtins.int
+    """Experts of the layer."""
     def __init__(
         self,
         *,
@@ -1076,6 +1142,7 @@ class WatchTouchesRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """The model."""
     def __init__(
         self,
         *,
@@ -1100,6 +1167,7 @@ class WatchTouchesResponse(_message.Message):
     NUM_LOST_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     session: _builtins.int
+    """The session's number."""
     num_lost: _builtins.int
     """Accesses of this session that are missing just before these: its ring was
     overrun, or the caller too slow.
@@ -1146,12 +1214,15 @@ class Stats(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
+    """The daemon's incarnation id, new with each start."""
     uptime_seconds: _builtins.float
+    """Time since the daemon started."""
     fetches_waiting: _builtins.int
     """Fetches that are not yet granted."""
     queued_reads: _builtins.int
     """Records to be read that no loader thread has begun: for fetches, and for hints."""
     queued_hints: _builtins.int
+    """Hinted reads that have not begun."""
     cut_offs: _builtins.int
     """Sessions ended because they stood still while others waited."""
     page_cache: _builtins.int
@@ -1163,11 +1234,17 @@ class Stats(_message.Message):
     policy: _builtins.str
     """What stays in RAM when not all does: the name of the policy that decides."""
     @_builtins.property
-    def arena(self) -> Global___ArenaStats: ...
+    def arena(self) -> Global___ArenaStats:
+        """The shared memory that holds the records."""
+
     @_builtins.property
-    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStats]: ...
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStats]:
+        """In the order in which they were loaded."""
+
     @_builtins.property
-    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStats]: ...
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionStats]:
+        """All that are attached."""
+
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What runs in a degraded way, a sentence each."""
@@ -1213,7 +1290,9 @@ class ArenaStats(_message.Message):
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
     bytes_total: _builtins.int
+    """Its size."""
     bytes_used: _builtins.int
+    """What records take of it, retired ones included."""
     locked: _builtins.int
     """In bytes."""
     huge_pages: _builtins.int
@@ -1267,13 +1346,21 @@ class ModelStats(_message.Message):
     DISK_FIELD_NUMBER: _builtins.int
     RECORDS_IN_PACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The name under which it is served."""
     num_experts: _builtins.int
+    """Experts of all layers."""
     num_resident: _builtins.int
+    """Experts in RAM now."""
     record_bytes: _builtins.int
+    """Size of the largest record."""
     host_hits: _builtins.int
+    """Uses of an expert that was in RAM."""
     nvme_misses: _builtins.int
+    """Uses of an expert that had to be read first."""
     nvme_bytes_read: _builtins.int
+    """Bytes read from the pack, hints included."""
     evictions: _builtins.int
+    """Records that gave way to others."""
     records_lost: _builtins.int
     """Records found damaged or unreadable."""
     min_bytes: _builtins.int
@@ -1295,15 +1382,19 @@ class ModelStats(_message.Message):
     fetches: _builtins.int
     """Fetches granted, and how long they took together, from request to grant."""
     fetch_seconds: _builtins.float
+    """How long Fetch calls took."""
     adopted_records: _builtins.int
     """Records that the daemon before this one left in RAM, verified and taken over."""
     adopted_bytes: _builtins.int
+    """What the daemon took over from the one before it."""
     dropped_records: _builtins.int
     """Those that it left but that failed verification; they are read again when needed."""
     records_in_pack: _builtins.int
     """Fetched records that workers were sent to the pack for, since no slot was to be had."""
     @_builtins.property
-    def prefetch(self) -> Global___PrefetchStats: ...
+    def prefetch(self) -> Global___PrefetchStats:
+        """What became of hints."""
+
     @_builtins.property
     def disk(self) -> Global___DiskStats:
         """How its records are read from disk."""
@@ -1398,9 +1489,13 @@ class PrefetchStats(_message.Message):
     LATE_FIELD_NUMBER: _builtins.int
     WASTED_FIELD_NUMBER: _builtins.int
     issued: _builtins.int
+    """Reads that hints have started, or still will."""
     useful: _builtins.int
+    """Of these, read in time and then used."""
     late: _builtins.int
+    """Of these, still being read when they were needed."""
     wasted: _builtins.int
+    """Of these, evicted unused."""
     def __init__(
         self,
         *,
@@ -1436,12 +1531,15 @@ class SessionStats(_message.Message):
     NVME_MISSES_FIELD_NUMBER: _builtins.int
     RECORDS_IN_PACK_FIELD_NUMBER: _builtins.int
     id: _builtins.int
+    """The session's number."""
     pid: _builtins.int
     """0 if the daemon cannot see it: a process of another pid namespace."""
     uid: _builtins.int
+    """The user of the attached process."""
     model: _builtins.str
     """Empty for an admin session."""
     attached_seconds: _builtins.float
+    """Time since it attached."""
     epoch_lag: _builtins.int
     """How many evictions' epochs the session has yet to acknowledge."""
     kept_bytes: _builtins.int
@@ -1457,6 +1555,7 @@ class SessionStats(_message.Message):
     host_hits: _builtins.int
     """Accesses of this worker, as in ModelStats."""
     nvme_misses: _builtins.int
+    """Experts that this session had to wait for."""
     records_in_pack: _builtins.int
     """Fetched records that this worker was sent to the pack for, as in ModelStats."""
     def __init__(
@@ -1498,6 +1597,7 @@ class PeerStats(_message.Message):
     num_reads: _builtins.int
     """Streams of Read under way."""
     bytes_read: _builtins.int
+    """Bytes sent to it."""
     idle_seconds: _builtins.float
     """Since its last call."""
     def __init__(
