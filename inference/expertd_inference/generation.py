@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     ``device`` is what moved to GPUs, null on the CPU; ``kernels`` are those that the CPU
     computed with; ``decoding`` is how its tokens after the second came: by a ``program``, or by
     the model's ``modules`` and why (empty with fewer tokens); ``hints`` is what became of hints
-    to the daemon, null where none are given.
+    to the daemon, null where none are given; ``peak_pss_bytes`` is null unless it was asked for.
     """
 
     text: str
@@ -52,7 +53,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     nvme_misses: int
     pack_reads: int
     remote_misses: int
-    peak_pss_bytes: int
+    peak_pss_bytes: int | None
     device: DeviceStats | None = None
     kernels: str = ""
     decoding: str = ""
@@ -74,12 +75,14 @@ def generate(
     *,
     chat: bool = False,
     on_text: Callable[[str], None] | None = None,
+    measure_memory: bool = False,
 ) -> Generation:
     """Continues ``prompt``, or with ``chat`` answers it in the model's chat template.
 
-    ``on_text`` is given the text piece by piece as it comes. On SIGINT it returns what
-    there is. Raises InvalidInputError for a prompt that has no tokens or fills the model's
-    context, or with ``chat`` if the model has no template, and for what the pack's
+    ``on_text`` is given the text piece by piece as it comes. ``measure_memory`` samples how much
+    memory this process uses, in a thread that takes up to a tenth of a core. On SIGINT it
+    returns what there is. Raises InvalidInputError for a prompt that has no tokens or fills the
+    model's context, or with ``chat`` if the model has no template, and for what the pack's
     generation_config.json asks for and this does not do; PackError if its files cannot be
     used, PreconditionError if the model's scores are not finite.
     """
@@ -95,9 +98,9 @@ def generate(
     moved, hinted = worker.device_stats, worker.hint_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
-    arguments = _generate_arguments(worker, settings, input_ids.shape[1])
     num_tokens = input_ids.shape[1] + arguments["max_new_tokens"]
-    with PeakPss() as memory, worker.lend_cache(num_tokens) as cache:
+    memory = PeakPss() if measure_memory else None
+    with memory or nullcontext(), worker.lend_cache(num_tokens) as cache:
         if cache is not None:
             arguments |= {"past_key_values": cache}
         begin = time.perf_counter()
@@ -137,7 +140,7 @@ def generate(
         nvme_misses=session.nvme_misses - misses,
         pack_reads=session.pack_reads - pack_reads,
         remote_misses=session.remote_misses - copied,
-        peak_pss_bytes=memory.peak_bytes,
+        peak_pss_bytes=None if memory is None else memory.peak_bytes,
         device=_since(moved, worker.device_stats),
         kernels=worker.kernels.name,
         decoding=decoding.way,

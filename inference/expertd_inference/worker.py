@@ -1,7 +1,7 @@
 """A worker: one process's model, attached to the daemon that serves its experts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -57,6 +57,8 @@ class Worker:
     ) -> None:
         """Loads the trunk of the attached model; the attachment is closed with the worker.
 
+        If loading fails, the attachment and the devices are closed at once.
+
         ``pack`` is where this host has the pack, of which the experts' files may be left out;
         without it, where the daemon has it. ``dtype`` is the checkpoint's unless given;
         ``kernels`` are chosen by :func:`~expertd_inference.kernels.choice.cpu_kernels`. After
@@ -72,54 +74,62 @@ class Worker:
             session.pack_path = Path(pack)
         session.say = say or say_on_stderr
         self.pack = session.pack_path
-        self.manifest = _manifest_of(session, self.pack)
-        settings = device or DeviceSettings()
-        devices = open_devices(self.manifest, settings, say)
-        self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
-        if not devices:
-            session.enter_pages()  # while the trunk is loaded
-        # Of the reference every step would dequantize the trunk anew.
-        native = not devices and not isinstance(self.kernels, ReferenceKernels)
-        # A device whose tensors lie with the CPU's leaves the trunk there, too.
-        placed = {
-            layer: str(device.torch_device)
-            for layer, device in devices.items()
-            if device.torch_device.type != CPU
-        }
-        # On a GPU the linears choose kernels of their own.
-        linear = self.kernels.linear if native or placed else None
-        loaded = load_trunk(
-            self.pack,
-            self.manifest,
-            dtype=dtype,
-            linear=linear,
-            placed=placed or None,
-            say=say or say_on_stderr,
-        )
-        recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
-        self._runner: ExpertsRunner | DeviceGroup
-        self._ahead: RouterAhead | None = None
-        if devices:
-            self._runner = DeviceGroup(
+        with ExitStack() as undo:
+            undo.callback(attachment.close)
+            self.manifest = _manifest_of(session, self.pack)
+            settings = device or DeviceSettings()
+            devices = open_devices(self.manifest, settings, say)
+            for each in devices.values():
+                undo.callback(each.close)
+            self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
+            if not devices:
+                session.enter_pages()  # while the trunk is loaded
+            # Of the reference every step would dequantize the trunk anew.
+            native = not devices and not isinstance(self.kernels, ReferenceKernels)
+            # A device whose tensors lie with the CPU's leaves the trunk there, too.
+            placed = {
+                layer: str(device.torch_device)
+                for layer, device in devices.items()
+                if device.torch_device.type != CPU
+            }
+            # On a GPU the linears choose kernels of their own.
+            linear = self.kernels.linear if native or placed else None
+            loaded = load_trunk(
+                self.pack,
                 self.manifest,
-                session,
-                recovery,
-                settings,
-                devices,
-                kv_bytes=kv_bytes(loaded.model.config, loaded.model.dtype.itemsize),
-                fill=self.kernels.fill_slots,
+                dtype=dtype,
+                linear=linear,
+                placed=placed or None,
+                say=say or say_on_stderr,
             )
-            self._runner.connect(loaded.model, loaded.experts, self.manifest, say or say_on_stderr)
-        else:
-            self._ahead = self._look_ahead(loaded, settings, say or say_on_stderr)
-            self._runner = connect(
-                loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
-            )
-        self.model = loaded.model
-        self.step_kernels = step_kernels() if native else None
-        if self.step_kernels is not None:
-            make_lean(self.model, self.step_kernels)
-        refuse_in_forks(self.model)
+            recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
+            self._runner: ExpertsRunner | DeviceGroup
+            self._ahead: RouterAhead | None = None
+            if devices:
+                self._runner = DeviceGroup(
+                    self.manifest,
+                    session,
+                    recovery,
+                    settings,
+                    devices,
+                    kv_bytes=kv_bytes(loaded.model.config, loaded.model.dtype.itemsize),
+                    fill=self.kernels.fill_slots,
+                )
+                undo.callback(self._runner.close)
+                self._runner.connect(
+                    loaded.model, loaded.experts, self.manifest, say or say_on_stderr
+                )
+            else:
+                self._ahead = self._look_ahead(loaded, settings, say or say_on_stderr)
+                self._runner = connect(
+                    loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
+                )
+            self.model = loaded.model
+            self.step_kernels = step_kernels() if native else None
+            if self.step_kernels is not None:
+                make_lean(self.model, self.step_kernels)
+            refuse_in_forks(self.model)
+            undo.pop_all()
         self._tokenizer: Any = None
 
     @property
@@ -158,8 +168,10 @@ class Worker:
 
     def close(self) -> None:
         """Ends the session; its leases are free at once."""
-        self._runner.close()
-        self._attachment.close()
+        try:
+            self._runner.close()
+        finally:
+            self._attachment.close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,19 +235,14 @@ def load_model(
     if it serves no such model, PackError if the pack cannot be loaded.
     """
     attachment = attach(name, socket, tls=tls, cache_bytes=cache_bytes)
-    settings = DeviceSettings(device=device) if isinstance(device, str) else device
-    try:
-        worker = Worker(
-            attachment,
-            pack=pack,
-            dtype=dtype,
-            kernels=kernels,
-            reattach_seconds=reattach_seconds,
-            device=settings,
-        )
-    except BaseException:
-        attachment.close()
-        raise
+    worker = Worker(
+        attachment,
+        pack=pack,
+        dtype=dtype,
+        kernels=kernels,
+        reattach_seconds=reattach_seconds,
+        device=DeviceSettings(device=device) if isinstance(device, str) else device,
+    )
     worker.model.expertd = worker
     return worker.model
 

@@ -16,7 +16,7 @@ from expertd.errors import InvalidInputError, NotFoundError, PackError, Precondi
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_client import Client
-from expertd_inference import GenerationSettings, Worker, generate, load_model
+from expertd_inference import GenerationSettings, Worker, generate, load_model, memory
 from expertd_inference.attachment import attach
 from expertd_inference.generation import encode_prompt
 from expertd_inference.streaming import TokenStreamer
@@ -94,7 +94,16 @@ def test_generate_counts(mixtral: Worker) -> None:
     assert result.tokens_per_second > 0
     # The prompt touches each of 8 experts of 3 layers once, each of 15 steps 2 of each.
     assert 15 * 2 * 3 < result.host_hits + result.nvme_misses <= (8 + 15 * 2) * 3
-    assert result.peak_pss_bytes > 50 << 20
+    assert result.peak_pss_bytes is None
+
+
+def test_memory_is_measured_for_whom_asks(mixtral: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(memory, "pss_bytes", lambda: asked.append("asked") or 5)
+    settings = GenerationSettings(max_new_tokens=2)
+    assert generate(mixtral, "x", settings).result.peak_pss_bytes is None
+    assert not asked
+    assert generate(mixtral, "x", settings, measure_memory=True).result.peak_pss_bytes == 5
 
 
 def test_one_token_has_no_rate(mixtral: Worker) -> None:

@@ -281,7 +281,7 @@ def generate(
             gc.freeze()
         try:
             generation = expertd_inference.generate(
-                worker, text, settings, chat=chat, on_text=output.write
+                worker, text, settings, chat=chat, on_text=output.write, measure_memory=json
             )
         finally:
             output.end_line()

@@ -1,7 +1,7 @@
 """All devices of one worker: from settings to runners, and what they did together."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -61,8 +61,13 @@ def open_devices(
     names = device_names(settings)
     if not names:
         return {}
-    devices = {name: open_device(name, say) for name in names}
     placed = place_layers([layer.layer for layer in manifest.layers], names)
+    with ExitStack() as undo:
+        devices = {}
+        for name in names:
+            devices[name] = open_device(name, say)
+            undo.callback(devices[name].close)
+        undo.pop_all()
     return {layer: devices[name] for layer, name in placed.items()}
 
 

@@ -241,7 +241,9 @@ class MatrixEncoding(_message.Message):
     group_size: _builtins.int
     """HQQ only: weights of a row that share a scale and a zero."""
     meta_group_size: _builtins.int
-    """HQQ only; group size of 8-bit quantized scales and zeros, 0: fp16 scales."""
+    """HQQ only; group size of 8-bit quantized scales and zeros; 0: they are not quantized, and
+    their part says whether they are F16 or BF16.
+    """
     def __init__(
         self,
         *,

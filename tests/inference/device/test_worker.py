@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import DeviceLostError, InvalidInputError
+from expertd.errors import DeviceLostError, InvalidInputError, PackError
 from expertd.sizes import parse_bytes, size_to_give
 from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference import worker as worker_module
 from expertd_inference.attachment import attach
 from expertd_inference.device import group
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.fake_device import FakeDevice
 from tests.daemon import Daemon, serving
+from tests.expert_store.serving.watching import eventually
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]
@@ -223,3 +225,47 @@ def test_a_budget_below_a_layer_s_need_is_refused_at_the_door(roomy: Daemon, pac
     worker_of(roomy, cache_bytes=parse_bytes(size_to_give(6 * size))).close()
     with pytest.raises(InvalidInputError, match="no device 'tpu'"):
         Worker(attach("m", roomy.socket), device=DeviceSettings(device="tpu"))
+
+
+@pytest.mark.parametrize("at", ["load_trunk", "refuse_in_forks", "DeviceGroup"])
+def test_a_worker_that_cannot_be_made_leaves_nothing(
+    at: str, roomy: Daemon, fakes: list[FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise PackError("no")
+
+    monkeypatch.setattr(worker_module, at, fails)
+    settings = None if at == "refuse_in_forks" else DeviceSettings(device="fake:0,fake:1")
+    closed: list[FakeDevice] = []
+    monkeypatch.setattr(FakeDevice, "close", lambda self: closed.append(self))
+    with Client(roomy.socket) as store:
+        before = len(store.stats()["sessions"])
+        with pytest.raises(PackError, match="no"):
+            Worker(attach("m", roomy.socket), device=settings)
+        eventually(lambda: len(store.stats()["sessions"]) == before)
+    assert {id(device) for device in closed} == {id(device) for device in fakes}
+    assert len(fakes) == (0 if settings is None else 2)
+
+
+def test_a_second_device_that_cannot_be_opened_closes_the_first(
+    roomy: Daemon, fakes: list[FakeDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[FakeDevice] = []
+    monkeypatch.setattr(FakeDevice, "close", lambda self: closed.append(self))
+    with pytest.raises(InvalidInputError, match="no device 'tpu'"):
+        Worker(attach("m", roomy.socket), device=DeviceSettings(device="fake:0,tpu"))
+    assert closed == fakes
+    assert len(fakes) == 1
+
+
+def test_a_runner_that_fails_to_close_ends_the_session_all_the_same(
+    roomy: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(roomy.socket) as store:
+        worker = Worker(attach("m", roomy.socket))
+        number = worker.session.id
+        with monkeypatch.context() as patch:
+            patch.setattr(worker._runner, "close", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                worker.close()
+        eventually(lambda: number not in {each["id"] for each in store.stats()["sessions"]})
