@@ -294,6 +294,7 @@ def test_a_daemon_that_hangs_is_replaced(machine: Machine) -> None:
 def test_nothing_is_left_when_it_is_uninstalled(machine: Machine) -> None:
     """The last: it takes the machine's expertd away."""
     machine.run("useradd alice && usermod --append --groups expertd alice")
+    machine.run(f"rm -rf $(dirname {DROP_IN})")  # of the tests before
     machine.run(f"set -e; {documented('Uninstall')}")
     assert "could not be found" in machine.run("systemctl status expertd 2>&1", check=False).stdout
     for kind in ("passwd", "group"):

@@ -127,8 +127,9 @@ def test_generating_takes_no_memory_for_experts(big: Path) -> None:
         before = private_bytes()
         greedy(model, prompt_of(200), 4)
         assert model.expertd.session.nvme_misses == 8, "it has used all experts"
-        # oneDNN keeps 0.4 MiB of code for each shape of a product that it has met.
-        assert private_bytes() - before < 16 << 20
+        # Half of the experts' bytes. oneDNN keeps 0.4 MiB of code for each shape of a product that
+        # it has met.
+        assert private_bytes() - before < 24 << 20
         model.expertd.close()
 
 
