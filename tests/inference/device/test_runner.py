@@ -283,3 +283,12 @@ def test_what_torch_says_of_a_full_device_is_put_into_words(packed: Make) -> Non
     with pytest.raises(DeviceMemoryError, match="give less"):
         rig.logits(PROMPT)
     assert rig.source.lease is None
+
+
+def test_no_tokens_are_no_experts(packed: Make) -> None:
+    rig = make_rig(HeldPackSource(packed("mixtral")), FakeDevice())
+    hidden = torch.zeros(0, 128, dtype=torch.bfloat16)
+    none = torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2)
+    out = rig.model.model.layers[0].mlp.experts(hidden, *none)
+    assert (out.shape, out.dtype) == ((0, 128), torch.bfloat16)
+    assert rig.group.stats.copies == 0
