@@ -102,5 +102,7 @@ def test_deploy_files_of_an_installation_without_them(
         deploy_files.files_of_deploy()
     (tmp_path / "file").touch()
     monkeypatch.undo()
+    with pytest.raises(InvalidInputError, match=r"cannot be written: File name too long"):
+        deploy_files.deploy_files(tmp_path / ("a" * 300))
     with pytest.raises(InvalidInputError, match=r"cannot be written: Not a directory"):
         deploy_files.deploy_files(tmp_path / "file")

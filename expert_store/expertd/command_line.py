@@ -16,7 +16,10 @@ def command(*words: str | Path) -> str:
     )
 
 
-def serve_command(name: str, pack: Path, ram_bytes: int) -> str:
-    """What serves ``pack`` under that name, in a budget rounded up to whole MiB."""
-    mebibytes = -(-ram_bytes >> 20)
-    return command("expertd", "serve", "--ram", f"{mebibytes}MiB", "--model", f"{name}={pack}")
+def serve_command(name: str, pack: Path, ram_bytes: int, *where: str | Path) -> str:
+    """What serves ``pack`` under that name, in a budget rounded up to whole MiB.
+
+    ``where`` is :func:`expertd.socket_directory.where_to_serve`'s.
+    """
+    budget = f"{-(-ram_bytes >> 20)}MiB"
+    return command("expertd", "serve", *where, "--ram", budget, "--model", f"{name}={pack}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from expertd.command_line import command
-from expertd.shared.handshake import ATTACH_SOCKET, RPC_SOCKET
+from expertd.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES, RPC_SOCKET
 
 HOST_DIRECTORY = Path("/run/expertd")
 RUNTIME_VARIABLE = "XDG_RUNTIME_DIR"
@@ -44,9 +44,24 @@ def find_daemon() -> Path:
 def how_to_start(directory: str | Path) -> str:
     """What to type to have a daemon in ``directory``, as the end of a sentence."""
     default = str(directory) == str(socket_directories()[0])
-    where = () if default else ("--socket", Path(directory))
+    where = where_to_serve() if default else ("--socket", Path(directory))
     serve = command("expertd", "serve", *where, "--ram", "SIZE", "--model", "NAME=PACK")
     return f"start one with `{serve}`, or give the --socket of one that runs"
+
+
+def where_to_serve() -> tuple[str | Path, ...]:
+    """The option to propose with ``expertd serve``: none where the default directory will do."""
+    return () if may_serve(socket_directories()[0]) else ("--socket", own_directory())
+
+
+def may_serve(directory: Path) -> bool:
+    """Whether this user may make sockets in it, or make it in the nearest directory that exists."""
+    if len(os.fsencode(directory / ATTACH_SOCKET)) > MAX_SOCKET_PATH_BYTES:
+        return False
+    there = directory.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 def own_directory() -> Path:

@@ -134,12 +134,17 @@ _TYPES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "a whole number",
         _is_whole,
         (
-            *("max_length", "min_length", "min_new_tokens", "max_cache_len", "top_k"),
+            *("max_length", "min_length", "min_new_tokens", "max_cache_len"),
             *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_assistant_tokens"),
             *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit"),
             *("assistant_lookbehind", "target_lookbehind", "pad_token_id"),
             "decoder_start_token_id",
         ),
+    ),
+    (
+        "0 or more, or -1 for none",
+        lambda x: _is_whole(x) and x >= -1,
+        ("top_k",),
     ),
     (
         "a whole number above 0",

@@ -9,9 +9,18 @@ import pytest
 
 from expertd import socket_directory
 from expertd.cli.serve import load_config
+from expertd.command_line import serve_command
 from expertd.errors import ConfigError
 from expertd.serving.rundir import RunDirectory
-from expertd.socket_directory import HOST_DIRECTORY, find_daemon, socket_directories
+from expertd.socket_directory import (
+    HOST_DIRECTORY,
+    find_daemon,
+    how_to_start,
+    may_serve,
+    own_directory,
+    socket_directories,
+    where_to_serve,
+)
 from expertd_client import Client
 from expertd_client.address import parse_address
 
@@ -95,3 +104,26 @@ def test_who_may_not_make_it_is_told_of_one_that_is_theirs(
     monkeypatch.setenv("HOME", "/nonexistent")
     with pytest.raises(ConfigError, match="--socket /tmp/expertd-"):
         RunDirectory(HOST_DIRECTORY)
+
+
+def test_what_is_offered_to_be_typed_works_for_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = [True]
+    monkeypatch.setattr(socket_directory.os, "access", lambda *_: allowed[0])
+    monkeypatch.setattr(socket_directory, "socket_directories", lambda: [tmp_path / "run/expertd"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert where_to_serve() == ()
+    assert "`expertd serve --ram SIZE" in how_to_start(tmp_path / "run/expertd")
+    allowed[0] = False
+    own = own_directory()
+    assert where_to_serve() == ("--socket", own)
+    assert f"`expertd serve --socket {own} --ram" in how_to_start(tmp_path / "run/expertd")
+    assert serve_command("m", Path("p"), 1, *where_to_serve()).startswith(
+        f"expertd serve --socket {own} --ram 1MiB"
+    )
+
+
+def test_nobody_may_serve_where_no_socket_fits(tmp_path: Path) -> None:
+    assert may_serve(tmp_path / "a/b")
+    assert not may_serve(tmp_path / ("a" * 108))

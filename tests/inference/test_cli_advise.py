@@ -102,3 +102,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path, config: str | None, messag
 
 def test_a_shape_that_is_none() -> None:
     assert_refused(run("advise", "--model", "mixtral-7x8b", command=AT_ONCE), "nearest are")
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    assert_refused(run("advise", "--model", "a" * 5000, command=AT_ONCE), "File name too long")

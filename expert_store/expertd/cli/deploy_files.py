@@ -32,12 +32,13 @@ def deploy_files(
     source = files_of_deploy()
     found = sorted(file for file in source.rglob("*") if file.is_file() and file.name != "check")
     targets = {file: directory / file.relative_to(source) for file in found}
-    there = [target for target in targets.values() if target.exists()]
-    if there and not force:
-        raise InvalidInputError(
-            f"{there[0]} is there already; name another directory, or give --force to replace it."
-        )
     try:
+        there = [target for target in targets.values() if target.exists()]
+        if there and not force:
+            raise InvalidInputError(
+                f"{there[0]} is there already; name another directory, or give --force to "
+                "replace it."
+            )
         for file, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())

@@ -9,7 +9,7 @@ import typer
 
 from expertd.cli.admin import Json, Socket
 from expertd.errors import ExpertdError
-from expertd.socket_directory import own_directory
+from expertd.socket_directory import may_serve, own_directory
 
 if TYPE_CHECKING:
     from expertd.doctor.checks import Row
@@ -61,7 +61,6 @@ def _place(path: Path) -> "Place":
     """The socket directory, and whether a daemon answers there."""
     from expertd.cli.control import Control
     from expertd.doctor.host import Place
-    from expertd.doctor.look import may_serve
 
     serves, other = may_serve(path), own_directory()
     try:

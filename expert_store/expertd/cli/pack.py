@@ -12,6 +12,7 @@ from expertd.command_line import serve_command
 from expertd.errors import PreconditionError
 from expertd.interrupts import importing, interruptible
 from expertd.sizes import format_bytes, size_to_give
+from expertd.socket_directory import where_to_serve
 
 _EXIT_DAMAGED = 1
 
@@ -178,7 +179,8 @@ def pack(
         f"(one token's experts) is {size_to_give(found.manifest.working_set_bytes)}."
     )
     name = name_of_pack(destination.absolute())
-    typer.echo(f"Next: {serve_command(name, destination, default_ram_bytes(found.manifest))}")
+    budget = default_ram_bytes(found.manifest)
+    typer.echo(f"Next: {serve_command(name, destination, budget, *where_to_serve())}")
 
 
 def verify(

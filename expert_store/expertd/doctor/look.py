@@ -193,11 +193,3 @@ def _kernels() -> Kernels:
     if not variant:
         return Kernels("", "none was built for this processor")
     return Kernels(variant.decode())
-
-
-def may_serve(path: Path) -> bool:
-    """Whether it, or the nearest directory above it that there is, may be written to."""
-    there = path.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
-    return os.access(there, os.W_OK | os.X_OK)

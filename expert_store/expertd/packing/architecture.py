@@ -116,6 +116,12 @@ def read_architecture(path: Path) -> Architecture:
     raw = read_config(path)
     named = raw.get("architectures")
     name = str(named[0] if isinstance(named, list) and named else raw.get("model_type"))
+    described = raw.get("quantization_config")
+    if described is not None and not isinstance(described, dict):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: quantization_config is {described!r}, and must be an object; "
+            "take it out if the weights are not quantized."
+        )
     method = quantization_method(raw)
     block = fp8.block_size(raw) if method == fp8.METHOD else None
     try:

@@ -92,7 +92,7 @@ def quantization_method(config: Mapping[str, Any]) -> str:
     """How the checkpoint of that configuration is quantized already; empty if it is not."""
     quantization = config.get("quantization_config")
     if not quantization:
-        return ""
+        return "MLX" if config.get("quantization") else ""
     named = isinstance(quantization, dict) and quantization.get("quant_method")
     return str(named or "an unnamed format")
 

@@ -27,6 +27,19 @@ def find_named(text: str) -> Named:
     Raises InvalidInputError (CheckpointError) in a sentence that says what to give.
     """
     path = Path(text)
+    try:
+        found = _look_at(path)
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}.") from error
+    if found is not None:
+        return found
+    # A hub's name has its owner before it.
+    config = shape_config(text.rpartition("/")[2].lower(), published=True)
+    return Named(text, config=msgspec.json.encode(config))
+
+
+def _look_at(path: Path) -> Named | None:
+    """What lies there, or None. Raises OSError, and InvalidInputError for what is no model."""
     if (path / MANIFEST_NAME).is_file():
         return Named(path.resolve().name, is_pack=True)
     if path.is_dir():
@@ -37,8 +50,4 @@ def find_named(text: str) -> Named:
             )
         read_config(path)
         return Named(path.resolve().name)
-    if path.is_file():
-        return Named(path.stem, config=path.read_bytes())
-    # A hub's name has its owner before it.
-    config = shape_config(text.rpartition("/")[2].lower(), published=True)
-    return Named(text, config=msgspec.json.encode(config))
+    return Named(path.stem, config=path.read_bytes()) if path.is_file() else None

@@ -10,6 +10,7 @@ from rich.table import Table
 from expertd.command_line import command, serve_command
 from expertd.settings.config import name_of_pack
 from expertd.sizes import format_bytes
+from expertd.socket_directory import where_to_serve
 from expertd_inference.advice.advisor import Advice
 from expertd_inference.advice.choice import paper_perplexity
 from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
@@ -164,12 +165,13 @@ def next_commands(advice: Advice) -> list[str]:
     make = command(
         "expertd", "pack", model.checkpoint or "CHECKPOINT", pack, "--scheme", row.scheme
     )
-    threads = str(advice.host.threads)
+    threads, where = str(advice.host.threads), where_to_serve()
     return [
         *([] if model.pack else [make]),
-        serve_command(name, pack, row.budget_bytes),
+        serve_command(name, pack, row.budget_bytes, *where),
         command(
-            "expert-run", "generate", "--model", name, "--threads", threads, "--prompt", PROMPT
+            *("expert-run", "generate", *where, "--model", name),
+            *("--threads", threads, "--prompt", PROMPT),
         ),
     ]
 

@@ -227,6 +227,7 @@ def test_more_experts_than_the_configuration_has(
         ("mixtral", {"pad_token_id": 999}, "cannot build as a language model"),
         ("mixtral", {"architectures": "Mixtral", "hidden_act": "nope"}, "cannot build"),
         ("mixtral", {"num_attention_heads": 0}, "cannot build"),
+        ("mixtral", {"quantization_config": "x"}, "quantization_config is 'x', and must be an ob"),
     ],
 )
 def test_configurations_that_cannot_work(
