@@ -275,24 +275,6 @@ class StorageProbe:
             return self._offsets[self._at]
 
 
-def storage_read_rate(
-    path: Path,
-    seconds: float = 0.5,
-    *,
-    depth: int = DEPTH,
-    piece_bytes: int = PIECE_BYTES,
-    say: Say = _warn,
-) -> float:
-    """Bytes per second of direct reads from the disk that ``path`` lies on.
-
-    ``depth`` reads of ``piece_bytes`` at once, into memory in huge pages where the host has them:
-    the loader's threads. As :class:`StorageProbe` says; in a directory that is no pack, writing
-    the file takes longer than ``seconds``.
-    """
-    with StorageProbe(path, piece_bytes=piece_bytes, say=say) as probe:
-        return probe.rate(seconds, depth)
-
-
 def link_rate(device: Device | None = None, num_bytes: int = _LINK_BYTES) -> float | None:
     """Bytes per second from host memory to the GPU, by the copies that bring experts.
 
