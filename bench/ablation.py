@@ -39,10 +39,10 @@ from bench.gpu_routing import routing_for
 from bench.results import Curve, Plot, Table
 from bench.synthetic import config_of, make_pack
 from bench.tiers import Tally, TierProcess, slower_ways, workers
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.probes import StorageProbe
+from expertstore.pack.manifest import Manifest, read_manifest
 from tests.daemon import serving
 
 PART = "ablation"

@@ -20,7 +20,6 @@ import transformers
 
 from bench.figures import Bench, Figure, compared
 from bench.sharing import fill
-from expertd.pack.manifest import read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd.packing.synthetic import make_pack
@@ -28,6 +27,7 @@ from expertd_inference import EmbeddedDaemon, load_model
 from expertd_inference.advice.advisor import Question, advise
 from expertd_inference.advice.models import find_model
 from expertd_inference.decoding import Decoding
+from expertstore.pack.manifest import read_manifest
 
 _EXAMPLE = Path(__file__).resolve().parent.parent / "examples/tiny-mixtral"
 _TURNS = 3

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bench.synthetic import BRANCH_GAIN, config_of
-from expertd.pack.tensor_file import build_header
 from expertd.packing.architecture import read_architecture
+from expertstore.pack.tensor_file import build_header
 
 _POOL = (1 << 24) - 3
 _BF16_BYTES = 2

@@ -18,10 +18,10 @@ from bench.page_cache import fill_with_file, forget_file
 from expertd.cli.control import Control
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
-from expertd.pack.reader import PackReader, RecordPlace
 from expertd.settings.config import ServeConfig
 from expertd.settings.disk_io import DiskIo
 from expertd_client import Client
+from expertstore.pack.reader import PackReader, RecordPlace
 from tests.daemon import serving
 from tests.handmade import PAGE, make_pack
 

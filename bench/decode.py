@@ -32,13 +32,13 @@ from bench.peer import CONTEXT, Peer, PeerError, make_gguf
 from bench.progress import progress
 from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
-from expertd.pack.manifest import read_manifest
 from expertd.packing.schemes import choose_scheme
-from expertd.shared.host_memory import memory_available
 from expertd_inference import load_model
 from expertd_inference.decoding import Decoding
 from expertd_inference.kernels.native import NativeKernels
 from expertd_inference.kernels.step import StepKernels
+from expertstore.pack.manifest import read_manifest
+from expertstore.shared.host_memory import memory_available
 from tests.daemon import serving
 
 LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}

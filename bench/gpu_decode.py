@@ -13,8 +13,8 @@ from bench.gpu_decoder import Decoded, Decoder
 from bench.gpu_figures import GpuFigure, of_gpu
 from bench.gpu_rig import OutOfTimeError, Rig
 from bench.gpu_ways import BUDGETS, MIDDLE, NO_CACHE, WAYS, Way
-from expertd.errors import ExpertdError
 from expertd_client import Session
+from expertstore.errors import ExpertdError
 
 PART = "decode"
 GOAL_OF_BOUND = 0.85

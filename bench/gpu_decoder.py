@@ -21,8 +21,6 @@ from bench.gpu_replay import LaunchCount, Replay
 from bench.gpu_rig import Rig
 from bench.gpu_routing import routing_for, swept
 from bench.gpu_state import GpuState, state_of
-from expertd.pack.manifest import read_manifest
-from expertd.sizes import format_bytes
 from expertd_client import Session
 from expertd_inference.device.device import Device
 from expertd_inference.device.graphs import DecodeCache
@@ -33,6 +31,8 @@ from expertd_inference.kv_cache import growing
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
+from expertstore.pack.manifest import read_manifest
+from expertstore.sizes import format_bytes
 
 WARM_TOKENS, TOKENS = 80, 40
 FAKE_WARM_TOKENS, FAKE_TOKENS = 3, 2

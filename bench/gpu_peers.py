@@ -10,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from expertd.pack.layout import Matrix
+from expertstore.pack.layout import Matrix
 
 
 def torch_int4_product(matrix: Matrix, x: Tensor) -> Callable[[], Tensor]:

@@ -17,13 +17,13 @@ from transformers import DynamicCache
 from bench.gpu_rig import Rig
 from bench.gpu_rows import Rows
 from bench.gpu_state import state_of
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import EmbeddedDaemon, Worker
 from expertd_inference.attachment import attach
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
+from expertstore.pack.manifest import Manifest, read_manifest
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples/tiny-mixtral"
 PROMPT_TOKENS, STEPS = 12, 40

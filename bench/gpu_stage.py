@@ -18,7 +18,7 @@ from bench.gpu_rig import Rig, loaded
 from bench.gpu_rows import SOME_FAILED, Rows
 from bench.gpu_slot import MIXTRAL, QWEN, SCHEME
 from bench.store import default_traces
-from expertd.errors import DeviceMemoryError
+from expertstore.errors import DeviceMemoryError
 
 KERNEL_SCHEMES = ("4g64", "3g64m", "2g16m")
 _ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.gpu_decoder import CACHE_TOKENS, LONG_CACHE_TOKENS
-from expertd.pack.manifest import Manifest
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
+from expertstore.pack.manifest import Manifest
 
 GIB = 1 << 30
 BUDGETS = (24 * GIB, 12 * GIB, 6 * GIB)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from expertd.shared.host_memory import memory_total
+from expertstore.shared.host_memory import memory_total
 
 _PACKAGES = ("torch", "triton", "transformers", "grpcio", "msgspec", "xxhash", "uvloop")
 _QUERY = "name,driver_version,memory.total,pcie.link.gen.current,pcie.link.width.current"

@@ -24,8 +24,6 @@ from rich.console import Console
 
 from bench.figures import Figure, compared, timed
 from bench.store import show
-from expertd.pack.layout import RecordLayout, record_layout
-from expertd.pack.manifest import GateOrder
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.arena import ArenaTensors
@@ -35,6 +33,8 @@ from expertd_inference.kernels.native_library import native_library
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertd_inference.probes import READ_FORMS
+from expertstore.pack.layout import RecordLayout, record_layout
+from expertstore.pack.manifest import GateOrder
 
 SHAPES = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}  # H, I, top k
 GOALS = {"4g64": 0.85, "3g64m": 0.7, "2g16m": 0.7, "8g128": None, "mxfp4": None, "16": None}

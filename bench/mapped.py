@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from expertd.pack.layout import PAGE_BYTES
-from expertd.pack.manifest import Manifest
+from expertstore.pack.layout import PAGE_BYTES
+from expertstore.pack.manifest import Manifest
 
 _PROT_READ, _MAP_SHARED, _MAP_FIXED = 1, 1, 16
 _MADV_WILLNEED = 3

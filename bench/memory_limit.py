@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.shared.control_groups import V1, V2, memory_groups
+from expertstore.shared.control_groups import V1, V2, memory_groups
 
 _GONE_SECONDS = 10.0
 

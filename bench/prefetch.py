@@ -124,7 +124,7 @@ def measure(name: str, bench: Bench, plan: Plan, packs: Path | None = None) -> I
 
     Its pack is made in ``packs``, or used if it is there; without it, in the bench's folder.
     """
-    from expertd.pack.manifest import read_manifest
+    from expertstore.pack.manifest import read_manifest
 
     pack = (packs or bench.folder) / f"{name}-pack"
     if not pack.exists():

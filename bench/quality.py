@@ -34,10 +34,10 @@ from bench.figures import Bench, Figure, quartiles
 from bench.heldout import EXAMPLE, Heldout, read_heldout
 from bench.results import Curve, Plot, Table
 from bench.synthetic import plan_of
-from expertd.pack.inspect import Inspection, inspect
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import PLAIN, Precision, Scheme, choose_scheme, parse_precision
 from expertd_inference.kernels.native_library import native_library
+from expertstore.pack.inspect import Inspection, inspect
 from tests.daemon import serving
 
 _EXPERTS = ("16", "4g64m", "3g64m", "2g16m")

@@ -28,14 +28,14 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.figures import timed
-from expertd.pack.layout import Matrix
-from expertd.pack.tensor_file import build_header
-from expertd.packing.codec import dequantize
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.packer import Request, pack
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import SCHEMES, choose_scheme
 from expertd.packing.solver import Solver, choose_solver
+from expertstore.pack.codec import dequantize
+from expertstore.pack.layout import Matrix
+from expertstore.pack.tensor_file import build_header
 
 HIDDEN, INTERMEDIATE, EXPERTS = 4096, 14336, 8
 MIXTRAL_WEIGHTS = 45.1e9

@@ -41,10 +41,10 @@ from bench.footprint import Footprint, footprint
 from bench.peer import Peer
 from bench.results import Curve, Plot, Table
 from bench.synthetic import TINY, make_pack
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd.packing.schemes import choose_scheme
-from expertd.shared.host_memory import memory_available
 from expertd_client import Client
+from expertstore.pack.manifest import Manifest, read_manifest
+from expertstore.shared.host_memory import memory_available
 from tests.daemon import serving
 
 SHAPE = "olmoe-1b-7b"

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from bench.mapped import MappedSource
-from expertd.pack.manifest import read_manifest
 from expertd_inference import load_model
 from expertd_inference.experts import connect
 from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
@@ -33,6 +32,7 @@ from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
 from expertd_inference.settings import DeviceSettings
 from expertd_inference.steps import Steps
+from expertstore.pack.manifest import read_manifest
 
 Row = list[list[int]]
 """One token's experts, by MoE layer in order."""

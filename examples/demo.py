@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from expertd.command_line import command
+from expertstore.command_line import command
 
 CHECKPOINT = Path(__file__).parent / "tiny-mixtral"
 PROMPTS = (

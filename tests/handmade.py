@@ -5,7 +5,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest
 
-from expertd.pack.manifest import (
+from expertstore.pack.manifest import (
     Encoding,
     GateOrder,
     Layer,

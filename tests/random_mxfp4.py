@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertd.pack.layout import MXFP4_GROUP_SIZE, Matrix
-from expertd.packing.codec import E2M1, E8M0_BIAS, encode
+from expertstore.pack.codec import E2M1, E8M0_BIAS, encode
+from expertstore.pack.layout import MXFP4_GROUP_SIZE, Matrix
 from tests.tiny_models import make_checkpoint
 
 _RMS = math.sqrt(sum(value * value for value in E2M1) / len(E2M1))

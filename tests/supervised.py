@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_testing.standin_systemd import StandInSystemd
+from expertstore.shared.handshake import ATTACH_SOCKET
 
 
 class Supervised(StandInSystemd):

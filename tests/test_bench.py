@@ -19,9 +19,9 @@ from bench.footprint import footprint
 from bench.parts import PARTS
 from bench.peer import Peer, PeerError, clean_environment
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
-from expertd.pack.manifest import read_manifest
 from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
 from expertd_inference.settings import CachePolicy
+from expertstore.pack.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent
 

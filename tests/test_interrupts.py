@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.interrupts import end_at_once, importing, interruptible
+from expertstore.interrupts import end_at_once, importing, interruptible
 from tests.daemon import serving
 from tests.expert_store.serving.watching import eventually
 from tests.handmade import make_pack
@@ -23,7 +23,7 @@ EXAMPLE = ROOT / "examples/tiny-mixtral"
 BEGUN = (
     # Whoever runs the tests in the background ignores SIGINT, and so would what they start.
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    " from expertd.interrupts import end_at_once; end_at_once();"
+    " from expertstore.interrupts import end_at_once; end_at_once();"
     " sys.stderr.write('begun\\n'); sys.stderr.flush();"
     " from {}.cli import main; main()"
 )

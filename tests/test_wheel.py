@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from expertd.cli import deploy_files
 from expertd.cli.commands import app
-from expertd.errors import InvalidInputError
+from expertstore.errors import InvalidInputError
 from hatch_build import readme_of_the_package
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,15 @@
 Imports neither torch nor numpy. :mod:`expertd_client.aio` has the same for asyncio.
 """
 
-from expertd.errors import (
+from expertd_client.address import TlsFiles
+from expertd_client.attaching import SharedMemoryWarning
+from expertd_client.base_session import PackWarning
+from expertd_client.client import Client
+from expertd_client.lease import Lease
+from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
+from expertd_client.record import Record
+from expertd_client.session import Session
+from expertstore.errors import (
     CapacityError,
     DeadlineError,
     ExpertdError,
@@ -26,14 +34,6 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from expertd_client.address import TlsFiles
-from expertd_client.attaching import SharedMemoryWarning
-from expertd_client.base_session import PackWarning
-from expertd_client.client import Client
-from expertd_client.lease import Lease
-from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
-from expertd_client.record import Record
-from expertd_client.session import Session
 
 __all__ = [
     "CapacityError",

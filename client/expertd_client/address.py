@@ -10,14 +10,14 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from expertd.errors import ExpertdError, InvalidInputError
-from expertd.settings.tls_files import TlsIdentity, read_identity
-from expertd.shared import unreachable
-from expertd.shared.handshake import rpc_target
-from expertd.socket_directory import find_daemon
-from expertd.status import from_rpc_error
 from expertd_client.diagnosis import explain
 from expertd_client.endpoint import CHANNEL_OPTIONS
+from expertstore.errors import ExpertdError, InvalidInputError
+from expertstore.shared import unreachable
+from expertstore.shared.handshake import rpc_target
+from expertstore.socket_directory import find_daemon
+from expertstore.status import from_rpc_error
+from expertstore.tls_files import TlsIdentity, read_identity
 
 TCP = "tcp://"
 
@@ -106,7 +106,7 @@ Address = UnixAddress | TcpAddress
 def parse_address(text: str | Path | None, tls: TlsFiles | None) -> Address:
     """A directory's path, or ``tcp://HOST:PORT``. Raises InvalidInputError, naming the mistake.
 
-    ``None`` is the directory of this host's daemon; see :mod:`expertd.socket_directory`.
+    ``None`` is the directory of this host's daemon; see :mod:`expertstore.socket_directory`.
     """
     text = find_daemon() if text is None else text
     if not isinstance(text, str) or not text.startswith(TCP):

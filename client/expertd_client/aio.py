@@ -12,13 +12,6 @@ from contextlib import AbstractContextManager, aclosing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-from expertd.errors import (
-    CapacityError,
-    UnauthenticatedError,
-    UnavailableError,
-)
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import Role
 from expertd_client import calls
 from expertd_client.address import Address, TlsFiles, UnixAddress, parse_address
 from expertd_client.annex import PackPlace
@@ -33,6 +26,13 @@ from expertd_client.model import ModelInfo, ModelSummary
 from expertd_client.record import Record, RecordAssembler
 from expertd_client.record_cache import RecordCache
 from expertd_client.rpc_aio import AsyncRpc
+from expertstore.errors import (
+    CapacityError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import Role
 
 ReachedT = TypeVar("ReachedT")
 

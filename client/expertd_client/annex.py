@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from expertd.pack.files import open_regular
+from expertstore.pack.files import open_regular
 
 _PROT_READ, _PROT_WRITE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)

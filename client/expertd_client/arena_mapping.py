@@ -7,9 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 
-from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.directory import PAGE_BYTES
 from expertd_client.annex import Annex
+from expertstore.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertstore.shared.directory import PAGE_BYTES
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 _PROT_NONE, _PROT_READ, _MAP_SHARED, _MAP_FIXED = 0, 1, 1, 16

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from expertd.shared.greeting import DescriptorsError, Greeting, handshake
-from expertd.shared.handshake import Role
-from expertd.shared.host_memory import memory_available
 from expertd_client.attachment import Attachment
 from expertd_client.base_session import check_directory
 from expertd_client.copy_attachment import CopyAttachment
@@ -18,6 +15,9 @@ from expertd_client.endpoint import Metadata
 from expertd_client.mapping import Mapping, State
 from expertd_client.model import ModelInfo
 from expertd_client.record_cache import RecordCache
+from expertstore.shared.greeting import DescriptorsError, Greeting, handshake
+from expertstore.shared.handshake import Role
+from expertstore.shared.host_memory import memory_available
 
 # What a sandbox says of mapping a descriptor, not what an operator or a caller got wrong:
 # no permission, no such thing for this kind of file, no address space allowed.

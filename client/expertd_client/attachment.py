@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Protocol
 
-from expertd.errors import PreconditionError
-from expertd.shared.greeting import Greeting
-from expertd.shared.handshake import MAX_PACKET_BYTES, NUDGE, encode_hint
 from expertd_client.mapping import Mapping
+from expertstore.errors import PreconditionError
+from expertstore.shared.greeting import Greeting
+from expertstore.shared.handshake import MAX_PACKET_BYTES, NUDGE, encode_hint
 
 KEEP_SECONDS = 5.0
 """How long the arena of a daemon that has gone stays mapped.

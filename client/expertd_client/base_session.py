@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from expertd.errors import (
+from expertd_client import calls
+from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
+from expertd_client.attachment import Attachment
+from expertd_client.copy_attachment import CopyAttachment
+from expertd_client.lease import Lease
+from expertd_client.mapping import Mapping, State
+from expertd_client.model import ModelInfo
+from expertd_client.record_cache import CacheFill, RecordCache
+from expertstore.errors import (
     CapacityError,
     DeadlineError,
     ExpertdError,
@@ -17,16 +25,8 @@ from expertd.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from expertd.shared.directory import ABSENT
-from expertd.shared.unreachable import ForbiddenSocketError
-from expertd_client import calls
-from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
-from expertd_client.attachment import Attachment
-from expertd_client.copy_attachment import CopyAttachment
-from expertd_client.lease import Lease
-from expertd_client.mapping import Mapping, State
-from expertd_client.model import ModelInfo
-from expertd_client.record_cache import CacheFill, RecordCache
+from expertstore.shared.directory import ABSENT
+from expertstore.shared.unreachable import ForbiddenSocketError
 from expertstore.v1 import expert_store_pb2 as pb
 
 # A granted fetch is leased to the session, so the first attempt finds it; more than a

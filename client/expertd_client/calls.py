@@ -9,12 +9,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from expertd.errors import InvalidInputError
-from expertd.pack.files import check_path
-from expertd.pack.manifest import Encoding, Matrix, Part, RecordLayout
-from expertd.plain import to_plain
 from expertd_client.annex import PackPlace
 from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
+from expertstore.errors import InvalidInputError
+from expertstore.pack.files import check_path
+from expertstore.pack.manifest import Encoding, Matrix, Part, RecordLayout
+from expertstore.plain import to_plain
 from expertstore.v1 import expert_store_pb2 as pb
 
 ResultT = TypeVar("ResultT")

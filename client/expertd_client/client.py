@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import Role
 from expertd_client import calls
 from expertd_client.address import TlsFiles, UnixAddress, parse_address
 from expertd_client.attaching import credentials_of
@@ -16,6 +14,8 @@ from expertd_client.model import ModelInfo, ModelSummary
 from expertd_client.record import Record, RecordAssembler
 from expertd_client.rpc import Rpc
 from expertd_client.session import Session
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import Role
 
 
 class Client:

@@ -4,11 +4,11 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
-from expertd.shared.greeting import Greeting
-from expertd.shared.handshake import INCARNATION_KEY
 from expertd_client.attachment import abandon_in_child
 from expertd_client.endpoint import Metadata
 from expertd_client.record_cache import RecordCache
+from expertstore.shared.greeting import Greeting
+from expertstore.shared.handshake import INCARNATION_KEY
 
 
 class CopyAttachment:

@@ -6,13 +6,13 @@ So one connection is made again by hand, with Python's own TLS, whose errors can
 import socket
 import ssl
 
-from expertd.errors import (
+from expertstore.errors import (
     ExpertdError,
     PermissionDeniedError,
     PreconditionError,
     UnavailableError,
 )
-from expertd.settings.tls_files import TlsIdentity, load_identity
+from expertstore.tls_files import TlsIdentity, load_identity
 
 _SECONDS = 2.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from expertd.errors import PreconditionError
+from expertstore.errors import PreconditionError
 
 Metadata = tuple[tuple[str, str], ...]
 

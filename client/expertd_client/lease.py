@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertd.errors import PreconditionError, SessionLostError
-from expertd.shared.directory import PAGE_BYTES
 from expertd_client.mapping import Mapping, State
 from expertd_client.record_cache import RecordCache
+from expertstore.errors import PreconditionError, SessionLostError
+from expertstore.shared.directory import PAGE_BYTES
 
 if TYPE_CHECKING:
     from expertd_client.base_session import BaseSession

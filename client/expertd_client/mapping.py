@@ -11,14 +11,15 @@ import threading
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
-from expertd.errors import (
+from expertd_client.arena_mapping import ArenaMapping, address_of
+from expertstore.errors import (
     ExpertdError,
     PreconditionError,
     SessionLostError,
     UnavailableError,
 )
-from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.directory import (
+from expertstore.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertstore.shared.directory import (
     ABSENT,
     HEADER_WORDS,
     PAGE_BYTES,
@@ -26,8 +27,7 @@ from expertd.shared.directory import (
     pack_word,
     unpack_word,
 )
-from expertd.shared.session_page import SessionPage
-from expertd_client.arena_mapping import ArenaMapping, address_of
+from expertstore.shared.session_page import SessionPage
 
 
 class State(Enum):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from expertd.pack.manifest import RecordLayout
+from expertstore.pack.manifest import RecordLayout
 
 
 class ModelState(StrEnum):

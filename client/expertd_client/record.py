@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
 
-from expertd.errors import RecordLostError
+from expertstore.errors import RecordLostError
 from expertstore.v1 import expert_store_pb2 as pb
 
 

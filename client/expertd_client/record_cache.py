@@ -9,13 +9,13 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from expertd.errors import CapacityError, InvalidInputError, PreconditionError, RecordLostError
-from expertd.shared.directory import ABSENT, PAGE_BYTES, pack_word
-from expertd.sizes import format_bytes, size_to_give
 from expertd_client.arena_mapping import address_of
 from expertd_client.mapping import State, state_error
 from expertd_client.model import ModelInfo, MoeLayer
 from expertd_client.record import RecordAssembler
+from expertstore.errors import CapacityError, InvalidInputError, PreconditionError, RecordLostError
+from expertstore.shared.directory import ABSENT, PAGE_BYTES, pack_word
+from expertstore.sizes import format_bytes, size_to_give
 from expertstore.v1 import expert_store_pb2 as pb
 
 _OVER = (State.LOST, State.CLOSED, State.FORKED)

@@ -6,10 +6,10 @@ from typing import TypeVar
 
 import grpc
 
-from expertd.errors import PreconditionError
 from expertd_client.address import Address
 from expertd_client.calls import Call
 from expertd_client.endpoint import Metadata, check_own_process
+from expertstore.errors import PreconditionError
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")

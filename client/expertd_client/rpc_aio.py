@@ -8,10 +8,10 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
-from expertd.errors import ExpertdError, PreconditionError
 from expertd_client.address import Address, UnixAddress
 from expertd_client.calls import Call
 from expertd_client.endpoint import Metadata, check_own_process
+from expertstore.errors import ExpertdError, PreconditionError
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-from expertd.errors import CapacityError, UnauthenticatedError, UnavailableError
 from expertd_client import calls
 from expertd_client.address import Address, UnixAddress
 from expertd_client.annex import PackPlace
@@ -18,6 +17,7 @@ from expertd_client.mapping import Mapping
 from expertd_client.model import ModelInfo
 from expertd_client.record_cache import RecordCache
 from expertd_client.rpc import Rpc
+from expertstore.errors import CapacityError, UnauthenticatedError, UnavailableError
 
 
 class Session(BaseSession):

@@ -15,11 +15,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from expertd import __version__
-from expertd.errors import ShortMemoryError
 from expertd.log import log, log_failure, log_warning, open_log
 from expertd.manager.inheritance import FdStore, take_inheritance
 from expertd.manager.systemd import ATTACH_NAME, Manager
 from expertd.manager.watchdog import feed_watchdog
+from expertd.memory.arena import Arena, check_memory
+from expertd.memory.description import Origin
 from expertd.serving.allow_list import AllowList
 from expertd.serving.attach import AttachServer, adopt_listener, listen
 from expertd.serving.edge import Edge
@@ -27,13 +28,12 @@ from expertd.serving.rundir import RunDirectory
 from expertd.serving.service import ExpertStoreService
 from expertd.serving.tcp import OPTIONS, PeerInterceptor, open_port
 from expertd.settings.config import ServeConfig
-from expertd.shared.arena import Arena, check_memory
-from expertd.shared.description import Origin
-from expertd.shared.handshake import rpc_target
 from expertd.sight.metrics import StoreMetrics
 from expertd.sight.metrics_server import Exposition, MetricsServer
-from expertd.sizes import format_bytes
 from expertd.store import Store
+from expertstore.errors import ShortMemoryError
+from expertstore.shared.handshake import rpc_target
+from expertstore.sizes import format_bytes
 from expertstore.v1 import expert_store_pb2 as pb
 
 _REFRESH_SECONDS = 0.05  # rings of 16 Ki touches: overrun only above 300 k accesses a second

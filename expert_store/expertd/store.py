@@ -13,14 +13,6 @@ from typing import Any, TypeVar
 from expertd.disk.loader import Loader
 from expertd.disk.opening import OpenPack, open_pack
 from expertd.disk.page_cache import PageCache
-from expertd.errors import (
-    CapacityError,
-    ExpertdError,
-    IncarnationError,
-    NotFoundError,
-    PreconditionError,
-    UnauthenticatedError,
-)
 from expertd.histogram import Histogram
 from expertd.hosting.budget import Budget
 from expertd.hosting.hosted_model import HostedModel, ModelState
@@ -35,16 +27,24 @@ from expertd.log import log, log_failure, log_warning
 from expertd.manager.adoption import adopt_records
 from expertd.manager.inheritance import FdStore, Inheritance
 from expertd.manager.systemd import Manager
-from expertd.pack.files import check_path
-from expertd.pack.manifest import Fingerprinted, read_manifest
+from expertd.memory.arena import Arena
+from expertd.memory.description import Description, Origin, new_directory
+from expertd.memory.memfd import SharedMemory
 from expertd.settings.config import ServeConfig, check_model_name
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits, pinned_bytes
-from expertd.shared.arena import Arena
-from expertd.shared.description import Description, Origin, new_directory
-from expertd.shared.handshake import Role
-from expertd.shared.host_memory import memory_available
-from expertd.shared.memfd import SharedMemory
+from expertstore.errors import (
+    CapacityError,
+    ExpertdError,
+    IncarnationError,
+    NotFoundError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from expertstore.pack.files import check_path
+from expertstore.pack.manifest import Fingerprinted, read_manifest
+from expertstore.shared.handshake import Role
+from expertstore.shared.host_memory import memory_available
 
 _DRAIN_POLL_SECONDS = 0.002
 ResultT = TypeVar("ResultT")

@@ -13,10 +13,10 @@ from typing import Protocol
 import msgspec
 from torch import Tensor
 
-from expertd.errors import ExpertdError
 from expertd_inference.foresight import Foresight
 from expertd_inference.hints import HintBook, HintStats, Pair
 from expertd_inference.routers import Router
+from expertstore.errors import ExpertdError
 
 
 class HintTarget(Protocol):

@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from expertd.pack.layout import Part
-from expertd.packing.codec import TORCH_DTYPES
+from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.layout import Part
 
 
 class ArenaTensors:

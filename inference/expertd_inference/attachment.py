@@ -5,9 +5,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import NotFoundError
-from expertd.socket_directory import find_daemon
 from expertd_client import Client, Session, TlsFiles
+from expertstore.errors import NotFoundError
+from expertstore.socket_directory import find_daemon
 
 DEFAULT_REATTACH_SECONDS = 30.0
 
@@ -45,7 +45,7 @@ def attach(
     """Attaches for the model ``name``, or without a name for the only one that is served.
 
     ``socket`` is the directory that the daemon serves in, or ``tcp://HOST:PORT`` with ``tls``;
-    without it, this host's daemon is looked for as :mod:`expertd.socket_directory` says.
+    without it, this host's daemon is looked for as :mod:`expertstore.socket_directory` says.
     ``cache_bytes`` bounds the copies of experts where memory cannot be shared. Raises
     UnavailableError if none serves there, InvalidInputError for a path that no socket can have,
     and NotFoundError, saying which models there are, if there is no such one.

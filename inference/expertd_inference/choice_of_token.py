@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from expertd.errors import PreconditionError
 from expertd_inference.kernels.step import DTYPES, StepKernels
+from expertstore.errors import PreconditionError
 
 
 class Choice:

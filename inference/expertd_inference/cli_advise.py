@@ -8,12 +8,12 @@ import msgspec
 import typer
 from rich.console import Console
 
-from expertd.errors import InvalidInputError, PreconditionError
-from expertd.interrupts import importing, interruptible
 from expertd_inference import options
 from expertd_inference.advice.named import find_named
 from expertd_inference.environment import garbage_kept, prepare_environment
 from expertd_inference.text_output import status
+from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.interrupts import importing, interruptible
 
 
 def advise(

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import UnavailableError
 from expertd.manager.systemd import VARIABLES
-from expertd.pack.manifest import read_manifest
 from expertd.settings.config import name_of_pack
-from expertd.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES
-from expertd.shared.host_memory import default_ram_bytes
+from expertstore.errors import UnavailableError
+from expertstore.pack.manifest import read_manifest
+from expertstore.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES
+from expertstore.shared.host_memory import default_ram_bytes
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0

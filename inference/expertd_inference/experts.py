@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expertd.errors import PreconditionError, SessionLostError, UnavailableError
-from expertd.pack.manifest import Manifest
-from expertd.shared.host_memory import memory_available
 from expertd_inference.activation import activation_of
 from expertd_inference.ahead import RouterAhead
 from expertd_inference.arena import ArenaTensors
@@ -25,6 +22,9 @@ from expertd_inference.kernels.choice import CpuKernels, ReferenceKernels
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
 from expertd_inference.recovery import SESSION_ENDED, Recovery
 from expertd_inference.source import ExpertSource
+from expertstore.errors import PreconditionError, SessionLostError, UnavailableError
+from expertstore.pack.manifest import Manifest
+from expertstore.shared.host_memory import memory_available
 
 IMPLEMENTATION = "expertd"
 """Our name among transformers' experts implementations."""

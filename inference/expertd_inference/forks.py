@@ -8,7 +8,7 @@ import os
 import weakref
 from typing import Any, NoReturn
 
-from expertd.errors import PreconditionError
+from expertstore.errors import PreconditionError
 
 _live: "weakref.WeakSet[Any]" = weakref.WeakSet()
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from expertd.errors import PackError
 from expertd_inference.decoding import Decoding
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.generation_config import GENERATION_CONFIG, generation_arguments
@@ -23,6 +22,7 @@ from expertd_inference.reasons import reason_of
 from expertd_inference.settings import GenerationSettings
 from expertd_inference.streaming import TokenStreamer
 from expertd_inference.worker import Worker
+from expertstore.errors import PackError
 
 StatsT = TypeVar("StatsT", DeviceStats, HintStats)
 

@@ -16,9 +16,9 @@ from typing import Any
 import transformers
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from expertd.errors import InvalidInputError, PackError
 from expertd_inference.reasons import reason_of
 from expertd_inference.settings import GenerationSettings
+from expertstore.errors import InvalidInputError, PackError
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -10,9 +10,6 @@ import torch
 import transformers
 from torch import nn
 
-from expertd.errors import ExpertdError, PackError
-from expertd.pack.manifest import Manifest
-from expertd.packing.codec import TORCH_DTYPES
 from expertd_inference.device.trunk_map import trunk_map
 from expertd_inference.experts import IMPLEMENTATION
 from expertd_inference.generation_config import read_generation_config
@@ -22,6 +19,9 @@ from expertd_inference.quantizer import ExpertdConfig
 from expertd_inference.reasons import reason_of
 from expertd_inference.recovery import say_on_stderr
 from expertd_inference.trunk import TrunkCheck, TrunkFile
+from expertstore.errors import ExpertdError, PackError
+from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.manifest import Manifest
 
 
 @dataclass(frozen=True)

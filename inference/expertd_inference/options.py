@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from expertd.errors import InvalidInputError
-from expertd.sizes import parse_bytes
 from expertd_inference.settings import CachePolicy, DecodeGraphsMode, DeviceSettings, OnMiss
+from expertstore.errors import InvalidInputError
+from expertstore.sizes import parse_bytes
 
 Device = Annotated[
     str,

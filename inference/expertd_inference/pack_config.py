@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from expertd.errors import PackError
-from expertd.pack.manifest import Manifest
 from expertd_inference.reasons import reason_of
+from expertstore.errors import PackError
+from expertstore.pack.manifest import Manifest
 
 CONFIG = "config.json"
 

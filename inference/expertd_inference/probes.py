@@ -25,16 +25,16 @@ import numpy as np
 import torch
 
 from expertd.disk.record_file import RecordFile
-from expertd.errors import DeviceError, InvalidInputError, PackError
-from expertd.pack.layout import PAGE_BYTES
-from expertd.pack.manifest import MANIFEST_NAME, read_manifest
 from expertd.settings.config import ServeConfig
-from expertd.sizes import format_bytes
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cuda import CudaDevice
 from expertd_inference.device.device import Device
 from expertd_inference.kernels.native import read_memory
 from expertd_inference.kernels.native_library import native_library
+from expertstore.errors import DeviceError, InvalidInputError, PackError
+from expertstore.pack.layout import PAGE_BYTES
+from expertstore.pack.manifest import MANIFEST_NAME, read_manifest
+from expertstore.sizes import format_bytes
 
 Say = Callable[[str], None]
 """Is told, in one sentence, why a rate is not quite what its name says."""

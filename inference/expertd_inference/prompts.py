@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from expertd.errors import InvalidInputError, PackError
 from expertd_inference.pack_config import context_tokens
 from expertd_inference.reasons import reason_of
 from expertd_inference.settings import check_prompt
+from expertstore.errors import InvalidInputError, PackError
 
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tekken.json", "vocab.json"),

@@ -6,11 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from expertd.errors import PackError
-from expertd.pack.layout import Matrix, matrix_parts, scale_types
-from expertd.packing.codec import TORCH_DTYPES, dequantize
 from expertd_inference.kernels.gpu_choice import gpu_kernels
 from expertd_inference.kernels.weights import Linear, QuantizedWeight
+from expertstore.errors import PackError
+from expertstore.pack.codec import TORCH_DTYPES, dequantize
+from expertstore.pack.layout import Matrix, matrix_parts, scale_types
 
 
 class QuantizedLinear(nn.Module):

@@ -21,11 +21,11 @@ from transformers.core_model_loading import (
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from expertd.errors import PackError
-from expertd.pack.manifest import Manifest
 from expertd_inference.experts import IMPLEMENTATION, experts_modules, layer_numbers
 from expertd_inference.kernels.reference import DOWN, GATE_UP
 from expertd_inference.quantized_linear import QuantizedLinear
+from expertstore.errors import PackError
+from expertstore.pack.manifest import Manifest
 
 METHOD = IMPLEMENTATION
 

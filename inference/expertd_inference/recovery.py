@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from expertd.errors import IncarnationError, SessionLostError, UnavailableError
 from expertd_inference.source import ExpertSource
+from expertstore.errors import IncarnationError, SessionLostError, UnavailableError
 
 SESSION_ENDED = (SessionLostError, UnavailableError, IncarnationError)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from expertd.errors import InvalidInputError
+from expertstore.errors import InvalidInputError
 
 
 class ComputeDtype(StrEnum):

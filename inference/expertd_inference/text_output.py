@@ -9,7 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from expertd.errors import PreconditionError
+from expertstore.errors import PreconditionError
 
 
 class TextOutput:

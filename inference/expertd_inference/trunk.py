@@ -14,11 +14,11 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from expertd.errors import PackError
-from expertd.pack.layout import matrix_parts
-from expertd.pack.manifest import Manifest, QuantizedTensor
-from expertd.pack.verify import check_trunk
-from expertd.packing.codec import TORCH_DTYPES, dequantize
+from expertstore.errors import PackError
+from expertstore.pack.codec import TORCH_DTYPES, dequantize
+from expertstore.pack.layout import matrix_parts
+from expertstore.pack.manifest import Manifest, QuantizedTensor
+from expertstore.pack.verify import check_trunk
 
 
 class QuantizedSlice:

@@ -8,8 +8,6 @@ from typing import Any, Self
 
 import torch
 
-from expertd.errors import PackError
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd_client import Session, TlsFiles
 from expertd_inference.ahead import RouterAhead
 from expertd_inference.attachment import (
@@ -34,6 +32,8 @@ from expertd_inference.prompts import load_tokenizer
 from expertd_inference.recovery import Recovery, say_on_stderr
 from expertd_inference.routers import find_routers
 from expertd_inference.settings import DeviceSettings, KernelsName
+from expertstore.errors import PackError
+from expertstore.pack.manifest import Manifest, read_manifest
 
 
 class Worker:

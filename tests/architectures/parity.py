@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertd.pack.manifest import GateOrder
-from expertd.pack.reader import PackReader
-from expertd.packing.codec import dequantize, record_parts
 from expertd_inference.experts import connect, experts_modules, layer_numbers
 from expertd_inference.kernels.choice import CpuKernels
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
+from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.manifest import GateOrder
+from expertstore.pack.reader import PackReader
 from tests.inference.pack_source import PackSource
 
 

@@ -14,13 +14,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from expertd.errors import ExpertdError
-from expertd.pack.manifest import read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.activation import activation_of
 from expertd_inference.experts import experts_modules, layer_numbers
 from expertd_inference.routers import find_routers
+from expertstore.errors import ExpertdError
+from expertstore.pack.manifest import read_manifest
 from tests.architectures.parity import fill, load, logits
 from tests.architectures.tiny_configs import architectures, language_model_type, tiny_config
 from tests.inference.greedy import greedy, prompt_of

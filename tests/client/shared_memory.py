@@ -7,12 +7,12 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.directory import Directory, directory_bytes, pack_word
-from expertd.shared.greeting import Greeting
-from expertd.shared.handshake import Welcome
-from expertd.shared.session_page import SessionPage, session_page_bytes
 from expertd_client.mapping import Mapping
+from expertstore.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertstore.shared.directory import Directory, directory_bytes, pack_word
+from expertstore.shared.greeting import Greeting
+from expertstore.shared.handshake import Welcome
+from expertstore.shared.session_page import SessionPage, session_page_bytes
 
 PAGE = 4096
 ARENA_PAGES = 64

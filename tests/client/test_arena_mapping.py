@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import SessionLostError
-from expertd.shared.arena_trailer import TRAILER_BYTES
-from expertd.shared.directory import ABSENT
 from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping, State
+from expertstore.errors import SessionLostError
+from expertstore.shared.arena_trailer import TRAILER_BYTES
+from expertstore.shared.directory import ABSENT
 from tests.client.shared_memory import ARENA_PAGES, PAGE, SharedMemory, shared_memory
 
 

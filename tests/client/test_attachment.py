@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from expertd.errors import PreconditionError, SessionLostError, UnavailableError
-from expertd.shared.directory import ABSENT
-from expertd.shared.handshake import NUDGE
 from expertd_client.attachment import Attachment
 from expertd_client.mapping import State
+from expertstore.errors import PreconditionError, SessionLostError, UnavailableError
+from expertstore.shared.directory import ABSENT
+from expertstore.shared.handshake import NUDGE
 from tests.client.observing import eventually, num_open_files
 from tests.client.shared_memory import SharedMemory
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from expertd.pack.layout import Encoding, Matrix, record_layout
 from expertd.serving import messages
 from expertd_client import calls
+from expertstore.pack.layout import Encoding, Matrix, record_layout
 
 
 @pytest.mark.parametrize("encoding", list(Encoding))

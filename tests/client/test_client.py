@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from expertd.pack.manifest import read_manifest
 from expertd_client import (
     Client,
     DeadlineError,
@@ -22,6 +21,7 @@ from expertd_client import (
     UnavailableError,
 )
 from expertd_client.record import Record, RecordAssembler
+from expertstore.pack.manifest import read_manifest
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually

@@ -9,9 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from expertd import errors
-from expertd.shared.greeting import Greeting, handshake
-from expertd.shared.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Role, Welcome
+from expertstore import errors
+from expertstore.shared.greeting import Greeting, handshake
+from expertstore.shared.handshake import (
+    ATTACH_SOCKET,
+    PROTOCOL_VERSION,
+    Hello,
+    Refusal,
+    Role,
+    Welcome,
+)
 from tests.client.observing import num_open_files
 
 Answer = Callable[[socket.socket], None]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.shared.directory import ABSENT
 from expertd_client import (
     Client,
     NotFoundError,
@@ -13,6 +12,7 @@ from expertd_client import (
     UnavailableError,
 )
 from expertd_client.mapping import Mapping
+from expertstore.shared.directory import ABSENT
 from tests.client.observing import eventually
 from tests.client.shared_memory import SharedMemory
 from tests.daemon import Daemon

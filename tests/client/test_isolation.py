@@ -18,9 +18,9 @@ NOBODY = 65534
 READ_ONLY = """
 import ctypes, mmap, os, sys
 from pathlib import Path
-from expertd.errors import PermissionDeniedError
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import Role
+from expertstore.errors import PermissionDeniedError
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import Role
 from expertd_client import Client
 
 os.setresgid(65534, 65534, 65534)

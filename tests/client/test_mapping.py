@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.errors import PreconditionError, SessionLostError
-from expertd.shared.directory import ABSENT, unpack_word
-from expertd.shared.session_page import MISSED
 from expertd_client.mapping import Mapping, State
+from expertstore.errors import PreconditionError, SessionLostError
+from expertstore.shared.directory import ABSENT, unpack_word
+from expertstore.shared.session_page import MISSED
 from tests.client.shared_memory import SharedMemory, shared_memory
 
 NOTHING: frozenset[int] = frozenset()
@@ -199,7 +199,7 @@ def test_touches(shared: SharedMemory) -> None:
 @settings(max_examples=100)
 def test_touches_are_a_ring(batches: list[tuple[list[int], bool]]) -> None:
     """Against one store per entry, in a ring small enough to go round."""
-    from expertd.shared.session_page import PAGE_BYTES, SessionPage
+    from expertstore.shared.session_page import PAGE_BYTES, SessionPage
 
     capacity = 16
     page = SessionPage.format(memoryview(bytearray(PAGE_BYTES + 4 * capacity)), 1)

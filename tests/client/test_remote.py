@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from expertd.shared.handshake import Role
-from expertd.sizes import parse_bytes, size_to_give
 from expertd_client import (
     CapacityError,
     Client,
@@ -30,6 +28,8 @@ from expertd_client import (
 )
 from expertd_client.aio import AsyncClient
 from expertd_client.mapping import Mapping
+from expertstore.shared.handshake import Role
+from expertstore.sizes import parse_bytes, size_to_give
 from tests.certificates import Authority, Files, tcp_settings
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually

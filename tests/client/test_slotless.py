@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from expertd.shared.directory import ABSENT
 from expertd_client import (
     Client,
     DeadlineError,
@@ -25,6 +24,7 @@ from expertd_client.aio import AsyncClient
 from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
 from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping, State
+from expertstore.shared.directory import ABSENT
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually
 from tests.client.shared_memory import PAGE, SharedMemory

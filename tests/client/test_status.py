@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd import errors, status
-from expertd.shared.handshake import ERROR_DETAIL_KEY, Refusal
+from expertstore import errors, status
+from expertstore.shared.handshake import ERROR_DETAIL_KEY, Refusal
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from expertd.settings.config import load_config
-from expertd.sizes import parse_bytes
 from expertd_client import Client
+from expertstore.sizes import parse_bytes
 from tests.daemon import serving
 from tests.expert_store.serving.watching import eventually, expertd
 from tests.handmade import make_pack

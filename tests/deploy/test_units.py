@@ -7,7 +7,7 @@ from pathlib import Path
 
 from expertd.serving.rundir import RunDirectory
 from expertd.settings.config import ServeConfig, load_config
-from expertd.shared.handshake import ATTACH_SOCKET
+from expertstore.shared.handshake import ATTACH_SOCKET
 from tests.expert_store.serving.watching import expertd
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.directory import (
+from expertd.memory.extents import Extent, Extents
+from expertd.memory.reclaim import Reclaimer
+from expertstore.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertstore.shared.directory import (
     ABSENT,
     PAGE_BYTES,
     Directory,
@@ -23,9 +25,7 @@ from expertd.shared.directory import (
     pack_word,
     unpack_word,
 )
-from expertd.shared.extents import Extent, Extents
-from expertd.shared.reclaim import Reclaimer
-from expertd.shared.session_page import SessionPage, session_page_bytes
+from expertstore.shared.session_page import SessionPage, session_page_bytes
 from tests.expert_store.epoch_parts import (
     At,
     Desk,

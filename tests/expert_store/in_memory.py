@@ -12,14 +12,14 @@ import pytest
 import expertd.disk.opening
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.session import Session
+from expertd.memory.arena import Arena
 from expertd.settings.config import ServeConfig
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
-from expertd.shared.arena import Arena
-from expertd.shared.directory import unpack_word
-from expertd.shared.handshake import Role
 from expertd.store import Store
 from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
+from expertstore.shared.directory import unpack_word
+from expertstore.shared.handshake import Role
 from tests.handmade import PAGE, record
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import (
+from expertd.settings.disk_io import DiskIo
+from expertd.store import Store
+from expertstore.errors import (
     CapacityError,
     IncarnationError,
     NotFoundError,
@@ -15,9 +17,7 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
-from expertd.settings.disk_io import DiskIo
-from expertd.shared.handshake import Role
-from expertd.store import Store
+from expertstore.shared.handshake import Role
 from tests.expert_store.in_memory import (
     Worker,
     assert_consistent,

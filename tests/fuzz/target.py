@@ -8,9 +8,9 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertd.shared.greeting import Greeting, handshake
-from expertd.shared.handshake import INCARNATION_KEY, TOKEN_KEY, Role, rpc_target
 from expertd_client import Client
+from expertstore.shared.greeting import Greeting, handshake
+from expertstore.shared.handshake import INCARNATION_KEY, TOKEN_KEY, Role, rpc_target
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.raw_worker import RawWorker
 from tests.expert_store.serving.watching import num_files, rss_bytes

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.shared.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Welcome
+from expertstore.shared.handshake import ATTACH_SOCKET, PROTOCOL_VERSION, Hello, Refusal, Welcome
 from tests.fuzz.budget import bounded
 from tests.fuzz.target import Culprit, Target, fuzzed
 

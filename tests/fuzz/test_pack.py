@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertd.cli.control import Control
-from expertd.errors import (
+from expertd_client import Client
+from expertstore.errors import (
     CapacityError,
     InvalidInputError,
     NotFoundError,
     PackError,
     RecordLostError,
 )
-from expertd_client import Client
 from tests.fuzz.budget import bounded
 from tests.fuzz.target import Culprit, Target, fuzzed
 from tests.handmade import record

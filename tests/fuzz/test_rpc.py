@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.shared.handshake import rpc_target
+from expertstore.shared.handshake import rpc_target
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.fuzz.budget import bounded
 from tests.fuzz.requests import METHODS, SERVICE, Request, requests

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import grpc
 
-from expertd.errors import ExpertdError
-from expertd.shared.greeting import Greeting, handshake
-from expertd.shared.handshake import ATTACH_SOCKET, Role, rpc_target
+from expertstore.errors import ExpertdError
+from expertstore.shared.greeting import Greeting, handshake
+from expertstore.shared.handshake import ATTACH_SOCKET, Role, rpc_target
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 from tests.expert_store.serving.raw_worker import RawWorker

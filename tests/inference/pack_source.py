@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from expertd.errors import SessionLostError
-from expertd.pack.manifest import Manifest, read_manifest
+from expertstore.errors import SessionLostError
+from expertstore.pack.manifest import Manifest, read_manifest
 
 GARBAGE = b"\x7f"
 

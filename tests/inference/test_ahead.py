@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from expertd.errors import UnavailableError
-from expertd.pack.manifest import read_manifest
 from expertd_inference import load_model
 from expertd_inference.ahead import RouterAhead
 from expertd_inference.hints import HintStats, Pair
 from expertd_inference.settings import DeviceSettings
+from expertstore.errors import UnavailableError
+from expertstore.pack.manifest import read_manifest
 from tests.daemon import serving
 from tests.inference.greedy import greedy
 

@@ -12,12 +12,12 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
 )
 
-from expertd.pack.manifest import Encoding, read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.kernels.choice import ReferenceKernels
 from expertd_inference.kernels.native import NativeKernels
 from expertd_inference.kernels.native_library import native_library
+from expertstore.pack.manifest import Encoding, read_manifest
 from tests.architectures.parity import fill, load, logits
 from tests.architectures.tiny_configs import tiny_config
 from tests.inference.greedy import greedy, prompt_of

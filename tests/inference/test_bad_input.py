@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.pack.manifest import read_manifest
 from expertd_inference import EmbeddedDaemon, load_model
 from expertd_inference.kernels.native_library import native_library
 from expertd_inference.settings import DeviceSettings
+from expertstore.pack.manifest import read_manifest
 from tests.daemon import serving
 
 Make = Callable[..., Any]

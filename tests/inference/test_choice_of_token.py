@@ -18,9 +18,9 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteria,
 )
 
-from expertd.errors import PreconditionError
 from expertd_inference.choice_of_token import Choice, End, Finite
 from expertd_inference.kernels.step import DTYPES, StepKernels, step_kernels
+from expertstore.errors import PreconditionError
 
 
 @pytest.fixture(scope="module")

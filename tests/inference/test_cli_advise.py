@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import ExpertdError
 from expertd.packing.synthetic import make_pack
 from expertd_inference import probes
 from expertd_inference.cli.commands import app
+from expertstore.errors import ExpertdError
 from tests.inference.advice.test_models import TINY
 from tests.inference.test_cli import AT_ONCE, assert_refused, run
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
 
-from expertd.errors import PreconditionError
-from expertd.pack.manifest import read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import choice_of_token, kv_cache, load_model, steps
@@ -28,6 +26,8 @@ from expertd_inference.known_parts import UnknownPartError
 from expertd_inference.lean import make_lean
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import Recovery
+from expertstore.errors import PreconditionError
+from expertstore.pack.manifest import read_manifest
 from tests.daemon import serving
 from tests.inference.greedy import prompt_of
 from tests.inference.pack_source import PackSource

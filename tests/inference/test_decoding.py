@@ -18,12 +18,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from expertd.errors import PreconditionError
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
 from expertd_inference.decoding import _HOOKS, Decoding, has_own_steps, is_repeatable
+from expertstore.errors import PreconditionError
 from tests.daemon import serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.tiny_models import byte_tokenizer, make_checkpoint

@@ -17,12 +17,12 @@ from unittest import mock
 
 import pytest
 
-from expertd.errors import PackError, UnavailableError
-from expertd.pack.manifest import read_manifest
-from expertd.shared import host_memory
 from expertd_client import Client
 from expertd_inference import embedded
 from expertd_inference.embedded import EmbeddedDaemon
+from expertstore.errors import PackError, UnavailableError
+from expertstore.pack.manifest import read_manifest
+from expertstore.shared import host_memory
 
 Make = Callable[..., Any]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import ExpertdError, IncarnationError, SessionLostError, UnavailableError
 from expertd_inference import experts as experts_module
 from expertd_inference.experts import connect
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import MAX_FUTILE_RECOVERIES, Recovery
+from expertstore.errors import ExpertdError, IncarnationError, SessionLostError, UnavailableError
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.pack_source import PackSource
 from tests.tiny_models import CONFIGS

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TextIteratorStreamer
 
-from expertd.errors import InvalidInputError, NotFoundError, PackError, PreconditionError
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_client import Client
@@ -20,6 +19,7 @@ from expertd_inference import GenerationSettings, Worker, generate, load_model, 
 from expertd_inference.attachment import attach
 from expertd_inference.generation import encode_prompt
 from expertd_inference.streaming import TokenStreamer
+from expertstore.errors import InvalidInputError, NotFoundError, PackError, PreconditionError
 from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.tiny_models import byte_tokenizer, make_model

@@ -10,11 +10,11 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from expertd.errors import InvalidInputError, PackError
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference import generation_config as fields_of
 from expertd_inference.attachment import attach
 from expertd_inference.generation_config import read_generation_config
+from expertstore.errors import InvalidInputError, PackError
 from tests.daemon import serving
 
 Make = Callable[..., Any]

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 from xxhash import xxh3_64_hexdigest
 
-from expertd.errors import PackError
-from expertd.pack.manifest import Manifest, read_manifest
-from expertd.packing.codec import dequantize
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_inference import load_model
 from expertd_inference.kernels.reference import linear
 from expertd_inference.loading import load_trunk
 from expertd_inference.quantizer import match_experts
+from expertstore.errors import PackError
+from expertstore.pack.codec import dequantize
+from expertstore.pack.manifest import Manifest, read_manifest
 from tests.daemon import serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.tiny_models import CONFIGS, make_checkpoint
@@ -80,7 +80,7 @@ def test_quantized_trunk_is_dequantized(packed: Make, stock: Make) -> None:
 RSS_SCRIPT = """
 import json, sys
 from pathlib import Path
-from expertd.pack.manifest import read_manifest
+from expertstore.pack.manifest import read_manifest
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_inference import load_model

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import MixtralConfig
 
-from expertd.errors import PackError
-from expertd.pack.manifest import read_manifest
 from expertd_inference.loading import load_trunk
 from expertd_inference.pack_config import context_tokens
+from expertstore.errors import PackError
+from expertstore.pack.manifest import read_manifest
 
 Make = Callable[..., Any]
 

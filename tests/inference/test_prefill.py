@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 import expertd_inference.experts as experts_module
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd_inference import load_model
 from expertd_inference.settings import DeviceSettings
+from expertstore.pack.manifest import Manifest, read_manifest
 from tests.daemon import serving
 
 Make = Callable[..., Any]

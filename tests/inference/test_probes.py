@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertd.errors import InvalidInputError, PackError
-from expertd.native.library import Loaded
 from expertd_inference import probes
 from expertd_inference.kernels.native_library import native_library
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
+from expertstore.errors import InvalidInputError, PackError
+from expertstore.native import Loaded
 from tests.handmade import make_pack
 
 SMALL = 1 << 20

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import MixtralConfig
 
-from expertd.errors import InvalidInputError, PackError
 from expertd_inference.prompts import encode, load_tokenizer
+from expertstore.errors import InvalidInputError, PackError
 from tests.tiny_models import VOCAB, byte_tokenizer
 
 

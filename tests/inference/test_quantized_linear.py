@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expertd.errors import PackError
-from expertd.pack.layout import Matrix
-from expertd.pack.manifest import Manifest, read_manifest
-from expertd.packing.codec import dequantize
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import parse_precision
 from expertd_inference.kernels import reference
@@ -21,6 +17,10 @@ from expertd_inference.loading import load_trunk
 from expertd_inference.quantized_linear import QuantizedLinear
 from expertd_inference.quantizer import replace_linears
 from expertd_inference.trunk import TrunkFile
+from expertstore.errors import PackError
+from expertstore.pack.codec import dequantize
+from expertstore.pack.layout import Matrix
+from expertstore.pack.manifest import Manifest, read_manifest
 
 Make = Callable[..., Any]
 

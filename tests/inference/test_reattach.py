@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from expertd.errors import UnavailableError
-from expertd.pack.manifest import read_manifest
 from expertd_client import Client, attachment
 from expertd_inference.attachment import attach
 from expertd_inference.kernels import reference
 from expertd_inference.kernels.choice import ReferenceKernels
 from expertd_inference.worker import Worker
+from expertstore.errors import UnavailableError
+from expertstore.pack.manifest import read_manifest
 from tests.client.observing import num_arenas
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.watching import eventually

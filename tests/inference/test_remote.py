@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from expertd.errors import PackError
-from expertd.pack.manifest import read_manifest
 from expertd_client import TlsFiles
 from expertd_client.mapping import Mapping
 from expertd_inference import load_model
 from expertd_inference.attachment import attach
 from expertd_inference.worker import Worker
+from expertstore.errors import PackError
+from expertstore.pack.manifest import read_manifest
 from tests.certificates import Authority, tcp_settings
 from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from expertd.pack.manifest import read_manifest
-from expertd.packing.codec import dequantize, record_parts
 from expertd_inference import load_model
 from expertd_inference.experts import experts_modules, layer_numbers
+from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.manifest import read_manifest
 from tests.daemon import serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.worker_process import WorkerProcess

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench import synthetic
-from expertd.pack.reader import PackReader
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
+from expertstore.pack.reader import PackReader
 from tests.daemon import serving
 
 NUM_EXPERTS = ("num_experts", "num_local_experts")

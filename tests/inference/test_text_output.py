@@ -8,8 +8,8 @@ from typing import TextIO
 
 import pytest
 
-from expertd.errors import PreconditionError
 from expertd_inference.text_output import TextOutput, complain
+from expertstore.errors import PreconditionError
 
 
 @pytest.fixture

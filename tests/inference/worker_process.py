@@ -59,9 +59,9 @@ def serve() -> None:
     """Answers requests from stdin until it ends."""
     import torch
 
-    from expertd.errors import ExpertdError
     from expertd_inference.attachment import attach
     from expertd_inference.worker import Worker
+    from expertstore.errors import ExpertdError
     from tests.inference.greedy import greedy
 
     torch.set_num_threads(1)

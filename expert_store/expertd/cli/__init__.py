@@ -3,7 +3,7 @@
 
 def main() -> None:
     """Runs the command. Whatever takes time to import comes after the first line."""
-    from expertd.interrupts import end_at_once
+    from expertstore.interrupts import end_at_once
 
     end_at_once()
     from expertd.cli.commands import run

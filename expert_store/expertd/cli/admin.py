@@ -7,16 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from expertd.errors import (
+from expertd.settings.disk_io import DiskIo, parse_disk_io
+from expertd.settings.limits import Limits
+from expertstore.errors import (
     ConfigError,
     DeadlineError,
     PermissionDeniedError,
     UnavailableError,
 )
-from expertd.settings.disk_io import DiskIo, parse_disk_io
-from expertd.settings.limits import Limits
-from expertd.sizes import format_bytes, parse_bytes
-from expertd.socket_directory import find_daemon
+from expertstore.sizes import format_bytes, parse_bytes
+from expertstore.socket_directory import find_daemon
 
 Socket = Annotated[
     Path,

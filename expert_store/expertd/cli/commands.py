@@ -9,7 +9,7 @@ import typer
 
 from expertd import __version__
 from expertd.cli import admin, deploy_files, doctor, pack, record, replay, serve, top
-from expertd.errors import ExpertdError, ShortMemoryError
+from expertstore.errors import ExpertdError, ShortMemoryError
 
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 """What writing to a standard output that is a file may meet."""

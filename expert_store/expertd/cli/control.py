@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from expertd.errors import ExpertdError
-from expertd.pack.files import check_path
-from expertd.plain import to_plain
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import Role, rpc_target
-from expertd.shared.unreachable import explain
-from expertd.status import from_rpc_error
+from expertstore.errors import ExpertdError
+from expertstore.pack.files import check_path
+from expertstore.plain import to_plain
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import Role, rpc_target
+from expertstore.shared.unreachable import explain
+from expertstore.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
@@ -46,7 +46,7 @@ class TouchStream:
         self._call.cancel()
 
     def __iter__(self) -> Iterator[pb.WatchTouchesResponse]:
-        """Raises the errors of :mod:`expertd.errors`."""
+        """Raises the errors of :mod:`expertstore.errors`."""
         try:
             yield from self._call
         except grpc.RpcError as error:
@@ -56,7 +56,7 @@ class TouchStream:
 
 
 class Control:
-    """A connection for administration. Raises the errors of :mod:`expertd.errors`."""
+    """A connection for administration. Raises the errors of :mod:`expertstore.errors`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

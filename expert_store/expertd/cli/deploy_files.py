@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from expertd.errors import InvalidInputError
+from expertstore.errors import InvalidInputError
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertd.cli.admin import Json, Socket
-from expertd.errors import ExpertdError
-from expertd.socket_directory import may_serve, own_directory
+from expertstore.errors import ExpertdError
+from expertstore.socket_directory import may_serve, own_directory
 
 if TYPE_CHECKING:
     from expertd.doctor.checks import Row

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from expertd.cli.progress import ProgressDisplay
-from expertd.command_line import serve_command
-from expertd.errors import PreconditionError
-from expertd.interrupts import importing, interruptible
-from expertd.sizes import format_bytes, size_to_give
-from expertd.socket_directory import where_to_serve
+from expertstore.command_line import serve_command
+from expertstore.errors import PreconditionError
+from expertstore.interrupts import importing, interruptible
+from expertstore.sizes import format_bytes, size_to_give
+from expertstore.socket_directory import where_to_serve
 
 _EXIT_DAMAGED = 1
 
@@ -129,9 +129,9 @@ def pack(
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
-    from expertd.pack.files import check_path
     from expertd.packing.early import check_early
     from expertd.packing.schemes import choose_scheme, default_scheme
+    from expertstore.pack.files import check_path
 
     check_path(destination.absolute())
     chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
@@ -167,9 +167,9 @@ def pack(
         except KeyboardInterrupt:
             display.note("Interrupted; the same command goes on where it was.")
             raise
-    from expertd.pack.inspect import inspect as inspect_pack
     from expertd.settings.config import name_of_pack
-    from expertd.shared.host_memory import default_ram_bytes
+    from expertstore.pack.inspect import inspect as inspect_pack
+    from expertstore.shared.host_memory import default_ram_bytes
 
     found = inspect_pack(destination)
     typer.echo(
@@ -195,7 +195,7 @@ def verify(
 
     Example: `expertd verify /packs/mixtral`
     """
-    from expertd.pack.verify import verify as verify_pack
+    from expertstore.pack.verify import verify as verify_pack
 
     with interruptible(), ProgressDisplay(f"verifying {pack}") as display:
         result = verify_pack(pack, lambda done, total: display.update(done, total, ""))
@@ -236,8 +236,8 @@ def inspect(
 def _report(pack: Path) -> dict[str, Any]:
     import msgspec
 
-    from expertd.pack.inspect import inspect as inspect_pack
-    from expertd.pack.inspect import num_weights
+    from expertstore.pack.inspect import inspect as inspect_pack
+    from expertstore.pack.inspect import num_weights
 
     found = inspect_pack(pack)
     manifest = found.manifest

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from expertd.sizes import format_bytes
+from expertstore.sizes import format_bytes
 
 LINE_SECONDS = 5.0
 

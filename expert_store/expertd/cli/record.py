@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expertd.cli.admin import Socket
-from expertd.errors import ExpertdError, InvalidInputError
-from expertd.interrupts import interruptible
+from expertstore.errors import ExpertdError, InvalidInputError
+from expertstore.interrupts import interruptible
 
 if TYPE_CHECKING:
     from expertd.traces.trace import TraceModel

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from expertd.errors import InvalidInputError
-from expertd.interrupts import interruptible
+from expertstore.errors import InvalidInputError
+from expertstore.interrupts import interruptible
 
 if TYPE_CHECKING:
     from expertd.residency import Policy

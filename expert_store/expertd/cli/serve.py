@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from expertd.errors import ConfigError
 from expertd.settings.config import load_config, parse_model
 from expertd.settings.disk_io import parse_disk_io
 from expertd.settings.loopback import LoopbackAddress, parse_loopback
-from expertd.sizes import parse_bytes
+from expertstore.errors import ConfigError
+from expertstore.sizes import parse_bytes
 
 
 def register(app: typer.Typer) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertd.cli.admin import Socket
-from expertd.errors import ConfigError
-from expertd.interrupts import interruptible
+from expertstore.errors import ConfigError
+from expertstore.interrupts import interruptible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from expertd.cli.control import Control
-from expertd.errors import NotFoundError, UnavailableError
 from expertd.residency.heat_map import HeatMap
+from expertstore.errors import NotFoundError, UnavailableError
 
 _RETRY_SECONDS = 0.5
 

@@ -15,7 +15,7 @@ from expertd.cli.progress import format_seconds
 from expertd.cli.rates import hit_rate, rates
 from expertd.cli.top_feed import Sample
 from expertd.cli.top_heat import draw_heat
-from expertd.sizes import format_bytes
+from expertstore.sizes import format_bytes
 
 _MAX_MODELS = 8
 _MIN_SESSIONS = 3

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from expertd.disk.page_cache import PageCache
 from expertd.disk.record_file import RecordFile
-from expertd.errors import PackError
+from expertstore.errors import PackError
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 ANNOUNCED_BYTES = 128 << 10

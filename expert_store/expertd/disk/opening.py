@@ -10,11 +10,11 @@ from expertd.disk.mapped_file import MappedFile
 from expertd.disk.page_cache import PageCache
 from expertd.disk.record_file import RecordFile
 from expertd.disk.trial import NOT_TRIED, Sample, Trial, choose_samples, faster, try_both
-from expertd.errors import PackError
 from expertd.log import log_warning
-from expertd.pack.manifest import Manifest, PackFile
 from expertd.settings.disk_io import DiskIo
-from expertd.sizes import format_bytes
+from expertstore.errors import PackError
+from expertstore.pack.manifest import Manifest, PackFile
+from expertstore.sizes import format_bytes
 
 
 @dataclass(frozen=True)

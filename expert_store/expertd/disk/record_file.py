@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertd.errors import PackError
-from expertd.pack.files import open_regular
-from expertd.pack.layout import PAGE_BYTES
+from expertstore.errors import PackError
+from expertstore.pack.files import open_regular
+from expertstore.pack.layout import PAGE_BYTES
 
 
 class RecordFile:

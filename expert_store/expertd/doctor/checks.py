@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from expertd.command_line import command
 from expertd.doctor.host import Host
-from expertd.sizes import format_bytes
+from expertstore.command_line import command
+from expertstore.sizes import format_bytes
 
 MIN_CAPABILITY = (8, 0)
 SLOW_DISK = 0.5e9

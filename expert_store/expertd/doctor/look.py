@@ -19,11 +19,11 @@ from pathlib import Path
 from expertd.disk.record_file import RecordFile
 from expertd.doctor.gpu import find_driver
 from expertd.doctor.host import Disk, Host, Kernel, Kernels, Memory, PackOnDisk, Place
-from expertd.errors import PackError
-from expertd.native.library import load
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd.settings.config import ServeConfig
-from expertd.shared.host_memory import memory_available, memory_total
+from expertstore.errors import PackError
+from expertstore.native import load
+from expertstore.pack.manifest import Manifest, read_manifest
+from expertstore.shared.host_memory import memory_available, memory_total
 
 PACKAGES = ("grpcio", "numpy", "torch", "transformers")
 _SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")

@@ -5,11 +5,11 @@ Only sums; where the bytes lie is :mod:`expertd.hosting.slots`' business.
 
 from collections.abc import Mapping, Sequence
 
-from expertd.errors import CapacityError, ConfigError
 from expertd.hosting.hosted_model import HostedModel
-from expertd.pack.manifest import Manifest
 from expertd.settings.limits import Limits
-from expertd.sizes import format_bytes, parse_bytes, size_to_give
+from expertstore.errors import CapacityError, ConfigError
+from expertstore.pack.manifest import Manifest
+from expertstore.sizes import format_bytes, parse_bytes, size_to_give
 
 
 class Budget:

@@ -18,7 +18,7 @@ must be one whose going opens one. Who has made way is.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from expertd.shared.extents import Extent
+from expertd.memory.extents import Extent
 
 
 class Move(NamedTuple):

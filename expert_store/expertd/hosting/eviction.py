@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expertd.shared.extents import Extent, first_fit
+from expertd.memory.extents import Extent, first_fit
 
 Numbers = npt.NDArray[np.int64]
 
@@ -61,7 +61,7 @@ def choose_victims(
 def _used(sizes: Sequence[int], offsets: Numbers, lengths: Numbers) -> npt.NDArray[np.bool_] | None:
     """Which of these pieces extents of ``sizes`` would lie in, were all free; None: no room.
 
-    They would lie where :meth:`~expertd.shared.extents.Extents.allocate_all` puts them.
+    They would lie where :meth:`~expertd.memory.extents.Extents.allocate_all` puts them.
     """
     if not len(offsets):
         return None

@@ -13,18 +13,18 @@ import numpy.typing as npt
 from expertd.disk.loader import ReadJob
 from expertd.disk.opening import DEFAULT_DISK, DiskChoice
 from expertd.disk.record_file import RecordFile
-from expertd.errors import NotFoundError
 from expertd.histogram import Histogram
 from expertd.hosting.patience import annex_bytes
 from expertd.hosting.tally import Tally
 from expertd.hosting.touch_watch import TouchWatch
-from expertd.pack.manifest import Fingerprinted, Layer
+from expertd.memory.extents import Extent
+from expertd.memory.memfd import SharedMemory
+from expertd.memory.reclaim import Reclaimer
 from expertd.residency import DEFAULT_POLICY, Entries, make_policy
 from expertd.settings.limits import NO_LIMITS, Limits, pinned_entries
-from expertd.shared.directory import Directory, pack_word, unpack_word
-from expertd.shared.extents import Extent
-from expertd.shared.memfd import SharedMemory
-from expertd.shared.reclaim import Reclaimer
+from expertstore.errors import NotFoundError
+from expertstore.pack.manifest import Fingerprinted, Layer
+from expertstore.shared.directory import Directory, pack_word, unpack_word
 
 MAX_LEARNED_TOUCHES = 16384
 """At one look, of all sessions of a model together: of more the newest tell as much, and one

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from expertd.hosting.compaction import next_move
 from expertd.hosting.hosted_model import HostedModel, Record
-from expertd.shared.extents import Extent, Extents
+from expertd.memory.extents import Extent, Extents
 
 
 class Kept(NamedTuple):

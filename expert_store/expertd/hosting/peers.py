@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from expertd.errors import CapacityError, PermissionDeniedError
 from expertd.log import log_warning
 from expertd.settings.tcp_config import TcpConfig
+from expertstore.errors import CapacityError, PermissionDeniedError
 
 if TYPE_CHECKING:
     import grpc

@@ -12,7 +12,7 @@ from expertd.hosting.hosted_model import HostedModel, Load, ModelState
 from expertd.hosting.session import Session
 from expertd.hosting.slots import Slots
 from expertd.log import log_failure
-from expertd.shared.extents import Extent
+from expertd.memory.extents import Extent
 
 _TRIES = 20
 _FIRST_PAUSE_SECONDS = 0.0002

@@ -11,10 +11,10 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from expertd.errors import CapacityError, SessionLostError
 from expertd.hosting.hosted_model import Record
 from expertd.hosting.session import Kept, Session
-from expertd.sizes import format_bytes
+from expertstore.errors import CapacityError, SessionLostError
+from expertstore.sizes import format_bytes
 
 _PAUSE_SECONDS = 0.002
 

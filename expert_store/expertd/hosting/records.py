@@ -16,13 +16,6 @@ from typing import NamedTuple
 from xxhash import xxh3_64_hexdigest
 
 from expertd.disk.loader import Loader, ReadJob, read_verified
-from expertd.errors import (
-    CapacityError,
-    DeadlineError,
-    PreconditionError,
-    RecordLostError,
-    SessionLostError,
-)
 from expertd.hosting.hosted_model import HostedModel, Load, ModelState
 from expertd.hosting.patience import seconds_of_patience
 from expertd.hosting.prefetcher import Prefetcher
@@ -30,8 +23,15 @@ from expertd.hosting.quotas import Quotas
 from expertd.hosting.session import Session
 from expertd.hosting.slots import NoSlotError, Slots
 from expertd.log import log, log_error
-from expertd.shared.arena import Arena
-from expertd.shared.extents import Extent
+from expertd.memory.arena import Arena
+from expertd.memory.extents import Extent
+from expertstore.errors import (
+    CapacityError,
+    DeadlineError,
+    PreconditionError,
+    RecordLostError,
+    SessionLostError,
+)
 
 _PINS_AT_ONCE = 8
 _PROGRESS_SECONDS = 5.0

@@ -11,7 +11,7 @@ from contextlib import suppress
 from expertd.disk.loader import Loader, matches
 from expertd.hosting.hosted_model import HostedModel, ModelState
 from expertd.log import log_error, log_failure
-from expertd.shared.arena import Arena
+from expertd.memory.arena import Arena
 
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH = 256  # records

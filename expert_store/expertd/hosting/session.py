@@ -7,14 +7,14 @@ from typing import Protocol
 
 import numpy as np
 
-from expertd.errors import InvalidInputError, PreconditionError
 from expertd.hosting.hosted_model import HostedModel, Record
 from expertd.hosting.patience import GRACE_SECONDS
 from expertd.hosting.tally import Tally
+from expertd.memory.memfd import SharedMemory
 from expertd.residency import Entries
-from expertd.shared.handshake import Role
-from expertd.shared.memfd import SharedMemory
-from expertd.shared.session_page import MISSED, SessionPage, session_page_bytes
+from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.shared.handshake import Role
+from expertstore.shared.session_page import MISSED, SessionPage, session_page_bytes
 
 MAX_FETCHES_IN_FLIGHT = 8
 MAX_LEASES = 64

@@ -20,8 +20,8 @@ from expertd.hosting.eviction import choose_victims
 from expertd.hosting.hosted_model import HostedModel, Record
 from expertd.hosting.mover import Kept, Mover
 from expertd.hosting.session import Session
+from expertd.memory.extents import Extent, Extents
 from expertd.residency import Entries
-from expertd.shared.extents import Extent, Extents
 
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.002

@@ -17,10 +17,10 @@ from xxhash import xxh3_64_hexdigest
 
 from expertd.hosting.hosted_model import HostedModel
 from expertd.log import log, log_warning
-from expertd.shared.arena import Arena
-from expertd.shared.directory import ABSENT, unpack_word
-from expertd.shared.extents import Extent, Extents
-from expertd.sizes import format_bytes
+from expertd.memory.arena import Arena
+from expertd.memory.extents import Extent, Extents
+from expertstore.shared.directory import ABSENT, unpack_word
+from expertstore.sizes import format_bytes
 
 _BATCH_BYTES = 64 << 20
 _PROGRESS_SECONDS = 2.0

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from expertd.log import log_warning
 from expertd.manager.systemd import Manager, Passed
-from expertd.pack.manifest import Fingerprinted
-from expertd.shared.arena import arena_bytes, discard_contents, trailer_words
-from expertd.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
-from expertd.shared.description import Description, Origin, read_description
-from expertd.shared.directory import DirectoryView
-from expertd.shared.memfd import SharedMemory
-from expertd.sizes import format_bytes
+from expertd.memory.arena import arena_bytes, discard_contents, trailer_words
+from expertd.memory.description import Description, Origin, read_description
+from expertd.memory.memfd import SharedMemory
+from expertstore.pack.manifest import Fingerprinted
+from expertstore.shared.arena_trailer import TRAILER_BYTES, ArenaTrailer
+from expertstore.shared.directory import DirectoryView
+from expertstore.sizes import format_bytes
 
 ARENA_NAME = "arena"
 DIRECTORY_PREFIX = "directory-"

@@ -13,7 +13,7 @@ enum Dtype : int32_t { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
 enum Scales : int32_t { kScalesFp16 = 0, kScalesBf16 = 1, kScalesFp32 = 2 };
 
 // A matrix [out_features, in_features], row after row, and where its parts go. Of the parts, q is
-// [out_features * bits / 8, in_features] as expertd.packing.codec describes it, scale and zero are
+// [out_features * bits / 8, in_features] as expertstore.pack.codec describes it, scale and zero are
 // [out_features, in_features / group_size], fp32. Python has the same structure.
 struct HqqMatrix {
     const void* weight;

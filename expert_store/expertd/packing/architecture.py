@@ -15,11 +15,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertd.errors import CheckpointError
-from expertd.pack.manifest import GateOrder
 from expertd.packing import fp8
 from expertd.packing.mxfp4 import METHOD as MXFP4
 from expertd.packing.source import CONFIG_NAME, quantization_method, read_config
+from expertstore.errors import CheckpointError
+from expertstore.pack.manifest import GateOrder
 
 _ATTENTION = {"self_attn", "attention", "attn"}
 """Names of attention modules."""

@@ -22,12 +22,8 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from expertd.errors import CheckpointError
-from expertd.pack.manifest import GateOrder
-from expertd.pack.tensor_file import read_into
 from expertd.packing import fp8
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
-from expertd.packing.codec import TORCH_DTYPES
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT, Mxfp4Weight
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
@@ -41,6 +37,10 @@ from expertd.packing.source import (
     quantization_method,
     read_config,
 )
+from expertstore.errors import CheckpointError
+from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.manifest import GateOrder
+from expertstore.pack.tensor_file import read_into
 
 SAMPLE_BYTES = 64 << 10
 """Read of a tensor to see how large its weights are."""

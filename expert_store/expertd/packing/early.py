@@ -12,14 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from expertd.command_line import command
-from expertd.errors import CheckpointError, ConfigError, PackError
-from expertd.pack.layout import Encoding
-from expertd.pack.manifest import MANIFEST_NAME
-from expertd.pack.tensor_file import TensorEntry, read_header
 from expertd.packing.schemes import Precision, Scheme
 from expertd.packing.source import INDEX_NAME, SINGLE_NAME, read_config
-from expertd.sizes import format_bytes
+from expertstore.command_line import command
+from expertstore.errors import CheckpointError, ConfigError, PackError
+from expertstore.pack.layout import Encoding
+from expertstore.pack.manifest import MANIFEST_NAME
+from expertstore.pack.tensor_file import TensorEntry, read_header
+from expertstore.sizes import format_bytes
 
 PARTIAL_SUFFIX = ".partial"
 """Of the directory beside a pack to be in which the work lies."""

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertd.errors import CheckpointError
-from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.codec import TORCH_DTYPES, record_parts
 from expertd.packing.finite import flaw, flaws
 from expertd.packing.mxfp4 import Mxfp4Weight
 from expertd.packing.plan import ExpertStep, Step, TrunkStep
 from expertd.packing.quantizer import quantize_to
 from expertd.packing.scratch import Scratch
 from expertd.packing.solver import Solver
+from expertstore.errors import CheckpointError
+from expertstore.pack.codec import TORCH_DTYPES, record_parts
+from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix
 
 
 @dataclass(frozen=True)

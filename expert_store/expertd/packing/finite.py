@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from expertd.packing.codec import E8M0_NAN
 from expertd.packing.source import MXFP4_SCALES, SourceTensor
+from expertstore.pack.codec import E8M0_NAN
 
 
 def flaw(values: Tensor, dtype: torch.dtype) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from expertd.errors import CheckpointError
 from expertd.packing.source import SourceTensor, read_json
+from expertstore.errors import CheckpointError
 
 FLOATS = {"BF16", "F16", "F32", "F64"}
 """Types of weights, in safetensors' names, that mean what they say."""

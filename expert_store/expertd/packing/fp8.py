@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertd.errors import CheckpointError
 from expertd.packing.source import SourceTensor, check_shape
+from expertstore.errors import CheckpointError
 
 METHOD = "fp8"
 """``quant_method`` of such a checkpoint's configuration."""

@@ -6,9 +6,9 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from expertd.pack.layout import Matrix
-from expertd.packing.codec import encode
 from expertd.packing.cores import cores
+from expertstore.pack.codec import encode
+from expertstore.pack.layout import Matrix
 
 CPU_ELEMENTS = 1 << 16
 """Weights that the solver gets at a time: its dozen temporaries then stay in a core's cache,

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import PackError
+from expertstore.errors import PackError
 
 
 class Journal:

@@ -3,7 +3,7 @@
 The checkpoint has two tensors per fused parameter: ``NAME_blocks`` [E, out, in / 32, 16] with
 two nibbles per byte, the first of them in the low half, and ``NAME_scales`` [E, out, in / 32].
 Unlike the parameter in the model they are [out, in]. A record has the same nibbles in the order
-of 4 bits (:mod:`expertd.packing.codec`), gate rows first, and the same scales: nothing is lost.
+of 4 bits (:mod:`expertstore.pack.codec`), gate rows first, and the same scales: nothing is lost.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertd.pack.layout import MXFP4_BITS, MXFP4_GROUP_SIZE, Encoding, Matrix
-from expertd.packing.codec import E8M0_NAN, dequantize, encode
+from expertstore.pack.codec import E8M0_NAN, dequantize, encode
+from expertstore.pack.layout import MXFP4_BITS, MXFP4_GROUP_SIZE, Encoding, Matrix
 
 METHOD = "mxfp4"
 """``quant_method`` of such a checkpoint's configuration."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import expertd.native
-from expertd.native.library import load
-from expertd.pack.layout import ROWS_PER_BYTE, Matrix
 from expertd.packing.cores import cores
+from expertstore.native import load
+from expertstore.pack.layout import ROWS_PER_BYTE, Matrix
 
 LIBRARY = Path(expertd.native.__file__).with_name("libexpertd_packing.so")
 ABI = 2

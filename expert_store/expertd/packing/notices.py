@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from expertd.errors import CheckpointError
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.schemes import MXFP4, Scheme
+from expertstore.errors import CheckpointError
 
 MOST_TOLD = 20
 """Tensors that are not finite and are named, of those that were forced."""

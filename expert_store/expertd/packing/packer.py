@@ -26,9 +26,6 @@ import msgspec
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import expertd
-from expertd.errors import CheckpointError, PackError
-from expertd.pack.layout import Encoding
-from expertd.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.early import check_destination, partial_of
 from expertd.packing.encoder import Encoder
@@ -44,6 +41,9 @@ from expertd.packing.plan import (
 )
 from expertd.packing.schemes import PARTS, Scheme
 from expertd.packing.solver import Choice, Solver, choose_solver
+from expertstore.errors import CheckpointError, PackError
+from expertstore.pack.layout import Encoding
+from expertstore.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
 
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 256 << 20

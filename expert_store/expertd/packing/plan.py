@@ -9,8 +9,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from expertd.errors import CheckpointError
-from expertd.pack.layout import (
+from expertd.packing.architecture import Architecture, ExpertsModule
+from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.schemes import Precision, Scheme
+from expertd.packing.source import SourceTensor
+from expertstore.errors import CheckpointError
+from expertstore.pack.layout import (
     DTYPE_BYTES,
     Encoding,
     Matrix,
@@ -18,7 +22,7 @@ from expertd.pack.layout import (
     matrix_parts,
     record_layout,
 )
-from expertd.pack.manifest import (
+from expertstore.pack.manifest import (
     FORMAT_NAME,
     FORMAT_VERSION,
     TRUNK_NAME,
@@ -27,11 +31,7 @@ from expertd.pack.manifest import (
     PackFile,
     QuantizedTensor,
 )
-from expertd.pack.tensor_file import build_header
-from expertd.packing.architecture import Architecture, ExpertsModule
-from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.schemes import Precision, Scheme
-from expertd.packing.source import SourceTensor
+from expertstore.pack.tensor_file import build_header
 
 MAX_FILE_BYTES = 4 << 30
 

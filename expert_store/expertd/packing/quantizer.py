@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from expertd.pack.layout import Matrix, matrix_parts
-from expertd.packing.codec import TORCH_DTYPES
 from expertd.packing.solver import Solver, choose_solver
+from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.layout import Matrix, matrix_parts
 
 
 def quantize(

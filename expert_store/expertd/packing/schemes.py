@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertd.errors import CheckpointError, ConfigError
-from expertd.pack.layout import (
+from expertd.packing.source import MXFP4_BLOCKS, find_tensors, read_config
+from expertstore.errors import CheckpointError, ConfigError
+from expertstore.pack.layout import (
     MXFP4_BITS,
     MXFP4_GROUP_SIZE,
     ROWS_PER_BYTE,
     Encoding,
     Matrix,
 )
-from expertd.packing.source import MXFP4_BLOCKS, find_tensors, read_config
 
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128

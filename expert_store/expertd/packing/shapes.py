@@ -7,7 +7,7 @@ From the configurations that the models' makers publish. They serve to make pack
 import difflib
 from typing import Any
 
-from expertd.errors import InvalidInputError
+from expertstore.errors import InvalidInputError
 
 _COMMON: dict[str, Any] = {
     "dtype": "bfloat16",

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expertd.errors import ConfigError, PreconditionError
-from expertd.pack.layout import Matrix
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.native_solver import NativeSolver
+from expertstore.errors import ConfigError, PreconditionError
+from expertstore.pack.layout import Matrix
 
 
 class Solver(Protocol):

@@ -22,8 +22,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from expertd.errors import CheckpointError
-from expertd.pack.layout import DTYPE_BYTES, MXFP4_GROUP_SIZE
 from expertd.packing.architecture import Architecture, ExpertsModule
 from expertd.packing.foreign import FLOATS, find_format, is_evident, quantized_error, type_error
 from expertd.packing.source import (
@@ -33,6 +31,8 @@ from expertd.packing.source import (
     SourceTensor,
     check_shape,
 )
+from expertstore.errors import CheckpointError
+from expertstore.pack.layout import DTYPE_BYTES, MXFP4_GROUP_SIZE
 
 
 @dataclass

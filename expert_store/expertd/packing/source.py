@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 import xxhash
 
-from expertd.errors import CheckpointError
-from expertd.pack.tensor_file import TensorEntry, read_header
 from expertd.packing.missing_files import why_no_weights, why_not_there
+from expertstore.errors import CheckpointError
+from expertstore.pack.tensor_file import TensorEntry, read_header
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"

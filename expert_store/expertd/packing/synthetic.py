@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
-from expertd.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
-from expertd.pack.manifest import MANIFEST_NAME, encode_manifest
-from expertd.pack.tensor_file import TensorEntry, build_header
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
-from expertd.packing.codec import TORCH_DTYPES, record_parts
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.plan import ExpertStep, Plan, PlannedFile, TrunkStep, make_manifest, make_plan
 from expertd.packing.schemes import Scheme, choose_scheme
 from expertd.packing.shapes import shape_config
 from expertd.packing.source import CONFIG_NAME, SourceTensor
+from expertstore.pack.codec import TORCH_DTYPES, record_parts
+from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
+from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
+from expertstore.pack.tensor_file import TensorEntry, build_header
 
 BRANCH_GAIN = 0.1
 """Of what attention and experts add to the residual stream, whose variance is 1: tokens must

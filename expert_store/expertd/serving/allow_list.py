@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from expertd.errors import ConfigError
+from expertstore.errors import ConfigError
 
 _SO_PEERGROUPS = 59  # Linux 4.13; Python has no name for it
 _MAX_GROUPS = 65536  # NGROUPS_MAX

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import msgspec
 
-from expertd.errors import (
+from expertd.hosting.session import Session
+from expertd.log import log, log_warning
+from expertd.serving.allow_list import AllowList, peer_of
+from expertd.store import Store
+from expertstore.errors import (
     ConfigError,
     ExpertdError,
     InvalidInputError,
     PermissionDeniedError,
     PreconditionError,
 )
-from expertd.hosting.session import Session
-from expertd.log import log, log_warning
-from expertd.serving.allow_list import AllowList, peer_of
-from expertd.shared.directory import directory_bytes
-from expertd.shared.handshake import (
+from expertstore.shared.directory import directory_bytes
+from expertstore.shared.handshake import (
     MAX_PACKET_BYTES,
     NUDGE,
     PROTOCOL_VERSION,
@@ -29,9 +30,8 @@ from expertd.shared.handshake import (
     Welcome,
     decode_hint,
 )
-from expertd.shared.session_page import session_page_bytes
-from expertd.status import to_refusal
-from expertd.store import Store
+from expertstore.shared.session_page import session_page_bytes
+from expertstore.status import to_refusal
 
 _HELLO_SECONDS = 5.0
 _MAX_PENDING = 64

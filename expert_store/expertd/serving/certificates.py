@@ -2,10 +2,10 @@
 
 import grpc
 
-from expertd.errors import ConfigError
 from expertd.log import log, log_warning
 from expertd.settings.tcp_config import TcpConfig
-from expertd.settings.tls_files import read_identity
+from expertstore.errors import ConfigError
+from expertstore.tls_files import read_identity
 
 _Signature = tuple[tuple[int, int, int], ...]
 

@@ -13,9 +13,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from expertd.errors import DeadlineError, ExpertdError, InvalidInputError
 from expertd.log import log_failure
-from expertd.status import to_status
+from expertstore.errors import DeadlineError, ExpertdError, InvalidInputError
+from expertstore.status import to_status
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

@@ -1,7 +1,7 @@
 """What the daemon knows of a model, as protobuf messages."""
 
 from expertd.hosting.hosted_model import HostedModel, ModelState
-from expertd.pack.manifest import Encoding, RecordLayout
+from expertstore.pack.manifest import Encoding, RecordLayout
 from expertstore.v1 import expert_store_pb2 as pb
 
 _STATES = {

@@ -4,10 +4,10 @@ import fcntl
 import os
 from pathlib import Path
 
-from expertd.command_line import command
-from expertd.errors import ConfigError
-from expertd.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES, RPC_SOCKET
-from expertd.socket_directory import own_directory
+from expertstore.command_line import command
+from expertstore.errors import ConfigError
+from expertstore.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES, RPC_SOCKET
+from expertstore.socket_directory import own_directory
 
 LOCK_NAME = "lock"
 

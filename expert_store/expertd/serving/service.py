@@ -9,14 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertd.errors import (
-    ExpertdError,
-    IncarnationError,
-    InvalidInputError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnavailableError,
-)
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.peers import Peer
 from expertd.hosting.read_ahead import read_ahead
@@ -26,8 +18,16 @@ from expertd.serving.messages import model_response, model_summary, pack_place
 from expertd.serving.stats import collect_heat, collect_stats
 from expertd.settings.disk_io import parse_disk_io
 from expertd.settings.limits import Limits
-from expertd.shared.handshake import INCARNATION_KEY, TOKEN_KEY, Role
 from expertd.store import Store
+from expertstore.errors import (
+    ExpertdError,
+    IncarnationError,
+    InvalidInputError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnavailableError,
+)
+from expertstore.shared.handshake import INCARNATION_KEY, TOKEN_KEY, Role
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from expertd.errors import ConfigError, PermissionDeniedError
 from expertd.hosting.peers import Peers
 from expertd.serving.certificates import Certificates
 from expertd.settings.loopback import listen_remedy
 from expertd.settings.tcp_config import TcpConfig
-from expertd.status import to_status
+from expertstore.errors import ConfigError, PermissionDeniedError
+from expertstore.status import to_status
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]

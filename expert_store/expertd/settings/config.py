@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from expertd.errors import ConfigError
 from expertd.log import LogFormat
 from expertd.settings.disk_io import DiskIo, parse_disk_io
 from expertd.settings.limits import ModelConfig
@@ -14,8 +13,9 @@ from expertd.settings.loopback import LoopbackAddress, parse_loopback
 from expertd.settings.policy_names import DEFAULT_POLICY, PolicyName
 from expertd.settings.tcp_config import TcpConfig
 from expertd.settings.users import uid_of
-from expertd.sizes import parse_bytes
-from expertd.socket_directory import socket_directories
+from expertstore.errors import ConfigError
+from expertstore.sizes import parse_bytes
+from expertstore.socket_directory import socket_directories
 
 MIN_RAM_BYTES = 4096
 MAX_LOADER_THREADS = 256

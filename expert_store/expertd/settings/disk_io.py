@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from expertd.errors import ConfigError
+from expertstore.errors import ConfigError
 
 
 class DiskIo(StrEnum):

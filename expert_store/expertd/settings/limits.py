@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertd.errors import ConfigError
 from expertd.settings.disk_io import DiskIo, parse_disk_io
-from expertd.sizes import format_bytes, parse_bytes
+from expertstore.errors import ConfigError
+from expertstore.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:  # the command's --help needs no manifest
-    from expertd.pack.manifest import Manifest
+    from expertstore.pack.manifest import Manifest
 
 _RANGE = r"(\d{1,7})(?:-(\d{1,7}))?|\*"
 _PIN = re.compile(rf"\s*({_RANGE})\s*:\s*({_RANGE})\s*")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from expertd.errors import ConfigError
+from expertstore.errors import ConfigError
 
 MAX_READS = 64
 

@@ -2,7 +2,7 @@
 
 import pwd
 
-from expertd.errors import ConfigError
+from expertstore.errors import ConfigError
 
 
 def uid_of(user: str | int, setting: str) -> int:

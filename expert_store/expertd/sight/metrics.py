@@ -20,9 +20,9 @@ from expertd.histogram import BOUNDS_SECONDS, Histogram
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.session import Session
 from expertd.settings.disk_io import DiskIo
-from expertd.shared.handshake import Role
-from expertd.status import CODE_NAMES
 from expertd.store import Store
+from expertstore.shared.handshake import Role
+from expertstore.status import CODE_NAMES
 
 DOORS = ("attach", "rpc", "tcp")
 _LES = [*map(str, BOUNDS_SECONDS), "+Inf"]

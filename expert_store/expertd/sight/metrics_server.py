@@ -20,9 +20,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 
-from expertd.errors import ConfigError
 from expertd.log import log_failure
 from expertd.settings.loopback import LoopbackAddress, listen_remedy
+from expertstore.errors import ConfigError
 
 SNAPSHOT_SECONDS = 2.0
 """How long a scrape waits for the event loop, and for a scrape before it."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from expertd.errors import TraceError
 from expertd.residency import Entries, Policy
 from expertd.traces.trace import Phase, TraceModel, TraceReader
+from expertstore.errors import TraceError
 
 _NEVER = np.iinfo(np.int64).max
 _ROWS_PER_TICK = 500

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
-from expertd.errors import TraceError
+from expertstore.errors import TraceError
 
 MAX_LINE_BYTES = 1 << 16
 """More than any row has: a prompt that uses all of 10 000 experts takes 60 KiB."""

@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from expertd.errors import InvalidInputError
-from expertd.shared.host_memory import memory_available
-from expertd.sizes import format_bytes, size_to_give
 from expertd_inference import probes
 from expertd_inference.advice import host as hosts
 from expertd_inference.advice.busy import busy_warning, read_cpu_times
@@ -20,6 +17,9 @@ from expertd_inference.advice.models import Model
 from expertd_inference.advice.prediction import CONTEXT, Costs, Prediction, predict, predict_gpu
 from expertd_inference.advice.twin import Twin, measure_twin
 from expertd_inference.advice.values import Gpu, Host, Need, Reading
+from expertstore.errors import InvalidInputError
+from expertstore.shared.host_memory import memory_available
+from expertstore.sizes import format_bytes, size_to_give
 
 SHARES = (1.0, 0.5, 0.25)
 """Of the experts in RAM, unless a budget is given."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertd.sizes import format_bytes
 from expertd_inference.advice.prediction import Place, Prediction
 from expertd_inference.advice.values import Need
+from expertstore.sizes import format_bytes
 
 WORTH_IT = 1.25
 """Fewer bits must be so much faster to be worth what they cost in quality."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
-from expertd.pack.layout import PAGE_BYTES
 from expertd.settings.config import ServeConfig
 from expertd_inference import probes
 from expertd_inference.advice.values import Reading
+from expertstore.pack.layout import PAGE_BYTES
 
 SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 MAX_READ_BYTES = 16 << 20

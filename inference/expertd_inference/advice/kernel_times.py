@@ -15,8 +15,6 @@ import msgspec
 import torch
 from torch.nn import functional
 
-from expertd.pack.layout import PAGE_BYTES, Encoding, Matrix, RecordLayout, record_layout
-from expertd.pack.manifest import GateOrder
 from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.advice.values import Need, matrix_bytes
 from expertd_inference.kernels.choice import CpuKernels, ReferenceKernels
@@ -26,6 +24,8 @@ from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.step import PreparedCall, describe, step_kernels
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertd_inference.probes import MemoryProbe
+from expertstore.pack.layout import PAGE_BYTES, Encoding, Matrix, RecordLayout, record_layout
+from expertstore.pack.manifest import GateOrder
 
 ROUNDS = 5
 SMALL_BYTES = 2 << 20

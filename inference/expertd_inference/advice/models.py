@@ -12,10 +12,6 @@ from typing import Any
 
 import msgspec
 
-from expertd.errors import CheckpointError, PackError
-from expertd.pack.layout import Encoding, Matrix
-from expertd.pack.manifest import Manifest, read_manifest
-from expertd.pack.tensor_file import read_header
 from expertd.packing.plan import ExpertStep, Plan, TrunkStep, make_plan
 from expertd.packing.schemes import SCHEMES
 from expertd.packing.source import CONFIG_NAME
@@ -23,6 +19,10 @@ from expertd.packing.synthetic import imagine
 from expertd_inference.advice.named import find_named
 from expertd_inference.advice.values import ExpertLayers, Need
 from expertd_inference.kv_size import kv_bytes_per_token
+from expertstore.errors import CheckpointError, PackError
+from expertstore.pack.layout import Encoding, Matrix
+from expertstore.pack.manifest import Manifest, read_manifest
+from expertstore.pack.tensor_file import read_header
 
 
 @dataclass(frozen=True)

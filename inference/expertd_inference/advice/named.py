@@ -5,10 +5,10 @@ from pathlib import Path
 
 import msgspec
 
-from expertd.errors import InvalidInputError
-from expertd.pack.manifest import MANIFEST_NAME
 from expertd.packing.shapes import shape_config
 from expertd.packing.source import CONFIG_NAME, read_config
+from expertstore.errors import InvalidInputError
+from expertstore.pack.manifest import MANIFEST_NAME
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from expertd.command_line import command, serve_command
 from expertd.settings.config import name_of_pack
-from expertd.sizes import format_bytes
-from expertd.socket_directory import where_to_serve
 from expertd_inference.advice.advisor import Advice
 from expertd_inference.advice.choice import paper_perplexity
 from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
 from expertd_inference.advice.survey import Survey
 from expertd_inference.advice.values import Host
+from expertstore.command_line import command, serve_command
+from expertstore.sizes import format_bytes
+from expertstore.socket_directory import where_to_serve
 
 PROMPT = "Once upon a time"
 _MEANING = (

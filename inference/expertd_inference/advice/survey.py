@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.errors import InvalidInputError
 from expertd.packing.shapes import SHAPES, shape_config
-from expertd.shared.host_memory import memory_available
 from expertd_inference.advice.advisor import SHARES, Question, measure
 from expertd_inference.advice.host import MAX_READ_BYTES
 from expertd_inference.advice.models import Model, find_model
 from expertd_inference.advice.prediction import CONTEXT, Costs, Prediction, predict
 from expertd_inference.advice.twin import STAND_IN
 from expertd_inference.advice.values import Host, Need, Reading
+from expertstore.errors import InvalidInputError
+from expertstore.shared.host_memory import memory_available
 
 _SMALL_BYTES = 256 << 10
 _RECORDS = 8

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.pack.layout import Matrix, RecordLayout, record_layout
+from expertstore.pack.layout import Matrix, RecordLayout, record_layout
 
 
 @dataclass(frozen=True)

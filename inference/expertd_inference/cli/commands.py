@@ -19,8 +19,6 @@ import typer
 
 import expertd
 import expertd_inference
-from expertd.errors import ExpertdError, InvalidInputError, PreconditionError
-from expertd.interrupts import exit_code, importing, interruptible
 from expertd_client import TlsFiles
 from expertd_inference import options
 from expertd_inference.attachment import (
@@ -39,6 +37,8 @@ from expertd_inference.settings import (
     check_prompt,
 )
 from expertd_inference.text_output import TextOutput, complain, discard, prepare_streams, status
+from expertstore.errors import ExpertdError, InvalidInputError, PreconditionError
+from expertstore.interrupts import exit_code, importing, interruptible
 
 if TYPE_CHECKING:
     from expertd_inference.worker import Worker

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 import torch
 from torch import Tensor
 
-from expertd.errors import DeviceError, DeviceMemoryError, ExpertdError
-from expertd.sizes import format_bytes
 from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.device.cuda_errors import explain
 from expertd_inference.device.cuda_memory import CudaMemory
@@ -25,6 +23,8 @@ from expertd_inference.device.registration import (
 from expertd_inference.device.staging import BUFFER_BYTES, NUM_BUFFERS, StagingRing
 from expertd_inference.kernels.gpu_choice import gpu_kernels
 from expertd_inference.kernels.reference import ExpertsSpec
+from expertstore.errors import DeviceError, DeviceMemoryError, ExpertdError
+from expertstore.sizes import format_bytes
 
 _ALIGNMENT = 64
 _MIN_CAPABILITY = (8, 0)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from expertd.errors import DeviceLostError, DeviceMemoryError, ExpertdError
+from expertstore.errors import DeviceLostError, DeviceMemoryError, ExpertdError
 
 _LOST = (
     "look at the host's log (dmesg, nvidia-smi) for why, then start this worker again, or one "

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from expertd.sizes import format_bytes
 from expertd_inference.device.device import CopyMode
 from expertd_inference.device.registration import Piece, Registration
+from expertstore.sizes import format_bytes
 
 
 class CudaMemory:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from expertd.errors import DeviceError
+from expertstore.errors import DeviceError
 
 SUCCESS = 0
 _UNKNOWN = 999

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from expertd.pack.manifest import Manifest
 from expertd_inference.device.gpu_driven import GpuExperts, share_slots
 from expertd_inference.device.graphs import DecodeCache, DecodeGraphs, SegmentSteps, Steps
 from expertd_inference.device.runner import DeviceExpertsRunner
@@ -15,6 +14,7 @@ from expertd_inference.device.step import Step
 from expertd_inference.device.whole import WholeSteps
 from expertd_inference.settings import DecodeGraphsMode
 from expertd_inference.source import HeldSource
+from expertstore.pack.manifest import Manifest
 
 MIN_WHOLE_LINK = 10e9
 """Bytes per second below which whole steps are not chosen by themselves: in these all misses are

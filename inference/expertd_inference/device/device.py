@@ -23,9 +23,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from expertd.errors import ExpertdError
 from expertd_inference.device.recorder import Recorder
 from expertd_inference.kernels.reference import ExpertsSpec
+from expertstore.errors import ExpertdError
 
 
 class CopyMode(StrEnum):

@@ -24,10 +24,10 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from expertd.errors import PreconditionError
 from expertd_inference.device.recorder import Recorder, Recording
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.settings import DecodeGraphsMode
+from expertstore.errors import PreconditionError
 
 
 class DecodeCache(StaticCache):  # type: ignore[misc] # transformers is untyped

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertd.errors import InvalidInputError
-from expertd.pack.manifest import Manifest
 from expertd_inference.device.cache import SlotCache
 from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
@@ -25,6 +23,8 @@ from expertd_inference.recovery import SESSION_ENDED, Recovery, say_on_stderr
 from expertd_inference.routers import find_routers
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_inference.source import HeldSource
+from expertstore.errors import InvalidInputError
+from expertstore.pack.manifest import Manifest
 
 
 def _open_cuda(name: str, say: Callable[[str], None] | None) -> Device:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from expertd.errors import DeviceError, ExpertdError
 from expertd_inference.device.device import Event
 from expertd_inference.source import HeldLease, HeldSource
+from expertstore.errors import DeviceError, ExpertdError
 
 
 class HeldCopy(NamedTuple):

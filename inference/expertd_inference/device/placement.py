@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expertd.errors import InvalidInputError
-from expertd.pack.manifest import Manifest
-from expertd.sizes import format_bytes, size_to_give
 from expertd_inference.settings import DeviceSettings
+from expertstore.errors import InvalidInputError
+from expertstore.pack.manifest import Manifest
+from expertstore.sizes import format_bytes, size_to_give
 
 RESERVE_SHARE = 0.1
 """Of a device's free memory, for what a forward pass needs."""

@@ -17,8 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from expertd.errors import DeviceError, DeviceLostError
-from expertd.sizes import format_bytes
 from expertd_inference.device.cudart import (
     ATTRIBUTE_HOST_REGISTER,
     ATTRIBUTE_READ_ONLY_REGISTER,
@@ -29,6 +27,8 @@ from expertd_inference.device.cudart import (
     Cudart,
     Runtime,
 )
+from expertstore.errors import DeviceError, DeviceLostError
+from expertstore.sizes import format_bytes
 
 RANGE_BYTES = 64 << 30
 """The largest range of one call: recent drivers fail at 512 GiB, and progress can be shown."""

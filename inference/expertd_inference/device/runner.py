@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expertd.errors import PreconditionError
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cache import Found, Placed, SlotCache
 from expertd_inference.device.cost import TYPICAL, CostModel
@@ -27,6 +26,7 @@ from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_s
 from expertd_inference.recovery import SESSION_ENDED
 from expertd_inference.settings import DeviceSettings, OnMiss
 from expertd_inference.source import HeldSource
+from expertstore.errors import PreconditionError
 
 MAX_SLOT_BYTES = 1 << 30
 """A long prompt is computed in blocks of tokens whose unsummed results fit in this."""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from expertd.errors import SessionLostError, UnavailableError
 from expertd_inference.device.device import Device
 from expertd_inference.device.hold import StepHold
 from expertd_inference.device.kv_mark import KvMark
 from expertd_inference.recovery import SESSION_ENDED, Recovery
 from expertd_inference.source import HeldSource
+from expertstore.errors import SessionLostError, UnavailableError
 
 
 class StepLostError(SessionLostError):

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from expertd.errors import ExpertdError
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts
 from expertd_inference.device.recorder import Recorder, Recording
 from expertd_inference.settings import DecodeGraphsMode
+from expertstore.errors import ExpertdError
 
 MAX_REPEATS = 200
 """Each repeat brings at least the experts of one more layer, and no model has that many."""

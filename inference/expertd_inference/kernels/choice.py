@@ -5,9 +5,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from expertd.errors import InvalidInputError
-from expertd.pack.layout import Encoding
-from expertd.pack.manifest import Manifest
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels import reference
 from expertd_inference.kernels.native import NativeKernels
@@ -15,6 +12,9 @@ from expertd_inference.kernels.native_library import native_library
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertd_inference.settings import KernelsName
+from expertstore.errors import InvalidInputError
+from expertstore.pack.layout import Encoding
+from expertstore.pack.manifest import Manifest
 
 
 class CpuKernels(Protocol):

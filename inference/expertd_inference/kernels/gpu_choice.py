@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from expertd.errors import PreconditionError
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.errors import PreconditionError
 
 
 class GpuKernels(Protocol):

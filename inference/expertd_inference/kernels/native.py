@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd.errors import PreconditionError
-from expertd.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, scale_part
-from expertd.pack.manifest import GateOrder
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels import reference
 from expertd_inference.kernels.native_library import (
@@ -36,6 +33,9 @@ from expertd_inference.kernels.native_library import (
 )
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.errors import PreconditionError
+from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, scale_part
+from expertstore.pack.manifest import GateOrder
 
 FUSED_TOKENS = 32
 """So many tokens of one expert, or rows of one linear layer, are computed fused."""

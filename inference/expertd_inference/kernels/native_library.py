@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from expertd.native.library import Loaded, load
-from expertd.pack.layout import (
+from expertd_inference.activation import Activation, ActivationKind
+from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
+from expertstore.native import Loaded, load
+from expertstore.pack.layout import (
     MXFP4_GROUP_SIZE,
     Encoding,
     Matrix,
@@ -20,8 +22,6 @@ from expertd.pack.layout import (
     matrix_parts,
     scale_part,
 )
-from expertd_inference.activation import Activation, ActivationKind
-from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
 
 PATH = Path(__file__).parent / "native" / "libexpertd_kernels.so"
 ABI = 3

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd.pack.manifest import Encoding, GateOrder, Matrix, RecordLayout
-from expertd.packing.codec import dequantize
 from expertd_inference.activation import Activation
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.codec import dequantize
+from expertstore.pack.manifest import Encoding, GateOrder, Matrix, RecordLayout
 
 GATE_UP = "gate_up"
 DOWN = "down"

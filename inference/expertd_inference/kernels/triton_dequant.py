@@ -1,6 +1,6 @@
 """From bytes to values inside a Triton kernel: every encoding of a pack, in registers.
 
-Rows share bytes (:mod:`expertd.packing.codec` has the picture). A *unit* is what has to be read
+Rows share bytes (:mod:`expertstore.pack.codec` has the picture). A *unit* is what has to be read
 to have whole bytes: byte row r of a matrix of N rows, which gives the ``planes`` rows
 ``r + j * N / planes``. A 4-bit unit of gate and up is thus a gate row and the up row that it is
 multiplied with, a 2-bit one two of each; 3 bits take three byte rows to a unit of eight rows.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton import language as tl
 
-from expertd.pack.layout import (
+from expertstore.pack.layout import (
     DTYPE_BYTES,
     ROWS_PER_BYTE,
     Encoding,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd.shared.directory import PAGE_BYTES
+from expertstore.shared.directory import PAGE_BYTES
 
 MAX_ROUTED = 128
 """The most (token, position) pairs that one call resolves."""

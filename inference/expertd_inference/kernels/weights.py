@@ -6,14 +6,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from expertd.pack.layout import Matrix
+from expertstore.pack.layout import Matrix
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """``matrix`` [out, in] by its parts, all on one device.
 
-    The parts have the names, shapes and dtypes of :class:`~expertd.pack.layout.Matrix`: for one
+    The parts have the names, shapes and dtypes of :class:`~expertstore.pack.layout.Matrix`: for one
     that is called NAME, ``NAME.q``, ``NAME.scale`` and so on.
     """
 

@@ -20,8 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertd.errors import DeviceLostError, DeviceMemoryError, ExpertdError
-from expertd.sizes import format_bytes
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.device.device import CopyMode, Event, HostMemory
@@ -29,6 +27,8 @@ from expertd_inference.device.group import DEVICE_KINDS
 from expertd_inference.device.registration import explain_refusal
 from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
 from expertd_testing.fake_recorder import FakeRecorder
+from expertstore.errors import DeviceLostError, DeviceMemoryError, ExpertdError
+from expertstore.sizes import format_bytes
 
 GARBAGE = 0xFF
 """What a slot's bytes are before its copy has arrived: NaN as bf16, fp16 and fp32."""

@@ -17,8 +17,8 @@ from xxhash import xxh3_64_hexdigest
 import expertd.disk.loader
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
-from expertd.errors import PackError
 from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
+from expertstore.errors import PackError
 from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE

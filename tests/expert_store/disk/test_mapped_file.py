@@ -17,8 +17,8 @@ from expertd.disk import mapped_file
 from expertd.disk.loader import Loader, ReadJob, read_verified
 from expertd.disk.mapped_file import MappedFile
 from expertd.disk.page_cache import PageCache
-from expertd.errors import PackError
-from expertd.pack.manifest import read_manifest
+from expertstore.errors import PackError
+from expertstore.pack.manifest import read_manifest
 from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE

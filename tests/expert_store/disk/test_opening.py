@@ -15,9 +15,9 @@ from expertd.disk.mapped_file import MappedFile
 from expertd.disk.opening import DiskChoice, OpenPack, open_pack
 from expertd.disk.page_cache import PageCache
 from expertd.disk.trial import NOT_TRIED, Trial
-from expertd.errors import PackError
-from expertd.pack.manifest import PackFile, read_manifest
 from expertd.settings.disk_io import DiskIo
+from expertstore.errors import PackError
+from expertstore.pack.manifest import PackFile, read_manifest
 from tests.handmade import make_pack
 
 AUTO, DIRECT, MMAP = DiskIo.AUTO, DiskIo.DIRECT, DiskIo.MMAP

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import CapacityError, ConfigError
 from expertd.settings.limits import Limits
-from expertd.sizes import parse_bytes
 from expertd.store import Store
+from expertstore.errors import CapacityError, ConfigError
+from expertstore.sizes import parse_bytes
 from tests.expert_store.in_memory import (
     Worker,
     assert_consistent,

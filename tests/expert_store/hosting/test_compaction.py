@@ -4,7 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from expertd.hosting.compaction import next_move
-from expertd.shared.extents import PAGE_BYTES, Extent
+from expertd.memory.extents import PAGE_BYTES, Extent
 
 
 def _extent(start: int, pages: int) -> Extent:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertd.hosting.eviction import choose_victims
-from expertd.shared.extents import PAGE_BYTES, Extent, Extents
+from expertd.memory.extents import PAGE_BYTES, Extent, Extents
 
 
 def _choose(

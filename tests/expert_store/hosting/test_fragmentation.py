@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.errors import CapacityError
-from expertd.shared.extents import Extent
+from expertd.memory.extents import Extent
 from expertd.store import Store
+from expertstore.errors import CapacityError
 from tests.expert_store.in_memory import Worker, assert_consistent, storing, until
 from tests.handmade import PAGE, make_pack
 from tests.patience import HANG_SECONDS

@@ -10,12 +10,12 @@ import pytest
 
 from expertd.disk.loader import ReadJob
 from expertd.disk.record_file import RecordFile
-from expertd.errors import NotFoundError
 from expertd.hosting.hosted_model import HostedModel, Load
-from expertd.pack.manifest import Fingerprinted, read_manifest
-from expertd.shared.description import Description, Origin, new_directory
-from expertd.shared.directory import unpack_word
-from expertd.shared.extents import Extent, Extents
+from expertd.memory.description import Description, Origin, new_directory
+from expertd.memory.extents import Extent, Extents
+from expertstore.errors import NotFoundError
+from expertstore.pack.manifest import Fingerprinted, read_manifest
+from expertstore.shared.directory import unpack_word
 from tests.handmade import PAGE, make_pack
 
 RECORD = 2 * PAGE

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import CapacityError
 from expertd.hosting.patience import (
     GRACE_SECONDS,
     MAX_ANNEX_BYTES,
@@ -15,6 +14,7 @@ from expertd.hosting.patience import (
 )
 from expertd.hosting.records import Fetched
 from expertd.store import Store
+from expertstore.errors import CapacityError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack
 

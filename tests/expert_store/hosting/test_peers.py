@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from expertd.errors import CapacityError, PermissionDeniedError
 from expertd.hosting.peers import PLAINTEXT_NAME, Peers, certificate_names, matches
 from expertd.settings.tcp_config import TcpConfig
+from expertstore.errors import CapacityError, PermissionDeniedError
 
 
 class Context:

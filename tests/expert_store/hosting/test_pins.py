@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import CapacityError, RecordLostError
 from expertd.settings.limits import Limits
 from expertd.store import Store
+from expertstore.errors import CapacityError, RecordLostError
 from tests.expert_store.in_memory import (
     Worker,
     assert_consistent,

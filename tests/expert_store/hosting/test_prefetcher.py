@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import PreconditionError
 from expertd.hosting.hosted_model import ModelState
 from expertd.store import Store
+from expertstore.errors import PreconditionError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack
 from tests.patience import HANG_SECONDS

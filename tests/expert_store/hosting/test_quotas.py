@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import CapacityError, SessionLostError
 from expertd.store import Store
+from expertstore.errors import CapacityError, SessionLostError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack
 from tests.patience import HANG_SECONDS

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from expertd.errors import RecordLostError
 from expertd.hosting.read_ahead import ByteBudget, read_ahead
+from expertstore.errors import RecordLostError
 
 SIZE = 10
 

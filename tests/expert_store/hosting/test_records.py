@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import (
+from expertd.store import Store
+from expertstore.errors import (
     CapacityError,
     DeadlineError,
     InvalidInputError,
@@ -16,7 +17,6 @@ from expertd.errors import (
     RecordLostError,
     SessionLostError,
 )
-from expertd.store import Store
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack, record
 

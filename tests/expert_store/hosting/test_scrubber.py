@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import expertd.hosting.scrubber
-from expertd.errors import ConfigError
 from expertd.settings.config import ServeConfig
 from expertd.store import Store
+from expertstore.errors import ConfigError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
 from tests.handmade import PAGE, make_pack, record
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertd.errors import PreconditionError
 from expertd.hosting.hosted_model import MAX_LEARNED_TOUCHES
 from expertd.settings.policy_names import PolicyName
-from expertd.shared.handshake import Role
-from expertd.shared.session_page import MISSED, RING_ENTRIES
 from expertd.store import Store
+from expertstore.errors import PreconditionError
+from expertstore.shared.handshake import Role
+from expertstore.shared.session_page import MISSED, RING_ENTRIES
 from tests.expert_store.in_memory import Worker, storing
 from tests.handmade import PAGE, make_pack
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.errors import CapacityError
 from expertd.hosting.hosted_model import HostedModel
 from expertd.store import Store
+from expertstore.errors import CapacityError
 from tests.expert_store.in_memory import (
     Worker,
     assert_consistent,

@@ -12,12 +12,12 @@ from expertd.disk.record_file import RecordFile
 from expertd.hosting.hosted_model import HostedModel
 from expertd.manager import adoption
 from expertd.manager.adoption import adopt_records
-from expertd.pack.manifest import read_manifest
-from expertd.shared.arena import Arena
-from expertd.shared.description import Description, Origin, new_directory
-from expertd.shared.directory import ABSENT, Directory, pack_word, unpack_word
-from expertd.shared.extents import Extent, Extents
-from expertd.shared.memfd import SharedMemory
+from expertd.memory.arena import Arena
+from expertd.memory.description import Description, Origin, new_directory
+from expertd.memory.extents import Extent, Extents
+from expertd.memory.memfd import SharedMemory
+from expertstore.pack.manifest import read_manifest
+from expertstore.shared.directory import ABSENT, Directory, pack_word, unpack_word
 from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE

@@ -10,12 +10,12 @@ import pytest
 
 from expertd.manager.inheritance import FdStore, Inheritance, take_inheritance
 from expertd.manager.systemd import Manager, Passed
-from expertd.pack.manifest import read_manifest
-from expertd.shared.arena import Arena
-from expertd.shared.arena_trailer import NOBODY, TRAILER_BYTES, ArenaTrailer
-from expertd.shared.description import Description, Origin, new_directory
-from expertd.shared.extents import Extent
-from expertd.shared.memfd import SharedMemory
+from expertd.memory.arena import Arena
+from expertd.memory.description import Description, Origin, new_directory
+from expertd.memory.extents import Extent
+from expertd.memory.memfd import SharedMemory
+from expertstore.pack.manifest import read_manifest
+from expertstore.shared.arena_trailer import NOBODY, TRAILER_BYTES, ArenaTrailer
 from tests.expert_store.serving.watching import num_files
 from tests.handmade import PAGE, make_pack
 

@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from expertd.errors import CheckpointError
-from expertd.pack.manifest import GateOrder
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.plan import TrunkStep, make_plan
 from expertd.packing.schemes import choose_scheme, default_scheme
+from expertstore.errors import CheckpointError
+from expertstore.pack.manifest import GateOrder
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.expert_store.packing.editing import WEIGHTS, edited, write_config, write_shards
 from tests.tiny_models import CONFIGS, make_checkpoint, make_model, save_model

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from expertd.cli import progress
 from expertd.cli.pack import register
-from expertd.errors import CheckpointError, ConfigError, PackError
+from expertstore.errors import CheckpointError, ConfigError, PackError
 from tests.expert_store.packing.conftest import MakeCheckpoint
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import CheckpointError, ConfigError, PackError
-from expertd.pack.manifest import read_manifest
 from expertd.packing import early
 from expertd.packing.early import (
     check_checkpoint,
@@ -17,6 +15,8 @@ from expertd.packing.early import (
 )
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES, choose_scheme
+from expertstore.errors import CheckpointError, ConfigError, PackError
+from expertstore.pack.manifest import read_manifest
 from tests.expert_store.packing.conftest import MakeCheckpoint
 
 

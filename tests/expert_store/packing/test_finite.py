@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from expertd.errors import CheckpointError
-from expertd.pack.reader import PackReader
-from expertd.packing.codec import dequantize, record_parts
 from expertd.packing.finite import flaw
 from expertd.packing.packer import Progress, Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertstore.errors import CheckpointError
+from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.reader import PackReader
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.expert_store.packing.editing import WEIGHTS, edited
 from tests.random_mxfp4 import make_mxfp4_checkpoint

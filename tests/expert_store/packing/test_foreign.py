@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.errors import CheckpointError
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.foreign import find_format
+from expertstore.errors import CheckpointError
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.expert_store.packing.editing import edited, write_config
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from expertd.errors import CheckpointError
 from expertd.packing import fp8
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertstore.errors import CheckpointError
 from tests.tiny_models import make_checkpoint
 
 # Divides all sizes: transformers derives the block from the number of scales, and so places

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("hqq", reason="HQQ is not among what a GPU host needs")
 
-from expertd.packing.codec import dequantize
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import parse_precision
 from expertd.packing.solver import choose_solver
+from expertstore.pack.codec import dequantize
 
 
 @pytest.mark.gpu

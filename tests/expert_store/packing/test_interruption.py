@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_the_checkpoint(victims: Path) -> None:
 
 def make_sparse(path: Path, *, num_layers: int, intermediate_size: int) -> None:
     """Enlarges a Mixtral checkpoint of one layer, with a file that takes no disk."""
-    from expertd.pack.tensor_file import build_header, read_header
+    from expertstore.pack.tensor_file import build_header, read_header
 
     config = json.loads((path / "config.json").read_bytes())
     config |= {"num_hidden_layers": num_layers, "intermediate_size": intermediate_size}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import PackError
 from expertd.packing.journal import Journal
+from expertstore.errors import PackError
 
 ONE, TWO = "1" * 16, "2" * 16
 

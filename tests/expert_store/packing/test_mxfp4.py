@@ -11,14 +11,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from typer.testing import CliRunner
 
 from expertd.cli.commands import app
-from expertd.errors import CheckpointError, ConfigError
-from expertd.pack.inspect import inspect
-from expertd.pack.layout import Encoding
-from expertd.pack.reader import PackReader
-from expertd.pack.verify import verify
-from expertd.packing.codec import dequantize, record_parts
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme, default_scheme
+from expertstore.errors import CheckpointError, ConfigError
+from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.inspect import inspect
+from expertstore.pack.layout import Encoding
+from expertstore.pack.reader import PackReader
+from expertstore.pack.verify import verify
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.random_mxfp4 import make_mxfp4_checkpoint
 

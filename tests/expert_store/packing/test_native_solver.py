@@ -5,14 +5,14 @@ import torch
 from hqq.core.optimize import optimize_weights_proximal_legacy_step
 from torch import Tensor
 
-from expertd.errors import ConfigError, PreconditionError
-from expertd.native.library import SWITCH
-from expertd.packing.codec import decode, dequantize
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.native_solver import LIBRARY, NativeSolver
 from expertd.packing.quantizer import quantize, quantize_to
 from expertd.packing.schemes import parse_precision
 from expertd.packing.solver import choose_solver
+from expertstore.errors import ConfigError, PreconditionError
+from expertstore.native import SWITCH
+from expertstore.pack.codec import decode, dequantize
 from hatch_build import find_compiler
 
 PRECISIONS = ("8g128", "8g16m", "4g64", "4g32m", "3g64m", "3g16", "2g16m", "2g128")

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expertd.errors import CheckpointError, PackError
-from expertd.pack.inspect import inspect
-from expertd.pack.layout import Encoding
-from expertd.pack.manifest import Manifest
-from expertd.pack.reader import PackReader
-from expertd.pack.tensor_file import read_header
-from expertd.pack.verify import verify
 from expertd.packing import packer
-from expertd.packing.codec import dequantize, record_parts
 from expertd.packing.journal import Journal
 from expertd.packing.packer import Progress, Request, pack
 from expertd.packing.schemes import SCHEMES, choose_scheme
+from expertstore.errors import CheckpointError, PackError
+from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.inspect import inspect
+from expertstore.pack.layout import Encoding
+from expertstore.pack.manifest import Manifest
+from expertstore.pack.reader import PackReader
+from expertstore.pack.tensor_file import read_header
+from expertstore.pack.verify import verify
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd.packing import hqq_solver, native_solver
-from expertd.packing.codec import decode, dequantize
 from expertd.packing.cores import cores
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import Precision, parse_precision
 from expertd.packing.solver import Solver, choose_solver
+from expertstore.pack.codec import decode, dequantize
 
 # Relative error of a normal matrix, measured; with and without the solver.
 ERRORS = {

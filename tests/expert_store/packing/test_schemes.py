@@ -4,8 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.errors import ConfigError
-from expertd.pack.layout import Encoding
 from expertd.packing.schemes import (
     GROUP_SIZES,
     PARTS,
@@ -15,6 +13,8 @@ from expertd.packing.schemes import (
     choose_scheme,
     parse_precision,
 )
+from expertstore.errors import ConfigError
+from expertstore.pack.layout import Encoding
 
 
 @given(

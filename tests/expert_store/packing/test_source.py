@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertd.errors import CheckpointError
 from expertd.packing.source import find_tensors, fingerprint, read_config
+from expertstore.errors import CheckpointError
 from tests.expert_store.packing.editing import INDEX, WEIGHTS, save_file, write_shards
 
 ONE, TWO = (torch.full((2,), value) for value in (1.0, 2.0))

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import grpc
 
-from expertd.shared.directory import DirectoryView, unpack_word
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import NUDGE, Role, rpc_target
-from expertd.shared.session_page import SessionPage
-from expertd.status import from_rpc_error
+from expertstore.shared.directory import DirectoryView, unpack_word
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import NUDGE, Role, rpc_target
+from expertstore.shared.session_page import SessionPage
+from expertstore.status import from_rpc_error
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 
@@ -23,7 +23,7 @@ Credentials = tuple[tuple[str, str | bytes], ...]
 
 
 class Caller:
-    """The RPC side alone. Raises the errors of ``expertd.errors``."""
+    """The RPC side alone. Raises the errors of ``expertstore.errors``."""
 
     def __init__(self, directory: Path, credentials: Credentials = ()) -> None:
         self.directory, self.credentials = directory, credentials

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from expertd.cli.control import Control
-from expertd.errors import (
+from expertd_client import Client
+from expertstore.errors import (
     CapacityError,
     ExpertdError,
     NotFoundError,
@@ -22,8 +23,7 @@ from expertd.errors import (
     SessionLostError,
     UnauthenticatedError,
 )
-from expertd.socket_directory import how_to_start
-from expertd_client import Client
+from expertstore.socket_directory import how_to_start
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.expert_store.serving.raw_worker import Caller, RawWorker

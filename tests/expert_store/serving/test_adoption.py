@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from expertd.shared.arena_trailer import TRAILER_BYTES
-from expertd.shared.directory import EPOCH_WORD, HEADER_WORDS, directory_bytes, pack_word
 from expertd_client import Client, ExpertdError, Session, SessionLostError
 from expertd_client.mapping import Mapping
+from expertstore.shared.arena_trailer import TRAILER_BYTES
+from expertstore.shared.directory import EPOCH_WORD, HEADER_WORDS, directory_bytes, pack_word
 from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.expert_store.serving.watching import assert_serves, eventually, expertd
 from tests.handmade import PAGE, make_pack, record

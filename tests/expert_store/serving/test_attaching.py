@@ -11,7 +11,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from expertd.errors import (
+from expertd.serving.allow_list import AllowList
+from expertd.serving.attach import AttachServer
+from expertd.store import Store
+from expertstore.errors import (
     CapacityError,
     IncarnationError,
     InvalidInputError,
@@ -20,11 +23,8 @@ from expertd.errors import (
     PreconditionError,
     UnauthenticatedError,
 )
-from expertd.serving.allow_list import AllowList
-from expertd.serving.attach import AttachServer
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import Role, rpc_target
-from expertd.store import Store
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import Role, rpc_target
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.raw_worker import Caller, RawWorker
@@ -109,9 +109,9 @@ def test_more_sessions_than_may_attach(pack: Path, tmp_path: Path) -> None:
 AS_NOBODY = """
 import mmap, os, sys
 from pathlib import Path
-from expertd.errors import ExpertdError
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import Role
+from expertstore.errors import ExpertdError
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import Role
 
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from expertd.errors import ConfigError
 from expertd.serving.certificates import Certificates
 from expertd.settings.tcp_config import TcpConfig
+from expertstore.errors import ConfigError
 from tests.certificates import Authority, Files
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from expertd.errors import RecordLostError
+from expertstore.errors import RecordLostError
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES

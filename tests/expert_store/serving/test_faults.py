@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from expertd.errors import DeadlineError, UnauthenticatedError
+from expertstore.errors import DeadlineError, UnauthenticatedError
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon
 from tests.expert_store.serving.conftest import RECORD_BYTES, STALL_SECONDS

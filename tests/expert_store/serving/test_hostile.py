@@ -12,9 +12,9 @@ import grpc
 import msgspec
 import pytest
 
-from expertd.errors import ExpertdError, InvalidInputError, NotFoundError, PreconditionError
-from expertd.shared.greeting import handshake
-from expertd.shared.handshake import (
+from expertstore.errors import ExpertdError, InvalidInputError, NotFoundError, PreconditionError
+from expertstore.shared.greeting import handshake
+from expertstore.shared.handshake import (
     ATTACH_SOCKET,
     MAX_HINTED,
     RPC_SOCKET,

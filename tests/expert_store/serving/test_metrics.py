@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import NotFoundError
 from expertd_client import Client
+from expertstore.errors import NotFoundError
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES

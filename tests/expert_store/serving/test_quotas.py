@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from expertd.cli.control import Control
-from expertd.errors import CapacityError
 from expertd_client import Client
+from expertstore.errors import CapacityError
 from tests.daemon import serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.handmade import record

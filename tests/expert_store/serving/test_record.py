@@ -14,13 +14,13 @@ import grpc
 import pytest
 
 from expertd.cli.control import Control
-from expertd.errors import PreconditionError
 from expertd.hosting.touch_watch import MAX_WATCHERS
 from expertd.residency import make_policy
-from expertd.shared.session_page import RING_ENTRIES
 from expertd.traces.replay import read_trace, replay
 from expertd.traces.trace import Phase, Row, TraceReader
 from expertd_client import Client
+from expertstore.errors import PreconditionError
+from expertstore.shared.session_page import RING_ENTRIES
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES

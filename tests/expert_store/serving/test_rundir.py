@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import ConfigError
 from expertd.serving.rundir import LOCK_NAME, RunDirectory
+from expertstore.errors import ConfigError
 
 _OWN_AND_DIE = """
 import os, signal, sys

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from bench.memory_limit import MemoryLimit, NoLimitError
-from expertd.errors import DeadlineError, ExpertdError, UnavailableError
-from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client
+from expertstore.errors import DeadlineError, ExpertdError, UnavailableError
+from expertstore.shared.handshake import ATTACH_SOCKET
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import ConfigError
 from expertd.serving.attach import adopt_listener, listen
-from expertd.shared.handshake import ATTACH_SOCKET
 from expertd_client import Client
 from expertd_testing.standin_systemd import StandInSystemd
+from expertstore.errors import ConfigError
+from expertstore.shared.handshake import ATTACH_SOCKET
 from tests.expert_store.serving.watching import assert_serves, eventually
 from tests.supervised import supervised
 
@@ -55,7 +55,7 @@ SHORT = """
 import sys
 from pathlib import Path
 from expertd import daemon
-from expertd.shared import arena
+from expertd.memory import arena
 from expertd.cli import main
 free = Path(sys.argv.pop(1))
 arena.memory_available = lambda: int(free.read_text())

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from expertd.cli.control import Control
-from expertd.errors import NotFoundError
 from expertd_client import Client
+from expertstore.errors import NotFoundError
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
 from tests.expert_store.serving.watching import expertd

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from expertd.errors import ConfigError
 from expertd.log import LogFormat
 from expertd.settings import users
 from expertd.settings.config import ServeConfig, load_config, parse_model
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import ModelConfig
 from expertd.settings.loopback import LoopbackAddress
+from expertstore.errors import ConfigError
 
 
 def _file(tmp_path: Path, text: str) -> Path:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import ConfigError
-from expertd.pack.manifest import read_manifest
 from expertd.settings.config import ServeConfig, load_config
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import Limits, ModelConfig, pinned_entries
+from expertstore.errors import ConfigError
+from expertstore.pack.manifest import read_manifest
 from tests.handmade import PAGE, make_pack
 
 

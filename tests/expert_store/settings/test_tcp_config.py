@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import ConfigError
 from expertd.settings.config import load_config
 from expertd.settings.tcp_config import TcpConfig
+from expertstore.errors import ConfigError
 
 SECURED = {
     "listen": '"0.0.0.0:7443"',

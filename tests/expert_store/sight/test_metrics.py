@@ -11,13 +11,13 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from expertd.disk.trial import Trial
-from expertd.errors import RecordLostError
 from expertd.serving.stats import collect_stats
 from expertd.settings.disk_io import DiskIo
 from expertd.sight.metrics import StoreMetrics
 from expertd.sight.metrics_server import Families
-from expertd.status import CODE_NAMES
 from expertd.store import Store
+from expertstore.errors import RecordLostError
+from expertstore.status import CODE_NAMES
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.expert_store.in_memory import Worker, disk, storing, until
 from tests.handmade import PAGE, make_pack

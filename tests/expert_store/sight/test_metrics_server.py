@@ -13,10 +13,10 @@ from http.client import HTTPConnection, HTTPException
 import pytest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from expertd.errors import ConfigError
 from expertd.settings.loopback import LoopbackAddress
 from expertd.sight import metrics_server
 from expertd.sight.metrics_server import MAX_CONNECTIONS, Exposition, MetricsServer
+from expertstore.errors import ConfigError
 from tests.patience import HANG_SECONDS
 
 ANY = LoopbackAddress("127.0.0.1", 0)

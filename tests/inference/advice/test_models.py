@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import InvalidInputError, PackError
 from expertd.packing.shapes import SHAPES
 from expertd.packing.synthetic import make_pack
 from expertd_inference.advice.models import Model, find_model
+from expertstore.errors import InvalidInputError, PackError
 
 TINY = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 32,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_configuration_s_file_will_do(tmp_path: Path) -> None:
 
 
 def test_the_least_budget_is_what_the_daemon_says(tmp_path: Path) -> None:
-    from expertd.pack.manifest import read_manifest
+    from expertstore.pack.manifest import read_manifest
 
     pack = make_pack(tmp_path / "pack", "olmoe-1b-7b", "4bit", 2, overrides=TINY)
     (need,) = find_model(str(pack)).needs

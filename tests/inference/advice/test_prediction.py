@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.pack.layout import Encoding, Matrix, record_layout
 from expertd_inference.advice.hit_rates import Routing, hit_rate
 from expertd_inference.advice.prediction import (
     Costs,
@@ -17,6 +16,7 @@ from expertd_inference.advice.prediction import (
     token_seconds,
 )
 from expertd_inference.advice.values import ExpertLayers, Gpu, Host, Need, Reading
+from expertstore.pack.layout import Encoding, Matrix, record_layout
 
 GIB = 1 << 30
 

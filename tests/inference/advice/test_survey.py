@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from expertd.errors import InvalidInputError
 from expertd_inference.advice import report, survey
 from expertd_inference.advice.advisor import Measured, Question
 from expertd_inference.advice.twin import Twin
 from expertd_inference.advice.values import Need, Reading
+from expertstore.errors import InvalidInputError
 from tests.inference.advice.test_prediction import GIB, HOST
 
 SLOW, FAST = Reading(0.001, 0.004, 8), Reading(0.016, 0.064, 8)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from expertd.errors import SessionLostError
+from expertstore.errors import SessionLostError
 from tests.inference.pack_source import GARBAGE, PackSource
 
 

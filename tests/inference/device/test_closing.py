@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import PreconditionError
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
 from expertd_inference.device import group
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertd_testing.fake_device import FakeDevice
+from expertstore.errors import PreconditionError
 from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.errors import DeviceError, DeviceMemoryError
 from expertd_client.arena_mapping import address_of
 from expertd_inference.device.cuda import CudaDevice
 from expertd_inference.device.device import CopyMode
+from expertstore.errors import DeviceError, DeviceMemoryError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 PAGE = 4096

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from expertd.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from expertd_client.arena_mapping import address_of
 from expertd_inference.device.cuda import CudaDevice
 from expertd_inference.device.cuda_errors import explain
@@ -17,6 +16,7 @@ from expertd_inference.device.device import CopyMode
 from expertd_inference.device.recorder import CudaRecorder
 from expertd_inference.device.registration import MIN_RANGE_BYTES, Registrations, on_device
 from expertd_testing.fake_cudart import FakeCudart
+from expertstore.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from tests.inference.device.pretended_cuda import Cuda, pretend
 
 PAGE = mmap.PAGESIZE

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.pack.manifest import read_manifest
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertd_testing.fake_device import FakeDevice
+from expertstore.pack.manifest import read_manifest
 from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]

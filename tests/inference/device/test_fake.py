@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import DeviceLostError, DeviceMemoryError
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.device import CopyMode, Device, HostMemory
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots
@@ -18,6 +17,7 @@ from expertd_testing.fake_device import (
     HazardError,
     SpanKind,
 )
+from expertstore.errors import DeviceLostError, DeviceMemoryError
 from tests.inference.pack_source import PackSource
 
 SLOT = 4096

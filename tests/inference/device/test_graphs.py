@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.errors import ExpertdError
-from expertd.shared.directory import pack_word
 from expertd_inference.device import whole
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts, share_slots
 from expertd_inference.device.graphs import DecodeCache, DecodeGraphs, SegmentSteps
@@ -25,6 +23,8 @@ from expertd_inference.loading import TrunkModel, load_trunk
 from expertd_inference.recovery import Recovery
 from expertd_testing.fake_device import FakeDevice
 from expertd_testing.fake_recorder import FakeRecorder
+from expertstore.errors import ExpertdError
+from expertstore.shared.directory import pack_word
 from tests.inference.greedy import prompt_of
 from tests.inference.pack_source import PackSource
 from tests.tiny_models import CONFIGS

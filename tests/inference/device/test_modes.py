@@ -8,7 +8,6 @@ import msgspec
 import pytest
 import torch
 
-from expertd.pack.manifest import read_manifest
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.attachment import attach
 from expertd_inference.device import group
@@ -17,6 +16,7 @@ from expertd_inference.device.graphs import room_for
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
+from expertstore.pack.manifest import read_manifest
 from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]

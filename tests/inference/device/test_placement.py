@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.errors import InvalidInputError
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd_inference.device.placement import MAX_RESERVE_BYTES, RESERVE_SHARE, cache_size
 from expertd_inference.settings import DeviceSettings
+from expertstore.errors import InvalidInputError
+from expertstore.pack.manifest import Manifest, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.errors import DeviceLostError
 from expertd_client import Client
 from expertd_client.arena_mapping import address_of
 from expertd_inference.device.registration import (
@@ -17,6 +16,7 @@ from expertd_inference.device.registration import (
     is_writable,
 )
 from expertd_testing.fake_cudart import INVALID_VALUE, LOST, FakeCudart
+from expertstore.errors import DeviceLostError
 from tests.daemon import serving
 from tests.handmade import make_pack
 

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import (
-    DeviceLostError,
-    DeviceMemoryError,
-    PreconditionError,
-    SessionLostError,
-    UnavailableError,
-)
 from expertd_inference.device import runner
 from expertd_inference.experts import connect
 from expertd_inference.loading import load_trunk
 from expertd_inference.recovery import MAX_FUTILE_RECOVERIES, Recovery
 from expertd_inference.settings import CachePolicy, OnMiss
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
+from expertstore.errors import (
+    DeviceLostError,
+    DeviceMemoryError,
+    PreconditionError,
+    SessionLostError,
+    UnavailableError,
+)
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import make_rig
 from tests.inference.greedy import greedy, prompt_of

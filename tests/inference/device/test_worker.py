@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from expertd.errors import DeviceLostError, InvalidInputError, PackError
-from expertd.sizes import parse_bytes, size_to_give
 from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference import worker as worker_module
@@ -19,6 +17,8 @@ from expertd_inference.attachment import attach
 from expertd_inference.device import group
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.fake_device import FakeDevice
+from expertstore.errors import DeviceLostError, InvalidInputError, PackError
+from expertstore.sizes import parse_bytes, size_to_give
 from tests.daemon import Daemon, serving
 from tests.expert_store.serving.watching import eventually
 from tests.inference.greedy import greedy, prompt_of

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd.pack.layout import Matrix, matrix_parts, record_layout
-from expertd.pack.manifest import GateOrder
-from expertd.packing.codec import TORCH_DTYPES
 from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
+from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.layout import Matrix, matrix_parts, record_layout
+from expertstore.pack.manifest import GateOrder
 
 SILU = Activation(ActivationKind.SILU)
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}

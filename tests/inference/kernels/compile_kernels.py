@@ -21,13 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from expertd.pack.layout import record_layout
-from expertd.pack.manifest import GateOrder
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.activation import Activation, ActivationKind
 from expertd_inference.kernels import triton_experts, triton_gather, triton_linear
 from expertd_inference.kernels.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.layout import record_layout
+from expertstore.pack.manifest import GateOrder
 
 SILU = Activation(ActivationKind.SILU)
 GPT_OSS = Activation(ActivationKind.GPT_OSS, 1.702, 7.0)

@@ -6,13 +6,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from expertd.errors import InvalidInputError, PreconditionError
-from expertd.native.library import SWITCH
-from expertd.pack.layout import record_layout
-from expertd.pack.manifest import Manifest, read_manifest
 from expertd.packing.schemes import parse_precision
 from expertd_inference.kernels.choice import cpu_kernels
 from expertd_inference.kernels.native_library import native_library
+from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.native import SWITCH
+from expertstore.pack.layout import record_layout
+from expertstore.pack.manifest import Manifest, read_manifest
 from tests.handmade import make_pack
 
 needs_library = pytest.mark.skipif(native_library().library is None, reason="no native kernels")

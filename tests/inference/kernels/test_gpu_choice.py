@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import expertd_inference
-from expertd.errors import PreconditionError
 from expertd_inference.kernels import gpu_choice
+from expertstore.errors import PreconditionError
 
 
 @pytest.fixture(autouse=True)

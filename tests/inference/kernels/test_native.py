@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd.pack.manifest import GateOrder
-from expertd.packing.codec import dequantize
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import parse_precision
 from expertd_inference.activation import Activation, ActivationKind
@@ -24,6 +22,8 @@ from expertd_inference.kernels.native import FUSED_TOKENS, MAX_SUMMED, NativeKer
 from expertd_inference.kernels.native_library import PATH, native_library
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.codec import dequantize
+from expertstore.pack.manifest import GateOrder
 from tests.inference.kernels.test_reference import Layer, routed
 
 pytestmark = pytest.mark.skipif(

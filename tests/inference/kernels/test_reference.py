@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd.pack.layout import Encoding, record_layout
-from expertd.pack.manifest import GateOrder
-from expertd.packing.codec import TORCH_DTYPES, dequantize
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.arena import ArenaTensors
 from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
+from expertstore.pack.codec import TORCH_DTYPES, dequantize
+from expertstore.pack.layout import Encoding, record_layout
+from expertstore.pack.manifest import GateOrder
 from tests.random_mxfp4 import random_mxfp4
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.pack.layout import Matrix
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.activation import Activation, ActivationKind
+from expertstore.pack.layout import Matrix
 from tests.inference.kernels.cached_layer import CachedLayer, routed
 from tests.inference.kernels.gpu import DEVICE
 

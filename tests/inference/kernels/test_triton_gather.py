@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.shared.directory import PAGE_BYTES, pack_word
+from expertstore.shared.directory import PAGE_BYTES, pack_word
 from tests.inference.kernels.gpu import DEVICE, host_memory
 
 triton_gather = pytest.importorskip("expertd_inference.kernels.triton_gather")

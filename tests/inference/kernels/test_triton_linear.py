@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from expertd.pack.layout import scale_part
-from expertd.packing.codec import dequantize
 from expertd.packing.schemes import parse_precision
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.codec import dequantize
+from expertstore.pack.layout import scale_part
 from tests.inference.kernels.cached_layer import random_parts
 from tests.inference.kernels.gpu import DEVICE
 

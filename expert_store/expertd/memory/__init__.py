@@ -1,0 +1,1 @@
+"""The arena, its extents, and what is told of it to workers."""
