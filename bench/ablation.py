@@ -41,7 +41,7 @@ from bench.synthetic import config_of, make_pack
 from bench.tiers import Tally, TierProcess, slower_ways, workers
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
-from expertd_inference.probes import StorageProbe
+from expertd_inference.advice.probes import StorageProbe
 from expertstore.pack.manifest import Manifest, read_manifest
 from tests.daemon import serving
 

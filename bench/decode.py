@@ -34,9 +34,9 @@ from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
-from expertd_inference.decoding import Decoding
-from expertd_inference.kernels.native import NativeKernels
-from expertd_inference.kernels.step import StepKernels
+from expertd_inference.execution.decoding import Decoding
+from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference.kernels.cpu.step import StepKernels
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.host_memory import memory_available
 from tests.daemon import serving

@@ -148,7 +148,7 @@ def records(device: Device, memory: HostMemory, count: int, size: int, slots: Te
 
 def gathered(device: Device, memory: HostMemory, count: int, size: int, slots: Tensor) -> Turn:
     """By the gather kernel, which takes so many records at once and no more."""
-    from expertd_inference.kernels import triton_gather
+    from expertd_inference.kernels.gpu import triton_gather
 
     count = min(count, triton_gather.MAX_ROUTED)
     resolution = triton_gather.Resolution.empty(1, device.torch_device)

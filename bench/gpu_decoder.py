@@ -26,10 +26,10 @@ from expertd_inference.device.device import Device
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.kernels.choice import cpu_kernels
-from expertd_inference.kv_cache import growing
-from expertd_inference.loading import load_trunk
-from expertd_inference.recovery import Recovery
+from expertd_inference.experts.recovery import Recovery
+from expertd_inference.kernels.cpu.choice import cpu_kernels
+from expertd_inference.kv.growing import growing
+from expertd_inference.model.loading import load_trunk
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertstore.pack.manifest import read_manifest
 from expertstore.sizes import format_bytes

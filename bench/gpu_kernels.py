@@ -8,7 +8,7 @@ layer beside torch's own int4 product and, where it is installed, gemlite's. Eac
 turns with its limit. Calls are captured in CUDA graphs, and every call of a graph takes other
 experts, so that nothing comes from a cache. It takes a few minutes, mostly compiling.
 
-With --tune it tries other block sizes than those of kernels/triton_blocks.py instead, and shows
+With --tune it tries other block sizes than those of kernels/gpu/triton_blocks.py instead, and shows
 the best beside the table's; put into the table what wins.
 
 Example: python -m bench.gpu_kernels --scheme 4g64 --shape qwen3-30b-a3b --json
@@ -32,9 +32,9 @@ from bench.gpu_peers import gemlite_product, torch_int4_product
 from bench.gpu_turns import Copy, Run, bounded, captured, turns
 from bench.store import show
 from expertd.packing.schemes import parse_precision
-from expertd_inference.kernels.gpu_choice import gpu_kernels
-from expertd_inference.kernels.reference import DOWN, GATE_UP
-from expertd_inference.kernels.triton_blocks import gemv_blocks
+from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
+from expertd_inference.kernels.gpu.choice import gpu_kernels
+from expertd_inference.kernels.gpu.triton_blocks import gemv_blocks
 from expertd_inference.kernels.weights import QuantizedWeight
 
 SCHEMES = ("16", "8g128", "4g64", "3g64m", "2g16m", "mxfp4")

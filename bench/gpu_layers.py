@@ -8,12 +8,12 @@ from torch import Tensor
 
 from bench.gpu_turns import Run, captured
 from expertd.packing.schemes import MXFP4, parse_precision
-from expertd_inference.activation import Activation, ActivationKind
-from expertd_inference.kernels.gpu_choice import gpu_kernels
-from expertd_inference.kernels.reference import DOWN, GATE_UP, ExpertsSpec
-from expertd_inference.kernels.triton_blocks import GemvBlocks
-from expertd_inference.kernels.triton_form import Form, record_form
-from expertd_inference.kernels.triton_gemv import launch_experts_gemv
+from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP, ExpertsSpec
+from expertd_inference.kernels.gpu.choice import gpu_kernels
+from expertd_inference.kernels.gpu.triton_blocks import GemvBlocks
+from expertd_inference.kernels.gpu.triton_form import Form, record_form
+from expertd_inference.kernels.gpu.triton_gemv import launch_experts_gemv
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import Matrix, RecordLayout, matrix_parts, record_layout
 from expertstore.pack.manifest import GateOrder

@@ -90,7 +90,7 @@ def measure_hmm(rig: Rig, rows: Rows) -> None:
         return rows.skipped(what)
     if not host.runtime.attribute(PAGEABLE_ACCESS, 0):
         return rows.put(what, supported=0)
-    from expertd_inference.kernels import triton_gather
+    from expertd_inference.kernels.gpu import triton_gather
 
     with rows.part(what) as row, _mapping("read-only descriptor", 64 * _RECORDS[0]) as address:
         size, where = _RECORDS[0], torch.device("cuda")

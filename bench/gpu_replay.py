@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_routing import Routing
-from expertd_inference.loading import TrunkModel
+from expertd_inference.model.loading import TrunkModel
 
 GUESSED_RIGHT = 0.85
 """How often the next layer's router, applied to this layer's input, names an expert that is then

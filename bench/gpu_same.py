@@ -20,8 +20,8 @@ from bench.gpu_state import state_of
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import EmbeddedDaemon, Worker
-from expertd_inference.attachment import attach
 from expertd_inference.device.group import DeviceGroup
+from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertstore.pack.manifest import Manifest, read_manifest
 

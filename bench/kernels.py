@@ -25,14 +25,14 @@ from rich.console import Console
 from bench.figures import Figure, compared, timed
 from bench.store import show
 from expertd.packing.schemes import MXFP4, parse_precision
-from expertd_inference.activation import Activation, ActivationKind
-from expertd_inference.arena import ArenaTensors
-from expertd_inference.kernels import native, reference
-from expertd_inference.kernels.native import NativeKernels
-from expertd_inference.kernels.native_library import native_library
-from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.advice.probes import READ_FORMS
+from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.cpu import native, reference
+from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference.kernels.cpu.reference import ExpertsSpec
 from expertd_inference.kernels.weights import QuantizedWeight
-from expertd_inference.probes import READ_FORMS
 from expertstore.pack.layout import RecordLayout, record_layout
 from expertstore.pack.manifest import GateOrder
 

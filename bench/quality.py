@@ -36,7 +36,7 @@ from bench.results import Curve, Plot, Table
 from bench.synthetic import plan_of
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import PLAIN, Precision, Scheme, choose_scheme, parse_precision
-from expertd_inference.kernels.native_library import native_library
+from expertd_inference.kernels.cpu.library import native_library
 from expertstore.pack.inspect import Inspection, inspect
 from tests.daemon import serving
 

@@ -42,7 +42,7 @@ from bench.results import Curve, Plot, Table
 from bench.synthetic import SHAPES, make_pack
 from bench.tiers import EndedError, Tally, TierProcess, slower_ways, workers
 from expertd.settings.disk_io import DiskIo
-from expertd_inference.probes import StorageProbe
+from expertd_inference.advice.probes import StorageProbe
 from expertstore.pack.manifest import Manifest, read_manifest
 from expertstore.shared.host_memory import memory_available
 from tests.daemon import serving

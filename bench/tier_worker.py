@@ -23,15 +23,15 @@ from transformers.cache_utils import DynamicCache
 
 from bench.mapped import MappedSource
 from expertd_inference import load_model
-from expertd_inference.experts import connect
-from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
-from expertd_inference.kernels.step import step_kernels
-from expertd_inference.kv_cache import growing
-from expertd_inference.lean import make_lean
-from expertd_inference.loading import load_trunk
-from expertd_inference.recovery import Recovery
+from expertd_inference.execution.lean import make_lean
+from expertd_inference.execution.steps import Steps
+from expertd_inference.experts.cpu import connect
+from expertd_inference.experts.recovery import Recovery
+from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
+from expertd_inference.kernels.cpu.step import step_kernels
+from expertd_inference.kv.growing import growing
+from expertd_inference.model.loading import load_trunk
 from expertd_inference.settings import DeviceSettings
-from expertd_inference.steps import Steps
 from expertstore.pack.manifest import read_manifest
 
 Row = list[list[int]]
@@ -54,7 +54,7 @@ class Routed:
         top_k_weights: Tensor,
         *memo: Any,  # noqa: ANN401
     ) -> Tensor:
-        """As :meth:`expertd_inference.experts.ExpertsRunner.run`."""
+        """As :meth:`expertd_inference.experts.cpu.ExpertsRunner.run`."""
         state = self._state
         if len(hidden) == 1:
             if state.row is not None:
@@ -82,7 +82,7 @@ class Guesses:
         self._recall, self._chance = recall, random.Random(place)
 
     def foreseen(self, _: Tensor) -> list[int]:
-        """As :meth:`expertd_inference.routers.Router.foreseen`, of the token under way."""
+        """As :meth:`expertd_inference.experts.routers.Router.foreseen`, of the token under way."""
         state, chance = self._state, self._chance
         if state.row is None:
             return []
@@ -95,11 +95,11 @@ class Guesses:
         return list(dict.fromkeys(guessed))
 
     def chosen(self, hidden: Tensor) -> Tensor:  # [1, k]
-        """As :meth:`expertd_inference.routers.Router.chosen`."""
+        """As :meth:`expertd_inference.experts.routers.Router.chosen`."""
         return torch.tensor([self.foreseen(hidden)], dtype=torch.int64)
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:  # [num]
-        """As :meth:`expertd_inference.routers.Router.likeliest`."""
+        """As :meth:`expertd_inference.experts.routers.Router.likeliest`."""
         return self.chosen(hidden)[0, :num]
 
 

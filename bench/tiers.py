@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.memory_limit import MemoryLimit
-from expertd_inference.steps import BY_PROGRAM
+from expertd_inference.execution.steps import BY_PROGRAM
 
 Job = Mapping[str, object]
 """What :class:`bench.tier_worker.Decoder` is made of."""
@@ -106,7 +106,7 @@ class Tally:
     """Experts per token that had to be read first, of each turn."""
     hints: dict[str, int] = field(default_factory=dict)
     way: str = ""
-    """How tokens were computed, as :attr:`expertd_inference.steps.Steps.way` says."""
+    """How tokens were computed, as :attr:`expertd_inference.execution.steps.Steps.way` says."""
 
     def add(self, answer: dict[str, Any], rate: float) -> None:
         """One turn, and the bytes per second that the disk gave in those seconds."""

@@ -11,29 +11,54 @@ from expertd.settings.config import load_config
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "expertstore": ROOT / "proto/expertstore",
-    "expertd": ROOT / "expert_store/expertd",
     "expertd_client": ROOT / "client/expertd_client",
+    "expertd": ROOT / "expert_store/expertd",
     "expertd_inference": ROOT / "inference/expertd_inference",
 }
 ORDER = list(PACKAGES)
-# Inside expertd, from the ground up; README.md says what each holds. Its other modules are used
-# from everywhere (errors, log) and import none of these, but for what both sides speak.
-FLOORS = [
-    "pack",
-    "settings",
-    "shared",
-    "disk",
-    "residency",
-    "traces",
-    "hosting",
-    "manager",
-    "store",
-    "serving",
-    "sight",
-    "daemon",
-    "doctor",
-    "cli",
-]
+STARTS_A_DAEMON = {"advice", "embedded.py", "embedded_child.py"}
+"""What of the worker may import the daemon: it starts one, or plans what one would hold."""
+# From the ground up; README.md says what each holds. Other modules are used from everywhere.
+FLOORS = {
+    "expertd": [
+        "settings",
+        "memory",
+        "disk",
+        "residency",
+        "traces",
+        "hosting",
+        "manager",
+        "store",
+        "serving",
+        "sight",
+        "daemon",
+        "doctor",
+        "cli",
+    ],
+    "expertd_client": [
+        "endpoint",
+        "address",
+        "mapping",
+        "attachment",
+        "base_session",
+        "session",
+        "aio",
+        "client",
+    ],
+    "expertd_inference": [
+        "process",
+        "kernels",
+        "kv",
+        "experts",
+        "device",
+        "model",
+        "execution",
+        "worker",
+        "engine",
+        "advice",
+        "cli",
+    ],
+}
 TORCH = {"torch", "transformers", "hqq", "safetensors", "accelerate"}
 
 
@@ -44,22 +69,31 @@ def test_imports_point_one_way(package: str) -> None:
         assert not imports_of(file) & above, f"{file} imports from a package above it"
 
 
-@pytest.mark.parametrize("floor", FLOORS)
-def test_imports_inside_the_daemon_point_down(floor: str) -> None:
-    above = FLOORS[FLOORS.index(floor) + 1 :]
-    place = PACKAGES["expertd"] / floor
+def test_a_worker_knows_no_daemon_but_the_one_that_it_starts() -> None:
+    package = PACKAGES["expertd_inference"]
+    for file in package.rglob("*.py"):
+        if not STARTS_A_DAEMON & set(file.relative_to(package).parts):
+            assert "expertd" not in imports_of(file), f"{file} imports the daemon"
+
+
+@pytest.mark.parametrize(
+    ("package", "floor"), [(package, floor) for package in FLOORS for floor in FLOORS[package]]
+)
+def test_imports_inside_a_package_point_down(package: str, floor: str) -> None:
+    above = FLOORS[package][FLOORS[package].index(floor) + 1 :]
+    place = PACKAGES[package] / floor
     files = [*place.rglob("*.py")] or [place.with_suffix(".py")]
     for file in files:
         for name in re.findall(
-            r"^\s*(?:from|import) expertd\.(\w+)", file.read_text(), re.MULTILINE
+            rf"^\s*(?:from|import) {package}\.(\w+)", file.read_text(), re.MULTILINE
         ):
             assert name not in above, f"{file} imports from {name}, which stands above it"
 
 
 def test_only_packing_and_inference_know_torch() -> None:
-    for package in ("expertd", "expertd_client"):
+    for package in ("expertstore", "expertd", "expertd_client"):
         for file in PACKAGES[package].rglob("*.py"):
-            if "packing" not in file.parts:
+            if "packing" not in file.parts and file.name != "codec.py":
                 assert not imports_of(file) & TORCH, f"{file} imports torch or what needs it"
 
 

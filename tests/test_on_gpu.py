@@ -20,7 +20,7 @@ def test_every_file_that_needs_a_gpu_is_named() -> None:
     needing = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
-        if "tests.inference.kernels.gpu import" in path.read_text()
+        if "tests.inference.kernels.gpu.gpu import" in path.read_text()
         or "pytest.mark.gpu" in path.read_text()
     }
     assert named == needing - {"tests/test_on_gpu.py"}

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from expertd_inference.environment import garbage_kept, prepare_environment
+from expertd_inference.process.environment import garbage_kept, prepare_environment
 
 CONTEXT = 64
 FIRST_PROMPT = 16
@@ -30,7 +30,7 @@ def run(socket: str, model: str, threads: int, *, private: bool = False) -> None
         import torch
 
         from expertd_inference import load_model
-        from expertd_inference.decoding import Decoding
+        from expertd_inference.execution.decoding import Decoding
 
     torch.set_num_threads(threads)
     imported, before = time.monotonic(), _own_bytes()

@@ -1,3 +1,1 @@
-"""expertd: the daemon that keeps a host's experts in shared RAM, and the pack format."""
-
-__version__ = "0.1.0"
+"""The daemon that keeps the experts of a host in shared RAM, and the packer."""

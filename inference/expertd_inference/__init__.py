@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertd_inference.embedded import EmbeddedDaemon
-    from expertd_inference.environment import prepare_environment
-    from expertd_inference.generation import GenerationResult, generate
+    from expertd_inference.engine.generation import GenerationResult, generate
+    from expertd_inference.process.embedded import EmbeddedDaemon
+    from expertd_inference.process.environment import prepare_environment
     from expertd_inference.settings import GenerationSettings
     from expertd_inference.worker import Worker, load_model
 
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "EmbeddedDaemon": "embedded",
-    "GenerationResult": "generation",
+    "EmbeddedDaemon": "process.embedded",
+    "GenerationResult": "engine.generation",
     "GenerationSettings": "settings",
     "Worker": "worker",
-    "generate": "generation",
+    "generate": "engine.generation",
     "load_model": "worker",
-    "prepare_environment": "environment",
+    "prepare_environment": "process.environment",
 }
 
 
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module defines
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = f"{__name__}.{_MODULES[name]}"
     if module not in sys.modules:
-        from expertd_inference.environment import garbage_kept
+        from expertd_inference.process.environment import garbage_kept
 
         with garbage_kept():
             import_module(module)

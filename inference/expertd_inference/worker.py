@@ -9,28 +9,28 @@ from typing import Any, Self
 import torch
 
 from expertd_client import Session, TlsFiles
-from expertd_inference.ahead import RouterAhead
-from expertd_inference.attachment import (
-    DEFAULT_REATTACH_SECONDS,
-    ModelAttachment,
-    attach,
-)
-from expertd_inference.decoding import is_repeatable
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.experts import ExpertsRunner, connect
-from expertd_inference.forks import refuse_in_forks
-from expertd_inference.hints import HintStats, pays_for_prompts
-from expertd_inference.kernels.choice import ReferenceKernels, cpu_kernels
-from expertd_inference.kernels.step import step_kernels
-from expertd_inference.kv_size import kv_bytes
-from expertd_inference.lean import make_lean
-from expertd_inference.loading import TrunkModel, load_trunk
-from expertd_inference.prompts import load_tokenizer
-from expertd_inference.recovery import Recovery, say_on_stderr
-from expertd_inference.routers import find_routers
+from expertd_inference.execution.decoding import is_repeatable
+from expertd_inference.execution.lean import make_lean
+from expertd_inference.experts.ahead import RouterAhead
+from expertd_inference.experts.cpu import ExpertsRunner, connect
+from expertd_inference.experts.hints import HintStats, pays_for_prompts
+from expertd_inference.experts.recovery import Recovery, say_on_stderr
+from expertd_inference.experts.routers import find_routers
+from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
+from expertd_inference.kernels.cpu.step import step_kernels
+from expertd_inference.kv.size import kv_bytes
+from expertd_inference.model.loading import TrunkModel, load_trunk
+from expertd_inference.model.prompts import load_tokenizer
+from expertd_inference.process.attachment import (
+    DEFAULT_REATTACH_SECONDS,
+    ModelAttachment,
+    attach,
+)
+from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest, read_manifest
@@ -61,7 +61,7 @@ class Worker:
 
         ``pack`` is where this host has the pack, of which the experts' files may be left out;
         without it, where the daemon has it. ``dtype`` is the checkpoint's unless given;
-        ``kernels`` are chosen by :func:`~expertd_inference.kernels.choice.cpu_kernels`. After
+        ``kernels`` are chosen by :func:`~expertd_inference.kernels.cpu.choice.cpu_kernels`. After
         the daemon's end the model waits for another for ``reattach_seconds``; ``say`` is told
         so, once per outage, and what else is not as it should be (without it, a line on
         stderr). ``device`` says where experts are computed, by default on the CPU. Raises
@@ -227,7 +227,7 @@ def load_model(
     """The transformers model ``name`` that the daemon in directory ``socket`` serves.
 
     Without ``socket`` it is the daemon in ``$XDG_RUNTIME_DIR/expertd`` or in ``/run/expertd``; for
-    one on another host see :func:`~expertd_inference.attachment.attach`.
+    one on another host see :func:`~expertd_inference.process.attachment.attach`.
 
     Its ``name_or_path`` is the pack, which has the tokenizer; its ``expertd`` is the
     :class:`Worker`, whose ``close`` ends the session before the process does. For the

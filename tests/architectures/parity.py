@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertd_inference.experts import connect, experts_modules, layer_numbers
-from expertd_inference.kernels.choice import CpuKernels
-from expertd_inference.loading import load_trunk
-from expertd_inference.recovery import Recovery
+from expertd_inference.experts.cpu import connect, experts_modules, layer_numbers
+from expertd_inference.experts.recovery import Recovery
+from expertd_inference.kernels.cpu.choice import CpuKernels
+from expertd_inference.model.loading import load_trunk
 from expertstore.pack.codec import dequantize, record_parts
 from expertstore.pack.manifest import GateOrder
 from expertstore.pack.reader import PackReader

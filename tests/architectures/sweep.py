@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
-from expertd_inference.activation import activation_of
-from expertd_inference.experts import experts_modules, layer_numbers
-from expertd_inference.routers import find_routers
+from expertd_inference.experts.cpu import experts_modules, layer_numbers
+from expertd_inference.experts.routers import find_routers
+from expertd_inference.kernels.activation import activation_of
 from expertstore.errors import ExpertdError
 from expertstore.pack.manifest import read_manifest
 from tests.architectures.parity import fill, load, logits

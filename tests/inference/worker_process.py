@@ -59,7 +59,7 @@ def serve() -> None:
     """Answers requests from stdin until it ends."""
     import torch
 
-    from expertd_inference.attachment import attach
+    from expertd_inference.process.attachment import attach
     from expertd_inference.worker import Worker
     from expertstore.errors import ExpertdError
     from tests.inference.greedy import greedy

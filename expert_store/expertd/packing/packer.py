@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
-import expertd
+import expertstore
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.early import check_destination, partial_of
 from expertd.packing.encoder import Encoder
@@ -211,7 +211,7 @@ def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
             "optimize": request.optimize,
             "max_file_bytes": request.max_file_bytes,
             "format": FORMAT_VERSION,
-            "versions": [expertd.__version__, version("torch"), solver.version],
+            "versions": [expertstore.__version__, version("torch"), solver.version],
         }
     ).decode()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from expertd_inference import probes
 from expertd_inference.advice import host as hosts
+from expertd_inference.advice import probes
 from expertd_inference.advice.busy import busy_warning, read_cpu_times
 from expertd_inference.advice.choice import Choice, choose
 from expertd_inference.advice.kernel_times import KernelTimes, memory_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
 from expertd.settings.config import ServeConfig
-from expertd_inference import probes
+from expertd_inference.advice import probes
 from expertd_inference.advice.values import Reading
 from expertstore.pack.layout import PAGE_BYTES
 
@@ -35,8 +35,8 @@ def readings(
 ) -> tuple[float, dict[str, Reading]]:
     """The disk's own rate in bytes per second, and the loader's times of each kind of record.
 
-    ``path`` as for :class:`~expertd_inference.probes.StorageProbe`; ``record_bytes`` by scheme,
-    with how many a layer asks for at most. Raises what the probe raises.
+    ``path`` as for :class:`~expertd_inference.advice.probes.StorageProbe`; ``record_bytes`` by
+    scheme, with how many a layer asks for at most. Raises what the probe raises.
     """
     with probes.StorageProbe(path, say=say) as probe:
         rate = probe.rate(0.4)

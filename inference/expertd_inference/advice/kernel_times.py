@@ -15,15 +15,15 @@ import msgspec
 import torch
 from torch.nn import functional
 
-from expertd_inference.activation import Activation, ActivationKind
+from expertd_inference.advice.probes import MemoryProbe
 from expertd_inference.advice.values import Need, matrix_bytes
-from expertd_inference.kernels.choice import CpuKernels, ReferenceKernels
-from expertd_inference.kernels.native import NativeKernels
-from expertd_inference.kernels.native_library import native_library
-from expertd_inference.kernels.reference import ExpertsSpec
-from expertd_inference.kernels.step import PreparedCall, describe, step_kernels
+from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
+from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference.kernels.cpu.reference import ExpertsSpec
+from expertd_inference.kernels.cpu.step import PreparedCall, describe, step_kernels
 from expertd_inference.kernels.weights import QuantizedWeight
-from expertd_inference.probes import MemoryProbe
 from expertstore.pack.layout import PAGE_BYTES, Encoding, Matrix, RecordLayout, record_layout
 from expertstore.pack.manifest import GateOrder
 

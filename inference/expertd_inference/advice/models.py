@@ -18,7 +18,7 @@ from expertd.packing.source import CONFIG_NAME
 from expertd.packing.synthetic import imagine
 from expertd_inference.advice.named import find_named
 from expertd_inference.advice.values import ExpertLayers, Need
-from expertd_inference.kv_size import kv_bytes_per_token
+from expertd_inference.kv.size import kv_bytes_per_token
 from expertstore.errors import CheckpointError, PackError
 from expertstore.pack.layout import Encoding, Matrix
 from expertstore.pack.manifest import Manifest, read_manifest

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import msgspec
 import typer
 
-import expertd
 import expertd_inference
+import expertstore
 from expertd_client import TlsFiles
-from expertd_inference import options
-from expertd_inference.attachment import (
+from expertd_inference.cli import options
+from expertd_inference.cli.advise import advise
+from expertd_inference.cli.text_output import TextOutput, complain, discard, prepare_streams, status
+from expertd_inference.process.attachment import (
     DEFAULT_REATTACH_SECONDS,
     ModelAttachment,
     attach,
 )
-from expertd_inference.cli_advise import advise
-from expertd_inference.embedded import EmbeddedDaemon
-from expertd_inference.environment import garbage_kept, prepare_environment
+from expertd_inference.process.embedded import EmbeddedDaemon
+from expertd_inference.process.environment import garbage_kept, prepare_environment
 from expertd_inference.settings import (
     ComputeDtype,
     DeviceSettings,
@@ -36,7 +37,6 @@ from expertd_inference.settings import (
     KernelsName,
     check_prompt,
 )
-from expertd_inference.text_output import TextOutput, complain, discard, prepare_streams, status
 from expertstore.errors import ExpertdError, InvalidInputError, PreconditionError
 from expertstore.interrupts import exit_code, importing, interruptible
 
@@ -88,7 +88,7 @@ def run() -> NoReturn:
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"expert-run {expertd.__version__}")
+        typer.echo(f"expert-run {expertstore.__version__}")
         raise typer.Exit
 
 
@@ -313,7 +313,7 @@ def _read_stdin() -> str:
 def _import_worker() -> None:
     try:
         with importing("torch and transformers"):
-            import_module("expertd_inference.generation")
+            import_module("expertd_inference.engine.generation")
     except ModuleNotFoundError as error:
         raise PreconditionError(
             f"this installation serves experts but cannot compute with them, for {error.name} is "

@@ -13,12 +13,12 @@ from pathlib import Path
 import msgspec
 import torch
 
-from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cost import TYPICAL, Rates
 from expertd_inference.device.device import Device
 from expertd_inference.device.engine import CopyEngine, SlotTable
-from expertd_inference.kernels.reference import DOWN, ExpertsSpec, empty_slots
-from expertd_inference.source import HeldSource
+from expertd_inference.experts.source import HeldSource
+from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.cpu.reference import DOWN, ExpertsSpec, empty_slots
 
 MAX_RUNS = 5
 MAX_SECONDS = 0.25

@@ -21,8 +21,8 @@ from expertd_inference.device.registration import (
     registrations,
 )
 from expertd_inference.device.staging import BUFFER_BYTES, NUM_BUFFERS, StagingRing
-from expertd_inference.kernels.gpu_choice import gpu_kernels
-from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.kernels.cpu.reference import ExpertsSpec
+from expertd_inference.kernels.gpu.choice import gpu_kernels
 from expertstore.errors import DeviceError, DeviceMemoryError, ExpertdError
 from expertstore.sizes import format_bytes
 
@@ -201,7 +201,7 @@ class CudaDevice:
         slot_of: Tensor,
         spec: ExpertsSpec,
     ) -> None:
-        """By the kernels of :mod:`~expertd_inference.kernels.gpu_choice`."""
+        """By the kernels of :mod:`~expertd_inference.kernels.gpu.choice`."""
         with self.translating():
             gpu_kernels().fill_slots_cached(
                 slots, hidden, top_k_index, top_k_weights, cache=cache, slot_of=slot_of, spec=spec

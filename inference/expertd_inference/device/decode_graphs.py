@@ -12,8 +12,8 @@ from expertd_inference.device.session_store import SessionStore
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step
 from expertd_inference.device.whole import WholeSteps
+from expertd_inference.experts.source import HeldSource
 from expertd_inference.settings import DecodeGraphsMode
-from expertd_inference.source import HeldSource
 from expertstore.pack.manifest import Manifest
 
 MIN_WHOLE_LINK = 10e9

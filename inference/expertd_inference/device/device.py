@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.recorder import Recorder
-from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.kernels.cpu.reference import ExpertsSpec
 from expertstore.errors import ExpertdError
 
 

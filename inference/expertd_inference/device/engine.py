@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.device import Device, Event, HostMemory
-from expertd_inference.source import HeldSource
+from expertd_inference.experts.source import HeldSource
 
 
 class CopyEngine:

@@ -1,7 +1,7 @@
 """The experts of a decoding step without the host: the GPU finds, copies and computes them.
 
 For each layer three kernels: resolve the routing against the slot table, gather what is missing
-from the arena, compute (:mod:`~expertd_inference.kernels.triton_gather`). Nothing comes back to
+from the arena, compute (:mod:`~expertd_inference.kernels.gpu.triton_gather`). Nothing comes back to
 the host, so a whole step can be one CUDA graph; it reads once, at the step's end, what was copied,
 and whether an expert was not in RAM. Then the step is void: the daemon brings the record, and the
 step is run again from its beginning.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertd_inference.device.device import Device
 from expertd_inference.device.recorder import Recorder
-from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class GpuExperts:
         recorder: Recorder,
     ) -> None:
         # Triton takes a second to import, and most workers have no GPU.
-        from expertd_inference.kernels import triton_gather
+        from expertd_inference.kernels.gpu import triton_gather
 
         self.arena = arena
         self._kernels = triton_gather

@@ -25,7 +25,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expertd_inference.device.recorder import Recorder, Recording
-from expertd_inference.kernels.reference import ExpertsSpec
+from expertd_inference.kernels.cpu.reference import ExpertsSpec
 from expertd_inference.settings import DecodeGraphsMode
 from expertstore.errors import PreconditionError
 

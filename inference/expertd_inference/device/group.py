@@ -17,12 +17,12 @@ from expertd_inference.device.placement import cache_size, device_names, place_l
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, install
-from expertd_inference.experts import experts_spec
-from expertd_inference.kernels.reference import fill_slots
-from expertd_inference.recovery import SESSION_ENDED, Recovery, say_on_stderr
-from expertd_inference.routers import find_routers
+from expertd_inference.experts.cpu import experts_spec
+from expertd_inference.experts.recovery import SESSION_ENDED, Recovery, say_on_stderr
+from expertd_inference.experts.routers import find_routers
+from expertd_inference.experts.source import HeldSource
+from expertd_inference.kernels.cpu.reference import fill_slots
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
-from expertd_inference.source import HeldSource
 from expertstore.errors import InvalidInputError
 from expertstore.pack.manifest import Manifest
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from expertd_inference.device.device import Event
-from expertd_inference.source import HeldLease, HeldSource
+from expertd_inference.experts.source import HeldLease, HeldSource
 from expertstore.errors import DeviceError, ExpertdError
 
 

@@ -1,6 +1,6 @@
 """The experts of layers whose hidden states lie on a device with a memory of its own.
 
-What :class:`~expertd_inference.experts.ExpertsRunner` is for the CPU. For each layer the host
+What :class:`~expertd_inference.experts.cpu.ExpertsRunner` is for the CPU. For each layer the host
 waits once, for the routing and with it for what the next layers' routers make of this layer's
 input. Then, without waiting: copies of what is not in the device's cache are queued, what is
 there is computed while they run, then the rest; last come copies of what was guessed for the
@@ -15,17 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.cache import Found, Placed, SlotCache
 from expertd_inference.device.cost import TYPICAL, CostModel
 from expertd_inference.device.device import Device, Event
 from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, StepLostError
-from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
-from expertd_inference.recovery import SESSION_ENDED
+from expertd_inference.experts.recovery import SESSION_ENDED
+from expertd_inference.experts.source import HeldSource
+from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
 from expertd_inference.settings import DeviceSettings, OnMiss
-from expertd_inference.source import HeldSource
 from expertstore.errors import PreconditionError
 
 MAX_SLOT_BYTES = 1 << 30
@@ -39,7 +39,7 @@ MAX_CPU_TOKENS = 8
 
 
 class Router(Protocol):
-    """What speculation asks: :class:`expertd_inference.routers.Router`."""
+    """What speculation asks: :class:`expertd_inference.experts.routers.Router`."""
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:
         """Experts by falling probability, [num]."""

@@ -6,8 +6,8 @@ from expertd_inference.device.gpu_driven import StepCounts
 from expertd_inference.device.runner import DeviceExpertsRunner
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, StepLostError
-from expertd_inference.recovery import SESSION_ENDED
-from expertd_inference.source import HeldSource
+from expertd_inference.experts.recovery import SESSION_ENDED
+from expertd_inference.experts.source import HeldSource
 
 
 class SessionStore:

@@ -17,8 +17,8 @@ from typing import Any
 from expertd_inference.device.device import Device
 from expertd_inference.device.hold import StepHold
 from expertd_inference.device.kv_mark import KvMark
-from expertd_inference.recovery import SESSION_ENDED, Recovery
-from expertd_inference.source import HeldSource
+from expertd_inference.experts.recovery import SESSION_ENDED, Recovery
+from expertd_inference.experts.source import HeldSource
 from expertstore.errors import SessionLostError, UnavailableError
 
 

@@ -1,1 +1,1 @@
-"""What computes experts from their records; :mod:`.reference` is what the others must match."""
+"""What computes experts from their records; :mod:`.cpu.reference` is what the others must match."""

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.device.device import CopyMode, Event, HostMemory
 from expertd_inference.device.group import DEVICE_KINDS
 from expertd_inference.device.registration import explain_refusal
-from expertd_inference.kernels.reference import ExpertsSpec, fill_slots
+from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.cpu.reference import ExpertsSpec, fill_slots
 from expertd_testing.fake_recorder import FakeRecorder
 from expertstore.errors import DeviceLostError, DeviceMemoryError, ExpertdError
 from expertstore.sizes import format_bytes

@@ -8,8 +8,8 @@ from expertd.packing.synthetic import make_pack
 from expertd_inference.advice import kernel_times
 from expertd_inference.advice.kernel_times import KernelTimes, memory_bytes
 from expertd_inference.advice.models import find_model
+from expertd_inference.advice.probes import MemoryProbe
 from expertd_inference.advice.values import Need
-from expertd_inference.probes import MemoryProbe
 from expertstore.native import Loaded
 from tests.inference.advice.test_models import TINY
 

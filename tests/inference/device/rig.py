@@ -9,9 +9,9 @@ import torch
 from expertd_inference.device.cost import Rates
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.device.placement import place_layers
-from expertd_inference.kernels.reference import fill_slots
-from expertd_inference.loading import load_trunk
-from expertd_inference.recovery import Recovery
+from expertd_inference.experts.recovery import Recovery
+from expertd_inference.kernels.cpu.reference import fill_slots
+from expertd_inference.model.loading import load_trunk
 from expertd_inference.settings import DeviceSettings
 from expertd_testing.fake_device import FakeDevice
 from tests.inference.device.held_source import HeldPackSource

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from expertd_inference import GenerationSettings, Worker, generate
-from expertd_inference.attachment import attach
 from expertd_inference.device import group
+from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertd_testing.fake_device import FakeDevice
 from expertstore.errors import PreconditionError

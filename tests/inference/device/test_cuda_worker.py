@@ -23,8 +23,8 @@ from bench.gpu_same import (
 )
 from bench.gpu_state import state_of
 from expertd_inference import Worker
-from expertd_inference.attachment import attach
 from expertd_inference.device.group import DeviceGroup
+from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DeviceSettings, OnMiss
 from expertstore.pack.manifest import read_manifest
 from tests.daemon import serving

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from expertd_inference import GenerationSettings, Worker, generate
-from expertd_inference.attachment import attach
 from expertd_inference.device.group import DeviceGroup
+from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertd_testing.fake_device import FakeDevice
 from expertstore.pack.manifest import read_manifest

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from expertd_inference.arena import ArenaTensors
 from expertd_inference.device.device import CopyMode, Device, HostMemory
-from expertd_inference.kernels.reference import ExpertsSpec, empty_slots, fill_slots
+from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, fill_slots
 from expertd_testing.fake_device import (
     GARBAGE,
     FakeDevice,

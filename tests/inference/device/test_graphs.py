@@ -18,9 +18,9 @@ from expertd_inference.device import whole
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts, share_slots
 from expertd_inference.device.graphs import DecodeCache, DecodeGraphs, SegmentSteps
 from expertd_inference.device.whole import WholeSteps
-from expertd_inference.experts import connect
-from expertd_inference.loading import TrunkModel, load_trunk
-from expertd_inference.recovery import Recovery
+from expertd_inference.experts.cpu import connect
+from expertd_inference.experts.recovery import Recovery
+from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_testing.fake_device import FakeDevice
 from expertd_testing.fake_recorder import FakeRecorder
 from expertstore.errors import ExpertdError

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from expertd_inference import GenerationSettings, Worker, generate
-from expertd_inference.attachment import attach
 from expertd_inference.device import group
 from expertd_inference.device.decode_graphs import MIN_WHOLE_LINK
 from expertd_inference.device.graphs import room_for
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from expertstore.pack.manifest import read_manifest

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from expertd_inference.device import runner
-from expertd_inference.experts import connect
-from expertd_inference.loading import load_trunk
-from expertd_inference.recovery import MAX_FUTILE_RECOVERIES, Recovery
+from expertd_inference.experts.cpu import connect
+from expertd_inference.experts.recovery import MAX_FUTILE_RECOVERIES, Recovery
+from expertd_inference.model.loading import load_trunk
 from expertd_inference.settings import CachePolicy, OnMiss
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from expertstore.errors import (

@@ -13,8 +13,8 @@ import torch
 from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference import worker as worker_module
-from expertd_inference.attachment import attach
 from expertd_inference.device import group
+from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.fake_device import FakeDevice
 from expertstore.errors import DeviceLostError, InvalidInputError, PackError

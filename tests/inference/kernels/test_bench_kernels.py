@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import kernels
-from expertd_inference.kernels.native_library import native_library
+from expertd_inference.kernels.cpu.library import native_library
 
 
 @pytest.mark.skipif(native_library().library is None, reason="no native kernels")

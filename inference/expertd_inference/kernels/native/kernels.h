@@ -5,7 +5,7 @@
 
 #define EXPERTD_API extern "C" __attribute__((visibility("default")))
 
-// Changes with any structure or function here; kernels/native_library.py has the same number.
+// Changes with any structure or function here; kernels/cpu/library.py has the same number.
 #define EXPERTD_ABI 3
 
 // How values are stored; the first three are also the types of activations.

@@ -1,0 +1,1 @@
+"""Computing a step of a model."""

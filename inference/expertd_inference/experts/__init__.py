@@ -1,0 +1,1 @@
+"""Experts of a layer: where they come from, and which come next."""

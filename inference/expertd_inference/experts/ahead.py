@@ -1,0 +1,140 @@
+"""Tells the daemon which experts the next layers want, while this one computes.
+
+For a worker whose experts do not all fit into RAM: the next layers' routers are applied to what
+enters this layer's experts, and what they would choose and is absent goes to the daemon as a
+hint, so that reading from disk and computing overlap (Eliseev & Mazur, arXiv 2312.17238,
+section 3.2). A hint never changes a result.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+from torch import Tensor
+
+from expertd_inference.experts.foresight import Foresight
+from expertd_inference.experts.hints import HintBook, HintStats, Pair
+from expertd_inference.experts.routers import Router
+from expertstore.errors import ExpertdError
+
+
+class HintTarget(Protocol):
+    """What takes hints: a session."""
+
+    nvme_misses: int
+
+    def absent(self, experts: Sequence[Pair]) -> list[Pair]:
+        """Those that are not resident just now, in order; costs no call."""
+
+    def anything_absent(self) -> bool:
+        """Whether any expert of the model is not resident just now; costs no call."""
+
+    def hint(self, experts: Sequence[Pair], needed: Sequence[Pair] = ()) -> None:
+        """Sends a hint without waiting; it supersedes what an older one has not begun.
+
+        ``needed`` are those that are about to be acquired.
+        """
+
+
+class RouterAhead:
+    """Asks the routers of the layers to come, and hints. Costs nothing while all is resident."""
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        routers: Mapping[int, Router],
+        target: HintTarget,
+        *,
+        choices: Sequence[int],
+        num_experts: int | None,
+        hints_prompts: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``layers`` are all MoE layers in order; those without a router are not foreseen.
+
+        From each, so many are foreseen as :class:`Foresight` chooses of ``choices``, for one token
+        ``num_experts`` of each; without a number all that the router chooses. For several tokens
+        at once, as in a prompt, if ``hints_prompts``, that is all experts that it chooses for some
+        of them, of the next layer only.
+        """
+        self._first_layer = layers[0]
+        self._routers = routers
+        self._target = target
+        self._num_experts = num_experts
+        self._foresight = Foresight(choices)
+        self._hints_prompts = hints_prompts
+        self._clock = clock
+        self._began: float | None = None
+        """When the step before began, if it was one token's and not all was in RAM."""
+        self._book = HintBook(layers, max(choices))
+        self._sent = False
+        """Whether the last hint names anything that the daemon may still be about to read."""
+        self._idle = False
+        self._misses = -1
+
+    @property
+    def stats(self) -> HintStats:
+        """What became of the hints so far."""
+        foresight = self._foresight
+        return msgspec.structs.replace(
+            self._book.stats, layers_ahead=foresight.num_layers, why=foresight.why
+        )
+
+    def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:  # [T, H], [T, k]
+        """``layer`` is about to compute: counts what was hinted for it, and hints for the next."""
+        try:
+            if layer == self._first_layer:
+                self._begin_step(num_tokens=len(hidden))
+            if not self._idle:
+                self._look_ahead(layer, hidden, top_k_index)
+        except ExpertdError:
+            return  # The session is over, which whoever computes finds out now and can mend.
+
+    def _look_ahead(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:
+        hinted = [(layer, expert) for expert in self._book.pending(layer)]
+        if hinted:
+            chosen = set(top_k_index.flatten().tolist())
+            absent = {expert for _, expert in self._target.absent(hinted)}
+            self._book.arrive(layer, chosen, absent)
+        num_layers = self._foresight.num_layers if len(hidden) == 1 else int(self._hints_prompts)
+        foreseen = {
+            ahead: self._foresee(self._routers[ahead], hidden)
+            for ahead in self._book.ahead(layer)[:num_layers]
+            if ahead in self._routers
+        }
+        wanted = [(ahead, expert) for ahead, experts in foreseen.items() for expert in experts]
+        hint = self._target.absent(wanted)
+        # What this layer itself has to fetch: of one token, where each millisecond counts.
+        own = top_k_index.flatten().tolist() if len(hidden) == 1 else []
+        needed = self._target.absent([(layer, expert) for expert in own])
+        if hint or needed or self._sent:
+            # One that names nothing drops what was guessed for this layer and not begun.
+            self._book.issue(hint)
+            self._target.hint(hint, needed)
+            self._sent = bool(hint)
+
+    def _begin_step(self, num_tokens: int) -> None:
+        now = self._clock()
+        if self._began is not None and num_tokens == 1:
+            self._foresight.step_took(now - self._began)
+        self._look_whether_idle()
+        self._began = now if num_tokens == 1 and not self._idle else None
+
+    def _look_whether_idle(self) -> None:
+        misses = self._target.nvme_misses
+        if self._idle and misses == self._misses:
+            return  # Nothing that was needed has left RAM since all was there.
+        self._misses = misses
+        self._idle = not self._target.anything_absent()
+
+    def _foresee(self, router: Router, hidden: Tensor) -> Sequence[int]:
+        if len(hidden) > 1:
+            return router.foreseen(hidden)
+        likeliest = (
+            router.chosen(hidden)[0]
+            if self._num_experts is None
+            else router.likeliest(hidden, self._num_experts)
+        )
+        experts: list[int] = likeliest.tolist()
+        return experts

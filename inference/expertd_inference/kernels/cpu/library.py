@@ -1,0 +1,218 @@
+"""The native kernels' C interface, as ``native/kernels.h`` declares it.
+
+A matrix is described once, and a call is a structure of addresses and sizes: ctypes takes about
+two microseconds for it, however much the call computes.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP, ExpertsSpec
+from expertstore.native import Loaded, load
+from expertstore.pack.layout import (
+    MXFP4_GROUP_SIZE,
+    Encoding,
+    Matrix,
+    RecordLayout,
+    matrix_parts,
+    scale_part,
+)
+
+PATH = Path(__file__).parents[1] / "native" / "libexpertd_kernels.so"
+ABI = 3
+GROUP_SIZES = (16, 32, 64, 128)
+META_GROUP_SIZE = 128
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Types of activations by number; plain weights have the same ones as formats."""
+_PLAIN = {"BF16": 0, "F16": 1, "F32": 2}
+_HQQ = {8: 3, 4: 4, 3: 5, 2: 6}
+_MXFP4 = 7
+_ACTIVATIONS = {
+    ActivationKind.SILU: 0,
+    ActivationKind.GELU: 1,
+    ActivationKind.GELU_TANH: 2,
+    ActivationKind.RELU: 3,
+    ActivationKind.GPT_OSS: 4,
+}
+
+
+class NativeMatrix(ctypes.Structure):
+    """``Matrix`` of kernels.h; -1 for what is not there."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "weight")),
+        *((name, ctypes.c_int64) for name in ("scale", "scale_scale", "scale_zero")),
+        *((name, ctypes.c_int64) for name in ("zero", "zero_scale", "zero_zero", "bias")),
+        *((name, ctypes.c_int32) for name in ("format", "group_size")),
+        *((name, ctypes.c_int32) for name in ("meta_group_size", "bias_format")),
+        *((name, ctypes.c_int32) for name in ("scale_format", "padding")),
+    )
+
+
+class NativeActivation(ctypes.Structure):
+    """``Activation`` of kernels.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    )
+
+
+class NativeLayer(ctypes.Structure):
+    """``Layer`` of kernels.h."""
+
+    _fields_ = (
+        ("gate_up", NativeMatrix),
+        ("down", NativeMatrix),
+        ("activation", NativeActivation),
+        ("padding", ctypes.c_int32),
+    )
+
+
+class ExpertsCall(ctypes.Structure):
+    """``ExpertsCall`` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layer", "arena", "experts", "records")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "top_k_index", "top_k_weights")),
+        *((name, ctypes.c_void_p) for name in ("slots", "out")),
+        *((name, ctypes.c_int64) for name in ("num_experts", "tokens", "k")),
+        *((name, ctypes.c_int32) for name in ("type", "weights_type", "slots_type", "threads")),
+    )
+
+
+class LinearCall(ctypes.Structure):
+    """``LinearCall`` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("matrix", "x", "out")),
+        ("tokens", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+_FUNCTIONS = tuple(
+    f"expertd_{name}"
+    for name in (
+        *("experts", "linear", "dequantize", "use_isa", "read_probe"),
+        *("rms_norm", "attend", "rotate", "route", "program", "argmax"),
+    )
+)
+
+
+def check_memory(status: int) -> None:
+    """Raises MemoryError unless a native function's answer is 0."""
+    if status:
+        raise MemoryError("There is no memory left for the kernels' intermediate results.")
+
+
+@cache
+def native_library() -> Loaded:
+    """The library with its functions declared, or why it is not there. Loaded once."""
+    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS)
+    library = loaded.library
+    if library is not None:
+        library.expertd_experts.argtypes = [ctypes.c_void_p]
+        library.expertd_linear.argtypes = [ctypes.c_void_p]
+        library.expertd_dequantize.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
+        ]
+        library.expertd_read_probe.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
+        ]
+        library.expertd_program.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
+        ]
+        library.expertd_use_isa.argtypes = [ctypes.c_char_p]
+        library.expertd_use_isa.restype = ctypes.c_char_p
+    return loaded
+
+
+def native_matrix(
+    matrix: Matrix,
+    place: Callable[[str], int],
+    plain: str,
+    bias: tuple[str, int] | None = None,
+    scales: str = "F16",
+) -> NativeMatrix | None:
+    """``matrix`` for the kernels, or None if they do not know its form.
+
+    ``place`` tells where a part is, by its full name; ``plain`` is the type of its weights if
+    they are not quantized, ``bias`` the type and place of its bias, and ``scales`` the type of
+    what scales them if they are.
+    """
+    native = NativeMatrix(
+        rows=matrix.out_features,
+        columns=matrix.in_features,
+        group_size=matrix.group_size,
+        meta_group_size=matrix.meta_group_size,
+        scale_format=_PLAIN[scales],
+        **dict.fromkeys(("weight", "scale", "scale_scale", "scale_zero", "zero"), -1),
+        **dict.fromkeys(("zero_scale", "zero_zero", "bias"), -1),
+    )
+    if bias is not None:
+        if bias[0] not in _PLAIN:
+            return None
+        native.bias_format, native.bias = _PLAIN[bias[0]], bias[1]
+    if matrix.encoding is Encoding.PLAIN:
+        if plain not in _PLAIN:
+            return None
+        native.format, native.weight = _PLAIN[plain], place(f"{matrix.name}.weight")
+        return native
+    if matrix.group_size not in GROUP_SIZES:
+        return None
+    if matrix.meta_group_size not in (0, META_GROUP_SIZE):
+        return None
+    if matrix.encoding is Encoding.MXFP4 and matrix.group_size == MXFP4_GROUP_SIZE:
+        native.format = _MXFP4
+    elif matrix.encoding is Encoding.HQQ and matrix.bits in _HQQ:
+        native.format = _HQQ[matrix.bits]
+    else:
+        return None
+    for name, _, _ in matrix_parts(matrix, ""):
+        part = name.removeprefix(f"{matrix.name}.")
+        if part == "q":
+            field = "weight"
+        elif part.endswith(".q"):
+            field = part.removesuffix(".q")
+        else:
+            field = part.replace(".", "_")
+        setattr(native, field, place(name))
+    return native
+
+
+def native_layer(spec: ExpertsSpec) -> NativeLayer | None:
+    """The layer for the kernels, or None if they do not know a part of it."""
+    if spec.activation is None:
+        return None
+    gate_up, down = _of_record(spec.layout, GATE_UP), _of_record(spec.layout, DOWN)
+    if gate_up is None or down is None:
+        return None
+    return NativeLayer(gate_up=gate_up, down=down, activation=_activation(spec.activation))
+
+
+def _of_record(layout: RecordLayout, name: str) -> NativeMatrix | None:
+    parts = {part.name: part for part in layout.parts}
+    bias = parts.get(f"{name}.bias")
+    weight = parts.get(f"{name}.weight")
+    matrix = layout.matrix(name)
+    return native_matrix(
+        matrix,
+        lambda part: parts[part].offset,
+        "" if weight is None else weight.dtype,
+        None if bias is None else (bias.dtype, bias.offset),
+        parts[scale_part(matrix)].dtype if matrix.encoding is Encoding.HQQ else "F16",
+    )
+
+
+def _activation(activation: Activation) -> NativeActivation:
+    return NativeActivation(_ACTIVATIONS[activation.kind], activation.alpha, activation.limit)

@@ -1,0 +1,367 @@
+"""The native kernels: a MoE layer, or a linear layer, in one call of C++.
+
+Up to ``FUSED_TOKENS`` tokens of an expert its weights are decoded in registers and multiplied
+there, which takes little longer than reading them. Beyond, decoding is no longer what counts:
+tiles of the matrix are dequantized into a scratch tensor and multiplied by torch.
+
+Rounding points are the reference's, the weights are exacter: where the reference rounds a
+dequantized weight to the activations' type, the fused kernels keep it in float32. A result
+depends neither on the number of threads nor on which experts come in one call.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.cpu import reference
+from expertd_inference.kernels.cpu.library import (
+    TYPES,
+    ExpertsCall,
+    LinearCall,
+    NativeLayer,
+    NativeMatrix,
+    check_memory,
+    native_layer,
+    native_library,
+    native_matrix,
+)
+from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.errors import PreconditionError
+from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, scale_part
+from expertstore.pack.manifest import GateOrder
+
+FUSED_TOKENS = 32
+"""So many tokens of one expert, or rows of one linear layer, are computed fused."""
+TILE_BYTES = 8 << 20
+"""Of dequantized weights at a time: they stay in the cache until they are multiplied."""
+MAX_SUMMED = 15
+"""Up to here torch, too, adds up a token's slots one after the other."""
+
+
+class NativeKernels:
+    """The kernels of the library; what they do not know is computed by the reference."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        """Raises PreconditionError if the library is not there."""
+        loaded = native_library()
+        if loaded.library is None:
+            raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
+        self._library: Any = loaded.library
+        # By id: a spec's hash is that of all its parts. The spec is kept, so its id stays its.
+        self._layers: dict[int, tuple[ExpertsSpec, NativeLayer | None]] = {}
+        self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
+        self._matrices = WeakKeyDictionary()
+
+    def fill_slots(
+        self,
+        slots: Tensor,  # [T, k, H], written to; floating
+        hidden: Tensor,  # [T, H], floating
+        top_k_index: Tensor,  # [T, k], integer
+        top_k_weights: Tensor,  # [T, k], floating
+        *,
+        experts: Sequence[int],
+        records: Sequence[int],
+        arena: ArenaTensors,
+        spec: ExpertsSpec,
+    ) -> None:
+        """As :func:`.reference.fill_slots`."""
+        self._run(slots, None, hidden, top_k_index, top_k_weights, experts, records, arena, spec)
+
+    def output(
+        self,
+        hidden: Tensor,  # [T, H], floating
+        top_k_index: Tensor,  # [T, k], integer
+        top_k_weights: Tensor,  # [T, k], floating
+        *,
+        experts: Sequence[int],
+        records: Sequence[int],
+        arena: ArenaTensors,
+        spec: ExpertsSpec,
+        memo: dict[str, Any] | None = None,
+    ) -> Tensor:  # [T, H]
+        """Fills the slots of ``experts``, which are all there are, and sums them.
+
+        The same bits as :meth:`fill_slots` in waves and :func:`.reference.sum_slots`. With a
+        ``memo`` (see :class:`.choice.CpuKernels`) the result is good until the next call with it.
+        """
+        if memo is not None:
+            call = memo.get("call")
+            if call is None:
+                layer = self._layer(spec)
+                call = memo["call"] = TokenCall(layer, hidden, top_k_index, top_k_weights)
+            if len(experts) == call.k:
+                call.fill(experts, records, arena.address)
+                check_memory(self._library.expertd_experts(call.address))
+                return call.out
+        slots = empty_slots(hidden, top_k_weights)
+        out = torch.empty_like(hidden) if top_k_index.shape[1] <= MAX_SUMMED else None
+        summed = self._run(
+            slots, out, hidden, top_k_index, top_k_weights, experts, records, arena, spec
+        )
+        return out if summed and out is not None else sum_slots(slots, hidden.dtype)
+
+    def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
+        """``rows`` [..., in] times the weight: [..., out], rounded once."""
+        try:
+            matrix = self._matrices[weight]
+        except KeyError:
+            matrix = self._matrices[weight] = matrix_of(weight)
+        kind = TYPES.get(rows.dtype)
+        if matrix is None or kind is None or not rows.is_cpu:
+            return reference.linear(rows, weight)
+        in_features = weight.matrix.in_features
+        if rows.shape[-1] != in_features:
+            raise RuntimeError(
+                f"{weight.matrix.name} has {in_features} inputs, and rows {rows.shape[-1]}"
+            )
+        num_rows = rows.numel() // in_features
+        if num_rows > FUSED_TOKENS:
+            flat = self._tiled(rows.reshape(num_rows, in_features), weight.matrix, matrix, 0)
+            return flat.view(*rows.shape[:-1], weight.matrix.out_features)
+        rows = rows.contiguous()
+        out = rows.new_empty(*rows.shape[:-1], weight.matrix.out_features)
+        call = LinearCall(
+            ctypes.addressof(matrix),
+            rows.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            kind,
+            torch.get_num_threads(),
+        )
+        check_memory(self._library.expertd_linear(ctypes.addressof(call)))
+        return out
+
+    def _run(
+        self,
+        slots: Tensor,
+        out: Tensor | None,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        experts: Sequence[int],
+        records: Sequence[int],
+        arena: ArenaTensors,
+        spec: ExpertsSpec,
+    ) -> bool:
+        """Fills ``slots``, and sums them into ``out`` if it is given: True if it did that."""
+        layer = self._layer(spec)
+        types = [TYPES.get(tensor.dtype) for tensor in (hidden, top_k_weights, slots)]
+        if layer is None or None in types or not slots.is_contiguous():
+            reference.fill_slots(
+                slots,
+                hidden,
+                top_k_index,
+                top_k_weights,
+                experts=experts,
+                records=records,
+                arena=arena,
+                spec=spec,
+            )
+            return False
+        if hidden.shape[1] != layer.gate_up.columns or len(experts) != len(records):
+            raise RuntimeError(f"hidden states of {hidden.shape[1]} do not fit the records")
+        if hidden.shape[0] > FUSED_TOKENS:
+            experts, records = self._fill_large(
+                slots, hidden, top_k_index, top_k_weights, experts, records, arena, spec, layer
+            )
+        # Held until the call is done: what contiguous() returns may be a copy.
+        hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
+        top_k_index = top_k_index.to(torch.int64).contiguous()
+        num_experts = len(experts)
+        numbers = (ctypes.c_int64 * (2 * num_experts))(*experts, *records)
+        address = ctypes.addressof(numbers)
+        call = ExpertsCall(
+            ctypes.addressof(layer),
+            arena.address,
+            address,
+            address + 8 * num_experts,
+            hidden.data_ptr(),
+            top_k_index.data_ptr(),
+            top_k_weights.data_ptr(),
+            slots.data_ptr(),
+            None if out is None else out.data_ptr(),
+            num_experts,
+            *top_k_index.shape,
+            *types,
+            torch.get_num_threads(),
+        )
+        check_memory(self._library.expertd_experts(ctypes.addressof(call)))
+        return True
+
+    def _layer(self, spec: ExpertsSpec) -> NativeLayer | None:
+        found = self._layers.get(id(spec))
+        if found is None:
+            found = self._layers[id(spec)] = (spec, native_layer(spec))
+        return found[1]
+
+    def _fill_large(
+        self,
+        slots: Tensor,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        experts: Sequence[int],
+        records: Sequence[int],
+        arena: ArenaTensors,
+        spec: ExpertsSpec,
+        layer: NativeLayer,
+    ) -> tuple[list[int], list[int]]:
+        """Computes the experts that have many tokens; those that are left, and their records."""
+        counts = torch.bincount(top_k_index.flatten(), minlength=max(experts, default=0) + 1)
+        few: tuple[list[int], list[int]] = ([], [])
+        for expert, record in zip(experts, records, strict=True):
+            if counts[expert] <= FUSED_TOKENS:
+                few[0].append(expert)
+                few[1].append(record)
+                continue
+            token, position = torch.where(top_k_index == expert)  # [n] each
+            gate_up = self._large(
+                hidden[token], reference.GATE_UP, layer.gate_up, record, arena, spec
+            )
+            if spec.gate_order is GateOrder.INTERLEAVED:
+                gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
+            inner = spec.apply_gate(gate_up)  # [n, I]
+            result = self._large(inner, reference.DOWN, layer.down, record, arena, spec)
+            slots[token, position] = result * top_k_weights[token, position, None]
+        return few
+
+    def _large(
+        self,
+        rows: Tensor,
+        name: str,
+        native: NativeMatrix,
+        record: int,
+        arena: ArenaTensors,
+        spec: ExpertsSpec,
+    ) -> Tensor:
+        matrix = spec.layout.matrix(name)
+        if matrix.encoding is Encoding.PLAIN:
+            weight = arena.part(record, spec.layout.part(f"{name}.weight"))
+            result = functional.linear(rows, weight.to(rows.dtype))
+        else:
+            result = self._tiled(rows, matrix, native, arena.address + record)
+        if native.bias < 0:
+            return result
+        return result + arena.part(record, spec.layout.part(f"{name}.bias")).to(rows.dtype)
+
+    def _tiled(self, rows: Tensor, matrix: Matrix, native: NativeMatrix, base: int) -> Tensor:
+        """``rows`` [n, in] times a quantized matrix, tile by tile: [n, out]."""
+        rows = rows.contiguous()
+        per_unit = ROWS_PER_BYTE[matrix.bits]
+        num_units = matrix.out_features // per_unit
+        unit_bytes = per_unit * matrix.in_features * rows.element_size()
+        at_once = min(num_units, max(1, TILE_BYTES // unit_bytes))
+        # A tile's rows are those of its units, in as many strips as a unit has rows.
+        tile = rows.new_empty(per_unit * at_once, matrix.in_features)
+        out = rows.new_empty(len(rows), per_unit, num_units)
+        for first in range(0, num_units, at_once):
+            last = min(num_units, first + at_once)
+            status = self._library.expertd_dequantize(
+                ctypes.addressof(native),
+                base,
+                first,
+                last,
+                tile.data_ptr(),
+                TYPES[rows.dtype],
+                torch.get_num_threads(),
+            )
+            check_memory(status)
+            product = functional.linear(rows, tile[: per_unit * (last - first)])
+            out[:, :, first:last] = product.view(len(rows), per_unit, last - first)
+        return out.view(len(rows), matrix.out_features)
+
+
+class TokenCall:
+    """A layer's call for one token, made once: making it takes longer than calling."""
+
+    def __init__(
+        self,
+        layer: NativeLayer | None,
+        hidden: Tensor,  # [1, H]
+        top_k_index: Tensor,  # [1, k]
+        top_k_weights: Tensor,  # [1, k]
+    ) -> None:
+        """The tensors are kept, and read at every call."""
+        self._kept = hidden, top_k_index, top_k_weights
+        self.k = 0
+        """So many experts it is for; 0 if such a layer or such tensors need another way."""
+        slots = empty_slots(hidden, top_k_weights)
+        types = [TYPES.get(tensor.dtype) for tensor in (hidden, top_k_weights, slots)]
+        k = top_k_index.shape[1]
+        if (
+            layer is None
+            or None in types
+            or k > MAX_SUMMED
+            or top_k_index.dtype != torch.int64
+            or hidden.shape != (1, layer.gate_up.columns)
+            or not all(tensor.is_contiguous() for tensor in self._kept)
+        ):
+            return
+        self.k = k
+        self.out = torch.empty_like(hidden)
+        self._slots = slots
+        self._layer = layer
+        self._numbers = (ctypes.c_int64 * (2 * k))()
+        numbers = ctypes.addressof(self._numbers)
+        self._call = ExpertsCall(
+            *(ctypes.addressof(layer), 0, numbers, numbers + 8 * k),
+            *(tensor.data_ptr() for tensor in (*self._kept, slots, self.out)),
+            *(k, 1, k),
+            *types,
+        )
+        self.address = ctypes.addressof(self._call)
+
+    def fill(self, experts: Sequence[int], records: Sequence[int], arena: int) -> None:
+        """Puts in what changes: ``k`` experts, and where their records are."""
+        self._numbers[:] = [*experts, *records]
+        self._call.arena = arena
+        self._call.threads = torch.get_num_threads()
+
+
+def use_isa(name: str | None) -> str | None:
+    """Makes one instruction set that of all later calls, None the best; its name.
+
+    Returns None, and changes nothing, where it does not exist. For tests and benchmarks.
+    """
+    library = native_library().library
+    if library is None:
+        return None
+    used: bytes | None = library.expertd_use_isa(None if name is None else name.encode())
+    return None if used is None else used.decode()
+
+
+def read_memory(
+    address: int, num_bytes: int, threads: int, streams: int = 4, ahead: int = 0
+) -> None:
+    """Reads memory and does nothing else: what the kernels' rates are compared with.
+
+    In lines of 64 bytes at ``streams`` (1, 2 or 4) places at once, each with a prefetch ``ahead``
+    bytes ahead unless that is 0. Raises PreconditionError if the library is not there.
+    """
+    loaded = native_library()
+    if loaded.library is None:
+        raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
+    loaded.library.expertd_read_probe(address, num_bytes, streams, ahead, threads)
+
+
+def matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
+    """The weight for the kernels, or None if they do not know it. It must outlive the result."""
+    parts = weight.parts.values()
+    if not all(part.is_cpu and part.is_contiguous() for part in parts):
+        return None
+    scales = "F16"
+    if weight.matrix.encoding is Encoding.HQQ:
+        dtype = weight.parts[scale_part(weight.matrix)].dtype
+        scales = "BF16" if dtype == torch.bfloat16 else "F16"
+    return native_matrix(
+        weight.matrix, lambda name: weight.parts[name].data_ptr(), "", scales=scales
+    )

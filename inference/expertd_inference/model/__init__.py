@@ -1,0 +1,1 @@
+"""A transformers model without its experts, from a pack."""

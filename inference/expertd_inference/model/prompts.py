@@ -1,0 +1,109 @@
+"""A prompt's way to tokens: the pack's tokenizer, its chat template, and the model's embeddings."""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from expertd_inference.model.pack_config import context_tokens
+from expertd_inference.process.reasons import reason_of
+from expertd_inference.settings import check_prompt
+from expertstore.errors import InvalidInputError, PackError
+
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tekken.json", "vocab.json"),
+    *("*.model", "*.tiktoken"),
+)
+"""Of which a tokenizer has some."""
+
+
+def load_tokenizer(pack: Path) -> Any:  # noqa: ANN401 - transformers is untyped
+    """The tokenizer of the pack in directory ``pack``. Raises PackError if it has none to use."""
+    try:
+        # Never code of the pack's, for which transformers would ask on the terminal.
+        return AutoTokenizer.from_pretrained(pack, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library has none but Exception
+        if not any(any(pack.glob(name)) for name in _FILES):
+            raise PackError(
+                f"{pack} has no usable tokenizer: it has none of {', '.join(_FILES)}; pack a "
+                "checkpoint that has its tokenizer beside it."
+            ) from error
+        raise PackError(
+            f"{pack} has no usable tokenizer for transformers {transformers.__version__} and "
+            f"tokenizers {tokenizers.__version__}: {reason_of(error)}; copy its files again, or "
+            "install newer ones."
+        ) from error
+
+
+def encode(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    tokenizer: Any,  # noqa: ANN401
+    prompt: str,
+    *,
+    chat: bool,
+) -> Tensor:  # [1, T], int64
+    """The prompt's tokens, with ``chat`` in the tokenizer's chat template.
+
+    Raises InvalidInputError for a prompt that is no text, has no tokens, fills the model's
+    context or has tokens that the model does not, and with ``chat`` if there is no template,
+    or none that takes it.
+    """
+    check_prompt(prompt)
+    ids = _in_template(model, tokenizer, prompt) if chat else _ids(model, tokenizer, prompt)
+    if not ids:
+        raise InvalidInputError("The prompt is empty; this model needs at least one token.")
+    rows = model.get_input_embeddings().num_embeddings
+    if not 0 <= min(ids) <= max(ids) < rows:
+        token = min(ids) if min(ids) < 0 else max(ids)
+        raise InvalidInputError(
+            f"The prompt has token {token} ({_text_of(tokenizer, token)}), and the model has "
+            f"embeddings for 0 to {rows - 1}: the tokenizer of {model.name_or_path} has tokens "
+            "that the model does not know; leave that one out."
+        )
+    context = context_tokens(model.config)
+    if context is not None and len(ids) >= context:
+        raise InvalidInputError(
+            f"The prompt has {len(ids)} tokens, which leaves no room in the model's context "
+            f"of {context}; shorten it."
+        )
+    return torch.tensor([ids])
+
+
+def _text_of(tokenizer: Any, token: int) -> str:  # noqa: ANN401
+    try:
+        return repr(tokenizer.convert_ids_to_tokens(token))
+    except (OverflowError, LookupError, TypeError, ValueError):
+        return "without a text"
+
+
+def _ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
+    try:
+        ids: list[int] = tokenizer(prompt).input_ids
+    except Exception as error:  # the tokenizers library has none but Exception
+        raise PackError(
+            f"The tokenizer of {model.name_or_path} fails: {reason_of(error)}; copy its files "
+            "again."
+        ) from error
+    return ids
+
+
+def _in_template(model: Any, tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
+    if not tokenizer.chat_template:
+        raise InvalidInputError(
+            f"The model {Path(model.name_or_path).name} has no chat template; leave out --chat."
+        )
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise InvalidInputError(
+            f"The chat template of {model.name_or_path} does not take one message of a user: "
+            f"{reason_of(error)}; leave out --chat and write the prompt in the model's own "
+            "format, or mend the template."
+        ) from error
+    return ids

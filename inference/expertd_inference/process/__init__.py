@@ -1,0 +1,1 @@
+"""This process: its environment, its daemon and its memory."""

@@ -1,0 +1,416 @@
+"""The native kernels against the reference, for every instruction set that this machine has."""
+
+import os
+import shutil
+import signal
+import subprocess
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from expertd.packing.quantizer import quantize
+from expertd.packing.schemes import parse_precision
+from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.cpu import reference
+from expertd_inference.kernels.cpu.library import PATH, native_library
+from expertd_inference.kernels.cpu.native import FUSED_TOKENS, MAX_SUMMED, NativeKernels, use_isa
+from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.codec import dequantize
+from expertstore.pack.manifest import GateOrder
+from tests.inference.kernels.cpu.test_reference import Layer, routed
+
+pytestmark = pytest.mark.skipif(
+    native_library().library is None, reason=f"no native kernels: {native_library().reason}"
+)
+
+ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+PRECISIONS = ["16", "8g128", "8g64m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m"]
+PRECISIONS += ["2g64", "mxfp4"]
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if use_isa(request.param) is None:
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    use_isa(None)
+
+
+def spec_of(layer: Layer) -> ExpertsSpec:
+    return ExpertsSpec(layer.layout, layer.gate_order, layer.gate, Activation(ActivationKind.SILU))
+
+
+def inputs(tokens: int, h: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tokens, h, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def both(
+    layer: Layer, spec: ExpertsSpec, hidden: Tensor, index: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The layer's output by the native kernels and by the reference."""
+    experts = list(range(len(layer.records)))
+    arguments = {"experts": experts, "records": layer.records, "arena": layer.arena, "spec": spec}
+    slots = empty_slots(hidden, weights)
+    reference.fill_slots(slots, hidden, index, weights, **arguments)
+    ours = NativeKernels().output(hidden, index, weights, **arguments)
+    return ours, sum_slots(slots, hidden.dtype)
+
+
+def assert_near(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    # In float32 sums in another order, and exponentials to 2 units in the last place. In half
+    # precision the reference rounds its weights too, by 2^-9 (2^-12) each; what a sum of H of
+    # them then is off by is that times the result's size, a few times over for the two products.
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    scale = expected.float().abs().max().item()
+    assert (ours.float() - expected.float()).abs().max().item() <= tolerance * max(scale, 1e-3)
+
+
+CASES = [  # tokens, k, experts, H, I
+    (1, 2, 4, 128, 64),  # one token
+    (3, 2, 4, 320, 192),  # columns that no block of 256 divides
+    (11, 3, 8, 128, 128),  # more tokens of an expert than share a decoding: 8, 4, 2 and 1 do
+    (FUSED_TOKENS * 3, 2, 4, 128, 64),  # more tokens of an expert than are computed fused
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer(isa: str, precision: str, dtype: torch.dtype) -> None:
+    for tokens, k, num_experts, h, i in CASES:
+        if "128" in precision:
+            h, i = -(-h // 128) * 128, -(-i // 128) * 128
+        layer = layer_of(num_experts, h, i, precision, dtype)
+        index, weights = routed(tokens, k, num_experts)
+        ours, expected = both(layer, spec_of(layer), inputs(tokens, h, dtype), index, weights)
+        assert ours.dtype == dtype
+        assert_near(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g32m", "3g64m", "3g32", "2g16m"])
+def test_weights_of_unusual_size(isa: str, precision: str) -> None:
+    """Their scales are bfloat16: of an expert's, of linear layers', alone and of meta groups."""
+    layer = Layer(4, 128, 64, precision=precision, dtype=torch.bfloat16, sizes=(2.0**20, 2.0**-40))
+    for tokens in (1, 3, FUSED_TOKENS * 3):
+        index, weights = routed(tokens, 2, 4)
+        hidden = inputs(tokens, 128, torch.bfloat16)
+        assert_near(*both(layer, spec_of(layer), hidden, index, weights), torch.bfloat16)
+    weight = quantized(64, 256, precision, size=2.0**-24)
+    x = inputs(2, 256, torch.bfloat16)
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+    error = (NativeKernels().linear(x, weight).double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 + 2e-4 * 2**-24).all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("columns", [16, 48, 112, 2064])
+@pytest.mark.parametrize("precision", ["8g16", "4g16m", "3g16", "2g16m"])
+def test_columns_that_no_register_divides(isa: str, columns: int, precision: str) -> None:
+    # 2064 = 2 * 1024 + 16: meta groups of 129 groups a row, which begin anywhere in a register.
+    weight = quantized(128, columns, precision)
+    for rows in (1, 3):
+        x = inputs(rows, columns, torch.bfloat16)
+        assert_exact(NativeKernels().linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g128", "4g32m", "3g64m", "2g16m", "2g64"])
+def test_linear(isa: str, precision: str) -> None:
+    weight = quantized(64, 4224, precision)  # more columns than have their scales decoded at once
+    for shape in ((4224,), (1, 4224), (2, 3, 4224), (FUSED_TOKENS + 1, 4224)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+        ours = NativeKernels().linear(x, weight)
+        assert ours.shape == (*shape[:-1], 64)
+        if x.numel() // 4224 <= FUSED_TOKENS:
+            assert_exact(ours, x, weight)
+        else:  # dequantized as the reference does it
+            torch.testing.assert_close(ours, reference.linear(x, weight), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "4g16", "3g64", "2g16"])
+def test_small_activations_beside_large_ones(isa: str, precision: str) -> None:
+    # Some kernels take a group's activations as multiples of a 32,768th of its largest.
+    weight = quantized(64, 256, precision)
+    x = inputs(3, 256, torch.bfloat16)
+    x[:, ::64] *= 1000
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+    rounded = dequantize(weight.matrix, weight.parts, torch.float32).double().abs().sum(1)
+    allowed = exact.abs() * 2**-8 + rounded * x.abs().max().item() * 2**-16
+    assert ((NativeKernels().linear(x, weight).double() - exact).abs() <= allowed).all()
+    # Without the large ones they count as always.
+    x[:, ::64] = 0
+    assert_exact(NativeKernels().linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64"])
+def test_the_largest_activation_has_all_digits(isa: str, precision: str) -> None:
+    # 32,640 in 16-bit fixed point, one more than two signed bytes hold.
+    weight = quantized(64, 256, precision)
+    x = torch.full((2, 256), 2 - 2**-7, dtype=torch.bfloat16)
+    x[1] *= -1
+    assert_exact(NativeKernels().linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "3g64", "2g16"])
+def test_a_power_of_two_changes_no_digit(isa: str, precision: str) -> None:
+    weight = quantized(64, 256, precision)
+    x = inputs(2, 256, torch.bfloat16)
+    expected = NativeKernels().linear(x, weight)
+    for power in (2.0**-60, 2.0**60):
+        assert torch.equal(NativeKernels().linear(x * power, weight), expected * power)
+    none = NativeKernels().linear(x * 0, weight)
+    assert torch.equal(none, torch.zeros_like(none))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("kind", list(ActivationKind))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations(isa: str, kind: ActivationKind, dtype: torch.dtype) -> None:
+    activation = (
+        Activation(kind, 1.702, 1.5) if kind is ActivationKind.GPT_OSS else Activation(kind)
+    )
+    order = GateOrder.INTERLEAVED if kind is ActivationKind.GPT_OSS else GateOrder.CONCATENATED
+    layer = Layer(4, 64, 64, precision="4g64", dtype=dtype, bias=True, gate_order=order)
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        if order is GateOrder.INTERLEAVED:
+            return GATES[kind](gate_up[..., ::2], gate_up[..., 1::2])
+        return GATES[kind](*gate_up.chunk(2, dim=-1))
+
+    spec = ExpertsSpec(layer.layout, order, apply_gate, activation)
+    index, weights = routed(5, 2, 4)
+    # Ten times as large as usual: exponentials of large numbers, and gates beyond their limit.
+    ours, expected = both(layer, spec, inputs(5, 64, dtype) * 10, index, weights)
+    assert_near(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_bits_depend_on_nothing_but_the_expert(isa: str) -> None:
+    layer = layer_of(8, 128, 128, "4g64", torch.bfloat16)
+    spec, kernels = spec_of(layer), NativeKernels()
+    hidden = inputs(20, 128, torch.bfloat16)
+    index, weights = routed(20, 3, 8)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            for waves in (
+                [list(range(8))],
+                [[0, 1], [2, 3, 4], [5, 6, 7]],
+                [[7], [3, 0], [1, 2, 4, 5, 6]],
+            ):
+                slots = empty_slots(hidden, weights)
+                for wave in waves:
+                    records = [layer.records[e] for e in wave]
+                    kernels.fill_slots(
+                        slots,
+                        hidden,
+                        index,
+                        weights,
+                        experts=wave,
+                        records=records,
+                        arena=layer.arena,
+                        spec=spec,
+                    )
+                results.append(sum_slots(slots, hidden.dtype))
+            results.append(
+                kernels.output(
+                    hidden,
+                    index,
+                    weights,
+                    experts=range(8),
+                    records=layer.records,
+                    arena=layer.arena,
+                    spec=spec,
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, MAX_SUMMED, MAX_SUMMED + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_sum_is_torch_s(k: int, dtype: torch.dtype) -> None:
+    layer = layer_of(MAX_SUMMED + 1, 64, 64, "4g64", torch.bfloat16)
+    for tokens in (1, 3):
+        hidden = inputs(tokens, 64, torch.bfloat16)
+        index, weights = routed(tokens, k, MAX_SUMMED + 1)
+        weights = weights.to(dtype)
+        arguments = {
+            "experts": range(MAX_SUMMED + 1),
+            "records": layer.records,
+            "arena": layer.arena,
+            "spec": spec_of(layer),
+        }
+        slots = empty_slots(hidden, weights)
+        NativeKernels().fill_slots(slots, hidden, index, weights, **arguments)
+        summed = NativeKernels().output(hidden, index, weights, **arguments)
+        assert torch.equal(summed, sum_slots(slots, hidden.dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["16", "8g64", "4g64", "2g16m", "mxfp4"])
+def test_nan_stays_in_its_token(isa: str, precision: str) -> None:
+    layer = layer_of(4, 64, 64, precision, torch.bfloat16)
+    hidden = inputs(3, 64, torch.bfloat16)
+    hidden[1, 5] = float("nan")
+    index, weights = routed(3, 2, 4)
+    ours, expected = both(layer, spec_of(layer), hidden, index, weights)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert ours[1].isnan().all()
+    assert not ours[[0, 2]].isnan().any()
+
+
+def test_slots_without_an_expert_are_zero() -> None:
+    # Index num_experts is "none" where tokens are spread over devices.
+    layer = layer_of(4, 64, 64, "4g64", torch.bfloat16)
+    index = torch.tensor([[0, 4], [4, 4], [2, 1]])
+    ours, expected = both(
+        layer, spec_of(layer), inputs(3, 64, torch.bfloat16), index, torch.full((3, 2), 0.5)
+    )
+    assert torch.equal(ours[1], torch.zeros(64, dtype=torch.bfloat16))
+    assert_near(ours, expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "chosen", [[0, 3, 5], [3, 5, 3], [1, 6, 2], [6, 6, 6]], ids=str
+)  # as always; one of them twice; 6 is past the last expert, and so none; none at all
+def test_a_call_made_before(chosen: list[int], dtype: torch.dtype) -> None:
+    layer = layer_of(6, 128, 64, "4g64", dtype)
+    kernels, memo = NativeKernels(), {}
+    index = torch.tensor([[0, 1, 2]])
+    hidden, weights = inputs(1, 128, dtype), torch.rand(1, 3)
+    before = []
+    # Tensors that stay where they are, with other values each time.
+    for values in ([0, 1, 2], chosen, [4, 2, 1], chosen):
+        index.copy_(torch.tensor([values]))
+        hidden.mul_(1.5)
+        experts = sorted({expert for expert in values if expert < 6})
+        records = [layer.records[expert] for expert in experts]
+        arguments = {"experts": experts, "records": records, "arena": layer.arena}
+        spec = spec_of(layer) if not before else before[0]
+        before.append(spec)
+        expected = kernels.output(hidden, index, weights, **arguments, spec=spec)
+        ours = kernels.output(hidden, index, weights, **arguments, spec=spec, memo=memo)
+        assert torch.equal(ours, expected)
+    assert memo
+
+
+def test_an_unknown_activation_is_the_reference_s() -> None:
+    layer = layer_of(4, 64, 64, "4g64", torch.bfloat16)
+    spec = ExpertsSpec(layer.layout, layer.gate_order, lambda gate_up: gate_up.chunk(2, -1)[0])
+    index, weights = routed(3, 2, 4)
+    ours, expected = both(layer, spec, inputs(3, 64, torch.bfloat16), index, weights)
+    assert torch.equal(ours, expected)
+
+
+def test_hidden_of_another_size_is_refused() -> None:
+    layer = layer_of(4, 64, 64, "4g64", torch.bfloat16)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        NativeKernels().output(
+            inputs(1, 7, torch.bfloat16),
+            torch.tensor([[0, 1]]),
+            torch.ones(1, 2),
+            experts=[0, 1],
+            records=layer.records[:2],
+            arena=layer.arena,
+            spec=spec_of(layer),
+        )
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    weight = quantized(512, 512, "4g64")
+    x = inputs(1, 512, torch.bfloat16)
+    expected = NativeKernels().linear(x, weight)  # the parent's threads now run
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # ends a child that waits for threads which it does not have
+        equal = torch.equal(NativeKernels().linear(x, weight), expected)
+        # Alone it would give the same, slower.
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        os._exit(0 if equal and threads > 1 else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_callers_from_several_threads_take_turns() -> None:
+    weight = quantized(256, 512, "4g64")
+    rows = [inputs(1, 512, torch.bfloat16) * scale for scale in range(1, 5)]
+    kernels = NativeKernels()
+    expected = [kernels.linear(x, weight) for x in rows]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            results = list(pool.map(lambda x: kernels.linear(x, weight), rows))
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_no_function_of_a_variant_is_called_by_another() -> None:
+    # A function that two variants share by name would run one's instructions where they are not.
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    lines = subprocess.run(
+        ["nm", "-C", PATH], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    weak = [line for line in lines if " W " in line and ("generic" in line or "Variant" in line)]
+    assert not weak
+
+
+GATES = {
+    ActivationKind.SILU: lambda gate, up: functional.silu(gate) * up,
+    ActivationKind.GELU: lambda gate, up: functional.gelu(gate) * up,
+    ActivationKind.GELU_TANH: lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    ActivationKind.RELU: lambda gate, up: functional.relu(gate) * up,
+    ActivationKind.GPT_OSS: lambda gate, up: (
+        (up.clamp(-1.5, 1.5) + 1) * (gate.clamp(max=1.5) * (gate.clamp(max=1.5) * 1.702).sigmoid())
+    ),
+}
+
+
+def quantized(rows: int, columns: int, precision: str, size: float = 1) -> QuantizedWeight:
+    matrix = parse_precision(precision).matrix("w", rows, columns)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
+    return QuantizedWeight(matrix, quantize(weight * size / columns**0.5, matrix, optimize=False))
+
+
+def assert_exact(ours: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
+    # Against float64 of the weights before any rounding: what is left is the result's own
+    # rounding to bfloat16, half a unit in the last of 8 bits, and a float32 sum's.
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+    error = (ours.double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 + 2e-4).all()
+
+
+_LAYERS: dict[tuple[object, ...], Layer] = {}
+
+
+def layer_of(num_experts: int, h: int, i: int, precision: str, dtype: torch.dtype) -> Layer:
+    key = (num_experts, h, i, precision, dtype)
+    if key not in _LAYERS:
+        _LAYERS[key] = Layer(num_experts, h, i, precision=precision, dtype=dtype, bias=True)
+    return _LAYERS[key]
