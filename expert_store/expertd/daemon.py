@@ -14,7 +14,6 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from expertd import __version__
 from expertd.log import log, log_failure, log_warning, open_log
 from expertd.manager.inheritance import FdStore, take_inheritance
 from expertd.manager.systemd import ATTACH_NAME, Manager
@@ -31,6 +30,7 @@ from expertd.settings.config import ServeConfig
 from expertd.sight.metrics import StoreMetrics
 from expertd.sight.metrics_server import Exposition, MetricsServer
 from expertd.store import Store
+from expertstore import __version__
 from expertstore.errors import ShortMemoryError
 from expertstore.shared.handshake import rpc_target
 from expertstore.sizes import format_bytes

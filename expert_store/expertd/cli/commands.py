@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from expertd import __version__
 from expertd.cli import admin, deploy_files, doctor, pack, record, replay, serve, top
+from expertstore import __version__
 from expertstore.errors import ExpertdError, ShortMemoryError
 
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}

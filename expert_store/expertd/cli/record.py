@@ -91,8 +91,8 @@ def record(
 
 
 def _trace_model(response: "pb.GetModelResponse", name: str) -> "TraceModel":
-    from expertd import __version__
     from expertd.traces.trace import TraceModel
+    from expertstore import __version__
 
     layers = response.layers
     return TraceModel(

@@ -15,12 +15,12 @@ from prometheus_client.core import (
     Metric,
 )
 
-from expertd import __version__
 from expertd.histogram import BOUNDS_SECONDS, Histogram
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.session import Session
 from expertd.settings.disk_io import DiskIo
 from expertd.store import Store
+from expertstore import __version__
 from expertstore.shared.handshake import Role
 from expertstore.status import CODE_NAMES
 
