@@ -1,6 +1,6 @@
 """How `make docs` makes a site of these pages: Sphinx, with MyST for Markdown."""
 
-from expertd import __version__
+from expertstore import __version__
 
 project = "expertd"
 author = "the expertd authors"
