@@ -15,7 +15,6 @@ from unittest import mock
 import expertd.disk.loader
 from bench.figures import Bench, Figure, compared, timed
 from bench.page_cache import fill_with_file, forget_file
-from expertd.cli.control import Control
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
 from expertd.settings.config import ServeConfig
@@ -60,10 +59,10 @@ def measure(bench: Bench) -> Iterator[Figure]:
                     bench.say(f"cold reads: {name}, {batch} at a time, {number + 1}")
                     times = {_PLAIN: read_plainly(pack, size, memory)}
                     for way, disk_io in WAYS.items():
-                        with Control(daemon.socket) as control:
-                            control.unload("m")
+                        with Client(daemon.socket) as client:
+                            client.unload_model("m")
                             (fill_with_file if way == WARM else forget_file)(pack / _FILE)
-                            control.load("m", pack, disk_io=disk_io)
+                            client.load_model("m", pack, disk_io=disk_io)
                         times[way] = fetch_all(daemon.socket, batch)
                     for way, seconds in times.items():
                         rates[way].append(num_bytes / seconds / 2**30)

@@ -312,9 +312,32 @@ class AsyncClient:
                         yield record
             assembler.finish()
 
-    async def load_model(self, name: str, pack_path: str | Path) -> ModelSummary:
+    async def load_model(
+        self,
+        name: str,
+        pack_path: str | Path,
+        *,
+        min_bytes: int = 0,
+        max_bytes: int | None = None,
+        pins: Sequence[str] = (),
+        disk_io: str | None = None,
+    ) -> ModelSummary:
         """See :meth:`Client.load_model`."""
-        return await self._call_as_admin(calls.load_model(name, Path(pack_path)))
+        call = calls.load_model(
+            name,
+            Path(pack_path),
+            min_bytes=min_bytes,
+            max_bytes=max_bytes,
+            pins=pins,
+            disk_io=disk_io,
+        )
+        return await self._call_as_admin(call)
+
+    async def set_limits(
+        self, name: str, *, min_bytes: int | None = None, max_bytes: int | None = None
+    ) -> ModelSummary:
+        """See :meth:`Client.set_limits`."""
+        return await self._call_as_admin(calls.set_limits(name, min_bytes, max_bytes))
 
     async def unload_model(self, name: str) -> int:
         """See :meth:`Client.unload_model`."""

@@ -3,7 +3,7 @@
 The sync and the asyncio client send the same calls, each in its own way.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -49,12 +49,33 @@ def get_model(name: str) -> Call[ModelInfo]:
     return Call("GetModel", pb.GetModelRequest(name=name), _model_info)
 
 
-def load_model(name: str, pack_path: Path) -> Call[ModelSummary]:
+def load_model(
+    name: str,
+    pack_path: Path,
+    *,
+    min_bytes: int = 0,
+    max_bytes: int | None = None,
+    pins: Sequence[str] = (),
+    disk_io: str | None = None,
+) -> Call[ModelSummary]:
     """Opens a pack under ``name``. Raises PackError if the path cannot be told."""
     check_path(pack_path)
+    request = pb.LoadModelRequest(
+        name=name,
+        pack_path=str(pack_path.absolute()),
+        min_bytes=min_bytes,
+        max_bytes=max_bytes or 0,
+        pins=pins,
+        disk_io=disk_io or "",
+    )
+    return Call("LoadModel", request, lambda response: _summary(response.summary))
+
+
+def set_limits(name: str, min_bytes: int | None, max_bytes: int | None) -> Call[ModelSummary]:
+    """Changes how much RAM a model keeps and may take."""
     return Call(
-        "LoadModel",
-        pb.LoadModelRequest(name=name, pack_path=str(pack_path.absolute())),
+        "SetLimits",
+        pb.SetLimitsRequest(name=name, min_bytes=min_bytes, max_bytes=max_bytes),
         lambda response: _summary(response.summary),
     )
 
@@ -137,6 +158,16 @@ def watch_stats(interval_seconds: float) -> Call[dict[str, Any]]:
     )
 
 
+def get_heat(model: str) -> Call[pb.GetHeatResponse]:
+    """How hot each expert of a model is."""
+    return Call("GetHeat", pb.GetHeatRequest(model=model), lambda response: response)
+
+
+def watch_touches(model: str) -> Call[pb.WatchTouchesResponse]:
+    """What the sessions of a model use, as it happens."""
+    return Call("WatchTouches", pb.WatchTouchesRequest(model=model), lambda response: response)
+
+
 def _refs(experts: Iterable[tuple[int, int]]) -> list[pb.ExpertRef]:
     try:
         return [pb.ExpertRef(layer=layer, expert=expert) for layer, expert in experts]
@@ -159,6 +190,9 @@ def _summary(summary: pb.ModelSummary) -> ModelSummary:
         expert_bytes=summary.expert_bytes,
         pack_path=Path(summary.pack_path),
         state=ModelState.UNLOADING if unloading else ModelState.SERVING,
+        min_bytes=summary.min_bytes,
+        max_bytes=summary.max_bytes,
+        num_pinned=summary.num_pinned,
     )
 
 

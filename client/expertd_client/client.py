@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from expertd_client.model import ModelInfo, ModelSummary
 from expertd_client.record import Record, RecordAssembler
 from expertd_client.rpc import Rpc
 from expertd_client.session import Session
+from expertd_client.touches import TouchStream
 from expertstore.shared.greeting import handshake
 from expertstore.shared.handshake import Role
+from expertstore.v1 import expert_store_pb2 as pb
 
 
 class Client:
@@ -103,9 +105,65 @@ class Client:
                         yield record
             assembler.finish()
 
-    def load_model(self, name: str, pack_path: str | Path) -> ModelSummary:
-        """Has the daemon serve the pack in ``pack_path`` as ``name``; its own user or root only."""
-        return self._call_as_admin(calls.load_model(name, Path(pack_path)))
+    def serves(self, *, timeout_seconds: float | None = None) -> bool:
+        """Whether the daemon says that it serves, by grpc.health.v1."""
+        return self._rpc.serves(timeout_seconds or self._timeout_seconds)
+
+    def get_heat(self, name: str) -> pb.GetHeatResponse:
+        """How hot each of the model's experts is, and which are resident (docs/rpc.md)."""
+        return self._call(calls.get_heat(name))
+
+    @contextmanager
+    def watch_touches(
+        self, name: str, *, timeout_seconds: float | None = None
+    ) -> Generator[TouchStream]:
+        """What the sessions of a model use from now on; the daemon's own user or root only.
+
+        It lasts until the block's end, until it is stopped, or for the timeout.
+        """
+        with (
+            self._greet(Role.ADMIN, "") as credentials,
+            self._rpc.touches(
+                calls.watch_touches(name), timeout_seconds=timeout_seconds, metadata=credentials
+            ) as touches,
+        ):
+            yield touches
+
+    def load_model(
+        self,
+        name: str,
+        pack_path: str | Path,
+        *,
+        min_bytes: int = 0,
+        max_bytes: int | None = None,
+        pins: Sequence[str] = (),
+        disk_io: str | None = None,
+    ) -> ModelSummary:
+        """Has the daemon serve the pack in ``pack_path`` as ``name``; its own user or root only.
+
+        Other models leave it ``min_bytes`` of RAM, it takes at most ``max_bytes``, and experts in
+        ``pins`` (``LAYER:EXPERT``, numbers, ranges or ``*``) stay resident. ``disk_io`` is how its
+        pack is read: auto, direct or mmap; the daemon's settings say unless given.
+        """
+        return self._call_as_admin(
+            calls.load_model(
+                name,
+                Path(pack_path),
+                min_bytes=min_bytes,
+                max_bytes=max_bytes,
+                pins=pins,
+                disk_io=disk_io,
+            )
+        )
+
+    def set_limits(
+        self, name: str, *, min_bytes: int | None = None, max_bytes: int | None = None
+    ) -> ModelSummary:
+        """Changes how much RAM a model keeps and may take; its own user or root only.
+
+        None leaves a limit as it is; a maximum of 0 is none.
+        """
+        return self._call_as_admin(calls.set_limits(name, min_bytes, max_bytes))
 
     def unload_model(self, name: str) -> int:
         """Has the daemon drop a model; the bytes that this frees; its own user or root only."""

@@ -17,7 +17,11 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """One line of :meth:`Client.list_models`; ``record_bytes`` is the largest record's."""
+    """One line of :meth:`Client.list_models`; ``record_bytes`` is the largest record's.
+
+    ``min_bytes`` of RAM are left to it by other models, ``max_bytes`` it never exceeds (0: no limit
+    but the budget), and ``num_pinned`` records stay resident.
+    """
 
     name: str
     architecture: str
@@ -28,6 +32,9 @@ class ModelSummary:
     expert_bytes: int
     pack_path: Path
     state: ModelState
+    min_bytes: int
+    max_bytes: int
+    num_pinned: int
 
 
 @dataclass(frozen=True, slots=True)

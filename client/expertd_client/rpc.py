@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd_client.address import Address
 from expertd_client.calls import Call
 from expertd_client.endpoint import Metadata, check_own_process
+from expertd_client.touches import TouchStream
 from expertstore.errors import PreconditionError
+from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
@@ -62,6 +66,36 @@ class Rpc:
             raise self._address.error(error) from None
         finally:
             responses.cancel()
+
+    @contextmanager
+    def touches(
+        self,
+        call: Call[pb.WatchTouchesResponse],
+        *,
+        timeout_seconds: float | None,
+        metadata: Metadata,
+    ) -> Generator[TouchStream]:
+        """Accesses from the moment on when the block begins, to its end."""
+        self._check_open()
+        responses = getattr(self._stub, call.method)(
+            call.request, timeout=timeout_seconds, metadata=metadata
+        )
+        try:
+            responses.initial_metadata()  # there when the daemon has begun
+            yield TouchStream(responses, self._address.error)
+        finally:
+            responses.cancel()
+
+    def serves(self, timeout_seconds: float) -> bool:
+        """Whether the daemon says that it serves, by grpc.health.v1."""
+        self._check_open()
+        try:
+            response = health_pb2_grpc.HealthStub(self._channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_seconds
+            )
+        except grpc.RpcError as error:
+            raise self._address.error(error) from None
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Closes the channel; calls under way fail."""

@@ -35,13 +35,12 @@ NAMESPACES = ["--pid", "--fork", "--mount-proc", "--ipc", "--net", "--uts", "--k
 WORKER = """
 import sys
 from pathlib import Path
-from expertd.cli.control import Control
 from expertd_client import Client
 from tests.expert_store.serving.watching import assert_serves
 socket = Path(sys.argv[1])
 assert_serves(socket)
-with Client(socket) as store, store.attach("m"), Control(socket) as control:
-    print([session["pid"] for session in control.stats()["sessions"]])
+with Client(socket) as store, store.attach("m"):
+    print([session["pid"] for session in store.stats()["sessions"]])
 """
 
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.cli.control import Control
 from expertd_client import Client
 from expertstore.errors import (
     CapacityError,
@@ -73,14 +72,14 @@ def test_a_bent_manifest(data: st.DataObject, scene: tuple[Target, Culprit]) -> 
     target, _ = scene
     bent = target.pack.parent / "bent"
     (bent / "pack.json").write_bytes(data.draw(edits((target.pack / "pack.json").read_bytes())))
-    with Control(target.daemon.socket) as control:
+    with Client(target.daemon.socket) as client:
         try:
-            control.load("bent", bent)
+            client.load_model("bent", bent)
         except REFUSALS as error:
             assert "\n" not in str(error)  # noqa: PT017
         else:
             use(target.daemon.socket)
-            control.unload("bent")
+            client.unload_model("bent")
     target.check()
 
 

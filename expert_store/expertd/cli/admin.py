@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,9 @@ from expertstore.errors import (
 from expertstore.sizes import format_bytes, parse_bytes
 from expertstore.socket_directory import find_daemon
 
+if TYPE_CHECKING:  # gRPC takes time that --help need not
+    from expertd_client import Client
+
 Socket = Annotated[
     Path,
     typer.Option(
@@ -30,6 +34,10 @@ Socket = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+CALL_SECONDS = 60.0
+"""A command waits so long for the daemon's answer."""
+HEALTH_SECONDS = 5.0
 
 _MAX_WIDTH = 2000
 _EXIT_UNHEALTHY = 1
@@ -50,10 +58,8 @@ def stats(socket: Socket, as_json: Json = False) -> None:
 
     Example: `expertd stats --json`
     """
-    from expertd.cli.control import Control
-
-    with Control(socket) as control:
-        report = control.stats()
+    with _daemon(socket) as daemon:
+        report = daemon.stats()
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
@@ -65,24 +71,23 @@ def models(socket: Socket, as_json: Json = False) -> None:
 
     Example: `expertd models`
     """
-    from expertd.cli.control import Control
-
-    with Control(socket) as control:
-        rows = control.models()
+    with _daemon(socket) as daemon:
+        rows = daemon.list_models()
     if as_json:
-        typer.echo(json.dumps({"models": rows}, indent=1))
+        plain = [asdict(row) | {"pack_path": str(row.pack_path)} for row in rows]
+        typer.echo(json.dumps({"models": plain}, indent=1))
         return
     _print_table(
         f"models at {socket}",
         ("model", "resident", "size", "scheme", "architecture", "pack"),
         [
             (
-                row["name"],
-                f"{row['num_resident']} of {row['num_experts']}",
-                format_bytes(row["expert_bytes"]),
-                row["scheme"],
-                row["architecture"],
-                row["pack_path"],
+                row.name,
+                f"{row.num_resident} of {row.num_experts}",
+                format_bytes(row.expert_bytes),
+                row.scheme,
+                row.architecture,
+                row.pack_path,
             )
             for row in rows
         ],
@@ -96,11 +101,9 @@ def health(socket: Socket) -> None:
 
     Example: `expertd health`
     """
-    from expertd.cli.control import Control
-
     try:
-        with Control(socket) as control:
-            serves = control.serves()
+        with _daemon(socket) as daemon:
+            serves = daemon.serves(timeout_seconds=HEALTH_SECONDS)
     except (UnavailableError, DeadlineError, PermissionDeniedError) as error:
         typer.echo(f"expertd: {error}", err=True)
         raise typer.Exit(_EXIT_UNHEALTHY) from None
@@ -141,15 +144,20 @@ def load(
 
     Example: `expertd load mixtral /packs/mixtral --min 2GiB --pin "0:*"`
     """
-    from expertd.cli.control import Control
-
     limits = Limits(_size("--min", min_) or 0, _size("--max", max_), tuple(pin or ()))
     way = parse_disk_io(disk_io) if disk_io is not None else None
-    with Control(socket) as control:
-        row = control.load(name, pack.absolute(), limits, way)
-    pinned = f"; {row['num_pinned']} are pinned and read now" if row["num_pinned"] else ""
+    with _daemon(socket) as daemon:
+        row = daemon.load_model(
+            name,
+            pack,
+            min_bytes=limits.min_bytes,
+            max_bytes=limits.max_bytes,
+            pins=limits.pins,
+            disk_io=way,
+        )
+    pinned = f"; {row.num_pinned} are pinned and read now" if row.num_pinned else ""
     typer.echo(
-        f"loaded {name}: {row['num_experts']} experts, {format_bytes(row['expert_bytes'])}; "
+        f"loaded {name}: {row.num_experts} experts, {format_bytes(row.expert_bytes)}; "
         f"they are read when they are used{pinned}."
     )
 
@@ -172,15 +180,13 @@ def limit(
 
     Example: `expertd limit mixtral --max 8GiB`
     """
-    from expertd.cli.control import Control
-
     largest = 0 if max_ == "none" else _size("--max", max_)
     if largest == 0 and max_ != "none":
         raise ConfigError("--max is 0; give a size, or none for no maximum.")
-    with Control(socket) as control:
-        row = control.limit(name, _size("--min", min_), largest)
-    most = format_bytes(row["max_bytes"]) if row["max_bytes"] else "all that the others leave"
-    typer.echo(f"{name} keeps {format_bytes(row['min_bytes'])} and may take {most}.")
+    with _daemon(socket) as daemon:
+        row = daemon.set_limits(name, min_bytes=_size("--min", min_), max_bytes=largest)
+    most = format_bytes(row.max_bytes) if row.max_bytes else "all that the others leave"
+    typer.echo(f"{name} keeps {format_bytes(row.min_bytes)} and may take {most}.")
 
 
 def unload(
@@ -193,11 +199,15 @@ def unload(
 
     Example: `expertd unload mixtral`
     """
-    from expertd.cli.control import Control
-
-    with Control(socket) as control:
-        released = control.unload(name)
+    with _daemon(socket) as daemon:
+        released = daemon.unload_model(name)
     typer.echo(f"unloaded {name}: {format_bytes(released)} of RAM came free.")
+
+
+def _daemon(socket: Path) -> "Client":
+    from expertd_client import Client
+
+    return Client(socket, timeout_seconds=CALL_SECONDS)
 
 
 def _size(option: str, text: str | None) -> int | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertd.cli.admin import Json, Socket
+from expertd.cli.admin import HEALTH_SECONDS, Json, Socket
 from expertstore.errors import ExpertdError
 from expertstore.socket_directory import may_serve, own_directory
 
@@ -59,13 +59,14 @@ def doctor(
 
 def _place(path: Path) -> "Place":
     """The socket directory, and whether a daemon answers there."""
-    from expertd.cli.control import Control
     from expertd.doctor.host import Place
+    from expertd_client import Client
 
     serves, other = may_serve(path), own_directory()
     try:
-        with Control(path) as control:
-            answer = "serving" if control.serves() else "not serving"
+        with Client(path) as daemon:
+            serving = daemon.serves(timeout_seconds=HEALTH_SECONDS)
+            answer = "serving" if serving else "not serving"
     except ExpertdError as error:
         return Place(path, "", str(error), serves, other)
     return Place(path, answer, "", serves, other)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertd.cli.admin import Socket
+from expertd.cli.admin import CALL_SECONDS, Socket
 from expertstore.errors import ExpertdError, InvalidInputError
 from expertstore.interrupts import interruptible
 
 if TYPE_CHECKING:
     from expertd.traces.trace import TraceModel
-    from expertstore.v1 import expert_store_pb2 as pb
+    from expertd_client import ModelInfo
 
 _SHOW_SECONDS = 1.0
 
@@ -42,9 +42,9 @@ def record(
 
     Example: `expertd record --model mixtral --output t.csv --seconds 60`
     """
-    from expertd.cli.control import Control
     from expertd.traces.recorder import Recorder
     from expertd.traces.trace import TraceWriter
+    from expertd_client import Client
 
     if seconds is not None and not 0 < seconds <= 1e9:
         raise InvalidInputError(f"--seconds is {seconds:g}; give how long to record.")
@@ -52,9 +52,9 @@ def record(
     num_touches = num_lost = 0
     with (
         interruptible(),
-        Control(socket) as control,
-        TraceWriter(output, _trace_model(control.model(model), model)) as writer,
-        control.touches(model, seconds) as stream,
+        Client(socket, timeout_seconds=CALL_SECONDS) as daemon,
+        TraceWriter(output, _trace_model(daemon.get_model(model))) as writer,
+        daemon.watch_touches(model, timeout_seconds=seconds) as stream,
     ):
         recorder = Recorder(writer.model, writer.write)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -90,18 +90,18 @@ def record(
         raise failure
 
 
-def _trace_model(response: "pb.GetModelResponse", name: str) -> "TraceModel":
+def _trace_model(model: "ModelInfo") -> "TraceModel":
     from expertd.traces.trace import TraceModel
     from expertstore import __version__
 
-    layers = response.layers
+    layers = [model.layers[number] for number in sorted(model.layers)]
     return TraceModel(
         tuple(layer.num_experts for layer in layers),
         tuple(layer.experts_per_token for layer in layers),
         tuple(layer.layer for layer in layers),
         {
-            "model": f"{name}, {response.summary.architecture}, {response.summary.scheme}",
-            "expert_bytes": str(response.summary.record_bytes),
+            "model": f"{model.name}, {model.architecture}, {model.scheme}",
+            "expert_bytes": str(model.record_bytes),
             "recorded_by": f"expertd {__version__}",
         },
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from expertd.cli.control import Control
+from expertd.cli.admin import CALL_SECONDS
 from expertd.residency.heat_map import HeatMap
+from expertd_client import Client
 from expertstore.errors import NotFoundError, UnavailableError
 
 _RETRY_SECONDS = 0.5
@@ -51,7 +52,7 @@ class Feed:
         self._directory, self._interval = directory, interval_seconds
         self._events: queue.Queue[Event] = queue.Queue(maxsize=2)
         self._closing = threading.Event()
-        self._control: Control | None = None
+        self._daemon: Client | None = None
         self._thread = threading.Thread(target=self._run, name="expertd-top", daemon=True)
 
     def __enter__(self) -> Self:
@@ -65,8 +66,8 @@ class Feed:
         traceback: TracebackType | None,
     ) -> None:
         self._closing.set()
-        if self._control is not None:
-            self._control.close()
+        if self._daemon is not None:
+            self._daemon.close()
         self._thread.join(1.0)
 
     def next(self, timeout_seconds: float) -> Event | None:
@@ -81,10 +82,10 @@ class Feed:
         while not self._closing.is_set():
             try:
                 # A new channel each time: an old one pauses longer after each failure.
-                with Control(self._directory) as self._control:
-                    for stats in self._control.watch(self._interval):
+                with Client(self._directory, timeout_seconds=CALL_SECONDS) as self._daemon:
+                    for stats in self._daemon.watch_stats(self._interval):
                         seen = True
-                        self._tell(self._sample(self._control, stats))
+                        self._tell(self._sample(self._daemon, stats))
             except UnavailableError as error:
                 # A daemon that was there comes back, and one may be about to start; a directory
                 # that is not there is a mistake in its name.
@@ -99,12 +100,12 @@ class Feed:
                 return
             self._closing.wait(_RETRY_SECONDS)
 
-    def _sample(self, control: Control, stats: dict[str, Any]) -> Sample:
+    def _sample(self, daemon: Client, stats: dict[str, Any]) -> Sample:
         names = [model["name"] for model in stats["models"]]
         wanted = self.model
         model = wanted if wanted in names else next(iter(names), "")
         try:
-            return Sample(stats, model, control.heat(model) if model else None)
+            return Sample(stats, model, HeatMap.of(daemon.get_heat(model)) if model else None)
         except NotFoundError:  # unloaded in between
             return Sample(stats, "", None)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from expertd.cli.control import Control
 from expertd_client import Client
 from expertstore.errors import (
     CapacityError,
@@ -59,12 +58,12 @@ def daemon(
 
 
 @pytest.fixture
-def control(daemon: Daemon) -> Iterator[Control]:
-    with Control(daemon.socket) as control:
-        yield control
-        for model in control.models():
-            if model["name"] != "m":
-                control.unload(model["name"])
+def client(daemon: Daemon) -> Iterator[Client]:
+    with Client(daemon.socket) as client:
+        yield client
+        for model in client.list_models():
+            if model.name != "m":
+                client.unload_model(model.name)
 
 
 def ran(done: "subprocess.CompletedProcess[str]") -> str:
@@ -126,37 +125,35 @@ def test_health(daemon: Daemon, tmp_path: Path) -> None:
     assert (stuck.returncode, stuck.stdout, stuck.stderr.count("\n")) == (1, "", 1)
 
 
-def test_load_of_what_cannot_be(control: Control, pack: Path, tmp_path: Path) -> None:
+def test_load_of_what_cannot_be(client: Client, pack: Path, tmp_path: Path) -> None:
     with pytest.raises(PackError, match=r"has no pack\.json"):
-        control.load("n", tmp_path)
+        client.load_model("n", tmp_path)
     with pytest.raises(PreconditionError, match="loaded already"):
-        control.load("m", pack)
+        client.load_model("m", pack)
     with pytest.raises(ExpertdError, match="cannot name a model"):
-        control.load("a/b", pack)
+        client.load_model("a/b", pack)
     large = make_pack(tmp_path / "large", layers=4, experts_per_token=8)
     with pytest.raises(CapacityError, match=r"one token of 'm' uses 48\.0 KiB") as raised:
-        control.load("large", large)
+        client.load_model("large", large)
     assert raised.value.unit == "bytes"
-    assert [model["name"] for model in control.models()] == ["m"]
+    assert [model.name for model in client.list_models()] == ["m"]
 
 
-def test_load_of_what_is_no_pack_s_file(control: Control, pack: Path, tmp_path: Path) -> None:
+def test_load_of_what_is_no_pack_s_file(client: Client, pack: Path, tmp_path: Path) -> None:
     """Neither waited for, nor does it keep the next load from its turn."""
     os.mkfifo(tmp_path / "pack.json")
     with pytest.raises(PackError, match=r"pack\.json cannot be read: it is not a regular file"):
-        control.load("n", tmp_path)
+        client.load_model("n", tmp_path)
     with pytest.raises(PackError, match=r"has no pack\.json"):
-        control.load("n", Path("/a\0b"))
+        client.load_model("n", Path("/a\0b"))
     with pytest.raises(PackError, match="not UTF-8"):
-        control.load("n", Path(os.fsdecode(b"/a\xff")))
-    control.load("n", pack)
-    control.unload("n")
+        client.load_model("n", Path(os.fsdecode(b"/a\xff")))
+    client.load_model("n", pack)
+    client.unload_model("n")
 
 
-def test_unload_ends_the_model_s_sessions(
-    daemon: Daemon, control: Control, other_pack: Path
-) -> None:
-    control.load("other", other_pack)
+def test_unload_ends_the_model_s_sessions(daemon: Daemon, client: Client, other_pack: Path) -> None:
+    client.load_model("other", other_pack)
     with (
         Client(daemon.socket) as store,
         store.attach("m") as bystander,
@@ -167,7 +164,7 @@ def test_unload_ends_the_model_s_sessions(
         raw.fetch(1, [3])
         raw.let_go()
         # More than a step is under way: three records, 36 KiB.
-        assert control.unload("other") == 3 * 3 * PAGE
+        assert client.unload_model("other") == 3 * 3 * PAGE
         eventually(lambda: not session.connected)
         assert raw.page.revoked
         with pytest.raises(SessionLostError):
@@ -177,8 +174,8 @@ def test_unload_ends_the_model_s_sessions(
         with pytest.raises(UnauthenticatedError):
             raw.fetch(0, [0])
         bystander.acquire(0, [0]).release()
-        assert [each["model"] for each in control.stats()["sessions"]] == ["m"]
-    eventually(lambda: not control.stats()["sessions"])
+        assert [each["model"] for each in client.stats()["sessions"]] == ["m"]
+    eventually(lambda: not client.stats()["sessions"])
 
 
 def test_unload_of_a_model_that_is_being_read(pack: Path, other_pack: Path, tmp_path: Path) -> None:
@@ -189,10 +186,10 @@ def test_unload_of_a_model_that_is_being_read(pack: Path, other_pack: Path, tmp_
         serving({"m": pack, "other": other_pack}, ram=32 * RECORD_BYTES, config=config) as daemon,
         RawWorker(daemon.socket, "other") as holder,
         RawWorker(daemon.socket) as bystander,
-        Control(daemon.socket) as control,
+        Client(daemon.socket) as client,
     ):
         holder.fetch(0, [0, 1])
-        thread = threading.Thread(target=control.unload, args=("other",))
+        thread = threading.Thread(target=client.unload_model, args=("other",))
         began = time.monotonic()
         thread.start()
         while time.monotonic() - began < 0.2 * PATIENT_SECONDS:
@@ -204,7 +201,7 @@ def test_unload_of_a_model_that_is_being_read(pack: Path, other_pack: Path, tmp_
         with pytest.raises(PreconditionError, match="being unloaded"):
             RawWorker(daemon.socket, "other")
         with pytest.raises(PreconditionError, match="being unloaded already"):
-            Control(daemon.socket).unload("other")
+            Client(daemon.socket).unload_model("other")
         thread.join(PATIENT_SECONDS + 5)
         assert holder.page.revoked
         assert time.monotonic() - began >= PATIENT_SECONDS
@@ -212,21 +209,21 @@ def test_unload_of_a_model_that_is_being_read(pack: Path, other_pack: Path, tmp_
 
 
 def test_loading_and_unloading_50_times_leaves_nothing(
-    daemon: Daemon, control: Control, other_pack: Path
+    daemon: Daemon, client: Client, other_pack: Path
 ) -> None:
     def cycle(times: int) -> None:
         for _ in range(times):
-            control.load("other", other_pack)
+            client.load_model("other", other_pack)
             with RawWorker(daemon.socket, "other") as worker:
                 worker.fetch(1, range(8))
-            control.unload("other")
+            client.unload_model("other")
 
     def used() -> int:
-        bytes_used: int = control.stats()["arena"]["bytes_used"]
+        bytes_used: int = client.stats()["arena"]["bytes_used"]
         return bytes_used
 
     cycle(5)
-    eventually(lambda: not control.stats()["sessions"])
+    eventually(lambda: not client.stats()["sessions"])
     before, files, rss = used(), num_files(daemon.pid), rss_bytes(daemon.pid)
     cycle(50)
     eventually(lambda: num_files(daemon.pid) <= files)
@@ -267,8 +264,8 @@ def test_two_models_with_records_of_two_sizes_share_the_arena(
         for thread in threads:
             thread.join(30)
         assert failures == []
-        with Control(daemon.socket) as control:
-            models = control.stats()["models"]
+        with Client(daemon.socket) as client:
+            models = client.stats()["models"]
             assert all(model["evictions"] > 10 for model in models)
             assert [model["record_bytes"] for model in models] == [RECORD_BYTES, 3 * PAGE]
             assert "cut off" not in daemon.stderr
@@ -346,11 +343,11 @@ def test_stats_of_a_script(pack: Path, settings: Path) -> None:
         worker.let_go()
 
 
-def test_misses_that_are_told_late(daemon: Daemon, control: Control) -> None:
+def test_misses_that_are_told_late(daemon: Daemon, client: Client) -> None:
     """The worker stores its touches, and is stopped before it stores the misses among them."""
 
     def counts() -> tuple[int, int]:
-        (model,) = control.stats()["models"]
+        (model,) = client.stats()["models"]
         return model["host_hits"], model["nvme_misses"]
 
     with RawWorker(daemon.socket) as worker:
@@ -375,14 +372,14 @@ def test_a_hint_that_demand_overtakes_is_late(tmp_path: Path) -> None:
         worker.let_go()
 
 
-def test_limits_of_a_model(daemon: Daemon, control: Control, other_pack: Path) -> None:
+def test_limits_of_a_model(daemon: Daemon, client: Client, other_pack: Path) -> None:
     at = ("--socket", daemon.socket)
     sizes = ("--min", "48KiB", "--max", "96KiB", "--pin", "0:0-1", "--pin", "1:7")
     said = ran(expertd("load", "other", other_pack, *at, *sizes))
     assert "3 are pinned and read now" in said
 
     def other() -> dict[str, Any]:
-        (told,) = (each for each in control.stats()["models"] if each["name"] == "other")
+        (told,) = (each for each in client.stats()["models"] if each["name"] == "other")
         return dict(told)
 
     eventually(lambda: other()["num_pinned_resident"] == 3)
@@ -410,5 +407,5 @@ def test_limits_of_a_model(daemon: Daemon, control: Control, other_pack: Path) -
     assert "the minimum of 'other'" in refused(expertd("limit", "other", *at, "--min", "1GiB"))
     assert "is not a size" in refused(expertd("limit", "other", *at, "--max", "lots"))
     assert "no model named" in refused(expertd("limit", "another", *at, "--max", "1GiB"))
-    control.unload("other")
+    client.unload_model("other")
     assert "has no expert 8" in refused(expertd("load", "other", other_pack, *at, "--pin", "0:8"))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.cli.control import Control
 from expertd_client import Client
 from tests.daemon import serving
 from tests.expert_store.serving.watching import assert_serves, eventually, python
@@ -65,7 +64,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_hot_swap(packs: dict[str, Path]) -> None:
-    with serving({"old": packs["old"]}, ram=ROOM) as daemon, Control(daemon.socket) as control:
+    with serving({"old": packs["old"]}, ram=ROOM) as daemon, Client(daemon.socket) as client:
         workers: list[subprocess.Popen[str]] = []
 
         def start(model: str, seconds: float) -> list["subprocess.Popen[str]"]:
@@ -82,7 +81,7 @@ def test_hot_swap(packs: dict[str, Path]) -> None:
             return started
 
         def accesses(model: str) -> int:
-            (told,) = (each for each in control.stats()["models"] if each["name"] == model)
+            (told,) = (each for each in client.stats()["models"] if each["name"] == model)
             return int(told["host_hits"] + told["nvme_misses"])
 
         def is_all_resident(model: str) -> bool:
@@ -91,7 +90,7 @@ def test_hot_swap(packs: dict[str, Path]) -> None:
                 for layer in session.model.layers:
                     for lease in session.waves(layer, range(8)):
                         lease.release()
-            return bool(control.models()[0]["num_resident"] == 24)
+            return bool(client.list_models()[0].num_resident == 24)
 
         def goes_on(model: str) -> None:
             before = accesses(model)
@@ -100,12 +99,12 @@ def test_hot_swap(packs: dict[str, Path]) -> None:
         try:
             old = start("old", 60)
             goes_on("old")
-            control.load("new", packs["new"])
+            client.load_model("new", packs["new"])
             new = start("new", 4)
             began = time.monotonic()
             goes_on("old")
             goes_on("new")
-            assert control.unload("old") <= ROOM
+            assert client.unload_model("old") <= ROOM
             for worker in old:
                 said, error = worker.communicate(timeout=30)
                 assert (worker.returncode, error) == (0, "")
@@ -123,12 +122,12 @@ def test_hot_swap(packs: dict[str, Path]) -> None:
                 assert float(longest) < HANG_SECONDS, "it was not served for a while"
             assert time.monotonic() - began < 60
             # No room was lost: the old model fits again, beside what the new one leaves.
-            stats = control.stats()
+            stats = client.stats()
             assert stats["arena"]["bytes_used"] == 24 * RECORD_BYTES["new"]
-            control.load("old", packs["old"])
+            client.load_model("old", packs["old"])
             assert_serves(daemon.socket, "old", seed=SEEDS["old"])
             assert_serves(daemon.socket, "new", seed=SEEDS["new"])
-            stats = control.stats()
+            stats = client.stats()
             assert stats["arena"]["bytes_used"] <= ROOM
             assert not any(model["records_lost"] for model in stats["models"])
             assert "Traceback" not in daemon.stderr

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.cli.control import Control
 from expertd_client import Client
 from expertstore.errors import CapacityError
 from tests.daemon import serving
@@ -21,7 +20,7 @@ def test_waves_adapt_to_the_quota(pack: Path, tmp_path: Path) -> None:
         Client(daemon.socket) as store,
         store.attach("m") as session,
         store.attach("m") as pinner,
-        Control(daemon.socket) as control,
+        Client(daemon.socket) as client,
     ):
         assert session.model.max_fetch_records == 16
         assert pinner.pin([(2, 0)]) == 1
@@ -33,7 +32,7 @@ def test_waves_adapt_to_the_quota(pack: Path, tmp_path: Path) -> None:
                 sizes.append(len(lease.experts))
                 for expert, view in zip(lease.experts, lease.views, strict=True):
                     assert view == record(1, expert)
-                told = {row["id"]: row for row in control.stats()["sessions"]}
+                told = {row["id"]: row for row in client.stats()["sessions"]}
                 assert told[session.id]["kept_bytes"] == 3 * RECORD_BYTES or len(sizes) == 3
                 assert told[pinner.id]["kept_bytes"] == RECORD_BYTES
                 assert told[session.id]["uid_kept_bytes"] <= told[session.id]["quota_bytes"]

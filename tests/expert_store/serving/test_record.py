@@ -13,7 +13,6 @@ from pathlib import Path
 import grpc
 import pytest
 
-from expertd.cli.control import Control
 from expertd.hosting.touch_watch import MAX_WATCHERS
 from expertd.residency import make_policy
 from expertd.traces.replay import read_trace, replay
@@ -63,8 +62,8 @@ def rows_of(path: Path) -> list[Row]:
 
 def drained(daemon: Daemon, num_accesses: int) -> bool:
     """Whether the daemon has read so many accesses off the rings, and so has sent them on."""
-    with Control(daemon.socket) as control:
-        (model,) = control.stats()["models"]
+    with Client(daemon.socket) as client:
+        (model,) = client.stats()["models"]
     return bool(model["host_hits"] + model["nvme_misses"] >= num_accesses)
 
 
@@ -131,8 +130,8 @@ def test_it_ends_after_its_seconds_and_with_the_model(pack: Path, tmp_path: Path
         assert done.returncode == 0, done.stderr
         assert rows_of(tmp_path / "a.csv") == []
         with recording(daemon, tmp_path / "b.csv") as process:
-            with Control(daemon.socket) as control:
-                control.unload("m")
+            with Client(daemon.socket) as client:
+                client.unload_model("m")
             _, said = process.communicate(timeout=20)
             assert process.returncode == 0, said
         assert (tmp_path / "b.csv").exists()
@@ -190,9 +189,9 @@ def test_only_an_administrator_watches(tight: Daemon) -> None:
 
 
 def test_watchers_are_counted(tight: Daemon) -> None:
-    with Control(tight.socket) as control:
+    with Client(tight.socket) as client:
         streams = []
-        contexts = [control.touches("m", 20) for _ in range(MAX_WATCHERS + 1)]
+        contexts = [client.watch_touches("m", timeout_seconds=20) for _ in range(MAX_WATCHERS + 1)]
         try:
             streams = [context.__enter__() for context in contexts]
             with pytest.raises(PreconditionError, match="end one"):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertd.cli.control import Control
+from expertd.residency.heat_map import HeatMap
 from expertd_client import Client
 from expertstore.errors import NotFoundError
 from tests.daemon import Daemon, serving
@@ -109,8 +109,8 @@ def daemon(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dae
 
 
 def test_heat_of_a_model(daemon: Daemon) -> None:
-    with Control(daemon.socket) as control:
-        heat = control.heat("m")
+    with Client(daemon.socket) as client:
+        heat = HeatMap.of(client.get_heat("m"))
         assert heat.layers == (0, 1, 2)
         assert heat.heat.shape == (3, 8)
         assert heat.heat[0, 0] == heat.heat[0, 1] == 1.0, "the hottest"
@@ -118,16 +118,16 @@ def test_heat_of_a_model(daemon: Daemon) -> None:
         assert heat.heat.sum() == pytest.approx(2 + heat.heat[2, 7])
         resident = {tuple(map(int, place)) for place in np.argwhere(heat.resident)}
         assert resident == {(0, 0), (0, 1), (2, 7)}
-        assert not control.heat("other").heat.any()
+        assert not HeatMap.of(client.get_heat("other")).heat.any()
         with pytest.raises(NotFoundError, match="no model named 'x'"):
-            control.heat("x")
+            client.get_heat("x")
 
 
 def test_stats_have_what_it_shows(daemon: Daemon) -> None:
     with Client(daemon.socket) as store, store.attach("m") as session:
         session.acquire(0, [0, 1]).release()
-        with Control(daemon.socket) as control:
-            told = control.stats()
+        with Client(daemon.socket) as client:
+            told = client.stats()
     (row,) = told["sessions"]
     assert (row["role"], row["host_hits"], row["nvme_misses"]) == ("worker", 2, 0)
     model = told["models"][0]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from expertd.cli.control import Control
 from expertd_client import Client
 from expertd_client.aio import AsyncClient
 from expertstore.errors import (
@@ -122,8 +121,8 @@ def asks(directory: Path) -> list[Callable[[], object]]:
     """All ways to ask: the attach socket, and calls as the commands and the client make them."""
 
     def by_command() -> object:
-        with Control(directory) as control:
-            return control.stats()
+        with Client(directory) as client:
+            return client.stats()
 
     def by_client() -> object:
         with Client(directory) as store:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from expertd_inference.experts.cpu import connect
 from expertd_inference.experts import cpu as experts_module
+from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import MAX_FUTILE_RECOVERIES, Recovery
 from expertd_inference.model.loading import load_trunk
 from expertstore.errors import ExpertdError, IncarnationError, SessionLostError, UnavailableError
