@@ -42,8 +42,8 @@ from bench.tiers import Tally, TierProcess, slower_ways, workers
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.advice.probes import StorageProbe
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import Manifest, read_manifest
-from tests.daemon import serving
 
 PART = "ablation"
 PAPER = {

@@ -13,13 +13,13 @@ import grpc
 
 from bench.echo import METHOD
 from bench.figures import Bench, Figure, compared
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
 from expertstore.shared.greeting import handshake
 from expertstore.shared.handshake import Role, rpc_target
 from expertstore.shared.session_page import SessionPage
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
-from tests.daemon import serving
-from tests.handmade import make_pack
 
 _TOP_K = 8
 

@@ -20,9 +20,9 @@ from expertd.disk.record_file import RecordFile
 from expertd.settings.config import ServeConfig
 from expertd.settings.disk_io import DiskIo
 from expertd_client import Client
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.pack.reader import PackReader, RecordPlace
-from tests.daemon import serving
-from tests.handmade import PAGE, make_pack
 
 _SIZES = {"8 KiB": 8 << 10, "64 KiB": 64 << 10, "256 KiB": 256 << 10, "1.7 MiB": 1728 << 10,
           "13 MiB": 13 << 20}  # fmt: skip

@@ -34,9 +34,9 @@ from bench.peer import Peer, PeerError, make_gguf
 from bench.results import Table
 from bench.synthetic import TINY, config_of, make_pack
 from expertd.packing.schemes import choose_scheme
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.host_memory import memory_available
-from tests.daemon import serving
 
 SHAPE = "olmoe-1b-7b"
 LAYERS = (16, 8, 4, 2)

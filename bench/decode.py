@@ -37,9 +37,9 @@ from expertd_inference import load_model
 from expertd_inference.execution.decoding import Decoding
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import StepKernels
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.host_memory import memory_available
-from tests.daemon import serving
 
 LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 48, "mixtral-8x7b": 8}
 """What is measured, and how much of it: a Mixtral of eight layers takes 7 GiB."""

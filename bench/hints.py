@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from bench.cold import median_read_seconds
 from bench.figures import Bench, Figure, counted, timed
 from expertd_client import Client, Session
-from tests.daemon import serving
-from tests.handmade import make_pack
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
 
 _RECORD_BYTES = 1728 << 10
 _EXPERTS = 32

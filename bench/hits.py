@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bench.figures import Bench, Figure, compared, counted, timed
 from expertd_client import Client, Session
-from tests.daemon import serving
-from tests.handmade import make_pack
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8  # a 30B-A3B's
 OTHERS = 15

@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.daemon import serving
-from tests.handmade import make_pack
-from tests.hostile.attacks import ATTACKS
-from tests.hostile.honest import RECORD_BYTES, measure, quantile
+from expertd_testing.attacks import ATTACKS
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.honest import RECORD_BYTES, measure, quantile
 
 BEFORE_SECONDS, SECONDS = 2.0, 4.0
 

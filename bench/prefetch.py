@@ -27,7 +27,7 @@ from rich.console import Console
 from bench.figures import Bench, Figure, compared, counted
 from bench.progress import progress
 from bench.store import show
-from tests.daemon import serving
+from expertd_testing.daemon import serving
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -37,8 +37,8 @@ from bench.synthetic import plan_of
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import PLAIN, Precision, Scheme, choose_scheme, parse_precision
 from expertd_inference.kernels.cpu.library import native_library
+from expertd_testing.daemon import serving
 from expertstore.pack.inspect import Inspection, inspect
-from tests.daemon import serving
 
 _EXPERTS = ("16", "4g64m", "3g64m", "2g16m")
 _ATTENTION = ("16", "4g64m")

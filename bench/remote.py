@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench.cold import place, read_plainly
 from expertd_client import Client, TlsFiles
-from tests.handmade import make_pack
+from expertd_testing.handmade import make_pack
 
 LAYERS, EXPERTS = 6, 16
 RECORD_BYTES = 1728 << 10  # about a 30B-A3B expert at 4 bit

@@ -19,9 +19,9 @@ from xxhash import xxh3_64_intdigest
 
 from bench.figures import Bench, Figure, compared, timed
 from expertd_client import Client
-from tests.daemon import serving
-from tests.handmade import make_pack
-from tests.supervised import Supervised, supervised
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.supervised import Supervised, supervised
 
 _RECORD_BYTES = 1728 << 10
 _ADOPTED = re.compile(r"model adopted model=m records=(\d+) bytes=(\d+) .*?seconds=([\d.]+)")
@@ -52,7 +52,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
-from tests.tiny_models import CONFIGS, _COMMON, byte_tokenizer
+from expertd_testing.tiny_models import CONFIGS, _COMMON, byte_tokenizer
 
 folder, shape = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = MixtralConfig(**{**_COMMON, **CONFIGS["mixtral"][1], **shape})

@@ -43,9 +43,9 @@ from bench.results import Curve, Plot, Table
 from bench.synthetic import TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_client import Client
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import Manifest, read_manifest
 from expertstore.shared.host_memory import memory_available
-from tests.daemon import serving
 
 SHAPE = "olmoe-1b-7b"
 WORKERS = (1, 2, 4, 8)

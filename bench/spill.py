@@ -43,9 +43,9 @@ from bench.synthetic import SHAPES, make_pack
 from bench.tiers import EndedError, Tally, TierProcess, slower_ways, workers
 from expertd.settings.disk_io import DiskIo
 from expertd_inference.advice.probes import StorageProbe
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import Manifest, read_manifest
 from expertstore.shared.host_memory import memory_available
-from tests.daemon import serving
 
 PART = "spill"
 SHARES = (1.0, 0.5, 0.25)

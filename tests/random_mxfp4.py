@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expertd_testing.tiny_models import make_checkpoint
 from expertstore.pack.codec import E2M1, E8M0_BIAS, encode
 from expertstore.pack.layout import MXFP4_GROUP_SIZE, Matrix
-from tests.tiny_models import make_checkpoint
 
 _RMS = math.sqrt(sum(value * value for value in E2M1) / len(E2M1))
 

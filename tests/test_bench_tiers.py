@@ -9,7 +9,7 @@ import pytest
 from bench import memory_limit, spill, synthetic, tiers
 from bench.figures import Bench
 from bench.results import Table
-from tests.daemon import serving
+from expertd_testing.daemon import serving
 
 
 def test_more_model_than_ram_is_measured_beside_mapped_files(tmp_path: Path) -> None:

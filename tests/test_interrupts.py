@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.watching import eventually
 from expertstore.interrupts import end_at_once, importing, interruptible
-from tests.daemon import serving
-from tests.expert_store.serving.watching import eventually
-from tests.handmade import make_pack
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/tiny-mixtral"

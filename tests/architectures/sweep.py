@@ -19,12 +19,12 @@ from expertd.packing.schemes import choose_scheme
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
 from expertd_inference.experts.routers import find_routers
 from expertd_inference.kernels.activation import activation_of
+from expertd_testing.tiny_models import randomize, save_model
 from expertstore.errors import ExpertdError
 from expertstore.pack.manifest import read_manifest
 from tests.architectures.parity import fill, load, logits
 from tests.architectures.tiny_configs import architectures, language_model_type, tiny_config
 from tests.inference.greedy import greedy, prompt_of
-from tests.tiny_models import randomize, save_model
 
 SCHEMES = ("8bit", "4bit", "4bit-fast", "paper-3bit", "paper-2bit")
 PROMPT_TOKENS = 40

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import msgspec
 
+from expertd_testing.tiny_models import CONFIGS
 from tests.architectures import sweep
 from tests.architectures.sweep import Result, Results
-from tests.tiny_models import CONFIGS
 
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[2] / "docs/architectures.md"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.tiny_models import VOCAB
+from expertd_testing.tiny_models import VOCAB
 
 _SEAM = "@use_experts_implementation"
 _GENERIC: dict[str, Any] = {

@@ -7,7 +7,7 @@ it forks workers that need not.
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.handmade import PAGE, make_pack, record
+from expertd_testing.handmade import PAGE, make_pack, record
 
 
 class Spec(NamedTuple):

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from tests.daemon import Daemon
-from tests.supervised import Supervised
+from expertd_testing.daemon import Daemon
+from expertd_testing.supervised import Supervised
 
 _LAST_LINES = 20
 _START_SECONDS = 30.0

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import PAGE, make_pack
 from tests.client.shared_memory import SharedMemory, shared_memory
-from tests.daemon import Daemon, serving
-from tests.handmade import PAGE, make_pack
 
 RECORD_BYTES = 2 * PAGE
 

@@ -19,10 +19,10 @@ from expertd_client import (
     UnavailableError,
 )
 from expertd_client.aio import AsyncClient
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import num_open_files
-from tests.daemon import Daemon, serving
-from tests.handmade import make_pack, record
 
 
 @pytest.fixture

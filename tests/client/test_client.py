@@ -21,12 +21,12 @@ from expertd_client import (
     UnavailableError,
 )
 from expertd_client.record import Record, RecordAssembler
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
 from expertstore.pack.manifest import read_manifest
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually
-from tests.daemon import Daemon, serving
-from tests.handmade import make_pack, record
 
 
 def test_list_models(store: Client, pack: Path) -> None:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from expertd_testing.daemon import serving
 from tests.client.conftest import RECORD_BYTES
-from tests.daemon import serving
 
 PAGE = Path(__file__).parents[2] / "docs" / "client.md"
 

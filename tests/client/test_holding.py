@@ -12,11 +12,11 @@ from expertd_client import (
     UnavailableError,
 )
 from expertd_client.mapping import Mapping
+from expertd_testing.daemon import Daemon
+from expertd_testing.handmade import record
 from expertstore.shared.directory import ABSENT
 from tests.client.observing import eventually
 from tests.client.shared_memory import SharedMemory
-from tests.daemon import Daemon
-from tests.handmade import record
 
 RECORD_BYTES = 2 * 4096
 

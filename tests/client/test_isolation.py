@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually
-from tests.daemon import Daemon, serving
 
 NOBODY = 65534
 

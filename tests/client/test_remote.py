@@ -28,13 +28,13 @@ from expertd_client import (
 )
 from expertd_client.aio import AsyncClient
 from expertd_client.mapping import Mapping
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
 from expertstore.shared.handshake import Role
 from expertstore.sizes import parse_bytes, size_to_give
 from tests.certificates import Authority, Files, tcp_settings
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually
-from tests.daemon import Daemon, serving
-from tests.handmade import make_pack, record
 
 RAM = 64 * RECORD_BYTES
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from expertd_testing.daemon import serving
 from tests.client.conftest import RECORD_BYTES
-from tests.daemon import serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
 

@@ -22,12 +22,12 @@ from expertd_client import (
 )
 from expertd_client.aio import AsyncClient
 from expertd_client.attachment import Attachment
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
+from expertd_testing.patience import HANG_SECONDS
+from expertd_testing.supervised import supervised
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually, num_arenas, num_open_files
-from tests.daemon import Daemon, serving
-from tests.handmade import make_pack, record
-from tests.patience import HANG_SECONDS
-from tests.supervised import supervised
 
 RAM = 64 * RECORD_BYTES
 

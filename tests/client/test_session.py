@@ -21,10 +21,10 @@ from expertd_client import (
     SessionLostError,
     UnauthenticatedError,
 )
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually, num_open_files
-from tests.daemon import Daemon, serving
-from tests.handmade import make_pack, record
 
 
 def address(view: memoryview) -> int:

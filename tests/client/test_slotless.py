@@ -24,12 +24,12 @@ from expertd_client.aio import AsyncClient
 from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
 from expertd_client.arena_mapping import ArenaMapping
 from expertd_client.mapping import Mapping, State
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
 from expertstore.shared.directory import ABSENT
 from tests.client.conftest import RECORD_BYTES
 from tests.client.observing import eventually
 from tests.client.shared_memory import PAGE, SharedMemory
-from tests.daemon import Daemon, serving
-from tests.handmade import make_pack, record
 
 ROOM = 10  # records, of which one token's six cannot be pinned
 

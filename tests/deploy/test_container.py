@@ -13,10 +13,10 @@ import yaml
 
 from expertd.settings.config import load_config
 from expertd_client import Client
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.watching import eventually, expertd
 from expertstore.sizes import parse_bytes
-from tests.daemon import serving
-from tests.expert_store.serving.watching import eventually, expertd
-from tests.handmade import make_pack
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "deploy/container"
@@ -36,7 +36,7 @@ WORKER = """
 import sys
 from pathlib import Path
 from expertd_client import Client
-from tests.expert_store.serving.watching import assert_serves
+from expertd_testing.watching import assert_serves
 socket = Path(sys.argv[1])
 assert_serves(socket)
 with Client(socket) as store, store.attach("m"):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import serving
-from tests.expert_store.serving.watching import assert_serves
-from tests.handmade import make_pack
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.watching import assert_serves
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "deploy/requirements.txt"

@@ -9,8 +9,8 @@ import pytest
 
 from expertd.settings.config import ServeConfig
 from expertd.sight.metrics import StoreMetrics
+from expertd_testing.handmade import PAGE, make_pack
 from tests.expert_store.in_memory import storing
-from tests.handmade import PAGE, make_pack
 from tests.promtool import check, needs_promtool
 
 ROOT = Path(__file__).parents[2]

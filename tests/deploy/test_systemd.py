@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from expertd_testing.handmade import make_pack
 from tests.deploy.machine import ROOT, Machine, UnbootableError, booted
-from tests.handmade import make_pack
 
 UID = 4321  # a worker's
 CONFIG = """
@@ -20,7 +20,7 @@ m = "/var/lib/expertd/m"
 """
 WORKER = """
 from pathlib import Path
-from tests.expert_store.serving.watching import assert_serves
+from expertd_testing.watching import assert_serves
 assert_serves(Path("/run/expertd"))
 """
 WAITING_WORKER = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from expertd.serving.rundir import RunDirectory
 from expertd.settings.config import ServeConfig, load_config
+from expertd_testing.watching import expertd
 from expertstore.shared.handshake import ATTACH_SOCKET
-from tests.expert_store.serving.watching import expertd
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -18,9 +18,9 @@ from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, Limits
 from expertd.store import Store
 from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
+from expertd_testing.handmade import PAGE, record
 from expertstore.shared.directory import unpack_word
 from expertstore.shared.handshake import Role
-from tests.handmade import PAGE, record
 
 
 class Worker:

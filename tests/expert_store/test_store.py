@@ -9,6 +9,8 @@ import pytest
 
 from expertd.settings.disk_io import DiskIo
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack, record
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import (
     CapacityError,
     IncarnationError,
@@ -26,8 +28,6 @@ from tests.expert_store.in_memory import (
     storing,
     until,
 )
-from tests.handmade import PAGE, make_pack, record
-from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")

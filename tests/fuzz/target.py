@@ -9,13 +9,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import PAGE, make_pack, record
+from expertd_testing.raw_worker import RawWorker
+from expertd_testing.watching import num_files, rss_bytes
 from expertstore.shared.greeting import Greeting, handshake
 from expertstore.shared.handshake import INCARNATION_KEY, TOKEN_KEY, Role, rpc_target
-from tests.daemon import Daemon, serving
-from tests.expert_store.serving.raw_worker import RawWorker
-from tests.expert_store.serving.watching import num_files, rss_bytes
 from tests.fuzz.budget import MAX_GROWTH_BYTES
-from tests.handmade import PAGE, make_pack, record
 
 RECORD_BYTES = 2 * PAGE
 SETTINGS = "stall_seconds = 2.0\nfetch_seconds = 2.0\ndrain_seconds = 0.5\nmax_sessions = 32\n"

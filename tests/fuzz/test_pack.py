@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertd_client import Client
+from expertd_testing.handmade import record
 from expertstore.errors import (
     CapacityError,
     InvalidInputError,
@@ -19,7 +20,6 @@ from expertstore.errors import (
 )
 from tests.fuzz.budget import bounded
 from tests.fuzz.target import Culprit, Target, fuzzed
-from tests.handmade import record
 
 # What may be wrong with a pack, or with asking for an expert that it does not have.
 REFUSALS = (PackError, CapacityError, InvalidInputError)

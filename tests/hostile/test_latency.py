@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from expertd_client import CapacityError, Client
-from tests.daemon import Daemon, serving
-from tests.expert_store.serving.raw_worker import Caller, RawWorker
-from tests.expert_store.serving.watching import assert_serves, eventually, num_files
-from tests.handmade import make_pack
-from tests.hostile.attacks import ATTACKS, MAX_SESSIONS
-from tests.hostile.honest import RECORD_BYTES, measure, quantile
-from tests.patience import HANG_SECONDS
+from expertd_testing.attacks import ATTACKS, MAX_SESSIONS
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.honest import RECORD_BYTES, measure, quantile
+from expertd_testing.patience import HANG_SECONDS
+from expertd_testing.raw_worker import Caller, RawWorker
+from expertd_testing.watching import assert_serves, eventually, num_files
 
 MOST_SLOWDOWN = 400
 GROWTH_BYTES = 64 << 20

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd_testing.tiny_models import make_checkpoint
 from tests.inference.worker_process import WorkerProcess
 from tests.random_mxfp4 import make_mxfp4_checkpoint
-from tests.tiny_models import make_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny-mixtral"
 

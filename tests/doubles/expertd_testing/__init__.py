@@ -1,4 +1,5 @@
-"""Doubles of what a test machine lacks or must not break: a GPU, its driver, systemd, a bad disk.
+"""What tests, benches and drills share: daemons, packs and models made for them, and doubles.
 
-No module of the product imports them and no wheel contains them: tests, benches and drills do.
+The doubles stand for what a test machine lacks or must not break: a GPU, its driver, systemd, a
+disk. No module of the product imports this package and no wheel contains it.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import Daemon, serving
+from expertd_testing.daemon import Daemon, serving
 
 EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"
 AT_ONCE = (

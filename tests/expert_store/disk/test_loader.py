@@ -18,8 +18,8 @@ import expertd.disk.loader
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
 from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
+from expertd_testing.handmade import PAGE, make_pack, record
 from expertstore.errors import PackError
-from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
 

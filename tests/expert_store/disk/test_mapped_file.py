@@ -17,9 +17,9 @@ from expertd.disk import mapped_file
 from expertd.disk.loader import Loader, ReadJob, read_verified
 from expertd.disk.mapped_file import MappedFile
 from expertd.disk.page_cache import PageCache
+from expertd_testing.handmade import PAGE, make_pack, record
 from expertstore.errors import PackError
 from expertstore.pack.manifest import read_manifest
-from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
 NAME = "experts-00000.safetensors"

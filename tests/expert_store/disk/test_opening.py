@@ -16,9 +16,9 @@ from expertd.disk.opening import DiskChoice, OpenPack, open_pack
 from expertd.disk.page_cache import PageCache
 from expertd.disk.trial import NOT_TRIED, Trial
 from expertd.settings.disk_io import DiskIo
+from expertd_testing.handmade import make_pack
 from expertstore.errors import PackError
 from expertstore.pack.manifest import PackFile, read_manifest
-from tests.handmade import make_pack
 
 AUTO, DIRECT, MMAP = DiskIo.AUTO, DiskIo.DIRECT, DiskIo.MMAP
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from expertd.doctor.gpu import find_driver
 from expertd.doctor.host import Driver, Gpu
-from tests.daemon import serving
-from tests.handmade import make_pack
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import make_pack
 
 WITHOUT_TORCH = (
     "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers']));"

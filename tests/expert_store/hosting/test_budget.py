@@ -9,6 +9,8 @@ import pytest
 
 from expertd.settings.limits import Limits
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import CapacityError, ConfigError
 from expertstore.sizes import parse_bytes
 from tests.expert_store.in_memory import (
@@ -19,8 +21,6 @@ from tests.expert_store.in_memory import (
     storing,
     until,
 )
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")

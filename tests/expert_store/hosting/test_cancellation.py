@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
 from tests.expert_store.in_memory import (
     Worker,
     assert_consistent,
@@ -15,8 +17,6 @@ from tests.expert_store.in_memory import (
     storing,
     until,
 )
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
 
 RECORD = 2 * PAGE
 ROOM = 8

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from expertd.memory.extents import Extent
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import CapacityError
 from tests.expert_store.in_memory import Worker, assert_consistent, storing, until
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
 
 SIZES = {"one": 1, "two": 2, "three": 3, "five": 5}
 ROOM = 24  # pages

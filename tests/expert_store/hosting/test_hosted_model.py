@@ -13,10 +13,10 @@ from expertd.disk.record_file import RecordFile
 from expertd.hosting.hosted_model import HostedModel, Load
 from expertd.memory.description import Description, Origin, new_directory
 from expertd.memory.extents import Extent, Extents
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import NotFoundError
 from expertstore.pack.manifest import Fingerprinted, read_manifest
 from expertstore.shared.directory import unpack_word
-from tests.handmade import PAGE, make_pack
 
 RECORD = 2 * PAGE
 

@@ -14,9 +14,9 @@ from expertd.hosting.patience import (
 )
 from expertd.hosting.records import Fetched
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import CapacityError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack
 
 RECORD = 2 * PAGE
 ROOM = 8  # records; one token of the pack uses 6 of its 24

@@ -10,6 +10,7 @@ import pytest
 
 from expertd.settings.limits import Limits
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import CapacityError, RecordLostError
 from tests.expert_store.in_memory import (
     Worker,
@@ -18,7 +19,6 @@ from tests.expert_store.in_memory import (
     disk,
     storing,
 )
-from tests.handmade import PAGE, make_pack
 
 RECORD = 2 * PAGE
 ROOM = 8  # records; one token of the pack uses 6 of its 24

@@ -8,10 +8,10 @@ import pytest
 
 from expertd.hosting.hosted_model import ModelState
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import PreconditionError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
 
 RECORD = 2 * PAGE
 ROOM = 8

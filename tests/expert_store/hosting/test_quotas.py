@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import CapacityError, SessionLostError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
 
 RECORD = 2 * PAGE
 ALICE, BOB, CAROL = 1000, 1001, 1002

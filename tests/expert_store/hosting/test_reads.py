@@ -9,9 +9,9 @@ import pytest
 
 from expertd.hosting.hosted_model import ModelState
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack, record
 from expertstore.errors import PreconditionError, RecordLostError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
 

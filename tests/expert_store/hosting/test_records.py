@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack, record
 from expertstore.errors import (
     CapacityError,
     DeadlineError,
@@ -18,7 +19,6 @@ from expertstore.errors import (
     SessionLostError,
 )
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
 ROOM = 8  # records; one token of the pack uses 6 of its 24

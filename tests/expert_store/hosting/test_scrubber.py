@@ -10,9 +10,9 @@ import pytest
 import expertd.hosting.scrubber
 from expertd.settings.config import ServeConfig
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack, record
 from expertstore.errors import ConfigError
 from tests.expert_store.in_memory import Worker, assert_nothing_held, disk, storing, until
-from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
 

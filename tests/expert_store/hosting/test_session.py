@@ -9,11 +9,11 @@ import pytest
 from expertd.hosting.hosted_model import MAX_LEARNED_TOUCHES
 from expertd.settings.policy_names import PolicyName
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import PreconditionError
 from expertstore.shared.handshake import Role
 from expertstore.shared.session_page import MISSED, RING_ENTRIES
 from tests.expert_store.in_memory import Worker, storing
-from tests.handmade import PAGE, make_pack
 
 
 @pytest.fixture

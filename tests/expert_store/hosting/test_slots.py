@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from expertd.hosting.hosted_model import HostedModel
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import CapacityError
 from tests.expert_store.in_memory import (
     Worker,
@@ -19,8 +21,6 @@ from tests.expert_store.in_memory import (
     storing,
     until,
 )
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from expertd.memory.arena import Arena
 from expertd.memory.description import Description, Origin, new_directory
 from expertd.memory.extents import Extent, Extents
 from expertd.memory.memfd import SharedMemory
+from expertd_testing.handmade import PAGE, make_pack, record
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.directory import ABSENT, Directory, pack_word, unpack_word
-from tests.handmade import PAGE, make_pack, record
 
 RECORD = 2 * PAGE
 NUM_ENTRIES = 24

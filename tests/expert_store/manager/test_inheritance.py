@@ -14,10 +14,10 @@ from expertd.memory.arena import Arena
 from expertd.memory.description import Description, Origin, new_directory
 from expertd.memory.extents import Extent
 from expertd.memory.memfd import SharedMemory
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.watching import num_files
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.arena_trailer import NOBODY, TRAILER_BYTES, ArenaTrailer
-from tests.expert_store.serving.watching import num_files
-from tests.handmade import PAGE, make_pack
 
 RAM = 16 * PAGE
 NUM_ENTRIES = 24

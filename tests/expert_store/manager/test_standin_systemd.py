@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from expertd_testing.standin_systemd import StandInSystemd
-from tests.expert_store.serving.watching import eventually, num_files
+from expertd_testing.watching import eventually, num_files
 
 SERVICE = """
 import asyncio, os, signal, sys

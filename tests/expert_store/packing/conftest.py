@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import make_checkpoint
+from expertd_testing.tiny_models import make_checkpoint
 
 MakeCheckpoint = Callable[[str], Path]
 

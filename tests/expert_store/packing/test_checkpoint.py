@@ -19,11 +19,11 @@ from transformers import (
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.plan import TrunkStep, make_plan
 from expertd.packing.schemes import choose_scheme, default_scheme
+from expertd_testing.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
 from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import GateOrder
 from tests.expert_store.packing.conftest import MakeCheckpoint
 from tests.expert_store.packing.editing import WEIGHTS, edited, write_config, write_shards
-from tests.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -12,8 +12,8 @@ from expertd.packing import fp8
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd_testing.tiny_models import make_checkpoint
 from expertstore.errors import CheckpointError
-from tests.tiny_models import make_checkpoint
 
 # Divides all sizes: transformers derives the block from the number of scales, and so places
 # partial blocks elsewhere than the models' makers do.

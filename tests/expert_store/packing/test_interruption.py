@@ -13,7 +13,7 @@ import pytest
 
 from expertd.packing.packer import Progress, Request, pack
 from expertd.packing.schemes import choose_scheme
-from tests.tiny_models import make_checkpoint
+from expertd_testing.tiny_models import make_checkpoint
 
 ROOT = Path(__file__).parents[3]
 

@@ -14,6 +14,7 @@ from expertd.packing import packer
 from expertd.packing.journal import Journal
 from expertd.packing.packer import Progress, Request, pack
 from expertd.packing.schemes import SCHEMES, choose_scheme
+from expertd_testing.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
 from expertstore.errors import CheckpointError, PackError
 from expertstore.pack.codec import dequantize, record_parts
 from expertstore.pack.inspect import inspect
@@ -23,7 +24,6 @@ from expertstore.pack.reader import PackReader
 from expertstore.pack.tensor_file import read_header
 from expertstore.pack.verify import verify
 from tests.expert_store.packing.conftest import MakeCheckpoint
-from tests.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
 
 # Relative error of normal weights (see test_quantizer), without the solver.
 ERRORS = {"8bit": 0.0061, "4bit": 0.091, "paper-3bit": 0.197, "paper-2bit": 0.332}

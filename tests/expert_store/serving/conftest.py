@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import Daemon, serving
-from tests.handmade import PAGE, make_pack
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import PAGE, make_pack
 
 RECORD_BYTES = 2 * PAGE
 STALL_SECONDS = 0.5

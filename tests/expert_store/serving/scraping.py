@@ -5,7 +5,7 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.daemon import Daemon
+from expertd_testing.daemon import Daemon
 
 ANY = ("--metrics", "127.0.0.1:0")
 

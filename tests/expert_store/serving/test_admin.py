@@ -13,6 +13,16 @@ from typing import Any
 import pytest
 
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import PAGE, make_pack, record
+from expertd_testing.raw_worker import Caller, RawWorker
+from expertd_testing.watching import (
+    assert_serves,
+    eventually,
+    expertd,
+    num_files,
+    rss_bytes,
+)
 from expertstore.errors import (
     CapacityError,
     ExpertdError,
@@ -23,17 +33,7 @@ from expertstore.errors import (
     UnauthenticatedError,
 )
 from expertstore.socket_directory import how_to_start
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import Caller, RawWorker
-from tests.expert_store.serving.watching import (
-    assert_serves,
-    eventually,
-    expertd,
-    num_files,
-    rss_bytes,
-)
-from tests.handmade import PAGE, make_pack, record
 
 PATIENT_SECONDS = 3.0
 

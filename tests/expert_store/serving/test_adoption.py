@@ -15,12 +15,12 @@ import pytest
 
 from expertd_client import Client, ExpertdError, Session, SessionLostError
 from expertd_client.mapping import Mapping
+from expertd_testing.handmade import PAGE, make_pack, record
+from expertd_testing.supervised import Supervised, supervised
+from expertd_testing.watching import assert_serves, eventually, expertd
 from expertstore.shared.arena_trailer import TRAILER_BYTES
 from expertstore.shared.directory import EPOCH_WORD, HEADER_WORDS, directory_bytes, pack_word
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.watching import assert_serves, eventually, expertd
-from tests.handmade import PAGE, make_pack, record
-from tests.supervised import Supervised, supervised
 
 NUM_EXPERTS = 24
 ALL = 64 * RECORD_BYTES
@@ -338,7 +338,7 @@ def test_two_adoptions_before_the_first_reuse(pack: Path) -> None:
 SLEEPER = """
 import sys
 from expertd_client import Client, SessionLostError
-from tests.handmade import record
+from expertd_testing.handmade import record
 
 session = Client(sys.argv[1], timeout_seconds=10).attach("m")
 lease = session.acquire(0, range(6))
@@ -359,7 +359,7 @@ print("again", flush=True)
 
 @pytest.mark.parametrize("reused", [False, True])
 def test_a_stopped_worker_whose_bytes_were_reused(pack: Path, reused: bool) -> None:
-    from tests.expert_store.serving.watching import python
+    from expertd_testing.watching import python
 
     with supervised({"m": pack}, ram=6 * RECORD_BYTES) as service:
         process = python(SLEEPER, service.socket)

@@ -14,6 +14,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from expertd.serving.allow_list import AllowList
 from expertd.serving.attach import AttachServer
 from expertd.store import Store
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.raw_worker import Caller, RawWorker
+from expertd_testing.watching import assert_serves, eventually, python
 from expertstore.errors import (
     CapacityError,
     IncarnationError,
@@ -26,9 +29,6 @@ from expertstore.errors import (
 from expertstore.shared.greeting import handshake
 from expertstore.shared.handshake import Role, rpc_target
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon, serving
-from tests.expert_store.serving.raw_worker import Caller, RawWorker
-from tests.expert_store.serving.watching import assert_serves, eventually, python
 
 NOBODY = 65534
 FETCH = pb.FetchRequest(experts=[pb.ExpertRef(layer=0, expert=0)], fetch_number=1)

@@ -6,13 +6,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import PAGE, make_pack, record
+from expertd_testing.raw_worker import RawWorker
+from expertd_testing.watching import eventually
 from expertstore.errors import RecordLostError
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import RawWorker
-from tests.expert_store.serving.watching import eventually
-from tests.handmade import PAGE, make_pack, record
 
 FILE = "experts-00000.safetensors"
 

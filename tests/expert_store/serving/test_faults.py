@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from expertd_testing.daemon import Daemon
+from expertd_testing.handmade import record
+from expertd_testing.raw_worker import Caller, RawWorker
+from expertd_testing.watching import assert_serves, eventually, python
 from expertstore.errors import DeadlineError, UnauthenticatedError
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon
 from tests.expert_store.serving.conftest import RECORD_BYTES, STALL_SECONDS
-from tests.expert_store.serving.raw_worker import Caller, RawWorker
-from tests.expert_store.serving.watching import assert_serves, eventually, python
-from tests.handmade import record
 
 # Fetches as many of layer 0 as it is told and holds them; the client's own behaviour.
 HOLDING = """

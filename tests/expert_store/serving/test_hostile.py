@@ -12,6 +12,16 @@ import grpc
 import msgspec
 import pytest
 
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import record
+from expertd_testing.raw_worker import Caller, RawWorker
+from expertd_testing.watching import (
+    assert_serves,
+    cpu_seconds,
+    eventually,
+    num_files,
+    rss_bytes,
+)
 from expertstore.errors import ExpertdError, InvalidInputError, NotFoundError, PreconditionError
 from expertstore.shared.greeting import handshake
 from expertstore.shared.handshake import (
@@ -23,17 +33,7 @@ from expertstore.shared.handshake import (
     encode_hint,
 )
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import Caller, RawWorker
-from tests.expert_store.serving.watching import (
-    assert_serves,
-    cpu_seconds,
-    eventually,
-    num_files,
-    rss_bytes,
-)
-from tests.handmade import record
 
 PAGE_WORDS = {"epoch": 2, "released_fetch": 3, "num_touches": 4, "num_misses": 5}
 

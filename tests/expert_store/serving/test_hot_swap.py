@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from expertd_client import Client
-from tests.daemon import serving
-from tests.expert_store.serving.watching import assert_serves, eventually, python
-from tests.handmade import PAGE, make_pack
-from tests.patience import HANG_SECONDS
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import PAGE, make_pack
+from expertd_testing.patience import HANG_SECONDS
+from expertd_testing.watching import assert_serves, eventually, python
 
 RECORD_BYTES = {"old": 2 * PAGE, "new": 3 * PAGE}
 SEEDS = {"old": 0, "new": 1}
@@ -25,7 +25,7 @@ WORKER = """
 import random, sys, time
 from pathlib import Path
 from expertd_client import Client, ExpertdError
-from tests.handmade import record
+from expertd_testing.handmade import record
 
 directory, model, record_bytes, seed, seconds, number = sys.argv[1:]
 sizes = int(record_bytes), int(seed)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.raw_worker import Caller
+from expertd_testing.watching import eventually, expertd
 from expertstore.errors import NotFoundError
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import Caller
 from tests.expert_store.serving.scraping import ANY, scrape, values
-from tests.expert_store.serving.watching import eventually, expertd
 from tests.promtool import check, needs_promtool
 
 

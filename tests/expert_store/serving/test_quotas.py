@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from expertd_client import Client
+from expertd_testing.daemon import serving
+from expertd_testing.handmade import record
 from expertstore.errors import CapacityError
-from tests.daemon import serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.handmade import record
 
 
 def test_waves_adapt_to_the_quota(pack: Path, tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from expertd.residency import make_policy
 from expertd.traces.replay import read_trace, replay
 from expertd.traces.trace import Phase, Row, TraceReader
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.raw_worker import RawWorker
+from expertd_testing.watching import eventually, expertd
 from expertstore.errors import PreconditionError
 from expertstore.shared.session_page import RING_ENTRIES
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import RawWorker
-from tests.expert_store.serving.watching import eventually, expertd
-from tests.handmade import make_pack
 
 ARRIVAL_SECONDS = 0.5
 """From the daemon to the file: milliseconds."""

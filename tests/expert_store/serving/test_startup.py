@@ -16,15 +16,15 @@ import pytest
 
 from bench.memory_limit import MemoryLimit, NoLimitError
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.patience import HANG_SECONDS
+from expertd_testing.raw_worker import Caller, RawWorker
+from expertd_testing.watching import assert_serves, cpu_seconds, eventually, expertd
 from expertstore.errors import DeadlineError, ExpertdError, UnavailableError
 from expertstore.shared.handshake import ATTACH_SOCKET
 from expertstore.v1 import expert_store_pb2 as pb
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import Caller, RawWorker
-from tests.expert_store.serving.watching import assert_serves, cpu_seconds, eventually, expertd
-from tests.handmade import make_pack
-from tests.patience import HANG_SECONDS
 
 
 def sockets(directory: Path) -> list[str]:

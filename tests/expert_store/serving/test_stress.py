@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import serving
+from expertd_testing.daemon import serving
+from expertd_testing.raw_worker import Caller
+from expertd_testing.watching import assert_serves, eventually, python
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.raw_worker import Caller
-from tests.expert_store.serving.watching import assert_serves, eventually, python
 
 SECONDS = 3.5
 NUM_WORKERS = 4
@@ -19,7 +19,7 @@ WORKER = """
 import random, sys, time
 from pathlib import Path
 from expertd_client import Client, SessionLostError
-from tests.handmade import record
+from expertd_testing.handmade import record
 
 records = {(l, e): record(l, e) for l in range(3) for e in range(8)}
 chance = random.Random(sys.argv[3])

@@ -15,10 +15,10 @@ import pytest
 from expertd.serving.attach import adopt_listener, listen
 from expertd_client import Client
 from expertd_testing.standin_systemd import StandInSystemd
+from expertd_testing.supervised import supervised
+from expertd_testing.watching import assert_serves, eventually
 from expertstore.errors import ConfigError
 from expertstore.shared.handshake import ATTACH_SOCKET
-from tests.expert_store.serving.watching import assert_serves, eventually
-from tests.supervised import supervised
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack, record
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
 from tests.certificates import Authority, Files, tcp_settings
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.scraping import ANY, scrape, values
-from tests.handmade import make_pack, record
 
 CALL_SECONDS = 10.0
 EXPERTS = [pb.ExpertRef(layer=layer, expert=expert) for layer in range(3) for expert in range(8)]

@@ -21,11 +21,11 @@ import pytest
 
 from expertd.residency.heat_map import HeatMap
 from expertd_client import Client
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.handmade import make_pack
+from expertd_testing.watching import expertd
 from expertstore.errors import NotFoundError
-from tests.daemon import Daemon, serving
 from tests.expert_store.serving.conftest import RECORD_BYTES
-from tests.expert_store.serving.watching import expertd
-from tests.handmade import make_pack
 
 ALTERNATE, BACK = "\x1b[?1049h", "\x1b[?1049l"
 

@@ -7,9 +7,9 @@ import pytest
 from expertd.settings.config import ServeConfig, load_config
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import Limits, ModelConfig, pinned_entries
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import ConfigError
 from expertstore.pack.manifest import read_manifest
-from tests.handmade import PAGE, make_pack
 
 
 def _load(tmp_path: Path, models: str) -> ServeConfig:

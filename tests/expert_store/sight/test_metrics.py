@@ -16,11 +16,11 @@ from expertd.settings.disk_io import DiskIo
 from expertd.sight.metrics import StoreMetrics
 from expertd.sight.metrics_server import Families
 from expertd.store import Store
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import RecordLostError
 from expertstore.status import CODE_NAMES
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.expert_store.in_memory import Worker, disk, storing, until
-from tests.handmade import PAGE, make_pack
 from tests.promtool import check, needs_promtool
 
 RECORD = 2 * PAGE

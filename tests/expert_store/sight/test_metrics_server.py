@@ -16,8 +16,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from expertd.settings.loopback import LoopbackAddress
 from expertd.sight import metrics_server
 from expertd.sight.metrics_server import MAX_CONNECTIONS, Exposition, MetricsServer
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import ConfigError
-from tests.patience import HANG_SECONDS
 
 ANY = LoopbackAddress("127.0.0.1", 0)
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from expertd_testing.handmade import PAGE, make_pack
 from expertstore.pack.tensor_file import build_header
-from tests.handmade import PAGE, make_pack
 
 LAYERS, EXPERTS, RECORD_BYTES = 2, 4, 2 * PAGE
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from expertd_testing.handmade import PAGE, record
 from expertstore.errors import NotFoundError, PackError, RecordLostError
 from expertstore.pack.reader import PackReader
 from tests.expertstore.pack.conftest import EXPERTS, LAYERS, RECORD_BYTES
-from tests.handmade import PAGE, record
 
 FILE = "experts-00000.safetensors"
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from expertd_testing.handmade import PAGE
 from expertstore.errors import PackError
 from expertstore.pack.verify import Damage, verify
 from tests.expertstore.pack.conftest import EXPERTS, LAYERS, RECORD_BYTES
-from tests.handmade import PAGE
 
 FILE = "experts-00000.safetensors"
 EXPERT_BYTES = LAYERS * EXPERTS * RECORD_BYTES

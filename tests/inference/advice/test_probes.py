@@ -10,9 +10,9 @@ import pytest
 from expertd_inference.advice import probes
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
+from expertd_testing.handmade import make_pack
 from expertstore.errors import InvalidInputError, PackError
 from expertstore.native import Loaded
-from tests.handmade import make_pack
 
 SMALL = 1 << 20
 native = pytest.mark.skipif(native_library().library is None, reason="no native kernels here")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemon import Daemon, serving
+from expertd_testing.daemon import Daemon, serving
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]

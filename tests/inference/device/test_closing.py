@@ -13,9 +13,9 @@ from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.device import group
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
+from expertd_testing.daemon import Daemon, serving
 from expertd_testing.fake_device import FakeDevice
 from expertstore.errors import PreconditionError
-from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]
 interpreted = pytest.mark.skipif(

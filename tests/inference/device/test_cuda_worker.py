@@ -26,8 +26,8 @@ from expertd_inference import Worker
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DeviceSettings, OnMiss
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import serving
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,9 +12,9 @@ from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
+from expertd_testing.daemon import Daemon, serving
 from expertd_testing.fake_device import FakeDevice
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]
 interpreted = pytest.mark.skipif(

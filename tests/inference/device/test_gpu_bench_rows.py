@@ -19,8 +19,8 @@ from bench.gpu_routing import Routing, swept
 from bench.gpu_ways import LONG, MIDDLE, NO_SPECULATION, SEGMENTS, WAYS, WHOLE
 from expertd_client import Client
 from expertd_inference.device.device import Device
+from expertd_testing.daemon import serving
 from expertd_testing.fake_device import FakeDevice
-from tests.daemon import serving
 
 Make = Callable[..., Any]
 RATES = Rates(link=50e9, memory=4e12, eager_launch=4e-6, recorded_launch=2e-6)

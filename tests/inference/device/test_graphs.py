@@ -23,11 +23,11 @@ from expertd_inference.experts.recovery import Recovery
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_testing.fake_device import FakeDevice
 from expertd_testing.fake_recorder import FakeRecorder
+from expertd_testing.tiny_models import CONFIGS
 from expertstore.errors import ExpertdError
 from expertstore.shared.directory import pack_word
 from tests.inference.greedy import prompt_of
 from tests.inference.pack_source import PackSource
-from tests.tiny_models import CONFIGS
 
 Make = Callable[..., Any]
 interpreted = pytest.mark.skipif(

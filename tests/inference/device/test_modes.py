@@ -15,9 +15,9 @@ from expertd_inference.device.graphs import room_for
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
+from expertd_testing.daemon import Daemon, serving
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import Daemon, serving
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.skipif(

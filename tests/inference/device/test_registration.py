@@ -15,10 +15,10 @@ from expertd_inference.device.registration import (
     explain_refusal,
     is_writable,
 )
+from expertd_testing.daemon import serving
 from expertd_testing.fake_cudart import INVALID_VALUE, LOST, FakeCudart
+from expertd_testing.handmade import make_pack
 from expertstore.errors import DeviceLostError
-from tests.daemon import serving
-from tests.handmade import make_pack
 
 PAGE = mmap.PAGESIZE
 

@@ -16,11 +16,11 @@ from expertd_inference import worker as worker_module
 from expertd_inference.device import group
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
+from expertd_testing.daemon import Daemon, serving
 from expertd_testing.fake_device import FakeDevice
+from expertd_testing.watching import eventually
 from expertstore.errors import DeviceLostError, InvalidInputError, PackError
 from expertstore.sizes import parse_bytes, size_to_give
-from tests.daemon import Daemon, serving
-from tests.expert_store.serving.watching import eventually
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]

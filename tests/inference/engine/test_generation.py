@@ -20,10 +20,10 @@ from expertd_inference.engine.generation import encode_prompt
 from expertd_inference.engine.streaming import TokenStreamer
 from expertd_inference.process import memory
 from expertd_inference.process.attachment import attach
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.tiny_models import byte_tokenizer, make_model
 from expertstore.errors import InvalidInputError, NotFoundError, PackError, PreconditionError
-from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
-from tests.tiny_models import byte_tokenizer, make_model
 
 Make = Callable[..., Any]
 

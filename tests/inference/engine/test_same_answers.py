@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from expertd_inference import load_model
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
+from expertd_testing.daemon import serving
 from expertstore.pack.codec import dequantize, record_parts
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import serving
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.worker_process import WorkerProcess
 

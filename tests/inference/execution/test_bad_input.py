@@ -12,8 +12,8 @@ from torch import Tensor
 from expertd_inference import EmbeddedDaemon, load_model
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.settings import DeviceSettings
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import serving
 
 Make = Callable[..., Any]
 

@@ -28,13 +28,13 @@ from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.kv import growing as kv_cache
 from expertd_inference.model.loading import load_trunk
+from expertd_testing.daemon import serving
+from expertd_testing.patience import HANG_SECONDS
+from expertd_testing.tiny_models import make_checkpoint
 from expertstore.errors import PreconditionError
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import serving
 from tests.inference.greedy import prompt_of
 from tests.inference.pack_source import PackSource
-from tests.patience import HANG_SECONDS
-from tests.tiny_models import make_checkpoint
 
 Make = Callable[..., Any]
 

@@ -23,10 +23,10 @@ from expertd.packing.schemes import SCHEMES
 from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.execution.decoding import _HOOKS, Decoding, has_own_steps, is_repeatable
 from expertd_inference.process.attachment import attach
+from expertd_testing.daemon import serving
+from expertd_testing.tiny_models import byte_tokenizer, make_checkpoint
 from expertstore.errors import PreconditionError
-from tests.daemon import serving
 from tests.inference.greedy import greedy, prompt_of
-from tests.tiny_models import byte_tokenizer, make_checkpoint
 
 Make = Callable[..., Any]
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 import expertd_inference.experts.cpu as experts_module
 from expertd_inference import load_model
 from expertd_inference.settings import DeviceSettings
+from expertd_testing.daemon import serving
 from expertstore.pack.manifest import Manifest, read_manifest
-from tests.daemon import serving
 
 Make = Callable[..., Any]
 EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"

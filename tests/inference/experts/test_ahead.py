@@ -14,9 +14,9 @@ from expertd_inference import load_model
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.hints import HintStats, Pair
 from expertd_inference.settings import DeviceSettings
+from expertd_testing.daemon import serving
 from expertstore.errors import UnavailableError
 from expertstore.pack.manifest import read_manifest
-from tests.daemon import serving
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]

@@ -12,10 +12,10 @@ from expertd_inference.experts import cpu as experts_module
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import MAX_FUTILE_RECOVERIES, Recovery
 from expertd_inference.model.loading import load_trunk
+from expertd_testing.tiny_models import CONFIGS
 from expertstore.errors import ExpertdError, IncarnationError, SessionLostError, UnavailableError
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.pack_source import PackSource
-from tests.tiny_models import CONFIGS
 
 Make = Callable[..., Any]
 

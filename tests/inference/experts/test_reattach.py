@@ -15,15 +15,15 @@ from expertd_inference.kernels.cpu import reference
 from expertd_inference.kernels.cpu.choice import ReferenceKernels
 from expertd_inference.process.attachment import attach
 from expertd_inference.worker import Worker
+from expertd_testing.daemon import Daemon, serving
+from expertd_testing.patience import HANG_SECONDS
+from expertd_testing.supervised import supervised
+from expertd_testing.watching import eventually
 from expertstore.errors import UnavailableError
 from expertstore.pack.manifest import read_manifest
 from tests.client.observing import num_arenas
-from tests.daemon import Daemon, serving
-from tests.expert_store.serving.watching import eventually
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.worker_process import WorkerProcess
-from tests.patience import HANG_SECONDS
-from tests.supervised import supervised
 
 Make = Callable[..., Any]
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
 from expertd_inference.experts.routers import find_routers
-from tests.tiny_models import CONFIGS, make_model
+from expertd_testing.tiny_models import CONFIGS, make_model
 
 EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"
 

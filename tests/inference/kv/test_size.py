@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
-from tests.tiny_models import CONFIGS, make_model
+from expertd_testing.tiny_models import CONFIGS, make_model
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))

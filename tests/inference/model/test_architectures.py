@@ -17,11 +17,11 @@ from expertd.packing.schemes import choose_scheme
 from expertd_inference.kernels.cpu.choice import ReferenceKernels
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_testing.tiny_models import CONFIGS, make_checkpoint, randomize, save_model
 from expertstore.pack.manifest import Encoding, read_manifest
 from tests.architectures.parity import fill, load, logits
 from tests.architectures.tiny_configs import tiny_config
 from tests.inference.greedy import greedy, prompt_of
-from tests.tiny_models import CONFIGS, make_checkpoint, randomize, save_model
 
 Make = Callable[..., Any]
 SCHEMES = ["8bit", "4bit-fast", "paper-3bit", "paper-2bit"]

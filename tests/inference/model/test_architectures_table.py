@@ -4,10 +4,10 @@ from pathlib import Path
 
 import transformers
 
+from expertd_testing.tiny_models import CONFIGS
 from tests.architectures.sweep import SCHEMES, try_architecture
 from tests.architectures.table import PAGE, read_results, render
 from tests.architectures.tiny_configs import architectures
-from tests.tiny_models import CONFIGS
 
 
 def test_the_page_is_the_results() -> None:

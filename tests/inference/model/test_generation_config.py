@@ -14,8 +14,8 @@ from expertd_inference import GenerationSettings, Worker, generate
 from expertd_inference.model import generation_config as fields_of
 from expertd_inference.model.generation_config import read_generation_config
 from expertd_inference.process.attachment import attach
+from expertd_testing.daemon import serving
 from expertstore.errors import InvalidInputError, PackError
-from tests.daemon import serving
 
 Make = Callable[..., Any]
 

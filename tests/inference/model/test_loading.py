@@ -21,12 +21,12 @@ from expertd_inference import load_model
 from expertd_inference.kernels.cpu.reference import linear
 from expertd_inference.model.loading import load_trunk
 from expertd_inference.model.quantizer import match_experts
+from expertd_testing.daemon import serving
+from expertd_testing.tiny_models import CONFIGS, make_checkpoint
 from expertstore.errors import PackError
 from expertstore.pack.codec import dequantize
 from expertstore.pack.manifest import Manifest, read_manifest
-from tests.daemon import serving
 from tests.inference.greedy import greedy, prompt_of
-from tests.tiny_models import CONFIGS, make_checkpoint
 
 Make = Callable[..., Any]
 

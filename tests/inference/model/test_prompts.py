@@ -12,8 +12,8 @@ from torch import nn
 from transformers import MixtralConfig
 
 from expertd_inference.model.prompts import encode, load_tokenizer
+from expertd_testing.tiny_models import VOCAB, byte_tokenizer
 from expertstore.errors import InvalidInputError, PackError
-from tests.tiny_models import VOCAB, byte_tokenizer
 
 
 def model_of(rows: int = VOCAB) -> Any:

@@ -8,8 +8,8 @@ import torch
 from bench import synthetic
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
+from expertd_testing.daemon import serving
 from expertstore.pack.reader import PackReader
-from tests.daemon import serving
 
 NUM_EXPERTS = ("num_experts", "num_local_experts")
 

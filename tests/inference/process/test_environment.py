@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from expertd_inference.process.environment import UNUSED_ON_CPU, UNUSED_PACKAGES, garbage_kept
-from tests.daemon import serving
+from expertd_testing.daemon import serving
 
 Make = Callable[..., Any]
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tests.daemon import serving
-from tests.patience import HANG_SECONDS
+from expertd_testing.daemon import serving
+from expertd_testing.patience import HANG_SECONDS
 
 Make = Callable[..., Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.daemon import serving
+from expertd_testing.daemon import serving
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]

@@ -16,10 +16,10 @@ from expertd_client.mapping import Mapping
 from expertd_inference import load_model
 from expertd_inference.process.attachment import attach
 from expertd_inference.worker import Worker
+from expertd_testing.daemon import Daemon, serving
 from expertstore.errors import PackError
 from expertstore.pack.manifest import read_manifest
 from tests.certificates import Authority, tcp_settings
-from tests.daemon import Daemon, serving
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]

@@ -9,11 +9,11 @@ import pytest
 from expertd.packing.schemes import parse_precision
 from expertd_inference.kernels.cpu.choice import cpu_kernels
 from expertd_inference.kernels.cpu.library import native_library
+from expertd_testing.handmade import make_pack
 from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.native import SWITCH
 from expertstore.pack.layout import record_layout
 from expertstore.pack.manifest import Manifest, read_manifest
-from tests.handmade import make_pack
 
 needs_library = pytest.mark.skipif(native_library().library is None, reason="no native kernels")
 

@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.daemon import Daemon
-from tests.expert_store.serving.raw_worker import RawWorker
-from tests.expert_store.serving.watching import rss_bytes
-from tests.handmade import PAGE, record
+from expertd_testing.daemon import Daemon
+from expertd_testing.handmade import PAGE, record
+from expertd_testing.raw_worker import RawWorker
+from expertd_testing.watching import rss_bytes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORD_BYTES = 2 * PAGE
 _SECONDS = 30.0
 
 
 def fetch_seconds(worker: RawWorker, seconds: float) -> list[float]:
     """How long each fetch took, for that long; every record is looked at."""
-    found = []
+    found: list[float] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         index = len(found)
@@ -68,7 +68,7 @@ def measure(name: str, daemon: Daemon, before_seconds: float, seconds: float) ->
 def attacked(name: str, socket: Path, said: dict[str, int]) -> Iterator[None]:
     """While the block runs, that attack goes on; ``said`` is filled with what came of it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.hostile.attacks", name, str(socket)],
+        [sys.executable, "-m", "expertd_testing.attacks", name, str(socket)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """What a hostile process of an allowed user may do to the daemon, each until it is told to end.
 
-``python -m tests.hostile.attacks NAME SOCKET``: says "attacking" once it is under way, and at the
+``python -m expertd_testing.attacks NAME SOCKET``: says "attacking" once it is under way, and at the
 end, when its input closes, how often it got what it wanted and how often it was refused.
 """
 
@@ -11,18 +11,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 
+from expertd_testing.raw_worker import RawWorker
 from expertstore.errors import ExpertdError
 from expertstore.shared.greeting import Greeting, handshake
 from expertstore.shared.handshake import ATTACH_SOCKET, Role, rpc_target
 from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as rpc
-from tests.expert_store.serving.raw_worker import RawWorker
 
 CALL_SECONDS = 10.0
 MILLION = 1_000_000
@@ -142,7 +143,7 @@ def watchers(attack: Attack) -> None:
     with channel:
         streams = [stub.WatchStats(pb.WatchStatsRequest(interval_seconds=0.05)) for _ in range(100)]
 
-        def read(stream: "grpc.CallIterator[pb.WatchStatsResponse]") -> None:
+        def read(stream: Iterable[pb.WatchStatsResponse]) -> None:
             with suppress(grpc.RpcError):
                 for _ in stream:
                     attack.said["stats"] += 1
@@ -241,7 +242,7 @@ def _flood(attack: Attack, request: bytes) -> None:
     with RawWorker(attack.directory) as worker:
         channel = grpc.insecure_channel(rpc_target(attack.directory))
         with channel:
-            prefetch = channel.unary_unary("/expertstore.v1.ExpertStore/Prefetch")
+            prefetch: Any = channel.unary_unary("/expertstore.v1.ExpertStore/Prefetch")
             attack.begin()
             while not attack.over.is_set():
                 calls = [

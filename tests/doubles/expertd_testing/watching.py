@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from expertd_client import Client
-from tests.handmade import record
-from tests.patience import HANG_SECONDS
+from expertd_testing.handmade import record
+from expertd_testing.patience import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 
