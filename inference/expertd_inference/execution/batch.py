@@ -1,0 +1,60 @@
+"""The rows of one step: plain values that a scheduler plans and an executor computes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Wanted(Enum):
+    """Which rows of a span want logits."""
+
+    NONE = "none"
+    LAST = "last"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive rows of one sequence.
+
+    ``sequence`` is its id, unique while the engine lives; ``tokens`` are the rows' own;
+    ``position`` is that of the first row, so the keys and values of so many tokens are in the
+    sequence's blocks already. ``blocks`` is its table of KV blocks, with room for ``position`` and
+    these rows; ``state`` its slot of recurrent states, None where the model has no such layers.
+    """
+
+    sequence: int
+    tokens: Sequence[int]
+    position: int
+    blocks: Sequence[int]
+    state: int | None
+    wanted: Wanted
+
+    @property
+    def num_rows(self) -> int:
+        """One for each token."""
+        return len(self.tokens)
+
+    @property
+    def num_wanted(self) -> int:
+        """How many of the rows want logits."""
+        if self.wanted is Wanted.NONE:
+            return 0
+        return 1 if self.wanted is Wanted.LAST else len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The spans of one step, one or none of each sequence."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Of all spans."""
+        return sum(span.num_rows for span in self.spans)
+
+    @property
+    def num_wanted(self) -> int:
+        """The rows of logits that an executor gives, in order of the spans."""
+        return sum(span.num_wanted for span in self.spans)
