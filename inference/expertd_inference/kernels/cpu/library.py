@@ -24,10 +24,12 @@ from expertstore.pack.layout import (
 )
 
 PATH = Path(__file__).parents[1] / "native" / "libexpertd_kernels.so"
-ABI = 3
+ABI = 4
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 
+EXACT, EIGHT_BIT_ACTIVATIONS = 1, 2
+"""Flags of calls, as kernels.h has them."""
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Types of activations by number; plain weights have the same ones as formats."""
 _PLAIN = {"BF16": 0, "F16": 1, "F32": 2}
@@ -85,6 +87,7 @@ class ExpertsCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("slots", "out")),
         *((name, ctypes.c_int64) for name in ("num_experts", "tokens", "k")),
         *((name, ctypes.c_int32) for name in ("type", "weights_type", "slots_type", "threads")),
+        *((name, ctypes.c_int32) for name in ("flags", "padding")),
     )
 
 
@@ -94,8 +97,7 @@ class LinearCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("matrix", "x", "out")),
         ("tokens", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("type", "threads", "flags", "padding")),
     )
 
 

@@ -21,6 +21,8 @@ from torch.nn import functional
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu import reference
 from expertd_inference.kernels.cpu.library import (
+    EIGHT_BIT_ACTIVATIONS,
+    EXACT,
     TYPES,
     ExpertsCall,
     LinearCall,
@@ -50,12 +52,19 @@ class NativeKernels:
 
     name = "native"
 
-    def __init__(self) -> None:
-        """Raises PreconditionError if the library is not there."""
+    def __init__(self, *, activations: int = 16, exact: bool = False) -> None:
+        """Raises PreconditionError if the library is not there.
+
+        ``activations`` is how many bits rows of several have that meet quantized weights, 16 or 8;
+        with ``exact`` the bits of a result do not depend on the number of rows, even if it is 1.
+        """
+        if activations not in (8, 16):
+            raise ValueError(f"activations have 8 or 16 bits, not {activations}")
         loaded = native_library()
         if loaded.library is None:
             raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
         self._library: Any = loaded.library
+        self._flags = exact * EXACT | (activations == 8) * EIGHT_BIT_ACTIVATIONS
         # By id: a spec's hash is that of all its parts. The spec is kept, so its id stays its.
         self._layers: dict[int, tuple[ExpertsSpec, NativeLayer | None]] = {}
         self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
@@ -97,7 +106,9 @@ class NativeKernels:
             call = memo.get("call")
             if call is None:
                 layer = self._layer(spec)
-                call = memo["call"] = TokenCall(layer, hidden, top_k_index, top_k_weights)
+                call = memo["call"] = TokenCall(
+                    layer, hidden, top_k_index, top_k_weights, self._flags
+                )
             if len(experts) == call.k:
                 call.fill(experts, records, arena.address)
                 check_memory(self._library.expertd_experts(call.address))
@@ -136,6 +147,7 @@ class NativeKernels:
             num_rows,
             kind,
             torch.get_num_threads(),
+            self._flags,
         )
         check_memory(self._library.expertd_linear(ctypes.addressof(call)))
         return out
@@ -193,6 +205,7 @@ class NativeKernels:
             *top_k_index.shape,
             *types,
             torch.get_num_threads(),
+            self._flags,
         )
         check_memory(self._library.expertd_experts(ctypes.addressof(call)))
         return True
@@ -289,6 +302,7 @@ class TokenCall:
         hidden: Tensor,  # [1, H]
         top_k_index: Tensor,  # [1, k]
         top_k_weights: Tensor,  # [1, k]
+        flags: int,
     ) -> None:
         """The tensors are kept, and read at every call."""
         self._kept = hidden, top_k_index, top_k_weights
@@ -317,6 +331,7 @@ class TokenCall:
             *(tensor.data_ptr() for tensor in (*self._kept, slots, self.out)),
             *(k, 1, k),
             *types,
+            *(0, flags),
         )
         self.address = ctypes.addressof(self._call)
 

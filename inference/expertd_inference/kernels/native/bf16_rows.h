@@ -51,8 +51,8 @@ Row row_of(const Matrix& m, const uint8_t* prepared) {
     return {columns, sums, sums + round_up(num_groups(m), 16)};
 }
 
-int64_t prepared_bytes(const Matrix& m) {
-    const int64_t others = generic::prepared_bytes(m);
+int64_t prepared_bytes(const Matrix& m, Form form) {
+    const int64_t others = generic::prepared_bytes(m, form);
     return is_fixed(m.format) ? std::max(others, fixed_bytes(m)) : others;
 }
 
@@ -74,8 +74,8 @@ void prepare_columns(const float* row, int64_t count, int32_t format, uint8_t* o
     }
 }
 
-void prepare(const Matrix& m, const float* row, int32_t type, uint8_t* prepared) {
-    if (!is_fast(m, type)) return generic::prepare(m, row, type, prepared);
+void prepare(const Matrix& m, const float* row, int32_t type, Form form, uint8_t* prepared) {
+    if (!is_fast(m, type)) return generic::prepare(m, row, type, form, prepared);
     if (m.format == BF16) {
         auto* out = reinterpret_cast<uint16_t*>(prepared);
         const int64_t padded = round_up(m.columns, 32);

@@ -25,8 +25,8 @@ struct Group {
 class ExpertsJob final : public Job {
   public:
     explicit ExpertsJob(const ExpertsCall& call)
-        : call(call), layer(*call.layer), impl(variant()), hidden_size(layer.down.rows),
-          inner(layer.down.columns) {
+        : call(call), layer(*call.layer), impl(variant()), form(form_of(call.tokens, call.flags)),
+          hidden_size(layer.down.rows), inner(layer.down.columns) {
         collect();
         const auto num_groups = static_cast<int64_t>(groups.size());
         gate_up_tasks = Chunks(layer.gate_up, num_groups, call.threads);
@@ -36,8 +36,8 @@ class ExpertsJob final : public Job {
         activate_end = gate_up_end + static_cast<int64_t>(pairs.size());
         down_end = activate_end + num_groups * down_tasks.count;
         sum_end = down_end + (call.out ? call.tokens : 0);
-        hidden_bytes = impl.prepared_bytes(layer.gate_up);
-        inner_bytes = impl.prepared_bytes(layer.down);
+        hidden_bytes = impl.prepared_bytes(layer.gate_up, form);
+        inner_bytes = impl.prepared_bytes(layer.down, form);
     }
 
     int64_t num_tasks() const { return sum_end; }
@@ -120,13 +120,13 @@ class ExpertsJob final : public Job {
         const int64_t bytes = hidden_size * size_of(call.type);
         impl.widen(static_cast<const uint8_t*>(call.hidden) + token * bytes, call.type,
                    hidden_size, row.data());
-        impl.prepare(layer.gate_up, row.data(), call.type, hidden + token * hidden_bytes);
+        impl.prepare(layer.gate_up, row.data(), call.type, form, hidden + token * hidden_bytes);
     }
 
     void run_gate_up(int64_t task) const {
         const Group& group = groups[task / gate_up_tasks.count];
         const auto [first, last] = gate_up_tasks.range(task % gate_up_tasks.count);
-        multiply_in_blocks(impl, layer.gate_up, group.record, first, last, group.count, call.type,
+        multiply_in_blocks(impl, layer.gate_up, group.record, first, last, group.count, call.type, form,
                            [&](int64_t i) { return prepared_hidden(pairs[group.first + i].token); },
                            [&](int64_t i) { return gate_up_of(group.first + i); });
     }
@@ -136,13 +136,13 @@ class ExpertsJob final : public Job {
         float* values = gate_up_of(pair);
         finish(impl, layer.gate_up, record, 0, 2 * inner, call.type, values);
         impl.activate(layer.activation, values, values + inner, inner, call.type, values);
-        impl.prepare(layer.down, values, call.type, prepared_inner(pair));
+        impl.prepare(layer.down, values, call.type, form, prepared_inner(pair));
     }
 
     void run_down(int64_t task) const {
         const Group& group = groups[task / down_tasks.count];
         const auto [first, last] = down_tasks.range(task % down_tasks.count);
-        multiply_in_blocks(impl, layer.down, group.record, first, last, group.count, call.type,
+        multiply_in_blocks(impl, layer.down, group.record, first, last, group.count, call.type, form,
                            [&](int64_t i) { return prepared_inner(group.first + i); },
                            [&](int64_t i) { return down_of(group.first + i); });
         const int64_t units = num_units(layer.down);
@@ -187,6 +187,7 @@ class ExpertsJob final : public Job {
     const ExpertsCall& call;
     const Layer& layer;
     const Variant& impl;
+    const Form form;
     const int64_t hidden_size, inner;
     std::vector<Pair> pairs;
     std::vector<Group> groups;

@@ -100,14 +100,14 @@ inline void decode(const Matrix& m, const uint8_t* base, int64_t unit, int64_t k
     }
 }
 
-inline int64_t prepared_bytes(const Matrix& m) {
+inline int64_t prepared_bytes(const Matrix& m, Form) {
     return round_up(m.columns, BLOCK) * static_cast<int64_t>(sizeof(float));
 }
 
-inline void prepare(const Matrix& m, const float* row, int32_t, uint8_t* prepared) {
+inline void prepare(const Matrix& m, const float* row, int32_t, Form form, uint8_t* prepared) {
     auto* out = reinterpret_cast<float*>(prepared);
     memcpy(out, row, m.columns * sizeof(float));
-    memset(out + m.columns, 0, prepared_bytes(m) - m.columns * sizeof(float));
+    memset(out + m.columns, 0, prepared_bytes(m, form) - m.columns * sizeof(float));
 }
 
 inline float sum_lanes(const float* lanes) {
@@ -119,7 +119,7 @@ inline float sum_lanes(const float* lanes) {
 }
 
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
-              const uint8_t* const* prepared, float* const* results, int64_t num_rows, int32_t) {
+              const uint8_t* const* prepared, float* const* results, int64_t num_rows, int32_t, Form) {
     constexpr int64_t ROWS = 16; // of activations, which share one decoding
     for (int64_t unit = first; unit < last; ++unit)
         for (int64_t k = 0; k < rows_per_unit(m.format); ++k)

@@ -6,10 +6,19 @@
 #define EXPERTD_API extern "C" __attribute__((visibility("default")))
 
 // Changes with any structure or function here; kernels/cpu/library.py has the same number.
-#define EXPERTD_ABI 3
+#define EXPERTD_ABI 4
 
 // How values are stored; the first three are also the types of activations.
 enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4 };
+
+// How a call computes, in its `flags`.
+enum Flag : int32_t {
+    // The bits of a row do not depend on the number of rows. Without it one row of activations by
+    // itself may differ from what it gives among others; two rows and more never do.
+    EXACT = 1,
+    // Activations of quantized matrices are rounded to 8 bits per group, instead of 16.
+    EIGHT_BIT_ACTIVATIONS = 2,
+};
 
 enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS };
 
@@ -49,6 +58,7 @@ struct ExpertsCall {
     void* out;                 // [tokens, H], or null: the sum over slots as well
     int64_t num_experts, tokens, k;
     int32_t type, weights_type, slots_type, threads;
+    int32_t flags, padding;
 };
 
 struct LinearCall {
@@ -57,4 +67,5 @@ struct LinearCall {
     void* out;     // [tokens, rows]
     int64_t tokens;
     int32_t type, threads;
+    int32_t flags, padding;
 };

@@ -11,8 +11,8 @@ namespace {
 class LinearJob final : public Job {
   public:
     explicit LinearJob(const LinearCall& call)
-        : call(call), matrix(*call.matrix), impl(variant()), chunks(matrix, 1, call.threads),
-          row_bytes(impl.prepared_bytes(matrix)) {}
+        : call(call), matrix(*call.matrix), impl(variant()), form(form_of(call.tokens, call.flags)),
+          chunks(matrix, 1, call.threads), row_bytes(impl.prepared_bytes(matrix, form)) {}
 
     int64_t num_tasks() const { return call.tokens + chunks.count; }
 
@@ -42,12 +42,12 @@ class LinearJob final : public Job {
         const int64_t bytes = matrix.columns * size_of(call.type);
         impl.widen(static_cast<const uint8_t*>(call.x) + token * bytes, call.type, matrix.columns,
                    row.data());
-        impl.prepare(matrix, row.data(), call.type, prepared + token * row_bytes);
+        impl.prepare(matrix, row.data(), call.type, form, prepared + token * row_bytes);
     }
 
     void multiply(int64_t task) const {
         const auto [first, last] = chunks.range(task);
-        multiply_in_blocks(impl, matrix, nullptr, first, last, call.tokens, call.type,
+        multiply_in_blocks(impl, matrix, nullptr, first, last, call.tokens, call.type, form,
                            [&](int64_t i) { return prepared + i * row_bytes; },
                            [&](int64_t i) { return result(i); });
         for (int64_t token = 0; token < call.tokens; ++token)
@@ -57,6 +57,7 @@ class LinearJob final : public Job {
     const LinearCall& call;
     const Matrix& matrix;
     const Variant& impl;
+    const Form form;
     const Chunks chunks;
     const int64_t row_bytes;
     uint8_t *prepared, *results;

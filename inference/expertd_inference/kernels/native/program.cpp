@@ -131,10 +131,11 @@ class ProgramJob final : public Job {
             const LinearCall& other = *prepared[i].call;
             if (other.x == call.x && other.type == call.type &&
                 other.matrix->columns == matrix.columns && other.matrix->format == matrix.format &&
-                other.matrix->group_size == matrix.group_size)
+                other.matrix->group_size == matrix.group_size && other.flags == call.flags)
                 return i;
         }
-        prepared.push_back({&call, take_scratch(impl.prepared_bytes(matrix))});
+        const int64_t bytes = impl.prepared_bytes(matrix, form_of(1, call.flags));
+        prepared.push_back({&call, take_scratch(bytes)});
         return end;
     }
 
@@ -148,7 +149,8 @@ class ProgramJob final : public Job {
         const LinearCall& call = *input.call;
         Floats row(call.matrix->columns);
         impl.widen(call.x, call.type, call.matrix->columns, row.data());
-        impl.prepare(*call.matrix, row.data(), call.type, memory + input.place);
+        impl.prepare(*call.matrix, row.data(), call.type, form_of(1, call.flags),
+                     memory + input.place);
     }
 
     void run_part(const Piece& piece, int64_t part) const {
@@ -158,7 +160,8 @@ class ProgramJob final : public Job {
         const auto [first, last] = piece.chunks.range(part);
         auto* result = reinterpret_cast<float*>(memory + piece.result);
         const uint8_t* input = memory + prepared[piece.input].place;
-        impl.multiply(*call.matrix, nullptr, first, last, &input, &result, 1, call.type);
+        impl.multiply(*call.matrix, nullptr, first, last, &input, &result, 1, call.type,
+                      form_of(1, call.flags));
         finish_linear(impl, call, first, last, 0, result);
     }
 

@@ -56,18 +56,17 @@ class Chunks {
 // Units [first, last) times `num_rows` rows of activations; `input` and `output` say where.
 template <class Input, class Output>
 void multiply_in_blocks(const Variant& impl, const Matrix& matrix, const uint8_t* base,
-                        int64_t first, int64_t last, int64_t num_rows, int32_t type, Input input,
-                        Output output) {
-    constexpr int64_t BLOCK = 32;
-    const uint8_t* inputs[BLOCK];
-    float* outputs[BLOCK];
-    for (int64_t start = 0; start < num_rows; start += BLOCK) {
-        const int64_t count = std::min(BLOCK, num_rows - start);
+                        int64_t first, int64_t last, int64_t num_rows, int32_t type, Form form,
+                        Input input, Output output) {
+    const uint8_t* inputs[ROWS_AT_ONCE];
+    float* outputs[ROWS_AT_ONCE];
+    for (int64_t start = 0; start < num_rows; start += ROWS_AT_ONCE) {
+        const int64_t count = std::min(ROWS_AT_ONCE, num_rows - start);
         for (int64_t i = 0; i < count; ++i) {
             inputs[i] = input(start + i);
             outputs[i] = output(start + i);
         }
-        impl.multiply(matrix, base, first, last, inputs, outputs, count, type);
+        impl.multiply(matrix, base, first, last, inputs, outputs, count, type, form);
     }
 }
 

@@ -28,17 +28,32 @@ inline int64_t bytes_per_unit(const Matrix& matrix) {
     }
 }
 
+// What rows of activations are prepared for: one of them alone, or any number of them, in 16 or
+// in 8 bits. The rows of a call are all of one form. Bits of a row in the latter two do not depend
+// on the number of rows.
+enum Form : int32_t { ONE_ROW, TWO_PLANES, ONE_PLANE };
+
+inline Form form_of(int64_t num_rows, int32_t flags) {
+    if (num_rows == 1 && !(flags & EXACT)) return ONE_ROW;
+    return flags & EIGHT_BIT_ACTIVATIONS ? ONE_PLANE : TWO_PLANES;
+}
+
+// So many rows of activations are multiplied in one pass over the weights: few enough that they
+// stay in the second cache.
+constexpr int64_t ROWS_AT_ONCE = 64;
+
 struct Variant {
     const char* name;
-    // Bytes of a row of activations as `multiply` wants it.
-    int64_t (*prepared_bytes)(const Matrix& matrix);
+    // Bytes of a row of activations as `multiply` wants it, a multiple of 64.
+    int64_t (*prepared_bytes)(const Matrix& matrix, Form form);
     // `row` [columns] holds values of `type`, which was rounded to before.
-    void (*prepare)(const Matrix& matrix, const float* row, int32_t type, uint8_t* prepared);
-    // The products of units [first, last) with `num_rows` rows of activations, without bias:
-    // results[n][row], float32. Does not depend on what else is computed.
+    void (*prepare)(const Matrix& matrix, const float* row, int32_t type, Form form,
+                    uint8_t* prepared);
+    // The products of units [first, last) with `num_rows` rows of activations, at most ROWS_AT_ONCE
+    // of them, without bias: results[n][row], float32. Does not depend on what else is computed.
     void (*multiply)(const Matrix& matrix, const uint8_t* base, int64_t first, int64_t last,
                      const uint8_t* const* prepared, float* const* results, int64_t num_rows,
-                     int32_t type);
+                     int32_t type, Form form);
     // The weights of units [first, last) in `type`; from one row of a unit to its next are
     // `stride` bytes in `out`.
     void (*dequantize)(const Matrix& matrix, const uint8_t* base, int64_t first, int64_t last,

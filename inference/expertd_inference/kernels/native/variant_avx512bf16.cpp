@@ -363,9 +363,9 @@ void multiply_plain(const Matrix& m, const uint8_t* base, int64_t first, int64_t
 
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
               const uint8_t* const* prepared, float* const* results, int64_t num_rows,
-              int32_t type) {
+              int32_t type, Form form) {
     if (!is_fast(m, type))
-        return generic::multiply(m, base, first, last, prepared, results, num_rows, type);
+        return generic::multiply(m, base, first, last, prepared, results, num_rows, type, form);
     switch (m.format) {
     case HQQ8: return multiply_quantized<HQQ8>(m, base, first, last, prepared, results, num_rows);
     case HQQ4: return multiply_quantized<HQQ4>(m, base, first, last, prepared, results, num_rows);
