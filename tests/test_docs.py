@@ -17,7 +17,7 @@ from expertd_inference.engine.generation import GenerationResult
 from expertd_inference.experts.hints import HintStats
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("expert_store", "client", "inference")
+SOURCES = ("proto", "expert_store", "client", "inference")
 GAP = "…"
 
 
