@@ -51,7 +51,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(torch.cuda, "_exchange_device", host.exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", host.exchange)
     for module in [*sys.modules.values()]:
-        if getattr(module, "__name__", "").startswith("expertd_inference.kernels.triton_"):
+        if getattr(module, "__name__", "").startswith("expertd_inference.kernels.gpu.triton_"):
             for name, value in vars(module).copy().items():
                 if isinstance(value, KernelInterface):
                     monkeypatch.setattr(module, name, host.kernel(name))
