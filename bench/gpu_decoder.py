@@ -8,7 +8,6 @@ way nothing of it is left on the GPU, so that the next has all of its memory.
 import gc
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from expertd_inference.device.device import Device
 from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.experts.call import leave_seat
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu.choice import cpu_kernels
 from expertd_inference.kv.growing import growing
@@ -268,9 +268,8 @@ class Decoder:
     def _let_go(self) -> None:
         """Of runners, slots and graphs, which refer to each other."""
         self._trunk.model.forward = self._forward
-        modules: Mapping[int, Any] = self._trunk.experts
-        for module in modules.values():
-            module.__dict__.pop("_expertd", None)
+        for module in self._trunk.experts.values():
+            leave_seat(module)
         # One tensor's end may be what makes another's cycle unreachable.
         for _ in range(5):
             if not gc.collect():

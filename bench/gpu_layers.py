@@ -9,11 +9,12 @@ from torch import Tensor
 from bench.gpu_turns import Run, captured
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP, ExpertsSpec
+from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.gpu.choice import gpu_kernels
 from expertd_inference.kernels.gpu.triton_blocks import GemvBlocks
 from expertd_inference.kernels.gpu.triton_form import Form, record_form
 from expertd_inference.kernels.gpu.triton_gemv import launch_experts_gemv
+from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import Matrix, RecordLayout, matrix_parts, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -45,10 +46,10 @@ class CachedLayer:
         record = random_record(self._layout, run.device)
         self._num = max(shape.top_k, run.cache_bytes // self._layout.record_bytes)
         # The same values in other places: what is read matters, and not what it says.
-        self._cache = record.repeat(self._num, 1)
-        self._slot_of = torch.arange(self._num, dtype=torch.int32, device=run.device)
-        self._spec = ExpertsSpec(
-            self._layout, GateOrder.CONCATENATED, torch.nn.functional.silu, SILU
+        self._wave = CachedWave(
+            record.repeat(self._num, 1),
+            torch.arange(self._num, dtype=torch.int32, device=run.device),
+            ExpertsSpec(self._layout, GateOrder.CONCATENATED, torch.nn.functional.silu, SILU),
         )
         self.token_bytes = run.calls * shape.top_k * sum(p.num_bytes for p in self._layout.parts)
 
@@ -67,19 +68,11 @@ class CachedLayer:
         hidden = torch.randn(num_tokens, shape.hidden, device=device).bfloat16()
         slots = torch.zeros(num_tokens, shape.top_k, shape.hidden, device=device)
         weights = torch.full((num_tokens, shape.top_k), 0.5, device=device)
-        fill = gpu_kernels().fill_slots_cached
+        fill, wave = gpu_kernels().fill_slots_cached, self._wave
         return captured(
             self._run,
             [
-                lambda index=index: fill(
-                    slots,
-                    hidden,
-                    index,
-                    weights,
-                    cache=self._cache,
-                    slot_of=self._slot_of,
-                    spec=self._spec,
-                )
+                lambda index=index: fill(slots, Routed(hidden, index, weights), wave)
                 for index in self._routings(num_tokens)
             ],
         )
@@ -103,8 +96,8 @@ class CachedLayer:
                     x,
                     index,
                     weights,
-                    self._slot_of,
-                    self._cache,
+                    self._wave.slot_of,
+                    self._wave.cache,
                     form,
                     SILU if gated else None,
                     blocks,

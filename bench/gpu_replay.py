@@ -1,7 +1,7 @@
 """Lets a model's experts be those of a routing, in the place of what its routers choose."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_routing import Routing
+from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, seat_of
 from expertd_inference.model.loading import TrunkModel
 
 GUESSED_RIGHT = 0.85
@@ -52,11 +53,10 @@ class Replay:
         """The token's number; on the device, so that recorded steps have other experts too."""
         self.launches: LaunchCount | None = None
         self._trunk, self._routing = trunk, routing
-        modules: Mapping[int, Any] = trunk.experts
-        for place, layer in enumerate(sorted(modules)):
-            runner, *rest = modules[layer]._expertd
+        for place, layer in enumerate(sorted(trunk.experts)):
+            seat = seat_of(trunk.experts[layer])
             rows = routing.experts[:, place].contiguous().to(where)
-            modules[layer]._expertd = (_Replayed(self, runner, rows), *rest)
+            seat.runner = _Replayed(self, seat.runner, rows)
 
     def routers(self) -> dict[int, "Guesses"]:
         """What guesses the next layers' experts, right as often as real routers are."""
@@ -86,25 +86,21 @@ class Guesses:
 class _Replayed:
     """Before a runner: the experts are those that the counter's row says."""
 
-    def __init__(self, replay: Replay, runner: Any, rows: Tensor) -> None:  # noqa: ANN401
+    def __init__(self, replay: Replay, runner: ExpertsRunner, rows: Tensor) -> None:
         self._replay, self._runner, self._rows = replay, runner, rows
 
-    def run(
-        self,
-        layer: int,
-        spec: Any,  # noqa: ANN401
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        if len(hidden) == 1:
-            top_k_index = self._rows.index_select(0, self._replay.counter)
+    def run(self, call: ExpertsCall, /) -> Tensor:
+        """As the runner, for the experts of the routing."""
+        routed = call.routed
+        if len(routed) == 1:
+            index = self._rows.index_select(0, self._replay.counter)
+            call = call.with_rows(replace(routed, index=index))
         with ExitStack() as stack:
             if (launches := self._replay.launches) is not None:
                 launches.in_experts = True
                 stack.callback(setattr, launches, "in_experts", False)
-            result: Tensor = self._runner.run(
-                layer, spec, num_experts, hidden, top_k_index, top_k_weights
-            )
-        return result
+            return self._runner.run(call)
+
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        """As it is."""
+        return call

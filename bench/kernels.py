@@ -31,7 +31,7 @@ from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu import native, reference
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import RecordLayout, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -167,15 +167,12 @@ class Layer:
         k = k or self.k
         records = [self._records[(self._at + j) % len(self._records)] for j in range(k)]
         self._at += k
-        self._kernels.output(
+        routed = Routed(
             torch.ones(num_tokens, self.h, dtype=torch.bfloat16),
             torch.arange(k).expand(num_tokens, k),
             torch.full((num_tokens, k), 1 / k),
-            experts=range(k),
-            records=records,
-            arena=self._memory.arena,
-            spec=self._spec,
         )
+        self._kernels.output(routed, Wave(range(k), records, self._memory.arena, self._spec))
 
 
 def torch_s(

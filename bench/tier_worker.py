@@ -25,6 +25,7 @@ from bench.mapped import MappedSource
 from expertd_inference import load_model
 from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.steps import Steps
+from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, has_seat, seat_of
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
@@ -38,36 +39,28 @@ Row = list[list[int]]
 """One token's experts, by MoE layer in order."""
 
 
-class Routed:
+class Routing:
     """Before a layer's runner: the experts are the row's, or, without one, are noted."""
 
-    def __init__(self, runner: Any, place: int, state: "Decoder") -> None:  # noqa: ANN401
+    def __init__(self, runner: ExpertsRunner, place: int, state: "Decoder") -> None:
         self._runner, self._place, self._state = runner, place, state
 
-    def run(
-        self,
-        layer: int,
-        spec: Any,  # noqa: ANN401
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *memo: Any,  # noqa: ANN401
-    ) -> Tensor:
-        """As :meth:`expertd_inference.experts.cpu.ExpertsRunner.run`."""
-        state = self._state
-        if len(hidden) == 1:
+    def run(self, call: ExpertsCall, /) -> Tensor:
+        """As :meth:`expertd_inference.experts.call.ExpertsRunner.run`."""
+        state, routed = self._state, call.routed
+        if len(routed) == 1:
             if state.row is not None:
-                # In place: a memo knows where it lies.
-                top_k_index.copy_(torch.tensor([state.row[self._place]]))
-            state.noted.append(top_k_index[0].tolist())
+                # In place: a prepared call knows where it lies.
+                routed.index.copy_(torch.tensor([state.row[self._place]]))
+            state.noted.append(routed.index[0].tolist())
             if state.whole_layers:
-                for lease in state.source.waves(layer, range(num_experts)):
+                for lease in state.source.waves(call.layer, range(call.num_experts)):
                     lease.release()
-        result: Tensor = self._runner.run(
-            layer, spec, num_experts, hidden, top_k_index, top_k_weights, *memo
-        )
-        return result
+        return self._runner.run(call)
+
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        """As the runner."""
+        return self._runner.prepare(call)
 
 
 class Guesses:
@@ -131,15 +124,14 @@ class Decoder:
             self.model = load_model("m", socket=job["socket"], device=settings)
             self.source = self.model.expertd.session
             self._ahead = self.model.expertd._ahead
-        modules = {
-            module._expertd[1]: module
+        seats = {
+            seat_of(module).layer: seat_of(module)
             for module in self.model.modules()
-            if "_expertd" in vars(module)
+            if has_seat(module)
         }
-        self._layers = sorted(modules)
+        self._layers = sorted(seats)
         for place, layer in enumerate(self._layers):
-            runner, *rest = modules[layer]._expertd
-            modules[layer]._expertd = (Routed(runner, place, self), *rest)
+            seats[layer].runner = Routing(seats[layer].runner, place, self)
         self._num_experts = {layer.layer: layer.num_experts for layer in self.manifest.layers}
         if self._ahead is not None and "recall" in job:
             self._ahead._routers = {

@@ -16,7 +16,7 @@ from expertd_inference.device.stats import DeviceStats
 from expertd_inference.execution.decoding import is_repeatable
 from expertd_inference.execution.lean import make_lean
 from expertd_inference.experts.ahead import RouterAhead
-from expertd_inference.experts.cpu import ExpertsRunner, connect
+from expertd_inference.experts.cpu import CpuExperts, connect
 from expertd_inference.experts.hints import HintStats, pays_for_prompts
 from expertd_inference.experts.recovery import Recovery, say_on_stderr
 from expertd_inference.experts.routers import find_routers
@@ -103,7 +103,7 @@ class Worker:
                 say=say or say_on_stderr,
             )
             recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
-            self._runner: ExpertsRunner | DeviceGroup
+            self._runner: CpuExperts | DeviceGroup
             self._ahead: RouterAhead | None = None
             if devices:
                 self._runner = DeviceGroup(

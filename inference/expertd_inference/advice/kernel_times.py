@@ -21,8 +21,8 @@ from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
 from expertd_inference.kernels.cpu.step import PreparedCall, describe, step_kernels
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import PAGE_BYTES, Encoding, Matrix, RecordLayout, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -110,22 +110,16 @@ class KernelTimes:
             kernels = self._native
         spec = ExpertsSpec(layout, GateOrder.CONCATENATED, _silu, Activation(ActivationKind.SILU))
         places = self._places(layout.record_bytes)
-        hidden = torch.full((1, hidden_size), 1e-3, dtype=torch.bfloat16)
-        index = torch.arange(top_k)[None]
-        weights = torch.full((1, top_k), 1 / top_k, dtype=torch.bfloat16)
-        experts = range(top_k)
+        routed = Routed(
+            torch.full((1, hidden_size), 1e-3, dtype=torch.bfloat16),
+            torch.arange(top_k)[None],
+            torch.full((1, top_k), 1 / top_k, dtype=torch.bfloat16),
+        )
+        experts, arena = range(top_k), self._memory.arena
 
         def run(number: int) -> object:
             records = [places[(number * top_k + j) % len(places)] for j in experts]
-            return kernels.output(
-                hidden,
-                index,
-                weights,
-                experts=experts,
-                records=records,
-                arena=self._memory.arena,
-                spec=spec,
-            )
+            return kernels.output(routed, Wave(experts, records, arena, spec))
 
         return _Call(run)
 

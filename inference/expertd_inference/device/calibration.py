@@ -18,7 +18,8 @@ from expertd_inference.device.device import Device
 from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.experts.source import HeldSource
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import DOWN, ExpertsSpec, empty_slots
+from expertd_inference.kernels.cpu.reference import DOWN
+from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed, Wave
 
 MAX_RUNS = 5
 MAX_SECONDS = 0.25
@@ -36,7 +37,7 @@ class Probe:
     layer: int
     experts: Sequence[int]
     spec: ExpertsSpec
-    fill_slots: Callable[..., None]
+    fill_slots: Callable[[torch.Tensor, Routed, Wave], None]
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -161,39 +162,31 @@ def _copy(probe: Probe, offsets: Sequence[int]) -> None:
 
 
 def _on_cpu(probe: Probe, experts: Sequence[int], offsets: Sequence[int]) -> None:
-    hidden, index, weights = _token(probe, experts)
-    probe.fill_slots(
-        empty_slots(hidden, weights),
-        hidden,
-        index,
-        weights,
-        experts=list(experts),
-        records=list(offsets[: len(experts)]),
-        arena=ArenaTensors(probe.source.arena_address, probe.source.mapped_bytes),
-        spec=probe.spec,
-    )
+    routed = _token(probe, experts, torch.device("cpu"))
+    arena = ArenaTensors(probe.source.arena_address, probe.source.mapped_bytes)
+    wave = Wave(list(experts), list(offsets[: len(experts)]), arena, probe.spec)
+    probe.fill_slots(routed.empty_slots(), routed, wave)
 
 
 def _kernel(probe: Probe, experts: Sequence[int]) -> None:
     """Over the slots that :func:`_copy` has filled."""
     device = probe.device
-    hidden, index, weights = (tensor.to(device.torch_device) for tensor in _token(probe, experts))
+    routed = _token(probe, experts, device.torch_device)
+    slot_of = SlotTable(device).upload(
+        max(experts) + 1, [(expert, slot) for slot, expert in enumerate(experts)]
+    )
     device.fill_slots_cached(
-        empty_slots(hidden, weights),
-        hidden,
-        index,
-        weights,
-        cache=probe.engine.slots,
-        slot_of=SlotTable(device).upload(
-            max(experts) + 1, [(expert, slot) for slot, expert in enumerate(experts)]
-        ),
-        spec=probe.spec,
+        routed.empty_slots(), routed, CachedWave(probe.engine.slots, slot_of, probe.spec)
     )
     probe.engine.read(range(len(experts)))
     device.mark().wait()
 
 
-def _token(probe: Probe, experts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden state [1, H] and a routing to ``experts``, [1, k] each."""
-    hidden = torch.ones(1, probe.spec.layout.matrix(DOWN).out_features, dtype=probe.dtype)
-    return hidden, torch.tensor([list(experts)]), torch.ones(1, len(experts), dtype=probe.dtype)
+def _token(probe: Probe, experts: Sequence[int], where: torch.device) -> Routed:
+    """A row that goes to ``experts``."""
+    size, dtype = probe.spec.layout.matrix(DOWN).out_features, probe.dtype
+    return Routed(
+        torch.ones(1, size, dtype=dtype).to(where),
+        torch.tensor([list(experts)]).to(where),
+        torch.ones(1, len(experts), dtype=dtype).to(where),
+    )

@@ -21,8 +21,8 @@ from expertd_inference.device.registration import (
     registrations,
 )
 from expertd_inference.device.staging import BUFFER_BYTES, NUM_BUFFERS, StagingRing
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
 from expertd_inference.kernels.gpu.choice import gpu_kernels
+from expertd_inference.kernels.wave import CachedWave, Routed
 from expertstore.errors import DeviceError, DeviceMemoryError, ExpertdError
 from expertstore.sizes import format_bytes
 
@@ -190,22 +190,10 @@ class CudaDevice:
         with self.translating():
             return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
-    def fill_slots_cached(
-        self,
-        slots: Tensor,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        cache: Tensor,
-        slot_of: Tensor,
-        spec: ExpertsSpec,
-    ) -> None:
+    def fill_slots_cached(self, slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
         """By the kernels of :mod:`~expertd_inference.kernels.gpu.choice`."""
         with self.translating():
-            gpu_kernels().fill_slots_cached(
-                slots, hidden, top_k_index, top_k_weights, cache=cache, slot_of=slot_of, spec=spec
-            )
+            gpu_kernels().fill_slots_cached(slots, routed, wave)
 
     def recorder(self) -> CudaRecorder:
         """By CUDA graphs."""

@@ -12,6 +12,7 @@ from expertd_inference.device.session_store import SessionStore
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step
 from expertd_inference.device.whole import WholeSteps
+from expertd_inference.experts.call import seat_of
 from expertd_inference.experts.source import HeldSource
 from expertd_inference.settings import DecodeGraphsMode
 from expertstore.pack.manifest import Manifest
@@ -39,8 +40,7 @@ def record_decoding(
     enough; ``say`` is told if it was asked for and has to be the former. To be called once the
     experts are connected and the link is measured, and before the model's calls are made steps.
     """
-    modules: Mapping[int, Any] = experts
-    runners = {layer: module._expertd[0] for layer, module in modules.items()}
+    runners = {layer: seat_of(module).runner for layer, module in experts.items()}
     record_bytes = {
         layer.layer: manifest.layouts[layer.layout].record_bytes for layer in manifest.layers
     }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.recorder import Recorder
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
+from expertd_inference.kernels.wave import CachedWave, Routed
 from expertstore.errors import ExpertdError
 
 
@@ -130,20 +130,11 @@ class Device(Protocol):
     def to_device(self, tensor: Tensor) -> Tensor:
         """A copy for the compute stream; the host does not wait, and may reuse ``tensor``."""
 
-    def fill_slots_cached(
-        self,
-        slots: Tensor,  # [T, k, H], written to; floating
-        hidden: Tensor,  # [T, H], floating
-        top_k_index: Tensor,  # [T, k], integer
-        top_k_weights: Tensor,  # [T, k], floating
-        *,
-        cache: Tensor,  # [num_slots, slot_bytes], uint8
-        slot_of: Tensor,  # [num_experts], int32; -1 leaves an expert's rows alone
-        spec: ExpertsSpec,
-    ) -> None:
-        """Queues the experts that ``slot_of`` places, as ``kernels.reference.fill_slots`` does.
+    def fill_slots_cached(self, slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
+        """Queues the experts that have a slot of the cache: their results, into ``slots``.
 
-        An index past the last expert means "none". All tensors lie on this device.
+        As ``kernels.cpu.reference.fill_slots`` does, into [T, k, H]. All tensors lie on this
+        device.
         """
 
     def recorder(self) -> Recorder:

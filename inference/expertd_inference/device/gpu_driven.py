@@ -8,15 +8,17 @@ step is run again from its beginning.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from expertd_inference.device.device import Device
 from expertd_inference.device.recorder import Recorder
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.experts.call import ExpertsCall
+from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.wave import CachedWave
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,6 @@ class StepCounts:
     def num_absent(self) -> int:
         """Of all layers."""
         return sum(map(len, self.absent.values()))
-
-
-FillSlotsCached = Callable[..., None]
-"""As ``Device.fill_slots_cached``."""
 
 
 class GpuExperts:
@@ -86,29 +84,21 @@ class GpuExperts:
     def __repr__(self) -> str:
         return f"<GpuExperts {len(self._layers)} layers, {len(self._slots)} slots>"
 
-    def run(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,  # [T, H]
-        top_k_index: Tensor,  # [T, k]
-        top_k_weights: Tensor,  # [T, k]
-    ) -> Tensor:  # [T, H]
+    def run(self, call: ExpertsCall, /) -> Tensor:  # [T, H]
         """The layer's output, queued or recorded; garbage if an expert turns out to be absent."""
-        place = self._layers[layer]
-        index = top_k_index.contiguous()
-        slots = empty_slots(hidden, top_k_weights)
+        place = self._layers[call.layer]
+        routed = replace(call.routed, index=call.routed.index.contiguous())
+        slots = routed.empty_slots()
         first = place.first_entry
         slot_of = self.table.slot_of[first : first + place.num_experts]
 
         def launch() -> None:
             self._kernels.resolve(
-                index,
+                routed.index,
                 self.table,
                 self._resolution,
                 directory=self._words,
-                num_experts=num_experts,
+                num_experts=call.num_experts,
                 first_entry=first,
                 first_slot=place.first_slot,
                 num_slots=place.num_slots,
@@ -117,21 +107,19 @@ class GpuExperts:
                 self._resolution,
                 self._slots,
                 arena=self.arena,
-                num_items=index.numel(),
+                num_items=routed.index.numel(),
                 record_bytes=place.record_bytes,
             )
             self._device.fill_slots_cached(
-                slots,
-                hidden,
-                index,
-                top_k_weights,
-                cache=self._slots,
-                slot_of=slot_of,
-                spec=spec,
+                slots, routed, CachedWave(self._slots, slot_of, call.spec)
             )
 
         self._recorder.launch(launch)
-        return sum_slots(slots, hidden.dtype)
+        return sum_slots(slots, routed.rows.dtype)
+
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        """As it is."""
+        return call
 
     def begin_step(self, directory: int) -> None:
         """Before the first layer, with the session held.

@@ -25,7 +25,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expertd_inference.device.recorder import Recorder, Recording
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
+from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, seat_of
 from expertd_inference.settings import DecodeGraphsMode
 from expertstore.errors import PreconditionError
 
@@ -68,21 +68,6 @@ def room_for(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-class Runner(Protocol):
-    """What computes the experts of a layer."""
-
-    def run(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """The layer's output [T, H]."""
-
-
 class Steps(Protocol):
     """One way to run steps of one token."""
 
@@ -94,8 +79,8 @@ class Steps(Protocol):
     def valid(self) -> bool:
         """Whether what was recorded may still be replayed."""
 
-    def run(self, *call: Any) -> Tensor:  # noqa: ANN401 - as Runner.run
-        """A layer's experts, while a step of ours runs: see :class:`Runner`."""
+    def run(self, call: ExpertsCall, /) -> Tensor:
+        """A layer's experts, while a step of ours runs, as an ``ExpertsRunner`` does."""
 
     def first(self, forward: Callable[[], Tensor]) -> Tensor:
         """A step that is not recorded: what has to be compiled or allocated once is, by it."""
@@ -118,7 +103,7 @@ class _Stop:
 class SegmentSteps:
     """The trunk recorded, the experts between: ``runners`` by layer."""
 
-    def __init__(self, recorder: Recorder, runners: Mapping[int, Runner]) -> None:
+    def __init__(self, recorder: Recorder, runners: Mapping[int, ExpertsRunner]) -> None:
         self._recorder = recorder
         self._runners = runners
         self._stops: list[_Stop] = []
@@ -135,26 +120,17 @@ class SegmentSteps:
         """Always: the experts are not part of it."""
         return True
 
-    def run(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
+    def run(self, call: ExpertsCall, /) -> Tensor:
         """Cuts the recording, and computes; the recording's next segment reads the result."""
-        call = (layer, spec, num_experts, hidden, top_k_index, top_k_weights)
-        runner = self._runners[layer]
+        runner = self._runners[call.layer]
         if not self._recording:
-            return runner.run(*call)
+            return runner.run(call)
         before = self._recorder.end()
         # Outside of the recordings' memory: theirs may be used again by later segments.
-        output = torch.empty_like(hidden)
+        output = torch.empty_like(call.routed.rows)
 
         def compute() -> None:
-            output.copy_(runner.run(*call))
+            output.copy_(runner.run(call))
 
         self._stops.append(_Stop(before, compute))
         before.replay()
@@ -249,9 +225,9 @@ class DecodeGraphs:
         self._steps = None
         self._forward = refuse_call
 
-    def _interpose(self, module: Any) -> None:  # noqa: ANN401 - one of sixty classes
-        runner, *rest = module._expertd
-        module._expertd = (_Interposed(self, runner), *rest)
+    def _interpose(self, module: nn.Module) -> None:
+        seat = seat_of(module)
+        seat.runner = _Interposed(self, seat.runner)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         cache = kwargs.get("past_key_values")
@@ -331,10 +307,14 @@ class _Recorded:
 class _Interposed:
     """In the place of a runner: hands over to the steps that are being run, if any."""
 
-    def __init__(self, graphs: DecodeGraphs, runner: Runner) -> None:
+    def __init__(self, graphs: DecodeGraphs, runner: ExpertsRunner) -> None:
         self._graphs, self._runner = graphs, runner
 
-    def run(self, *call: Any) -> Tensor:  # noqa: ANN401 - as Runner.run
+    def run(self, call: ExpertsCall, /) -> Tensor:
         """As the runner, or as the steps want it."""
         steps = self._graphs._steps
-        return self._runner.run(*call) if steps is None else steps.run(*call)
+        return self._runner.run(call) if steps is None else steps.run(call)
+
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        """As it is."""
+        return call

@@ -17,6 +17,7 @@ from expertd_inference.device.placement import cache_size, device_names, place_l
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, install
+from expertd_inference.experts.call import ExpertsSeat, seat_of, take_seat
 from expertd_inference.experts.cpu import experts_spec
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery, say_on_stderr
 from expertd_inference.experts.routers import find_routers
@@ -168,10 +169,9 @@ class DeviceGroup:
         """
         self._model, self._experts = model, experts
         for layer in manifest.layers:
-            module: Any = experts[layer.layer]
-            runner = self._runners[layer.layer]
+            module, runner = experts[layer.layer], self._runners[layer.layer]
             spec = experts_spec(module, manifest, layer.layout)
-            module._expertd = (runner, layer.layer, spec, layer.num_experts)
+            take_seat(module, ExpertsSeat(runner, layer.layer, layer.num_experts, spec))
         if self._settings.layers_guessed:
             routers = find_routers(model, experts)
             for runner in self.runners:
@@ -244,10 +244,8 @@ class DeviceGroup:
         if model is not None:
             model.forward = refuse_call
             # What was recorded stands between the experts and their runners.
-            modules: list[Any] = [*self._experts.values()]
-            for module in modules:
-                _, layer, *rest = module._expertd
-                module._expertd = (self._runners[layer], layer, *rest)
+            for layer, module in self._experts.items():
+                seat_of(module).runner = self._runners[layer]
         for runner in self.runners:
             runner.close()
         if model is not None:

@@ -1,6 +1,6 @@
 """The experts of layers whose hidden states lie on a device with a memory of its own.
 
-What :class:`~expertd_inference.experts.cpu.ExpertsRunner` is for the CPU. For each layer the host
+What :class:`~expertd_inference.experts.cpu.CpuExperts` is for the CPU. For each layer the host
 waits once, for the routing and with it for what the next layers' routers make of this layer's
 input. Then, without waiting: copies of what is not in the device's cache are queued, what is
 there is computed while they run, then the rest; last come copies of what was guessed for the
@@ -21,10 +21,12 @@ from expertd_inference.device.device import Device, Event
 from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.step import Step, StepLostError
+from expertd_inference.experts.call import ExpertsCall
 from expertd_inference.experts.recovery import SESSION_ENDED
 from expertd_inference.experts.source import HeldSource
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
+from expertd_inference.kernels.cpu.reference import fill_slots, sum_slots
+from expertd_inference.kernels.wave import CachedWave, Routed, Wave
 from expertd_inference.settings import DeviceSettings, OnMiss
 from expertstore.errors import PreconditionError
 
@@ -45,8 +47,8 @@ class Router(Protocol):
         """Experts by falling probability, [num]."""
 
 
-FillSlots = Callable[..., None]
-"""As ``kernels.reference.fill_slots``: what computes from the arena on the CPU."""
+FillSlots = Callable[[Tensor, Routed, Wave], None]
+"""As ``kernels.cpu.reference.fill_slots``: what computes from the arena on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,16 @@ class DeviceParts:
 
 @dataclass(frozen=True)
 class _Block:
-    """Tokens of one layer on their way."""
+    """Rows of one layer on their way."""
 
-    layer: int
-    spec: ExpertsSpec
-    num_experts: int
-    hidden: Tensor  # [T, H]
-    index: Tensor  # [T, k]
-    weights: Tensor  # [T, k]
+    call: ExpertsCall
     slots: Tensor  # [T, k, H]
-    on_host: "_OnHost | None"
+    on_host: Routed | None
+    """The same rows on the host, where they may be computed."""
 
-
-@dataclass(frozen=True)
-class _OnHost:
-    """The same on the host, where it may be computed."""
-
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
+    @property
+    def layer(self) -> int:
+        return self.call.layer
 
 
 class DeviceExpertsRunner:
@@ -135,68 +128,41 @@ class DeviceExpertsRunner:
         self._engine.close()
         self._routers, self._runners, self._timed = {}, {}, None
 
-    def run(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,  # [T, H]
-        top_k_index: Tensor,  # [T, k]
-        top_k_weights: Tensor,  # [T, k]
-    ) -> Tensor:  # [T, H]
-        """The layer's output, queued.
+    def run(self, call: ExpertsCall, /) -> Tensor:  # [T, H]
+        """The layer's output, queued; see :class:`~expertd_inference.experts.call.ExpertsRunner`.
 
         Raises PreconditionError after :meth:`close`, DeviceError, StepLostError, and what the
         session raises once recovering does not help.
         """
         if self._closed:
             raise PreconditionError("This model was closed; load it again.")
-        row_bytes = top_k_index.shape[1] * hidden.shape[1] * torch.float32.itemsize
+        routed = call.routed
+        row_bytes = routed.top_k * routed.rows.shape[1] * torch.float32.itemsize
         num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
         with self._step.whole(), torch.no_grad():
-            self.cache.begin_layer(layer)
-            blocks = [
-                self._run_block(layer, spec, num_experts, *rows)
-                for rows in zip(
-                    torch.split(hidden, num_rows),
-                    torch.split(top_k_index, num_rows),
-                    torch.split(top_k_weights, num_rows),
-                    strict=True,
-                )
-            ]
+            self.cache.begin_layer(call.layer)
+            blocks = [self._run_block(call.with_rows(part)) for part in routed.split(num_rows)]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def _run_block(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        guesses = self._guesses(layer, hidden)
-        wanted = [top_k_index, *guesses.values()]
-        to_cpu = self._settings.on_miss is not OnMiss.COPY and len(hidden) <= MAX_CPU_TOKENS
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        """As it is: nothing of a call is known before its routing is."""
+        return call
+
+    def _run_block(self, call: ExpertsCall) -> Tensor:
+        layer, routed = call.layer, call.routed
+        guesses = self._guesses(layer, routed.rows)
+        wanted = [routed.index, *guesses.values()]
+        to_cpu = self._settings.on_miss is not OnMiss.COPY and len(routed) <= MAX_CPU_TOKENS
         if to_cpu:
-            wanted += [hidden, top_k_weights]
+            wanted += [routed.rows, routed.weights]
         index, *rest = self.device.to_host(*wanted)
         # The host has waited for all that was computed before: so has it for its copies.
         self._step.verify()
         self._learn()
-        on_host = _OnHost(rest[-2], index, rest[-1]) if to_cpu else None
+        on_host = Routed(rest[-2], index, rest[-1]) if to_cpu else None
         # What is past the last expert means "none" where tokens are spread over devices.
-        experts = sorted({e for e in index.flatten().tolist() if e < num_experts})
-        block = _Block(
-            layer,
-            spec,
-            num_experts,
-            hidden,
-            top_k_index,
-            top_k_weights,
-            empty_slots(hidden, top_k_weights),
-            on_host,
-        )
+        experts = sorted({e for e in index.flatten().tolist() if e < call.num_experts})
+        block = _Block(call, routed.empty_slots(), on_host)
         self._compute(block, experts)
         absent = [
             (ahead, expert)
@@ -206,14 +172,14 @@ class DeviceExpertsRunner:
         if absent:
             self._stats.hints += len(absent)
             self._hint(absent)
-        return sum_slots(block.slots, hidden.dtype)
+        return sum_slots(block.slots, routed.rows.dtype)
 
     def _compute(self, block: _Block, experts: list[int]) -> None:
         """Queues all of ``experts``, in as many waves as the cache needs."""
         left = experts
         while left:
             present, missing = self.cache.split(block.layer, left)
-            room = max(self.cache.room, block.index.shape[1])
+            room = max(self.cache.room, block.call.routed.top_k)
             fits = len(missing) <= self.cache.num_free and len(left) <= self.cache.num_slots
             if len(left) <= room or fits:
                 wave = [*present, *missing]
@@ -299,16 +265,12 @@ class DeviceExpertsRunner:
         """Queues the kernels of experts whose bytes have arrived by then."""
         if not places:
             return
+        call = block.call
+        slot_of = self._table.upload(
+            call.num_experts, [(place.expert, place.slot) for place in places]
+        )
         self.device.fill_slots_cached(
-            block.slots,
-            block.hidden,
-            block.index,
-            block.weights,
-            cache=self._engine.slots,
-            slot_of=self._table.upload(
-                block.num_experts, [(place.expert, place.slot) for place in places]
-            ),
-            spec=block.spec,
+            block.slots, call.routed, CachedWave(self._engine.slots, slot_of, call.spec)
         )
         self._engine.read([place.slot for place in places])
 
@@ -378,24 +340,15 @@ class DeviceExpertsRunner:
     def _compute_on_cpu(self, block: _Block, offsets: Mapping[int, int]) -> None:
         """Computes experts where they lie in RAM, and merges their rows."""
         assert block.on_host is not None
-        hidden, index = block.on_host.hidden, block.on_host.index
-        weights = block.on_host.weights
-        rows = empty_slots(hidden, weights)
+        index, slots = block.on_host.index, block.on_host.empty_slots()
+        arena = ArenaTensors(self._source.arena_address, self._source.mapped_bytes)
         begin = self.device.clock()
-        self.fill_slots(
-            rows,
-            hidden,
-            index,
-            weights,
-            experts=list(offsets),
-            records=list(offsets.values()),
-            arena=ArenaTensors(self._source.arena_address, self._source.mapped_bytes),
-            spec=block.spec,
-        )
+        wave = Wave(list(offsets), list(offsets.values()), arena, block.call.spec)
+        self.fill_slots(slots, block.on_host, wave)
         num_bytes = len(offsets) * self._record_bytes[block.layer]
         self.cost.observe_cpu(num_bytes, self.device.clock() - begin)
         mask = torch.isin(index, torch.tensor(list(offsets), dtype=index.dtype))
         token, position = torch.where(mask)
         where = (self.device.to_device(token), self.device.to_device(position))
-        block.slots[where] = self.device.to_device(rows[token, position])
+        block.slots[where] = self.device.to_device(slots[token, position])
         self._stats.cpu_computed += len(offsets)

@@ -83,7 +83,7 @@ class Step:
         return error
 
     def _leave_dead_daemon(self) -> None:
-        """As ``ExpertsRunner`` does: not to keep its arena beside the next daemon's."""
+        """As ``CpuExperts`` does: not to keep its arena beside the next daemon's."""
         while not self._source.connected:
             self._recovery.recover(UnavailableError("The daemon is gone."))
 

@@ -1,12 +1,13 @@
 """The whole step in one recording, repeated while an expert of it is not in RAM."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts
 from expertd_inference.device.recorder import Recorder, Recording
+from expertd_inference.experts.call import ExpertsCall
 from expertd_inference.settings import DecodeGraphsMode
 from expertstore.errors import ExpertdError
 
@@ -55,9 +56,9 @@ class WholeSteps:
         """Whether the arena is where the recorded kernels look for it."""
         return self._store.arena == self._experts.arena
 
-    def run(self, *call: Any) -> Tensor:  # noqa: ANN401 - as Runner.run
+    def run(self, call: ExpertsCall, /) -> Tensor:
         """A layer, by the device itself."""
-        return self._experts.run(*call)
+        return self._experts.run(call)
 
     def first(self, forward: Callable[[], Tensor]) -> Tensor:
         """Compiles the kernels, which cannot be done while recording."""

@@ -26,6 +26,7 @@ from expertd_inference.execution.known_parts import (
     norm_weight,
 )
 from expertd_inference.execution.lean import KERNELS
+from expertd_inference.experts.call import has_seat, seat_of
 from expertd_inference.kernels.cpu.library import TYPES, LinearCall, NativeMatrix
 from expertd_inference.kernels.cpu.program import (
     AddCall,
@@ -244,7 +245,7 @@ class DecodeProgram:
         plain = (
             {name for name, _ in mlp.named_children()} == _EXPERTS
             and hasattr(gate, "expertd_normalize")
-            and hasattr(experts, "_expertd")
+            and has_seat(experts)
             and gate.weight.dtype == self._dtype
             and gate.weight.shape[1] == normed.numel()
         )
@@ -267,14 +268,9 @@ class DecodeProgram:
             )
         )
 
-        memo: dict[str, Any] = {}
-
-        def rest() -> Tensor:
-            runner, layer, spec, num = experts._expertd
-            result: Tensor = runner.run(layer, spec, num, normed, index, weights, memo)
-            return result
-
-        return rest
+        seat = seat_of(experts)
+        call = seat.prepare(normed, index, weights)
+        return lambda: seat.runner.run(call)
 
     def _add_norm(self, program: Program, norm: Any, x: Tensor, out: Tensor) -> None:  # noqa: ANN401
         weight = norm_weight(norm)

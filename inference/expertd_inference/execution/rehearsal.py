@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertd_inference.execution.decode_program import DecodeProgram
 from expertd_inference.execution.known_parts import UnknownPartError
+from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, has_seat, seat_of
+from expertd_inference.kernels.wave import Routed
 
 _KNOWN_OPERATIONS = frozenset(
     {
@@ -85,22 +87,25 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
 class _Runner:
     """In the place of a layer's runner: notes what it is asked and answers, then answers again."""
 
-    def __init__(self, runner: Any) -> None:  # noqa: ANN401 - an ExpertsRunner or a test's
+    def __init__(self, runner: ExpertsRunner) -> None:
         self._runner = runner
         self._thread = threading.get_ident()
-        self._noted: tuple[tuple[Any, ...], Tensor] | None = None
+        self._noted: tuple[Routed, Tensor] | None = None
         self.differs = False
 
-    def run(self, *call: Any) -> Tensor:  # noqa: ANN401 - as ExpertsRunner.run
+    def run(self, call: ExpertsCall, /) -> Tensor:
         if threading.get_ident() != self._thread:
-            result: Tensor = self._runner.run(*call)
-            return result
-        tensors = call[3:6]
+            return self._runner.run(call)
         if self._noted is None:
-            self._noted = tensors, self._runner.run(*call)
-        elif not all(map(_same, tensors, self._noted[0])):
-            self.differs = True
-        return self._noted[1]
+            self._noted = call.routed, self._runner.run(call)
+            return self._noted[1]
+        theirs, result = self._noted
+        for name in ("rows", "index", "weights"):
+            self.differs |= not _same(getattr(call.routed, name), getattr(theirs, name))
+        return result
+
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        return self._runner.prepare(call)
 
 
 def rehearse(
@@ -115,13 +120,13 @@ def rehearse(
     Raises what it raises.
     """
     position = program.tokens
-    experts = [module for module in model.modules() if hasattr(module, "_expertd")]
+    seats = [seat_of(module) for module in model.modules() if has_seat(module)]
     operations = _Operations()
     with MODULES_CHANGE:
-        originals = [module._expertd for module in experts]
-        runners = [_Runner(original[0]) for original in originals]
-        for module, runner, original in zip(experts, runners, originals, strict=True):
-            module._expertd = (runner, *original[1:])
+        originals = [seat.runner for seat in seats]
+        runners = [_Runner(original) for original in originals]
+        for seat, runner in zip(seats, runners, strict=True):
+            seat.runner = runner
         try:
             with operations.outside([layer.mlp for layer in model.model.layers]), operations:
                 logits = forward()
@@ -131,8 +136,8 @@ def rehearse(
             except UnknownPartError:
                 ours = None
         finally:
-            for module, original in zip(experts, originals, strict=True):
-                module._expertd = original
+            for seat, original in zip(seats, originals, strict=True):
+                seat.runner = original
     same = (
         operations.names <= _KNOWN_OPERATIONS
         and not any(runner.differs for runner in runners)

@@ -2,26 +2,28 @@
 
 transformers looks up ``config._experts_implementation`` among its registered functions and
 calls it with the experts module in place of that module's own ``forward``
-(``transformers.integrations.moe``). Ours finds in the module what :func:`connect` has put
-there: the :class:`ExpertsRunner` of the model, and which layer this is.
+(``transformers.integrations.moe``). Ours finds in the module the seat that :func:`connect` has
+put there: what computes the model's experts, and which layer this is.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expertd_inference.experts.ahead import RouterAhead
+from expertd_inference.experts.call import ExpertsCall, ExpertsSeat, seat_of, take_seat
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery
 from expertd_inference.experts.source import ExpertSource
 from expertd_inference.kernels.activation import activation_of
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertstore.errors import PreconditionError, SessionLostError, UnavailableError
 from expertstore.pack.manifest import Manifest
 from expertstore.shared.host_memory import memory_available
@@ -38,7 +40,7 @@ once: each block would read them anew, and may be as large as ``_SLOT_SHARE`` of
 _SLOT_SHARE = 1 / 4
 
 
-class ExpertsRunner:
+class CpuExperts:
     """Computes the MoE layers of one model, one at a time."""
 
     def __init__(
@@ -64,108 +66,66 @@ class ExpertsRunner:
         """From now on the model refuses to be called, rather than wait for a daemon."""
         self._closed = True
 
-    def run(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,  # [T, H]
-        top_k_index: Tensor,  # [T, k]
-        top_k_weights: Tensor,  # [T, k]
-        memo: dict[str, Any] | None = None,
-    ) -> Tensor:  # [T, H]
-        """The layer's output; ``memo`` is :class:`.CpuKernels`'s.
+    def run(self, call: ExpertsCall, /) -> Tensor:  # [T, H]
+        """The layer's output; see :class:`~expertd_inference.experts.call.ExpertsRunner`.
 
         Raises PreconditionError after :meth:`close`, and what the session raises once
         recovering does not help.
         """
         if self._closed:
             raise PreconditionError("This model was closed; load it again.")
-        if not len(hidden):
-            return torch.empty_like(hidden)
-        call = (layer, spec, num_experts, hidden, top_k_index, top_k_weights, memo)
+        if not len(call.routed):
+            return torch.empty_like(call.routed.rows)
         with self._lock:
             if not torch.is_grad_enabled():
-                return self._run(*call)
+                return self._run(call)
             with torch.no_grad():
-                return self._run(*call)
+                return self._run(call)
 
-    def _run(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        memo: dict[str, Any] | None,
-    ) -> Tensor:
-        if layer == self._first_layer:
+    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
+        """By what the kernels can work out once."""
+        return replace(call, prepared=self._kernels.prepare(call.routed, call.spec))
+
+    def _run(self, call: ExpertsCall) -> Tensor:
+        routed = call.routed
+        if call.layer == self._first_layer:
             self._begin_step()
         if self._ahead is not None:
-            self._ahead.begin(layer, hidden, top_k_index)
-        tokens = hidden.shape[0]
-        if tokens > 1:
-            row_bytes = top_k_index.shape[1] * hidden.shape[1] * torch.float32.itemsize
-            num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
-        if tokens == 1 or tokens <= num_rows:
-            return self._run_block(
-                layer, spec, num_experts, hidden, top_k_index, top_k_weights, memo
-            )
-        if num_experts <= self._source.max_wave:
-            return self._run_block(
-                layer, spec, num_experts, hidden, top_k_index, top_k_weights, None, num_rows
-            )
+            self._ahead.begin(call.layer, routed.rows, routed.index)
+        if len(routed) == 1:
+            return self._run_block(call)
+        row_bytes = routed.top_k * routed.rows.shape[1] * torch.float32.itemsize
+        num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
+        if len(routed) <= num_rows:
+            return self._run_block(call)
+        if call.num_experts <= self._source.max_wave:
+            return self._run_block(call, num_rows)
         num_rows = max(num_rows, int(memory_available() * _SLOT_SHARE) // row_bytes)
-        blocks = [
-            self._run_block(layer, spec, num_experts, *rows, None)
-            for rows in _split(num_rows, hidden, top_k_index, top_k_weights)
-        ]
-        return torch.cat(blocks)
+        return torch.cat([self._run_block(call.with_rows(part)) for part in routed.split(num_rows)])
 
-    def _run_block(
-        self,
-        layer: int,
-        spec: ExpertsSpec,
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        memo: dict[str, Any] | None,
-        num_rows: int | None = None,
-    ) -> Tensor:
-        """The output for these tokens, each expert leased once; in parts of ``num_rows``."""
-        experts = sorted({*top_k_index.view(-1).tolist()})
+    def _run_block(self, call: ExpertsCall, num_rows: int | None = None) -> Tensor:
+        """The output for these rows, each expert leased once; in parts of ``num_rows``."""
+        routed, prepared = call.routed, call.prepared
+        experts = sorted({*routed.index.view(-1).tolist()})
         # What is past the last expert means "none" where tokens are spread over devices.
-        while experts and experts[-1] >= num_experts:
+        while experts and experts[-1] >= call.num_experts:
             experts.pop()
+            prepared = None
         slots: Tensor | None = None
         limit = len(experts)
         while experts:
             try:
-                for lease in self._source.waves(layer, experts[:limit]):
+                for lease in self._source.waves(call.layer, experts[:limit]):
                     with lease:
-                        arguments = _Arguments(
-                            experts=lease.experts,
-                            records=lease.offsets,
-                            arena=self._arena,
-                            spec=spec,
-                        )
-                        if slots is None and len(lease.experts) == len(experts):
-                            output = (
-                                self._kernels.output
-                                if num_rows is None
-                                else partial(self._output_in_parts, num_rows)
-                            )
-                            whole = output(
-                                hidden, top_k_index, top_k_weights, **arguments, memo=memo
-                            )
+                        wave = Wave(lease.experts, lease.offsets, self._arena, call.spec)
+                        whole = None
+                        if slots is not None or len(lease.experts) < len(experts):
+                            slots = routed.empty_slots() if slots is None else slots
+                            self._kernels.fill_slots(slots, routed, wave)
+                        elif num_rows is None:
+                            whole = self._kernels.output(routed, wave, prepared)
                         else:
-                            whole = None
-                            slots = empty_slots(hidden, top_k_weights) if slots is None else slots
-                            self._kernels.fill_slots(
-                                slots, hidden, top_k_index, top_k_weights, **arguments
-                            )
+                            whole = self._output_in_parts(num_rows, routed, wave)
                     # Only now is it certain that the bytes were good until the end. Had they
                     # not been, the same experts are computed again, into the same slots.
                     experts = experts[len(lease.experts) :]
@@ -176,37 +136,15 @@ class ExpertsRunner:
                 if isinstance(error, SessionLostError):
                     limit = max(1, limit // 2)
                 self._recover(error)
-        slots = empty_slots(hidden, top_k_weights) if slots is None else slots
-        return sum_slots(slots, hidden.dtype)
+        slots = routed.empty_slots() if slots is None else slots
+        return sum_slots(slots, routed.rows.dtype)
 
-    def _output_in_parts(
-        self,
-        num_rows: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-        memo: dict[str, Any] | None,
-    ) -> Tensor:
-        """As the kernels' ``output``, in the memory of so many tokens."""
+    def _output_in_parts(self, num_rows: int, routed: Routed, wave: Wave) -> Tensor:
+        """As the kernels' ``output``, in the memory of so many rows."""
         parts = []
-        for rows in _split(num_rows, hidden, top_k_index, top_k_weights):
-            used = {*rows[1].reshape(-1).tolist()}
-            pairs = [pair for pair in zip(experts, records, strict=True) if pair[0] in used]
-            parts.append(
-                self._kernels.output(
-                    *rows,
-                    experts=[expert for expert, _ in pairs],
-                    records=[record for _, record in pairs],
-                    arena=arena,
-                    spec=spec,
-                    memo=memo,
-                )
-            )
+        for part in routed.split(num_rows):
+            used = {*part.index.reshape(-1).tolist()}
+            parts.append(self._kernels.output(part, wave.only(used)))
         return torch.cat(parts)
 
     def _begin_step(self) -> None:
@@ -223,29 +161,6 @@ class ExpertsRunner:
         self._arena = ArenaTensors(self._source.arena_address, self._source.mapped_bytes)
 
 
-def _split(
-    num_rows: int,
-    hidden: Tensor,  # [T, H]
-    top_k_index: Tensor,  # [T, k]
-    top_k_weights: Tensor,  # [T, k]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(
-        torch.split(hidden, num_rows),
-        torch.split(top_k_index, num_rows),
-        torch.split(top_k_weights, num_rows),
-        strict=True,
-    )
-
-
-class _Arguments(TypedDict):
-    """What kernels are told about a wave."""
-
-    experts: Sequence[int]
-    records: Sequence[int]
-    arena: ArenaTensors
-    spec: ExpertsSpec
-
-
 def connect(
     experts: Mapping[int, nn.Module],
     manifest: Manifest,
@@ -253,18 +168,18 @@ def connect(
     recovery: Recovery,
     kernels: CpuKernels | None = None,
     ahead: RouterAhead | None = None,
-) -> ExpertsRunner:
+) -> CpuExperts:
     """Lets ``experts``, a module per MoE layer, compute from ``source``; ``ahead`` hints.
 
     By the reference kernels, unless others are given.
     """
-    runner = ExpertsRunner(
+    runner = CpuExperts(
         source, recovery, kernels or ReferenceKernels(), first_layer=min(experts), ahead=ahead
     )
     for layer in manifest.layers:
-        module: Any = experts[layer.layer]
+        module = experts[layer.layer]
         spec = experts_spec(module, manifest, layer.layout)
-        module._expertd = (runner, layer.layer, spec, layer.num_experts)
+        take_seat(module, ExpertsSeat(runner, layer.layer, layer.num_experts, spec))
     return runner
 
 
@@ -281,9 +196,8 @@ def _experts_forward(
     top_k_index: Tensor,  # [T, k]
     top_k_weights: Tensor,  # [T, k]
 ) -> Tensor:  # [T, H]
-    runner, layer, spec, num_experts = self._expertd
-    result: Tensor = runner.run(layer, spec, num_experts, hidden_states, top_k_index, top_k_weights)
-    return result
+    seat = seat_of(self)
+    return seat.runner.run(seat.call(hidden_states, top_k_index, top_k_weights))
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

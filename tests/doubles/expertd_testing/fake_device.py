@@ -25,7 +25,8 @@ from expertd_inference.device.device import CopyMode, Event, HostMemory
 from expertd_inference.device.group import DEVICE_KINDS
 from expertd_inference.device.registration import explain_refusal
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, fill_slots
+from expertd_inference.kernels.cpu.reference import fill_slots
+from expertd_inference.kernels.wave import CachedWave, Routed, Wave
 from expertd_testing.fake_recorder import FakeRecorder
 from expertstore.errors import DeviceLostError, DeviceMemoryError, ExpertdError
 from expertstore.sizes import format_bytes
@@ -282,40 +283,22 @@ class FakeDevice:
         self.call()
         return tensor.clone()
 
-    def fill_slots_cached(
-        self,
-        slots: Tensor,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        cache: Tensor,
-        slot_of: Tensor,
-        spec: ExpertsSpec,
-    ) -> None:
+    def fill_slots_cached(self, slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
         """The reference, over what the slots hold at that moment of virtual time."""
         self.call()
         if not self._compiled:
             self._compiled = True
             self.host_time += self._speed.compile_seconds
-        slot_bytes = cache.shape[1]
-        places = slot_of.tolist()
-        wanted = {e for e in top_k_index.flatten().tolist() if e < len(places)}
+        cache, places = wave.cache, wave.slot_of.tolist()
+        wanted = {e for e in routed.index.flatten().tolist() if e < len(places)}
         experts = sorted(e for e in wanted if places[e] >= 0)
         begin = max(self._compute_time, self.host_time)
         with self.lock:
             self._deliver(begin)
-        fill_slots(
-            slots,
-            hidden,
-            top_k_index,
-            top_k_weights,
-            experts=experts,
-            records=[places[e] * slot_bytes for e in experts],
-            arena=ArenaTensors(cache.data_ptr(), cache.nbytes),
-            spec=spec,
-        )
-        num_bytes = len(experts) * spec.layout.record_bytes
+        records = [places[e] * cache.shape[1] for e in experts]
+        arena = ArenaTensors(cache.data_ptr(), cache.nbytes)
+        fill_slots(slots, routed, Wave(experts, records, arena, wave.spec))
+        num_bytes = len(experts) * wave.spec.layout.record_bytes
         self._compute_time = begin + num_bytes / self._speed.memory_bytes_per_second
         read = tuple(cache[places[e]].data_ptr() for e in experts)
         self._read_until.update(dict.fromkeys(read, self._compute_time))

@@ -8,6 +8,7 @@ import pytest
 
 from expertd_inference.device import calibration
 from expertd_inference.device.cost import SLACK, CostModel, Rates
+from expertd_inference.experts.call import seat_of
 from expertd_inference.settings import OnMiss
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from tests.inference.device.held_source import HeldPackSource
@@ -84,7 +85,7 @@ def test_measured_on_a_device_whose_speed_is_known(packed: Make, tmp_path: Path)
     (runner,) = rig.group.runners
     module = rig.model.model.layers[0].mlp.experts
     probe = calibration.Probe(
-        device, runner.engine, rig.source, 0, range(4), module._expertd[2], runner.fill_slots
+        device, runner.engine, rig.source, 0, range(4), seat_of(module).spec, runner.fill_slots
     )
     rates = calibration.calibrated(probe, tmp_path / "c" / "calibration.json")
     assert rates.link_bytes_per_second == pytest.approx(1e9, rel=0.01)
@@ -122,7 +123,7 @@ def test_what_is_wrong_with_the_file_is_measured_anew(
     (runner,) = rig.group.runners
     module = rig.model.model.layers[0].mlp.experts
     probe = calibration.Probe(
-        rig.device, runner.engine, rig.source, 0, range(2), module._expertd[2], runner.fill_slots
+        rig.device, runner.engine, rig.source, 0, range(2), seat_of(module).spec, runner.fill_slots
     )
     probe.engine.attach()
     path.write_bytes(content.replace(b"KEY", probe.key.encode()))
@@ -137,7 +138,7 @@ def test_what_only_its_launch_takes_is_not_slower_than_the_link(packed: Make) ->
     (runner,) = rig.group.runners
     module = rig.model.model.layers[0].mlp.experts
     probe = calibration.Probe(
-        device, runner.engine, rig.source, 0, range(2), module._expertd[2], runner.fill_slots
+        device, runner.engine, rig.source, 0, range(2), seat_of(module).spec, runner.fill_slots
     )
     rates = calibration.measure(probe)
     assert rates.device_bytes_per_second == rates.link_bytes_per_second
@@ -149,7 +150,7 @@ def test_a_home_that_cannot_be_written_to(packed: Make, tmp_path: Path) -> None:
     (runner,) = rig.group.runners
     module = rig.model.model.layers[0].mlp.experts
     probe = calibration.Probe(
-        rig.device, runner.engine, rig.source, 0, range(2), module._expertd[2], runner.fill_slots
+        rig.device, runner.engine, rig.source, 0, range(2), seat_of(module).spec, runner.fill_slots
     )
     rates = calibration.calibrated(probe, tmp_path / "file" / "calibration.json")
     assert rates.link_bytes_per_second > 0

@@ -9,7 +9,8 @@ import torch
 
 from expertd_inference.device.device import CopyMode, Device, HostMemory
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, fill_slots
+from expertd_inference.kernels.cpu.reference import fill_slots
+from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed, Wave
 from expertd_testing.fake_device import (
     GARBAGE,
     FakeDevice,
@@ -149,9 +150,11 @@ class Layer:
         self.memory = device.register(source.arena_address, source.arena_bytes)
         self.cache = device.allocate(3, self.record_bytes)
         generator = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(5, 128, generator=generator)
-        self.index = torch.tensor([[0, 3], [3, 5], [5, 0], [0, self.num_experts], [3, 0]])
-        self.weights = torch.rand(5, 2, generator=generator)
+        self.routed = Routed(
+            torch.randn(5, 128, generator=generator),
+            torch.tensor([[0, 3], [3, 5], [5, 0], [0, self.num_experts], [3, 0]]),
+            torch.rand(5, 2, generator=generator),
+        )
 
     def copy(self, expert: int, slot: int, **options: Any) -> Any:
         offset = self.source._offsets[0, expert]
@@ -161,21 +164,17 @@ class Layer:
         slot_of = torch.full((self.num_experts,), -1, dtype=torch.int32)
         for expert, slot in places.items():
             slot_of[expert] = slot
-        slots = empty_slots(self.hidden, self.weights)
+        slots = self.routed.empty_slots()
         self.device.fill_slots_cached(
-            slots, self.hidden, self.index, self.weights,
-            cache=self.cache, slot_of=slot_of, spec=self.spec,
-        )  # fmt: skip
+            slots, self.routed, CachedWave(self.cache, slot_of, self.spec)
+        )
         return slots
 
     def expected(self, experts: list[int]) -> torch.Tensor:
-        slots = empty_slots(self.hidden, self.weights)
-        fill_slots(
-            slots, self.hidden, self.index, self.weights, experts=experts,
-            records=[self.source._offsets[0, e] for e in experts],
-            arena=ArenaTensors(self.source.arena_address, self.source.arena_bytes),
-            spec=self.spec,
-        )  # fmt: skip
+        slots = self.routed.empty_slots()
+        records = [self.source._offsets[0, e] for e in experts]
+        arena = ArenaTensors(self.source.arena_address, self.source.arena_bytes)
+        fill_slots(slots, self.routed, Wave(experts, records, arena, self.spec))
         return slots
 
 

@@ -18,6 +18,7 @@ from expertd_inference.device import whole
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts, share_slots
 from expertd_inference.device.graphs import DecodeCache, DecodeGraphs, SegmentSteps
 from expertd_inference.device.whole import WholeSteps
+from expertd_inference.experts.call import seat_of
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.model.loading import TrunkModel, load_trunk
@@ -49,7 +50,7 @@ class Served:
     @property
     def runners(self) -> dict[int, Any]:
         experts: Mapping[int, Any] = self.trunk.experts
-        return {layer: module._expertd[0] for layer, module in experts.items()}
+        return {layer: seat_of(module).runner for layer, module in experts.items()}
 
     @torch.no_grad()
     def decode(self, prompt: Sequence[int], cache: Any) -> tuple[list[int], Tensor]:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from expertd_inference.experts import cpu as experts_module
+from expertd_inference.experts.call import seat_of
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import MAX_FUTILE_RECOVERIES, Recovery
+from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.model.loading import load_trunk
 from expertd_testing.tiny_models import CONFIGS
 from expertstore.errors import ExpertdError, IncarnationError, SessionLostError, UnavailableError
@@ -125,6 +127,24 @@ def test_what_is_past_the_last_expert_is_none(packed: Make) -> None:
     result = experts(hidden, torch.tensor([[8, 2, 8], [8, 8, 8]]), weights)
     alone = experts(hidden[:1], torch.tensor([[2]]), weights[:1, 1:2])
     assert torch.equal(result, torch.cat((alone, torch.zeros_like(alone))))
+
+
+@torch.no_grad()
+def test_a_call_made_before_may_name_none_later(packed: Make) -> None:
+    """What was prepared keeps the results of its last run, which "none" must not be given."""
+    source = PackSource(packed("mixtral", "4bit"))
+    trunk = load_trunk(source.pack, source.manifest)
+    recovery = Recovery(source, reattach_seconds=0)
+    connect(trunk.experts, source.manifest, source, recovery, NativeKernels())
+    seat = seat_of(trunk.experts[1])
+    rows = torch.randn(2, 128, dtype=torch.bfloat16)
+    index, weights = torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2, dtype=torch.bfloat16)
+    call = seat.prepare(rows, index, weights)
+    assert call.prepared is not None
+    for values in ([[0, 1], [2, 3]], [[8, 2], [8, 8]], [[5, 1], [1, 7]]):
+        index.copy_(torch.tensor(values))
+        found = seat.runner.run(call).clone()
+        assert torch.equal(found, seat.runner.run(seat.call(rows, index, weights)))
 
 
 def test_layers_without_experts_are_skipped(packed: Make) -> None:

@@ -1,15 +1,15 @@
 """Which kernels a CPU worker computes with."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
-from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu import reference
 from expertd_inference.kernels.cpu.library import native_library
-from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.cpu.native import NativeKernels, PreparedExperts
+from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertd_inference.settings import KernelsName
 from expertstore.errors import InvalidInputError
@@ -24,37 +24,23 @@ class CpuKernels(Protocol):
     def name(self) -> str:
         """As ``--kernels`` has it."""
 
-    def fill_slots(
-        self,
-        slots: Tensor,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-    ) -> None:
+    def fill_slots(self, slots: Tensor, routed: Routed, wave: Wave, /) -> None:
         """As :func:`.reference.fill_slots`."""
 
     def output(
-        self,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-        memo: dict[str, Any] | None = None,
+        self, routed: Routed, wave: Wave, prepared: PreparedExperts | None = None, /
     ) -> Tensor:
-        """The layer's output [T, H], where ``experts`` are all that are needed.
+        """The layer's output [T, H], where the wave has all experts that are needed.
 
-        The same bits as filling slots in waves and summing them. ``memo`` belongs to a caller
-        whose ``spec`` and tensors, of one token, are the very same at every call with it: what
-        is made of them, the result's memory included, may be kept there.
+        The same bits as filling slots in waves and summing them. With ``prepared``, which
+        :meth:`prepare` made for ``routed``, no row may name "none", and the result is good until
+        the next call with it.
+        """
+
+    def prepare(self, routed: Routed, spec: ExpertsSpec, /) -> PreparedExperts | None:
+        """What can be worked out once for a call whose tensors stay the very same.
+
+        None where that is nothing.
         """
 
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
@@ -69,30 +55,15 @@ class ReferenceKernels:
     linear = staticmethod(reference.linear)
 
     @staticmethod
-    def output(
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-        memo: dict[str, Any] | None = None,
-    ) -> Tensor:
+    def output(routed: Routed, wave: Wave, _: PreparedExperts | None = None, /) -> Tensor:
         """As :class:`CpuKernels` says."""
-        slots = empty_slots(hidden, top_k_weights)
-        ReferenceKernels.fill_slots(
-            slots,
-            hidden,
-            top_k_index,
-            top_k_weights,
-            experts=experts,
-            records=records,
-            arena=arena,
-            spec=spec,
-        )
-        return sum_slots(slots, hidden.dtype)
+        slots = routed.empty_slots()
+        ReferenceKernels.fill_slots(slots, routed, wave)
+        return sum_slots(slots, routed.rows.dtype)
+
+    @staticmethod
+    def prepare(_: Routed, __: ExpertsSpec, /) -> None:
+        """Nothing."""
 
 
 def cpu_kernels(

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP, ExpertsSpec
+from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
+from expertd_inference.kernels.wave import ExpertsSpec
 from expertstore.native import Loaded, load
 from expertstore.pack.layout import (
     MXFP4_GROUP_SIZE,
@@ -78,7 +79,7 @@ class NativeLayer(ctypes.Structure):
     )
 
 
-class ExpertsCall(ctypes.Structure):
+class NativeExpertsCall(ctypes.Structure):
     """``ExpertsCall`` of kernels.h."""
 
     _fields_ = (

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu import reference
 from expertd_inference.kernels.cpu.library import (
     EIGHT_BIT_ACTIVATIONS,
     EXACT,
     TYPES,
-    ExpertsCall,
     LinearCall,
+    NativeExpertsCall,
     NativeLayer,
     NativeMatrix,
     check_memory,
@@ -33,7 +32,8 @@ from expertd_inference.kernels.cpu.library import (
     native_library,
     native_matrix,
 )
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.errors import PreconditionError
 from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, scale_part
@@ -70,55 +70,43 @@ class NativeKernels:
         self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
         self._matrices = WeakKeyDictionary()
 
-    def fill_slots(
-        self,
-        slots: Tensor,  # [T, k, H], written to; floating
-        hidden: Tensor,  # [T, H], floating
-        top_k_index: Tensor,  # [T, k], integer
-        top_k_weights: Tensor,  # [T, k], floating
-        *,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-    ) -> None:
+    def fill_slots(self, slots: Tensor, routed: Routed, wave: Wave, /) -> None:
         """As :func:`.reference.fill_slots`."""
-        self._run(slots, None, hidden, top_k_index, top_k_weights, experts, records, arena, spec)
+        self._run(slots, None, routed, wave)
 
     def output(
-        self,
-        hidden: Tensor,  # [T, H], floating
-        top_k_index: Tensor,  # [T, k], integer
-        top_k_weights: Tensor,  # [T, k], floating
-        *,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-        memo: dict[str, Any] | None = None,
+        self, routed: Routed, wave: Wave, prepared: "PreparedExperts | None" = None, /
     ) -> Tensor:  # [T, H]
-        """Fills the slots of ``experts``, which are all there are, and sums them.
+        """Fills the slots of the wave's experts, which are all there are, and sums them.
 
-        The same bits as :meth:`fill_slots` in waves and :func:`.reference.sum_slots`. With a
-        ``memo`` (see :class:`.choice.CpuKernels`) the result is good until the next call with it.
+        The same bits as :meth:`fill_slots` in waves and :func:`.reference.sum_slots`. With what
+        :meth:`prepare` made for ``routed``, of which no row may then name "none", the result is
+        good until the next call with it.
         """
-        if memo is not None:
-            call = memo.get("call")
-            if call is None:
-                layer = self._layer(spec)
-                call = memo["call"] = TokenCall(
-                    layer, hidden, top_k_index, top_k_weights, self._flags
-                )
-            if len(experts) == call.k:
-                call.fill(experts, records, arena.address)
-                check_memory(self._library.expertd_experts(call.address))
-                return call.out
-        slots = empty_slots(hidden, top_k_weights)
-        out = torch.empty_like(hidden) if top_k_index.shape[1] <= MAX_SUMMED else None
-        summed = self._run(
-            slots, out, hidden, top_k_index, top_k_weights, experts, records, arena, spec
-        )
-        return out if summed and out is not None else sum_slots(slots, hidden.dtype)
+        if prepared is not None:
+            prepared.fill(wave)
+            check_memory(self._library.expertd_experts(prepared.address))
+            return prepared.out
+        slots = routed.empty_slots()
+        out = torch.empty_like(routed.rows) if routed.top_k <= MAX_SUMMED else None
+        summed = self._run(slots, out, routed, wave)
+        return out if summed and out is not None else sum_slots(slots, routed.rows.dtype)
+
+    def prepare(self, routed: Routed, spec: ExpertsSpec, /) -> "PreparedExperts | None":
+        """The call for tensors that stay, or None if the layer or the tensors need another way."""
+        layer = self._layer(spec)
+        types = _types(routed, routed.empty_slots())
+        if (
+            layer is None
+            or types is None
+            or len(routed) > FUSED_TOKENS
+            or routed.top_k > MAX_SUMMED
+            or routed.index.dtype != torch.int64
+            or routed.rows.shape[1] != layer.gate_up.columns
+            or not all(each.is_contiguous() for each in (routed.rows, routed.index, routed.weights))
+        ):
+            return None
+        return PreparedExperts(layer, routed, types, self._flags)
 
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
         """``rows`` [..., in] times the weight: [..., out], rounded once."""
@@ -152,57 +140,35 @@ class NativeKernels:
         check_memory(self._library.expertd_linear(ctypes.addressof(call)))
         return out
 
-    def _run(
-        self,
-        slots: Tensor,
-        out: Tensor | None,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-    ) -> bool:
+    def _run(self, slots: Tensor, out: Tensor | None, routed: Routed, wave: Wave) -> bool:
         """Fills ``slots``, and sums them into ``out`` if it is given: True if it did that."""
-        layer = self._layer(spec)
-        types = [TYPES.get(tensor.dtype) for tensor in (hidden, top_k_weights, slots)]
-        if layer is None or None in types or not slots.is_contiguous():
-            reference.fill_slots(
-                slots,
-                hidden,
-                top_k_index,
-                top_k_weights,
-                experts=experts,
-                records=records,
-                arena=arena,
-                spec=spec,
-            )
+        layer = self._layer(wave.spec)
+        types = _types(routed, slots)
+        if layer is None or types is None or not slots.is_contiguous():
+            reference.fill_slots(slots, routed, wave)
             return False
-        if hidden.shape[1] != layer.gate_up.columns or len(experts) != len(records):
-            raise RuntimeError(f"hidden states of {hidden.shape[1]} do not fit the records")
-        if hidden.shape[0] > FUSED_TOKENS:
-            experts, records = self._fill_large(
-                slots, hidden, top_k_index, top_k_weights, experts, records, arena, spec, layer
-            )
+        if routed.rows.shape[1] != layer.gate_up.columns or len(wave.experts) != len(wave.records):
+            raise RuntimeError(f"hidden states of {routed.rows.shape[1]} do not fit the records")
+        if len(routed) > FUSED_TOKENS:
+            wave = self._fill_large(slots, routed, wave, layer)
         # Held until the call is done: what contiguous() returns may be a copy.
-        hidden, top_k_weights = hidden.contiguous(), top_k_weights.contiguous()
-        top_k_index = top_k_index.to(torch.int64).contiguous()
-        num_experts = len(experts)
-        numbers = (ctypes.c_int64 * (2 * num_experts))(*experts, *records)
+        rows, weights = routed.rows.contiguous(), routed.weights.contiguous()
+        index = routed.index.to(torch.int64).contiguous()
+        num_experts = len(wave.experts)
+        numbers = (ctypes.c_int64 * (2 * num_experts))(*wave.experts, *wave.records)
         address = ctypes.addressof(numbers)
-        call = ExpertsCall(
+        call = NativeExpertsCall(
             ctypes.addressof(layer),
-            arena.address,
+            wave.arena.address,
             address,
             address + 8 * num_experts,
-            hidden.data_ptr(),
-            top_k_index.data_ptr(),
-            top_k_weights.data_ptr(),
+            rows.data_ptr(),
+            index.data_ptr(),
+            weights.data_ptr(),
             slots.data_ptr(),
             None if out is None else out.data_ptr(),
             num_experts,
-            *top_k_index.shape,
+            *index.shape,
             *types,
             torch.get_num_threads(),
             self._flags,
@@ -216,46 +182,30 @@ class NativeKernels:
             found = self._layers[id(spec)] = (spec, native_layer(spec))
         return found[1]
 
-    def _fill_large(
-        self,
-        slots: Tensor,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        experts: Sequence[int],
-        records: Sequence[int],
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
-        layer: NativeLayer,
-    ) -> tuple[list[int], list[int]]:
-        """Computes the experts that have many tokens; those that are left, and their records."""
-        counts = torch.bincount(top_k_index.flatten(), minlength=max(experts, default=0) + 1)
-        few: tuple[list[int], list[int]] = ([], [])
-        for expert, record in zip(experts, records, strict=True):
+    def _fill_large(self, slots: Tensor, routed: Routed, wave: Wave, layer: NativeLayer) -> Wave:
+        """Computes the experts that have many tokens; the wave of those that are left."""
+        index, spec = routed.index, wave.spec
+        counts = torch.bincount(index.flatten(), minlength=max(wave.experts, default=0) + 1)
+        few: set[int] = set()
+        for expert, record in zip(wave.experts, wave.records, strict=True):
             if counts[expert] <= FUSED_TOKENS:
-                few[0].append(expert)
-                few[1].append(record)
+                few.add(expert)
                 continue
-            token, position = torch.where(top_k_index == expert)  # [n] each
+            token, position = torch.where(index == expert)  # [n] each
             gate_up = self._large(
-                hidden[token], reference.GATE_UP, layer.gate_up, record, arena, spec
+                routed.rows[token], reference.GATE_UP, layer.gate_up, record, wave
             )
             if spec.gate_order is GateOrder.INTERLEAVED:
                 gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
             inner = spec.apply_gate(gate_up)  # [n, I]
-            result = self._large(inner, reference.DOWN, layer.down, record, arena, spec)
-            slots[token, position] = result * top_k_weights[token, position, None]
-        return few
+            result = self._large(inner, reference.DOWN, layer.down, record, wave)
+            slots[token, position] = result * routed.weights[token, position, None]
+        return wave.only(few)
 
     def _large(
-        self,
-        rows: Tensor,
-        name: str,
-        native: NativeMatrix,
-        record: int,
-        arena: ArenaTensors,
-        spec: ExpertsSpec,
+        self, rows: Tensor, name: str, native: NativeMatrix, record: int, wave: Wave
     ) -> Tensor:
+        spec, arena = wave.spec, wave.arena
         matrix = spec.layout.matrix(name)
         if matrix.encoding is Encoding.PLAIN:
             weight = arena.part(record, spec.layout.part(f"{name}.weight"))
@@ -293,53 +243,45 @@ class NativeKernels:
         return out.view(len(rows), matrix.out_features)
 
 
-class TokenCall:
-    """A layer's call for one token, made once: making it takes longer than calling."""
+class PreparedExperts:
+    """A layer's call for tensors that stay where they are: making it takes longer than calling."""
 
     def __init__(
-        self,
-        layer: NativeLayer | None,
-        hidden: Tensor,  # [1, H]
-        top_k_index: Tensor,  # [1, k]
-        top_k_weights: Tensor,  # [1, k]
-        flags: int,
+        self, layer: NativeLayer, routed: Routed, types: Sequence[int], flags: int
     ) -> None:
-        """The tensors are kept, and read at every call."""
-        self._kept = hidden, top_k_index, top_k_weights
-        self.k = 0
-        """So many experts it is for; 0 if such a layer or such tensors need another way."""
-        slots = empty_slots(hidden, top_k_weights)
-        types = [TYPES.get(tensor.dtype) for tensor in (hidden, top_k_weights, slots)]
-        k = top_k_index.shape[1]
-        if (
-            layer is None
-            or None in types
-            or k > MAX_SUMMED
-            or top_k_index.dtype != torch.int64
-            or hidden.shape != (1, layer.gate_up.columns)
-            or not all(tensor.is_contiguous() for tensor in self._kept)
-        ):
-            return
-        self.k = k
-        self.out = torch.empty_like(hidden)
-        self._slots = slots
-        self._layer = layer
-        self._numbers = (ctypes.c_int64 * (2 * k))()
+        """``routed`` is kept, and read at every call; ``types`` are those of its tensors."""
+        self._kept = layer, routed
+        self.out = torch.empty_like(routed.rows)
+        """The result [T, H], of the last call."""
+        self._slots = routed.empty_slots()
+        self._most = routed.index.numel()
+        self._numbers = (ctypes.c_int64 * (2 * self._most))()
         numbers = ctypes.addressof(self._numbers)
-        self._call = ExpertsCall(
-            *(ctypes.addressof(layer), 0, numbers, numbers + 8 * k),
-            *(tensor.data_ptr() for tensor in (*self._kept, slots, self.out)),
-            *(k, 1, k),
+        tensors = (routed.rows, routed.index, routed.weights, self._slots, self.out)
+        self._call = NativeExpertsCall(
+            *(ctypes.addressof(layer), 0, numbers, numbers + 8 * self._most),
+            *(tensor.data_ptr() for tensor in tensors),
+            *(self._most, *routed.index.shape),
             *types,
             *(0, flags),
         )
         self.address = ctypes.addressof(self._call)
 
-    def fill(self, experts: Sequence[int], records: Sequence[int], arena: int) -> None:
-        """Puts in what changes: ``k`` experts, and where their records are."""
-        self._numbers[:] = [*experts, *records]
-        self._call.arena = arena
+    def fill(self, wave: Wave) -> None:
+        """Puts in what changes: the experts, at most one for each number of the routing."""
+        num, most = len(wave.experts), self._most
+        self._numbers[:num] = [*wave.experts]
+        self._numbers[most : most + num] = [*wave.records]
+        self._call.num_experts = num
+        self._call.arena = wave.arena.address
         self._call.threads = torch.get_num_threads()
+
+
+def _types(routed: Routed, slots: Tensor) -> list[int] | None:
+    """The types of rows, weights and slots as the library numbers them; None for others."""
+    types = [TYPES.get(each.dtype) for each in (routed.rows, routed.weights, slots)]
+    known = [each for each in types if each is not None]
+    return known if len(known) == len(types) else None
 
 
 def use_isa(name: str | None) -> str | None:

@@ -12,15 +12,12 @@ matrices gives the same bits as the original checkpoint:
   how they are split into waves, and computing an expert again only writes the same again.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertd_inference.kernels.activation import Activation
 from expertd_inference.kernels.arena import ArenaTensors
+from expertd_inference.kernels.wave import Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.codec import dequantize
 from expertstore.pack.manifest import Encoding, GateOrder, Matrix, RecordLayout
@@ -29,49 +26,16 @@ GATE_UP = "gate_up"
 DOWN = "down"
 
 
-@dataclass(frozen=True)
-class ExpertsSpec:
-    """What all experts of a layer share: their records' layout and their activation.
-
-    ``apply_gate`` is the model's own, [n, 2I] to [n, I]; it expects its columns in
-    ``gate_order``, while records always hold gate, then up. ``activation`` says what it does,
-    if that is one of those that kernels know.
-    """
-
-    layout: RecordLayout
-    gate_order: GateOrder
-    apply_gate: Callable[[Tensor], Tensor]
-    activation: Activation | None = None
-
-
-def empty_slots(hidden: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Zeros [T, k, H] for :func:`fill_slots`, of the dtype in which results are summed."""
-    dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
-    return hidden.new_zeros(*top_k_weights.shape, hidden.shape[1], dtype=dtype)
-
-
-def fill_slots(
-    slots: Tensor,  # [T, k, H], written to; floating
-    hidden: Tensor,  # [T, H], floating
-    top_k_index: Tensor,  # [T, k], integer
-    top_k_weights: Tensor,  # [T, k], floating
-    *,
-    experts: Sequence[int],
-    records: Sequence[int],
-    arena: ArenaTensors,
-    spec: ExpertsSpec,
-) -> None:
-    """Writes the weighted results of ``experts`` into their tokens' slots.
-
-    ``records`` are the experts' byte offsets in ``arena``.
-    """
-    for expert, record in zip(experts, records, strict=True):
-        token, position = torch.where(top_k_index == expert)  # [n] each
-        gate_up = _linear(hidden[token], GATE_UP, record, arena, spec.layout)  # [n, 2I]
+def fill_slots(slots: Tensor, routed: Routed, wave: Wave) -> None:
+    """Writes the weighted results of the wave's experts into ``slots`` [T, k, H], floating."""
+    spec, arena, index = wave.spec, wave.arena, routed.index
+    for expert, record in zip(wave.experts, wave.records, strict=True):
+        token, position = torch.where(index == expert)  # [n] each
+        gate_up = _linear(routed.rows[token], GATE_UP, record, arena, spec.layout)  # [n, 2I]
         if spec.gate_order is GateOrder.INTERLEAVED:
             gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
         result = _linear(spec.apply_gate(gate_up), DOWN, record, arena, spec.layout)  # [n, H]
-        slots[token, position] = result * top_k_weights[token, position, None]
+        slots[token, position] = result * routed.weights[token, position, None]
 
 
 def sum_slots(slots: Tensor, dtype: torch.dtype) -> Tensor:

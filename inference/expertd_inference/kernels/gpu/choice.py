@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
+from expertd_inference.kernels.wave import CachedWave, Routed
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.errors import PreconditionError
 
@@ -23,17 +23,7 @@ class GpuKernels(Protocol):
     def name(self) -> str:
         """As results show it."""
 
-    def fill_slots_cached(
-        self,
-        slots: Tensor,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *,
-        cache: Tensor,
-        slot_of: Tensor,
-        spec: ExpertsSpec,
-    ) -> None:
+    def fill_slots_cached(self, slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
         """As :func:`.triton_experts.fill_slots_cached`."""
 
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:

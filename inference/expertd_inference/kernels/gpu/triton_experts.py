@@ -8,30 +8,21 @@ depends on the number of tokens alone.
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP, ExpertsSpec
+from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.gpu.triton_blocks import MAX_GEMV_TOKENS, gemm_blocks
 from expertd_inference.kernels.gpu.triton_form import TRITON_DTYPES, record_form
 from expertd_inference.kernels.gpu.triton_gemm import launch_experts_gemm
 from expertd_inference.kernels.gpu.triton_gemv import aligned, launch_experts_gemv
 from expertd_inference.kernels.gpu.triton_route import route
+from expertd_inference.kernels.wave import CachedWave, Routed
 
 
-def fill_slots_cached(
-    slots: Tensor,  # [T, k, H], written to; floating
-    hidden: Tensor,  # [T, H], floating
-    top_k_index: Tensor,  # [T, k], integer
-    top_k_weights: Tensor,  # [T, k], floating
-    *,
-    cache: Tensor,  # [num_slots, slot_bytes], uint8
-    slot_of: Tensor,  # [num_experts], int32
-    spec: ExpertsSpec,
-) -> None:
-    """Writes the weighted results of the experts that are in the cache into their tokens' slots.
+def fill_slots_cached(slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
+    """Writes the weighted results of the experts that are in the cache into ``slots`` [T, k, H].
 
-    ``slot_of`` is the cache slot of each expert of this layer; where it is -1, or where a
-    routing names no expert, ``slots`` is left alone. All tensors are on one device, and the
-    routing is read there: a call waits for nothing, and with at most ``MAX_GEMV_TOKENS`` tokens
-    it can be captured in a CUDA graph.
+    Where an expert has no slot, or where a routing names no expert, ``slots`` is left alone. All
+    tensors are on one device, and the routing is read there: a call waits for nothing, and with at
+    most ``MAX_GEMV_TOKENS`` tokens it can be captured in a CUDA graph.
 
     The rounding points are those of the reference, the order of sums is not, and a few tokens'
     weights are not rounded to the activations' dtype. Equal arguments give equal bits, whatever
@@ -40,60 +31,44 @@ def fill_slots_cached(
     Raises ValueError if the shapes or dtypes do not fit, or if there is no kernel for the
     activation.
     """
-    _check(slots, hidden, top_k_index, top_k_weights, cache, slot_of, spec)
-    assert spec.activation is not None
-    if not len(hidden):
+    _check(slots, routed, wave)
+    if not len(routed):
         return
     # Triton launches on the current device, which is another thread's or another worker's choice.
-    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
-        _launch(slots, hidden, top_k_index, top_k_weights, cache, slot_of, spec)
+    with torch.cuda.device_of(routed.rows):  # type: ignore[no-untyped-call]
+        _launch(slots, routed, wave)
 
 
-def _launch(
-    slots: Tensor,
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    cache: Tensor,
-    slot_of: Tensor,
-    spec: ExpertsSpec,
-) -> None:
-    num_tokens, top_k = top_k_index.shape
+def _launch(slots: Tensor, routed: Routed, wave: CachedWave) -> None:
+    index, cache, slot_of, spec = routed.index, wave.cache, wave.slot_of, wave.spec
+    assert spec.activation is not None
+    num_tokens, top_k = index.shape
     gate_up, down = record_form(spec.layout, GATE_UP), record_form(spec.layout, DOWN)
-    inner = torch.empty(num_tokens * top_k, down.columns, dtype=hidden.dtype, device=hidden.device)
-    hidden, top_k_weights = aligned(hidden), top_k_weights.contiguous()
+    rows, weights = aligned(routed.rows), routed.weights.contiguous()
+    inner = torch.empty(num_tokens * top_k, down.columns, dtype=rows.dtype, device=rows.device)
     if num_tokens <= MAX_GEMV_TOKENS:
-        routing = (top_k_index.contiguous(), top_k_weights, slot_of, cache)
-        launch_experts_gemv(inner, hidden, *routing, gate_up, spec.activation)
+        routing = (index.contiguous(), weights, slot_of, cache)
+        launch_experts_gemv(inner, rows, *routing, gate_up, spec.activation)
         launch_experts_gemv(slots, inner, *routing, down, None)
         return
     share = -(-num_tokens * top_k // slot_of.numel())
     blocks = [gemm_blocks(form, share) for form in (gate_up, down)]
-    tiles = route(top_k_index, slot_of, blocks[0].tokens)
-    launch_experts_gemm(
-        inner, hidden, tiles, top_k_weights, cache, gate_up, spec.activation, blocks[0]
-    )
-    launch_experts_gemm(slots, inner, tiles, top_k_weights, cache, down, None, blocks[1])
+    tiles = route(index, slot_of, blocks[0].tokens)
+    launch_experts_gemm(inner, rows, tiles, weights, cache, gate_up, spec.activation, blocks[0])
+    launch_experts_gemm(slots, inner, tiles, weights, cache, down, None, blocks[1])
 
 
-def _check(
-    slots: Tensor,
-    hidden: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    cache: Tensor,
-    slot_of: Tensor,
-    spec: ExpertsSpec,
-) -> None:
-    num_tokens, hidden_size = hidden.shape
-    shape = (num_tokens, top_k_index.shape[1], hidden_size)
+def _check(slots: Tensor, routed: Routed, wave: CachedWave) -> None:
+    index, cache, slot_of, spec = routed.index, wave.cache, wave.slot_of, wave.spec
+    num_tokens, hidden_size = routed.rows.shape
+    shape = (num_tokens, routed.top_k, hidden_size)
     if slots.shape != shape or not slots.is_contiguous():
         raise ValueError(f"slots are {tuple(slots.shape)}, or strided, instead of {shape}")
-    if top_k_index.shape != shape[:2] or top_k_weights.shape != shape[:2]:
+    if index.shape != shape[:2] or routed.weights.shape != shape[:2]:
         raise ValueError("the routing has not a row for each token")
-    if top_k_index.dtype not in {torch.int32, torch.int64}:
-        raise ValueError(f"experts are numbered in {top_k_index.dtype}")
-    for tensor in (slots, hidden, top_k_weights):
+    if index.dtype not in {torch.int32, torch.int64}:
+        raise ValueError(f"experts are numbered in {index.dtype}")
+    for tensor in (slots, routed.rows, routed.weights):
         if tensor.dtype not in TRITON_DTYPES:
             raise ValueError(f"there is no GPU kernel for {tensor.dtype}")
     if cache.dtype != torch.uint8 or cache.ndim != 2 or not cache.is_contiguous():

@@ -20,7 +20,8 @@ from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu import reference
 from expertd_inference.kernels.cpu.library import PATH, native_library
 from expertd_inference.kernels.cpu.native import FUSED_TOKENS, MAX_SUMMED, NativeKernels, use_isa
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, sum_slots
+from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.codec import dequantize
 from expertstore.pack.manifest import GateOrder
@@ -55,11 +56,11 @@ def both(
     layer: Layer, spec: ExpertsSpec, hidden: Tensor, index: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The layer's output by the native kernels and by the reference."""
-    experts = list(range(len(layer.records)))
-    arguments = {"experts": experts, "records": layer.records, "arena": layer.arena, "spec": spec}
-    slots = empty_slots(hidden, weights)
-    reference.fill_slots(slots, hidden, index, weights, **arguments)
-    ours = NativeKernels().output(hidden, index, weights, **arguments)
+    wave = Wave(range(len(layer.records)), layer.records, layer.arena, spec)
+    rows = Routed(hidden, index, weights)
+    slots = rows.empty_slots()
+    reference.fill_slots(slots, rows, wave)
+    ours = NativeKernels().output(rows, wave)
     return ours, sum_slots(slots, hidden.dtype)
 
 
@@ -201,7 +202,7 @@ def test_bits_depend_on_nothing_but_the_expert(isa: str) -> None:
     layer = layer_of(8, 128, 128, "4g64", torch.bfloat16)
     spec, kernels = spec_of(layer), NativeKernels()
     hidden = inputs(20, 128, torch.bfloat16)
-    index, weights = routed(20, 3, 8)
+    rows = Routed(hidden, *routed(20, 3, 8))
     threads = torch.get_num_threads()
     results = []
     try:
@@ -212,31 +213,12 @@ def test_bits_depend_on_nothing_but_the_expert(isa: str) -> None:
                 [[0, 1], [2, 3, 4], [5, 6, 7]],
                 [[7], [3, 0], [1, 2, 4, 5, 6]],
             ):
-                slots = empty_slots(hidden, weights)
-                for wave in waves:
-                    records = [layer.records[e] for e in wave]
-                    kernels.fill_slots(
-                        slots,
-                        hidden,
-                        index,
-                        weights,
-                        experts=wave,
-                        records=records,
-                        arena=layer.arena,
-                        spec=spec,
-                    )
+                slots = rows.empty_slots()
+                for experts in waves:
+                    records = [layer.records[e] for e in experts]
+                    kernels.fill_slots(slots, rows, Wave(experts, records, layer.arena, spec))
                 results.append(sum_slots(slots, hidden.dtype))
-            results.append(
-                kernels.output(
-                    hidden,
-                    index,
-                    weights,
-                    experts=range(8),
-                    records=layer.records,
-                    arena=layer.arena,
-                    spec=spec,
-                )
-            )
+            results.append(kernels.output(rows, Wave(range(8), layer.records, layer.arena, spec)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -249,16 +231,11 @@ def test_the_sum_is_torch_s(k: int, dtype: torch.dtype) -> None:
     for tokens in (1, 3):
         hidden = inputs(tokens, 64, torch.bfloat16)
         index, weights = routed(tokens, k, MAX_SUMMED + 1)
-        weights = weights.to(dtype)
-        arguments = {
-            "experts": range(MAX_SUMMED + 1),
-            "records": layer.records,
-            "arena": layer.arena,
-            "spec": spec_of(layer),
-        }
-        slots = empty_slots(hidden, weights)
-        NativeKernels().fill_slots(slots, hidden, index, weights, **arguments)
-        summed = NativeKernels().output(hidden, index, weights, **arguments)
+        rows = Routed(hidden, index, weights.to(dtype))
+        wave = Wave(range(MAX_SUMMED + 1), layer.records, layer.arena, spec_of(layer))
+        slots = rows.empty_slots()
+        NativeKernels().fill_slots(slots, rows, wave)
+        summed = NativeKernels().output(rows, wave)
         assert torch.equal(summed, sum_slots(slots, hidden.dtype))
 
 
@@ -288,27 +265,37 @@ def test_slots_without_an_expert_are_zero() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "chosen", [[0, 3, 5], [3, 5, 3], [1, 6, 2], [6, 6, 6]], ids=str
-)  # as always; one of them twice; 6 is past the last expert, and so none; none at all
-def test_a_call_made_before(chosen: list[int], dtype: torch.dtype) -> None:
+    "chosen",
+    [[[0, 3, 5]], [[3, 5, 3]], [[0, 3, 5], [5, 1, 2]], [[1, 2, 4], [4, 2, 1], [1, 1, 2]]],
+    ids=str,
+)  # of one row, one of them twice; of several rows, few experts in all
+def test_a_call_made_before(chosen: list[list[int]], dtype: torch.dtype) -> None:
     layer = layer_of(6, 128, 64, "4g64", dtype)
-    kernels, memo = NativeKernels(), {}
-    index = torch.tensor([[0, 1, 2]])
-    hidden, weights = inputs(1, 128, dtype), torch.rand(1, 3)
-    before = []
+    kernels, num, spec = NativeKernels(), len(chosen), spec_of(layer)
+    rows = Routed(
+        inputs(num, 128, dtype), torch.zeros(num, 3, dtype=torch.int64), torch.rand(num, 3)
+    )
+    prepared = kernels.prepare(rows, spec)
+    assert prepared is not None
     # Tensors that stay where they are, with other values each time.
-    for values in ([0, 1, 2], chosen, [4, 2, 1], chosen):
-        index.copy_(torch.tensor([values]))
-        hidden.mul_(1.5)
-        experts = sorted({expert for expert in values if expert < 6})
-        records = [layer.records[expert] for expert in experts]
-        arguments = {"experts": experts, "records": records, "arena": layer.arena}
-        spec = spec_of(layer) if not before else before[0]
-        before.append(spec)
-        expected = kernels.output(hidden, index, weights, **arguments, spec=spec)
-        ours = kernels.output(hidden, index, weights, **arguments, spec=spec, memo=memo)
-        assert torch.equal(ours, expected)
-    assert memo
+    for values in ([[0, 1, 2]] * num, chosen, [[4, 2, 1]] * num, chosen):
+        rows.index.copy_(torch.tensor(values))
+        rows.rows.mul_(1.5)
+        experts = sorted({expert for row in values for expert in row})
+        wave = Wave(experts, [layer.records[expert] for expert in experts], layer.arena, spec)
+        assert torch.equal(kernels.output(rows, wave, prepared), kernels.output(rows, wave))
+
+
+def test_not_every_call_can_be_made_before() -> None:
+    layer = layer_of(6, 128, 64, "4g64", torch.bfloat16)
+    index = torch.zeros(1, 3, dtype=torch.int64)
+    for rows in (
+        Routed(inputs(FUSED_TOKENS + 1, 128, torch.bfloat16), *routed(FUSED_TOKENS + 1, 3, 6)),
+        Routed(inputs(1, 128, torch.bfloat16), index.int(), torch.rand(1, 3)),
+        Routed(inputs(2, 128, torch.bfloat16)[:, ::2], index, torch.rand(1, 3)),
+        Routed(inputs(1, 128, torch.float64), index, torch.rand(1, 3)),
+    ):
+        assert NativeKernels().prepare(rows, spec_of(layer)) is None
 
 
 def test_an_unknown_activation_is_the_reference_s() -> None:
@@ -323,13 +310,8 @@ def test_hidden_of_another_size_is_refused() -> None:
     layer = layer_of(4, 64, 64, "4g64", torch.bfloat16)
     with pytest.raises(RuntimeError, match="do not fit"):
         NativeKernels().output(
-            inputs(1, 7, torch.bfloat16),
-            torch.tensor([[0, 1]]),
-            torch.ones(1, 2),
-            experts=[0, 1],
-            records=layer.records[:2],
-            arena=layer.arena,
-            spec=spec_of(layer),
+            Routed(inputs(1, 7, torch.bfloat16), torch.tensor([[0, 1]]), torch.ones(1, 2)),
+            Wave([0, 1], layer.records[:2], layer.arena, spec_of(layer)),
         )
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, empty_slots, fill_slots, sum_slots
+from expertd_inference.kernels.cpu.reference import fill_slots, sum_slots
+from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertstore.pack.codec import TORCH_DTYPES, dequantize
 from expertstore.pack.layout import Encoding, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -73,18 +74,11 @@ class Layer:
 
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor, waves: list[list[int]]) -> Tensor:
         spec = ExpertsSpec(self.layout, self.gate_order, self.gate)
-        slots = empty_slots(hidden, weights)
+        routed = Routed(hidden, index, weights)
+        slots = routed.empty_slots()
         for experts in waves:
-            fill_slots(
-                slots,
-                hidden,
-                index,
-                weights,
-                experts=experts,
-                records=[self.records[e] for e in experts],
-                arena=self.arena,
-                spec=spec,
-            )
+            records = [self.records[e] for e in experts]
+            fill_slots(slots, routed, Wave(experts, records, self.arena, spec))
         return sum_slots(slots, hidden.dtype)
 
     def gate(self, gate_up: Tensor) -> Tensor:

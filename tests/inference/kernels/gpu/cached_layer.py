@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import ExpertsSpec, fill_slots
+from expertd_inference.kernels.cpu.reference import fill_slots
+from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed, Wave
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import Matrix, matrix_parts, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -107,21 +108,19 @@ class CachedLayer:
             self.slot_of[expert] = slot
             self.cache[slot] = self.records[expert].to(self.device)
 
+    @property
+    def wave(self) -> CachedWave:
+        """What is cached now."""
+        return CachedWave(self.cache, self.slot_of, self.spec)
+
     def expected(
         self, slots: Tensor, hidden: Tensor, index: Tensor, weights: Tensor, experts: Sequence[int]
     ) -> Tensor:
         """What the reference makes of ``slots``, on the CPU."""
         slots = slots.cpu().clone()
-        fill_slots(
-            slots,
-            hidden.cpu(),
-            index.cpu(),
-            weights.cpu(),
-            experts=list(experts),
-            records=[self.offsets[e] for e in experts],
-            arena=self.arena,
-            spec=self.spec,
-        )
+        rows = Routed(hidden.cpu(), index.cpu(), weights.cpu())
+        wave = Wave(experts, [self.offsets[e] for e in experts], self.arena, self.spec)
+        fill_slots(slots, rows, wave)
         return slots
 
 

@@ -23,8 +23,8 @@ from triton.runtime.jit import JITFunction
 
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu.reference import ExpertsSpec
 from expertd_inference.kernels.gpu import triton_experts, triton_gather, triton_linear
+from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import record_layout
 from expertstore.pack.manifest import GateOrder
@@ -85,12 +85,16 @@ def compile_all(capability: int) -> None:
         )
         triton_experts.fill_slots_cached(
             torch.zeros(tokens, 4, hidden),
-            torch.zeros(tokens, hidden, dtype=torch.bfloat16),
-            torch.zeros(tokens, 4, dtype=torch.int64),
-            torch.zeros(tokens, 4),
-            cache=torch.zeros(1, layout.record_bytes, dtype=torch.uint8),
-            slot_of=torch.zeros(16, dtype=torch.int32),
-            spec=spec,
+            Routed(
+                torch.zeros(tokens, hidden, dtype=torch.bfloat16),
+                torch.zeros(tokens, 4, dtype=torch.int64),
+                torch.zeros(tokens, 4),
+            ),
+            CachedWave(
+                torch.zeros(1, layout.record_bytes, dtype=torch.uint8),
+                torch.zeros(16, dtype=torch.int32),
+                spec,
+            ),
         )
     for precision, tokens in LINEARS:
         shown.compiled_for = f"{precision}:{tokens}:2048x4096"

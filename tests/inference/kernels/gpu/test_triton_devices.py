@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from expertd.packing.schemes import parse_precision
+from expertd_inference.kernels.wave import CachedWave, Routed
 from expertd_inference.kernels.weights import QuantizedWeight
 from tests.inference.kernels.gpu.cached_layer import CachedLayer
 
@@ -50,7 +51,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(torch.cuda, "_exchange_device", host.exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", host.exchange)
     for module in [*sys.modules.values()]:
-        if getattr(module, "__name__", "").startswith("expertd_inference.kernels.triton_"):
+        if getattr(module, "__name__", "").startswith("expertd_inference.kernels.gpu.triton_"):
             for name, value in vars(module).copy().items():
                 if isinstance(value, KernelInterface):
                     monkeypatch.setattr(module, name, host.kernel(name))
@@ -73,12 +74,16 @@ def experts(num_tokens: int) -> None:
     with FakeTensorMode():
         triton_experts.fill_slots_cached(
             torch.empty(num_tokens, 2, 128, device=OURS),
-            torch.empty(num_tokens, 128, device=OURS),
-            torch.empty(num_tokens, 2, dtype=torch.int64, device=OURS),
-            torch.empty(num_tokens, 2, device=OURS),
-            cache=torch.empty(4, spec.layout.record_bytes, dtype=torch.uint8, device=OURS),
-            slot_of=torch.empty(8, dtype=torch.int32, device=OURS),
-            spec=spec,
+            Routed(
+                torch.empty(num_tokens, 128, device=OURS),
+                torch.empty(num_tokens, 2, dtype=torch.int64, device=OURS),
+                torch.empty(num_tokens, 2, device=OURS),
+            ),
+            CachedWave(
+                torch.empty(4, spec.layout.record_bytes, dtype=torch.uint8, device=OURS),
+                torch.empty(8, dtype=torch.int32, device=OURS),
+                spec,
+            ),
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.wave import CachedWave, Routed
 from expertstore.pack.layout import Matrix
 from tests.inference.kernels.gpu.cached_layer import CachedLayer, routed
 from tests.inference.kernels.gpu.gpu import DEVICE
@@ -44,9 +45,7 @@ def run(layer: CachedLayer, tokens: int, k: int | None = None) -> tuple[Tensor, 
     slots = torch.full((tokens, k, layer.hidden), 7.0, device=DEVICE)
     held = [e for e, slot in enumerate(layer.slot_of.tolist()) if slot >= 0]
     expected = layer.expected(slots, hidden, index, weights, held)
-    fill_slots_cached(
-        slots, hidden, index, weights, cache=layer.cache, slot_of=layer.slot_of, spec=layer.spec
-    )
+    fill_slots_cached(slots, Routed(hidden, index, weights), layer.wave)
     return slots.cpu(), expected
 
 
@@ -147,12 +146,8 @@ def test_a_token_alone_is_what_it_is_among_many(precision: str) -> None:
         slots = torch.zeros(tokens, 1, 128, device=DEVICE)
         fill_slots_cached(
             slots,
-            hidden[:tokens].to(DEVICE),
-            index[:tokens].to(DEVICE),
-            weights[:tokens].to(DEVICE),
-            cache=layer.cache,
-            slot_of=layer.slot_of,
-            spec=layer.spec,
+            Routed(*(each[:tokens].to(DEVICE) for each in (hidden, index, weights))),
+            layer.wave,
         )
         results.append(slots[:FEW])
     assert (results[0] != results[1]).float().mean().item() < 0.08
@@ -180,9 +175,7 @@ def test_choices_that_name_no_expert_are_left_alone(tokens: int) -> None:
     index[0, 1] = -1
     slots = torch.full((tokens, 2, 32), 7.0, device=DEVICE)
     weights = torch.ones(tokens, 2, device=DEVICE)
-    fill_slots_cached(
-        slots, hidden, index, weights, cache=layer.cache, slot_of=layer.slot_of, spec=layer.spec
-    )
+    fill_slots_cached(slots, Routed(hidden, index, weights), layer.wave)
     assert (slots == 7).all()
 
 
@@ -194,13 +187,7 @@ def test_an_expert_may_take_all_tokens() -> None:
     weights = torch.ones(40, 1)
     slots = torch.zeros(40, 1, 32, device=DEVICE)
     fill_slots_cached(
-        slots,
-        hidden.to(DEVICE),
-        index.to(DEVICE),
-        weights.to(DEVICE),
-        cache=layer.cache,
-        slot_of=layer.slot_of,
-        spec=layer.spec,
+        slots, Routed(hidden.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)), layer.wave
     )
     expected = layer.expected(torch.zeros(40, 1, 32), hidden, index, weights, [63])
     assert_close(slots.cpu(), expected, torch.bfloat16)
@@ -213,9 +200,7 @@ def test_nan_stays_with_its_token(tokens: int) -> None:
     hidden[1, 5] = math.nan
     index, weights = routed(tokens, 2, layer.num_experts, DEVICE)
     slots = torch.zeros(tokens, 2, 32, device=DEVICE)
-    fill_slots_cached(
-        slots, hidden, index, weights, cache=layer.cache, slot_of=layer.slot_of, spec=layer.spec
-    )
+    fill_slots_cached(slots, Routed(hidden, index, weights), layer.wave)
     nan = slots.isnan()
     assert nan[1].all()
     assert nan.sum() == nan[1].sum()
@@ -228,9 +213,7 @@ def test_results_are_kept_in_the_slots_dtype() -> None:
     slots = torch.zeros(3, 2, 32, device=DEVICE, dtype=torch.bfloat16)
     weights = weights.bfloat16()
     expected = layer.expected(slots, hidden, index, weights, range(4))
-    fill_slots_cached(
-        slots, hidden, index, weights, cache=layer.cache, slot_of=layer.slot_of, spec=layer.spec
-    )
+    fill_slots_cached(slots, Routed(hidden, index, weights), layer.wave)
     assert_close(slots.cpu(), expected, torch.bfloat16)
 
 
@@ -242,9 +225,7 @@ def test_an_address_that_four_values_do_not_divide() -> None:
     for out, hidden in zip(
         slots, (memory[1:].view(2, 32), memory[1:].clone().view(2, 32)), strict=True
     ):
-        fill_slots_cached(
-            out, hidden, index, weights, cache=layer.cache, slot_of=layer.slot_of, spec=layer.spec
-        )
+        fill_slots_cached(out, Routed(hidden, index, weights), layer.wave)
     assert torch.equal(slots[0], slots[1])
     # Only a GPU minds such an address.
     moved = aligned(memory[1:].view(2, 32))
@@ -257,12 +238,8 @@ def test_no_tokens() -> None:
     nothing = torch.zeros(0, 2, device=DEVICE)
     fill_slots_cached(
         torch.zeros(0, 2, 32, device=DEVICE),
-        torch.zeros(0, 32, device=DEVICE, dtype=torch.bfloat16),
-        nothing.long(),
-        nothing,
-        cache=layer.cache,
-        slot_of=layer.slot_of,
-        spec=layer.spec,
+        Routed(torch.zeros(0, 32, device=DEVICE, dtype=torch.bfloat16), nothing.long(), nothing),
+        layer.wave,
     )
 
 
@@ -290,10 +267,6 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], what: str) -> N
     with pytest.raises(ValueError, match=what):
         fill_slots_cached(
             given["slots"],
-            given["hidden"],
-            given["index"],
-            given["weights"],
-            cache=given["cache"],
-            slot_of=given["slot_of"],
-            spec=layer.spec,
+            Routed(given["hidden"], given["index"], given["weights"]),
+            CachedWave(given["cache"], given["slot_of"], layer.spec),
         )
