@@ -28,6 +28,8 @@ inline int64_t bytes_per_unit(const Matrix& matrix) {
     }
 }
 
+struct AttentionTile;
+
 struct Variant {
     const char* name;
     // Bytes of a row of activations as `multiply` wants it.
@@ -51,6 +53,9 @@ struct Variant {
     void (*narrow)(const float* values, int64_t count, int32_t type, void* out);
     // Rounds to `type` in place.
     void (*round)(float* values, int64_t count, int32_t type);
+    // A tile of attention, or the last steps of one whose pieces several tasks computed.
+    void (*attend)(const AttentionTile& tile);
+    void (*fold)(const AttentionTile& tile);
 };
 
 // The one in use: the best that this processor has, unless expertd_use_isa chose another.
