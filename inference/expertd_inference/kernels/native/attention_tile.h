@@ -29,10 +29,12 @@ typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t LaneBits __attribute__((vector_size(4 * LANES)));
 
 #define TILE_INLINE inline __attribute__((always_inline))
+// One copy, so that products are fused with the same sums wherever it is called.
+#define TILE_ONCE __attribute__((noinline))
 
 constexpr float LOG2_E = 1.44269504088896340736f;
 
-// A cached line is asked for `step` lines at a time, while something else is computed.
+// The block after, to be asked for while this one is computed; null: none.
 struct Ahead {
     const uint8_t* next = nullptr;
 };
@@ -273,7 +275,7 @@ TILE_INLINE void soften(float* scores, int64_t start, int64_t count, int64_t bef
 
 // All tokens of piece `piece` that a query of the tile sees.
 template <class Ops>
-void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piece, Partial result) {
+TILE_ONCE void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piece, Partial result) {
     const View& view = ops.view;
     const int64_t num = t.num_queries(), width = padded_width(ops.c.value_width);
     const int64_t start = piece * PIECE_TOKENS;
@@ -319,7 +321,7 @@ void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piece, Partial
 }
 
 // What was computed of more tokens, `more`, joins `all`.
-TILE_INLINE void fold(Partial all, Partial more, int64_t num, int64_t width) {
+TILE_ONCE void fold(Partial all, Partial more, int64_t num, int64_t width) {
     for (int64_t q = 0; q < num; ++q) {
         const float most = std::max(all.largest[q], more.largest[q]);
         const float base = most == -INFINITY ? 0 : most;
@@ -333,7 +335,7 @@ TILE_INLINE void fold(Partial all, Partial more, int64_t num, int64_t width) {
 }
 
 template <class Ops>
-void finish(const AttentionTile& t, const Ops& ops, Partial result) {
+TILE_ONCE void finish(const AttentionTile& t, const Ops& ops, Partial result) {
     const int64_t width = padded_width(ops.c.value_width);
     for (int64_t q = 0; q < t.num_queries(); ++q) {
         float total = result.totals[q], factor = 1;

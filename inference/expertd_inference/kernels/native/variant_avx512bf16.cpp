@@ -17,7 +17,7 @@
 // of weights is as much again. So it counts: scales are decoded without a mask or a branch where
 // that can be, and between the products, which leaves the processor a choice.
 
-#include "attention_tile.h"
+#include "attention_bf16.h"
 #include "bf16_words.h"
 
 namespace {
@@ -390,5 +390,5 @@ const Variant VARIANT_AVX512BF16 = {"avx512bf16",
                                     widen,
                                     narrow,
                                     round_all,
-                                    tile::attend<tile::Generic>,
-                                    tile::fold_partials<tile::Generic>};
+                                    tile::attend_bf16,
+                                    tile::fold_bf16};
