@@ -106,7 +106,7 @@ _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
         *("experts", "linear", "dequantize", "use_isa", "read_probe"),
-        *("rms_norm", "attend", "rotate", "route", "program", "argmax"),
+        *("rms_norm", "attend", "attend_rows", "rotate", "route", "program", "argmax"),
     )
 )
 
@@ -135,6 +135,7 @@ def native_library() -> Loaded:
         library.expertd_program.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
         ]
+        library.expertd_attend_rows.argtypes = [ctypes.c_void_p]
         library.expertd_use_isa.argtypes = [ctypes.c_char_p]
         library.expertd_use_isa.restype = ctypes.c_char_p
     return loaded

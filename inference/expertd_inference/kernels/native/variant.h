@@ -42,6 +42,8 @@ inline Form form_of(int64_t num_rows, int32_t flags) {
 // stay in the second cache.
 constexpr int64_t ROWS_AT_ONCE = 64;
 
+struct AttentionTile;
+
 struct Variant {
     const char* name;
     // Bytes of a row of activations as `multiply` wants it, a multiple of 64.
@@ -66,6 +68,9 @@ struct Variant {
     void (*narrow)(const float* values, int64_t count, int32_t type, void* out);
     // Rounds to `type` in place.
     void (*round)(float* values, int64_t count, int32_t type);
+    // A tile of attention, or the last steps of one whose pieces several tasks computed.
+    void (*attend)(const AttentionTile& tile);
+    void (*fold)(const AttentionTile& tile);
 };
 
 // The one in use: the best that this processor has, unless expertd_use_isa chose another.

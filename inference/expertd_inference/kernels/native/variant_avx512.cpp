@@ -1,3 +1,4 @@
+#include "attention_tile.h"
 #include "generic.h"
 
 extern const Variant VARIANT_AVX512;
@@ -9,4 +10,6 @@ const Variant VARIANT_AVX512 = {"avx512",
                                generic::activate,
                                widen,
                                narrow,
-                               round_all};
+                               round_all,
+                               tile::attend<tile::Generic>,
+                               tile::fold_partials<tile::Generic>};

@@ -17,6 +17,7 @@
 // of weights is as much again. So it counts: scales are decoded without a mask or a branch where
 // that can be, and between the products, which leaves the processor a choice.
 
+#include "attention_bf16.h"
 #include "bf16_words.h"
 
 namespace {
@@ -388,4 +389,6 @@ const Variant VARIANT_AVX512BF16 = {"avx512bf16",
                                     generic::activate,
                                     widen,
                                     narrow,
-                                    round_all};
+                                    round_all,
+                                    tile::attend_bf16,
+                                    tile::fold_bf16};

@@ -1,0 +1,211 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pool.h"
+#include "tasks.h"
+#include "variant.h"
+
+namespace {
+
+// So that a thread which comes late, or is held up, leaves little to wait for.
+constexpr int64_t TASKS_PER_THREAD = 6;
+
+// Below so many products of queries and keys, times 64, a second thread would come too late.
+constexpr int64_t MIN_SHARED_PRODUCTS = 1 << 11;
+
+constexpr int64_t APPEND_ROWS = 64; // of a task
+
+int64_t pad(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t pieces_of(int64_t tokens) { return (tokens + PIECE_TOKENS - 1) / PIECE_TOKENS; }
+
+} // namespace
+
+void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row) {
+    if (!call.key) return;
+    const AttentionPlan& plan = *call.plan;
+    const int64_t size = size_of(call.type);
+    const auto copy = [&](void* blocks, const void* rows, int64_t slot, int64_t from,
+                          int64_t width) {
+        memcpy(static_cast<uint8_t*>(blocks) + slot * width * size,
+               static_cast<const uint8_t*>(rows) + from * size, width * size);
+    };
+    const int64_t* after =
+        std::upper_bound(plan.first_rows, plan.first_rows + plan.num_spans + 1, first_row);
+    int64_t span = after - plan.first_rows - 1;
+    for (int64_t row = first_row; row < last_row; ++row) {
+        while (row >= plan.first_rows[span + 1]) ++span;
+        const int64_t token = plan.positions[span] + row - plan.first_rows[span];
+        const int64_t block = plan.blocks[plan.first_blocks[span] + token / BLOCK_TOKENS];
+        for (int64_t kv = 0; kv < call.kv_heads; ++kv) {
+            const int64_t slot =
+                (block * call.kv_heads + kv) * BLOCK_TOKENS + token % BLOCK_TOKENS;
+            copy(call.keys, call.key, slot, row * call.key_row + kv * call.key_head,
+                 call.key_width);
+            copy(call.values, call.value, slot, row * call.value_row + kv * call.value_head,
+                 call.value_width);
+        }
+    }
+}
+
+Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads(threads) {
+    for (int64_t span = 0; span < call.plan->num_spans; ++span) add_tiles(span);
+    // How tiles are divided changes no bit, so it may depend on all of them.
+    int64_t work = 0;
+    for (const AttentionTile& tile : tiles)
+        work += (tile.last_piece - tile.first_piece) * tile.num_queries();
+    const int64_t share = std::max<int64_t>(1, work / (threads * TASKS_PER_THREAD));
+    shared = std::make_unique<Shared[]>(tiles.size());
+    for (size_t i = 0; i < tiles.size(); ++i) {
+        const AttentionTile& tile = tiles[i];
+        const int64_t pieces = tile.last_piece - tile.first_piece;
+        const int64_t each =
+            threads == 1 ? pieces : std::max<int64_t>(1, share / tile.num_queries());
+        shared[i].first_piece = tile.first_piece;
+        shared[i].last_piece = tile.last_piece;
+        shared[i].partials = -1;
+        shared[i].left = (pieces + each - 1) / each;
+        if (each < pieces) {
+            shared[i].partials = partials_floats;
+            partials_floats += pieces * partial_floats(tile.num_queries(), call.value_width);
+        }
+        for (int64_t first = tile.first_piece; first < tile.last_piece; first += each)
+            tasks.push_back({static_cast<int64_t>(i), first,
+                             std::min(first + each, tile.last_piece)});
+    }
+    taken = std::make_unique<std::atomic<bool>[]>(threads);
+    for (int32_t i = 0; i < threads; ++i) taken[i] = false;
+}
+
+void Attend::add_tiles(int64_t span) {
+    const AttentionPlan& plan = *call.plan;
+    const int64_t num_rows = plan.first_rows[span + 1] - plan.first_rows[span];
+    const int64_t group = call.heads / call.kv_heads;
+    const int64_t heads_each = std::min(group, MAX_QUERIES);
+    const int64_t rows_each = MAX_QUERIES / heads_each;
+    for (int64_t row = 0; row < num_rows; row += rows_each) {
+        const int64_t rows = std::min(rows_each, num_rows - row);
+        const int64_t position = plan.positions[span] + row;
+        const int64_t seen = position + rows;
+        const int64_t before = call.window ? std::max<int64_t>(0, position + 1 - call.window) : 0;
+        for (int64_t kv = 0; kv < call.kv_heads; ++kv)
+            for (int64_t head = 0; head < group; head += heads_each) {
+                const int64_t heads = std::min(heads_each, group - head);
+                tiles.push_back({&call, plan.blocks + plan.first_blocks[span], position,
+                                 plan.first_rows[span] + row, rows, kv, kv * group + head, heads,
+                                 before / PIECE_TOKENS, pieces_of(seen), nullptr, {}});
+                products += rows * heads * (seen - before);
+                most_queries = std::max(most_queries, rows * heads);
+            }
+    }
+}
+
+namespace {
+
+struct Sizes {
+    int64_t keys, values, queries, scores, partial;
+
+    Sizes(const AttentionCall& call, int64_t num_queries)
+        : keys(pad((call.key_width + 31) / 32 * 32 * BLOCK_TOKENS * 4)),
+          values(pad(padded_width(call.value_width) * BLOCK_TOKENS * 4)),
+          queries(pad(num_queries * call.key_width * 4)),
+          scores(pad(num_queries * SCORE_STRIDE * 4)),
+          partial(pad(partial_floats(num_queries, call.value_width) * 4)) {}
+
+    int64_t all() const { return keys + values + queries + scores + 2 * partial; }
+};
+
+} // namespace
+
+int64_t Attend::scratch_bytes() const {
+    return threads * Sizes(call, most_queries).all() + partials_floats * 4;
+}
+
+TileScratch Attend::scratch_of(int64_t slot) const {
+    const Sizes sizes(call, most_queries);
+    uint8_t* at = memory + slot * sizes.all();
+    const auto next = [&at](int64_t bytes) {
+        uint8_t* place = at;
+        at += bytes;
+        return place;
+    };
+    const auto floats = [&next](int64_t bytes) { return reinterpret_cast<float*>(next(bytes)); };
+    TileScratch scratch;
+    scratch.keys = next(sizes.keys);
+    scratch.values = floats(sizes.values);
+    scratch.queries = floats(sizes.queries);
+    scratch.scores = floats(sizes.scores);
+    scratch.piece = floats(sizes.partial);
+    scratch.folded = floats(sizes.partial);
+    return scratch;
+}
+
+void Attend::run(int64_t number) {
+    const Task& task = tasks[number];
+    Shared& all = shared[task.tile];
+    AttentionTile tile = tiles[task.tile];
+    tile.first_piece = task.first_piece;
+    tile.last_piece = task.last_piece;
+    const int64_t each = partial_floats(tile.num_queries(), call.value_width);
+    if (all.partials >= 0) {
+        auto* partials =
+            reinterpret_cast<float*>(memory + threads * Sizes(call, most_queries).all());
+        tile.partials = partials + all.partials + (task.first_piece - all.first_piece) * each;
+    }
+    int32_t slot = 0; // as many as threads, so one is free
+    while (taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
+    tile.scratch = scratch_of(slot);
+    variant().attend(tile);
+    if (all.partials >= 0 && all.left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        tile.partials -= (task.first_piece - all.first_piece) * each;
+        tile.first_piece = all.first_piece;
+        tile.last_piece = all.last_piece;
+        variant().fold(tile);
+    }
+    taken[slot].store(false, std::memory_order_release);
+}
+
+namespace {
+
+class AttendJob final : public Job {
+  public:
+    AttendJob(const AttentionCall& call, int32_t threads)
+        : call(call), num_rows(call.plan->first_rows[call.plan->num_spans]),
+          appends(call.key ? (num_rows + APPEND_ROWS - 1) / APPEND_ROWS : 0),
+          attend(call, threads) {}
+
+    int64_t barrier(int64_t task) const override { return task < appends ? 0 : appends; }
+
+    void run(int64_t task) override {
+        if (task >= appends) return attend.run(task - appends);
+        const int64_t first = task * APPEND_ROWS;
+        append_rows(call, first, std::min(num_rows, first + APPEND_ROWS));
+    }
+
+    int64_t num_tasks() const { return appends + attend.num_tasks(); }
+    int32_t threads_for(int32_t threads) const {
+        return attend.num_products() < MIN_SHARED_PRODUCTS ? 1 : threads;
+    }
+    void use(uint8_t* bytes) { attend.use_scratch(bytes); }
+    int64_t scratch_bytes() const { return attend.scratch_bytes(); }
+
+  private:
+    const AttentionCall& call;
+    const int64_t num_rows, appends;
+    Attend attend;
+};
+
+} // namespace
+
+// Appends the rows' keys and values to their blocks; then each row attends to its own sequence up
+// to itself. 0, or 1 without memory.
+EXPERTD_API int32_t expertd_attend_rows(const AttentionCall* call) {
+    return without_memory([=] {
+        PoolLock lock;
+        AttendJob job(*call, call->threads);
+        job.use(pool_scratch(job.scratch_bytes()));
+        run_job(job, job.num_tasks(), job.threads_for(call->threads));
+    });
+}
