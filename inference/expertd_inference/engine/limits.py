@@ -19,8 +19,8 @@ class Limits:
 
     ``pause_ms`` is how long decoding sequences may wait for a chunk of a prompt; a chunk has a
     block of tokens at least. ``context_tokens`` is the model's context, ``vocabulary`` the number
-    of its embeddings. More than ``max_waiting`` sequences, or ``max_waiting_per_user`` of one user, do not
-    wait: they are refused. Raises InvalidInputError if a value makes no sense.
+    of its embeddings. More than ``max_waiting`` sequences, or ``max_waiting_per_user`` of one
+    user, do not wait: they are refused. Raises InvalidInputError if a value makes no sense.
     """
 
     max_running: int = 64

@@ -154,9 +154,12 @@ class World:
         if not self.limits.mixed:
             assert not prompts or len(prompts) == len(spans)
         for span in spans:
-            assert span.tokens == self.sequences[span.sequence].tokens[
-                span.position : span.position + span.num_rows
-            ]
+            assert (
+                span.tokens
+                == self.sequences[span.sequence].tokens[
+                    span.position : span.position + span.num_rows
+                ]
+            )
 
     def _prompt_of(self, span: Span) -> int:
         return self.sequences[span.sequence].num_prompt
