@@ -1,7 +1,9 @@
 """How a generation is asked for; needs no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from math import isfinite
 
 from expertstore.errors import InvalidInputError
 
@@ -23,27 +25,102 @@ class KernelsName(StrEnum):
     REFERENCE = "reference"
 
 
+MAX_LOGPROBS = 20
+"""How many of the likeliest tokens may be asked for with each token."""
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to choose tokens. ``temperature`` 0 takes the likeliest each time.
+    """How to choose tokens, and when to stop.
 
-    ``top_p`` None is the pack's own, or 1. Raises InvalidInputError if a value makes no sense.
+    Which token: ``temperature`` 0 takes the likeliest each time. ``top_k``, ``top_p``, ``min_p``
+    and ``repetition_penalty`` are as in transformers, None the pack's own or none; ``top_k`` 0 is
+    none. ``presence_penalty`` is taken from the scores of tokens generated so far,
+    ``frequency_penalty`` once for each time. ``logit_bias`` is added to the scores of these tokens;
+    ``allowed_tokens`` are the only ones; ``bad_words`` are sequences of tokens that do not come.
+    The text depends on ``seed``, 0 to 2**64 - 1, and on nothing else; None takes another each time.
+
+    When to stop: after ``max_new_tokens``, or at the end of the text unless ``ignore_eos``, at one
+    of ``stop_tokens``, or once the text has one of ``stop``, of which nothing is passed on unless
+    ``include_stop``; not before ``min_new_tokens``.
+
+    What is given: the text without special tokens, if ``skip_special_tokens``; with each token its
+    log-probability and the ``logprobs`` likeliest ones (0 to 20; None for nothing of this), by the
+    model's own scores; ``prompt_logprobs`` is the same for the tokens of the prompt.
+
+    Raises InvalidInputError if a value makes no sense.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float | None = None
     seed: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_tokens: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InvalidInputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InvalidInputError(
+                f"min_new_tokens is {self.min_new_tokens}; give 0 to max_new_tokens, "
+                f"{self.max_new_tokens}."
+            )
         if not 0 <= self.temperature <= 100:
             raise InvalidInputError(f"temperature is {self.temperature}; give 0 to 100.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidInputError(f"top_p is {self.top_p}; give more than 0 and at most 1.")
+        if self.top_k is not None and self.top_k < 0:
+            raise InvalidInputError(f"top_k is {self.top_k}; give at least 1, or 0 for none.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InvalidInputError(f"min_p is {self.min_p}; give 0 to 1.")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty <= 100:
+            raise InvalidInputError(
+                f"repetition_penalty is {self.repetition_penalty}; give more than 0 and at most "
+                "100; 1 is none."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(value := getattr(self, name)) <= 100:
+                raise InvalidInputError(f"{name} is {value}; give -100 to 100; 0 is none.")
+        for token, bias in self.logit_bias.items():
+            if not isfinite(bias):
+                raise InvalidInputError(f"logit_bias of token {token} is {bias}; give a number.")
+        if self.allowed_tokens is not None and not self.allowed_tokens:
+            raise InvalidInputError("allowed_tokens has no token; give at least one, or None.")
+        if not all(self.bad_words):
+            raise InvalidInputError("bad_words has one without tokens; leave it out.")
+        if isinstance(self.stop, str):
+            raise InvalidInputError(f"stop is a text, {self.stop!r}; give a tuple of texts.")
+        if not all(self.stop):
+            raise InvalidInputError("stop has an empty text, which is everywhere; leave it out.")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise InvalidInputError(f"seed is {self.seed}; give 0 to 2**64 - 1.")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise InvalidInputError(
+                    f"{name} is {value}; give 0 to {MAX_LOGPROBS}, or None for none."
+                )
+
+    def named_tokens(self) -> Iterator[tuple[str, int]]:
+        """Each token that a field names, with the field's name."""
+        yield from (("logit_bias", token) for token in self.logit_bias)
+        yield from (("allowed_tokens", token) for token in self.allowed_tokens or ())
+        yield from (("stop_tokens", token) for token in self.stop_tokens)
+        yield from (("bad_words", token) for word in self.bad_words for token in word)
 
 
 def check_prompt(prompt: str) -> None:

@@ -8,7 +8,8 @@
     │   │   └── ShortMemoryError  the budget is more than is free just now: retry
     │   ├── CheckpointError      what was to be packed is not a usable checkpoint
     │   ├── PackError            what was to be served is not a usable pack
-    │   └── TraceError           what was to be replayed is not a usable trace
+    │   ├── TraceError           what was to be replayed is not a usable trace
+    │   └── PromptTooLongError   more tokens than the model's context or a worker's memory takes
     ├── NotFoundError            no such model, or no such expert in it
     ├── PreconditionError        possible in another state: fix that first
     ├── CapacityError            more than the budget or quota holds
@@ -19,6 +20,7 @@
     ├── UnauthenticatedError     no session, or a token that is none
     ├── PermissionDeniedError    this user may not do that
     ├── DeadlineError            not done in the time given
+    ├── BusyError                too many requests wait for a worker's engine already: retry later
     └── DeviceError              a worker's own GPU failed it; never by RPC
         ├── DeviceLostError      it does not answer any more
         └── DeviceMemoryError    its memory is full
@@ -56,6 +58,15 @@ class PackError(InvalidInputError):
 
 class TraceError(InvalidInputError):
     """What was to be replayed is not a usable trace, or one cannot be written."""
+
+
+class PromptTooLongError(InvalidInputError):
+    """A prompt has ``num_tokens``, and ``limit`` is the most that can be continued."""
+
+    def __init__(self, message: str, *, num_tokens: int, limit: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+        self.limit = limit
 
 
 class NotFoundError(ExpertdError):
@@ -109,6 +120,10 @@ class PermissionDeniedError(ExpertdError):
 
 class DeadlineError(ExpertdError):
     """Not done in the time given."""
+
+
+class BusyError(ExpertdError):
+    """Too many requests wait for a worker's engine already; retry later. Never by RPC."""
 
 
 class DeviceError(ExpertdError):

@@ -1,0 +1,39 @@
+"""Whether a sequence can be computed at all."""
+
+from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.sequence import Sequence
+from expertstore.errors import InvalidInputError, PromptTooLongError
+
+
+def check_sequence(sequence: Sequence, limits: Limits, max_tokens: int) -> None:
+    """Checks a new sequence, of which the context and the KV memory take ``max_tokens``.
+
+    Raises InvalidInputError for a prompt without tokens or a token that the model does not have,
+    in the prompt or in a setting, and PromptTooLongError if nothing could follow the prompt.
+    """
+    if not sequence.tokens:
+        raise InvalidInputError("The prompt is empty; this model needs at least one token.")
+    if (num_tokens := limits.vocabulary) is not None:
+        _check_token("The prompt", min(sequence.tokens), num_tokens)
+        _check_token("The prompt", max(sequence.tokens), num_tokens)
+        for name, token in sequence.settings.named_tokens():
+            _check_token(name, token, num_tokens)
+    if sequence.num_prompt < max_tokens:
+        return
+    if max_tokens == limits.context_tokens:
+        place, advice = f"the model's context of {max_tokens}", "shorten it"
+    else:
+        place = f"the KV memory of this worker, which has room for {max_tokens} in all"
+        advice = "shorten it, or give the KV memory more"
+    raise PromptTooLongError(
+        f"The prompt has {sequence.num_prompt} tokens, which leaves no room in {place}; {advice}.",
+        num_tokens=sequence.num_prompt,
+        limit=max_tokens,
+    )
+
+
+def _check_token(where: str, token: int, num_tokens: int) -> None:
+    if not 0 <= token < num_tokens:
+        raise InvalidInputError(
+            f"{where} has token {token}, and the model has 0 to {num_tokens - 1}; leave it out."
+        )

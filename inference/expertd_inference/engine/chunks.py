@@ -1,0 +1,55 @@
+"""Which rows of a sequence come next."""
+
+from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.execution.batch import Span, Wanted
+from expertd_inference.kv.pool import BLOCK_TOKENS
+
+
+def decodes(sequence: Sequence, limits: Limits) -> bool:
+    """Whether its next span is one row after its prompt, rather than a chunk."""
+    if limits.replays_rows and sequence.num_new:
+        return sequence.num_computed >= sequence.num_prompt
+    return sequence.is_decoding
+
+
+def chunk_end(sequence: Sequence, limits: Limits, num_rows: int, *, alone: bool) -> int:
+    """Where a chunk of at most ``num_rows`` rows ends; where it begins if there is to be none.
+
+    It ends at the prompt's end or at a multiple of a block. Chunks of recurrent layers must end at
+    the same places whatever else is computed, and those compute a row of its own in another way,
+    so that a last chunk has two rows or more. ``alone``: the batch has nothing else.
+    """
+    begin = sequence.num_computed
+    last = sequence.num_prompt if limits.replays_rows else len(sequence.tokens)
+    if limits.whole_prompts:
+        return last if alone else begin
+    if last - begin <= num_rows:
+        return last
+    end = (begin + num_rows) // BLOCK_TOKENS * BLOCK_TOKENS
+    if end <= begin:
+        # Too few rows for a block: what there is, but for recurrent layers.
+        return begin if limits.replays_rows else begin + num_rows
+    if last - end == 1:
+        if end - BLOCK_TOKENS > begin:
+            return end - BLOCK_TOKENS
+        if limits.replays_rows:
+            return last
+    return end
+
+
+def span_of(sequence: Sequence, end: int) -> Span:
+    """Its rows from where it is to ``end``."""
+    begin = sequence.num_computed
+    if sequence.settings.prompt_logprobs is not None and not sequence.num_new:
+        wanted = Wanted.ALL
+    else:
+        wanted = Wanted.LAST if end == len(sequence.tokens) else Wanted.NONE
+    return Span(
+        sequence=sequence.id,
+        tokens=sequence.tokens[begin:end],
+        position=begin,
+        blocks=sequence.blocks,
+        state=sequence.state,
+        wanted=wanted,
+    )

@@ -1,0 +1,78 @@
+"""Finds the blocks that hold the beginning of a sequence already."""
+
+from array import array
+from collections.abc import Iterator
+from hashlib import blake2b
+
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
+
+
+class Prefixes:
+    """Names the full blocks of sequences in a pool, and finds them again by their tokens.
+
+    A block's name is a hash of its tokens and of the name of the block before it, so equal names
+    are equal tokens from the beginning on (128 bits: a collision needs 2**64 blocks).
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self.num_queried = 0
+        """Tokens of sequences that were looked up on their admission."""
+        self.num_hit = 0
+        """Those of them that were found."""
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """The blocks of its longest prefix that is kept; its last token is never among them."""
+        blocks = []
+        for name in self._names(sequence, (len(sequence.tokens) - 1) // BLOCK_TOKENS):
+            block = self._pool.find(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def count(self, sequence: Sequence) -> None:
+        """Counts an admission, with as many tokens found as are computed already."""
+        self.num_queried += len(sequence.tokens)
+        self.num_hit += sequence.num_computed
+
+    def names(self, sequence: Sequence) -> list[bytes]:
+        """Those of all blocks that are full when its tokens are computed."""
+        return [*self._names(sequence, len(sequence.tokens) // BLOCK_TOKENS)]
+
+    def keep(self, sequence: Sequence, before: int) -> list[bytes]:
+        """Names the blocks that became full since ``before`` tokens were computed.
+
+        Where another block has that name already the sequence takes that one and gives its own
+        back. Gives the names.
+        """
+        first, last = before // BLOCK_TOKENS, sequence.num_computed // BLOCK_TOKENS
+        if first == last:
+            return []
+        names = [*self._names(sequence, last)][first:]
+        for index, name in enumerate(names, start=first):
+            block = sequence.blocks[index]
+            known = self._pool.find(name)
+            if known is None:
+                self._pool.keep(block, name)
+            elif known != block:
+                self._pool.retain([known])
+                self._pool.release([block])
+                sequence.blocks[index] = known
+        return names
+
+    def _names(self, sequence: Sequence, num_blocks: int) -> Iterator[bytes]:
+        names = sequence.names
+        for index in range(num_blocks):
+            if index == len(names):
+                before = names[-1] if names else sequence.salt.encode()
+                tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+                key = blake2b(array("q", tokens).tobytes(), digest_size=16, key=_key(before))
+                names.append(key.digest())
+            yield names[index]
+
+
+def _key(before: bytes) -> bytes:
+    """What a hash may begin with: at most 64 bytes."""
+    return before if len(before) <= 64 else blake2b(before, digest_size=64).digest()

@@ -1,0 +1,354 @@
+"""What each step computes, and which sequences give way; pure: no tensor, no clock, no thread."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from expertd_inference.engine.acceptance import check_sequence
+from expertd_inference.engine.chunks import chunk_end, decodes, span_of
+from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.prefix import Prefixes
+from expertd_inference.engine.sequence import Phase, Sequence
+from expertd_inference.engine.shared_work import SharedWork
+from expertd_inference.engine.waiting import Waiting
+from expertd_inference.execution.batch import Batch, Span
+from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool, num_blocks_of
+from expertd_inference.kv.state import StateSlots
+from expertstore.errors import BusyError
+
+PROMPT_SHARE = 4
+"""Of a batch's rows one part of so many is for prompts, if there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. ``sequences`` are those of the batch's spans, in their order.
+
+    ``batch`` is None where there is nothing to compute. ``preempted`` are the ids of sequences
+    that gave their blocks back and wait again.
+    """
+
+    batch: Batch | None
+    sequences: tuple[Sequence, ...]
+    preempted: tuple[int, ...]
+
+    @property
+    def choosing(self) -> tuple[Sequence, ...]:
+        """Those whose next token is to be chosen, by the last row that their span wants."""
+        spans = () if self.batch is None else self.batch.spans
+        return tuple(
+            sequence
+            for sequence, span in zip(self.sequences, spans, strict=True)
+            if span.position + span.num_rows == len(sequence.tokens)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counts since the start; prefixes in tokens of sequences when these were admitted."""
+
+    num_waiting: int
+    num_running: int
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+class Scheduler:
+    """Lets sequences wait, run and finish. One thread calls it: plan, compute, done, and again.
+
+    Running sequences decode in each step; what is left of the batch goes to prompts, the first
+    that was admitted first. A sequence is admitted once its tokens have blocks, with one left for
+    each running sequence; where one needs a block and none is free, the sequence of the highest
+    rank gives its own back and is computed again later, mostly from its prefix. The lowest rank
+    never gives way, and few sequences ever have a lower rank than one that waits
+    (:class:`.Waiting`), so every sequence finishes whatever else comes.
+    """
+
+    def __init__(self, limits: Limits, pool: BlockPool, slots: StateSlots | None = None) -> None:
+        """``slots`` for a model with recurrent layers, which finds no prefixes."""
+        self.limits = limits
+        self._pool = pool
+        self._slots = slots
+        self._prefixes = Prefixes(pool)
+        self._work = SharedWork()
+        self._waiting = Waiting()
+        self._all: dict[int, Sequence] = {}
+        self._running: list[Sequence] = []  # in order of admission
+        self._served: dict[int, int] = {}  # the number of the last plan that has it
+        self._plan: Plan | None = None
+        self._num_plans = 0
+        self._num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks."""
+        return len(self._waiting) + self._work.num_followers
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence has not finished."""
+        return bool(self._all)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Not with recurrent layers, whose state is that of a whole sequence."""
+        return self._slots is None
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a sequence: what the context and the whole pool take."""
+        pool = self._pool.num_blocks * BLOCK_TOKENS
+        return min(pool, self.limits.context_tokens or pool)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """As of now."""
+        return SchedulerStats(
+            num_waiting=self.num_waiting,
+            num_running=self.num_running,
+            num_preemptions=self._num_preemptions,
+            prefix_queries=self._prefixes.num_queried,
+            prefix_hits=self._prefixes.num_hit,
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Lets a new sequence wait, and cuts its ``max_new_tokens`` to the room that there is.
+
+        Raises InvalidInputError for a prompt without tokens or a token that the model does not
+        have, PromptTooLongError if nothing could follow the prompt, and BusyError if too many
+        wait.
+        """
+        check_sequence(sequence, self.limits, self.max_tokens)
+        self._check_queue(sequence.user)
+        room = self.max_tokens - sequence.num_prompt
+        sequence.max_new_tokens = min(sequence.max_new_tokens, room)
+        self._all[sequence.id] = sequence
+        self._waiting.arrive(sequence)
+        self._waiting.add(sequence)
+
+    def cancel(self, id: int) -> None:  # noqa: A002
+        """Ends a sequence wherever it is; harmless for one that has finished or never was.
+
+        If a step computes it just now its blocks are given back afterwards.
+        """
+        sequence = self._all.pop(id, None)
+        if sequence is None:
+            return
+        was_running = sequence.phase is Phase.RUNNING
+        sequence.phase = Phase.FINISHED
+        self._waiting.leave(sequence.user)
+        self._served.pop(id, None)
+        if was_running:
+            self._running.remove(sequence)
+        if not self._work.forget(sequence) and not was_running:
+            self._waiting.remove(sequence)
+        if was_running and not self._is_computed_now(sequence):
+            self._release(sequence)
+
+    finish = cancel
+    """Ends a sequence that is complete."""
+
+    def plan(self, ms_per_row: float | None = None) -> Plan:
+        """The next step; a plan before it that was not done is forgotten.
+
+        ``ms_per_row`` is what a row of a prompt was measured to take.
+        """
+        self.abandon()
+        self._num_plans += 1
+        self._admit()
+        preempted: list[int] = []
+        turn = self._turn()
+        decoding = [one for one in turn if self._decodes(one)]
+        prompts = [one for one in turn if not self._decodes(one)]
+        if not self.limits.mixed and decoding and prompts:
+            # Whoever waited longest says which: so they take turns.
+            first = min(turn, key=self._last_served)
+            decoding, prompts = (decoding, []) if self._decodes(first) else ([], prompts)
+        spans = self._decode(decoding, bool(prompts), preempted)
+        pauses = any(self._decodes(one) for one in self._running)
+        limit = max(0, self.limits.max_rows - len(spans))
+        if pauses and ms_per_row:
+            paused = int(self.limits.pause_ms / ms_per_row) - len(spans)
+            limit = min(limit, max(paused, BLOCK_TOKENS))
+        spans += self._prompt_chunks(prompts, limit, alone=not spans)
+        sequences = tuple(self._all[span.sequence] for span in spans)
+        for sequence in sequences:
+            self._served[sequence.id] = self._num_plans
+        batch = Batch(tuple(spans)) if spans else None
+        self._plan = Plan(batch, sequences, tuple(preempted))
+        return self._plan
+
+    def done(self, chosen: Mapping[int, int]) -> None:
+        """The step that was planned last is computed; ``chosen`` has the next token by sequence.
+
+        A sequence that chooses none must finish before the next plan.
+        """
+        plan, self._plan = self._plan, None
+        if plan is None or plan.batch is None:
+            return
+        for sequence, span in zip(plan.sequences, plan.batch.spans, strict=True):
+            if sequence.phase is Phase.FINISHED:
+                self._release(sequence)
+                continue
+            before = sequence.num_computed
+            sequence.num_computed += span.num_rows
+            self._waiting.charge(sequence.user, span.num_rows)
+            if self.shares_prefixes:
+                self._wait_again(self._work.computed(self._prefixes.keep(sequence, before)))
+            if sequence.id in chosen:
+                sequence.tokens.append(chosen[sequence.id])
+
+    def abandon(self) -> None:
+        """Forgets the last plan, whose step was lost: nothing of it counts as computed.
+
+        Not for a step that an executor completed: it has moved the recurrent states on.
+        """
+        plan, self._plan = self._plan, None
+        for sequence in () if plan is None else plan.sequences:
+            if sequence.phase is Phase.FINISHED:
+                self._release(sequence)
+
+    def _check_queue(self, user: str) -> None:
+        if self.num_waiting >= self.limits.max_waiting:
+            raise BusyError(
+                f"{self.num_waiting} sequences wait already, the most that may "
+                "(max_waiting); retry later."
+            )
+        most = self.limits.max_waiting_per_user
+        if most is None:
+            return
+        waiting = sum(one.user == user and one.phase is Phase.WAITING for one in self._all.values())
+        if waiting >= most:
+            raise BusyError(
+                f"{waiting} sequences of this user wait already, the most that may "
+                "(max_waiting_per_user); retry later."
+            )
+
+    def _admit(self) -> None:
+        while len(self._running) < self.limits.max_running:
+            sequence = self._waiting.next()
+            if sequence is None:
+                return
+            found: list[int] = []
+            names: list[bytes] = []
+            if self.shares_prefixes:
+                found = self._prefixes.find(sequence) if sequence.may_use_prefix else []
+                names = self._prefixes.names(sequence)[len(found) :]
+                shared = names if len(sequence.tokens) % BLOCK_TOKENS else names[:-1]
+                if sequence.may_use_prefix and self._work.follow(sequence, shared):
+                    self._waiting.remove(sequence)
+                    continue
+            if not self._give_blocks(sequence, found):
+                return
+            self._waiting.remove(sequence)
+            self._waiting.count_admission()
+            self._work.promise(sequence.id, names)
+            sequence.phase = Phase.RUNNING
+            sequence.num_computed = sequence.num_from_prefix = len(found) * BLOCK_TOKENS
+            self._prefixes.count(sequence)
+            self._running.append(sequence)
+
+    def _give_blocks(self, sequence: Sequence, found: list[int]) -> bool:
+        """Blocks for all its tokens, and a slot if need be; or nothing, if there are too few."""
+        if self._slots is not None and not self._slots.num_free:
+            return False
+        num_new = num_blocks_of(len(sequence.tokens)) - len(found)
+        reserve = len(self._running)
+        self._pool.retain(found)
+        blocks = None
+        if num_new + reserve <= self._pool.num_free:
+            blocks = self._pool.allocate(num_new)
+        if blocks is None:
+            self._pool.release(found)
+            return False
+        sequence.blocks = found + blocks
+        if self._slots is not None:
+            sequence.state = self._slots.take()
+        return True
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        return decodes(sequence, self.limits)
+
+    def _last_served(self, sequence: Sequence) -> int:
+        return self._served.get(sequence.id, 0)
+
+    def _turn(self) -> list[Sequence]:
+        """The running sequences that may be in this batch, in order of rank."""
+        turn = [one for one in self._running if one.num_missing]
+        if self.limits.max_spans is not None and len(turn) > self.limits.max_spans:
+            turn = sorted(turn, key=self._last_served)[: self.limits.max_spans]
+        return sorted(turn, key=lambda one: one.rank)
+
+    def _decode(
+        self, decoding: list[Sequence], prompts_wait: bool, preempted: list[int]
+    ) -> list[Span]:
+        """A row of each; preempts where one needs a block and none is free."""
+        most = self.limits.max_rows
+        if prompts_wait:
+            most = max(1, most - most // PROMPT_SHARE)
+        if len(decoding) > most:
+            decoding = sorted(decoding, key=self._last_served)[:most]
+            decoding.sort(key=lambda one: one.rank)
+        # Only a higher rank gives way, so none that has its span already.
+        return [
+            span_of(sequence, sequence.num_computed + 1)
+            for sequence in decoding
+            if sequence.phase is Phase.RUNNING and self._grow(sequence, preempted)
+        ]
+
+    def _grow(self, sequence: Sequence, preempted: list[int]) -> bool:
+        """Gives it a block if it needs one; False if it had to give way itself."""
+        while num_blocks_of(sequence.num_computed + 1) > len(sequence.blocks):
+            blocks = self._pool.allocate(1)
+            if blocks is not None:
+                sequence.blocks += blocks
+                continue
+            victim = max(self._running, key=lambda one: one.rank)
+            self._preempt(victim)
+            preempted.append(victim.id)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._num_preemptions += 1
+        self._running.remove(sequence)
+        self._release(sequence)
+        sequence.phase = Phase.WAITING
+        self._waiting.add_preempted(sequence)
+
+    def _prompt_chunks(self, prompts: list[Sequence], limit: int, *, alone: bool) -> list[Span]:
+        """Chunks of prompts, of ``limit`` rows in all; ``alone`` if the batch has nothing else."""
+        spans: list[Span] = []
+        for sequence in prompts:
+            if len(spans) == self.limits.max_prompts:
+                break
+            if sequence.phase is not Phase.RUNNING:
+                continue  # it has just given way
+            end = chunk_end(sequence, self.limits, limit, alone=alone and not spans)
+            if end == sequence.num_computed:
+                break
+            limit -= end - sequence.num_computed
+            spans.append(span_of(sequence, end))
+        return spans
+
+    def _is_computed_now(self, sequence: Sequence) -> bool:
+        return self._plan is not None and sequence in self._plan.sequences
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+        if self._slots is not None and sequence.state is not None:
+            self._slots.give_back(sequence.state)
+            sequence.state = None
+        self._wait_again(self._work.withdraw(sequence.id))
+
+    def _wait_again(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._waiting.add(sequence)

@@ -1,0 +1,90 @@
+"""One continuation of a prompt: its tokens, its place in the KV pool, and how far it has come."""
+
+import secrets
+from collections import abc
+from enum import Enum
+
+from expertd_inference.settings import GenerationSettings
+
+_SEEDS = 1 << 64
+_NEXT_CONTINUATION = 0x9E3779B97F4A7C15  # the golden ratio's 64 bits, as splitmix64 adds
+
+
+class Phase(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    """For its turn: new, or preempted."""
+    RUNNING = "running"
+    """It has blocks, and each step may compute rows of it."""
+    FINISHED = "finished"
+    """Complete or cancelled: its blocks are given back."""
+
+
+class Sequence:
+    """What the scheduler knows of a sequence; the scheduler alone changes it.
+
+    ``tokens`` are the prompt's and those generated; the keys and values of the first
+    ``num_computed`` of them are in ``blocks``, the first ``num_from_prefix`` of which were found
+    there. ``user`` shares fairly with other users; of those who wait a higher ``priority`` goes
+    first. A prefix is shared only among equal ``salt``.
+    """
+
+    def __init__(
+        self,
+        id: int,  # noqa: A002 - its name everywhere
+        prompt: abc.Sequence[int],
+        settings: GenerationSettings,
+        *,
+        user: str = "",
+        priority: int = 0,
+        salt: str = "",
+        continuation: int = 0,
+    ) -> None:
+        self.id = id
+        self.tokens = list(prompt)
+        self.num_prompt = len(self.tokens)
+        self.settings = settings
+        self.user = user
+        self.priority = priority
+        self.salt = salt
+        seed = secrets.randbits(64) if settings.seed is None else settings.seed
+        self.seed = (seed + continuation * _NEXT_CONTINUATION) % _SEEDS
+        """Of all that is drawn for it; the first continuation's is that of the settings."""
+        self.max_new_tokens = settings.max_new_tokens
+        """No more than the context and the pool take, once the scheduler has accepted it."""
+        self.phase = Phase.WAITING
+        self.num_computed = 0
+        self.num_from_prefix = 0
+        self.blocks: list[int] = []
+        self.state: int | None = None
+        self.names: list[bytes] = []
+        """Of its full blocks, as far as they were asked for (:mod:`.prefix`)."""
+        self.rank = (0, 0)
+        """Its place among those who wait or run: the smallest is never preempted."""
+
+    @property
+    def num_new(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_missing(self) -> int:
+        """Rows to compute before the next token can be chosen."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the token that was chosen last is to be computed."""
+        return self.num_new > 0 and self.num_missing == 1
+
+    @property
+    def may_use_prefix(self) -> bool:
+        """Not if logits of the prompt's tokens are asked for: those are not kept."""
+        return self.settings.prompt_logprobs is None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sequence {self.id} {self.phase.value}: {self.num_prompt} + {self.num_new} tokens, "
+            f"{self.num_computed} computed, {len(self.blocks)} blocks>"
+        )
