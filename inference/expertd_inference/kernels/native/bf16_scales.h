@@ -4,21 +4,9 @@
 #include <type_traits>
 
 #include "bf16_rows.h"
-
-// The sums of a unit are to stay in registers, whatever the compiler thinks of the code's size.
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
+#include "unroll.h"
 
 namespace {
-
-// f(0), f(1) ... f(COUNT - 1), each on its own: loops that must not be left as loops, since they
-// go over registers.
-template <int COUNT, int I = 0, class F> INLINE void each(const F& f) {
-    if constexpr (I < COUNT) {
-        f(std::integral_constant<int, I>());
-        each<COUNT, I + 1>(f);
-    }
-}
 
 // 16 values of the flattened scales or zeros from element `at`, as far as `mask` goes.
 INLINE __m512 decode_plain(const uint8_t* base, int64_t at, __mmask16 mask) {

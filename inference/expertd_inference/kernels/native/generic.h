@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "plain_rows.h"
 #include "values.h"
 #include "variant.h"
 
@@ -119,7 +120,10 @@ inline float sum_lanes(const float* lanes) {
 }
 
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
-              const uint8_t* const* prepared, float* const* results, int64_t num_rows, int32_t, Form) {
+              const uint8_t* const* prepared, float* const* results, int64_t num_rows, int32_t,
+              Form) {
+    if (m.format <= F32)
+        return plain::multiply(m, base, first, last, prepared, results, num_rows);
     constexpr int64_t ROWS = 16; // of activations, which share one decoding
     for (int64_t unit = first; unit < last; ++unit)
         for (int64_t k = 0; k < rows_per_unit(m.format); ++k)

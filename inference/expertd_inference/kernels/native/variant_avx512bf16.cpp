@@ -19,6 +19,7 @@
 
 #include "attention_bf16.h"
 #include "bf16_words.h"
+#include "plain_bf16.h"
 
 namespace {
 
@@ -323,45 +324,6 @@ void multiply_quantized(const Matrix& m, const uint8_t* base, int64_t first, int
     else multiply_groups<FORMAT, false>(m, base, first, last, prepared, results, num_rows);
 }
 
-// Row `row` of a bfloat16 matrix times N rows of activations.
-template <int N>
-void multiply_plain_row(const Matrix& m, const uint8_t* weights, int64_t row,
-                        const uint8_t* const* prepared, float* const* results) {
-    __m512 sums[N][2]; // two, since one product has to wait for the one before
-    for (int n = 0; n < N; ++n) sums[n][0] = sums[n][1] = _mm512_setzero_ps();
-    const auto step = [&](int64_t column, __mmask32 mask, int which) {
-        const __m512i w = _mm512_maskz_loadu_epi16(mask, weights + column * 2);
-        for (int n = 0; n < N; ++n)
-            sums[n][which] =
-                dot(sums[n][which], w, _mm512_loadu_si512(prepared[n] + column * 2));
-    };
-    int64_t column = 0;
-    for (; column + 64 <= m.columns; column += 64) {
-        prefetch<BF16>(weights + column * 2);
-        prefetch<BF16>(weights + column * 2 + 64);
-        step(column, ~__mmask32{0}, 0);
-        step(column + 32, ~__mmask32{0}, 1);
-    }
-    for (; column < m.columns; column += 32) {
-        const int64_t rest = std::min<int64_t>(32, m.columns - column);
-        step(column, static_cast<__mmask32>((uint64_t{1} << rest) - 1), 0);
-    }
-    for (int n = 0; n < N; ++n)
-        results[n][row] = _mm512_reduce_add_ps(_mm512_add_ps(sums[n][0], sums[n][1]));
-}
-
-void multiply_plain(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
-                    const uint8_t* const* prepared, float* const* results, int64_t num_rows) {
-    for (int64_t row = first; row < last; ++row) {
-        const uint8_t* weights = base + m.weight + row * m.columns * 2;
-        int64_t n = 0;
-        for (; n + 4 <= num_rows; n += 4)
-            multiply_plain_row<4>(m, weights, row, prepared + n, results + n);
-        for (; n < num_rows; ++n)
-            multiply_plain_row<1>(m, weights, row, prepared + n, results + n);
-    }
-}
-
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
               const uint8_t* const* prepared, float* const* results, int64_t num_rows,
               int32_t type, Form form) {
@@ -374,7 +336,9 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
     case HQQ2: return multiply_quantized<HQQ2>(m, base, first, last, prepared, results, num_rows);
     case MXFP4:
         return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, results, num_rows);
-    default: return multiply_plain(m, base, first, last, prepared, results, num_rows);
+    default:
+        return plain::multiply_with<plain::ByPairs>(m, base, first, last, prepared, results,
+                                                    num_rows);
     }
 }
 
