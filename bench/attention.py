@@ -174,9 +174,7 @@ def prompt(shapes: Sequence[str], lengths: Sequence[int], rounds: int) -> Iterat
             ours()
             torch_s()
             calls = max(1, 2048 // length)
-            turns = [
-                (1 / timed(ours, calls), 1 / timed(torch_s, calls)) for _ in range(rounds)
-            ]
+            turns = [(1 / timed(ours, calls), 1 / timed(torch_s, calls)) for _ in range(rounds)]
         yield compared("prompt", f"{shape} x {width}, prompt of {length}", "1/s", turns)
 
 

@@ -114,9 +114,7 @@ def run(form: Form, blocks: Blocks, chunks: Sequence[Chunk]) -> list[Tensor]:
         torch.cat([getattr(sequence, name)[a:b] for sequence, _, a, b in chunks])
         for name in ("query", "key", "value")
     )
-    out = attend(
-        plan, blocks.keys, blocks.values, query, key, value, form.scale, **form.options
-    )
+    out = attend(plan, blocks.keys, blocks.values, query, key, value, form.scale, **form.options)
     return list(out.split([b - a for _, _, a, b in chunks]))
 
 
@@ -266,9 +264,7 @@ def test_by_torch_alone(form: Form) -> None:
         torch.cat([getattr(s, name) for s in sequences]) for name in ("query", "key", "value")
     )
     append(plan, blocks.keys, blocks.values, key, value)
-    result = attend_slowly(
-        plan, blocks.keys, blocks.values, query, form.scale, **form.options
-    )
+    result = attend_slowly(plan, blocks.keys, blocks.values, query, form.scale, **form.options)
     assert_near(result, torch.cat([s.expected(form) for s in sequences]))
 
 
