@@ -12,6 +12,7 @@
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
+#   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above
 #   make bench-prefetch  what hints to the daemon are worth with less RAM than model (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
 #   make gpu-slot   everything that only a GPU can tell, the most telling first, in 500 s at most
@@ -31,7 +32,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -96,6 +97,9 @@ bench-store: setup
 
 bench-decode: setup
 	@$(BIN)/python -m bench.decode $(if $(LLAMA),--llama-python $(LLAMA))
+
+bench-batch: setup
+	@$(BIN)/python -m bench.batch $(if $(LLAMA),--llama-python $(LLAMA))
 
 bench-quantize: setup
 	@$(BIN)/python -m bench.quantize

@@ -7,9 +7,11 @@ shape in Q4_0 from random blocks, as :mod:`bench.synthetic` does for packs, and 
     python bench/peers/llama.py run '{"path": "m.gguf", "load": "private", "threads": 2, ...}'
 
 ``run`` answers each line of stdin, ``decode N`` or ``prompt N``, with the seconds that it took,
-and begins anew at ``clear 0``. Loaded ``private`` the weights are copied into memory of the process
-and repacked for its kernels, which is llama.cpp's fastest; loaded ``shared`` they stay in the page
-cache, one copy for all processes, as ours do in the arena.
+and begins anew at ``clear 0``. ``batch STEPS SEQUENCES CONTEXT`` begins anew, gives so many
+sequences a context each, and answers with the seconds of so many steps, each with a token of every
+sequence. Loaded ``private`` the weights are copied into memory of the process and repacked for its
+kernels, which is llama.cpp's fastest; loaded ``shared`` they stay in the page cache, one copy for
+all processes, as ours do in the arena.
 """
 
 import ctypes
@@ -142,7 +144,7 @@ def _blocks(random: np.random.Generator, deviation: float) -> np.ndarray:
     return blocks
 
 
-def run(path: str, load: str, threads: int, context: int, vocab: int) -> None:
+def run(path: str, load: str, threads: int, context: int, vocab: int, sequences: int = 1) -> None:
     """Answers the lines of stdin until it ends."""
     from llama_cpp import llama_cpp as lib
 
@@ -160,16 +162,19 @@ def run(path: str, load: str, threads: int, context: int, vocab: int) -> None:
     settings = lib.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = context, 512, 512
     settings.n_threads = settings.n_threads_batch = threads
+    settings.n_seq_max = sequences
     session = lib.llama_init_from_model(model, settings) if model else None
     if not session:
         raise SystemExit(f"llama.cpp cannot load {path}")
     random = np.random.default_rng(0)
     print(json.dumps({"ready": load}), flush=True)
     for line in sys.stdin:
-        what, count = line.split()
+        what, count, *more = line.split()
         tokens = random.integers(10, vocab - 10, int(count))
         if what == "clear":
             lib.llama_memory_clear(lib.llama_get_memory(session), True)
+        if what == "batch":
+            _begin(lib, session, int(more[1]), int(more[0]), vocab)
         began = time.perf_counter()
         if what == "prompt":
             for start in range(0, len(tokens), 512):
@@ -177,6 +182,11 @@ def run(path: str, load: str, threads: int, context: int, vocab: int) -> None:
         elif what == "decode":
             for token in tokens:
                 _decode(lib, session, [token])
+        elif what == "batch":
+            for step in range(int(count)):
+                _step(
+                    lib, session, random.integers(10, vocab - 10, int(more[0])), int(more[1]) + step
+                )
         print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
 
 
@@ -186,6 +196,40 @@ def _decode(lib: Any, session: Any, tokens: Any) -> None:  # noqa: ANN401 - ctyp
         raise SystemExit("llama.cpp failed")
     if not lib.llama_get_logits_ith(session, -1):
         raise SystemExit("llama.cpp has no logits")
+
+
+def _begin(lib: Any, session: Any, context: int, sequences: int, vocab: int) -> None:  # noqa: ANN401
+    """Each sequence's context, one after the other."""
+    lib.llama_memory_clear(lib.llama_get_memory(session), True)
+    for sequence in range(sequences):
+        tokens = np.random.default_rng(sequence).integers(10, vocab - 10, context)
+        rows = [(int(token), place, sequence) for place, token in enumerate(tokens)]
+        for start in range(0, context, 512):
+            _decode_rows(lib, session, rows[start : start + 512])
+
+
+def _step(lib: Any, session: Any, tokens: np.ndarray, position: int) -> None:  # noqa: ANN401
+    """A token more of each sequence, and the logits of all."""
+    rows = [(int(token), position, sequence) for sequence, token in enumerate(tokens)]
+    _decode_rows(lib, session, rows)
+    for row in range(len(rows)):
+        if not lib.llama_get_logits_ith(session, row):
+            raise SystemExit("llama.cpp has no logits")
+
+
+def _decode_rows(lib: Any, session: Any, rows: list[tuple[int, int, int]]) -> None:  # noqa: ANN401
+    batch = lib.llama_batch_init(len(rows), 0, 1)
+    last = {sequence: row for row, (_, _, sequence) in enumerate(rows)}
+    for row, (token, position, sequence) in enumerate(rows):
+        batch.token[row], batch.pos[row] = token, position
+        batch.n_seq_id[row] = 1
+        batch.seq_id[row][0] = sequence
+        batch.logits[row] = last[sequence] == row
+    batch.n_tokens = len(rows)
+    failed = lib.llama_decode(session, batch)
+    lib.llama_batch_free(batch)
+    if failed:
+        raise SystemExit("llama.cpp failed")
 
 
 def _be_quiet(lib: Any) -> None:  # noqa: ANN401 - ctypes
