@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_inference.engine.nucleus import Scores, candidates
+from expertd_inference.process.reasons import reason_of
 from expertstore.errors import PreconditionError
 
 Likely = tuple[float, tuple[tuple[int, float], ...]]
@@ -118,13 +119,13 @@ class Sampler:
         self._penalize(scores, tokens)
         banned = [*wanted.banned_tokens]
         if len(tokens) - self._num_prompt < wanted.min_new_tokens:
-            banned += [token for token in wanted.end_tokens if token < len(scores)]
+            banned += wanted.end_tokens
         banned += [
             word[-1]
             for word in wanted.bad_words
             if len(word) == 1 or tuple(tokens[1 - len(word) :]) == word[:-1]
         ]
-        scores[banned] = -np.inf
+        scores[[token for token in banned if 0 <= token < len(scores)]] = -np.inf
         if wanted.processors is not None:
             ids = torch.tensor([tokens])
             scores = wanted.processors(ids, torch.from_numpy(scores)[None])[0].numpy()
@@ -198,7 +199,11 @@ def choose(
             results.append(not_finite(logits.dtype) if token is None else Chosen(token))
             continue
         row = _row(logits[at])
-        token = likeliest[at] if at in likeliest else sampler.choose(row, before)
+        try:
+            token = likeliest[at] if at in likeliest else sampler.choose(row, before)
+        except Exception as error:
+            results.append(_unforeseen(error))
+            continue
         if token is None:
             results.append(not_finite(logits.dtype))
         elif num_top is None:
@@ -263,6 +268,15 @@ def _uniform(seed: int, position: int) -> float:
     """A number from 0 to below 1, for the token at ``position`` of a sequence with this seed."""
     key = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
     return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+def _unforeseen(error: Exception) -> PreconditionError:
+    failed = PreconditionError(
+        f"The next token's scores could not be processed as asked for: {reason_of(error)}; ask for "
+        "less, or remove the wish from the pack's generation_config.json."
+    )
+    failed.__cause__ = error
+    return failed
 
 
 def not_finite(dtype: torch.dtype) -> PreconditionError:

@@ -8,11 +8,13 @@ Every field of transformers' GenerationConfig is one of these:
 - refused (:data:`REFUSED`), since it makes other text than one sequence by one model.
 """
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -227,6 +229,53 @@ def read_generation_config(pack: Path, config: Any) -> Any:  # noqa: ANN401 - tr
         raise PackError(f"{path} cannot be used: {reason_of(error)}.") from error
 
 
+def check_wishes(config: Any, where: str, vocabulary: int) -> None:  # noqa: ANN401
+    """Checks a pack's GenerationConfig, which stands ``where``, for a model of so many tokens.
+
+    Raises InvalidInputError for a wish that is not one sequence by one model, or for a token that
+    the model does not have.
+    """
+    for name, asks in REFUSED.items():
+        if asks(value := getattr(config, name, None)):
+            raise InvalidInputError(
+                f"{where} has {name} {value!r}, and one sequence is generated here, a token at a "
+                f"time: remove {name} there, or call transformers' generate from Python."
+            )
+    for name in _OF_THE_VOCABULARY:
+        if wrong := {x for x in _tokens(getattr(config, name, None)) if not 0 <= x < vocabulary}:
+            raise InvalidInputError(
+                f"{where} has token {min(wrong)} in {name}, and the model has 0 to "
+                f"{vocabulary - 1}; mend it there."
+            )
+
+
+def processors_of(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    config: Any,  # noqa: ANN401 - a GenerationConfig, which is left as it is
+    tokens: Sequence[int],
+) -> Any:  # noqa: ANN401 - a LogitsProcessorList
+    """Transformers' own processors and warpers for what ``config`` asks for, after a prompt.
+
+    Raises PackError if transformers cannot do that.
+    """
+    config = copy.deepcopy(config)
+    prompt = torch.tensor([tokens])
+    try:
+        model._prepare_special_tokens(config, True, device="cpu")
+        return model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=len(tokens),
+            encoder_input_ids=prompt,
+            device="cpu",
+            model_kwargs={},
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise PackError(
+            f"transformers {transformers.__version__} cannot do what {GENERATION_CONFIG} of "
+            f"{model.name_or_path} asks for: {reason_of(error)}."
+        ) from error
+
+
 def generation_arguments(
     model: Any,  # noqa: ANN401 - transformers is untyped
     tokenizer: Any,  # noqa: ANN401
@@ -238,20 +287,8 @@ def generation_arguments(
     Raises InvalidInputError for a wish of the pack that is not one sequence by one model.
     """
     config = model.generation_config
-    where = f"{GENERATION_CONFIG} of {model.name_or_path}"
-    for name, asks in REFUSED.items():
-        if asks(value := getattr(config, name, None)):
-            raise InvalidInputError(
-                f"{where} has {name} {value!r}, and one sequence is generated here, a token at a "
-                f"time: remove {name} there, or call transformers' generate from Python."
-            )
     vocabulary = model.get_input_embeddings().num_embeddings
-    for name in _OF_THE_VOCABULARY:
-        if wrong := {x for x in _tokens(getattr(config, name, None)) if not 0 <= x < vocabulary}:
-            raise InvalidInputError(
-                f"{where} has token {min(wrong)} in {name}, and the model has 0 to "
-                f"{vocabulary - 1}; mend it there."
-            )
+    check_wishes(config, f"{GENERATION_CONFIG} of {model.name_or_path}", vocabulary)
     arguments: dict[str, Any] = {
         # Other releases of transformers have other fields.
         **{name: value for name, value in WITHOUT_EFFECT.items() if hasattr(config, name)},
