@@ -72,7 +72,7 @@ def hook_attention(model: Any, kernels: StepKernels | None = None) -> bool:  # n
         model.set_attn_implementation(ATTENTION)
     elif name in _NAMES:
         model.set_attn_implementation(_NAMES[name])
-    return model.config._attn_implementation in (ATTENTION, *_NAMES.values())
+    return getattr(model.config, "_attn_implementation", None) in (ATTENTION, *_NAMES.values())
 
 
 def _native(kernels: StepKernels) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -12,9 +12,9 @@ from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.choose import choose_for
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
+from expertd_testing.tiny_models import CONFIGS, make_model, randomize
 from tests.architectures.tiny_configs import language_model_type, tiny_config
 from tests.inference.greedy import prompt_of
-from tests.tiny_models import CONFIGS, make_model, randomize
 
 ROOM = Room(num_blocks=12, num_sequences=4, num_rows=256)
 WINDOW = 8
