@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.executor import Executor
+from expertd_inference.experts.call import ExpertsCall, has_seat, seat_of
 from expertd_inference.experts.cpu import experts_modules
 
 NUM_SEQUENCES = 3
@@ -73,33 +74,27 @@ def batches(executor: Executor, spans: Sequence[Span]) -> list[Batch]:
 class _Standin:
     """Answers in the place of a layer's runner."""
 
-    def run(
-        self,
-        layer: int,
-        spec: Any,  # noqa: ANN401
-        num_experts: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        *_: Any,  # noqa: ANN401
-    ) -> Tensor:
-        shares = (1 + top_k_index / num_experts) * top_k_weights
-        return (hidden * (0.1 * shares.sum(-1, keepdim=True))).to(hidden.dtype)
+    def run(self, call: ExpertsCall) -> Tensor:
+        rows, weights = call.routed.rows, call.routed.weights
+        shares = (1 + call.routed.index / call.num_experts) * weights
+        return (rows * (0.1 * shares.sum(-1, keepdim=True))).to(rows.dtype)
+
+    def prepare(self, call: ExpertsCall) -> ExpertsCall:
+        return call
 
 
 @contextmanager
 def without_experts(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers is untyped
     """While ``model`` computes without reading experts."""
-    modules: list[Any] = [x for x in experts_modules(model).values() if hasattr(x, "_expertd")]
-    originals = [module._expertd for module in modules]
-    standin = _Standin()
-    for module, original in zip(modules, originals, strict=True):
-        module._expertd = (standin, *original[1:])
+    seats = [seat_of(module) for module in experts_modules(model).values() if has_seat(module)]
+    runners = [seat.runner for seat in seats]
+    for seat in seats:
+        seat.runner = _Standin()
     try:
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
-            module._expertd = original
+        for seat, runner in zip(seats, runners, strict=True):
+            seat.runner = runner
 
 
 def _plain(model: Any, text: list[int]) -> Tensor:  # noqa: ANN401
