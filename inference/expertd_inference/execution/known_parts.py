@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from expertd_inference.execution.lean import ATTENTION
+from expertd_inference.execution.attention_hook import ATTENTION
 from expertd_inference.kv.growing import GrowingLayer
 
 _MODEL = {"model", "lm_head"}

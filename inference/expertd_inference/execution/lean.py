@@ -10,22 +10,17 @@ What is replaced takes the short way only for few tokens on a CPU, and else call
 replaces.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from expertd_inference.execution.attention_hook import hook_attention
 from expertd_inference.execution.lean_linear import call_directly, lean_linear
 from expertd_inference.kernels.cpu.native import FUSED_TOKENS
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, describe
 
-ATTENTION = "expertd"
-"""Our name among transformers' attention implementations."""
 KERNELS = "_expertd_step_kernels"
 """The attribute of a lean model that holds what it was made lean with."""
 
@@ -48,12 +43,9 @@ def make_lean(model: Any, kernels: StepKernels) -> None:  # noqa: ANN401 - trans
                 or _lean_router(module, kernels)
                 or lean_linear(module, kernels)
             )
-            _lean_rotation(kind, kernels)
         if (lean := classes[kind]) is not None:
             module.__class__ = lean
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
-        _register_attention(kernels)
-        model.set_attn_implementation(ATTENTION)
+    hook_attention(model, kernels)
     model.__dict__[KERNELS] = kernels
 
 
@@ -171,103 +163,6 @@ def _router_class(
             return result
 
     return _named(LeanRouter, kind)
-
-
-def _lean_rotation(kind: type, kernels: StepKernels) -> None:
-    """Puts a short way into the rotation that the module of ``kind`` has, if it is the usual one.
-
-    Every model of that architecture in this process then takes it, which changes no bit.
-    """
-    module: Any = sys.modules[kind.__module__]
-    theirs = getattr(module, "apply_rotary_pos_emb", None)
-    if theirs is None or hasattr(theirs, "expertd_replaced"):
-        return
-    for dtype in DTYPES:
-        query, key, cos, sin = (
-            _noise(1, heads, 1, 32).to(dtype) * (seed + 1)
-            for seed, heads in enumerate((6, 2, 1, 1))
-        )
-        try:
-            expected = theirs(query, key, cos[0], sin[0])
-        except (TypeError, ValueError, IndexError, RuntimeError):
-            return  # It is called with something else.
-        if not isinstance(expected, tuple) or len(expected) != 2:
-            return
-        ours = kernels.rotate(query, key, cos[0], sin[0])
-        if not all(torch.equal(*pair) for pair in zip(ours, expected, strict=True)):
-            return
-
-    def rotate(
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *rest: Any,  # noqa: ANN401 - whatever theirs takes
-        **named: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        if (
-            not rest
-            and not named
-            and q.dim() == 4
-            # Whoever notes torch's operations, to do them again, would not see ours; nor would a
-            # gradient, of another model of this architecture.
-            and not torch._C._len_torch_dispatch_stack()
-            and not (q.requires_grad or k.requires_grad or cos.requires_grad)
-            and type(q) is type(k) is Tensor
-            and not torch.compiler.is_compiling()
-            and q.shape[0] == q.shape[2] == 1
-            and q.is_cpu
-            and q.dtype is k.dtype is cos.dtype is sin.dtype
-            and q.dtype in DTYPES
-            and cos.numel() == sin.numel() == q.shape[3] == k.shape[3]
-            and q.stride(3) == k.stride(3) == 1
-            and cos.is_contiguous()
-            and sin.is_contiguous()
-        ):
-            return kernels.rotate(q, k, cos, sin)
-        return theirs(q, k, cos, sin, *rest, **named)
-
-    rotate.expertd_replaced = theirs  # type: ignore[attr-defined] # for whoever wants it back
-    module.apply_rotary_pos_emb = rotate
-
-
-def _register_attention(kernels: StepKernels) -> None:
-    attend = kernels.attend
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,  # [batch, heads, T, d]
-        key: Tensor,  # [batch, kv_heads, length, d]
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,  # noqa: ANN401 - whatever the model has for other implementations
-    ) -> tuple[Tensor, Tensor | None]:
-        """One token that sees all there is in one call, and everything else as sdpa."""
-        if (
-            attention_mask is None
-            and query.shape[0] == query.shape[2] == 1
-            and query.is_cpu
-            and query.dtype is key.dtype
-            and query.dtype in DTYPES
-            and key.shape[3] == value.shape[3]
-            and query.stride(3) == key.stride(3) == value.stride(3) == 1
-            and not _KNOWN_OTHERS & kwargs.keys()
-        ):
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return attend(query, key, value, scale), None
-        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return result
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
-
-
-_KNOWN_OTHERS = frozenset({"softcap", "position_bias", "s_aux", "cache"})
-"""Arguments that change what attention is."""
 
 
 def _with_weight(module: Any, weight: Tensor) -> Any:  # noqa: ANN401 - untyped

@@ -3,6 +3,7 @@
 Which sequence owns which block is for others to know; here is only the memory.
 """
 
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class KvMemory:
 
     def _map(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        sizes = [torch.Size(shape).numel() for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         self._mapping = mmap.mmap(-1, max(sum(sizes) * dtype.itemsize, 1), flags=flags)
         if self.num_bytes >= _HUGE_PAGE_BYTES * len(shapes):
             self._mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -314,7 +314,7 @@ TILE_ONCE void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piec
             const int64_t to = in_block(view.seen(q + count - 1), block);
             const float* powers = scores + q * SCORE_STRIDE + block * BLOCK_TOKENS - begin;
             if (from < to)
-                ops.template mix<count>(q, from, to, powers, result.sums + q * width,
+                ops.template mix<count>(block, from, to, powers, result.sums + q * width,
                                         {q + count == num ? next : nullptr});
         });
     }

@@ -1,0 +1,110 @@
+"""Whether an executor computes what the model does: tried when a worker loads, on made-up texts.
+
+The experts are not asked: each is an operation on a row, and reading them from disk would take
+longer than all else. In their place stands something smooth that depends on the routing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.executor import Executor
+from expertd_inference.experts.call import ExpertsCall, has_seat, seat_of
+from expertd_inference.experts.cpu import experts_modules
+
+NUM_SEQUENCES = 3
+"""What a checked executor needs room for, each with one block."""
+NUM_ROWS = 16
+
+_STEPS = (
+    # A prompt alone; another two beside its first token; the rest of one of them; all go on.
+    (("a", 5),),
+    (("a", 1), ("b", 3), ("c", 6)),
+    (("b", 4), ("a", 1)),
+    (("c", 1), ("b", 1), ("a", 1)),
+)
+"""For each step the sequences and how many rows of them."""
+
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+"""Of the error in the square mean: other kernels round otherwise, and add up in another order."""
+
+
+class MismatchError(Exception):
+    """The executor's logits are not the model's; the message says by how much."""
+
+
+@torch.no_grad()
+def check(executor: Executor, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+    """Computes some steps. Raises MismatchError; leaves blocks and states 0 to 2 overwritten."""
+    names = "abc"
+    lengths = {name: sum(dict(step).get(name, 0) for step in _STEPS) for name in names}
+    texts = {name: _text(model, number, lengths[name]) for number, name in enumerate(names)}
+    with without_experts(model):
+        expected = {name: _plain(model, text) for name, text in texts.items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for step in _STEPS:
+            spans = []
+            for name, num_rows in step:
+                position = sum(map(len, found[name]))
+                rows = texts[name][position : position + num_rows]
+                number = names.index(name)
+                spans.append(Span(number, rows, position, [number], number, Wanted.ALL))
+            for batch in batches(executor, spans):
+                counts = [span.num_rows for span in batch.spans]
+                parts = torch.split(executor.forward(batch), counts)
+                for span, part in zip(batch.spans, parts, strict=True):
+                    found[names[span.sequence]].append(part)
+    ours = torch.cat([torch.cat(found[name]) for name in names]).float()
+    theirs = torch.cat([expected[name] for name in names]).float()
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error <= _TOLERANCES.get(model.dtype, 0.1):  # nor if it is not a number
+        raise MismatchError(f"its logits are off by {error:.2g}")
+
+
+def batches(executor: Executor, spans: Sequence[Span]) -> list[Batch]:
+    """``spans`` as one batch, or each as one if the executor takes no more."""
+    whole = Batch(tuple(spans))
+    return [whole] if executor.fits(whole) else [Batch((span,)) for span in spans]
+
+
+class _Standin:
+    """Answers in the place of a layer's runner."""
+
+    def run(self, call: ExpertsCall) -> Tensor:
+        rows, weights = call.routed.rows, call.routed.weights
+        shares = (1 + call.routed.index / call.num_experts) * weights
+        return (rows * (0.1 * shares.sum(-1, keepdim=True))).to(rows.dtype)
+
+    def prepare(self, call: ExpertsCall) -> ExpertsCall:
+        return call
+
+
+@contextmanager
+def without_experts(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers is untyped
+    """While ``model`` computes without reading experts."""
+    seats = [seat_of(module) for module in experts_modules(model).values() if has_seat(module)]
+    runners = [seat.runner for seat in seats]
+    for seat in seats:
+        seat.runner = _Standin()
+    try:
+        yield
+    finally:
+        for seat, runner in zip(seats, runners, strict=True):
+            seat.runner = runner
+
+
+def _plain(model: Any, text: list[int]) -> Tensor:  # noqa: ANN401
+    tokens = torch.tensor([text], device=model.device)
+    logits: Tensor = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+    return logits[0]
+
+
+def _text(model: Any, number: int, length: int) -> list[int]:  # noqa: ANN401
+    num_tokens = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(number)
+    tokens: list[int] = torch.randint(0, num_tokens, (length,), generator=generator).tolist()
+    return tokens

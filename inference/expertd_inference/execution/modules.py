@@ -1,0 +1,199 @@
+"""A step by the model's own modules, with the rows of all sequences in one forward pass.
+
+Modules work on rows; only attention and recurrent layers know sequences. So rows are packed as one
+text, [1, rows], each with its own position, and attention (:mod:`.attention_hook`) appends each to
+the blocks of its sequence and looks at these alone. Where layers keep recurrent states, sequences
+that go on by one row are a batch, [sequences, 1], and other spans are computed one after another;
+states are written back when all of the step is done.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertd_inference.execution.attention_hook import attending
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.layers import AttentionLayer, ModelLayers
+from expertd_inference.execution.room import Room
+from expertd_inference.execution.step_cache import StateName, StepCache
+from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
+from expertd_inference.kv.memory import KvMemory
+from expertd_inference.kv.state_memory import StateMemory
+
+
+class ModulesExecutor:
+    """See :class:`~expertd_inference.execution.executor.Executor`."""
+
+    name = "modules"
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        layers: ModelLayers,
+        room: Room,
+        *,
+        continues: bool = True,
+    ) -> None:
+        """``layers`` are those of ``model``, whose attention is hooked.
+
+        Some recurrent layers compute several rows only from their beginning on: unless the model
+        ``continues``, later chunks of a prompt are computed row by row.
+        """
+        self.reason = "its modules compute rows of any sequences together"
+        if layers.states:
+            self.reason = "its modules decode sequences together, and compute prompts one by one"
+        self.recurrent = bool(layers.states)
+        self.shares_prefixes = not self.recurrent
+        self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype, model.device)
+        """Keys and values, by the numbers of ``layers.keys``."""
+        self._model = model
+        self._layers = layers
+        self._continues = continues
+        self._states = StateMemory(tuple(layers.states.values()), room.num_sequences, model.device)
+
+    def fits(self, batch: Batch) -> bool:
+        """Always."""
+        return True
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """[batch.num_wanted, vocabulary]."""
+        if not self.recurrent:
+            return self._rows(batch.spans)
+        return self._recurrent(batch.spans)
+
+    def close(self) -> None:
+        """Unmaps the blocks."""
+        self.memory.close()
+
+    def _recurrent(self, spans: Sequence[Span]) -> Tensor:
+        """One forward pass for all that go on by a row, and one for each other span."""
+        together = [span for span in spans if span.position and span.num_rows == 1]
+        groups = [[span] for span in spans if span not in together]
+        logits: dict[int, Tensor] = {}
+        done = []
+        for group in [*groups, together] if together else groups:
+            slots = [_slot(span) for span in group]
+            states: dict[StateName, Tensor] = {}
+            if group[0].position:
+                states |= zip(self._layers.states, self._states.gather(slots), strict=True)
+            rows = []
+            for piece in self._pieces(group):
+                cache = StepCache(self._model.config, states)
+                rows.append(self._rows(piece, cache))
+                states = cache.states()
+            parts = torch.split(torch.cat(rows), [span.num_wanted for span in group])
+            logits |= zip((span.sequence for span in group), parts, strict=True)
+            done.append((slots, states))
+        # Only now: a step that is lost has changed nothing.
+        for slots, states in done:
+            self._states.scatter(slots, [states[name] for name in self._layers.states])
+        return torch.cat([logits[span.sequence] for span in spans])
+
+    def _pieces(self, group: list[Span]) -> Iterator[list[Span]]:
+        """What of ``group`` one forward pass computes, in order."""
+        span = group[0]
+        if self._continues or not span.position or span.num_rows == 1:
+            yield group
+            return
+        for row, token in enumerate(span.tokens):
+            last = row == span.num_rows - 1
+            wanted = Wanted.NONE if span.wanted is Wanted.LAST and not last else span.wanted
+            yield [replace(span, tokens=[token], position=span.position + row, wanted=wanted)]
+
+    def _rows(self, spans: Sequence[Span], cache: StepCache | None = None) -> Tensor:
+        """The logits of these spans' wanted rows; with ``cache`` all have the same length."""
+        tokens = [token for span in spans for token in span.tokens]
+        positions = [span.position + row for span in spans for row in range(span.num_rows)]
+        wanted = _wanted(spans)
+        num_texts = 1 if cache is None else len(spans)
+        # The head costs too much for rows that nobody wants; it is asked for one at least.
+        kept = wanted or [0] if num_texts == 1 else [0]
+        device = self._model.device
+        with attending(_Rows(self._layers.attention, self.memory, spans)):
+            logits: Tensor = self._model(
+                input_ids=torch.tensor(tokens, device=device).view(num_texts, -1),
+                position_ids=torch.tensor(positions, device=device).view(num_texts, -1),
+                past_key_values=cache,
+                use_cache=False,
+                logits_to_keep=torch.tensor(kept, device=device),
+                return_dict=True,
+            ).logits
+        logits = logits.flatten(0, 1)
+        return logits[: len(wanted)] if num_texts == 1 else logits[wanted]
+
+
+class _Rows:
+    """Attention of one forward pass: each row to its own sequence."""
+
+    def __init__(
+        self,
+        layers: Mapping[nn.Module, AttentionLayer],
+        memory: KvMemory,
+        spans: Sequence[Span],
+    ) -> None:
+        self._layers = layers
+        self._memory = memory
+        self._plan = AttentionPlan(
+            [AttentionSpan(span.position, span.num_rows, span.blocks) for span in spans]
+        )
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        others: dict[str, Any],
+    ) -> Tensor:
+        """Appends ``key`` and ``value``, and attends."""
+        layer = self._layers[module]
+        batch, _, length, _ = query.shape
+        query, key, value = (_as_rows(part) for part in (query, key, value))
+        attended = attend(
+            self._plan,
+            self._memory.keys[layer.number],
+            self._memory.values[layer.number],
+            query,
+            key if layer.appends else None,
+            value if layer.appends else None,
+            query.shape[2] ** -0.5 if scaling is None else scaling,
+            window=layer.window,
+            sinks=others.get("s_aux"),
+            softcap=others.get("softcap"),
+        )
+        return attended.view(batch, length, *attended.shape[1:])
+
+    def mask(
+        self,
+        make: Callable[..., Tensor | None],
+        arguments: dict[str, Any],
+    ) -> None:
+        """None: no row sees another sequence's."""
+
+
+def _as_rows(part: Tensor) -> Tensor:  # [batch, heads, T, d] -> [batch * T, heads, d]
+    rows = part[0].transpose(0, 1) if part.shape[0] == 1 else part.transpose(1, 2).flatten(0, 1)
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _wanted(spans: Sequence[Span]) -> list[int]:
+    """The rows that want logits."""
+    wanted: list[int] = []
+    first = 0
+    for span in spans:
+        last = first + span.num_rows
+        wanted += range(last - span.num_wanted, last)
+        first = last
+    return wanted
+
+
+def _slot(span: Span) -> int:
+    if span.state is None:
+        raise ValueError(f"sequence {span.sequence} has no slot for its recurrent states")
+    return span.state

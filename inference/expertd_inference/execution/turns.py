@@ -1,0 +1,96 @@
+"""One sequence after the other, each with a cache that the model makes for itself.
+
+For models whose layers keep something else than keys, values and recurrent states. Slow: each
+sequence reads all weights for itself.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.room import Room
+from expertd_inference.model.pack_config import rope_kinds
+
+
+@dataclass
+class _Text:
+    """A sequence so far; ``cache`` has its keys, values and whatever else the model keeps."""
+
+    tokens: list[int] = field(default_factory=list)
+    cache: Any = None
+
+
+class TurnsExecutor:
+    """See :class:`~expertd_inference.execution.executor.Executor`."""
+
+    name = "turns"
+    shares_prefixes = False
+    recurrent = False
+
+    def __init__(self, model: Any, room: Room, reason: str) -> None:  # noqa: ANN401 - untyped
+        self.reason = reason
+        self._model = model
+        self._num_texts = room.num_sequences
+        self._texts: dict[int, _Text] = {}
+        self._turning_point = _turning_point(model.config)
+
+    def fits(self, batch: Batch) -> bool:
+        """A span at a time."""
+        return len(batch.spans) == 1
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """[batch.num_wanted, vocabulary]; of any number of spans, each on its own."""
+        return torch.cat([self._span(span) for span in batch.spans])
+
+    def close(self) -> None:
+        """Forgets all sequences."""
+        self._texts.clear()
+
+    def _span(self, span: Span) -> Tensor:
+        text = self._texts.pop(span.sequence, None)
+        if text is None or not span.position:
+            text = _Text()
+        if len(text.tokens) < span.position:
+            raise ValueError(f"sequence {span.sequence} goes on from rows that were not computed")
+        end = span.position + span.num_rows
+        if len(text.tokens) > span.position or span.position <= self._turning_point < end:
+            # The step before was lost, or positions change their meaning: from the beginning.
+            text = _Text(text.tokens[: span.position])
+        # If the step is lost, what its cache has is not used again.
+        self._texts[span.sequence] = _Text(text.tokens[: span.position])
+        fresh = [*([] if text.cache is not None else text.tokens), *span.tokens]
+        logits = self._forward(text, fresh, span)
+        text.tokens += span.tokens
+        self._texts[span.sequence] = text
+        while len(self._texts) > self._num_texts:
+            del self._texts[next(iter(self._texts))]
+        return logits
+
+    def _forward(self, text: _Text, tokens: list[int], span: Span) -> Tensor:
+        device = self._model.device
+        end = span.position + span.num_rows
+        out = self._model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.arange(end - len(tokens), end, device=device)[None],
+            past_key_values=text.cache,
+            use_cache=True,
+            logits_to_keep=span.num_rows if span.wanted is Wanted.ALL else 1,
+            return_dict=True,
+        )
+        text.cache = out.past_key_values
+        logits: Tensor = out.logits[0]
+        return logits[: span.num_wanted]
+
+
+def _turning_point(config: Any) -> int | float:  # noqa: ANN401 - transformers is untyped
+    """Longer texts have other angles from their first position on; infinite if none do."""
+    points = [
+        kind["original_max_position_embeddings"]
+        for kind in rope_kinds(config.get_text_config())
+        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
+    ]
+    return min(points, default=float("inf"))

@@ -1,0 +1,266 @@
+"""Rows of several sequences, computed together, are each sequence computed alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.choose import choose_for
+from expertd_inference.execution.executor import Executor
+from expertd_inference.execution.room import Room
+from expertd_testing.tiny_models import CONFIGS, make_model, randomize
+from tests.architectures.tiny_configs import language_model_type, tiny_config
+from tests.inference.greedy import prompt_of
+
+ROOM = Room(num_blocks=12, num_sequences=4, num_rows=256)
+WINDOW = 8
+RECURRENT = ["granitemoehybrid", "jamba", "lfm2_moe", "minimax", "zaya"]
+TURNS = {
+    "deepseek_v32": "DynamicIndexedLayer keeps more than keys and values",
+    "inkling": "its attention asks for position bias",
+}
+
+
+def model_of(architecture: str, **settings: Any) -> Any:
+    """In float32, where nothing is rounded away; with windows that texts here are longer than."""
+    if architecture in CONFIGS:
+        return make_model(architecture, dtype=torch.float32, **settings)
+    config = tiny_config(language_model_type(architecture) or architecture, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomize(model, seed=0)
+    return model
+
+
+@torch.no_grad()
+def alone(model: Any, text: Sequence[int]) -> Tensor:
+    """[T, vocabulary], by the model as it is."""
+    logits: Tensor = model(torch.tensor([text])).logits[0]
+    return logits
+
+
+def chosen(model: Any, room: Room = ROOM) -> Executor:
+    said: list[str] = []
+    executor = choose_for(model, room, said.append)
+    assert (executor.name == "turns") == bool(said)
+    return executor
+
+
+class Texts:
+    """Sequences that are computed bit by bit, with their blocks and states."""
+
+    def __init__(self, executor: Executor, texts: Sequence[Sequence[int]]) -> None:
+        self.executor = executor
+        self.texts = texts
+        self.logits: list[Tensor] = [torch.empty(0)] * len(texts)
+        self._positions = [0] * len(texts)
+        # Tables that are neither in order nor next to each other.
+        free = list(range(ROOM.num_blocks))[::-1]
+        self._blocks = [free[n :: len(texts)] for n in range(len(texts))]
+
+    def spans(self, rows: dict[int, int], wanted: Wanted = Wanted.ALL) -> list[Span]:
+        """``rows`` says how many more of which text, in which order."""
+        return [
+            Span(
+                100 + n,
+                self.texts[n][self._positions[n] : self._positions[n] + num],
+                self._positions[n],
+                self._blocks[n],
+                n,
+                wanted,
+            )
+            for n, num in rows.items()
+        ]
+
+    def step(self, rows: dict[int, int]) -> None:
+        spans = self.spans(rows)
+        whole = Batch(tuple(spans))
+        for batch in [whole] if self.executor.fits(whole) else [Batch((span,)) for span in spans]:
+            parts = self.executor.forward(batch).split([span.num_rows for span in batch.spans])
+            for span, part in zip(batch.spans, parts, strict=True):
+                n = span.sequence - 100
+                self._positions[n] += span.num_rows
+                self.logits[n] = part if not span.position else torch.cat((self.logits[n], part))
+
+
+def check_batches(model: Any, name: str) -> Executor:
+    """Prompts of several lengths, one in chunks beside decoding, then three steps of all."""
+    prompts = [prompt_of(length, seed=length) for length in (19, 75, 30)]
+    expected = [alone(model, prompt) for prompt in prompts]
+    executor = chosen(model)
+    assert executor.name == name
+    texts = Texts(executor, prompts)
+    texts.step({0: 16, 2: 20})
+    texts.step({1: 65, 2: 1})  # more than a block
+    texts.step({2: 6, 1: 7})
+    for _ in range(3):
+        texts.step({1: 1, 0: 1, 2: 1})
+    for ours, theirs in zip(texts.logits, expected, strict=True):
+        # The order of sums in float32, through a few layers.
+        assert (ours - theirs).norm() / theirs.norm() < 2e-5
+        assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    return executor
+
+
+@pytest.mark.parametrize("architecture", list(CONFIGS))
+def test_sequences_together(architecture: str) -> None:
+    executor = check_batches(model_of(architecture), "modules")
+    assert executor.shares_prefixes
+    assert not executor.recurrent
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "mimo_v2_flash", "gemma4"])
+def test_windows(architecture: str) -> None:
+    """As sdpa has them, with sinks, with heads that differ by layer, and with layers that share."""
+    model = model_of(architecture, sliding_window=WINDOW)
+    check_batches(model, "modules")
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_recurrent_states(architecture: str) -> None:
+    executor = check_batches(model_of(architecture), "modules")
+    assert executor.recurrent
+    assert not executor.shares_prefixes
+
+
+@pytest.mark.parametrize("architecture", list(TURNS))
+def test_in_turns(architecture: str) -> None:
+    executor = check_batches(model_of(architecture), "turns")
+    assert TURNS[architecture] in executor.reason
+    assert not executor.shares_prefixes
+
+
+def test_only_wanted_rows_have_logits() -> None:
+    for architecture, name in (("mixtral", "modules"), ("zaya", "modules"), ("inkling", "turns")):
+        executor = chosen(model_of(architecture))
+        assert executor.name == name
+        texts = Texts(executor, [prompt_of(9), prompt_of(5, seed=1), prompt_of(7, seed=2)])
+        kinds = [Wanted.LAST, Wanted.NONE, Wanted.ALL]
+        everything = executor.forward(Batch(tuple(texts.spans({0: 8, 1: 4, 2: 6}))))
+        spans = [texts.spans({n: rows}, kinds[n])[0] for n, rows in ((0, 8), (1, 4), (2, 6))]
+        batch = Batch(tuple(spans))
+        found = executor.forward(batch)
+        assert len(found) == batch.num_wanted == 1 + 0 + 6
+        torch.testing.assert_close(found, everything[[7, *range(12, 18)]], rtol=1e-4, atol=1e-5)
+        nothing = executor.forward(Batch(tuple(texts.spans({1: 4}, Wanted.NONE))))
+        assert nothing.shape == (0, everything.shape[1])
+        # Sequences that go on by one row each, of which one wants nothing.
+        on = [
+            Span(100 + n, [t[-1]], len(t) - 1, spans[n].blocks, n, kinds[n])
+            for n, t in enumerate(texts.texts)
+        ]
+        assert len(executor.forward(Batch(tuple(on)))) == 2
+
+
+def test_a_sequence_goes_on_from_blocks_that_another_filled() -> None:
+    model = model_of("olmoe")
+    prompt = prompt_of(70)
+    other = [*prompt[:64], *prompt_of(6, seed=9)]
+    expected = alone(model, other)[64:]
+    executor = chosen(model)
+    executor.forward(Batch((Span(1, prompt, 0, [7, 3], None, Wanted.LAST),)))
+    ours = executor.forward(Batch((Span(2, other[64:], 64, [7, 5], None, Wanted.ALL),)))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+class LostError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "lfm2_moe", "inkling"])
+def test_a_lost_step_is_repeated(architecture: str) -> None:
+    """Whatever a step had done until it was lost, it gives the same when it is repeated."""
+    model = model_of(architecture)
+    prompts = [prompt_of(12, seed=seed) for seed in (1, 2)]
+    expected = [alone(model, prompt) for prompt in prompts]
+    executor = chosen(model)
+    texts = Texts(executor, prompts)
+    texts.step({0: 6})
+    last = [module for name, module in model.named_modules() if name.endswith("experts")][-1]
+
+    def lose(*_: object) -> None:
+        raise LostError
+
+    for rows in ({1: 5, 0: 1}, {0: 1, 1: 1}, {1: 2, 0: 1}):
+        handle = last.register_forward_hook(lose)
+        spans = texts.spans(rows)
+        for span in spans:
+            with pytest.raises(LostError):
+                executor.forward(Batch((span,)))
+        with pytest.raises(LostError):
+            executor.forward(Batch(tuple(spans)))
+        handle.remove()
+        texts.step(rows)
+    for ours, theirs in zip(texts.logits, expected, strict=True):
+        assert (ours - theirs[: len(ours)]).norm() / theirs.norm() < 2e-5
+
+
+def test_a_span_at_position_0_begins_anew() -> None:
+    for architecture in ("mixtral", "lfm2_moe", "inkling"):
+        model = model_of(architecture)
+        prompt = prompt_of(9)
+        expected = alone(model, prompt)
+        executor = chosen(model)
+        texts = Texts(executor, [prompt])
+        texts.step({0: 5})
+        again = Texts(executor, [prompt])
+        again.step({0: 7})
+        again.step({0: 2})
+        torch.testing.assert_close(again.logits[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_in_turns_only_so_many_texts_are_kept() -> None:
+    executor = chosen(model_of("inkling"), Room(4, 2, 16))
+    for sequence in range(3):
+        executor.forward(Batch((Span(sequence, [1, 2], 0, [0], None, Wanted.LAST),)))
+    executor.forward(Batch((Span(1, [3], 2, [0], None, Wanted.LAST),)))
+    with pytest.raises(ValueError, match="sequence 0 goes on from rows that were not computed"):
+        executor.forward(Batch((Span(0, [3], 2, [0], None, Wanted.LAST),)))
+
+
+def test_angles_that_change_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Phi-3.5-MoE: past its original context, all positions mean something else."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 16,
+        "long_factor": [4.0] * 16,
+        "short_mscale": 1.0,
+        "long_mscale": 1.2,
+        "original_max_position_embeddings": 16,
+    }
+    model = model_of("phimoe", rope_parameters=rope)
+    prompts = [prompt_of(24, seed=seed) for seed in (1, 2)]
+    expected = [[alone(model, prompt[: n + 1])[-1] for n in range(24)] for prompt in prompts]
+    executor = chosen(model)
+    assert executor.name == "turns"
+    assert "how long a text is" in executor.reason
+    texts = Texts(executor, prompts)
+    texts.step({0: 12})
+    for _ in range(12):
+        texts.step({0: 1, 1: 2})
+    for n in range(12, 24):
+        torch.testing.assert_close(texts.logits[0][n], expected[0][n], rtol=1e-3, atol=1e-3)
+    for n in range(1, 24, 2):  # the last of each two rows
+        torch.testing.assert_close(texts.logits[1][n], expected[1][n], rtol=1e-3, atol=1e-3)
+
+
+def test_an_executor_that_computes_something_else_is_not_chosen() -> None:
+    """Here the attention of one layer is scaled by something that only a text alone has."""
+    model = model_of("mixtral")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def odd(*args: Any, **kwargs: Any) -> Any:
+        output, weights = forward(*args, **kwargs)
+        positions = kwargs["position_ids"].view(-1)
+        one_text = bool((positions.diff() == 1).all())
+        return output * (3 if one_text else 1), weights
+
+    attention.forward = odd
+    executor = chosen(model)
+    assert executor.name == "turns"
+    assert "rows packed together gave something else" in executor.reason
