@@ -1,4 +1,4 @@
 """How many tokens a block of keys and values has."""
 
 BLOCK_TOKENS = 64
-"""``BLOCK_TOKENS`` of ``native/attention.h``."""
+"""The tokens whose keys and values, of all layers, lie in one block; see native/attention.h."""

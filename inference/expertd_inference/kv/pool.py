@@ -3,10 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from expertd_inference.kernels.blocks import BLOCK_TOKENS as BLOCK_TOKENS
 from expertstore.errors import InvalidInputError
-
-BLOCK_TOKENS = 64
-"""The tokens whose keys and values, of all layers, lie in one block."""
 
 
 def num_blocks_of(num_tokens: int) -> int:
