@@ -10,9 +10,13 @@ namespace {
 constexpr int64_t AHEAD = 3072, SCALES_AHEAD = 512;
 
 bool is_fast(const Matrix& m, int32_t type) {
-    if (type != BF16) return false;
-    // Scales of weights of unusual size are not worth a copy of all this.
-    return m.format == BF16 || m.format == MXFP4 || (m.format >= HQQ8 && m.scale_format == F16);
+    return type == BF16 && (m.format == BF16 || m.format >= HQQ8);
+}
+
+// Scales of weights of unusual size are not worth a copy of what one row by itself has.
+Form form_here(const Matrix& m, Form form) {
+    const bool other = m.format >= HQQ8 && m.format != MXFP4 && m.scale_format != F16;
+    return form == ONE_ROW && other ? TWO_PLANES : form;
 }
 
 // Where a field of row `k` lies in its word; see bf16_words.h.
@@ -36,14 +40,9 @@ constexpr float excess(int32_t format, int k) {
 // Registers of 64 columns of activations.
 constexpr int64_t num_registers(int32_t format) { return format == HQQ3 ? 3 : 2; }
 
-// Of activations prepared for a quantized matrix: for each 64 columns the even ones and the odd
+// Of a row prepared by itself for a quantized matrix: for each 64 columns the even ones and the odd
 // ones, of 3 bit also where sums begin; then the groups' sums, padded with zeros to 16. Or what
 // fixed_rows.h has.
-struct Row {
-    const __m512i* columns;
-    const float *sums, *factors; // the latter of fixed-point ones
-};
-
 Row row_of(const Matrix& m, const uint8_t* prepared) {
     const auto* columns = reinterpret_cast<const __m512i*>(prepared);
     const auto* end = columns + num_registers(m.format) * num_vectors(m);
@@ -53,7 +52,7 @@ Row row_of(const Matrix& m, const uint8_t* prepared) {
 
 int64_t prepared_bytes(const Matrix& m, Form form) {
     const int64_t others = generic::prepared_bytes(m, form);
-    return is_fixed(m.format) ? std::max(others, fixed_bytes(m)) : others;
+    return m.format >= HQQ8 ? std::max(others, fixed_bytes(m, 2)) : others;
 }
 
 // 64 columns, of which `count` are there.
@@ -83,7 +82,9 @@ void prepare(const Matrix& m, const float* row, int32_t type, Form form, uint8_t
         memset(out + m.columns, 0, (padded - m.columns) * 2);
         return;
     }
-    if (is_fixed(m.format)) return prepare_fixed(m, row, prepared);
+    form = form_here(m, form);
+    if (form == ONE_PLANE) return prepare_fixed<1>(m, row, prepared);
+    if (form == TWO_PLANES || is_fixed(m.format)) return prepare_fixed<2>(m, row, prepared);
     const int64_t step = num_registers(m.format) * 64;
     for (int64_t column = 0; column < m.columns; column += COLUMNS, prepared += step)
         prepare_columns(row + column, std::min(COLUMNS, m.columns - column), m.format, prepared);

@@ -1,10 +1,7 @@
 // Scales and zeros for the products of variant_avx512bf16.cpp, sixteen groups at a time.
 #pragma once
 
-#include <type_traits>
-
 #include "bf16_rows.h"
-#include "unroll.h"
 
 namespace {
 
@@ -90,11 +87,11 @@ INLINE __mmask16 first_lanes(int64_t count) {
 using AllLanes = std::integral_constant<__mmask16, 0xffff>;
 
 // The scales of 16 groups in row K of a unit, from its group `group` on, as far as `mask` goes.
-// What their zeros contribute is subtracted from the sums of N rows of activations. ALIGNED: the
-// first is a multiple of 16 among all of the matrix.
-template <int32_t FORMAT, bool META, int N, bool ALIGNED, int K, class Mask>
+// What their zeros contribute is subtracted from the row's sum. ALIGNED: the first is a multiple of
+// 16 among all of the matrix.
+template <int32_t FORMAT, bool META, bool ALIGNED, int K, class Mask>
 INLINE __m512 decode_scales(const Product& p, int64_t unit, int64_t group, Mask mask,
-                            const Row* rows, __m512* sums) {
+                            const Row& row, __m512& sum) {
     const uint8_t* scales = p.base + p.matrix.scale;
     const uint8_t* zeros = p.base + p.matrix.zero;
     const int64_t at = (unit + K * p.units) * p.groups + group;
@@ -113,9 +110,7 @@ INLINE __m512 decode_scales(const Product& p, int64_t unit, int64_t group, Mask 
         zero = _mm512_add_ps(decode_plain(zeros, at, mask), _mm512_set1_ps(excess(FORMAT, K)));
     }
     const __m512 offset = _mm512_mul_ps(scale, zero);
-    each<N>([&](auto n) INLINE_LAMBDA {
-        sums[n] = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(rows[n].sums + group), sums[n]);
-    });
+    sum = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(row.sums + group), sum);
     return scale;
 }
 

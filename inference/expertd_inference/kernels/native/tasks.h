@@ -39,7 +39,8 @@ class Chunks {
         const int64_t share = bytes * copies / (threads * TASKS_PER_THREAD);
         const int64_t chunk = std::clamp(share, LEAST_BYTES, MOST_BYTES);
         const int64_t most = std::clamp<int64_t>(bytes / chunk, 1, std::max<int64_t>(units, 1));
-        units_each = (units + most - 1) / most;
+        // Products of several rows take 16 units at a time.
+        units_each = ((units + most - 1) / most + 15) / 16 * 16;
         count = (units + units_each - 1) / units_each;
     }
 

@@ -18,8 +18,8 @@
 // that can be, and between the products, which leaves the processor a choice.
 
 #include "attention_bf16.h"
-#include "bf16_words.h"
 #include "plain_bf16.h"
+#include "rows.h"
 
 namespace {
 
@@ -70,13 +70,10 @@ template <int32_t FORMAT> INLINE void prefetch(const Places& from, int64_t colum
     }
 }
 
-// Scales are the same for all rows of activations, unless these have factors of their own.
-constexpr int num_scales(int32_t format, int num_rows) { return is_fixed(format) ? num_rows : 1; }
-
-// Vector `vector` of U units; `add(u, k, n, vector, sum, to)` adds up sums times their scale.
-template <int32_t FORMAT, int U, int N, class Add>
-INLINE void multiply_vector(const Places* from, int64_t vector, __mmask64 mask, const Row* rows,
-                            const Add& add, __m512 (*sums)[rows_per_unit(FORMAT)][N]) {
+// Vector `vector` of U units; `add(u, k, vector, sum, to)` adds up sums times their scale.
+template <int32_t FORMAT, int U, class Add>
+INLINE void multiply_vector(const Places* from, int64_t vector, __mmask64 mask, const Row& row,
+                            const Add& add, __m512 (*sums)[rows_per_unit(FORMAT)]) {
     each<U>([&](auto u) INLINE_LAMBDA {
         prefetch<FORMAT>(from[u], vector * COLUMNS);
         const auto weights = [&] {
@@ -84,13 +81,10 @@ INLINE void multiply_vector(const Places* from, int64_t vector, __mmask64 mask, 
             else return load<FORMAT>(from[u], vector * COLUMNS, mask);
         }();
         each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
-            each<N>([&](auto n) INLINE_LAMBDA {
-                __m512 sum;
-                if constexpr (is_fixed(FORMAT))
-                    sum = multiply_integers<FORMAT, k>(weights, rows[n], vector);
-                else sum = multiply_columns<FORMAT, k>(weights, rows[n], vector);
-                add(u, k, n, vector, sum, sums[u][k][n]);
-            });
+            __m512 sum;
+            if constexpr (is_fixed(FORMAT)) sum = multiply_integers<FORMAT, k>(weights, row, vector);
+            else sum = multiply_columns<FORMAT, k>(weights, row, vector);
+            add(u, k, vector, sum, sums[u][k]);
         });
     });
 }
@@ -111,16 +105,16 @@ INLINE void add_scaled(__m512 sum, const float& scale, __m512& to) {
 
 constexpr int64_t BLOCK_VECTORS = 64; // whose scales are decoded at a time
 
-// U units times N rows of activations, groups of 64 or 128: a register has one group's columns,
+// U units times a row of activations, groups of 64 or 128: a register has one group's columns,
 // whose scale is taken from memory.
-template <int32_t FORMAT, bool META, int U, int N, bool ALIGNED>
-INLINE void multiply_long_groups(const Product& p, const int64_t* units, const Row* rows,
-                                 __m512 (*sums)[rows_per_unit(FORMAT)][N]) {
+template <int32_t FORMAT, bool META, int U, bool ALIGNED>
+INLINE void multiply_long_groups(const Product& p, const int64_t* units, const Row& row,
+                                 __m512 (*sums)[rows_per_unit(FORMAT)]) {
     constexpr int R = rows_per_unit(FORMAT);
     const int shift = p.matrix.group_size == 128 ? 1 : 0;
     Places from[U];
     each<U>([&](auto u) INLINE_LAMBDA { from[u] = places<FORMAT>(p.matrix, p.base, units[u]); });
-    alignas(64) float scales[U][R][num_scales(FORMAT, N)][BLOCK_VECTORS];
+    alignas(64) float scales[U][R][BLOCK_VECTORS];
     const int64_t whole = p.matrix.columns / COLUMNS;
     for (int64_t begin = 0; begin < whole; begin += BLOCK_VECTORS) {
         const int64_t end = std::min(whole, begin + BLOCK_VECTORS);
@@ -128,34 +122,30 @@ INLINE void multiply_long_groups(const Product& p, const int64_t* units, const R
         const auto decode = [&](int64_t group, auto mask) INLINE_LAMBDA {
             each<U * R>([&](auto i) INLINE_LAMBDA {
                 constexpr int u = i / R, k = i % R;
-                const __m512 scale = decode_scales<FORMAT, META, N, ALIGNED, k>(
-                    p, units[u], first + group, mask, rows, sums[u][k]);
-                each<num_scales(FORMAT, N)>([&](auto n) INLINE_LAMBDA {
-                    _mm512_store_ps(scales[u][k][n] + group,
-                                    scale_of<FORMAT, k>(scale, rows[n], first + group));
-                });
+                const __m512 scale = decode_scales<FORMAT, META, ALIGNED, k>(
+                    p, units[u], first + group, mask, row, sums[u][k]);
+                _mm512_store_ps(scales[u][k] + group,
+                                scale_of<FORMAT, k>(scale, row, first + group));
             });
         };
         int64_t group = 0;
         for (; group + 16 <= count; group += 16) decode(group, AllLanes());
         if (group < count) decode(group, first_lanes(count - group));
-        const auto add = [&](int u, int k, int n, int64_t vector, __m512 sum, __m512& to)
-            INLINE_LAMBDA {
-                const float* here = scales[u][k][is_fixed(FORMAT) ? n : 0];
-                const float& scale = here[(vector - begin) >> shift];
-                if (is_fixed(FORMAT)) add_scaled(sum, scale, to);
-                else to = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
-            };
+        const auto add = [&](int u, int k, int64_t vector, __m512 sum, __m512& to) INLINE_LAMBDA {
+            const float& scale = scales[u][k][(vector - begin) >> shift];
+            if (is_fixed(FORMAT)) add_scaled(sum, scale, to);
+            else to = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
+        };
         for (int64_t vector = begin; vector < end; ++vector)
-            multiply_vector<FORMAT, U, N>(from, vector, ALL, rows, add, sums);
+            multiply_vector<FORMAT, U>(from, vector, ALL, row, add, sums);
     }
 }
 
 // The same for groups of 16 or 32: a register has the columns of PER_VECTOR groups, four columns
 // to a lane, and scales are spread over lanes from the register that they were decoded to.
-template <int32_t FORMAT, int PER_VECTOR, bool META, int U, int N, bool ALIGNED>
-INLINE void multiply_short_groups(const Product& p, const int64_t* units, const Row* rows,
-                                  __m512 (*sums)[rows_per_unit(FORMAT)][N]) {
+template <int32_t FORMAT, int PER_VECTOR, bool META, int U, bool ALIGNED>
+INLINE void multiply_short_groups(const Product& p, const int64_t* units, const Row& row,
+                                  __m512 (*sums)[rows_per_unit(FORMAT)]) {
     constexpr int R = rows_per_unit(FORMAT);
     constexpr int64_t AT_ONCE = 16 / PER_VECTOR; // vectors that have 16 groups
     Places from[U];
@@ -164,37 +154,35 @@ INLINE void multiply_short_groups(const Product& p, const int64_t* units, const 
         PER_VECTOR == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                         : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const int64_t columns = p.matrix.columns, whole = columns / COLUMNS;
-    __m512 scales[U][R][num_scales(FORMAT, N)];
+    __m512 scales[U][R];
     const auto decode = [&](int64_t vector, auto mask) INLINE_LAMBDA {
         each<U * R>([&](auto i) INLINE_LAMBDA {
             constexpr int u = i / R, k = i % R;
-            const __m512 scale = decode_scales<FORMAT, META, N, ALIGNED, k>(
-                p, units[u], vector * PER_VECTOR, mask, rows, sums[u][k]);
-            each<num_scales(FORMAT, N)>([&](auto n) INLINE_LAMBDA {
-                scales[u][k][n] = scale_of<FORMAT, k>(scale, rows[n], vector * PER_VECTOR);
-            });
+            const __m512 scale = decode_scales<FORMAT, META, ALIGNED, k>(
+                p, units[u], vector * PER_VECTOR, mask, row, sums[u][k]);
+            scales[u][k] = scale_of<FORMAT, k>(scale, row, vector * PER_VECTOR);
         });
     };
     int64_t vector = 0;
     // Spread over the lanes of vector `at`, from those that begin with `vector`.
-    const auto add = [&](int u, int k, int n, int64_t at, __m512 sum, __m512& to) INLINE_LAMBDA {
+    const auto add = [&](int u, int k, int64_t at, __m512 sum, __m512& to) INLINE_LAMBDA {
         const __m512i group = _mm512_set1_epi32(static_cast<int>((at - vector) * PER_VECTOR));
-        const __m512 scale = scales[u][k][is_fixed(FORMAT) ? n : 0];
-        to = _mm512_fmadd_ps(
-            sum, _mm512_permutexvar_ps(_mm512_add_epi32(spread, group), scale), to);
+        const __m512 scale =
+            _mm512_permutexvar_ps(_mm512_add_epi32(spread, group), scales[u][k]);
+        to = _mm512_fmadd_ps(sum, scale, to);
     };
     for (; vector + AT_ONCE <= whole; vector += AT_ONCE) {
         decode(vector, AllLanes());
         each<AT_ONCE>([&](auto i) INLINE_LAMBDA {
-            multiply_vector<FORMAT, U, N>(from, vector + i, ALL, rows, add, sums);
+            multiply_vector<FORMAT, U>(from, vector + i, ALL, row, add, sums);
         });
     }
     if (vector * COLUMNS == columns) return;
     decode(vector, first_lanes(p.groups - vector * PER_VECTOR));
     for (int64_t at = vector; at < whole; ++at)
-        multiply_vector<FORMAT, U, N>(from, at, ALL, rows, add, sums);
+        multiply_vector<FORMAT, U>(from, at, ALL, row, add, sums);
     if (const __mmask64 mask = (__mmask64{1} << columns % COLUMNS) - 1)
-        multiply_vector<FORMAT, U, N>(from, whole, mask, rows, add, sums);
+        multiply_vector<FORMAT, U>(from, whole, mask, row, add, sums);
 }
 
 // Sums of pairs of lanes: in each four lanes of the result two of `a` beside two of `b`.
@@ -230,34 +218,22 @@ template <int R> INLINE void add_up(const __m512* sums, float* out, int64_t stri
     });
 }
 
-// The units at `units` times N rows of activations.
-template <int32_t FORMAT, int PER_VECTOR, bool META, int U, int N>
-void multiply_few(const Product& p, const int64_t* units, const Row* rows, float* const* results) {
+// The units at `units` times a row of activations.
+template <int32_t FORMAT, int PER_VECTOR, bool META, int U>
+void multiply_few(const Product& p, const int64_t* units, const Row& row, float* result) {
     constexpr int R = rows_per_unit(FORMAT);
-    __m512 sums[U][R][N];
-    each<U * R * N>([&](auto i) INLINE_LAMBDA {
-        sums[i / (R * N)][i / N % R][i % N] = _mm512_setzero_ps();
-    });
+    __m512 sums[U][R];
+    each<U * R>([&](auto i) INLINE_LAMBDA { sums[i / R][i % R] = _mm512_setzero_ps(); });
     each<U>([&](auto u) INLINE_LAMBDA { prefetch_scales<FORMAT, META>(p, units[u]); });
     const auto multiply = [&](auto aligned) INLINE_LAMBDA {
         if constexpr (PER_VECTOR == 1)
-            multiply_long_groups<FORMAT, META, U, N, aligned>(p, units, rows, sums);
-        else multiply_short_groups<FORMAT, PER_VECTOR, META, U, N, aligned>(p, units, rows, sums);
+            multiply_long_groups<FORMAT, META, U, aligned>(p, units, row, sums);
+        else multiply_short_groups<FORMAT, PER_VECTOR, META, U, aligned>(p, units, row, sums);
     };
     // Without meta groups it does not matter where a row begins.
     if (!META || p.groups % 16 == 0) multiply(std::true_type());
     else multiply(std::false_type());
-    each<U * N>([&](auto i) INLINE_LAMBDA {
-        constexpr int u = i / N, n = i % N;
-        __m512 mine[R];
-        each<R>([&](auto k) INLINE_LAMBDA { mine[k] = sums[u][k][n]; });
-        add_up<R>(mine, results[n] + units[u], p.units);
-    });
-}
-
-// So many rows of activations share a decoding as registers hold the sums of.
-constexpr int most_rows(int32_t format) {
-    return format == HQQ3 ? 2 : format == HQQ2 ? 4 : 8;
+    each<U>([&](auto u) INLINE_LAMBDA { add_up<R>(sums[u], result + units[u], p.units); });
 }
 
 // Of one row of activations two units are computed at once, in different places: memory answers
@@ -265,63 +241,57 @@ constexpr int most_rows(int32_t format) {
 // too few registers.
 constexpr int units_at_once(int32_t format) { return is_fixed(format) || format == MXFP4 ? 2 : 1; }
 
-template <int32_t FORMAT, int PER_VECTOR, bool META, int N>
-void multiply_some(const Product& p, int64_t unit, const Row* rows, float* const* results,
-                   int64_t num_rows) {
-    for (; num_rows >= N; num_rows -= N, rows += N, results += N)
-        multiply_few<FORMAT, PER_VECTOR, META, 1, N>(p, &unit, rows, results);
-    if constexpr (N > 1)
-        if (num_rows)
-            multiply_some<FORMAT, PER_VECTOR, META, N / 2>(p, unit, rows, results, num_rows);
-}
-
 template <int32_t FORMAT, int PER_VECTOR, bool META>
 void multiply_units(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
-                    const uint8_t* const* prepared, float* const* results, int64_t num_rows) {
-    constexpr int64_t MOST = 32;
-    Row rows[MOST];
+                    const uint8_t* prepared, float* result) {
+    const Row row = row_of(m, prepared);
     Product p(m, base);
-    for (int64_t start = 0; start < num_rows; start += MOST) {
-        const int64_t count = std::min(MOST, num_rows - start);
-        for (int64_t n = 0; n < count; ++n) rows[n] = row_of(m, prepared[start + n]);
-        const int64_t at_once = META ? Metas::units_at_once(p.groups) : last - first;
-        for (int64_t begin = first; begin < last; begin += at_once) {
-            const int64_t end = std::min(last, begin + at_once);
-            for (int k = 0; META && k < rows_per_unit(FORMAT); ++k) {
-                const int64_t from = (begin + k * p.units) * p.groups;
-                const int64_t to = from + (end - begin) * p.groups;
-                p.metas[k].decode(m, base, from, to, excess(FORMAT, k));
-            }
-            const int64_t pairs =
-                count == 1 && units_at_once(FORMAT) == 2 ? (end - begin) / 2 : 0;
-            for (int64_t unit = begin; unit < begin + pairs; ++unit) {
-                const int64_t both[] = {unit, unit + pairs};
-                multiply_few<FORMAT, PER_VECTOR, META, units_at_once(FORMAT), 1>(
-                    p, both, rows, results + start);
-            }
-            for (int64_t unit = begin + 2 * pairs; unit < end; ++unit)
-                multiply_some<FORMAT, PER_VECTOR, META, most_rows(FORMAT)>(
-                    p, unit, rows, results + start, count);
+    const int64_t at_once = META ? Metas::units_at_once(p.groups) : last - first;
+    for (int64_t begin = first; begin < last; begin += at_once) {
+        const int64_t end = std::min(last, begin + at_once);
+        for (int k = 0; META && k < rows_per_unit(FORMAT); ++k) {
+            const int64_t from = (begin + k * p.units) * p.groups;
+            const int64_t to = from + (end - begin) * p.groups;
+            p.metas[k].decode(m, base, from, to, excess(FORMAT, k));
         }
+        const int64_t pairs = units_at_once(FORMAT) == 2 ? (end - begin) / 2 : 0;
+        for (int64_t unit = begin; unit < begin + pairs; ++unit) {
+            const int64_t both[] = {unit, unit + pairs};
+            multiply_few<FORMAT, PER_VECTOR, META, units_at_once(FORMAT)>(p, both, row, result);
+        }
+        for (int64_t unit = begin + 2 * pairs; unit < end; ++unit)
+            multiply_few<FORMAT, PER_VECTOR, META, 1>(p, &unit, row, result);
     }
 }
 
 template <int32_t FORMAT, bool META>
 void multiply_groups(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
-                     const uint8_t* const* prepared, float* const* results, int64_t num_rows) {
+                     const uint8_t* prepared, float* result) {
     if (m.group_size == 16)
-        multiply_units<FORMAT, 4, META>(m, base, first, last, prepared, results, num_rows);
+        multiply_units<FORMAT, 4, META>(m, base, first, last, prepared, result);
     else if (m.group_size == 32)
-        multiply_units<FORMAT, 2, META>(m, base, first, last, prepared, results, num_rows);
-    else multiply_units<FORMAT, 1, META>(m, base, first, last, prepared, results, num_rows);
+        multiply_units<FORMAT, 2, META>(m, base, first, last, prepared, result);
+    else multiply_units<FORMAT, 1, META>(m, base, first, last, prepared, result);
 }
 
 template <int32_t FORMAT>
 void multiply_quantized(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
-                        const uint8_t* const* prepared, float* const* results, int64_t num_rows) {
+                        const uint8_t* prepared, float* result) {
     if (m.meta_group_size)
-        multiply_groups<FORMAT, true>(m, base, first, last, prepared, results, num_rows);
-    else multiply_groups<FORMAT, false>(m, base, first, last, prepared, results, num_rows);
+        multiply_groups<FORMAT, true>(m, base, first, last, prepared, result);
+    else multiply_groups<FORMAT, false>(m, base, first, last, prepared, result);
+}
+
+// A row of activations by itself.
+void multiply_row(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
+                  const uint8_t* prepared, float* result) {
+    switch (m.format) {
+    case HQQ8: return multiply_quantized<HQQ8>(m, base, first, last, prepared, result);
+    case HQQ4: return multiply_quantized<HQQ4>(m, base, first, last, prepared, result);
+    case HQQ3: return multiply_quantized<HQQ3>(m, base, first, last, prepared, result);
+    case HQQ2: return multiply_quantized<HQQ2>(m, base, first, last, prepared, result);
+    default: return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, result);
+    }
 }
 
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
@@ -329,17 +299,16 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
               int32_t type, Form form) {
     if (!is_fast(m, type))
         return generic::multiply(m, base, first, last, prepared, results, num_rows, type, form);
-    switch (m.format) {
-    case HQQ8: return multiply_quantized<HQQ8>(m, base, first, last, prepared, results, num_rows);
-    case HQQ4: return multiply_quantized<HQQ4>(m, base, first, last, prepared, results, num_rows);
-    case HQQ3: return multiply_quantized<HQQ3>(m, base, first, last, prepared, results, num_rows);
-    case HQQ2: return multiply_quantized<HQQ2>(m, base, first, last, prepared, results, num_rows);
-    case MXFP4:
-        return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, results, num_rows);
-    default:
+    if (m.format == BF16)
         return plain::multiply_with<plain::ByPairs>(m, base, first, last, prepared, results,
                                                     num_rows);
-    }
+    form = form_here(m, form);
+    if (form != ONE_ROW)
+        return multiply_quantized_rows(m, base, first, last, prepared, results, num_rows,
+                                       form == TWO_PLANES ? 2 : 1);
+    // More than one where an expert is chosen twice for a token.
+    for (int64_t n = 0; n < num_rows; ++n)
+        multiply_row(m, base, first, last, prepared[n], results[n]);
 }
 
 } // namespace

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertd.packing.quantizer import quantize
-from expertd.packing.schemes import parse_precision
+from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu import reference
+from expertd_inference.kernels.cpu import native, reference
 from expertd_inference.kernels.cpu.library import PATH, native_library
 from expertd_inference.kernels.cpu.native import FUSED_TOKENS, MAX_SUMMED, NativeKernels, use_isa
 from expertd_inference.kernels.cpu.reference import sum_slots
@@ -26,6 +26,7 @@ from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.codec import dequantize
 from expertstore.pack.manifest import GateOrder
 from tests.inference.kernels.cpu.test_reference import Layer, routed
+from tests.random_mxfp4 import random_mxfp4
 
 pytestmark = pytest.mark.skipif(
     native_library().library is None, reason=f"no native kernels: {native_library().reason}"
@@ -173,6 +174,76 @@ def test_a_power_of_two_changes_no_digit(isa: str, precision: str) -> None:
         assert torch.equal(NativeKernels().linear(x * power, weight), expected * power)
     none = NativeKernels().linear(x * 0, weight)
     assert torch.equal(none, torch.zeros_like(none))
+
+
+ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130)
+SCHEMES = ["8g128", "8g16m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m", "mxfp4"]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("activations", [16, 8])
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_bits_do_not_depend_on_the_number_of_rows(
+    isa: str, activations: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "FUSED_TOKENS", max(ROW_COUNTS))
+    for out, columns in ((72, 384), (272, 128)):  # units that no tile of 16 divides, and the other
+        weight = quantized(out, columns, precision)
+        x = inputs(max(ROW_COUNTS), columns, torch.bfloat16)
+        exact = NativeKernels(activations=activations, exact=True)
+        expected = exact.linear(x, weight)
+        for count in ROW_COUNTS:
+            for first in {0, len(x) - count}:
+                ours = exact.linear(x[first : first + count], weight)
+                assert torch.equal(ours, expected[first : first + count])
+        # Without it one row alone may have others, and no other number of rows.
+        usual = NativeKernels(activations=activations)
+        assert torch.equal(usual.linear(x[:3], weight), expected[:3])
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("activations", [16, 8])
+@pytest.mark.parametrize("precision", ["4g64", "3g64m", "2g16m", "mxfp4"])
+def test_bits_of_experts_do_not_depend_on_the_other_tokens(
+    isa: str, activations: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "FUSED_TOKENS", 100)
+    layer = layer_of(4, 128, 64, precision, torch.bfloat16)
+    hidden = inputs(80, 128, torch.bfloat16)
+    index, weights = routed(80, 2, 4)
+    kernels = NativeKernels(activations=activations, exact=True)
+
+    def output(first: int, last: int) -> Tensor:
+        some = Routed(hidden[first:last], index[first:last], weights[first:last])
+        return kernels.output(some, Wave(range(4), layer.records, layer.arena, spec_of(layer)))
+
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            expected = output(0, 80)
+            for first, last in ((0, 1), (79, 80), (3, 5), (10, 17), (20, 60)):
+                assert torch.equal(output(first, last), expected[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16"], indirect=True)
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_the_error_of_one_plane_of_activations(isa: str, precision: str) -> None:
+    weight = quantized(64, 1024, precision)
+    x = inputs(16, 1024, torch.bfloat16)
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+
+    def error(activations: int) -> float:
+        ours = NativeKernels(activations=activations).linear(x, weight).double()
+        return ((ours - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+    # A value is off by a unit over the root of 12 in the square mean, and a unit is a 127th of the
+    # group's largest, which is 1.8 (16 values) to 2.7 (128) times the square mean. What is left of
+    # two planes is the rounding of the result: 2^-9 over the root of 3, uniformly in the mantissa.
+    assert 1.8 / 127 / 12**0.5 * 0.8 < error(8) < 2.7 / 127 / 12**0.5 * 1.2
+    assert error(16) < 1.8e-3
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -375,6 +446,9 @@ GATES = {
 
 
 def quantized(rows: int, columns: int, precision: str, size: float = 1) -> QuantizedWeight:
+    if precision == "mxfp4":
+        matrix = MXFP4.matrix("w", rows, columns)
+        return QuantizedWeight(matrix, random_mxfp4(matrix, torch.Generator().manual_seed(2)))
     matrix = parse_precision(precision).matrix("w", rows, columns)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
     return QuantizedWeight(matrix, quantize(weight * size / columns**0.5, matrix, optimize=False))

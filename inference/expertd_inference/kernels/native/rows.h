@@ -1,0 +1,135 @@
+// Products of quantized matrices with any number of rows of activations: the driver.
+#pragma once
+
+#include "rows_dots.h"
+
+namespace {
+
+// Vectors whose tiles are made at a time: few enough for the first cache, an even number of them.
+constexpr int64_t vectors_at_once(int32_t format) { return tiles_per_vector(format) == 1 ? 4 : 2; }
+
+// Some rows of activations that are multiplied together. The kind may take more: they are the last
+// one again, and go nowhere.
+struct RowBlock {
+    const BlockKind* kind;
+    int64_t first, count;
+    Row rows[MOST_ROWS];
+    float* sums;
+};
+
+// `count` units' bytes of up to 64 columns, as if there were 16 units and 64 columns: 0 elsewhere.
+template <int32_t FORMAT>
+Places pad(const Places& from, int64_t stride, int64_t count, int64_t columns, uint8_t* to) {
+    constexpr int64_t BYTES = LANES * COLUMNS;
+    const auto copy = [&](const uint8_t* bytes, uint8_t* out) {
+        memset(out, 0, BYTES);
+        for (int64_t i = 0; i < count; ++i) memcpy(out + i * COLUMNS, bytes + i * stride, columns);
+    };
+    copy(from.low, to);
+    if (FORMAT == HQQ3) {
+        copy(from.below, to + BYTES);
+        copy(from.high, to + 2 * BYTES);
+    }
+    return {to, to + BYTES, to + 2 * BYTES};
+}
+
+// The bytes of 16 units, LANES further on, which are read in the order of memory: so many at each
+// of `num_vectors` steps as a step uses up.
+template <int32_t FORMAT> INLINE void prefetch_units(const Places& from, int64_t columns,
+                                                     int64_t vector) {
+    const int64_t at = LANES * columns + vector * LANES * COLUMNS;
+    each<LANES>([&](auto i) INLINE_LAMBDA {
+        __builtin_prefetch(from.low + at + i * 64, 0, 2);
+        if (FORMAT == HQQ3) {
+            __builtin_prefetch(from.below + at + i * 64, 0, 2);
+            __builtin_prefetch(from.high + at + i * 64, 0, 2);
+        }
+    });
+}
+
+// Units [unit, unit + count), at most 16: added to the blocks' sums.
+template <int32_t FORMAT>
+void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count,
+                            const RowBlock* blocks, int64_t num_blocks) {
+    constexpr int64_t AT_ONCE = vectors_at_once(FORMAT), TILES = tiles_per_vector(FORMAT);
+    alignas(64) __m512i tiles[TILES * AT_ONCE * 16];
+    alignas(64) float scales[STRIP * floats_per_group<FORMAT>];
+    uint8_t padded[3 * LANES * COLUMNS];
+    const int64_t groups = num_groups(m), vectors = num_vectors(m), steps = m.group_size / 4;
+    const Places from = places<FORMAT>(m, base, unit);
+    for (int64_t group = 0; group < groups; group += STRIP) {
+        const int64_t num = std::min(STRIP, groups - group);
+        decode_strip<FORMAT>(m, base, unit, count, group, num, scales);
+        const int64_t end = std::min(vectors, (group + STRIP) * steps / 16);
+        for (int64_t vector = group * steps / 16; vector < end; vector += AT_ONCE) {
+            const int64_t at_once = std::min(AT_ONCE, end - vector);
+            for (int64_t i = 0; i < at_once; ++i) {
+                const int64_t column = (vector + i) * COLUMNS;
+                const Places here = {from.low + column, from.below + column, from.high + column};
+                prefetch_units<FORMAT>(from, m.columns, vector + i);
+                const int64_t columns = std::min(COLUMNS, m.columns - column);
+                if (count == LANES && columns == COLUMNS)
+                    make_tiles<FORMAT>(here, m.columns, tiles + i * 16, AT_ONCE * 16);
+                else {
+                    const Places copy = pad<FORMAT>(here, m.columns, count, columns, padded);
+                    make_tiles<FORMAT>(copy, COLUMNS, tiles + i * 16, AT_ONCE * 16);
+                }
+            }
+            const int64_t first = vector * 16 / steps;
+            const float* scale = scales + (first - group) * floats_per_group<FORMAT>;
+            for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block)
+                block->kind->multiply({tiles, scale, block->rows, block->sums, vector, at_once,
+                                       first, steps, TILES, AT_ONCE * 16});
+        }
+    }
+}
+
+// At most ROWS_AT_ONCE rows of activations.
+template <int32_t FORMAT>
+void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
+                   const uint8_t* const* prepared, float* const* results, int64_t num_rows,
+                   int planes) {
+    constexpr int R = rows_per_unit(FORMAT), FIELDS = num_fields(FORMAT);
+    constexpr int64_t MOST_BLOCKS = ROWS_AT_ONCE / MOST_ROWS;
+    alignas(64) float sums[ROWS_AT_ONCE * R * LANES];
+    RowBlock blocks[MOST_BLOCKS];
+    const int64_t num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+        RowBlock& block = blocks[b];
+        block.first = num_rows * b / num_blocks;
+        block.count = num_rows * (b + 1) / num_blocks - block.first;
+        block.kind = &(planes == 2 ? kind_of<FIELDS, 2> : kind_of<FIELDS, 1>)(block.count);
+        block.sums = sums + b * MOST_ROWS * R * LANES;
+        for (int64_t n = 0; n < block.kind->rows; ++n)
+            block.rows[n] = fixed_row_of(
+                m, prepared[block.first + std::min(n, block.count - 1)], planes);
+    }
+    const int64_t units = num_units(m);
+    for (int64_t unit = first; unit < last; unit += LANES) {
+        const int64_t count = std::min(LANES, last - unit);
+        memset(sums, 0, num_blocks * MOST_ROWS * R * LANES * sizeof(float));
+        multiply_units_of_tile<FORMAT>(m, base, unit, count, blocks, num_blocks);
+        for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block)
+            for (int64_t n = 0; n < block->count; ++n)
+                for (int place = 0; place < R; ++place) {
+                    const int tile = place / FIELDS, field = place % FIELDS;
+                    const int64_t at = (tile * block->kind->rows + n) * FIELDS + field;
+                    const int64_t row = unit + row_of_field(FORMAT, tile, field) * units;
+                    _mm512_mask_storeu_ps(results[block->first + n] + row, first_lanes(count),
+                                          _mm512_load_ps(block->sums + at * LANES));
+                }
+    }
+}
+
+void multiply_quantized_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
+                             const uint8_t* const* prepared, float* const* results,
+                             int64_t num_rows, int planes) {
+    const auto multiply = m.format == HQQ8   ? multiply_rows<HQQ8>
+                          : m.format == HQQ4 ? multiply_rows<HQQ4>
+                          : m.format == HQQ3 ? multiply_rows<HQQ3>
+                          : m.format == HQQ2 ? multiply_rows<HQQ2>
+                                             : multiply_rows<MXFP4>;
+    multiply(m, base, first, last, prepared, results, num_rows, planes);
+}
+
+} // namespace
