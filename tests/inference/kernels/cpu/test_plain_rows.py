@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from expertd_inference.kernels.native_library import native_library
-from expertd_inference.kernels.step import StepKernels, describe, step_kernels
 from torch import Tensor
 
-from expertd_inference.kernels.native import use_isa
+from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.native import use_isa
+from expertd_inference.kernels.cpu.step import StepKernels, describe, step_kernels
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native kernels")
 
