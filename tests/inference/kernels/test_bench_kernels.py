@@ -24,7 +24,7 @@ def test_attention_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
             "--json",
             "--shape",
             "32 over 4",
-            *"--sequences 2 --length 70 --bytes 1 --rounds 2".split(),
+            *["--sequences", "2", "--length", "70", "--bytes", "1", "--rounds", "2"],
         ]
     )
     decoding, prompt = json.loads(capsys.readouterr().out)["figures"]
