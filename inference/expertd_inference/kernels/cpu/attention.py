@@ -9,7 +9,7 @@ how a prompt was divided, or on threads.
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ class AttentionSpan(NamedTuple):
     """The sequence's table: enough for ``position + num_rows`` tokens."""
 
 
-class _Plan(ctypes.Structure):
+class NativePlan(ctypes.Structure):
+    """``AttentionPlan`` of ``native/attention.h``."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("positions", "first_rows", "first_blocks", "blocks")),
         ("num_spans", c_int64),
@@ -53,11 +55,13 @@ class AttentionCall(ctypes.Structure):
 class AttentionPlan:
     """The spans of a batch as native code reads them: built once a step, for all layers.
 
-    Raises ValueError for a span without rows, or a table too short for it.
+    Raises ValueError for no spans, a span without rows, or a table too short for it.
     """
 
     def __init__(self, spans: Sequence[AttentionSpan]) -> None:
         self.spans = [AttentionSpan(*span) for span in spans]
+        if not self.spans:
+            raise ValueError("there are no spans")
         positions, first_rows, first_blocks, blocks = [], [0], [], list[int]()
         for position, num_rows, table in self.spans:
             if position < 0 or num_rows < 1:
@@ -70,14 +74,14 @@ class AttentionPlan:
             first_blocks.append(len(blocks))
             blocks += table[:needed]
         self.num_rows = first_rows[-1]
-        self.most_block = max(blocks, default=-1)
-        if min(blocks, default=0) < 0:
+        self.most_block = max(blocks)
+        if min(blocks) < 0:
             raise ValueError("a table has a block of a negative number")
         numbers = [*positions, *first_rows, *first_blocks]
         self._numbers = (c_int64 * len(numbers))(*numbers)
         self._blocks = (c_int32 * len(blocks))(*blocks)
         count, address = len(self.spans), ctypes.addressof(self._numbers)
-        self._plan = _Plan(
+        self._plan = NativePlan(
             address,
             address + 8 * count,
             address + 8 * (2 * count + 1),
@@ -267,9 +271,4 @@ def attend_slowly(
         weights = scores.softmax(-1)[..., :length]
         results.append((weights @ gathered(values)).transpose(0, 1))
         first += num_rows
-    return torch.cat(results).to(query.dtype) if results else query.new_empty(0, *values.shape[1:1])
-
-
-def declare(library: Any) -> None:  # noqa: ANN401 - ctypes' own
-    """Gives the native function its types."""
-    library.expertd_attend_rows.argtypes = [c_void_p]
+    return torch.cat(results).to(query.dtype)

@@ -19,6 +19,24 @@ constexpr int64_t APPEND_ROWS = 64; // of a task
 
 int64_t pad(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Of a tile: its rows and heads, of `group` that share keys.
+struct Shares {
+    int64_t group, heads, rows;
+
+    explicit Shares(const AttentionCall& call)
+        : group(call.heads / call.kv_heads), heads(std::min(group, MAX_QUERIES)),
+          rows(MAX_QUERIES / heads) {}
+};
+
+int64_t num_tiles(const AttentionCall& call) {
+    const AttentionPlan& plan = *call.plan;
+    const Shares shares(call);
+    int64_t count = 0;
+    for (int64_t span = 0; span < plan.num_spans; ++span)
+        count += (plan.first_rows[span + 1] - plan.first_rows[span] + shares.rows - 1) / shares.rows;
+    return count * call.kv_heads * ((shares.group + shares.heads - 1) / shares.heads);
+}
+
 int64_t pieces_of(int64_t tokens) { return (tokens + PIECE_TOKENS - 1) / PIECE_TOKENS; }
 
 } // namespace
@@ -51,6 +69,7 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
 }
 
 Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads(threads) {
+    tiles.reserve(num_tiles(call));
     for (int64_t span = 0; span < call.plan->num_spans; ++span) add_tiles(span);
     // How tiles are divided changes no bit, so it may depend on all of them.
     int64_t work = 0;
@@ -82,11 +101,10 @@ Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads
 void Attend::add_tiles(int64_t span) {
     const AttentionPlan& plan = *call.plan;
     const int64_t num_rows = plan.first_rows[span + 1] - plan.first_rows[span];
-    const int64_t group = call.heads / call.kv_heads;
-    const int64_t heads_each = std::min(group, MAX_QUERIES);
-    const int64_t rows_each = MAX_QUERIES / heads_each;
-    for (int64_t row = 0; row < num_rows; row += rows_each) {
-        const int64_t rows = std::min(rows_each, num_rows - row);
+    const Shares shares(call);
+    const int64_t group = shares.group, heads_each = shares.heads;
+    for (int64_t row = 0; row < num_rows; row += shares.rows) {
+        const int64_t rows = std::min(shares.rows, num_rows - row);
         const int64_t position = plan.positions[span] + row;
         const int64_t seen = position + rows;
         const int64_t before = call.window ? std::max<int64_t>(0, position + 1 - call.window) : 0;
@@ -95,7 +113,7 @@ void Attend::add_tiles(int64_t span) {
                 const int64_t heads = std::min(heads_each, group - head);
                 tiles.push_back({&call, plan.blocks + plan.first_blocks[span], position,
                                  plan.first_rows[span] + row, rows, kv, kv * group + head, heads,
-                                 before / PIECE_TOKENS, pieces_of(seen), nullptr, {}});
+                                 before / PIECE_TOKENS, pieces_of(seen), nullptr, {}, nullptr});
                 products += rows * heads * (seen - before);
                 most_queries = std::max(most_queries, rows * heads);
             }
@@ -153,6 +171,13 @@ void Attend::run(int64_t number) {
         auto* partials =
             reinterpret_cast<float*>(memory + threads * Sizes(call, most_queries).all());
         tile.partials = partials + all.partials + (task.first_piece - all.first_piece) * each;
+    }
+    const size_t next = number + threads;
+    AttentionTile following;
+    if (next < tasks.size()) {
+        following = tiles[tasks[next].tile];
+        following.first_piece = tasks[next].first_piece;
+        tile.following = &following;
     }
     int32_t slot = 0; // as many as threads, so one is free
     while (taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;

@@ -6,6 +6,7 @@
 // the rows beside it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -64,8 +65,15 @@ struct AttentionTile {
     int64_t first_piece, last_piece;
     float* partials; // null: the task has all pieces and writes `out`
     TileScratch scratch;
+    const AttentionTile* following; // what the thread will probably compute next, or null
 
     int64_t num_queries() const { return num_rows * num_heads; }
+    int64_t first_seen() const { // the first token that its first row sees
+        return call->window ? std::max<int64_t>(0, position + 1 - call->window) : 0;
+    }
+    int64_t first_block() const {
+        return std::max(first_piece * PIECE_TOKENS, first_seen()) / BLOCK_TOKENS;
+    }
 };
 
 // A partial result: [MAX_QUERIES] largest scores, [MAX_QUERIES] sums of powers, and per query the

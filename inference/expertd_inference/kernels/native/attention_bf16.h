@@ -19,8 +19,7 @@ struct Bf16 : Generic {
 
     void load_queries() const {}
 
-    // A line of the next block each time, into the second cache: a block's worth of time is more
-    // than memory takes.
+    // Some lines of a later block each time, into the second cache.
     template <int LINES> static TILE_INLINE void ask_for(Ahead& ahead) {
         for (int i = 0; i < LINES; ++i) __builtin_prefetch(ahead.next + 64 * i, 0, 2);
         ahead.next += 64 * LINES;
@@ -64,13 +63,14 @@ struct Bf16 : Generic {
     }
 
     // [key_width / 2][BLOCK_TOKENS], of pairs.
-    void load_keys(int64_t block, int64_t tokens) const {
+    void load_keys(int64_t block, int64_t tokens, Ahead ahead) const {
         const uint8_t* from = key_block(block);
         auto* to = reinterpret_cast<uint32_t*>(scratch.keys);
         const int64_t stride = c.key_width * 2, pairs = c.key_width / 2;
         for (int64_t token = 0; token < tokens; token += 16)
             for (int64_t pair = 0; pair < pairs; pair += 16) {
                 const int64_t words = std::min<int64_t>(16, pairs - pair);
+                if (ahead.next) ask_for<16>(ahead);
                 transpose(from + token * stride + pair * 4, stride,
                           static_cast<__mmask16>((1u << words) - 1),
                           to + pair * BLOCK_TOKENS + token, words);
@@ -79,6 +79,12 @@ struct Bf16 : Generic {
 
     void load_values(int64_t, int64_t) const {}
 
+    // By assembly: g++ 12 spills sums of the intrinsic.
+    static TILE_INLINE __m512 add_products(__m512 sum, __m512i x, __m512i y) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+        return sum;
+    }
+
     template <int Q, int VECTORS, bool AHEAD>
     TILE_INLINE void dots_with(const uint16_t* const* queries, int64_t token, float* scores,
                                Ahead& ahead) const {
@@ -86,7 +92,7 @@ struct Bf16 : Generic {
         __m512 sums[Q][VECTORS];
         for (int q = 0; q < Q; ++q)
             for (int v = 0; v < VECTORS; ++v) sums[q][v] = _mm512_setzero_ps();
-        for (int64_t pair = 0; pair < c.key_width / 2; ++pair) {
+        for (int64_t pair = 0, pairs = c.key_width / 2; pair < pairs; ++pair) {
             if (AHEAD) ask_for<VECTORS>(ahead);
             __m512i key[VECTORS];
             for (int v = 0; v < VECTORS; ++v)
@@ -95,8 +101,7 @@ struct Bf16 : Generic {
                 int32_t two;
                 memcpy(&two, queries[q] + 2 * pair, 4);
                 const __m512i x = _mm512_set1_epi32(two);
-                for (int v = 0; v < VECTORS; ++v)
-                    asm("vdpbf16ps %2, %1, %0" : "+v"(sums[q][v]) : "v"(x), "v"(key[v]));
+                for (int v = 0; v < VECTORS; ++v) sums[q][v] = add_products(sums[q][v], x, key[v]);
             }
         }
         for (int q = 0; q < Q; ++q)

@@ -34,7 +34,7 @@ typedef int32_t LaneBits __attribute__((vector_size(4 * LANES)));
 
 constexpr float LOG2_E = 1.44269504088896340736f;
 
-// The block after, to be asked for while this one is computed; null: none.
+// A later block, to be asked for while one is computed; null: none.
 struct Ahead {
     const uint8_t* next = nullptr;
 };
@@ -119,6 +119,7 @@ TILE_INLINE void in_groups(int64_t first, int64_t last, const Call& call) {
 // Arithmetic in float32 of any type.
 struct Generic {
     static constexpr int AT_ONCE = LANES == 16 ? 8 : 4; // queries
+    static constexpr int FEW = 4; // up to which more is done for keys than with them
 
     const View view;
     const AttentionCall& c;
@@ -144,7 +145,7 @@ struct Generic {
     }
 
     // [key_width][BLOCK_TOKENS]
-    void load_keys(int64_t block, int64_t tokens) const {
+    void load_keys(int64_t block, int64_t tokens, Ahead) const {
         const uint8_t* from = key_block(block);
         auto* to = reinterpret_cast<float*>(scratch.keys);
         for (int64_t token = 0; token < tokens; ++token) {
@@ -280,23 +281,38 @@ TILE_ONCE void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piec
     const int64_t num = t.num_queries(), width = padded_width(ops.c.value_width);
     const int64_t start = piece * PIECE_TOKENS;
     const int64_t end = std::min(view.seen(num - 1), start + PIECE_TOKENS);
-    const int64_t first_block = std::max(start, view.before(0)) / BLOCK_TOKENS;
+    const int64_t first_block = std::max(start, t.first_seen()) / BLOCK_TOKENS;
     const int64_t last_block = (end + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     const auto in_block = [](int64_t token, int64_t block) {
         return std::clamp<int64_t>(token - block * BLOCK_TOKENS, 0, BLOCK_TOKENS);
     };
+    // Blocks are asked for two before their turn: keys, values, and then what comes after.
+    const int64_t num_blocks = last_block - first_block;
+    const auto key_block_of = [](const Ops& its, int64_t block) -> const uint8_t* {
+        const int64_t last = its.view.seen(its.view.t.num_queries() - 1) - 1;
+        return block * BLOCK_TOKENS <= last ? its.key_block(block) : nullptr;
+    };
+    const auto after = [&](int64_t turn) -> const uint8_t* {
+        turn += 2;
+        if (turn < num_blocks) return ops.key_block(first_block + turn);
+        turn -= num_blocks;
+        if (turn < num_blocks) return ops.value_block(first_block + turn);
+        turn -= num_blocks;
+        if (piece + 1 < t.last_piece) return key_block_of(ops, last_block + turn);
+        if (!t.following) return nullptr;
+        return key_block_of(Ops(*t.following), t.following->first_block() + turn);
+    };
     const int64_t begin = first_block * BLOCK_TOKENS;
     float* scores = t.scratch.scores; // of the tokens from `begin` on
     for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t tokens = in_block(end, block);
-        ops.load_keys(block, tokens);
-        const uint8_t* next =
-            block + 1 < last_block ? ops.key_block(block + 1) : ops.value_block(first_block);
+        const Ahead next = {after(block - first_block)};
+        ops.load_keys(block, in_block(end, block), num > Ops::FEW ? Ahead() : next);
         in_groups<Ops::AT_ONCE>(0, num, [&](int64_t q, auto count) {
             const int64_t needed = in_block(view.seen(q + count - 1), block);
             if (!needed) return;
             float* to = scores + q * SCORE_STRIDE + block * BLOCK_TOKENS - begin;
-            ops.template dots<count>(q, needed, to, {q + count == num ? next : nullptr});
+            const bool last = num > Ops::FEW && q + count == num;
+            ops.template dots<count>(q, needed, to, last ? next : Ahead());
         });
     }
     const int64_t length = (end - begin + LANES - 1) / LANES * LANES;
@@ -306,16 +322,14 @@ TILE_ONCE void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piec
     memset(result.sums, 0, num * width * sizeof(float));
     for (int64_t block = first_block; block < last_block; ++block) {
         ops.load_values(block, in_block(end, block));
-        const uint8_t* next = block + 1 < last_block        ? ops.value_block(block + 1)
-                              : piece + 1 < t.last_piece ? ops.key_block(last_block)
-                                                         : nullptr;
+        const Ahead next = {after(num_blocks + block - first_block)};
         in_groups<Ops::AT_ONCE>(0, num, [&](int64_t q, auto count) {
             const int64_t from = in_block(view.before(q), block);
             const int64_t to = in_block(view.seen(q + count - 1), block);
             const float* powers = scores + q * SCORE_STRIDE + block * BLOCK_TOKENS - begin;
             if (from < to)
                 ops.template mix<count>(block, from, to, powers, result.sums + q * width,
-                                        {q + count == num ? next : nullptr});
+                                        q + count == num ? next : Ahead());
         });
     }
 }

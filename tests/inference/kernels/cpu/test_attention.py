@@ -1,6 +1,7 @@
 """Attention over blocks is that of a plain float64 computation, and the same bits in any batch."""
 
 from collections.abc import Iterator, Sequence
+from ctypes import addressof, c_int64
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kernels.cpu.attention import (
+    AttentionCall,
     AttentionPlan,
     AttentionSpan,
+    NativePlan,
     append,
     attend,
     attend_slowly,
@@ -250,6 +253,20 @@ def test_a_score_that_is_no_number_is_seen() -> None:
     assert result.isfinite().all()
 
 
+@native
+def test_where_memory_runs_out_the_call_says_so_and_the_next_one_works() -> None:
+    numbers = (c_int64 * 4)(0, 0, 1 << 50, 0)  # a span of more rows than anybody has
+    at = addressof(numbers)
+    plan = NativePlan(at, at + 8, at + 24, at, 1)
+    call = AttentionCall(plan=addressof(plan), heads=2, kv_heads=1, key_width=2, value_width=2)
+    call.threads = 2
+    library = native_library().library
+    assert library is not None
+    assert library.expertd_attend_rows(addressof(call)) == 1
+    sequence = History(Form(), 70, seed=0)
+    assert_near(one_by_one(Form(), sequence, [70]), sequence.expected(Form()))
+
+
 @pytest.mark.parametrize("form", [Form(window=70, sinks=True, softcap=2.0), Form()], ids=str)
 def test_by_torch_alone(form: Form) -> None:
     sequences = [History(form, n, seed=n) for n in (1, 140)]
@@ -269,6 +286,7 @@ def test_by_torch_alone(form: Form) -> None:
 @pytest.mark.parametrize(
     ("spans", "said"),
     [
+        ([], "no spans"),
         ([(0, 0, [0])], "no span"),
         ([(64, 1, [0])], "2 blocks are needed"),
         ([(0, 1, [-1])], "negative"),
