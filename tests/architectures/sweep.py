@@ -22,6 +22,7 @@ from expertd_inference.kernels.activation import activation_of
 from expertd_testing.tiny_models import randomize, save_model
 from expertstore.errors import ExpertdError
 from expertstore.pack.manifest import read_manifest
+from tests.architectures.batches import batched_model, compare
 from tests.architectures.parity import fill, load, logits
 from tests.architectures.tiny_configs import architectures, language_model_type, tiny_config
 from tests.inference.greedy import greedy, prompt_of
@@ -44,6 +45,11 @@ class Result(msgspec.Struct, frozen=True):
     same: tuple[str, ...] = ()
     """The schemes whose logits and greedy tokens are stock's, bit for bit."""
     differs: tuple[str, ...] = ()
+    together: str = ""
+    """Which rows of several sequences are computed together: ``all``, ``decoding``, or ``in turns``
+    if none are, and ``different`` if they are then not what each sequence is alone."""
+    turns: str = ""
+    """Why in turns."""
     refused: str = ""
 
 
@@ -97,7 +103,16 @@ def try_architecture(name: str, directory: Path) -> Result:
         routers=find_routers(model, by_layer).keys() == by_layer.keys(),
         same=tuple(same),
         differs=tuple(differs),
+        **_together(model_type),
     )
+
+
+def _together(model_type: str) -> dict[str, str]:
+    executor, same = compare(batched_model(model_type))
+    if executor.name == "turns":
+        return {"together": "in turns" if same else "different", "turns": executor.reason}
+    kind = "decoding" if executor.recurrent else "all"
+    return {"together": kind if same else "different"}
 
 
 def _compare(source: Path, directory: Path) -> Iterator[tuple[str, bool]]:

@@ -30,6 +30,10 @@ _COLUMNS = """
 - **Native**: the activation, if the native CPU and GPU kernels know it. The others are computed
   by the reference kernels, which call the model's own function: right, and slower.
 - **Ahead**: whether its routers can be asked ahead of time, for prefetching and speculation.
+- **Together**: which rows of several sequences a step computes together: *all*; those of *decoding*
+  sequences, where layers keep recurrent states (prompts are then computed one after the other);
+  or none: sequences are computed *in turns*, which is right, but each reads all weights for itself.
+  What several sequences get was compared with each alone, prompts in chunks among them.
 - **Tests**: *every change*: part of `make test`, where the native kernels are compared with the
   reference as well, and much else is tried; *swept*: by `make architectures`.
 
@@ -66,11 +70,13 @@ def render(results: Results) -> str:
             new=sweep.NEW_TOKENS,
             schemes=schemes,
         )
-        + "| architecture | features | native | ahead | tests |\n|---|---|---|---|---|"
+        + "| architecture | features | native | ahead | together | tests |\n"
+        + "|---|---|---|---|---|---|"
     ]
     lines += [_row(result) for result in served if not result.differs]
     lines.append(_COLUMNS.rstrip("\n"))
     lines.append(_MXFP4)
+    lines.append(_turns(served))
     if differing := [result for result in served if result.differs]:
         lines.append("\n## Not equal\n")
         lines += [f"- {_name(result)}: {', '.join(result.differs)}" for result in differing]
@@ -95,6 +101,17 @@ Checkpoints of models that also see are served as language models where transfor
 them: so Qwen3.5-MoE's, whose vision part is left out, and this is tested too."""
 
 
+def _turns(served: list[Result]) -> str:
+    """Why some architectures are computed in turns."""
+    reasons: dict[str, list[str]] = {}
+    for result in served:
+        if result.turns:
+            reasons.setdefault(result.turns, []).append(_name(result))
+    return "\nIn turns are, and why:\n\n" + "\n".join(
+        f"- {reason}: {', '.join(names)}." for reason, names in reasons.items()
+    )
+
+
 def _row(result: Result) -> str:
     tests = "every change" if result.architecture in CONFIGS else "swept"
     cells = (
@@ -102,6 +119,7 @@ def _row(result: Result) -> str:
         ", ".join(result.features),
         f"`{result.activation}`" if result.activation else "no",
         "yes" if result.routers else "no",
+        result.together,
         tests,
     )
     return f"| {' | '.join(cells)} |"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from expertd_inference.execution import check
+from expertd_inference.execution.exact import make_exact
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.layers import CannotBatchError, watch_layers
 from expertd_inference.execution.modules import ModulesExecutor
@@ -13,36 +14,56 @@ from expertd_inference.execution.turns import TurnsExecutor
 
 def choose_executor(worker: Any, room: Room) -> Executor:  # noqa: ANN401 - a Worker
     """The best one that computes what the worker's model does, which is tried here."""
-    return choose_for(worker.model, room, worker.session.say)
+    exact = getattr(worker, "exact", False)
+    return choose_for(worker.model, room, worker.session.say, exact=exact)
 
 
 def choose_for(
     model: Any,  # noqa: ANN401 - transformers is untyped
     room: Room,
     say: Callable[[str], None],
+    *,
+    exact: bool = False,
 ) -> Executor:
-    """As :func:`choose_executor`; ``say`` is told if sequences are computed in turns, and why."""
+    """As :func:`choose_executor`; ``say`` is told if sequences are computed in turns, and why.
+
+    With ``exact`` the bits of a sequence's logits do not depend on what else is computed.
+    """
+    if exact:
+        make_exact(model)
     try:
-        return _batched(model, room)
+        return _batched(model, room, say, exact=exact)
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
         return TurnsExecutor(model, room, str(error))
 
 
-def _batched(model: Any, room: Room) -> Executor:  # noqa: ANN401
+def _batched(model: Any, room: Room, say: Callable[[str], None], *, exact: bool) -> Executor:  # noqa: ANN401
     """Raises CannotBatchError."""
     with check.without_experts(model):
         layers = watch_layers(model)
+    small = Room(check.NUM_SEQUENCES, check.NUM_SEQUENCES, check.NUM_ROWS)
     found = ""
     for continues in (True, False) if layers.states else (True,):
-        small = Room(check.NUM_SEQUENCES, check.NUM_SEQUENCES, check.NUM_ROWS)
         tried = ModulesExecutor(model, layers, small, continues=continues)
         try:
             check.check(tried, model)
+            alone = exact and _why_alone(tried, model)
         except check.MismatchError as error:
             found = str(error)
-        else:
-            return ModulesExecutor(model, layers, room, continues=continues)
+            continue
         finally:
             tried.close()
+        if alone:
+            say(f"{type(model).__name__} computes one sequence at a time to be exact: {alone}")
+        return ModulesExecutor(model, layers, room, continues=continues, alone=alone or "")
     raise CannotBatchError(f"rows packed together gave something else, {found}")
+
+
+def _why_alone(executor: Executor, model: Any) -> str:  # noqa: ANN401
+    """Why sequences cannot share a step if bits count; empty if they can."""
+    try:
+        check.check_exact(executor, model)
+    except check.MismatchError as error:
+        return str(error)
+    return ""

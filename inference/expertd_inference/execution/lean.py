@@ -10,6 +10,7 @@ What is replaced takes the short way only for few tokens on a CPU, and else call
 replaces.
 """
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ KERNELS = "_expertd_step_kernels"
 
 MAX_ROWS = 64
 """Up to so many rows an operation takes less time than waking a second thread."""
+LEAN_ROWS = "expertd_max_rows"
+"""The attribute of a lean norm that holds up to how many rows it is one call."""
 
 _TRIAL_ROWS = 8
 _MAX_DIFFERING = 0.02
@@ -42,6 +45,7 @@ def make_lean(model: Any, kernels: StepKernels) -> None:  # noqa: ANN401 - trans
                 _lean_norm(module, kernels)
                 or _lean_router(module, kernels)
                 or lean_linear(module, kernels)
+                or _lean_attention(kind, kernels)
             )
         if (lean := classes[kind]) is not None:
             module.__class__ = lean
@@ -77,12 +81,13 @@ def _norm_class(kind: Any, kernels: StepKernels, *, round_first: bool) -> type: 
 
         __call__ = call_directly
         expertd_round_first = round_first
+        expertd_max_rows = MAX_ROWS
 
         def forward(self, hidden_states: Tensor) -> Tensor:
             weight = self._parameters["weight"]  # nn.Module's way to it costs more than the rest
             if (
                 hidden_states.dtype is weight.dtype
-                and hidden_states.numel() <= MAX_ROWS * weight.numel()
+                and hidden_states.numel() <= self.expertd_max_rows * weight.numel()
                 and hidden_states.is_contiguous()
                 and hidden_states.is_cpu
             ):
@@ -163,6 +168,77 @@ def _router_class(
             return result
 
     return _named(LeanRouter, kind)
+
+
+def _lean_attention(kind: Any, kernels: StepKernels) -> type | None:  # noqa: ANN401
+    """A class whose ``forward`` is a copy of ``kind``'s, but for a rotation in one native call.
+
+    None if it does not rotate as most models do.
+    """
+    forward = kind.forward
+    name = "apply_rotary_pos_emb"
+    if type(forward) is not FunctionType or name not in forward.__code__.co_names:
+        return None
+    theirs: Any = forward.__globals__[name]
+    for dtype in DTYPES:
+        query, key, cos, sin = (
+            _noise(1, heads, 1, 32).to(dtype) * (seed + 1)
+            for seed, heads in enumerate((6, 2, 1, 1))
+        )
+        try:
+            expected = theirs(query, key, cos[0], sin[0])
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            return None  # It is called with something else.
+        if not isinstance(expected, tuple) or len(expected) != 2:
+            return None
+        ours = kernels.rotate(query, key, cos[0], sin[0])
+        if not all(torch.equal(*pair) for pair in zip(ours, expected, strict=True)):
+            return None
+    copied = FunctionType(
+        forward.__code__,
+        forward.__globals__ | {name: _rotation(theirs, kernels)},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    # Under its own name, by which it is known to whoever is told about it.
+    return type(kind.__name__, (kind,), {"forward": copied, "expertd_rotates": True})
+
+
+def _rotation(theirs: Any, kernels: StepKernels) -> Any:  # noqa: ANN401 - functions of tensors
+    """``theirs``, but for one token of one sequence."""
+
+    def rotate(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *rest: Any,  # noqa: ANN401 - whatever theirs takes
+        **named: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        if (
+            not rest
+            and not named
+            and q.dim() == 4
+            # Whoever notes torch's operations, to do them again, would not see ours.
+            and not torch._C._len_torch_dispatch_stack()
+            and not (q.requires_grad or k.requires_grad)
+            and type(q) is type(k) is Tensor
+            and not torch.compiler.is_compiling()
+            and q.shape[0] == q.shape[2] == 1
+            and q.is_cpu
+            and q.dtype is k.dtype is cos.dtype is sin.dtype
+            and q.dtype in DTYPES
+            and cos.numel() == sin.numel() == q.shape[3] == k.shape[3]
+            and q.stride(3) == k.stride(3) == 1
+            and cos.is_contiguous()
+            and sin.is_contiguous()
+        ):
+            return kernels.rotate(q, k, cos, sin)
+        return theirs(q, k, cos, sin, *rest, **named)
+
+    return rotate
 
 
 def _with_weight(module: Any, weight: Tensor) -> Any:  # noqa: ANN401 - untyped

@@ -36,27 +36,32 @@ class ModulesExecutor:
         room: Room,
         *,
         continues: bool = True,
+        alone: str = "",
     ) -> None:
         """``layers`` are those of ``model``, whose attention is hooked.
 
         Some recurrent layers compute several rows only from their beginning on: unless the model
         ``continues``, later chunks of a prompt are computed row by row.
+        ``alone`` is why sequences must not share a step, if so.
         """
         self.reason = "its modules compute rows of any sequences together"
         if layers.states:
             self.reason = "its modules decode sequences together, and compute prompts one by one"
+        if alone:
+            self.reason = f"its modules compute one sequence at a time, since {alone}"
         self.recurrent = bool(layers.states)
-        self.shares_prefixes = not self.recurrent
+        self.shares_prefixes = not self.recurrent and not alone
         self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype, model.device)
         """Keys and values, by the numbers of ``layers.keys``."""
         self._model = model
         self._layers = layers
         self._continues = continues
+        self._alone = bool(alone)
         self._states = StateMemory(tuple(layers.states.values()), room.num_sequences, model.device)
 
     def fits(self, batch: Batch) -> bool:
-        """Always."""
-        return True
+        """Any batch, or one span if sequences are to be alone."""
+        return not self._alone or len(batch.spans) == 1
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:

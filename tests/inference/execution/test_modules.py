@@ -1,23 +1,17 @@
 """Rows of several sequences, computed together, are each sequence computed alone."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
-from expertd_inference.execution.choose import choose_for
-from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
-from expertd_testing.tiny_models import CONFIGS, make_model, randomize
-from tests.architectures.tiny_configs import language_model_type, tiny_config
+from expertd_testing.tiny_models import CONFIGS, make_model
+from tests.architectures.batches import WINDOW, Texts, alone, batched_model, chosen, compare
+from tests.architectures.tiny_configs import language_model_type
 from tests.inference.greedy import prompt_of
 
-ROOM = Room(num_blocks=12, num_sequences=4, num_rows=256)
-WINDOW = 8
 RECURRENT = ["granitemoehybrid", "jamba", "lfm2_moe", "minimax", "zaya"]
 TURNS = {
     "deepseek_v32": "DynamicIndexedLayer keeps more than keys and values",
@@ -26,88 +20,17 @@ TURNS = {
 
 
 def model_of(architecture: str, **settings: Any) -> Any:
-    """In float32, where nothing is rounded away; with windows that texts here are longer than."""
+    """In float32, where nothing is rounded away."""
     if architecture in CONFIGS:
         return make_model(architecture, dtype=torch.float32, **settings)
-    config = tiny_config(language_model_type(architecture) or architecture, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomize(model, seed=0)
-    return model
-
-
-@torch.no_grad()
-def alone(model: Any, text: Sequence[int]) -> Tensor:
-    """[T, vocabulary], by the model as it is."""
-    logits: Tensor = model(torch.tensor([text])).logits[0]
-    return logits
-
-
-def chosen(model: Any, room: Room = ROOM) -> Executor:
-    said: list[str] = []
-    executor = choose_for(model, room, said.append)
-    assert (executor.name == "turns") == bool(said)
-    return executor
-
-
-class Texts:
-    """Sequences that are computed bit by bit, with their blocks and states."""
-
-    def __init__(self, executor: Executor, texts: Sequence[Sequence[int]]) -> None:
-        self.executor = executor
-        self.texts = texts
-        self.logits: list[Tensor] = [torch.empty(0)] * len(texts)
-        self._positions = [0] * len(texts)
-        # Tables that are neither in order nor next to each other.
-        free = list(range(ROOM.num_blocks))[::-1]
-        self._blocks = [free[n :: len(texts)] for n in range(len(texts))]
-
-    def spans(self, rows: dict[int, int], wanted: Wanted = Wanted.ALL) -> list[Span]:
-        """``rows`` says how many more of which text, in which order."""
-        return [
-            Span(
-                100 + n,
-                self.texts[n][self._positions[n] : self._positions[n] + num],
-                self._positions[n],
-                self._blocks[n],
-                n,
-                wanted,
-            )
-            for n, num in rows.items()
-        ]
-
-    def step(self, rows: dict[int, int]) -> None:
-        spans = self.spans(rows)
-        whole = Batch(tuple(spans))
-        for batch in [whole] if self.executor.fits(whole) else [Batch((span,)) for span in spans]:
-            parts = self.executor.forward(batch).split([span.num_rows for span in batch.spans])
-            for span, part in zip(batch.spans, parts, strict=True):
-                n = span.sequence - 100
-                self._positions[n] += span.num_rows
-                self.logits[n] = part if not span.position else torch.cat((self.logits[n], part))
-
-
-def check_batches(model: Any, name: str) -> Executor:
-    """Prompts of several lengths, one in chunks beside decoding, then three steps of all."""
-    prompts = [prompt_of(length, seed=length) for length in (19, 75, 30)]
-    expected = [alone(model, prompt) for prompt in prompts]
-    executor = chosen(model)
-    assert executor.name == name
-    texts = Texts(executor, prompts)
-    texts.step({0: 16, 2: 20})
-    texts.step({1: 65, 2: 1})  # more than a block
-    texts.step({2: 6, 1: 7})
-    for _ in range(3):
-        texts.step({1: 1, 0: 1, 2: 1})
-    for ours, theirs in zip(texts.logits, expected, strict=True):
-        # The order of sums in float32, through a few layers.
-        assert (ours - theirs).norm() / theirs.norm() < 2e-5
-        assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
-    return executor
+    return batched_model(language_model_type(architecture) or architecture, **settings)
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_sequences_together(architecture: str) -> None:
-    executor = check_batches(model_of(architecture), "modules")
+    executor, same = compare(model_of(architecture))
+    assert same
+    assert executor.name == "modules"
     assert executor.shares_prefixes
     assert not executor.recurrent
 
@@ -116,19 +39,25 @@ def test_sequences_together(architecture: str) -> None:
 def test_windows(architecture: str) -> None:
     """As sdpa has them, with sinks, with heads that differ by layer, and with layers that share."""
     model = model_of(architecture, sliding_window=WINDOW)
-    check_batches(model, "modules")
+    executor, same = compare(model)
+    assert same
+    assert executor.name == "modules"
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_recurrent_states(architecture: str) -> None:
-    executor = check_batches(model_of(architecture), "modules")
+    executor, same = compare(model_of(architecture))
+    assert same
+    assert executor.name == "modules"
     assert executor.recurrent
     assert not executor.shares_prefixes
 
 
 @pytest.mark.parametrize("architecture", list(TURNS))
 def test_in_turns(architecture: str) -> None:
-    executor = check_batches(model_of(architecture), "turns")
+    executor, same = compare(model_of(architecture))
+    assert same
+    assert executor.name == "turns"
     assert TURNS[architecture] in executor.reason
     assert not executor.shares_prefixes
 
