@@ -10,6 +10,7 @@
 #   make bench   what docs/benchmarks.md shows, measured here (20 to 30 minutes; BENCH=quick: 3;
 #                LLAMA=PYTHON, an interpreter that has llama.cpp, for it beside ours)
 #   make bench-kernels  how near the CPU kernels come to memory's speed
+#   make bench-rows  how fast quantized weights meet several rows of activations, beside one
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above
@@ -32,7 +33,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-rows bench-store bench-decode bench-batch bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -122,6 +123,9 @@ gpu-bench: $(if $(FAKE_GPU),setup native)
 	@$(if $(FAKE_GPU),,$(GPU_PYTHON) -m bench.gpu_needs)
 	@$(if $(FAKE_GPU),,$(GPU_PYTHON) hatch_build.py)
 	$(GPU_PYTHON) -m bench.gpu $(GPU_BENCH)
+
+bench-rows: setup native
+	@$(BIN)/python -m bench.rows
 
 bench-kernels: setup native
 	@$(BIN)/python -m bench.kernels
