@@ -75,6 +75,8 @@ Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads
             tasks.push_back({static_cast<int64_t>(i), first,
                              std::min(first + each, tile.last_piece)});
     }
+    taken = std::make_unique<std::atomic<bool>[]>(threads);
+    for (int32_t i = 0; i < threads; ++i) taken[i] = false;
 }
 
 void Attend::add_tiles(int64_t span) {
@@ -121,9 +123,9 @@ int64_t Attend::scratch_bytes() const {
     return threads * Sizes(call, most_queries).all() + partials_floats * 4;
 }
 
-TileScratch Attend::scratch_of(int64_t thread) const {
+TileScratch Attend::scratch_of(int64_t slot) const {
     const Sizes sizes(call, most_queries);
-    uint8_t* at = memory + thread * sizes.all();
+    uint8_t* at = memory + slot * sizes.all();
     const auto next = [&at](int64_t bytes) {
         uint8_t* place = at;
         at += bytes;
@@ -140,7 +142,7 @@ TileScratch Attend::scratch_of(int64_t thread) const {
     return scratch;
 }
 
-void Attend::run(int64_t number, int32_t thread) {
+void Attend::run(int64_t number) {
     const Task& task = tasks[number];
     Shared& all = shared[task.tile];
     AttentionTile tile = tiles[task.tile];
@@ -152,7 +154,9 @@ void Attend::run(int64_t number, int32_t thread) {
             reinterpret_cast<float*>(memory + threads * Sizes(call, most_queries).all());
         tile.partials = partials + all.partials + (task.first_piece - all.first_piece) * each;
     }
-    tile.scratch = scratch_of(thread);
+    int32_t slot = 0; // as many as threads, so one is free
+    while (taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
+    tile.scratch = scratch_of(slot);
     variant().attend(tile);
     if (all.partials >= 0 && all.left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         tile.partials -= (task.first_piece - all.first_piece) * each;
@@ -160,6 +164,7 @@ void Attend::run(int64_t number, int32_t thread) {
         tile.last_piece = all.last_piece;
         variant().fold(tile);
     }
+    taken[slot].store(false, std::memory_order_release);
 }
 
 namespace {
@@ -173,8 +178,8 @@ class AttendJob final : public Job {
 
     int64_t barrier(int64_t task) const override { return task < appends ? 0 : appends; }
 
-    void run(int64_t task, int32_t thread) override {
-        if (task >= appends) return attend.run(task - appends, thread);
+    void run(int64_t task, int32_t) override {
+        if (task >= appends) return attend.run(task - appends);
         const int64_t first = task * APPEND_ROWS;
         append_rows(call, first, std::min(num_rows, first + APPEND_ROWS));
     }

@@ -87,7 +87,7 @@ class Attend {
     int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()); }
     int64_t scratch_bytes() const;
     void use_scratch(uint8_t* bytes) { memory = bytes; } // 64-byte aligned
-    void run(int64_t task, int32_t thread); // the thread as Job::run has it
+    void run(int64_t task);
 
     // Products of a query and a key, from which a caller sees whether threads are worth it.
     int64_t num_products() const { return products; }
@@ -102,13 +102,14 @@ class Attend {
     };
 
     void add_tiles(int64_t span);
-    TileScratch scratch_of(int64_t thread) const;
+    TileScratch scratch_of(int64_t slot) const;
 
     const AttentionCall& call;
     const int32_t threads;
     std::vector<AttentionTile> tiles;
     std::vector<Task> tasks;
     std::unique_ptr<Shared[]> shared; // per tile
+    std::unique_ptr<std::atomic<bool>[]> taken; // slots of scratch, one for each thread
     int64_t products = 0, most_queries = 1, partials_floats = 0;
     uint8_t* memory = nullptr;
 };
