@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
@@ -102,10 +103,47 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class NativeAttentionPlan(ctypes.Structure):
+    """``AttentionPlan`` of attention.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("positions", "first_rows", "first_blocks", "blocks")
+        ),
+        ("num_spans", ctypes.c_int64),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """``AttentionCall`` of attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plan", "query", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "out", "sinks")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "key_width", "value_width")),
+        *((name, ctypes.c_int64) for name in ("query_row", "query_head", "key_row", "key_head")),
+        *((name, ctypes.c_int64) for name in ("value_row", "value_head", "out_row", "out_head")),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
+    )
+
+
+_STRUCTURES = {
+    "Matrix": NativeMatrix,
+    "Activation": NativeActivation,
+    "Layer": NativeLayer,
+    "ExpertsCall": NativeExpertsCall,
+    "LinearCall": LinearCall,
+    "AttentionPlan": NativeAttentionPlan,
+    "AttentionCall": AttentionCall,
+}
+"""By their names in native code."""
 _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
-        *("experts", "linear", "dequantize", "use_isa", "read_probe"),
+        *("experts", "linear", "dequantize", "use_isa", "isa", "read_probe"),
         *("rms_norm", "attend", "attend_rows", "rotate", "route", "program", "argmax"),
     )
 )
@@ -120,7 +158,7 @@ def check_memory(status: int) -> None:
 @cache
 def native_library() -> Loaded:
     """The library with its functions declared, or why it is not there. Loaded once."""
-    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS)
+    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS, structures=_STRUCTURES)
     library = loaded.library
     if library is not None:
         library.expertd_experts.argtypes = [ctypes.c_void_p]
@@ -138,6 +176,7 @@ def native_library() -> Loaded:
         library.expertd_attend_rows.argtypes = [ctypes.c_void_p]
         library.expertd_use_isa.argtypes = [ctypes.c_char_p]
         library.expertd_use_isa.restype = ctypes.c_char_p
+        library.expertd_isa.restype = ctypes.c_char_p
     return loaded
 
 
@@ -192,6 +231,25 @@ def native_matrix(
             field = part.replace(".", "_")
         setattr(native, field, place(name))
     return native
+
+
+def describe(weight: Tensor, bias: Tensor | None = None) -> NativeMatrix:
+    """A contiguous ``weight`` [out, in] for the kernels, as long as it lives, and ``bias`` [out].
+
+    The bias is added before the product is rounded.
+    """
+    rows, columns = weight.shape
+    absent = dict.fromkeys(("scale", "scale_scale", "scale_zero", "zero"), -1)
+    absent |= dict.fromkeys(("zero_scale", "zero_zero"), -1)
+    return NativeMatrix(
+        rows=rows,
+        columns=columns,
+        weight=weight.data_ptr(),
+        bias=-1 if bias is None else bias.data_ptr(),
+        format=TYPES[weight.dtype],
+        bias_format=0 if bias is None else TYPES[bias.dtype],
+        **absent,
+    )
 
 
 def native_layer(spec: ExpertsSpec) -> NativeLayer | None:

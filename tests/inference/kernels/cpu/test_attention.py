@@ -15,7 +15,7 @@ from expertd_inference.kernels.cpu.attention import (
     AttentionCall,
     AttentionPlan,
     AttentionSpan,
-    NativePlan,
+    NativeAttentionPlan,
     append,
     attend,
     attend_slowly,
@@ -257,7 +257,7 @@ def test_a_score_that_is_no_number_is_seen() -> None:
 def test_where_memory_runs_out_the_call_says_so_and_the_next_one_works() -> None:
     numbers = (c_int64 * 4)(0, 0, 1 << 50, 0)  # a span of more rows than anybody has
     at = addressof(numbers)
-    plan = NativePlan(at, at + 8, at + 24, at, 1)
+    plan = NativeAttentionPlan(at, at + 8, at + 24, at, 1)
     call = AttentionCall(plan=addressof(plan), heads=2, kv_heads=1, key_width=2, value_width=2)
     call.threads = 2
     library = native_library().library
