@@ -70,7 +70,7 @@ class NativeKernels:
         if loaded.library is None:
             raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
         self._library: Any = loaded.library
-        self._flags = flags_of(activations, exact=exact)
+        self.flags = flags_of(activations, exact=exact)
         # By id: a spec's hash is that of all its parts. The spec is kept, so its id stays its.
         self._layers: dict[int, tuple[ExpertsSpec, NativeLayer | None]] = {}
         self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
@@ -114,7 +114,7 @@ class NativeKernels:
             or not all(each.is_contiguous() for each in (routed.rows, routed.index, routed.weights))
         ):
             return None
-        return PreparedExperts(layer, routed, types, self._flags)
+        return PreparedExperts(layer, routed, types, self.flags)
 
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
         """``rows`` [..., in] times the weight: [..., out], rounded once."""
@@ -134,11 +134,11 @@ class NativeKernels:
         if num_rows > LEAST and _more(num_rows, self.most_rows(weight.matrix, rows.dtype)):
             flat = self._tiled(rows.reshape(num_rows, in_features), weight.matrix, matrix, 0)
             return flat.view(*rows.shape[:-1], weight.matrix.out_features)
-        return multiply(self._library, rows.contiguous(), matrix, self._flags)
+        return multiply(self._library, rows.contiguous(), matrix, self.flags)
 
     def plain(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Contiguous ``rows`` [n, in] times a contiguous ``weight`` [out, in]: [n, out]."""
-        return multiply(self._library, rows, describe(weight), self._flags)
+        return multiply(self._library, rows, describe(weight), self.flags)
 
     def _run(self, slots: Tensor, out: Tensor | None, routed: Routed, wave: Wave) -> bool:
         """Fills ``slots``, and sums them into ``out`` if it is given: True if it did that."""
@@ -172,7 +172,7 @@ class NativeKernels:
             *index.shape,
             *types,
             torch.get_num_threads(),
-            self._flags,
+            self.flags,
         )
         check_memory(self._library.expertd_experts(ctypes.addressof(call)))
         return True
