@@ -321,7 +321,7 @@ def _continue_many(
             advance()
 
         try:
-            continue_all(worker.engine, worker, lines, done)
+            continue_all(worker.engine, lines, done)
         except KeyboardInterrupt:
             interrupted = True
     totals.end(time.perf_counter() - began, worker.engine.stats)

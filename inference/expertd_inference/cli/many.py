@@ -8,6 +8,7 @@ import msgspec
 
 from expertd_inference.cli.prompt_file import PromptLine
 from expertd_inference.engine.engine import Engine, EngineStats
+from expertd_inference.engine.sampling import Likely
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
 from expertstore.errors import (
@@ -42,7 +43,7 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     finish_reason: str | None = None
     logprobs: list[float | None] | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
-    prompt_logprobs: list[object] | None = None
+    prompt_logprobs: list[Likely] | None = None
     error: str | None = None
 
 

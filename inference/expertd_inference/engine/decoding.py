@@ -85,10 +85,7 @@ class Decoding:
         sample: bool,
     ) -> Tensor:
         end = _End(stopping_criteria)
-        processors = _Processors(logits_processor)
-        sampling = Sampling(
-            temperature=float(sample), processors=processors if len(logits_processor) else None
-        )
+        sampling = Sampling(temperature=float(sample), processors=logits_processor or None)
         settings = GenerationSettings(
             max_new_tokens=max(1, end.max_tokens - prompt.shape[1]),
             seed=int(torch.randint(1 << 62, ())) if sample else None,
@@ -103,29 +100,12 @@ class Decoding:
                         self._streamer.put(chosen[0].cpu())
                     if end.others and bool(end.others(tokens, None).all()):
                         break
-            except PreconditionError:
-                if processors.error is not None:
-                    raise processors.error from None
-                raise
+            except PreconditionError as error:
+                # What a logits processor has raised is for the caller of generate.
+                raise error.__cause__ or error from None
         if self._streamer is not None:
             self._streamer.end()
         return tokens
-
-
-class _Processors:
-    """A LogitsProcessorList; what it raises is kept, and ends its own sequence alone."""
-
-    def __init__(self, processors: Any) -> None:  # noqa: ANN401 - a LogitsProcessorList
-        self._processors = processors
-        self.error: Exception | None = None
-
-    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:  # [1, T], [1, V] -> [1, V]
-        try:
-            processed: Tensor = self._processors(tokens, scores)
-        except Exception as error:  # noqa: BLE001 - the caller of generate gets it
-            self.error = error
-            return torch.full_like(scores, torch.nan)
-        return processed
 
 
 class _Finite(LogitsProcessor):  # type: ignore[misc] # transformers is untyped

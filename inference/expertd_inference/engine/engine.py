@@ -22,7 +22,7 @@ from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Self, TypeGuard
+from typing import Self, TypeGuard, cast
 
 import msgspec
 import torch
@@ -162,9 +162,9 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """The tokens of a prompt, as :meth:`submit` takes it. Raises as that."""
-        if _is_tokens(prompt):
-            return prompt
-        return self._worker.encode(prompt)
+        if isinstance(prompt, str) or _is_chat(prompt):
+            return self._worker.encode(prompt)
+        return cast("Sequence[int]", prompt)
 
     def submit(self, prompt: Prompt, settings: GenerationSettings | None = None) -> TokenStream:
         """Begins to continue ``prompt``: a text, token ids, or a chat's messages.
@@ -178,7 +178,7 @@ class Engine:
         """
         settings = settings or GenerationSettings()
         tokens = self.encode(prompt)
-        wishes = resolve(settings, self._worker)
+        wishes = resolve(settings, self._worker, tokens)
         return self.begin(tokens, settings, wishes.sampling, wishes.end_tokens, wishes.stop)
 
     def begin(
@@ -195,9 +195,7 @@ class Engine:
         channel: Channel[Token] = Channel()
         live = self._loop.add(
             sequence,
-            lambda: live_of(
-                sequence, channel, self._worker.tokenizer, sampling, end_tokens, stop
-            ),
+            lambda: live_of(sequence, channel, self._worker.tokenizer, sampling, end_tokens, stop),
         )
         self._orders.put(None)
         if self._closed:
@@ -273,9 +271,10 @@ class Engine:
             raise _closed()
 
 
-
-def _is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
-    return not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+def _is_chat(
+    prompt: Sequence[int] | Sequence[Mapping[str, str]],
+) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    return bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _closed() -> PreconditionError:

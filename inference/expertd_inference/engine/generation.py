@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -129,7 +129,7 @@ class _Counts:
         self._device, self._hints = worker.device_stats, worker.hint_stats
         self._engine = worker.engine.stats
 
-    def since(self) -> dict[str, object]:
+    def since(self) -> dict[str, Any]:
         """What was counted after that, by the names of GenerationResult."""
         worker, before, now = self._worker, self._engine, self._worker.engine.stats
         num_steps = now.num_steps - before.num_steps

@@ -192,8 +192,10 @@ def _note_prompt(live: Live, span: Span, logits: Tensor) -> None:
     targets = sequence.tokens[span.position + 1 + known : sequence.num_prompt][
         : max(0, span.num_rows - known)
     ]
-    live.prompt_logprobs += prompt_logprobs(
-        logits[known : known + len(targets)], targets, sequence.settings.prompt_logprobs
+    live.prompt_logprobs.extend(
+        prompt_logprobs(
+            logits[known : known + len(targets)], targets, sequence.settings.prompt_logprobs
+        )
     )
 
 

@@ -225,7 +225,10 @@ def test_prompts_that_cannot_be_continued(
 def test_a_prompt_longer_than_the_pool(worker: ToyWorker) -> None:
     with (
         Engine(worker, EngineLimits(kv_tokens=128)) as engine,
-        pytest.raises(PromptTooLongError, match="128 tokens, which leaves no room in the KV memory.* 128 in all"),
+        pytest.raises(
+            PromptTooLongError,
+            match="128 tokens, which leaves no room in the KV memory.* 128 in all",
+        ),
     ):
         engine.submit([1] * 128)
 

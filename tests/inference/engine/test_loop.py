@@ -79,7 +79,7 @@ class Rig:
         sequence = Sequence(self.num_clients, prompt, settings)
         self.num_clients += 1
         channel: Channel[Token] = Channel()
-        wishes = resolve(settings, self.worker)
+        wishes = resolve(settings, self.worker, prompt)
         live = self.loop.add(
             sequence,
             lambda: live_of(
@@ -217,7 +217,7 @@ class InTurns(World):
 
 
 for kind in (Batched, Recurrent, InTurns):
-    kind.TestCase.settings = limited(max_examples=8, stateful_step_count=20)
+    kind.TestCase.settings = limited(max_examples=15, stateful_step_count=20)
 TestBatched = Batched.TestCase
 TestRecurrent = Recurrent.TestCase
 TestInTurns = InTurns.TestCase

@@ -36,7 +36,9 @@ class ToyExecutor:
     name = "toy"
     reason = "a test asked for it"
 
-    def __init__(self, room: Room, *, shares_prefixes: bool = True, recurrent: bool = False) -> None:
+    def __init__(
+        self, room: Room, *, shares_prefixes: bool = True, recurrent: bool = False
+    ) -> None:
         self.room = room
         self.shares_prefixes = shares_prefixes
         self.recurrent = recurrent
