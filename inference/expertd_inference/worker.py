@@ -1,8 +1,8 @@
 """A worker: one process's model, attached to the daemon that serves its experts."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from expertd_client import Session, TlsFiles
+from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
@@ -18,6 +19,7 @@ from expertd_inference.engine.engine import Engine
 from expertd_inference.execution.choose import choose_executor
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.lean import make_lean
+from expertd_inference.execution.own_steps import is_repeatable
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.cpu import CpuExperts, connect
@@ -169,6 +171,23 @@ class Worker:
     def device_stats(self) -> DeviceStats | None:
         """What moved where since the worker began; None on the CPU."""
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
+
+    @contextmanager
+    def lend_cache(self, max_tokens: int) -> Iterator[DecodeCache | None]:
+        """For a sequence whose steps are to be recorded, until the block ends.
+
+        None if none are, or if the model's steps are not all alike. The next sequence of about
+        that length may be given it anew, with what was recorded.
+        """
+        if (
+            isinstance(self._runner, DeviceGroup)
+            and self._runner.graphs is not None
+            and is_repeatable(self.model)
+        ):
+            with self._runner.graphs.lend_cache(max_tokens) as cache:
+                yield cache
+        else:
+            yield None
 
     @property
     def hint_stats(self) -> HintStats | None:
