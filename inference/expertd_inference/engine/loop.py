@@ -89,7 +89,7 @@ class Loop:
         try:
             logits = self._forward(plan.batch)
             chosen = self._sample(plan, logits)
-        except Exception as error:  # noqa: BLE001 - the clients of these sequences get it
+        except Exception as error:
             self._fail(plan, error)
         else:
             self._deliver(chosen)
@@ -152,7 +152,7 @@ class Loop:
                 continue
             try:
                 token = _token(live.text, new)
-            except Exception as error:  # noqa: BLE001 - the tokenizer is another library's
+            except Exception as error:
                 self._end([live], _unforeseen(error))
                 continue
             live.channel.send([token])

@@ -86,7 +86,10 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "remote_misses",
         "peak_pss_bytes",
         "kernels",
-        "decoding",
+        "executor",
+        "finish_reason",
+        "reason",
+        "rows_mean",
         "hints",
         "device",
     }

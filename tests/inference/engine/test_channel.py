@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from expertd_inference.engine.channel import Channel
-from expertstore.errors import PreconditionError, UnavailableError
 from expertd_testing.patience import HANG_SECONDS
+from expertstore.errors import PreconditionError, UnavailableError
 
 
 def test_in_order_and_to_the_end() -> None:

@@ -15,6 +15,7 @@ from expertd_inference.engine.stops import FinishReason
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.room import Room
 from expertd_inference.settings import GenerationSettings
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import (
     BusyError,
     InvalidInputError,
@@ -24,7 +25,6 @@ from expertstore.errors import (
     UnavailableError,
 )
 from tests.inference.engine.toy import ToyWorker
-from expertd_testing.patience import HANG_SECONDS
 
 LONG = GenerationSettings(max_new_tokens=400, ignore_eos=True)
 SHORT = GenerationSettings(max_new_tokens=5, ignore_eos=True)

@@ -176,18 +176,6 @@ def test_chat_without_a_template(mixtral: Worker) -> None:
         generate(mixtral, "Hello", chat=True)
 
 
-def test_streamed_pieces_of_bytes_that_are_no_text() -> None:
-    tokenizer = byte_tokenizer()
-    tokens = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(0))
-    pieces: list[str] = []
-    streamer = TokenStreamer(tokenizer, pieces.append)
-    streamer.put(torch.tensor([[1]]))
-    for token in tokens:
-        streamer.put(token[None])
-    streamer.end()
-    assert "".join(pieces) == tokenizer.decode(tokens)
-
-
 def test_transformers_streamers_work(mixtral: Worker) -> None:
     ids = torch.tensor([mixtral.tokenizer("abc").input_ids])
     streamer = TextIteratorStreamer(mixtral.tokenizer, skip_prompt=True, timeout=60)
