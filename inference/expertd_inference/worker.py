@@ -41,6 +41,7 @@ from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest, read_manifest
+from expertstore.shared.host_memory import memory_available
 
 
 class Worker:
@@ -77,8 +78,9 @@ class Worker:
         stderr). ``device`` says where experts are computed, by default on the CPU. With ``exact``
         the bits of a result do not depend on what else is computed beside it; ``activations`` are
         the bits, 16 or 8, of what meets quantized weights where a step has several rows.
-        ``limits`` are those of :attr:`engine`. Raises PackError if the pack cannot be loaded, InvalidInputError if the device's cache would be
-        too small, DeviceError.
+        ``limits`` are those of :attr:`engine`. Raises PackError if the pack cannot be loaded,
+        InvalidInputError if the device's cache would be too small or ``kernels`` are not exact,
+        PreconditionError if there are none that are, DeviceError.
         """
         self._attachment = attachment
         self.session = session = attachment.session
@@ -93,7 +95,9 @@ class Worker:
             devices = open_devices(self.manifest, settings, say)
             for each in devices.values():
                 undo.callback(each.close)
-            self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
+            self.kernels = cpu_kernels(
+                kernels, self.manifest, say or say_on_stderr, exact=exact, activations=activations
+            )
             if not devices:
                 session.enter_pages()  # while the trunk is loaded
             # Of the reference every step would dequantize the trunk anew.
@@ -214,6 +218,16 @@ class Worker:
     def kv_bytes_per_token(self) -> int:
         """Of the keys and values of all layers."""
         return kv_bytes_per_token(self.model.config, self.model.dtype.itemsize)
+
+    @property
+    def kv_bytes(self) -> int:
+        """How much memory keys and values may take: a quarter of what is available.
+
+        On a GPU it is what its cache of experts has left room for.
+        """
+        if isinstance(self._runner, DeviceGroup):
+            return kv_bytes(self.model.config, self.model.dtype.itemsize)
+        return memory_available() // 4
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""

@@ -1,6 +1,5 @@
 """How much an engine takes on at a time, and the room that its executor must have for that."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from expertd_inference.engine.limits import Limits
@@ -10,10 +9,7 @@ from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
 from expertstore.errors import InvalidInputError
-from expertstore.shared.host_memory import memory_available
-
-KV_SHARE = 1 / 4
-"""Of the memory that is available, for keys and values, unless ``kv_tokens`` says how many."""
+from expertstore.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -23,9 +19,10 @@ class EngineLimits:
     ``max_sequences`` are computed together; ``max_waiting`` more may wait for their turn, and
     what is submitted beyond that is refused. ``kv_tokens`` is how many tokens of all sequences
     together the keys and values have room for; None is what ``max_sequences`` need that fill the
-    model's context, but at most a quarter of the memory that is available. A step has at most
-    ``chunk_rows`` rows: with more, prompts are computed faster, and sequences that have begun wait
-    longer for their next token; it has a row for each sequence, and 64 more, in any case. Raises InvalidInputError if a value makes no sense.
+    model's context, but no more than the memory that the worker has for them. A step has at most
+    ``chunk_rows`` rows, or one for each sequence and 64 more: with more rows prompts are computed
+    faster, and sequences that have begun wait longer for their next token. Raises
+    InvalidInputError if a value makes no sense.
     """
 
     max_sequences: int = 64
@@ -54,31 +51,26 @@ class Budget:
     why: str
 
 
-def budget_for(
-    limits: EngineLimits,
-    *,
-    context_tokens: int | None,
-    kv_bytes_per_token: int,
-    available: Callable[[], int] = memory_available,
-) -> Budget:
-    """What ``limits`` come to for a model with such a context, on a host with so much memory.
+def budget_for(limits: EngineLimits, worker: Served) -> Budget:
+    """What ``limits`` come to for a model with such a context and so much memory.
 
     Raises InvalidInputError if there is no memory for one block.
     """
     if limits.kv_tokens is not None:
         num_blocks, why = limits.kv_tokens // BLOCK_TOKENS, "as told"
     else:
-        longest = num_blocks_of(context_tokens or CONTEXT_TOKENS)
-        num_blocks = limits.max_sequences * longest
-        why = f"{limits.max_sequences} sequences of {context_tokens or CONTEXT_TOKENS} tokens"
-        affordable = int(available() * KV_SHARE) // (BLOCK_TOKENS * max(1, kv_bytes_per_token))
+        longest = worker.context_tokens or CONTEXT_TOKENS
+        num_blocks = limits.max_sequences * num_blocks_of(longest)
+        why = f"{limits.max_sequences} sequences of {longest} tokens"
+        affordable = worker.kv_bytes // (BLOCK_TOKENS * worker.kv_bytes_per_token)
         if affordable < num_blocks:
-            num_blocks, why = affordable, f"{KV_SHARE:.0%} of the memory that is available"
+            num_blocks = affordable
+            why = f"{format_bytes(worker.kv_bytes)} of memory for keys and values"
         if num_blocks < 1:
             raise InvalidInputError(
-                f"A quarter of the memory that is available has no room for the keys and values "
-                f"of {BLOCK_TOKENS} tokens, {BLOCK_TOKENS * kv_bytes_per_token >> 20} MiB: free "
-                f"some, or give kv_tokens (--kv-tokens {BLOCK_TOKENS})."
+                f"There are {why}, and {BLOCK_TOKENS} tokens need "
+                f"{format_bytes(BLOCK_TOKENS * worker.kv_bytes_per_token)}: free some memory, or "
+                f"say for how many tokens to take it (--kv-tokens {BLOCK_TOKENS})."
             )
     # A row for each sequence, and a block of a prompt beside them.
     num_rows = max(limits.chunk_rows, limits.max_sequences + BLOCK_TOKENS)

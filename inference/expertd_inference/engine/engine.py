@@ -51,11 +51,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine has done until now.
 
     ``executor`` computes its steps, and ``reason`` says why that one. ``num_steps`` steps had
-    ``num_rows`` rows, ``rows_mean`` each in the mean (a row is one token of one sequence). ``prefix_queries`` are the
-    tokens of sequences that were looked up among earlier ones' when they began, and
-    ``prefix_hits`` those that were found and not computed. ``num_preemptions`` sequences had to
-    give up their keys and values for others and computed them again. ``kv_tokens`` is how many
-    tokens have room at once, and ``kv_why`` what that number comes from.
+    ``num_rows`` rows, ``rows_mean`` each in the mean (a row is one token of one sequence).
+    ``prefix_queries`` are the tokens of sequences that were looked up among earlier ones' when
+    they began, and ``prefix_hits`` those that were found and not computed. ``num_preemptions``
+    sequences had to give up their keys and values for others and computed them again.
+    ``kv_tokens`` is how many tokens have room at once, and ``kv_why`` says why so many.
     """
 
     executor: str
@@ -93,11 +93,7 @@ class Engine:
         """
         self._worker = worker
         self._limits = limits or EngineLimits()
-        self._budget = budget_for(
-            self._limits,
-            context_tokens=worker.context_tokens,
-            kv_bytes_per_token=worker.kv_bytes_per_token,
-        )
+        self._budget = budget_for(self._limits, worker)
         self._executor = worker.open_executor(self._budget.room)
         room = self._budget.room
         self._loop = Loop(

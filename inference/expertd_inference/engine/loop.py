@@ -128,7 +128,7 @@ class Loop:
         return {live.sequence.id: new for live, new in zip(lives, chosen, strict=True)}
 
     def _rows_that_choose(self, plan: Plan, logits: Tensor) -> Tensor:
-        """[sequences that choose, vocabulary]; other rows are those of prompts' log-probabilities."""
+        """[sequences that choose, vocabulary]; the others are noted as those of prompts."""
         choosing = {sequence.id for sequence in plan.choosing}
         rows = []
         end = 0

@@ -30,6 +30,10 @@ class Served(Protocol):
     def kv_bytes_per_token(self) -> int:
         """Of the keys and values of all layers."""
 
+    @property
+    def kv_bytes(self) -> int:
+        """How much memory keys and values may take now."""
+
     def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a text, or of a chat's messages.
 

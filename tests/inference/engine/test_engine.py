@@ -173,7 +173,7 @@ async def test_a_cancelled_task_cancels(engine: Engine, gate: Gate) -> None:
 
 def test_a_fault_of_a_step_ends_its_sequences(worker: ToyWorker, engine: Engine) -> None:
     worker.executor.faults = [RuntimeError("an odd tensor")]
-    with pytest.raises(StepFailedError, match="an odd tensor.*please report") as raised:
+    with pytest.raises(StepFailedError, match=r"an odd tensor.*please report") as raised:
         list(engine.submit("a", SHORT))
     assert isinstance(raised.value.__cause__, RuntimeError)
     assert len(ids(engine.submit("a", SHORT))) == 5
@@ -227,7 +227,7 @@ def test_a_prompt_longer_than_the_pool(worker: ToyWorker) -> None:
         Engine(worker, EngineLimits(kv_tokens=128)) as engine,
         pytest.raises(
             PromptTooLongError,
-            match="128 tokens, which leaves no room in the KV memory.* 128 in all",
+            match=r"128 tokens, which leaves no room in the KV memory.* 128 in all",
         ),
     ):
         engine.submit([1] * 128)
@@ -292,18 +292,14 @@ def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
         EngineLimits(**limits)
 
 
-def test_room_for_keys_and_values() -> None:
-    def room(available: int, **limits: Any) -> tuple[Room, str]:
-        budget = budget_for(
-            EngineLimits(**limits),
-            context_tokens=100,
-            kv_bytes_per_token=1000,
-            available=lambda: available,
-        )
+def test_room_for_keys_and_values(worker: ToyWorker) -> None:
+    def room(kv_bytes: int, **limits: Any) -> tuple[Room, str]:
+        worker.kv_bytes = kv_bytes
+        budget = budget_for(EngineLimits(**limits), worker)
         return budget.room, budget.why
 
-    assert room(1 << 40, max_sequences=3) == (Room(6, 3, 512), "3 sequences of 100 tokens")
-    assert room(4 * 64_000 * 5) == (Room(5, 64, 512), "25% of the memory that is available")
+    assert room(1 << 40, max_sequences=3) == (Room(24, 3, 512), "3 sequences of 512 tokens")
+    assert room(5 << 16) == (Room(5, 64, 512), "320.0 KiB of memory for keys and values")
     assert room(0, kv_tokens=200, chunk_rows=1) == (Room(3, 64, 128), "as told")
-    with pytest.raises(InvalidInputError, match=r"no room.*of 64 tokens, 0 MiB: free some"):
+    with pytest.raises(InvalidInputError, match=r"64 tokens need 62\.5 KiB: free some memory"):
         room(1000)

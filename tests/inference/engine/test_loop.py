@@ -1,7 +1,7 @@
 """The engine's step: a sequence's text is the same alone and among others, whatever happens."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hypothesis import settings as limited
 from hypothesis import strategies as st
@@ -128,7 +128,7 @@ class Client:
 class World(RuleBasedStateMachine):
     """Clients come, go, and are met by faults of the executor, between any two steps."""
 
-    kind: dict[str, bool]
+    kind: ClassVar[dict[str, bool]] = {}
 
     @initialize(num_blocks=st.integers(5, 12), num_sequences=st.integers(1, 5))
     def start(self, num_blocks: int, num_sequences: int) -> None:
@@ -204,15 +204,15 @@ class World(RuleBasedStateMachine):
 
 
 class Batched(World):
-    kind = {}
+    pass
 
 
 class Recurrent(World):
-    kind = {"shares_prefixes": False, "recurrent": True}
+    kind: ClassVar = {"shares_prefixes": False, "recurrent": True}
 
 
 class InTurns(World):
-    kind = {"shares_prefixes": False}
+    kind: ClassVar = {"shares_prefixes": False}
 
 
 for kind in (Batched, Recurrent, InTurns):

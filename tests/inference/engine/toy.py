@@ -91,7 +91,8 @@ class ToyWorker:
 
     context_tokens: int | None = 512
     vocabulary = VOCAB
-    kv_bytes_per_token = 1
+    kv_bytes_per_token = 1000
+    kv_bytes = 1 << 40
 
     def __init__(self, **kind: bool) -> None:
         self.tokenizer = _tokenizer()
