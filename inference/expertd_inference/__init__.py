@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from expertd_inference.engine.budget import EngineLimits
+    from expertd_inference.engine.engine import Engine
     from expertd_inference.engine.generation import GenerationResult, generate
     from expertd_inference.process.embedded import EmbeddedDaemon
     from expertd_inference.process.environment import prepare_environment
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EmbeddedDaemon",
+    "Engine",
+    "EngineLimits",
     "GenerationResult",
     "GenerationSettings",
     "Worker",
@@ -34,6 +38,8 @@ __all__ = [
 
 _MODULES = {
     "EmbeddedDaemon": "process.embedded",
+    "Engine": "engine.engine",
+    "EngineLimits": "engine.budget",
     "GenerationResult": "engine.generation",
     "GenerationSettings": "settings",
     "Worker": "worker",

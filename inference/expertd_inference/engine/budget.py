@@ -1,15 +1,18 @@
 """How much an engine takes on at a time, and the room that its executor must have for that."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from expertd_inference.engine.limits import Limits
-from expertd_inference.engine.served import Served
-from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
 from expertstore.errors import InvalidInputError
 from expertstore.sizes import format_bytes
+
+if TYPE_CHECKING:  # the command checks limits before torch is imported
+    from expertd_inference.engine.served import Served
+    from expertd_inference.execution.executor import Executor
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Budget:
     why: str
 
 
-def budget_for(limits: EngineLimits, worker: Served) -> Budget:
+def budget_for(limits: EngineLimits, worker: "Served") -> Budget:
     """What ``limits`` come to for a model with such a context and so much memory.
 
     Raises InvalidInputError if there is no memory for one block.
@@ -78,7 +81,7 @@ def budget_for(limits: EngineLimits, worker: Served) -> Budget:
 
 
 def scheduler_limits(
-    limits: EngineLimits, room: Room, executor: Executor, worker: Served
+    limits: EngineLimits, room: Room, executor: "Executor", worker: "Served"
 ) -> Limits:
     """What a scheduler may plan for such an executor."""
     # What an executor keeps of a sequence beside blocks comes of its tokens in this very order.
