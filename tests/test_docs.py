@@ -13,8 +13,8 @@ import pytest
 from expertd.settings.config import ServeConfig
 from expertd_client.base_session import BaseSession
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.engine.generation import GenerationResult
 from expertd_inference.experts.hints import HintStats
+from expertd_inference.generation import GenerationResult
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("proto", "expert_store", "client", "inference")

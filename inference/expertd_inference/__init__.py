@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from expertd_inference.engine.budget import EngineLimits
     from expertd_inference.engine.engine import Engine
-    from expertd_inference.engine.generation import GenerationResult, generate
+    from expertd_inference.generation import GenerationResult, generate
     from expertd_inference.process.embedded import EmbeddedDaemon
     from expertd_inference.process.environment import prepare_environment
     from expertd_inference.settings import GenerationSettings
@@ -40,10 +40,10 @@ _MODULES = {
     "EmbeddedDaemon": "process.embedded",
     "Engine": "engine.engine",
     "EngineLimits": "engine.budget",
-    "GenerationResult": "engine.generation",
+    "GenerationResult": "generation",
     "GenerationSettings": "settings",
     "Worker": "worker",
-    "generate": "engine.generation",
+    "generate": "generation",
     "load_model": "worker",
     "prepare_environment": "process.environment",
 }

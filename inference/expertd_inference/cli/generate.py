@@ -357,7 +357,7 @@ def _read_stdin() -> str:
 def _import_worker() -> None:
     try:
         with importing("torch and transformers"):
-            import_module("expertd_inference.engine.generation")
+            import_module("expertd_inference.generation")
     except ModuleNotFoundError as error:
         raise PreconditionError(
             f"this installation serves experts but cannot compute with them, for {error.name} is "
