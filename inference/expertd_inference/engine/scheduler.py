@@ -134,7 +134,7 @@ class Scheduler:
     def cancel(self, id: int) -> None:  # noqa: A002
         """Ends a sequence wherever it is; harmless for one that has finished or never was.
 
-        If a step computes it just now its blocks are given back afterwards.
+        A step may compute it just now: its blocks are not given to another before the next plan.
         """
         sequence = self._all.pop(id, None)
         if sequence is None:
@@ -145,10 +145,9 @@ class Scheduler:
         self._served.pop(id, None)
         if was_running:
             self._running.remove(sequence)
+            self._release(sequence)
         if not self._work.forget(sequence) and not was_running:
             self._waiting.remove(sequence)
-        if was_running and not self._is_computed_now(sequence):
-            self._release(sequence)
 
     finish = cancel
     """Ends a sequence that is complete."""
@@ -193,7 +192,6 @@ class Scheduler:
             return
         for sequence, span in zip(plan.sequences, plan.batch.spans, strict=True):
             if sequence.phase is Phase.FINISHED:
-                self._release(sequence)
                 continue
             before = sequence.num_computed
             sequence.num_computed += span.num_rows
@@ -208,10 +206,7 @@ class Scheduler:
 
         Not for a step that an executor completed: it has moved the recurrent states on.
         """
-        plan, self._plan = self._plan, None
-        for sequence in () if plan is None else plan.sequences:
-            if sequence.phase is Phase.FINISHED:
-                self._release(sequence)
+        self._plan = None
 
     def _check_queue(self, user: str) -> None:
         if self.num_waiting >= self.limits.max_waiting:
@@ -337,13 +332,9 @@ class Scheduler:
             spans.append(span_of(sequence, end))
         return spans
 
-    def _is_computed_now(self, sequence: Sequence) -> bool:
-        return self._plan is not None and sequence in self._plan.sequences
-
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.blocks)
         sequence.blocks = []
-        sequence.num_computed = 0
         if self._slots is not None and sequence.state is not None:
             self._slots.give_back(sequence.state)
             sequence.state = None

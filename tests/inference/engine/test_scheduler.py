@@ -2,6 +2,7 @@
 
 import random
 
+import hypothesis
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ def prompts() -> st.SearchStrategy[list[int]]:
 
 
 ACTS = ["add", "add", "step", "steps", "cancel", "within", "plan"]
-MAX_WAIT_STEPS = 20_000
+MAX_WAIT_STEPS = 8_000  # twice what was seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,12 +102,11 @@ def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) 
     # Each row once, and again after each preemption, of which each step has a few.
     world.drain(max_steps=60 * rows + 100)
     world.check_texts()
-    world.scheduler.abandon()  # of a plan that was never done
     assert world.pool.num_free == world.pool.num_blocks
     assert world.scheduler.num_waiting == world.scheduler.num_running == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None, phases=[hypothesis.Phase.generate])
 @given(
     seed=st.integers(0, 1 << 32),
     num_users=st.integers(1, 40),
@@ -274,6 +274,25 @@ def test_a_finished_sequence_is_a_prefix_until_its_room_is_needed() -> None:
     world.add(make(4, text, 1))
     world.drain(9)
     assert world.sequences[4].num_from_prefix == 0
+
+
+def test_the_last_token_is_computed_in_any_case() -> None:
+    world = World(limits(), 10)
+    for id in range(2):  # noqa: A001
+        world.add(make(id, prompt(128), 3))
+        world.drain(9)
+    assert world.sequences[1].num_from_prefix == 64
+    world.check_texts()
+
+
+def test_equal_blocks_after_other_beginnings_are_others() -> None:
+    world = World(limits(), 20)
+    first, second, third = (prompt(64, seed) for seed in range(3))
+    for id, text in enumerate([first + second, second, third + second, first + third]):  # noqa: A001
+        world.add(make(id, [*text, 1], 3))
+        world.drain(9)
+    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 0, 64]
+    world.check_texts()
 
 
 def test_another_salt_shares_nothing() -> None:

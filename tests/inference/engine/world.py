@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence as Tokens
+from itertools import pairwise
 from zlib import crc32
 
 from expertd_inference.engine.limits import Limits
@@ -174,6 +175,10 @@ class World:
                 users[block] += 1
         assert users == [self.pool.num_users(block) for block in range(len(users))]
         assert self.pool.num_free == users.count(0)
+        for sequence in self.sequences.values():
+            for before, name in pairwise(sequence.names):
+                if self.pool.find(name) is not None:
+                    assert self.pool.find(before) is not None, "a prefix without its beginning"
         if self.slots is not None and self.num_slots is not None:
             taken = [one.state for one in self.sequences.values() if one.state is not None]
             assert len(set(taken)) == len(taken)
