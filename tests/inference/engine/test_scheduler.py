@@ -104,6 +104,7 @@ def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) 
     world.check_texts()
     assert world.pool.num_free == world.pool.num_blocks
     assert world.scheduler.num_waiting == world.scheduler.num_running == 0
+    assert not world.scheduler._waiting._rows  # nothing is kept of users that have gone
 
 
 @settings(max_examples=30, deadline=None, phases=[hypothesis.Phase.generate])

@@ -1,0 +1,75 @@
+"""Where chunks of prompts end."""
+
+import pytest
+
+from expertd_inference import GenerationSettings
+from expertd_inference.engine.chunks import chunk_end, decodes
+from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.shared_work import MAX_TIMES, SharedWork
+
+PACKED = Limits()
+RECURRENT = Limits(mixed=False, replays_rows=True)
+WHOLE = Limits(max_spans=1, whole_prompts=True)
+
+
+def sequence(num_prompt: int, num_new: int = 0, num_computed: int = 0) -> Sequence:
+    made = Sequence(0, [1] * num_prompt, GenerationSettings())
+    made.tokens += [2] * num_new
+    made.num_computed = num_computed
+    return made
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_prompt", "num_new", "begin", "num_rows", "end"),
+    [
+        (PACKED, 100, 0, 0, 100, 100),
+        (PACKED, 200, 0, 0, 199, 192),  # a multiple of a block
+        (PACKED, 200, 0, 64, 100, 128),
+        (PACKED, 200, 0, 0, 40, 40),  # too few for a block
+        (PACKED, 193, 0, 0, 192, 128),  # a last chunk of one row is a waste
+        (PACKED, 65, 0, 0, 64, 64),  # if there is no other way
+        (PACKED, 100, 30, 0, 130, 130),  # after a preemption
+        (RECURRENT, 65, 0, 0, 64, 65),  # one row too many rather than a last one alone
+        (RECURRENT, 193, 0, 0, 192, 128),
+        (RECURRENT, 200, 0, 64, 40, 64),  # none rather than another place
+        (RECURRENT, 100, 30, 0, 200, 100),  # what was generated comes a row a step
+        (WHOLE, 1000, 0, 0, 64, 1000),
+    ],
+)
+def test_where_a_chunk_ends(
+    limits: Limits, num_prompt: int, num_new: int, begin: int, num_rows: int, end: int
+) -> None:
+    one = sequence(num_prompt, num_new, begin)
+    assert chunk_end(one, limits, num_rows, alone=True) == end
+
+
+def test_a_whole_prompt_waits_for_a_batch_of_its_own() -> None:
+    assert chunk_end(sequence(10), WHOLE, 64, alone=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_new", "num_computed", "expected"),
+    [
+        (PACKED, 0, 9, False),  # the last row of a prompt
+        (PACKED, 1, 10, True),
+        (PACKED, 5, 10, False),
+        (RECURRENT, 5, 9, False),
+        (RECURRENT, 5, 10, True),
+    ],
+)
+def test_what_is_decoding(
+    limits: Limits, num_new: int, num_computed: int, *, expected: bool
+) -> None:
+    assert decodes(sequence(10, num_new, num_computed), limits) is expected
+
+
+def test_none_waits_for_others_without_end() -> None:
+    work, one = SharedWork(), sequence(10)
+    for leader in range(MAX_TIMES):
+        work.promise(leader, [b"a", b"b"])
+        assert work.follow(one, [b"a", b"b", b"c"])
+        assert work.computed([b"a"]) == []  # it waits for the last that is coming
+        assert work.withdraw(leader) == [one]
+    work.promise(99, [b"a"])
+    assert not work.follow(one, [b"a"])
