@@ -9,8 +9,12 @@ from torch import Tensor
 from expertd_inference.execution.parts import Attention, Experts, Layer, Model, Rotation
 from expertd_inference.execution.recognize import FeedForward, Linear, Norm
 from expertd_inference.execution.segment import ExpertsRest, ModuleRest, Rest, Segment
-from expertd_inference.kernels.cpu.attention import AttentionCall
-from expertd_inference.kernels.cpu.library import TYPES, NativeMatrix, native_activation
+from expertd_inference.kernels.cpu.library import (
+    TYPES,
+    AttentionCall,
+    NativeMatrix,
+    native_activation,
+)
 from expertd_inference.kernels.cpu.rows_program import (
     ActivateCall,
     AddCall,

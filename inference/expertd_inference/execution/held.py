@@ -19,9 +19,9 @@ from expertd_inference.kernels.cpu.library import (
     native_layer,
     native_library,
 )
-from expertd_inference.kernels.cpu.native import FUSED_TOKENS, MAX_SUMMED
+from expertd_inference.kernels.cpu.native import MAX_SUMMED
 
-MAX_ROWS = min(64, FUSED_TOKENS)
+MAX_ROWS = 64
 """Of a step with a lease of its own: while it is held nothing that it might read is evicted, and
 with more rows a step takes long."""
 

@@ -8,8 +8,8 @@ how a prompt was divided, or on threads.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int32, c_int64, c_void_p
-from typing import Any, NamedTuple
+from ctypes import c_int32, c_int64
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -10,8 +10,12 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any, Final
 
-from expertd_inference.kernels.cpu.attention import AttentionCall
-from expertd_inference.kernels.cpu.library import NativeActivation, check_memory, native_library
+from expertd_inference.kernels.cpu.library import (
+    AttentionCall,
+    NativeActivation,
+    check_memory,
+    native_library,
+)
 from expertstore.errors import PreconditionError
 
 _Fields = list[tuple[str, Any]]
