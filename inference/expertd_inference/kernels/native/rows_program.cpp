@@ -42,8 +42,16 @@ class Program final : public Job {
         int64_t bytes = 0;
         planned.clear();
         for (Piece& piece : pieces) plan(piece, bytes);
+        own_floats = 0;
+        for (const Prepared& input : prepared)
+            own_floats = std::max(own_floats, input.call->matrix->columns);
+        for (const Piece& piece : pieces) own_floats = std::max(own_floats, piece.chunks.units_each);
+        own_floats = aligned(own_floats * 4) / 4;
+        const int64_t own = bytes;
+        bytes += call.threads * own_floats * 4;
         uint8_t* memory = pool_scratch(bytes);
         for (Piece& piece : pieces) piece.memory = memory + piece.place;
+        floats = reinterpret_cast<float*>(memory + own);
         for (Piece& piece : pieces)
             if (piece.kind == Piece::ATTENTION) attend_of(piece).use_scratch(piece.memory);
     }
@@ -52,11 +60,12 @@ class Program final : public Job {
 
     int64_t barrier(int64_t task) const override { return piece_of(task).barrier; }
 
-    void run(int64_t task) override {
+    void run(int64_t task, int32_t thread) override {
+        float* const own = floats + thread * own_floats;
         const Piece& piece = piece_of(task);
         const int64_t part = task - piece.first;
-        if (piece.kind == Piece::ROWS) run_rows(piece, part);
-        else if (piece.kind == Piece::PRODUCT) run_product(piece, part);
+        if (piece.kind == Piece::ROWS) run_rows(piece, part, own);
+        else if (piece.kind == Piece::PRODUCT) run_product(piece, part, own);
         else attend_of(piece).run(part);
     }
 
@@ -190,7 +199,7 @@ class Program final : public Job {
         return pieces[i];
     }
 
-    void run_rows(const Piece& piece, int64_t part) {
+    void run_rows(const Piece& piece, int64_t part, float* own) {
         const int64_t first = part * piece.rows_each;
         const int64_t last = std::min(first + piece.rows_each, piece.rows);
         uint8_t* memory = piece.memory + part * aligned(route_bytes);
@@ -198,7 +207,7 @@ class Program final : public Job {
             for (int64_t i = piece.operation; i < piece.end; ++i)
                 run_row(operations[i], row, memory);
             for (int64_t i = piece.prepare; i < piece.prepare_end; ++i)
-                prepare(prepared[i], piece, row);
+                prepare(prepared[i], piece, row, own);
         }
         for (int64_t i = piece.operation; i < piece.end; ++i)
             if (operations[i].kind == ATTEND) append(i, first, last);
@@ -227,17 +236,16 @@ class Program final : public Job {
         }
     }
 
-    void prepare(const Prepared& input, const Piece& piece, int64_t row) const {
+    void prepare(const Prepared& input, const Piece& piece, int64_t row, float* values) const {
         const ProductCall& call = *input.call;
         const int64_t columns = call.matrix->columns;
-        Floats values(columns);
         impl.widen(static_cast<const uint8_t*>(call.x) + row * columns * size_of(call.type),
-                   call.type, columns, values.data());
-        impl.prepare(*call.matrix, values.data(), call.type, form_of(piece),
+                   call.type, columns, values);
+        impl.prepare(*call.matrix, values, call.type, form_of(piece),
                      piece.memory + input.place + row * input.row_bytes);
     }
 
-    void run_product(const Piece& piece, int64_t part) const {
+    void run_product(const Piece& piece, int64_t part, float* bias) const {
         const ProductCall& call = call_of<ProductCall>(operations[piece.operation]);
         const Prepared& input = prepared[piece.input];
         const uint8_t* rows = pieces[input.piece].memory + input.place;
@@ -253,7 +261,7 @@ class Program final : public Job {
         finished.out = call.out;
         finished.type = call.out_type;
         for (int64_t row = 0; row < piece.rows; ++row)
-            finish_linear(impl, finished, first, last, row, result(row));
+            finish_linear(impl, finished, first, last, row, result(row), bias);
     }
 
     const std::vector<Operation> operations;
@@ -264,7 +272,8 @@ class Program final : public Job {
     std::vector<AttentionCall> calls; // of this run
     std::vector<Attend> planned;
     const StepCall* step = nullptr;
-    int64_t tasks = 0, route_bytes = 0;
+    int64_t tasks = 0, route_bytes = 0, own_floats = 0;
+    float* floats = nullptr; // own_floats of each thread
 };
 
 } // namespace
