@@ -11,6 +11,7 @@
 #                LLAMA=PYTHON, an interpreter that has llama.cpp, for it beside ours)
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-attention  the same of attention, and prompts beside torch's
+#   make bench-rows  how fast quantized weights meet several rows of activations, beside one
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above
@@ -33,7 +34,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-attention bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-rows bench-store bench-decode bench-batch bench-attention bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -123,6 +124,9 @@ gpu-bench: $(if $(FAKE_GPU),setup native)
 	@$(if $(FAKE_GPU),,$(GPU_PYTHON) -m bench.gpu_needs)
 	@$(if $(FAKE_GPU),,$(GPU_PYTHON) hatch_build.py)
 	$(GPU_PYTHON) -m bench.gpu $(GPU_BENCH)
+
+bench-rows: setup native
+	@$(BIN)/python -m bench.rows
 
 bench-kernels: setup native
 	@$(BIN)/python -m bench.kernels

@@ -10,11 +10,10 @@
 // Or they are in one plane, multiples of a 127th of the group's largest.
 #pragma once
 
-#include "unroll.h" // before the intrinsics: see there
-
 #include <immintrin.h>
 
 #include "generic.h"
+#include "unroll.h"
 
 namespace {
 

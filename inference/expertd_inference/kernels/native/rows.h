@@ -55,11 +55,12 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
     alignas(64) __m512i tiles[TILES * AT_ONCE * 16];
     alignas(64) float scales[STRIP * floats_per_group<FORMAT>];
     uint8_t padded[3 * LANES * COLUMNS];
+    StripMetas<FORMAT> metas;
     const int64_t groups = num_groups(m), vectors = num_vectors(m), steps = m.group_size / 4;
     const Places from = places<FORMAT>(m, base, unit);
     for (int64_t group = 0; group < groups; group += STRIP) {
         const int64_t num = std::min(STRIP, groups - group);
-        decode_strip<FORMAT>(m, base, unit, count, group, num, scales);
+        decode_strip<FORMAT>(m, base, unit, count, group, num, metas, scales);
         const int64_t end = std::min(vectors, (group + STRIP) * steps / 16);
         for (int64_t vector = group * steps / 16; vector < end; vector += AT_ONCE) {
             const int64_t at_once = std::min(AT_ONCE, end - vector);

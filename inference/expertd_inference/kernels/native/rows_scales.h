@@ -24,8 +24,8 @@ template <int32_t FORMAT> constexpr int row_of_place(int place) {
 // Whole tiles of scales that are fp16 or bfloat16 by themselves: of two groups of scales, and two of
 // zeros, lanes are units after a transposition of both.
 template <int32_t FORMAT, bool WHOLE>
-INLINE void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
-                               int64_t num, float* out) {
+void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
+                        int64_t num, float* out) {
     const int64_t units = num_units(m), groups = num_groups(m);
     const bool bfloat = m.scale_format == BF16;
     const __mmask16 mask = first_lanes(num);
@@ -66,14 +66,162 @@ INLINE void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t uni
     });
 }
 
+// By what 16 units' scales and zeros of 8 bits are decoded, of the meta group that each is in.
+struct MetaLanes {
+    __m512 scale, scale_zero, zero_scale, zero_zero;
+
+    // Of the meta groups `index`.
+    void load(const Matrix& m, const uint8_t* base, const int64_t* index) {
+        const auto gather = [&](int64_t from) {
+            alignas(32) uint16_t values[LANES];
+            for (int64_t i = 0; i < LANES; ++i) memcpy(values + i, base + from + index[i] * 2, 2);
+            return _mm256_load_si256(reinterpret_cast<const __m256i*>(values));
+        };
+        const __m256i scales = gather(m.scale_scale);
+        scale = m.scale_format == BF16
+                    ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scales), 16))
+                    : _mm512_cvtph_ps(scales);
+        scale_zero = _mm512_cvtph_ps(gather(m.scale_zero));
+        zero_scale = _mm512_cvtph_ps(gather(m.zero_scale));
+        zero_zero = _mm512_cvtph_ps(gather(m.zero_zero));
+    }
+};
+
+// The meta groups of a strip's units, kept from strip to strip while they stay the same.
+template <int32_t FORMAT> struct StripMetas {
+    static constexpr int64_t META = 128;
+    struct Place {
+        MetaLanes here, next;
+        __m512i within; // places of the strip's first elements in their meta groups
+    } places[rows_per_unit(FORMAT)];
+    bool crossing; // some units' groups in the strip are of two meta groups
+    int64_t known = -1;
+
+    void load(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group) {
+        const int64_t groups = num_groups(m), last = (m.rows * groups - 1) / META;
+        crossing = groups % META && META % groups;
+        const int64_t key = crossing ? group : group / META;
+        if (known == key) return;
+        known = key;
+        for (int p = 0; p < rows_per_unit(FORMAT); ++p) {
+            int64_t here[LANES], next[LANES];
+            alignas(64) int32_t within[LANES];
+            for (int64_t i = 0; i < LANES; ++i) {
+                const int64_t row = unit + i + row_of_place<FORMAT>(p) * num_units(m);
+                const int64_t at = row * groups + group;
+                here[i] = at / META;
+                next[i] = std::min(here[i] + 1, last);
+                within[i] = static_cast<int32_t>(at % META);
+            }
+            places[p].here.load(m, base, here);
+            if (crossing) places[p].next.load(m, base, next);
+            places[p].within = _mm512_load_si512(within);
+        }
+    }
+};
+
+// Whole tiles of scales and zeros of 8 bits: a register of the transposition has four groups.
+template <int32_t FORMAT, bool CROSSING>
+void decode_meta_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
+                       int64_t num, const StripMetas<FORMAT>& metas, float* out) {
+    const int64_t units = num_units(m), groups = num_groups(m);
+    const __mmask16 mask = first_lanes(num);
+    for (int place = 0; place < rows_per_unit(FORMAT); ++place) {
+        const int64_t at = (unit + row_of_place<FORMAT>(place) * units) * groups + group;
+        float* const to = out + place * 2 * LANES;
+        const auto& meta = metas.places[place];
+        const float above = too_much<FORMAT>(place);
+        const __m512 times = _mm512_set1_ps(1 / above), back = _mm512_set1_ps(above);
+        const auto bytes = [&](int64_t from, int64_t i) INLINE_LAMBDA {
+            return _mm_maskz_loadu_epi8(mask, base + from + at + i * groups);
+        };
+        const auto load = [&](int i) INLINE_LAMBDA {
+            __m512i all = _mm512_castsi128_si512(bytes(m.scale, i));
+            all = _mm512_inserti32x4(all, bytes(m.zero, i), 1);
+            all = _mm512_inserti32x4(all, bytes(m.scale, i + 4), 2);
+            return _mm512_inserti32x4(all, bytes(m.zero, i + 4), 3);
+        };
+        transpose_half(load, [&](auto j, __m512i four) INLINE_LAMBDA {
+            constexpr bool ZERO = j >= 4;
+            const __m512 power = ZERO ? back : times;
+            const auto& here = meta.here;
+            const __m512 factor = _mm512_mul_ps(ZERO ? here.zero_scale : here.scale, power);
+            const __m512 offset = ZERO ? here.zero_zero : here.scale_zero;
+            each<4>([&](auto b) INLINE_LAMBDA {
+                constexpr int g = j % 4 * 4 + b;
+                const __m512i byte =
+                    _mm512_and_si512(_mm512_srli_epi32(four, 8 * b), _mm512_set1_epi32(255));
+                __m512 times_here = factor, offset_here = offset;
+                if constexpr (CROSSING) {
+                    const auto beyond = _mm512_cmpgt_epi32_mask(
+                        meta.within, _mm512_set1_epi32(StripMetas<FORMAT>::META - 1 - g));
+                    const auto& next = meta.next;
+                    times_here = _mm512_mask_mul_ps(
+                        factor, beyond, ZERO ? next.zero_scale : next.scale, power);
+                    offset_here = _mm512_mask_mov_ps(
+                        offset, beyond, ZERO ? next.zero_zero : next.scale_zero);
+                }
+                const __m512 value = _mm512_sub_ps(_mm512_cvtepi32_ps(byte), offset_here);
+                _mm512_store_ps(to + g * floats_per_group<FORMAT> + ZERO * LANES,
+                                _mm512_mul_ps(value, times_here));
+            });
+        });
+    }
+}
+
+// Whole tiles of MXFP4.
+void decode_e8m0_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
+                       int64_t num, float* out) {
+    const int64_t units = num_units(m), groups = num_groups(m);
+    const __mmask16 mask = first_lanes(num);
+    const __m512i all = _mm512_set1_epi32(255), nan = _mm512_set1_epi32(0x7fc00000);
+    for (int place = 0; place < 2; ++place) {
+        const uint8_t* from = base + m.scale + (unit + place * units) * groups + group;
+        float* const to = out + place * 2 * LANES;
+        const auto load = [&](int i) INLINE_LAMBDA {
+            const auto bytes = [&](int64_t at) INLINE_LAMBDA {
+                return _mm_maskz_loadu_epi8(mask, from + at * groups);
+            };
+            return _mm512_inserti32x4(_mm512_zextsi128_si512(bytes(i)), bytes(i + 4), 2);
+        };
+        transpose_half(load, [&](auto j, __m512i four) INLINE_LAMBDA {
+            if constexpr (j < 4)
+                each<4>([&](auto b) INLINE_LAMBDA {
+                    const __m512i exponent = _mm512_and_si512(_mm512_srli_epi32(four, 8 * b), all);
+                    __m512i bits = _mm512_slli_epi32(exponent, 23);
+                    bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponent, exponent),
+                                                 _mm512_set1_epi32(0x00400000));
+                    bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(exponent, all), nan);
+                    float* const here = to + (j * 4 + b) * floats_per_group<MXFP4>;
+                    // Half, since the tiles have twice the values.
+                    _mm512_store_ps(here, _mm512_mul_ps(_mm512_castsi512_ps(bits),
+                                                        _mm512_set1_ps(0.5f)));
+                    _mm512_store_ps(here + LANES, _mm512_set1_ps(E2M1_ZERO));
+                });
+        });
+        // What is not there counts nothing.
+        for (int64_t g = num; g < STRIP; ++g)
+            _mm512_store_ps(to + g * floats_per_group<MXFP4>, _mm512_setzero_ps());
+    }
+}
+
 // Those of `count` units from `unit` on, `num` groups from `group` on; others are 0.
 template <int32_t FORMAT>
-void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count,
-                  int64_t group, int64_t num, float* out) {
-    if constexpr (FORMAT != MXFP4)
-        if (count == LANES && !m.meta_group_size)
-            return num == STRIP ? decode_plain_strip<FORMAT, true>(m, base, unit, group, num, out)
-                                : decode_plain_strip<FORMAT, false>(m, base, unit, group, num, out);
+void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count, int64_t group,
+                  int64_t num, StripMetas<FORMAT>& metas, float* out) {
+    if (count == LANES) {
+        if constexpr (FORMAT == MXFP4) return decode_e8m0_strip(m, base, unit, group, num, out);
+        else if (m.meta_group_size) {
+            metas.load(m, base, unit, group);
+            const auto decode = metas.crossing ? decode_meta_strip<FORMAT, true>
+                                               : decode_meta_strip<FORMAT, false>;
+            return decode(m, base, unit, group, num, metas, out);
+        } else {
+            const auto decode = num == STRIP ? decode_plain_strip<FORMAT, true>
+                                             : decode_plain_strip<FORMAT, false>;
+            return decode(m, base, unit, group, num, out);
+        }
+    }
     const int64_t units = num_units(m), groups = num_groups(m);
     alignas(64) float scales[LANES][STRIP], zeros[LANES][STRIP];
     for (int place = 0; place < rows_per_unit(FORMAT); ++place) {

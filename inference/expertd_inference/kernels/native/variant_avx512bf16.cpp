@@ -17,6 +17,8 @@
 // of weights is as much again. So it counts: scales are decoded without a mask or a branch where
 // that can be, and between the products, which leaves the processor a choice.
 
+#include "unroll.h" // before the intrinsics: see there
+
 #include "attention_bf16.h"
 #include "plain_bf16.h"
 #include "rows.h"
