@@ -14,7 +14,7 @@ constexpr int64_t floats_per_group = rows_per_unit(FORMAT) * 2 * LANES;
 
 // What a place of a strip counts too much, and so do its sums of activations: 16 of upper fields.
 template <int32_t FORMAT> constexpr float too_much(int place) {
-    return num_fields(FORMAT) == 2 && place % 2 == 0 ? 16 : 1;
+    return fields_of(FORMAT) == NIBBLES && place % 2 == 0 ? 16 : 1;
 }
 
 template <int32_t FORMAT> constexpr int row_of_place(int place) {
