@@ -101,7 +101,9 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
         RowBlock& block = blocks[b];
         block.first = num_rows * b / num_blocks;
         block.count = num_rows * (b + 1) / num_blocks - block.first;
-        block.kind = &(planes == 2 ? kind_of<fields_of(FORMAT), 2> : kind_of<fields_of(FORMAT), 1>)(block.count);
+        const auto kind_of_rows =
+            planes == 2 ? kind_of<fields_of(FORMAT), 2> : kind_of<fields_of(FORMAT), 1>;
+        block.kind = &kind_of_rows(block.count);
         block.sums = sums + b * MOST_ROWS * R * LANES;
         for (int64_t n = 0; n < block.kind->rows; ++n)
             block.rows[n] = fixed_row_of(

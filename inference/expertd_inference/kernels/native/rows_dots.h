@@ -153,9 +153,9 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
             int64_t group = piece.group;
             for (int64_t step = 0; step < end; step += steps, ++group) {
                 const int64_t at = step / 16 * VECTOR + step % 16 * 4;
-                add_group(multiply_group<FIELDS, PLANES, R>(tile + step, piece.apart, steps, columns,
-                                                            at),
-                          scales, rows, group, sums);
+                const auto integers = multiply_group<FIELDS, PLANES, R>(
+                    tile + step, piece.apart, steps, columns, at);
+                add_group(integers, scales, rows, group, sums);
                 scales += piece.num_tiles * F * 2 * LANES;
             }
         };

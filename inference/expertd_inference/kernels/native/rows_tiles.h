@@ -23,7 +23,9 @@ constexpr Fields fields_of(int32_t format) {
 constexpr int num_fields(Fields fields) { return fields == WHOLE_BYTE ? 1 : 2; }
 constexpr int num_fields(int32_t format) { return num_fields(fields_of(format)); }
 
-constexpr int tiles_per_vector(int32_t format) { return format == HQQ3 ? 4 : format == HQQ2 ? 2 : 1; }
+constexpr int tiles_per_vector(int32_t format) {
+    return format == HQQ3 ? 4 : format == HQQ2 ? 2 : 1;
+}
 
 // Of 16 registers each.
 constexpr int registers_per_vector(int32_t format) {
@@ -53,7 +55,8 @@ INLINE __m512i load_pair(const uint8_t* lower, const uint8_t* upper) {
 // Half of a transposition of 16 rows of 16 double words: store(j, register) for j in 0 ... 7, the
 // register has in lane i word j of row i. load(i) is row i below row i + 4, of both the 32 bytes
 // with these words.
-template <class Load, class Store> INLINE void transpose_half(const Load& load, const Store& store) {
+template <class Load, class Store>
+INLINE void transpose_half(const Load& load, const Store& store) {
     __m512i pairs[8];
     each<2>([&](auto b) INLINE_LAMBDA {
         const __m512i a0 = load(b * 8), a1 = load(b * 8 + 1);
