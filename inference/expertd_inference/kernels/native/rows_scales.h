@@ -21,8 +21,8 @@ template <int32_t FORMAT> constexpr int row_of_place(int place) {
     return row_of_field(FORMAT, place / num_fields(FORMAT), place % num_fields(FORMAT));
 }
 
-// Whole tiles of scales that are fp16 or bfloat16 by themselves: a register of the transposition has
-// two groups.
+// Whole tiles of scales that are fp16 or bfloat16 by themselves: a register of the transposition
+// has two groups.
 template <int32_t FORMAT, bool WHOLE>
 void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
                         int64_t num, float* out) {

@@ -1,6 +1,6 @@
 // bfloat16 activations on processors that multiply bfloat16 (Zen 4 and later, Sapphire Rapids and
-// later): 64 columns of a unit at a time, without a detour over float32. Several rows of activations
-// are rows.h's, and this is one row by itself:
+// later): 64 columns of a unit at a time, without a detour over float32. Several rows of
+// activations are rows.h's, and this is one row by itself:
 //
 // A 64-byte load holds 64 columns of each row of the unit. Of 3 and 2 bit and MXFP4 bf16_words.h
 // makes them bfloat16s of the value e + q, e being a small power of two; vdpbf16ps adds up pairs of
