@@ -6,7 +6,9 @@
 namespace {
 
 // Vectors whose tiles are made at a time: few enough for the first cache, an even number of them.
-constexpr int64_t vectors_at_once(int32_t format) { return tiles_per_vector(format) == 1 ? 4 : 2; }
+constexpr int64_t vectors_at_once(int32_t format) {
+    return registers_per_vector(format) == 16 ? 4 : 2;
+}
 
 // Some rows of activations that are multiplied together. The kind may take more: they are the last
 // one again, and go nowhere.
@@ -52,7 +54,7 @@ template <int32_t FORMAT>
 void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count,
                             const RowBlock* blocks, int64_t num_blocks) {
     constexpr int64_t AT_ONCE = vectors_at_once(FORMAT), TILES = tiles_per_vector(FORMAT);
-    alignas(64) __m512i tiles[TILES * AT_ONCE * 16];
+    alignas(64) __m512i tiles[registers_per_vector(FORMAT) * AT_ONCE];
     alignas(64) float scales[STRIP * floats_per_group<FORMAT>];
     uint8_t padded[3 * LANES * COLUMNS];
     StripMetas<FORMAT> metas;
@@ -99,7 +101,9 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
         RowBlock& block = blocks[b];
         block.first = num_rows * b / num_blocks;
         block.count = num_rows * (b + 1) / num_blocks - block.first;
-        block.kind = &(planes == 2 ? kind_of<FIELDS, 2> : kind_of<FIELDS, 1>)(block.count);
+        const auto kind_of_rows =
+            planes == 2 ? kind_of<fields_of(FORMAT), 2> : kind_of<fields_of(FORMAT), 1>;
+        block.kind = &kind_of_rows(block.count);
         block.sums = sums + b * MOST_ROWS * R * LANES;
         for (int64_t n = 0; n < block.kind->rows; ++n)
             block.rows[n] = fixed_row_of(

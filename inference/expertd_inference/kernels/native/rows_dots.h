@@ -15,7 +15,8 @@ struct Piece {
     float* sums; // [tile][row][field][unit], added to
     int64_t vector, num_vectors, group;
     int64_t steps;            // registers of a group: 4, 8, 16, or 32 of two vectors
-    int64_t num_tiles, apart; // of a vector; registers from one tile to the next
+    int64_t num_tiles, apart; // of a vector; registers from one tile to the next, or to the second
+                              // of two bytes
 };
 
 // Four products more in each lane, with the double word at `columns`.
@@ -26,24 +27,52 @@ INLINE void add_products(__m512i& sum, __m512i weights, const uint8_t* columns) 
         : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(columns)));
 }
 
-template <int FIELDS, int R> using Integers = __m512i[R][FIELDS];
+template <Fields FIELDS, int R> struct Integers {
+    __m512i of[R][num_fields(FIELDS)];
 
-// `steps` registers of a tile, of one vector, times the columns at columns[r] + at.
-template <int FIELDS, int R, class... Sums>
-INLINE void multiply_steps(const __m512i* tile, int64_t steps, const uint8_t* const* columns,
-                           int64_t at, Sums&... planes) {
+    // f(sum) of each.
+    template <class F> INLINE void each_sum(const F& f) {
+        each<R * num_fields(FIELDS)>([&](auto i) INLINE_LAMBDA {
+            f(of[i / num_fields(FIELDS)][i % num_fields(FIELDS)]);
+        });
+    }
+
+    INLINE void clear() {
+        each_sum([](__m512i& sum) INLINE_LAMBDA { sum = _mm512_setzero_si512(); });
+    }
+
+    INLINE void shift_left() {
+        each_sum([](__m512i& sum) INLINE_LAMBDA { sum = _mm512_slli_epi32(sum, 8); });
+    }
+
+    INLINE void add(const Integers& other) {
+        each<R * num_fields(FIELDS)>([&](auto i) INLINE_LAMBDA {
+            constexpr int r = i / num_fields(FIELDS), f = i % num_fields(FIELDS);
+            of[r][f] = _mm512_add_epi32(of[r][f], other.of[r][f]);
+        });
+    }
+};
+
+// `steps` registers of a tile, of one vector, times the columns at columns[r] + at, of P planes. In
+// turn they go to S sums each.
+template <Fields FIELDS, int R, int P, int S>
+INLINE void multiply_steps(const __m512i* tile, int64_t apart, int64_t steps,
+                           const uint8_t* const* columns, int64_t at,
+                           Integers<FIELDS, R> (&sums)[P][S]) {
     _Pragma("GCC unroll 1") for (const __m512i* end = tile + steps; tile != end; tile += 4) {
         each<4>([&](auto k) INLINE_LAMBDA {
             const __m512i weights = tile[k];
-            const __m512i low = _mm512_and_si512(weights, _mm512_set1_epi8(0x0f));
+            __m512i second = weights;
+            if constexpr (FIELDS == NIBBLES)
+                second = _mm512_and_si512(weights, _mm512_set1_epi8(0x0f));
+            if constexpr (FIELDS == TWO_BYTES) second = tile[apart + k];
             each<R>([&](auto r) INLINE_LAMBDA {
-                const uint8_t* here = columns[r] + at + k * 4;
-                const auto add = [&](auto& sums, const uint8_t* from) INLINE_LAMBDA {
-                    add_products(sums[r][0], weights, from);
-                    if constexpr (FIELDS == 2) add_products(sums[r][1], low, from);
-                };
-                int64_t plane = 0;
-                (add(planes, here + COLUMNS * plane++), ...);
+                each<P>([&](auto plane) INLINE_LAMBDA {
+                    const uint8_t* here = columns[r] + at + plane * COLUMNS + k * 4;
+                    auto& to = sums[plane][k % S].of[r];
+                    add_products(to[0], weights, here);
+                    if constexpr (FIELDS != WHOLE_BYTE) add_products(to[1], second, here);
+                });
             });
         });
         at += 16;
@@ -51,66 +80,65 @@ INLINE void multiply_steps(const __m512i* tile, int64_t steps, const uint8_t* co
 }
 
 // A group's registers times its columns, of all planes: exactly.
-template <int FIELDS, int PLANES, int R>
-INLINE void multiply_group(const __m512i* tile, int64_t steps, const uint8_t* const* columns,
-                           int64_t at, Integers<FIELDS, R>& sums) {
-    const auto each_sum = [&](const auto& f) INLINE_LAMBDA {
-        each<R * FIELDS>([&](auto i) INLINE_LAMBDA {
-            f(std::integral_constant<int, i / FIELDS>(), std::integral_constant<int, i % FIELDS>());
-        });
+template <Fields FIELDS, int PLANES, int R>
+INLINE Integers<FIELDS, R> multiply_group(const __m512i* tile, int64_t apart, int64_t steps,
+                                          const uint8_t* const* columns, int64_t at) {
+    // Of a few rows there are more sums than one for each, since a sum waits for the one before:
+    // the planes have their own, and if need be several in turn.
+    constexpr int COUNT = R * num_fields(FIELDS);
+    constexpr int OWN = COUNT < 8 ? PLANES : 1;
+    constexpr int TURNS = COUNT * OWN >= 4 ? 1 : 4 / (COUNT * OWN);
+    Integers<FIELDS, R> sums[OWN][TURNS];
+    each<OWN * TURNS>([&](auto i) INLINE_LAMBDA { sums[i / TURNS][i % TURNS].clear(); });
+    const auto multiply = [&](int64_t plane) INLINE_LAMBDA {
+        int64_t left = steps, from = at + plane * COLUMNS;
+        const __m512i* registers = tile;
+        for (; left > 16; left -= 16, registers += 16, from += PLANES * COLUMNS)
+            multiply_steps(registers, apart, 16, columns, from, sums);
+        multiply_steps(registers, apart, left, columns, from, sums);
     };
-    each_sum([&](auto r, auto f) INLINE_LAMBDA { sums[r][f] = _mm512_setzero_si512(); });
-    const auto both = [&](auto&... planes) INLINE_LAMBDA {
-        for (; steps > 16; steps -= 16, tile += 16, at += PLANES * COLUMNS)
-            multiply_steps<FIELDS, R>(tile, 16, columns, at, planes...);
-        multiply_steps<FIELDS, R>(tile, steps, columns, at, planes...);
-    };
-    if constexpr (PLANES == 2 && R * FIELDS < 8) {
-        // Of a few rows each plane has sums of its own, since a sum waits for the one before.
-        Integers<FIELDS, R> upper;
-        each_sum([&](auto r, auto f) INLINE_LAMBDA { upper[r][f] = _mm512_setzero_si512(); });
-        both(upper, sums);
-        each_sum([&](auto r, auto f) INLINE_LAMBDA {
-            sums[r][f] = _mm512_add_epi32(sums[r][f], _mm512_slli_epi32(upper[r][f], 8));
-        });
-    } else if constexpr (PLANES == 2) {
-        const int64_t all = steps, from = at;
-        const __m512i* const first = tile;
-        both(sums);
-        each_sum([&](auto r, auto f) INLINE_LAMBDA {
-            sums[r][f] = _mm512_slli_epi32(sums[r][f], 8);
-        });
-        steps = all, at = from + COLUMNS, tile = first;
-        both(sums);
-    } else both(sums);
+    multiply(0);
+    if constexpr (OWN < PLANES) {
+        sums[0][0].shift_left();
+        multiply(1);
+    }
+    each<OWN*(TURNS - 1)>([&](auto i) INLINE_LAMBDA {
+        sums[i / (TURNS - 1)][0].add(sums[i / (TURNS - 1)][i % (TURNS - 1) + 1]);
+    });
+    if constexpr (OWN == 2) {
+        sums[0][0].shift_left();
+        sums[0][0].add(sums[1][0]);
+    }
+    return sums[0][0];
 }
 
 // A group's scaled sum is (sum - zero * sum of activations) * scale; the row's unit is in both.
-template <int FIELDS, int R>
+template <Fields FIELDS, int R>
 INLINE void add_group(const Integers<FIELDS, R>& integers, const float* scales, const Row* rows,
-                      int64_t group, float* sums) {
-    __m512 scale[FIELDS], zero[FIELDS];
-    each<FIELDS>([&](auto f) INLINE_LAMBDA {
+                      int64_t group, __m512 (*sums)[num_fields(FIELDS)]) {
+    constexpr int F = num_fields(FIELDS);
+    __m512 scale[F], zero[F];
+    each<F>([&](auto f) INLINE_LAMBDA {
         scale[f] = _mm512_load_ps(scales + f * 2 * LANES);
         zero[f] = _mm512_load_ps(scales + (f * 2 + 1) * LANES);
     });
     each<R>([&](auto r) INLINE_LAMBDA {
         const __m512 factor = _mm512_set1_ps(rows[r].factors[group]);
         const __m512 sum = _mm512_set1_ps(rows[r].sums[group]);
-        each<FIELDS>([&](auto f) INLINE_LAMBDA {
-            __m512i value = integers[r][f];
-            if constexpr (FIELDS == 2 && f == 0) value = _mm512_sub_epi32(value, integers[r][1]);
-            float* const to = sums + (r * FIELDS + f) * LANES;
+        each<F>([&](auto f) INLINE_LAMBDA {
+            __m512i value = integers.of[r][f];
+            if constexpr (FIELDS == NIBBLES && f == 0)
+                value = _mm512_sub_epi32(value, integers.of[r][1]);
             __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(value), factor);
             part = _mm512_fnmadd_ps(zero[f], sum, part);
-            _mm512_store_ps(to, _mm512_fmadd_ps(part, scale[f], _mm512_load_ps(to)));
+            sums[r][f] = _mm512_fmadd_ps(part, scale[f], sums[r][f]);
         });
     });
 }
 
-template <int FIELDS, int PLANES, int R>
+template <Fields FIELDS, int PLANES, int R>
 __attribute__((noinline)) void multiply_piece(const Piece& piece) {
-    constexpr int64_t VECTOR = PLANES * COLUMNS;
+    constexpr int64_t VECTOR = PLANES * COLUMNS, F = num_fields(FIELDS);
     const Row* const rows = piece.rows;
     const uint8_t* columns[R];
     each<R>([&](auto r) INLINE_LAMBDA {
@@ -119,16 +147,24 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
     const int64_t steps = piece.steps, end = piece.num_vectors * 16;
     for (int64_t t = 0; t < piece.num_tiles; ++t) {
         const __m512i* tile = piece.tiles + t * piece.apart;
-        const float* scales = piece.scales + t * FIELDS * 2 * LANES;
-        float* sums = piece.sums + t * R * FIELDS * LANES;
-        int64_t group = piece.group;
-        for (int64_t step = 0; step < end; step += steps, ++group) {
-            Integers<FIELDS, R> integers;
-            const int64_t at = step / 16 * VECTOR + step % 16 * 4;
-            multiply_group<FIELDS, PLANES, R>(tile + step, steps, columns, at, integers);
-            add_group<FIELDS, R>(integers, scales, rows, group, sums);
-            scales += piece.num_tiles * FIELDS * 2 * LANES;
-        }
+        const float* scales = piece.scales + t * F * 2 * LANES;
+        auto* const memory = reinterpret_cast<__m512(*)[F]>(piece.sums + t * R * F * LANES);
+        const auto multiply = [&](__m512(*sums)[F]) INLINE_LAMBDA {
+            int64_t group = piece.group;
+            for (int64_t step = 0; step < end; step += steps, ++group) {
+                const int64_t at = step / 16 * VECTOR + step % 16 * 4;
+                const auto integers = multiply_group<FIELDS, PLANES, R>(
+                    tile + step, piece.apart, steps, columns, at);
+                add_group(integers, scales, rows, group, sums);
+                scales += piece.num_tiles * F * 2 * LANES;
+            }
+        };
+        if constexpr (R * F <= 8) { // there is room for them in registers
+            __m512 sums[R][F];
+            each<R * F>([&](auto i) INLINE_LAMBDA { sums[i / F][i % F] = memory[i / F][i % F]; });
+            multiply(sums);
+            each<R * F>([&](auto i) INLINE_LAMBDA { memory[i / F][i % F] = sums[i / F][i % F]; });
+        } else multiply(memory);
     }
 }
 
@@ -144,7 +180,7 @@ struct BlockKind {
 constexpr int MOST_ROWS = 8;
 
 // The smallest kind that takes so many rows, at most MOST_ROWS.
-template <int FIELDS, int PLANES> const BlockKind& kind_of(int64_t num_rows) {
+template <Fields FIELDS, int PLANES> const BlockKind& kind_of(int64_t num_rows) {
     static constexpr BlockKind KINDS[] = {
         {1, multiply_piece<FIELDS, PLANES, 1>}, {2, multiply_piece<FIELDS, PLANES, 2>},
         {3, multiply_piece<FIELDS, PLANES, 3>}, {4, multiply_piece<FIELDS, PLANES, 4>},

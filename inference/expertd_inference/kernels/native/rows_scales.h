@@ -14,15 +14,15 @@ constexpr int64_t floats_per_group = rows_per_unit(FORMAT) * 2 * LANES;
 
 // What a place of a strip counts too much, and so do its sums of activations: 16 of upper fields.
 template <int32_t FORMAT> constexpr float too_much(int place) {
-    return num_fields(FORMAT) == 2 && place % 2 == 0 ? 16 : 1;
+    return fields_of(FORMAT) == NIBBLES && place % 2 == 0 ? 16 : 1;
 }
 
 template <int32_t FORMAT> constexpr int row_of_place(int place) {
     return row_of_field(FORMAT, place / num_fields(FORMAT), place % num_fields(FORMAT));
 }
 
-// Whole tiles of scales that are fp16 or bfloat16 by themselves: of two groups of scales, and two of
-// zeros, lanes are units after a transposition of both.
+// Whole tiles of scales that are fp16 or bfloat16 by themselves: a register of the transposition
+// has two groups.
 template <int32_t FORMAT, bool WHOLE>
 void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
                         int64_t num, float* out) {

@@ -3,7 +3,8 @@
 //
 // A tile is 16 units by 64 columns. Its register k has in lane i columns 4k to 4k + 3 of unit i, a
 // byte each. A byte holds a field of one row of the unit, or one of two: the lower in its low four
-// bits, the other above it, which is found as the difference of byte and low bits.
+// bits, the other above it, which is found as the difference of byte and low bits. Of MXFP4, whose
+// values take more than four bits, the two rows have registers of their own.
 #pragma once
 
 #include "bf16_words.h"
@@ -12,17 +13,30 @@ namespace {
 
 constexpr int64_t LANES = 16; // units of a tile
 
-constexpr int tiles_per_vector(int32_t format) {
-    return format == HQQ3 ? 4 : format == HQQ2 || format == MXFP4 ? 2 : 1;
+// Where the fields of a tile are.
+enum Fields { WHOLE_BYTE, NIBBLES, TWO_BYTES };
+
+constexpr Fields fields_of(int32_t format) {
+    return format == HQQ8 ? WHOLE_BYTE : format == MXFP4 ? TWO_BYTES : NIBBLES;
 }
 
-constexpr int num_fields(int32_t format) { return format == HQQ8 || format == MXFP4 ? 1 : 2; }
+constexpr int num_fields(Fields fields) { return fields == WHOLE_BYTE ? 1 : 2; }
+constexpr int num_fields(int32_t format) { return num_fields(fields_of(format)); }
+
+constexpr int tiles_per_vector(int32_t format) {
+    return format == HQQ3 ? 4 : format == HQQ2 ? 2 : 1;
+}
+
+// Of 16 registers each.
+constexpr int registers_per_vector(int32_t format) {
+    return 16 * (format == MXFP4 ? 2 : tiles_per_vector(format));
+}
 
 // Which row of its unit a tile's field is; field 0 is the upper one.
 constexpr int row_of_field(int32_t format, int tile, int field) {
     if (format == HQQ3) return tile % 2 * 2 + tile / 2 + 4 * field;
     if (format == HQQ2) return tile + 2 * field;
-    return format == MXFP4 ? tile : field;
+    return field;
 }
 
 // Of MXFP4 a tile has twice the values, from 0 to 24: zero is 12.
@@ -41,7 +55,8 @@ INLINE __m512i load_pair(const uint8_t* lower, const uint8_t* upper) {
 // Half of a transposition of 16 rows of 16 double words: store(j, register) for j in 0 ... 7, the
 // register has in lane i word j of row i. load(i) is row i below row i + 4, of both the 32 bytes
 // with these words.
-template <class Load, class Store> INLINE void transpose_half(const Load& load, const Store& store) {
+template <class Load, class Store>
+INLINE void transpose_half(const Load& load, const Store& store) {
     __m512i pairs[8];
     each<2>([&](auto b) INLINE_LAMBDA {
         const __m512i a0 = load(b * 8), a1 = load(b * 8 + 1);
@@ -80,8 +95,8 @@ INLINE __m512i doubled_e2m1(__m512i nibbles) {
     return _mm512_shuffle_epi8(table, nibbles);
 }
 
-// The tiles of 16 units, 64 columns of them: tile t begins at tiles + t * apart. A unit's bytes are
-// `stride` apart from the next one's.
+// The tiles of 16 units, 64 columns of them: tile t, or the second row of MXFP4, begins at
+// tiles + t * apart. A unit's bytes are `stride` apart from the next one's.
 template <int32_t FORMAT>
 INLINE void make_tiles(const Places& from, int64_t stride, __m512i* tiles, int64_t apart) {
     const __m512i low_bits = _mm512_set1_epi8(0x0f), pairs = _mm512_set1_epi8(0x33);

@@ -1,5 +1,6 @@
 // bfloat16 activations on processors that multiply bfloat16 (Zen 4 and later, Sapphire Rapids and
-// later): 64 columns of a unit at a time, without a detour over float32.
+// later): 64 columns of a unit at a time, without a detour over float32. Several rows of
+// activations are rows.h's, and this is one row by itself:
 //
 // A 64-byte load holds 64 columns of each row of the unit. Of 3 and 2 bit and MXFP4 bf16_words.h
 // makes them bfloat16s of the value e + q, e being a small power of two; vdpbf16ps adds up pairs of
@@ -84,7 +85,8 @@ INLINE void multiply_vector(const Places* from, int64_t vector, __mmask64 mask, 
         }();
         each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
             __m512 sum;
-            if constexpr (is_fixed(FORMAT)) sum = multiply_integers<FORMAT, k>(weights, row, vector);
+            if constexpr (is_fixed(FORMAT))
+                sum = multiply_integers<FORMAT, k>(weights, row, vector);
             else sum = multiply_columns<FORMAT, k>(weights, row, vector);
             add(u, k, vector, sum, sums[u][k]);
         });
