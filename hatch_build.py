@@ -76,6 +76,14 @@ class Library:
         """What is compiled, each on its own."""
         return sorted(self.folder.glob("*.cpp"))
 
+    @property
+    def headers(self) -> list[Path]:
+        """What the sources may include: of their folder, and what all libraries share."""
+        return sorted([*self.folder.glob("*.h"), *(INCLUDED / "expertstore/cpp").glob("*.h")])
+
+
+INCLUDED = ROOT / "proto"
+
 
 LIBRARIES = (
     Library(ROOT / "expert_store/expertd/native", "libexpertd_packing.so"),
@@ -136,6 +144,7 @@ def _compile(library: Library, compiler: list[str], targets: dict[str, list[str]
     sources = [s for s in library.sources if (t := _target_of(s)) is None or t in targets]
     present = {target for source in sources if (target := _target_of(source))}
     command += [f"-DWITH_{target.upper()}" for target in sorted(present)]
+    command.append(f"-I{INCLUDED}")
     with tempfile.TemporaryDirectory(prefix="expertd-native-") as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
@@ -175,7 +184,7 @@ def _key(library: Library, compiler: list[str], targets: dict[str, list[str]]) -
     version = _run([*compiler, "--version"])
     flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
     digest = hashlib.sha256(repr((version, compiler, flags, targets)).encode())
-    for file in sorted([Path(__file__), *library.sources, *library.folder.glob("*.h")]):
+    for file in sorted([Path(__file__), *library.sources, *library.headers]):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

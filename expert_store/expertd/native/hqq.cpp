@@ -5,6 +5,9 @@
 
 #include <cmath>
 
+#include "expertstore/cpp/isa.h"
+#include "expertstore/cpp/numbers.h"
+
 namespace expertd {
 
 void hqq_units_portable(const HqqMatrix& matrix, int64_t begin, int64_t end) {
@@ -14,48 +17,20 @@ void hqq_units_portable(const HqqMatrix& matrix, int64_t begin, int64_t end) {
 namespace {
 
 struct Variant {
-    const char* name;
+    Isa isa;
     HqqUnits units;
-    bool usable;
 };
 
 // The fastest first.
-const Variant* variants() {
-    static const Variant all[] = {
+constexpr Variant kVariants[] = {
 #if defined(WITH_AVX512)
-        {"avx512", hqq_units_avx512,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
+    {Isa::AVX512, hqq_units_avx512},
 #endif
 #if defined(WITH_AVX2)
-        {"avx2", hqq_units_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+    {Isa::AVX2, hqq_units_avx2},
 #endif
-        {"portable", hqq_units_portable, true},
-        {nullptr, nullptr, false},
-    };
-    return all;
-}
-
-uint16_t to_bf16(float value) {  // of one that is a bfloat16
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return uint16_t(bits >> 16);
-}
-
-uint16_t to_half(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    if (bits >= 0x7f800000) return uint16_t(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to more than 65504
-    if (bits < 0x38800000) {                                 // subnormal: in units of 2^-24
-        float absolute;
-        std::memcpy(&absolute, &bits, sizeof bits);
-        return uint16_t(sign | uint32_t(std::nearbyint(absolute * 0x1p24f)));
-    }
-    return uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
-}
+    {Isa::PORTABLE, hqq_units_portable},
+};
 
 }  // namespace
 }  // namespace expertd
@@ -67,10 +42,12 @@ using namespace expertd;
 // Changes with HqqMatrix and the functions' arguments.
 EXPORT int32_t expertd_abi() { return 2; }
 
+EXPORT int64_t expertd_size_of_HqqMatrix() { return sizeof(HqqMatrix); }
+
 // The name of the index-th usable variant, the fastest first; null past the last.
 EXPORT const char* expertd_hqq_variant(int32_t index) {
-    for (const Variant* variant = variants(); variant->name; variant++) {
-        if (variant->usable && !index--) return variant->name;
+    for (const Variant& variant : kVariants) {
+        if (runs_here(variant.isa) && !index--) return name_of(variant.isa);
     }
     return nullptr;
 }
@@ -78,9 +55,9 @@ EXPORT const char* expertd_hqq_variant(int32_t index) {
 // Quantizes the units [begin, end) with the variant of that name; 0, or -1 if there is none.
 EXPORT int32_t expertd_hqq_units(const HqqMatrix* matrix, int64_t begin, int64_t end,
                                  const char* name) {
-    for (const Variant* variant = variants(); variant->name; variant++) {
-        if (!variant->usable || std::strcmp(variant->name, name)) continue;
-        variant->units(*matrix, begin, end);
+    for (const Variant& variant : kVariants) {
+        if (!runs_here(variant.isa) || std::strcmp(name_of(variant.isa), name)) continue;
+        variant.units(*matrix, begin, end);
         return 0;
     }
     return -1;
@@ -128,7 +105,7 @@ EXPORT void expertd_quantize_meta(const float* values, int64_t count, int64_t gr
             const float inside = x < 0.0f ? 0.0f : x > 255.0f ? 255.0f : x;
             q[i] = uint8_t((inside + kRounder) - kRounder);
         }
-        scale[group] = scales == kScalesBf16 ? to_bf16(stored) : to_half(stored);
-        zero[group] = to_half(offset);
+        scale[group] = scales == kScalesBf16 ? to_bf16(stored) : to_f16(stored);
+        zero[group] = to_f16(offset);
     }
 }

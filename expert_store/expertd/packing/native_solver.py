@@ -71,7 +71,7 @@ class NativeSolver:
     @classmethod
     def load(cls, variant: str | None = None) -> Self | str:
         """The solver, or why there is none."""
-        loaded = load(LIBRARY, abi=ABI)
+        loaded = load(LIBRARY, abi=ABI, structures={"HqqMatrix": _HqqMatrix})
         return loaded.reason if loaded.library is None else cls(loaded.library, variant)
 
     def solve(

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
-from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
+from expertd_inference.kernels.cpu.library import (
+    TYPES,
+    AttentionCall,
+    NativeAttentionPlan,
+    check_memory,
+    native_library,
+)
 
 
 class AttentionSpan(NamedTuple):
@@ -28,6 +34,7 @@ class AttentionSpan(NamedTuple):
     """The sequence's table: enough for ``position + num_rows`` tokens."""
 
 
+<<<<<<< HEAD
 class NativePlan(ctypes.Structure):
     """``AttentionPlan`` of ``native/attention.h``."""
 
@@ -52,6 +59,8 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+=======
+>>>>>>> efc950b (Native code: one place asks the processor, one conversion of 16-bit numbers, sizes of structures are compared at load, and no task allocates)
 class AttentionPlan:
     """The spans of a batch as native code reads them: built once a step, for all layers.
 
@@ -81,7 +90,11 @@ class AttentionPlan:
         self._numbers = (c_int64 * len(numbers))(*numbers)
         self._blocks = (c_int32 * len(blocks))(*blocks)
         count, address = len(self.spans), ctypes.addressof(self._numbers)
+<<<<<<< HEAD
         self._plan = NativePlan(
+=======
+        self._plan = NativeAttentionPlan(
+>>>>>>> efc950b (Native code: one place asks the processor, one conversion of 16-bit numbers, sizes of structures are compared at load, and no task allocates)
             address,
             address + 8 * count,
             address + 8 * (2 * count + 1),

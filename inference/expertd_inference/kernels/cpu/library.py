@@ -102,6 +102,40 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class NativeAttentionPlan(ctypes.Structure):
+    """``AttentionPlan`` of attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("positions", "first_rows", "first_blocks", "blocks")),
+        ("num_spans", ctypes.c_int64),
+    )
+
+
+class AttentionCall(ctypes.Structure):
+    """``AttentionCall`` of attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plan", "query", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "out", "sinks")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "key_width", "value_width")),
+        *((name, ctypes.c_int64) for name in ("query_row", "query_head", "key_row", "key_head")),
+        *((name, ctypes.c_int64) for name in ("value_row", "value_head", "out_row", "out_head")),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
+    )
+
+
+_STRUCTURES = {
+    "Matrix": NativeMatrix,
+    "Activation": NativeActivation,
+    "Layer": NativeLayer,
+    "ExpertsCall": NativeExpertsCall,
+    "LinearCall": LinearCall,
+    "AttentionPlan": NativeAttentionPlan,
+    "AttentionCall": AttentionCall,
+}
+"""By their names in native code."""
 _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
@@ -120,7 +154,7 @@ def check_memory(status: int) -> None:
 @cache
 def native_library() -> Loaded:
     """The library with its functions declared, or why it is not there. Loaded once."""
-    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS)
+    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS, structures=_STRUCTURES)
     library = loaded.library
     if library is not None:
         library.expertd_experts.argtypes = [ctypes.c_void_p]

@@ -203,7 +203,7 @@ class AttendJob final : public Job {
 
     int64_t barrier(int64_t task) const override { return task < appends ? 0 : appends; }
 
-    void run(int64_t task) override {
+    void run(int64_t task, int32_t) override {
         if (task >= appends) return attend.run(task - appends);
         const int64_t first = task * APPEND_ROWS;
         append_rows(call, first, std::min(num_rows, first + APPEND_ROWS));
@@ -223,6 +223,9 @@ class AttendJob final : public Job {
 };
 
 } // namespace
+
+EXPERTD_STRUCTURE(AttentionPlan)
+EXPERTD_STRUCTURE(AttentionCall)
 
 // Appends the rows' keys and values to their blocks; then each row attends to its own sequence up
 // to itself. 0, or 1 without memory.

@@ -38,6 +38,7 @@ class ExpertsJob final : public Job {
         sum_end = down_end + (call.out ? call.tokens : 0);
         hidden_bytes = impl.prepared_bytes(layer.gate_up, form);
         inner_bytes = impl.prepared_bytes(layer.down, form);
+        own_floats = std::max(2 * hidden_size, 2 * inner);
     }
 
     int64_t num_tasks() const { return sum_end; }
@@ -45,7 +46,8 @@ class ExpertsJob final : public Job {
     int64_t scratch_bytes() const {
         const auto num_pairs = static_cast<int64_t>(pairs.size());
         return call.tokens * hidden_bytes +
-               num_pairs * (inner_bytes + float_bytes(2 * inner) + float_bytes(hidden_size));
+               num_pairs * (inner_bytes + float_bytes(2 * inner) + float_bytes(hidden_size)) +
+               call.threads * own_floats * 4;
     }
 
     void use_scratch(uint8_t* memory) {
@@ -54,6 +56,7 @@ class ExpertsJob final : public Job {
         activated = hidden + call.tokens * hidden_bytes;
         gate_up = activated + num_pairs * inner_bytes;
         down = gate_up + num_pairs * float_bytes(2 * inner);
+        floats = reinterpret_cast<float*>(down + num_pairs * float_bytes(hidden_size));
     }
 
     int64_t barrier(int64_t task) const override {
@@ -64,16 +67,17 @@ class ExpertsJob final : public Job {
         return down_end;
     }
 
-    void run(int64_t task) override {
-        if (task < prepare_hidden_end) run_prepare(task);
+    void run(int64_t task, int32_t thread) override {
+        float* const own = floats + thread * own_floats;
+        if (task < prepare_hidden_end) run_prepare(task, own);
         else if (task < gate_up_end) run_gate_up(task - prepare_hidden_end);
-        else if (task < activate_end) run_activate(task - gate_up_end);
-        else if (task < down_end) run_down(task - activate_end);
-        else run_sum(task - down_end);
+        else if (task < activate_end) run_activate(task - gate_up_end, own);
+        else if (task < down_end) run_down(task - activate_end, own);
+        else run_sum(task - down_end, own);
     }
 
   private:
-    static int64_t float_bytes(int64_t count) { return (count * 4 + 63) / 64 * 64; }
+    static int64_t float_bytes(int64_t count) { return aligned(count * 4); }
 
     // Orders the (token, position) pairs by expert, in the order of the call's experts.
     void collect() {
@@ -115,12 +119,11 @@ class ExpertsJob final : public Job {
         return reinterpret_cast<float*>(down + pair * float_bytes(hidden_size));
     }
 
-    void run_prepare(int64_t token) const {
-        Floats row(hidden_size);
+    void run_prepare(int64_t token, float* row) const {
         const int64_t bytes = hidden_size * size_of(call.type);
         impl.widen(static_cast<const uint8_t*>(call.hidden) + token * bytes, call.type,
-                   hidden_size, row.data());
-        impl.prepare(layer.gate_up, row.data(), call.type, form, hidden + token * hidden_bytes);
+                   hidden_size, row);
+        impl.prepare(layer.gate_up, row, call.type, form, hidden + token * hidden_bytes);
     }
 
     void run_gate_up(int64_t task) const {
@@ -131,15 +134,15 @@ class ExpertsJob final : public Job {
                            [&](int64_t i) { return gate_up_of(group.first + i); });
     }
 
-    void run_activate(int64_t pair) const {
+    void run_activate(int64_t pair, float* bias) const {
         const uint8_t* record = groups[group_of[pair]].record;
         float* values = gate_up_of(pair);
-        finish(impl, layer.gate_up, record, 0, 2 * inner, call.type, values);
+        finish(impl, layer.gate_up, record, 0, 2 * inner, call.type, values, bias);
         impl.activate(layer.activation, values, values + inner, inner, call.type, values);
         impl.prepare(layer.down, values, call.type, form, prepared_inner(pair));
     }
 
-    void run_down(int64_t task) const {
+    void run_down(int64_t task, float* bias) const {
         const Group& group = groups[task / down_tasks.count];
         const auto [first, last] = down_tasks.range(task % down_tasks.count);
         multiply_in_blocks(impl, layer.down, group.record, first, last, group.count, call.type, form,
@@ -148,13 +151,14 @@ class ExpertsJob final : public Job {
         const int64_t units = num_units(layer.down);
         for (int64_t i = 0; i < group.count; ++i)
             for (int64_t k = 0; k < rows_per_unit(layer.down.format); ++k)
-                store(group, group.first + i, first + k * units, last - first);
+                store(group, group.first + i, first + k * units, last - first, bias);
     }
 
     // Rows [row, row + count) of a pair's result: rounded, biased, weighted, into its slot.
-    void store(const Group& group, int64_t pair, int64_t row, int64_t count) const {
+    void store(const Group& group, int64_t pair, int64_t row, int64_t count,
+               float* bias) const {
         float* values = down_of(pair) + row;
-        finish(impl, layer.down, group.record, row, count, call.type, values);
+        finish(impl, layer.down, group.record, row, count, call.type, values, bias);
         const int64_t slot = pairs[pair].slot;
         float weight;
         impl.widen(static_cast<const uint8_t*>(call.top_k_weights) +
@@ -167,20 +171,18 @@ class ExpertsJob final : public Job {
     }
 
     // As torch adds up fewer than 16 rows: one after the other, in float32.
-    void run_sum(int64_t token) const {
-        Floats sum(hidden_size), row(hidden_size);
-        std::fill(sum.begin(), sum.end(), 0.0f);
+    void run_sum(int64_t token, float* sum) const {
+        float* const row = sum + hidden_size;
+        std::fill(sum, sum + hidden_size, 0.0f);
         const int64_t bytes = hidden_size * size_of(call.slots_type);
         const auto* slots = static_cast<const uint8_t*>(call.slots) + token * call.k * bytes;
         for (int64_t position = 0; position < call.k; ++position) {
-            impl.widen(slots + position * bytes, call.slots_type, hidden_size, row.data());
+            impl.widen(slots + position * bytes, call.slots_type, hidden_size, row);
             for (int64_t i = 0; i < hidden_size; ++i) sum[i] += row[i];
         }
         // torch rounds the sum to the slots' type, and that to the result's.
-        impl.narrow(sum.data(), hidden_size, call.slots_type, row.data());
-        Floats rounded(hidden_size);
-        impl.widen(row.data(), call.slots_type, hidden_size, rounded.data());
-        impl.narrow(rounded.data(), hidden_size, call.type,
+        impl.round(sum, hidden_size, call.slots_type);
+        impl.narrow(sum, hidden_size, call.type,
                     static_cast<uint8_t*>(call.out) + token * hidden_size * size_of(call.type));
     }
 
@@ -197,9 +199,15 @@ class ExpertsJob final : public Job {
     int64_t prepare_hidden_end, gate_up_end, activate_end, down_end, sum_end;
     int64_t hidden_bytes, inner_bytes;
     uint8_t *hidden, *activated, *gate_up, *down;
+    int64_t own_floats; // of each thread
+    float* floats;
 };
 
 } // namespace
+
+EXPERTD_STRUCTURE(Activation)
+EXPERTD_STRUCTURE(Layer)
+EXPERTD_STRUCTURE(ExpertsCall)
 
 // Fills the slots of the call's experts, and with `out` sums them. 0, or 1 without memory.
 EXPERTD_API int32_t expertd_experts(const ExpertsCall* call) {

@@ -5,6 +5,11 @@
 
 #define EXPERTD_API extern "C" __attribute__((visibility("default")))
 
+// Exports the size of a structure that Python has, too, which compares them when it loads the
+// library. In one source each.
+#define EXPERTD_STRUCTURE(NAME)                                                                    \
+    EXPERTD_API int64_t expertd_size_of_##NAME() { return sizeof(NAME); }
+
 // Changes with any structure or function here; kernels/cpu/library.py has the same number.
 #define EXPERTD_ABI 4
 

@@ -12,46 +12,50 @@ class LinearJob final : public Job {
   public:
     explicit LinearJob(const LinearCall& call)
         : call(call), matrix(*call.matrix), impl(variant()), form(form_of(call.tokens, call.flags)),
-          chunks(matrix, 1, call.threads), row_bytes(impl.prepared_bytes(matrix, form)) {}
+          chunks(matrix, 1, call.threads), row_bytes(impl.prepared_bytes(matrix, form)),
+          own_floats(std::max(matrix.columns, chunks.units_each)) {}
 
     int64_t num_tasks() const { return call.tokens + chunks.count; }
 
-    int64_t scratch_bytes() const { return call.tokens * (row_bytes + result_bytes()); }
+    int64_t scratch_bytes() const {
+        return call.tokens * (row_bytes + result_bytes()) + call.threads * own_floats * 4;
+    }
 
     void use_scratch(uint8_t* memory) {
         prepared = memory;
-        results = memory + call.tokens * row_bytes;
+        results = prepared + call.tokens * row_bytes;
+        floats = reinterpret_cast<float*>(results + call.tokens * result_bytes());
     }
 
     int64_t barrier(int64_t task) const override { return task < call.tokens ? 0 : call.tokens; }
 
-    void run(int64_t task) override {
-        if (task < call.tokens) prepare(task);
-        else multiply(task - call.tokens);
+    void run(int64_t task, int32_t thread) override {
+        float* const own = floats + thread * own_floats;
+        if (task < call.tokens) prepare(task, own);
+        else multiply(task - call.tokens, own);
     }
 
   private:
-    int64_t result_bytes() const { return (matrix.rows * 4 + 63) / 64 * 64; }
+    int64_t result_bytes() const { return aligned(matrix.rows * 4); }
 
     float* result(int64_t token) const {
         return reinterpret_cast<float*>(results + token * result_bytes());
     }
 
-    void prepare(int64_t token) const {
-        Floats row(matrix.columns);
+    void prepare(int64_t token, float* row) const {
         const int64_t bytes = matrix.columns * size_of(call.type);
         impl.widen(static_cast<const uint8_t*>(call.x) + token * bytes, call.type, matrix.columns,
-                   row.data());
-        impl.prepare(matrix, row.data(), call.type, form, prepared + token * row_bytes);
+                   row);
+        impl.prepare(matrix, row, call.type, form, prepared + token * row_bytes);
     }
 
-    void multiply(int64_t task) const {
+    void multiply(int64_t task, float* bias) const {
         const auto [first, last] = chunks.range(task);
         multiply_in_blocks(impl, matrix, nullptr, first, last, call.tokens, call.type, form,
                            [&](int64_t i) { return prepared + i * row_bytes; },
                            [&](int64_t i) { return result(i); });
         for (int64_t token = 0; token < call.tokens; ++token)
-            finish_linear(impl, call, first, last, token, result(token));
+            finish_linear(impl, call, first, last, token, result(token), bias);
     }
 
     const LinearCall& call;
@@ -59,8 +63,9 @@ class LinearJob final : public Job {
     const Variant& impl;
     const Form form;
     const Chunks chunks;
-    const int64_t row_bytes;
+    const int64_t row_bytes, own_floats; // the latter of each thread
     uint8_t *prepared, *results;
+    float* floats;
 };
 
 class DequantizeJob final : public Job {
@@ -72,7 +77,7 @@ class DequantizeJob final : public Job {
 
     int64_t barrier(int64_t) const override { return 0; }
 
-    void run(int64_t task) override {
+    void run(int64_t task, int32_t) override {
         const int64_t units = last - first;
         const int64_t begin = units * task / num_tasks, end = units * (task + 1) / num_tasks;
         const int64_t row = matrix.columns * size_of(type);
@@ -91,6 +96,9 @@ class DequantizeJob final : public Job {
 };
 
 } // namespace
+
+EXPERTD_STRUCTURE(Matrix)
+EXPERTD_STRUCTURE(LinearCall)
 
 // out = x times the matrix, transposed, whose places are addresses. 0, or 1 without memory.
 EXPERTD_API int32_t expertd_linear(const LinearCall* call) {

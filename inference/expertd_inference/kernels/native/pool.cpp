@@ -67,7 +67,6 @@ struct Pool {
     std::atomic<int64_t> done{0};
     std::atomic<Job*> job{nullptr};
     std::atomic<int32_t> threads{0};
-    std::atomic<bool> failed{false};
     int32_t num_workers = 0;
     uint8_t* scratch = nullptr;
     int64_t scratch_bytes = 0;
@@ -101,7 +100,7 @@ int64_t take(Pool& pool, uint32_t number) {
     }
 }
 
-void work(Pool& pool, uint32_t number) {
+void work(Pool& pool, uint32_t number, int32_t thread) noexcept {
     for (;;) {
         const int64_t task = take(pool, number);
         if (task < 0) return;
@@ -112,11 +111,7 @@ void work(Pool& pool, uint32_t number) {
             if (pool.done.load() >= needed) break;
             pool.progress.wait(seen);
         }
-        try {
-            job.run(task);
-        } catch (...) { // counted as done, or others would wait for it
-            pool.failed.store(true);
-        }
+        job.run(task, thread);
         pool.done.fetch_add(1);
         pool.progress.raise();
     }
@@ -139,7 +134,7 @@ void* worker_main(void* argument) {
             continue;
         }
         seen = now;
-        if (worker.number < pool.threads.load()) work(pool, now);
+        if (worker.number < pool.threads.load()) work(pool, now, worker.number);
     }
 }
 
@@ -177,19 +172,17 @@ void run_job(Job& job, int64_t num_tasks, int32_t threads) {
     pool.next.store(ticket | UINT32_MAX);
     pool.job.store(&job);
     pool.done.store(0);
-    pool.failed.store(false);
     pool.num_tasks.store(num_tasks);
     pool.threads.store(threads);
     pool.next.store(ticket);
     if (threads > 1) pool.started.raise();
     else pool.started.value.store(number);
-    work(pool, number);
+    work(pool, number, 0);
     while (pool.done.load() < num_tasks) {
         const uint32_t seen = pool.progress.value.load();
         if (pool.done.load() >= num_tasks) break;
         pool.progress.wait(seen);
     }
-    if (pool.failed.load()) throw std::bad_alloc();
 }
 
 uint8_t* pool_scratch(int64_t num_bytes) {

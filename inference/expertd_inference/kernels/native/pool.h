@@ -7,7 +7,9 @@
 // Work of `num_tasks` tasks, which threads take in rising order.
 class Job {
   public:
-    virtual void run(int64_t task) = 0;
+    // `thread` is below the job's number of threads, and no other task has it at the time: what a
+    // task needs for itself is laid out by it before the job begins. Tasks allocate nothing.
+    virtual void run(int64_t task, int32_t thread) = 0;
 
     // Before a task of the returned number or above is run, all below it must be done.
     // `task` is the one that is to run next.
@@ -18,8 +20,7 @@ class Job {
 };
 
 // Runs `job` on at most `threads` threads, the caller among them, and returns when it is done.
-// One job runs at a time; a second caller waits. Works again in a forked child. Throws
-// std::bad_alloc if a task threw anything: its own thread must not end the process.
+// One job runs at a time; a second caller waits. Works again in a forked child. No task may throw.
 void run_job(Job& job, int64_t num_tasks, int32_t threads);
 
 // Memory that lives as long as the pool's current job: at least `num_bytes`, 64-byte aligned.

@@ -6,6 +6,7 @@
 
 #include "program.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -37,6 +38,7 @@ class ProgramJob final : public Job {
           impl(variant()) {
         pieces.reserve(2 * count + 1);
         for (int64_t i = 0; i < count;) i = add(i, count);
+        own_place = take_scratch(threads * own_bytes);
     }
 
     int64_t num_tasks() const { return tasks; }
@@ -45,11 +47,12 @@ class ProgramJob final : public Job {
 
     int64_t barrier(int64_t task) const override { return piece_of(task).barrier; }
 
-    void run(int64_t task) override {
+    void run(int64_t task, int32_t thread) override {
+        uint8_t* const own = memory + own_place + thread * own_bytes;
         const Piece& piece = piece_of(task);
-        if (!piece.serial) return run_part(piece, task - piece.first);
-        for (int64_t i = piece.operation; i < piece.end; ++i) run_whole(operations[i]);
-        for (int64_t i = piece.prepare; i < piece.prepare_end; ++i) prepare(prepared[i]);
+        if (!piece.serial) return run_part(piece, task - piece.first, own);
+        for (int64_t i = piece.operation; i < piece.end; ++i) run_whole(operations[i], own);
+        for (int64_t i = piece.prepare; i < piece.prepare_end; ++i) prepare(prepared[i], own);
     }
 
   private:
@@ -78,11 +81,15 @@ class ProgramJob final : public Job {
     int64_t add(int64_t i, int64_t count) {
         if (operations[i].kind == ATTEND) {
             Piece& piece = new_piece(i, false);
-            tasks += call_of<AttendCall>(operations[i]).kv_heads;
+            const auto& call = call_of<AttendCall>(operations[i]);
+            tasks += call.kv_heads;
+            need(normed_bytes(call) + step_attend_bytes(shape_of(call)));
             piece.end = i + 1;
             return i + 1;
         }
         if (operations[i].kind != LINEAR) {
+            if (operations[i].kind == ROUTE)
+                need(step_route_bytes(call_of<RouteCall>(operations[i]).n));
             Piece& piece = serial_piece(i);
             piece.end = i + 1;
             return i + 1;
@@ -102,6 +109,7 @@ class ProgramJob final : public Job {
             Piece& piece = new_piece(j, false);
             piece.barrier = barrier;
             piece.chunks = Chunks(*call.matrix, 1, threads);
+            need(4 * std::max(call.matrix->columns, piece.chunks.units_each));
             piece.input = inputs[j - i];
             piece.result = take_scratch(call.matrix->rows * 4);
             tasks += piece.chunks.count;
@@ -139,33 +147,36 @@ class ProgramJob final : public Job {
         return end;
     }
 
+    // Of each thread's own scratch, which no two tasks use at the same time.
+    void need(int64_t bytes) { own_bytes = std::max(own_bytes, aligned(bytes)); }
+
     int64_t take_scratch(int64_t bytes) {
         const int64_t place = scratch;
-        scratch += (bytes + 63) / 64 * 64;
+        scratch += aligned(bytes);
         return place;
     }
 
-    void prepare(const Prepared& input) const {
+    void prepare(const Prepared& input, uint8_t* own) const {
         const LinearCall& call = *input.call;
-        Floats row(call.matrix->columns);
-        impl.widen(call.x, call.type, call.matrix->columns, row.data());
-        impl.prepare(*call.matrix, row.data(), call.type, form_of(1, call.flags),
+        auto* row = reinterpret_cast<float*>(own);
+        impl.widen(call.x, call.type, call.matrix->columns, row);
+        impl.prepare(*call.matrix, row, call.type, form_of(1, call.flags),
                      memory + input.place);
     }
 
-    void run_part(const Piece& piece, int64_t part) const {
+    void run_part(const Piece& piece, int64_t part, uint8_t* own) const {
         const Operation& operation = operations[piece.operation];
-        if (operation.kind == ATTEND) return attend(call_of<AttendCall>(operation), part);
+        if (operation.kind == ATTEND) return attend(call_of<AttendCall>(operation), part, own);
         const LinearCall& call = call_of<LinearCall>(operation);
         const auto [first, last] = piece.chunks.range(part);
         auto* result = reinterpret_cast<float*>(memory + piece.result);
         const uint8_t* input = memory + prepared[piece.input].place;
         impl.multiply(*call.matrix, nullptr, first, last, &input, &result, 1, call.type,
                       form_of(1, call.flags));
-        finish_linear(impl, call, first, last, 0, result);
+        finish_linear(impl, call, first, last, 0, result, reinterpret_cast<float*>(own));
     }
 
-    void run_whole(const Operation& operation) const {
+    void run_whole(const Operation& operation, uint8_t* own) const {
         switch (operation.kind) {
         case EMBED: {
             const auto& c = call_of<EmbedCall>(operation);
@@ -186,37 +197,44 @@ class ProgramJob final : public Job {
         case ROUTE: {
             const auto& c = call_of<RouteCall>(operation);
             step_route(c.logits, 1, c.n, c.k, c.normalize, c.float_weights, c.weights, c.index,
-                       c.type);
+                       c.type, own);
             break;
         }
         }
     }
 
     // The heads that share keys `kv`.
-    void attend(const AttendCall& c, int64_t kv) const {
+    static int64_t normed_bytes(const AttendCall& c) { // more than enough
+        return aligned((c.heads / c.kv_heads + 1) * c.d * 4);
+    }
+
+    Attention shape_of(const AttendCall& c) const {
+        const int64_t stride = c.room * c.d;
+        return {c.heads, c.kv_heads, position + 1, c.d, c.d, stride, c.d, stride, c.d, c.scale};
+    }
+
+    void attend(const AttendCall& c, int64_t kv, uint8_t* own) const {
         const int64_t group = c.heads / c.kv_heads, head = kv * group, d = c.d;
         const int64_t row = (kv * c.room + position) * d;
         uint8_t* turned = at(c.turned, head * d, c.type);
         uint8_t* key = at(c.keys, row, c.type);
         const uint8_t* q = at(c.q, head * d, c.type);
         const uint8_t* k = at(c.k, kv * d, c.type);
-        Floats normed((group + 1) * d); // more than enough
+        auto* normed = reinterpret_cast<float*>(own);
         if (c.q_weight) {
-            expertd_rms_norm(q, c.q_weight, normed.data(), group, d, c.eps, c.round_first, c.type);
-            q = reinterpret_cast<uint8_t*>(normed.data());
+            expertd_rms_norm(q, c.q_weight, normed, group, d, c.eps, c.round_first, c.type);
+            q = reinterpret_cast<uint8_t*>(normed);
         }
         if (c.k_weight) {
-            auto* out = normed.data() + group * d;
+            auto* out = normed + group * d;
             expertd_rms_norm(k, c.k_weight, out, 1, d, c.eps, c.round_first, c.type);
             k = reinterpret_cast<uint8_t*>(out);
         }
         step_rotate(q, d, group, d, c.cos, c.sin, turned, d, c.type);
         step_rotate(k, d, 1, d, c.cos, c.sin, key, d, c.type);
         memcpy(at(c.values, row, c.type), at(c.v, kv * d, c.type), d * size_of(c.type));
-        const int64_t stride = c.room * d;
-        const Attention shape = {c.heads, c.kv_heads, position + 1, d, d, stride, d, stride, d,
-                                 c.scale};
-        step_attend(c.turned, c.keys, c.values, c.out, shape, kv, kv + 1, c.type);
+        step_attend(c.turned, c.keys, c.values, c.out, shape_of(c), kv, kv + 1, c.type,
+                    reinterpret_cast<float*>(own + normed_bytes(c)));
     }
 
     const Operation* const operations;
@@ -225,11 +243,18 @@ class ProgramJob final : public Job {
     const Variant& impl;
     std::vector<Piece> pieces;
     std::vector<Prepared> prepared;
-    int64_t tasks = 0, scratch = 0;
+    int64_t tasks = 0, scratch = 0, own_bytes = 0, own_place = 0;
     uint8_t* memory = nullptr;
 };
 
 } // namespace
+
+EXPERTD_STRUCTURE(Operation)
+EXPERTD_STRUCTURE(EmbedCall)
+EXPERTD_STRUCTURE(AddCall)
+EXPERTD_STRUCTURE(NormCall)
+EXPERTD_STRUCTURE(AttendCall)
+EXPERTD_STRUCTURE(RouteCall)
 
 // Runs `count` operations for `token`, which is number `position` of its sequence. What an
 // operation reads was made by one before it, or before the call. 0, or 1 without memory.

@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "expertstore/cpp/isa.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -56,7 +57,7 @@ class ReadJob final : public Job {
     int64_t num_tasks() const { return (num_bytes + TASK_BYTES - 1) / TASK_BYTES; }
     int64_t barrier(int64_t) const override { return 0; }
 
-    void run(int64_t task) override {
+    void run(int64_t task, int32_t) override {
         const int64_t left = num_bytes - task * TASK_BYTES;
         total += read(address + task * TASK_BYTES, left < TASK_BYTES ? left : TASK_BYTES, streams,
                       ahead);
@@ -67,7 +68,7 @@ class ReadJob final : public Job {
   private:
     static uint64_t read(const uint8_t* address, int64_t num_bytes, int streams, int ahead) {
 #if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx512f"))
+        if (runs_here(Isa::AVX512))
             return read_wide(address, num_bytes, streams, ahead);
 #endif
         return read_portable(address, num_bytes, streams, ahead);

@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #include "kernels.h"
 #include "pool.h"
 #include "step.h"
+#include "tasks.h"
 
 namespace {
 
@@ -229,11 +229,11 @@ template <typename T> INLINE void add(const T *x, const T *y, T *out, int64_t n)
 
 // torch.topk's own choice on CPU, so that equal probabilities are told apart as there
 // (aten/src/ATen/native/TopKImpl.h: nth_element or partial_sort by size, NaN first).
+typedef std::pair<float, int64_t> Choice;
+
 template <typename T>
 void route(const T *logits, int64_t rows, int64_t n, int64_t k, bool normalize, T *as_logits,
-           float *as_float, int64_t *index) {
-    typedef std::pair<float, int64_t> Choice;
-    std::vector<Choice> choices(static_cast<size_t>(n));
+           float *as_float, int64_t *index, Choice *choices) {
     auto before = [](const Choice &x, const Choice &y) {
         return (std::isnan(x.first) && !std::isnan(y.first)) || x.first > y.first;
     };
@@ -247,22 +247,22 @@ void route(const T *logits, int64_t rows, int64_t n, int64_t k, bool normalize, 
         for (int64_t i = 0; i < n; i++) {
             float power = std::exp(widen(logits[i]) - most);
             total += power;
-            choices[size_t(i)] = Choice(power, i);
+            choices[i] = Choice(power, i);
         }
-        for (auto &choice : choices) choice.first /= total;
-        auto kth = choices.begin() + k;
+        for (int64_t i = 0; i < n; i++) choices[i].first /= total;
+        Choice *kth = choices + k;
         if (k * 64 <= n) {
-            std::partial_sort(choices.begin(), kth, choices.end(), before);
+            std::partial_sort(choices, kth, choices + n, before);
         } else {
-            std::nth_element(choices.begin(), kth - 1, choices.end(), before);
-            std::sort(choices.begin(), kth - 1, before);
+            std::nth_element(choices, kth - 1, choices + n, before);
+            std::sort(choices, kth - 1, before);
         }
         float chosen = 0;
-        for (int64_t i = 0; i < k; i++) chosen += choices[size_t(i)].first;
+        for (int64_t i = 0; i < k; i++) chosen += choices[i].first;
         for (int64_t i = 0; i < k; i++) {
-            float weight = choices[size_t(i)].first;
+            float weight = choices[i].first;
             if (normalize) weight /= chosen;
-            index[row * k + i] = choices[size_t(i)].second;
+            index[row * k + i] = choices[i].second;
             if (as_float) as_float[row * k + i] = weight;
             if (as_logits) narrow(weight, as_logits[row * k + i]);
         }
@@ -332,18 +332,22 @@ constexpr int64_t MIN_SHARED_PRODUCTS = 1 << 17;
 class AttendJob final : public Job {
   public:
     AttendJob(const void *q, const void *k, const void *v, void *out, const Attention &shape,
-              int32_t type)
-        : q(q), k(k), v(v), out(out), shape(shape), type(type) {}
+              int32_t type, uint8_t *scratch)
+        : q(q), k(k), v(v), out(out), shape(shape), type(type), scratch(scratch) {}
 
     int64_t barrier(int64_t) const override { return 0; }
 
-    void run(int64_t kv) override { step_attend(q, k, v, out, shape, kv, kv + 1, type); }
+    void run(int64_t kv, int32_t thread) override {
+        auto *own = reinterpret_cast<float *>(scratch + thread * step_attend_bytes(shape));
+        step_attend(q, k, v, out, shape, kv, kv + 1, type, own);
+    }
 
   private:
     const void *const q, *const k, *const v;
     void *const out;
     const Attention &shape;
     const int32_t type;
+    uint8_t *const scratch;
 };
 
 CLONES int64_t argmax_bf16(const Bf16 *x, int64_t n) { return argmax(x, n); }
@@ -351,18 +355,20 @@ CLONES int64_t argmax_f32(const float *x, int64_t n) { return argmax(x, n); }
 
 }  // namespace
 
+int64_t step_attend_bytes(const Attention &a) {
+    return aligned(AT_ONCE * (2 * a.d + a.length) * int64_t(sizeof(float)));
+}
+
 void step_attend(const void *q, const void *k, const void *v, void *out, const Attention &a,
-                 int64_t first_kv, int64_t last_kv, int32_t type) {
-    // Not inside: GCC takes a function with CLONES for one that cannot throw, whatever it does.
-    std::vector<float> scratch(size_t(AT_ONCE * (2 * a.d + a.length)));
+                 int64_t first_kv, int64_t last_kv, int32_t type, float *scratch) {
     if (type == BF16)
         attend_bf16(static_cast<const Bf16 *>(q), static_cast<const Bf16 *>(k),
                     static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a, first_kv, last_kv,
-                    scratch.data());
+                    scratch);
     else
         attend_f32(static_cast<const float *>(q), static_cast<const float *>(k),
                    static_cast<const float *>(v), static_cast<float *>(out), a, first_kv, last_kv,
-                   scratch.data());
+                   scratch);
 }
 
 void step_rotate(const void *x, int64_t head_stride, int64_t heads, int64_t d, const void *cos,
@@ -404,11 +410,10 @@ EXPERTD_API int32_t expertd_attend(const void *q, const void *k, const void *v, 
                                    int64_t v_row, float scale, int32_t type, int32_t threads) {
     const Attention a = {heads, kv_heads, length, d, q_head, k_head, k_row, v_head, v_row, scale};
     return without_memory([&] {
-        if (threads == 1 || heads * length * d < MIN_SHARED_PRODUCTS)
-            return step_attend(q, k, v, out, a, 0, kv_heads, type);
         PoolLock lock;
-        AttendJob job(q, k, v, out, a, type);
-        run_job(job, kv_heads, threads);
+        const int32_t useful = heads * length * d < MIN_SHARED_PRODUCTS ? 1 : threads;
+        AttendJob job(q, k, v, out, a, type, pool_scratch(useful * step_attend_bytes(a)));
+        run_job(job, kv_heads, useful);
     });
 }
 
@@ -420,15 +425,19 @@ EXPERTD_API void expertd_rotate(const void *q, const void *k, const void *cos, c
     step_rotate(k, k_head, kv_heads, d, cos, sin, k_out, d, type);
 }
 
+int64_t step_route_bytes(int64_t n) { return aligned(n * int64_t(sizeof(Choice))); }
+
 void step_route(const void *logits, int64_t rows, int64_t n, int64_t k, int32_t normalize,
-                int32_t float_weights, void *weights, int64_t *index, int32_t type) {
+                int32_t float_weights, void *weights, int64_t *index, int32_t type,
+                uint8_t *scratch) {
     float *as_float = float_weights ? static_cast<float *>(weights) : nullptr;
+    auto *choices = reinterpret_cast<Choice *>(scratch);
     if (type == BF16)
         route(static_cast<const Bf16 *>(logits), rows, n, k, normalize,
-              float_weights ? nullptr : static_cast<Bf16 *>(weights), as_float, index);
+              float_weights ? nullptr : static_cast<Bf16 *>(weights), as_float, index, choices);
     else
         route(static_cast<const float *>(logits), rows, n, k, normalize,
-              float_weights ? nullptr : static_cast<float *>(weights), as_float, index);
+              float_weights ? nullptr : static_cast<float *>(weights), as_float, index, choices);
 }
 
 // The k likeliest of n by softmax, with their probabilities, in the logits' dtype or in float32.
@@ -437,7 +446,9 @@ EXPERTD_API int32_t expertd_route(const void *logits, int64_t rows, int64_t n, i
                                   int32_t normalize, int32_t float_weights, void *weights,
                                   int64_t *index, int32_t type) {
     return without_memory([=] {
-        step_route(logits, rows, n, k, normalize, float_weights, weights, index, type);
+        PoolLock lock;
+        step_route(logits, rows, n, k, normalize, float_weights, weights, index, type,
+                   pool_scratch(step_route_bytes(n)));
     });
 }
 

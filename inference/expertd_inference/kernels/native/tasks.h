@@ -2,26 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <utility>
 
 #include "variant.h"
 
 inline int64_t size_of(int32_t type) { return type == F32 ? 4 : 2; }
 
-// Scratch of one task, not initialized.
-class Floats {
-  public:
-    explicit Floats(int64_t count) : values(new float[count]), count(count) {}
-    float* data() { return values.get(); }
-    float* begin() { return values.get(); }
-    float* end() { return values.get() + count; }
-    float& operator[](int64_t i) { return values[i]; }
-
-  private:
-    std::unique_ptr<float[]> values;
-    int64_t count;
-};
+// Bytes that begin on a line of the cache, if those before them do.
+constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // A matrix in tasks of at most MOST_BYTES of weights: enough that a stream gets up to speed. They
 // are smaller where less than TASKS_PER_THREAD would come of it, so that a thread which comes
@@ -49,9 +37,10 @@ class Chunks {
     }
 
     int64_t count = 0;
+    int64_t units_each = 0; // at most
 
   private:
-    int64_t units = 0, units_each = 0;
+    int64_t units = 0;
 };
 
 // Units [first, last) times `num_rows` rows of activations; `input` and `output` say where.
@@ -71,31 +60,31 @@ void multiply_in_blocks(const Variant& impl, const Matrix& matrix, const uint8_t
     }
 }
 
-// Rounds products [row, row + count) as torch does after a product, and adds the bias.
+// Rounds products [row, row + count) as torch does after a product, and adds the bias, for which
+// there are `count` floats of scratch.
 inline void finish(const Variant& impl, const Matrix& matrix, const uint8_t* base, int64_t row,
-                   int64_t count, int32_t type, float* values) {
+                   int64_t count, int32_t type, float* values, float* bias) {
     if (type != F32) impl.round(values, count, type);
     if (matrix.bias < 0) return;
-    Floats bias(count);
     impl.widen(base + matrix.bias + row * size_of(matrix.bias_format), matrix.bias_format, count,
-               bias.data());
-    impl.round(bias.data(), count, type);
+               bias);
+    impl.round(bias, count, type);
     for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
     impl.round(values, count, type);
 }
 
 // Units [first, last) of a linear layer's result for one row of activations, in the call's type,
-// the bias included. `result` is float32 scratch of the whole row.
+// the bias included, for which there are last - first floats of scratch. `result` has the whole
+// row, in float32.
 inline void finish_linear(const Variant& impl, const LinearCall& call, int64_t first, int64_t last,
-                          int64_t token, float* result) {
+                          int64_t token, float* result, float* bias) {
     const Matrix& matrix = *call.matrix;
     for (int64_t k = 0; k < rows_per_unit(matrix.format); ++k) {
         const int64_t row = first + k * num_units(matrix);
         if (matrix.bias >= 0) {
             const auto* place = reinterpret_cast<const uint8_t*>(matrix.bias);
-            Floats bias(last - first);
             impl.widen(place + row * size_of(matrix.bias_format), matrix.bias_format, last - first,
-                       bias.data());
+                       bias);
             for (int64_t i = 0; i < last - first; ++i) result[row + i] += bias[i];
         }
         impl.narrow(result + row, last - first, call.type,

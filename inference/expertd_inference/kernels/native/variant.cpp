@@ -1,64 +1,35 @@
 #include "variant.h"
 
-#include <cstdlib>
 #include <cstring>
+
+#include "expertstore/cpp/isa.h"
 
 extern const Variant VARIANT_PORTABLE, VARIANT_AVX2, VARIANT_AVX512, VARIANT_AVX512BF16;
 
 namespace {
 
-bool has_avx2() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("bmi2");
-#else
-    return false;
-#endif
-}
-
-bool has_avx512() {
-#if defined(__x86_64__)
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return false;
-#endif
-}
-
-bool has_avx512bf16() {
-#if defined(__x86_64__)
-    return has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
-#endif
-}
-
-bool always() { return true; }
-
 struct Choice {
     const Variant* variant;
-    bool (*runs_here)();
+    Isa isa;
 };
 
 // The best first.
 constexpr Choice CHOICES[] = {
 #ifdef WITH_AVX512BF16
-    {&VARIANT_AVX512BF16, has_avx512bf16},
+    {&VARIANT_AVX512BF16, Isa::AVX512BF16},
 #endif
 #ifdef WITH_AVX512
-    {&VARIANT_AVX512, has_avx512},
+    {&VARIANT_AVX512, Isa::AVX512},
 #endif
 #ifdef WITH_AVX2
-    {&VARIANT_AVX2, has_avx2},
+    {&VARIANT_AVX2, Isa::AVX2},
 #endif
-    {&VARIANT_PORTABLE, always},
+    {&VARIANT_PORTABLE, Isa::PORTABLE},
 };
 
 const Variant& choose() {
     for (const Choice& choice : CHOICES)
-        if (choice.runs_here()) return *choice.variant;
+        if (runs_here(choice.isa)) return *choice.variant;
     return VARIANT_PORTABLE;
 }
 
@@ -75,9 +46,9 @@ const Variant& variant() {
 // null, and changes nothing, if it was not compiled or this processor lacks it.
 EXPERTD_API const char* expertd_use_isa(const char* name) {
     for (const Choice& choice : CHOICES)
-        if (choice.runs_here() && (!name || !strcmp(name, choice.variant->name))) {
+        if (runs_here(choice.isa) && (!name || !strcmp(name, name_of(choice.isa)))) {
             chosen = choice.variant;
-            return chosen->name;
+            return name_of(choice.isa);
         }
     return nullptr;
 }

@@ -45,7 +45,6 @@ constexpr int64_t ROWS_AT_ONCE = 64;
 struct AttentionTile;
 
 struct Variant {
-    const char* name;
     // Bytes of a row of activations as `multiply` wants it, a multiple of 64.
     int64_t (*prepared_bytes)(const Matrix& matrix, Form form);
     // `row` [columns] holds values of `type`, which was rounded to before.

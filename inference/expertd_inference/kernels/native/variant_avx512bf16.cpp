@@ -314,14 +314,15 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
 } // namespace
 
 extern const Variant VARIANT_AVX512BF16;
-const Variant VARIANT_AVX512BF16 = {"avx512bf16",
-                                    prepared_bytes,
-                                    prepare,
-                                    multiply,
-                                    generic::dequantize,
-                                    generic::activate,
-                                    widen,
-                                    narrow,
-                                    round_all,
-                                    tile::attend_bf16,
-                                    tile::fold_bf16};
+const Variant VARIANT_AVX512BF16 = {
+    prepared_bytes,
+    prepare,
+    multiply,
+    generic::dequantize,
+    generic::activate,
+    widen,
+    narrow,
+    round_all,
+    tile::attend_bf16,
+    tile::fold_bf16,
+};

@@ -2,14 +2,15 @@
 #include "generic.h"
 
 extern const Variant VARIANT_PORTABLE;
-const Variant VARIANT_PORTABLE = {"portable",
-                               generic::prepared_bytes,
-                               generic::prepare,
-                               generic::multiply,
-                               generic::dequantize,
-                               generic::activate,
-                               widen,
-                               narrow,
-                               round_all,
-                               tile::attend<tile::Generic>,
-                               tile::fold_partials<tile::Generic>};
+const Variant VARIANT_PORTABLE = {
+    generic::prepared_bytes,
+    generic::prepare,
+    generic::multiply,
+    generic::dequantize,
+    generic::activate,
+    widen,
+    narrow,
+    round_all,
+    tile::attend<tile::Generic>,
+    tile::fold_partials<tile::Generic>,
+};
