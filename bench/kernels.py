@@ -38,7 +38,7 @@ from expertstore.pack.manifest import GateOrder
 
 SHAPES = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}  # H, I, top k
 GOALS = {"4g64": 0.85, "3g64m": 0.7, "2g16m": 0.7, "8g128": None, "mxfp4": None, "16": None}
-TOKENS = (1, 2, 4, 8, 16, 24, 32, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
     parser.add_argument("--precision", action="append", choices=GOALS, help="may be repeated")
-    parser.add_argument("--part", action="append", choices=("experts", "torch", "tokens"))
+    parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--bytes", type=int, default=1 << 30, help="of the shared mapping")
     parser.add_argument("--rounds", type=int, default=9)
@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     memory = SharedMemory(options.bytes)
     parts: list[Callable[..., Iterator[Figure]]] = [
-        part
-        for name, part in (("experts", experts), ("torch", torch_s), ("tokens", tokens))
-        if options.part is None or name in options.part
+        part for name, part in PARTS.items() if options.part is None or name in options.part
     ]
     figures = []
     for part in parts:
@@ -160,7 +158,7 @@ class Layer:
         self._spec = ExpertsSpec(
             layout, GateOrder.CONCATENATED, _silu, Activation(ActivationKind.SILU)
         )
-        self._kernels = NativeKernels()
+        self.kernels = NativeKernels()
 
     def run(self, num_tokens: int, k: int | None = None) -> None:
         """A layer of ``num_tokens`` tokens that all use the same k experts."""
@@ -172,7 +170,7 @@ class Layer:
             torch.arange(k).expand(num_tokens, k),
             torch.full((num_tokens, k), 1 / k),
         )
-        self._kernels.output(routed, Wave(range(k), records, self._memory.arena, self._spec))
+        self.kernels.output(routed, Wave(range(k), records, self._memory.arena, self._spec))
 
 
 def torch_s(
@@ -235,22 +233,43 @@ def _torch(
 def tokens(
     memory: SharedMemory, shape: str, precisions: Sequence[str], rounds: int
 ) -> Iterator[Figure]:
-    """An expert with so many tokens, fused and by tiles; below 1 the fused kernel is faster."""
-    fused = native.FUSED_TOKENS
+    """An expert with so many tokens, by our product and by torch's; below 1 ours is faster."""
     for precision in precisions:
-        if precision == "16":
-            continue
         layer = Layer(memory, shape, precision)
         for num_tokens in TOKENS:
             turns = []
             for _ in range(max(2, rounds // 3)):
                 seconds = []
-                for limit in (max(TOKENS), 0):
-                    native.FUSED_TOKENS = limit
+                for most in (None, 0):
+                    layer.kernels.most_rows = lambda _, __: most  # noqa: B023 - called at once
                     seconds.append(timed(lambda: layer.run(num_tokens, 1)) * 1e3)  # noqa: B023
                 turns.append((seconds[0], seconds[1]))
-            native.FUSED_TOKENS = fused
             yield compared("tokens", f"{shape} {precision} x {num_tokens}", "ms", turns)
+
+
+def plain(
+    memory: SharedMemory, shape: str, precisions: Sequence[str], rounds: int
+) -> Iterator[Figure]:
+    """A BF16 head of the shape's width: GMAC/s of its rows beside torch's."""
+    del precisions
+    columns = SHAPES[shape][0]
+    outputs = min(32768, memory.num_bytes // 2 // columns)
+    weight = memory.arena._views["BF16"].as_strided((outputs, columns), (columns, 1), 0)
+    kernels = NativeKernels()
+    for num_rows in TOKENS:
+        x = torch.ones(num_rows, columns, dtype=torch.bfloat16)
+        work = outputs * columns * num_rows / 1e9
+        turns = [
+            (
+                work / timed(lambda: kernels.plain(x, weight)),  # noqa: B023 - called at once
+                work / timed(lambda: torch.nn.functional.linear(x, weight)),  # noqa: B023
+            )
+            for _ in range(max(2, rounds // 3))
+        ]
+        yield compared("plain", f"{shape} {outputs} outputs x {num_rows}", "GMAC/s", turns)
+
+
+PARTS = {"experts": experts, "torch": torch_s, "tokens": tokens, "plain": plain}
 
 
 def _silu(gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A native library is optional, and one of other sources is not used."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_another_abi_is_refused() -> None:
 @needs_library
 def test_one_without_a_function_is_refused() -> None:
     loaded = load(KERNELS, functions=("expertd_linear", "expertd_of_tomorrow"))
+    assert loaded.library is None
+    assert "other sources" in loaded.reason
+
+
+class _Other(ctypes.Structure):
+    _fields_ = (("one", ctypes.c_int64),)
+
+
+@needs_library
+def test_a_structure_of_another_size_is_said() -> None:
+    loaded = load(KERNELS, structures={"LinearCall": _Other})
+    assert loaded.library is None
+    assert "LinearCall has 48 bytes in libexpertd_kernels.so and 8 in Python" in loaded.reason
+    assert "hatch_build.py" in loaded.reason
+
+
+@needs_library
+def test_a_structure_that_it_does_not_know_is_refused() -> None:
+    loaded = load(KERNELS, structures={"OfTomorrow": _Other})
     assert loaded.library is None
     assert "other sources" in loaded.reason
 

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from expertd_inference.execution.attention_hook import hook_attention
 from expertd_inference.execution.lean_linear import call_directly, lean_linear
-from expertd_inference.kernels.cpu.native import FUSED_TOKENS
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, describe
 
 KERNELS = "_expertd_step_kernels"
@@ -152,7 +151,7 @@ def _router_class(
             weight = self._parameters["weight"]
             if (
                 hidden_states.dtype is weight.dtype
-                and hidden_states.numel() <= FUSED_TOKENS * weight.shape[1]
+                and kernels.takes(hidden_states.numel() // weight.shape[1], weight)
                 and hidden_states.is_cpu
             ):
                 described = self.__dict__.get("_described")

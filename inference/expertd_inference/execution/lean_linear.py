@@ -1,8 +1,7 @@
 """Linear layers of one native call for a token, quantized or plain.
 
-A plain layer is multiplied by torch unless there are few rows: for these its products take longer
-than reading the weight takes, and ours do not. The weight stays where it is, which is the mapped
-trunk file of a pack.
+A plain layer is multiplied by torch only for so many rows that this is faster on this host. The
+weight stays where it is, which is the mapped trunk file of a pack.
 """
 
 from typing import Any
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from expertd_inference.kernels.cpu.library import TYPES
 from expertd_inference.kernels.cpu.step import DTYPES, PreparedCall, StepKernels, describe
 from expertd_inference.model.quantized_linear import QuantizedLinear
-
-PLAIN_ROWS = 8
-"""So many rows times a plain matrix are multiplied here: they share one reading of it."""
 
 
 def lean_linear(module: Any, kernels: StepKernels) -> type | None:  # noqa: ANN401 - untyped
@@ -87,11 +83,11 @@ def _plain_class(kernels: StepKernels) -> type:
         def forward(self, rows: Tensor) -> Tensor:
             call = None
             if (
-                rows.numel() <= PLAIN_ROWS * self.in_features
-                and rows.dtype is self.weight.dtype
+                rows.dtype is self.weight.dtype
                 and rows.shape[-1] == self.in_features
                 and rows.is_cpu
                 and not rows.requires_grad
+                and kernels.takes(rows.numel() // self.in_features, self.weight)
             ):
                 call = self.expertd_prepared()
             if call is None:

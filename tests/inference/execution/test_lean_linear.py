@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from expertd_inference.execution.lean import make_lean
-from expertd_inference.execution.lean_linear import PLAIN_ROWS
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, step_kernels
+from expertd_inference.kernels.cpu.switching import LEAST
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def lean(kernels: StepKernels, layer: nn.Linear) -> nn.Linear:
 @pytest.mark.parametrize("bias", [True, False])
 # one weight; less than a vector; vectors and a rest; more than one task
 @pytest.mark.parametrize(("out", "columns"), [(1, 1), (3, 30), (33, 100), (700, 256)])
-# one row; rows at once and a rest; as many as are multiplied natively
-@pytest.mark.parametrize("shape", [(), (1, 5), (PLAIN_ROWS,)])
+# one row; rows at once and a rest; more
+@pytest.mark.parametrize("shape", [(), (1, 5), (3 * LEAST,)])
 def test_a_plain_layer(
     kernels: StepKernels,
     dtype: torch.dtype,
@@ -59,11 +59,14 @@ def test_a_plain_layer(
     torch.testing.assert_close(ours.double(), exact, rtol=1.01 * rtol, atol=1e-6 * columns)
 
 
-def test_what_is_better_left_to_torch(kernels: StepKernels) -> None:
+def test_what_is_better_left_to_torch(
+    kernels: StepKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = nn.Linear(64, 32, dtype=torch.bfloat16)
-    many, wide = noise(PLAIN_ROWS + 1, 64, dtype=torch.bfloat16), noise(64)
+    many, wide = noise(LEAST + 1, 64, dtype=torch.bfloat16), noise(64)
     expected = layer(many)
     lean(kernels, layer)
+    monkeypatch.setattr(kernels, "most_rows", lambda _, __: LEAST)
     assert torch.equal(layer(many), expected), "bit for bit"
     assert layer(many[:0]).shape == (0, 32)
     with pytest.raises(RuntimeError, match="dtype"):

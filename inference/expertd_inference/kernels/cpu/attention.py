@@ -8,20 +8,16 @@ how a prompt was divided, or on threads.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
-from expertd_inference.kernels.cpu.library import (
-    TYPES,
-    AttentionCall,
-    NativeAttentionPlan,
-    check_memory,
-    native_library,
-)
+from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
+from expertd_inference.kernels.cpu.library import AttentionCall as AttentionCall
+from expertd_inference.kernels.cpu.library import NativePlan as NativePlan
 
 
 class AttentionSpan(NamedTuple):
@@ -34,33 +30,6 @@ class AttentionSpan(NamedTuple):
     """The sequence's table: enough for ``position + num_rows`` tokens."""
 
 
-<<<<<<< HEAD
-class NativePlan(ctypes.Structure):
-    """``AttentionPlan`` of ``native/attention.h``."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("positions", "first_rows", "first_blocks", "blocks")),
-        ("num_spans", c_int64),
-    )
-
-
-class AttentionCall(ctypes.Structure):
-    """``AttentionCall`` of ``native/attention.h``."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("plan", "query", "key", "value")),
-        *((name, c_void_p) for name in ("keys", "values", "out", "sinks")),
-        *((name, c_int64) for name in ("heads", "kv_heads", "key_width", "value_width")),
-        *((name, c_int64) for name in ("query_row", "query_head", "key_row", "key_head")),
-        *((name, c_int64) for name in ("value_row", "value_head", "out_row", "out_head")),
-        ("window", c_int64),
-        *((name, c_float) for name in ("scale", "softcap")),
-        *((name, c_int32) for name in ("type", "threads")),
-    )
-
-
-=======
->>>>>>> efc950b (Native code: one place asks the processor, one conversion of 16-bit numbers, sizes of structures are compared at load, and no task allocates)
 class AttentionPlan:
     """The spans of a batch as native code reads them: built once a step, for all layers.
 
@@ -90,11 +59,7 @@ class AttentionPlan:
         self._numbers = (c_int64 * len(numbers))(*numbers)
         self._blocks = (c_int32 * len(blocks))(*blocks)
         count, address = len(self.spans), ctypes.addressof(self._numbers)
-<<<<<<< HEAD
         self._plan = NativePlan(
-=======
-        self._plan = NativeAttentionPlan(
->>>>>>> efc950b (Native code: one place asks the processor, one conversion of 16-bit numbers, sizes of structures are compared at load, and no task allocates)
             address,
             address + 8 * count,
             address + 8 * (2 * count + 1),

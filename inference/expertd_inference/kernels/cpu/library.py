@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
@@ -102,11 +103,14 @@ class LinearCall(ctypes.Structure):
     )
 
 
-class NativeAttentionPlan(ctypes.Structure):
+class NativePlan(ctypes.Structure):
     """``AttentionPlan`` of attention.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("positions", "first_rows", "first_blocks", "blocks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("positions", "first_rows", "first_blocks", "blocks")
+        ),
         ("num_spans", ctypes.c_int64),
     )
 
@@ -132,14 +136,14 @@ _STRUCTURES = {
     "Layer": NativeLayer,
     "ExpertsCall": NativeExpertsCall,
     "LinearCall": LinearCall,
-    "AttentionPlan": NativeAttentionPlan,
+    "AttentionPlan": NativePlan,
     "AttentionCall": AttentionCall,
 }
 """By their names in native code."""
 _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
-        *("experts", "linear", "dequantize", "use_isa", "read_probe"),
+        *("experts", "linear", "dequantize", "use_isa", "isa", "read_probe"),
         *("rms_norm", "attend", "attend_rows", "rotate", "route", "program", "argmax"),
     )
 )
@@ -172,6 +176,7 @@ def native_library() -> Loaded:
         library.expertd_attend_rows.argtypes = [ctypes.c_void_p]
         library.expertd_use_isa.argtypes = [ctypes.c_char_p]
         library.expertd_use_isa.restype = ctypes.c_char_p
+        library.expertd_isa.restype = ctypes.c_char_p
     return loaded
 
 
@@ -226,6 +231,25 @@ def native_matrix(
             field = part.replace(".", "_")
         setattr(native, field, place(name))
     return native
+
+
+def describe(weight: Tensor, bias: Tensor | None = None) -> NativeMatrix:
+    """A contiguous ``weight`` [out, in] for the kernels, as long as it lives, and ``bias`` [out].
+
+    The bias is added before the product is rounded.
+    """
+    rows, columns = weight.shape
+    absent = dict.fromkeys(("scale", "scale_scale", "scale_zero", "zero"), -1)
+    absent |= dict.fromkeys(("zero_scale", "zero_zero"), -1)
+    return NativeMatrix(
+        rows=rows,
+        columns=columns,
+        weight=weight.data_ptr(),
+        bias=-1 if bias is None else bias.data_ptr(),
+        format=TYPES[weight.dtype],
+        bias_format=0 if bias is None else TYPES[bias.dtype],
+        **absent,
+    )
 
 
 def native_layer(spec: ExpertsSpec) -> NativeLayer | None:

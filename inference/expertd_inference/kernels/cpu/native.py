@@ -1,8 +1,8 @@
 """The native kernels: a MoE layer, or a linear layer, in one call of C++.
 
-Up to ``FUSED_TOKENS`` tokens of an expert its weights are decoded in registers and multiplied
-there, which takes little longer than reading them. Beyond, decoding is no longer what counts:
-tiles of the matrix are dequantized into a scratch tensor and multiplied by torch.
+Weights are decoded in registers and multiplied there. Where torch's product is faster, which many
+rows may make it (:mod:`.switching`), tiles of the matrix are dequantized into a scratch tensor and
+multiplied by torch.
 
 Rounding points are the reference's, the weights are exacter: where the reference rounds a
 dequantized weight to the activations' type, the fused kernels keep it in float32. A result
@@ -10,7 +10,11 @@ depends neither on the number of threads nor on which experts come in one call.
 """
 
 import ctypes
+import platform
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,19 +32,19 @@ from expertd_inference.kernels.cpu.library import (
     NativeLayer,
     NativeMatrix,
     check_memory,
+    describe,
     native_layer,
     native_library,
     native_matrix,
 )
 from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.cpu.switching import LEAST, MostRows, Switching, any_number
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.errors import PreconditionError
-from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, scale_part
+from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, matrix_parts, scale_part
 from expertstore.pack.manifest import GateOrder
 
-FUSED_TOKENS = 32
-"""So many tokens of one expert, or rows of one linear layer, are computed fused."""
 TILE_BYTES = 8 << 20
 """Of dequantized weights at a time: they stay in the cache until they are multiplied."""
 MAX_SUMMED = 15
@@ -52,23 +56,27 @@ class NativeKernels:
 
     name = "native"
 
-    def __init__(self, *, activations: int = 16, exact: bool = False) -> None:
+    def __init__(
+        self, *, activations: int = 16, exact: bool = False, most_rows: MostRows | None = None
+    ) -> None:
         """Raises PreconditionError if the library is not there.
 
         ``activations`` is how many bits rows of several have that meet quantized weights, 16 or 8;
         with ``exact`` the bits of a result do not depend on the number of rows, even if it is 1.
+        ``most_rows`` says how many rows of an expert or a linear layer are computed here, and not
+        by torch; by default it is measured on this host. With ``exact`` all are.
         """
-        if activations not in (8, 16):
-            raise ValueError(f"activations have 8 or 16 bits, not {activations}")
         loaded = native_library()
         if loaded.library is None:
             raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
         self._library: Any = loaded.library
-        self._flags = exact * EXACT | (activations == 8) * EIGHT_BIT_ACTIVATIONS
+        self._flags = flags_of(activations, exact=exact)
         # By id: a spec's hash is that of all its parts. The spec is kept, so its id stays its.
         self._layers: dict[int, tuple[ExpertsSpec, NativeLayer | None]] = {}
         self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
         self._matrices = WeakKeyDictionary()
+        self.most_rows = any_number if exact else most_rows or measured(activations)
+        """As the argument."""
 
     def fill_slots(self, slots: Tensor, routed: Routed, wave: Wave, /) -> None:
         """As :func:`.reference.fill_slots`."""
@@ -99,7 +107,7 @@ class NativeKernels:
         if (
             layer is None
             or types is None
-            or len(routed) > FUSED_TOKENS
+            or self._most_rows_of(spec, routed) is not None
             or routed.top_k > MAX_SUMMED
             or routed.index.dtype != torch.int64
             or routed.rows.shape[1] != layer.gate_up.columns
@@ -123,22 +131,14 @@ class NativeKernels:
                 f"{weight.matrix.name} has {in_features} inputs, and rows {rows.shape[-1]}"
             )
         num_rows = rows.numel() // in_features
-        if num_rows > FUSED_TOKENS:
+        if num_rows > LEAST and _more(num_rows, self.most_rows(weight.matrix, rows.dtype)):
             flat = self._tiled(rows.reshape(num_rows, in_features), weight.matrix, matrix, 0)
             return flat.view(*rows.shape[:-1], weight.matrix.out_features)
-        rows = rows.contiguous()
-        out = rows.new_empty(*rows.shape[:-1], weight.matrix.out_features)
-        call = LinearCall(
-            ctypes.addressof(matrix),
-            rows.data_ptr(),
-            out.data_ptr(),
-            num_rows,
-            kind,
-            torch.get_num_threads(),
-            self._flags,
-        )
-        check_memory(self._library.expertd_linear(ctypes.addressof(call)))
-        return out
+        return multiply(self._library, rows.contiguous(), matrix, self._flags)
+
+    def plain(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Contiguous ``rows`` [n, in] times a contiguous ``weight`` [out, in]: [n, out]."""
+        return multiply(self._library, rows, describe(weight), self._flags)
 
     def _run(self, slots: Tensor, out: Tensor | None, routed: Routed, wave: Wave) -> bool:
         """Fills ``slots``, and sums them into ``out`` if it is given: True if it did that."""
@@ -149,8 +149,9 @@ class NativeKernels:
             return False
         if routed.rows.shape[1] != layer.gate_up.columns or len(wave.experts) != len(wave.records):
             raise RuntimeError(f"hidden states of {routed.rows.shape[1]} do not fit the records")
-        if len(routed) > FUSED_TOKENS:
-            wave = self._fill_large(slots, routed, wave, layer)
+        most = self._most_rows_of(wave.spec, routed)
+        if most is not None:
+            wave = self._fill_large(slots, routed, wave, layer, most)
         # Held until the call is done: what contiguous() returns may be a copy.
         rows, weights = routed.rows.contiguous(), routed.weights.contiguous()
         index = routed.index.to(torch.int64).contiguous()
@@ -182,13 +183,22 @@ class NativeKernels:
             found = self._layers[id(spec)] = (spec, native_layer(spec))
         return found[1]
 
-    def _fill_large(self, slots: Tensor, routed: Routed, wave: Wave, layer: NativeLayer) -> Wave:
-        """Computes the experts that have many tokens; the wave of those that are left."""
+    def _most_rows_of(self, spec: ExpertsSpec, routed: Routed) -> int | None:
+        """How many rows an expert may have to be computed here; None if none can have more."""
+        if len(routed) <= LEAST:
+            return None
+        most = self.most_rows(spec.layout.matrix(reference.GATE_UP), routed.rows.dtype)
+        return most if _more(len(routed), most) else None
+
+    def _fill_large(
+        self, slots: Tensor, routed: Routed, wave: Wave, layer: NativeLayer, most: int
+    ) -> Wave:
+        """Computes the experts that have more rows; the wave of those that are left."""
         index, spec = routed.index, wave.spec
         counts = torch.bincount(index.flatten(), minlength=max(wave.experts, default=0) + 1)
         few: set[int] = set()
         for expert, record in zip(wave.experts, wave.records, strict=True):
-            if counts[expert] <= FUSED_TOKENS:
+            if counts[expert] <= most:
                 few.add(expert)
                 continue
             token, position = torch.where(index == expert)  # [n] each
@@ -282,6 +292,79 @@ def _types(routed: Routed, slots: Tensor) -> list[int] | None:
     types = [TYPES.get(each.dtype) for each in (routed.rows, routed.weights, slots)]
     known = [each for each in types if each is not None]
     return known if len(known) == len(types) else None
+
+
+@cache
+def measured(activations: int = 16) -> Switching:
+    """Where torch's products are faster on this host. Raises as :class:`NativeKernels`."""
+    ours = NativeKernels(activations=activations, most_rows=any_number)
+    torchs = NativeKernels(activations=activations, most_rows=lambda _, __: 0)
+
+    def product(kernels: NativeKernels, matrix: Matrix, rows: Tensor) -> Tensor:
+        weight = _some_weight(matrix, rows.dtype)
+        if matrix.encoding is not Encoding.PLAIN:
+            return kernels.linear(rows, weight)
+        plain = weight.parts[f"{matrix.name}.weight"]
+        return functional.linear(rows, plain) if kernels is torchs else ours.plain(rows, plain)
+
+    return Switching(
+        partial(product, ours),
+        partial(product, torchs),
+        f"{_processor()} {isa()} torch {torch.__version__} {activations}-bit activations",
+    )
+
+
+@lru_cache(maxsize=1)
+def _some_weight(matrix: Matrix, dtype: torch.dtype) -> QuantizedWeight:
+    """A weight of that form, plain ones of the dtype."""
+    dtypes = {"U8": torch.uint8, "F16": torch.float16, "": dtype}
+    parts = {
+        name: torch.ones(shape, dtype=dtypes[kind])
+        for name, shape, kind in matrix_parts(matrix, "")
+    }
+    return QuantizedWeight(matrix, parts)
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _more(num_rows: int, most: int | None) -> bool:
+    return most is not None and num_rows > most
+
+
+def flags_of(activations: int, *, exact: bool) -> int:
+    """Of a call, as :class:`NativeKernels` has them."""
+    if activations not in (8, 16):
+        raise ValueError(f"activations have 8 or 16 bits, not {activations}")
+    return exact * EXACT | (activations == 8) * EIGHT_BIT_ACTIVATIONS
+
+
+def multiply(library: Any, rows: Tensor, matrix: NativeMatrix, flags: int) -> Tensor:  # noqa: ANN401
+    """Contiguous ``rows`` [..., in], of a dtype of TYPES, times the matrix: [..., out]."""
+    out = rows.new_empty(*rows.shape[:-1], matrix.rows)
+    call = LinearCall(
+        ctypes.addressof(matrix),
+        rows.data_ptr(),
+        out.data_ptr(),
+        rows.numel() // matrix.columns,
+        TYPES[rows.dtype],
+        torch.get_num_threads(),
+        flags,
+    )
+    check_memory(library.expertd_linear(ctypes.addressof(call)))
+    return out
+
+
+def isa() -> str:
+    """The instruction set in use; empty without the library."""
+    library = native_library().library
+    return "" if library is None else str(library.expertd_isa().decode())
 
 
 def use_isa(name: str | None) -> str | None:

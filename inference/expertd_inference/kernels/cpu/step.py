@@ -20,9 +20,17 @@ from expertd_inference.kernels.cpu.library import (
     check_memory,
     native_library,
 )
-from expertd_inference.kernels.cpu.native import matrix_of
+from expertd_inference.kernels.cpu.library import describe as describe
+from expertd_inference.kernels.cpu.native import (
+    flags_of,
+    matrix_of,
+    measured,
+    multiply,
+)
 from expertd_inference.kernels.cpu.program import Program
+from expertd_inference.kernels.cpu.switching import LEAST, MostRows, any_number
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.layout import Encoding, Matrix
 
 DTYPES = (torch.bfloat16, torch.float32)
 """What these operations compute with."""
@@ -54,7 +62,12 @@ class PreparedCall:
 class StepKernels:
     """The native functions. Tensors are on the CPU, of one dtype of :data:`DTYPES`."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, *, activations: int = 16, exact: bool = False) -> None:
+        """As :class:`.native.NativeKernels`, whose flags these are."""
+        self.most_rows: MostRows = any_number if exact else measured(activations)
+        """How many rows of a plain matrix are multiplied here, and not by torch."""
+        self._flags = flags_of(activations, exact=exact)
+        self._library: Any = library
         self._rms_norm, self._attend, self._rotate, self._route, self._argmax = (
             _function(library, name) for name in _SIGNATURES
         )
@@ -66,22 +79,19 @@ class StepKernels:
         threads = torch.get_num_threads()
         check_memory(self._program(program.address, len(program), token, position, threads))
 
+    def takes(self, num_rows: int, weight: Tensor) -> bool:
+        """Whether so many rows times a plain ``weight`` [out, in] are for these kernels."""
+        if num_rows <= LEAST:
+            return True
+        most = self.most_rows(Matrix("plain", Encoding.PLAIN, *weight.shape), weight.dtype)
+        return most is None or num_rows <= most
+
     def linear(self, rows: Tensor, weight: Tensor, described: NativeMatrix) -> Tensor:
         """Contiguous ``rows`` [n, in] times ``weight`` [out, in], of one dtype: [n, out].
 
         ``described`` is :func:`describe`'s of the weight.
         """
-        out = rows.new_empty(rows.shape[0], weight.shape[0])
-        call = LinearCall(
-            ctypes.addressof(described),
-            rows.data_ptr(),
-            out.data_ptr(),
-            rows.shape[0],
-            TYPES[rows.dtype],
-            torch.get_num_threads(),
-        )
-        check_memory(self._linear(ctypes.addressof(call)))
-        return out
+        return multiply(self._library, rows, described, self._flags)
 
     def prepare(self, weight: QuantizedWeight) -> PreparedCall | None:
         """A call for one row times ``weight``, or None if no kernel knows it."""
@@ -99,6 +109,7 @@ class StepKernels:
             num_rows,
             TYPES[rows.dtype],
             torch.get_num_threads(),
+            self._flags,
         )
         check_memory(self._linear(ctypes.addressof(call)))
 
@@ -209,29 +220,10 @@ class StepKernels:
         return index
 
 
-def describe(weight: Tensor, bias: Tensor | None = None) -> NativeMatrix:
-    """A contiguous ``weight`` [out, in] for the kernels, as long as it lives, and ``bias`` [out].
-
-    The bias is added before the product is rounded.
-    """
-    rows, columns = weight.shape
-    absent = dict.fromkeys(("scale", "scale_scale", "scale_zero", "zero"), -1)
-    absent |= dict.fromkeys(("zero_scale", "zero_zero"), -1)
-    return NativeMatrix(
-        rows=rows,
-        columns=columns,
-        weight=weight.data_ptr(),
-        bias=-1 if bias is None else bias.data_ptr(),
-        format=TYPES[weight.dtype],
-        bias_format=0 if bias is None else TYPES[bias.dtype],
-        **absent,
-    )
-
-
-def step_kernels() -> StepKernels | None:
+def step_kernels(*, activations: int = 16, exact: bool = False) -> StepKernels | None:
     """The kernels, or None where native code is not built or turned off."""
     library = native_library().library
-    return None if library is None else StepKernels(library)
+    return None if library is None else StepKernels(library, activations=activations, exact=exact)
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:  # noqa: ANN401 - ctypes' own

@@ -1,6 +1,6 @@
 // Every operation in plain C++, over loops that the compiler vectorizes for the instruction set
-// of the file that includes this: weights are decoded to float32, a block of columns at a time,
-// and multiplied there.
+// of the file that includes this: of a few rows of the matrix, weights are decoded to float32, a
+// block of columns at a time, and multiplied by all rows of activations.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,6 @@ namespace {
 namespace generic {
 
 constexpr int64_t BLOCK = 256; // columns decoded at a time: 8 rows of it stay in the L1 cache
-constexpr int64_t LANES = 16;  // partial sums of a product, whatever the registers' width
 
 constexpr float E2M1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
@@ -111,12 +110,30 @@ inline void prepare(const Matrix& m, const float* row, int32_t, Form form, uint8
     memset(out + m.columns, 0, prepared_bytes(m, form) - m.columns * sizeof(float));
 }
 
-inline float sum_lanes(const float* lanes) {
-    float sum[LANES];
-    memcpy(sum, lanes, sizeof sum);
-    for (int64_t width = LANES / 2; width; width /= 2)
-        for (int64_t i = 0; i < width; ++i) sum[i] += sum[i + width];
-    return sum[0];
+// Adds decoded weights of plain::AT_ONCE rows times N rows of activations and more to their sums.
+template <int N>
+INLINE void add_block(const float (*weights)[BLOCK], const uint8_t* const* prepared,
+                      int64_t num_rows, int64_t column, int64_t count,
+                      plain::Lanes (*sums)[plain::AT_ONCE]) {
+    using Way = plain::ByFloats<F32>;
+    constexpr int AT_ONCE = plain::AT_ONCE;
+    const uint8_t* from[AT_ONCE];
+    for (int i = 0; i < AT_ONCE; ++i) from[i] = reinterpret_cast<const uint8_t*>(weights[i]);
+    plain::Prefetch none = {nullptr, nullptr, 0};
+    for (; num_rows >= N; num_rows -= N, prepared += N, sums += N) {
+        const uint8_t* rows[N];
+        for (int n = 0; n < N; ++n) rows[n] = prepared[n] + column * sizeof(float);
+        plain::Lanes here[N][AT_ONCE];
+        each<N * AT_ONCE>([&](auto i) INLINE_LAMBDA {
+            here[i / AT_ONCE][i % AT_ONCE] = sums[i / AT_ONCE][i % AT_ONCE];
+        });
+        plain::add_columns<Way, N>(from, rows, count, none, here);
+        each<N * AT_ONCE>([&](auto i) INLINE_LAMBDA {
+            sums[i / AT_ONCE][i % AT_ONCE] = here[i / AT_ONCE][i % AT_ONCE];
+        });
+    }
+    if constexpr (N > 1)
+        if (num_rows) add_block<N - 1>(weights, prepared, num_rows, column, count, sums);
 }
 
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
@@ -124,31 +141,28 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
               Form) {
     if (m.format <= F32)
         return plain::multiply(m, base, first, last, prepared, results, num_rows);
-    constexpr int64_t ROWS = 16; // of activations, which share one decoding
-    for (int64_t unit = first; unit < last; ++unit)
-        for (int64_t k = 0; k < rows_per_unit(m.format); ++k)
-            for (int64_t n0 = 0; n0 < num_rows; n0 += ROWS) {
-                const int64_t n1 = std::min(num_rows, n0 + ROWS);
-                float lanes[ROWS][LANES] = {};
-                float weights[BLOCK];
-                for (int64_t column = 0; column < m.columns; column += BLOCK) {
-                    const int64_t count = std::min(BLOCK, m.columns - column);
-                    const int64_t padded = round_up(count, LANES);
-                    decode(m, base, unit, k, column, count, weights);
-                    for (int64_t i = count; i < padded; ++i) weights[i] = 0;
-                    for (int64_t n = n0; n < n1; ++n) {
-                        const float* x = reinterpret_cast<const float*>(prepared[n]) + column;
-                        float sums[LANES];
-                        memcpy(sums, lanes[n - n0], sizeof sums);
-                        for (int64_t i = 0; i < padded; i += LANES)
-                            for (int64_t j = 0; j < LANES; ++j)
-                                sums[j] += weights[i + j] * x[i + j];
-                        memcpy(lanes[n - n0], sums, sizeof sums);
-                    }
-                }
-                const int64_t row = unit + k * num_units(m);
-                for (int64_t n = n0; n < n1; ++n) results[n][row] = sum_lanes(lanes[n - n0]);
-            }
+    constexpr int AT_ONCE = plain::AT_ONCE;
+    const int64_t per_unit = rows_per_unit(m.format), total = (last - first) * per_unit;
+    for (int64_t at = 0; at < total; at += AT_ONCE) {
+        const int count = static_cast<int>(std::min<int64_t>(AT_ONCE, total - at));
+        plain::Lanes sums[ROWS_AT_ONCE][AT_ONCE];
+        memset(sums, 0, num_rows * sizeof sums[0]);
+        alignas(64) float weights[AT_ONCE][BLOCK] = {};
+        for (int64_t column = 0; column < m.columns; column += BLOCK) {
+            const int64_t columns = std::min(BLOCK, m.columns - column);
+            for (int i = 0; i < count; ++i)
+                decode(m, base, first + (at + i) / per_unit, (at + i) % per_unit, column, columns,
+                       weights[i]);
+            add_block<plain::MOST_ROWS>(weights, prepared, num_rows, column, columns, sums);
+        }
+        for (int64_t n = 0; n < num_rows; ++n) {
+            float finished[AT_ONCE];
+            plain::ByFloats<F32>::finish(sums[n], finished);
+            for (int i = 0; i < count; ++i)
+                results[n][first + (at + i) / per_unit + (at + i) % per_unit * num_units(m)] =
+                    finished[i];
+        }
+    }
 }
 
 void dequantize(const Matrix& m, const uint8_t* base, int64_t first, int64_t last, uint8_t* out,

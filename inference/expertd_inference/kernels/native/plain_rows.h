@@ -106,13 +106,10 @@ struct Prefetch {
     }
 };
 
-// Rows `weights` of the matrix times N rows of activations: results [N][AT_ONCE].
+// Adds rows `weights` of the matrix times N rows of activations to their sums, over `columns`.
 template <class Way, int N>
-INLINE void multiply_block(const uint8_t* const* weights, const uint8_t* const* rows,
-                           int64_t columns, Prefetch& next, float (*results)[AT_ONCE]) {
-    typename Way::Sum sums[N][AT_ONCE];
-    const typename Way::Sum zero = {};
-    each<N * AT_ONCE>([&](auto i) INLINE_LAMBDA { sums[i / AT_ONCE][i % AT_ONCE] = zero; });
+INLINE void add_columns(const uint8_t* const* weights, const uint8_t* const* rows,
+                        int64_t columns, Prefetch& next, typename Way::Sum (&sums)[N][AT_ONCE]) {
     const auto step = [&](const uint8_t* const* from, int64_t weight, int64_t row) INLINE_LAMBDA {
         typename Way::Vector w[AT_ONCE];
         each<AT_ONCE>([&](auto i) INLINE_LAMBDA { w[i] = Way::weights(from[i] + weight); });
@@ -126,16 +123,26 @@ INLINE void multiply_block(const uint8_t* const* weights, const uint8_t* const* 
         next.advance();
         step(weights, column * Way::WEIGHT_BYTES, column * Way::ROW_BYTES);
     }
-    if (column < columns) { // activations are padded with zeros, weights are not
-        alignas(64) uint8_t rest[AT_ONCE][Way::COLUMNS * Way::WEIGHT_BYTES] = {};
-        const uint8_t* from[AT_ONCE];
-        for (int i = 0; i < AT_ONCE; ++i) {
-            memcpy(rest[i], weights[i] + column * Way::WEIGHT_BYTES,
-                   (columns - column) * Way::WEIGHT_BYTES);
-            from[i] = rest[i];
-        }
-        step(from, 0, column * Way::ROW_BYTES);
+    if (column == columns) return;
+    // Activations are padded with zeros, weights are not.
+    alignas(64) uint8_t rest[AT_ONCE][Way::COLUMNS * Way::WEIGHT_BYTES] = {};
+    const uint8_t* from[AT_ONCE];
+    for (int i = 0; i < AT_ONCE; ++i) {
+        memcpy(rest[i], weights[i] + column * Way::WEIGHT_BYTES,
+               (columns - column) * Way::WEIGHT_BYTES);
+        from[i] = rest[i];
     }
+    step(from, 0, column * Way::ROW_BYTES);
+}
+
+// Rows `weights` of the matrix times N rows of activations: results [N][AT_ONCE].
+template <class Way, int N>
+INLINE void multiply_block(const uint8_t* const* weights, const uint8_t* const* rows,
+                           int64_t columns, Prefetch& next, float (*results)[AT_ONCE]) {
+    typename Way::Sum sums[N][AT_ONCE];
+    const typename Way::Sum zero = {};
+    each<N * AT_ONCE>([&](auto i) INLINE_LAMBDA { sums[i / AT_ONCE][i % AT_ONCE] = zero; });
+    add_columns<Way, N>(weights, rows, columns, next, sums);
     each<N>([&](auto n) INLINE_LAMBDA { Way::finish(sums[n], results[n]); });
 }
 

@@ -1,6 +1,7 @@
 #include "variant.h"
 
 #include <cstring>
+#include <iterator>
 
 #include "expertstore/cpp/isa.h"
 
@@ -27,19 +28,25 @@ constexpr Choice CHOICES[] = {
     {&VARIANT_PORTABLE, Isa::PORTABLE},
 };
 
-const Variant& choose() {
+const Choice& choose() {
     for (const Choice& choice : CHOICES)
-        if (runs_here(choice.isa)) return *choice.variant;
-    return VARIANT_PORTABLE;
+        if (runs_here(choice.isa)) return choice;
+    return *std::prev(std::end(CHOICES));
 }
 
-const Variant* chosen = nullptr;
+Choice chosen = {nullptr, Isa::PORTABLE};
 
 } // namespace
 
 const Variant& variant() {
-    if (!chosen) chosen = &choose();
-    return *chosen;
+    if (!chosen.variant) chosen = choose();
+    return *chosen.variant;
+}
+
+// The name of the instruction set in use.
+EXPERTD_API const char* expertd_isa() {
+    variant();
+    return name_of(chosen.isa);
 }
 
 // Makes `name` the instruction set of all later calls; null for the best. Returns its name, or
@@ -47,7 +54,7 @@ const Variant& variant() {
 EXPERTD_API const char* expertd_use_isa(const char* name) {
     for (const Choice& choice : CHOICES)
         if (runs_here(choice.isa) && (!name || !strcmp(name, name_of(choice.isa)))) {
-            chosen = choice.variant;
+            chosen = choice;
             return name_of(choice.isa);
         }
     return nullptr;

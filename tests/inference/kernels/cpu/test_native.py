@@ -19,7 +19,7 @@ from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu import native, reference
 from expertd_inference.kernels.cpu.library import PATH, native_library
-from expertd_inference.kernels.cpu.native import FUSED_TOKENS, MAX_SUMMED, NativeKernels, use_isa
+from expertd_inference.kernels.cpu.native import MAX_SUMMED, NativeKernels, use_isa
 from expertd_inference.kernels.cpu.reference import sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
@@ -32,6 +32,8 @@ pytestmark = pytest.mark.skipif(
     native_library().library is None, reason=f"no native kernels: {native_library().reason}"
 )
 
+FUSED_TOKENS = 32
+"""More rows of an expert or a linear layer are multiplied by torch in :func:`switched`."""
 ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
 PRECISIONS = ["16", "8g128", "8g64m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m"]
 PRECISIONS += ["2g64", "mxfp4"]
@@ -43,6 +45,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"no {request.param} here")
     yield request.param
     use_isa(None)
+
+
+def switched() -> NativeKernels:
+    return NativeKernels(most_rows=lambda _, __: FUSED_TOKENS)
 
 
 def spec_of(layer: Layer) -> ExpertsSpec:
@@ -61,7 +67,7 @@ def both(
     rows = Routed(hidden, index, weights)
     slots = rows.empty_slots()
     reference.fill_slots(slots, rows, wave)
-    ours = NativeKernels().output(rows, wave)
+    ours = switched().output(rows, wave)
     return ours, sum_slots(slots, hidden.dtype)
 
 
@@ -130,7 +136,7 @@ def test_linear(isa: str, precision: str) -> None:
     weight = quantized(64, 4224, precision)  # more columns than have their scales decoded at once
     for shape in ((4224,), (1, 4224), (2, 3, 4224), (FUSED_TOKENS + 1, 4224)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).bfloat16()
-        ours = NativeKernels().linear(x, weight)
+        ours = switched().linear(x, weight)
         assert ours.shape == (*shape[:-1], 64)
         if x.numel() // 4224 <= FUSED_TOKENS:
             assert_exact(ours, x, weight)
@@ -366,7 +372,7 @@ def test_not_every_call_can_be_made_before() -> None:
         Routed(inputs(2, 128, torch.bfloat16)[:, ::2], index, torch.rand(1, 3)),
         Routed(inputs(1, 128, torch.float64), index, torch.rand(1, 3)),
     ):
-        assert NativeKernels().prepare(rows, spec_of(layer)) is None
+        assert switched().prepare(rows, spec_of(layer)) is None
 
 
 def test_an_unknown_activation_is_the_reference_s() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.cpu.native import use_isa
 from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.native import use_isa
 from expertd_inference.kernels.cpu.step import StepKernels, describe, step_kernels
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native kernels")
