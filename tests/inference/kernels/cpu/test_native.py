@@ -17,7 +17,7 @@ from torch.nn import functional
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu import native, reference
+from expertd_inference.kernels.cpu import reference
 from expertd_inference.kernels.cpu.library import PATH, native_library
 from expertd_inference.kernels.cpu.native import MAX_SUMMED, NativeKernels, use_isa
 from expertd_inference.kernels.cpu.reference import sum_slots
@@ -190,9 +190,8 @@ SCHEMES = ["8g128", "8g16m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", 
 @pytest.mark.parametrize("activations", [16, 8])
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_bits_do_not_depend_on_the_number_of_rows(
-    isa: str, activations: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, activations: int, precision: str
 ) -> None:
-    monkeypatch.setattr(native, "FUSED_TOKENS", max(ROW_COUNTS))
     for out, columns in ((72, 384), (272, 128)):  # units that no tile of 16 divides, and the other
         weight = quantized(out, columns, precision)
         x = inputs(max(ROW_COUNTS), columns, torch.bfloat16)
@@ -211,9 +210,8 @@ def test_bits_do_not_depend_on_the_number_of_rows(
 @pytest.mark.parametrize("activations", [16, 8])
 @pytest.mark.parametrize("precision", ["4g64", "3g64m", "2g16m", "mxfp4"])
 def test_bits_of_experts_do_not_depend_on_the_other_tokens(
-    isa: str, activations: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, activations: int, precision: str
 ) -> None:
-    monkeypatch.setattr(native, "FUSED_TOKENS", 100)
     layer = layer_of(4, 128, 64, precision, torch.bfloat16)
     hidden = inputs(80, 128, torch.bfloat16)
     index, weights = routed(80, 2, 4)
