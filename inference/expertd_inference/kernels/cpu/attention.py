@@ -8,7 +8,7 @@ how a prompt was divided, or on threads.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_int32, c_int64
 from typing import NamedTuple
 
 import torch
