@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[4]
 SCRIPT = """
 import ctypes, sys
 import torch
-from expertd_inference.kernels.cpu.library import (
-    TYPES, ExpertsCall, LinearCall, native_layer, native_library)
+from expertd_inference.kernels.cpu.library import TYPES, LinearCall, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import StepKernels, describe
+from expertd_inference.kernels.wave import Routed, Wave
 from tests.inference.kernels.cpu.test_native import layer_of, quantized, spec_of
 from tests.inference.kernels.cpu.test_reference import routed
 
@@ -71,9 +71,10 @@ class Library:
         return library[name]
 
 
-CHECKED = {f"expertd_{name}" for name in "experts linear dequantize attend route program".split()}
-kernels, steps = NativeKernels(), StepKernels(library)
-failing_kernels, failing_steps = NativeKernels(), StepKernels(Library())
+CHECKED = {f"expertd_{name}" for name in "experts linear dequantize attend route".split()}
+tiled = lambda matrix, dtype: 100
+kernels, steps = NativeKernels(most_rows=tiled), StepKernels(library)
+failing_kernels, failing_steps = NativeKernels(most_rows=tiled), StepKernels(Library())
 failing_kernels._library = Library()
 
 
@@ -101,9 +102,9 @@ layer = layer_of(8, 256, 128, "4g64", torch.bfloat16)
 for tokens in (1, 3, 20):
     index, weights = routed(tokens, 3, 8)
     hidden = torch.randn(tokens, 256).bfloat16()
-    arguments = {"experts": range(8), "records": layer.records, "arena": layer.arena}
-    same(lambda kernels, steps: [
-        kernels.output(hidden, index, weights, **arguments, spec=spec_of(layer))])
+    routing = Routed(hidden, index, weights)
+    wave = Wave(list(range(8)), layer.records, layer.arena, spec_of(layer))
+    same(lambda kernels, steps: [kernels.output(routing, wave)])
 query, keys = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1 << 13, 16)
 for length in (5, 1 << 13):
     few = keys[:, :, :length]
