@@ -1,5 +1,6 @@
 """Text from a prompt: what transformers' own generate gives, counted and streamed."""
 
+import re
 import shutil
 import signal
 import threading
@@ -308,3 +309,16 @@ def test_session_ends_with_the_model(daemon: Daemon) -> None:
         after = sessions(client)
     assert len(during) == len(before) + 1
     assert len(after) == len(before)
+
+
+def test_the_example_of_many_sequences_runs(
+    packed: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs/generating.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if "engine.submit" in block)
+    exec(example.replace('"./mixtral"', repr(str(packed("example")))), {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    ends = [line[-1] for line in lines if line[-1] in ("length", "stop")]
+    assert len(ends) == 2
+    assert sum(line[-1] == "None" for line in lines) >= 2
