@@ -57,6 +57,8 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     for kind in rope_kinds(model.config.get_text_config()):
         if kind.get("rope_type") in ("dynamic", "longrope"):
             raise CannotBatchError("the angles of its positions depend on how long a text is")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise CannotBatchError("its layers lie on several devices")
     if not hook_attention(model):
         raise CannotBatchError("its attention cannot be replaced")
     watched = _Watched(longest_text(model.config))
