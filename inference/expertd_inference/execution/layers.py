@@ -71,6 +71,8 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
             input_ids=torch.arange(PROBE_TOKENS, device=model.device)[None],
             past_key_values=cache,
             use_cache=False,
+            # As in a step: a number would let Gemma 4 cut its masks for layers that share keys.
+            logits_to_keep=torch.zeros(1, dtype=torch.int64, device=model.device),
         )
     if not watched.layers:
         raise CannotBatchError("it calls attention in a way of its own")
