@@ -72,14 +72,19 @@ class Texts:
             for n, num in rows.items()
         ]
 
-    def step(self, rows: dict[int, int]) -> None:
-        """Computes them, at once if the executor takes them so."""
+    def step(self, rows: dict[int, int], *, counted: bool = True) -> None:
+        """Computes them, at once if the executor takes them so.
+
+        Unless they are ``counted`` they are computed again by the next step.
+        """
         spans = self.spans(rows)
         whole = Batch(tuple(spans))
         for batch in [whole] if self.executor.fits(whole) else [Batch((span,)) for span in spans]:
             counts = [span.num_rows for span in batch.spans]
             parts = torch.split(self.executor.forward(batch), counts)
             for span, part in zip(batch.spans, parts, strict=True):
+                if not counted:
+                    continue
                 n = span.sequence - 100
                 self._positions[n] += span.num_rows
                 self.logits[n] = part if not span.position else torch.cat((self.logits[n], part))

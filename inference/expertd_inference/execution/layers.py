@@ -57,6 +57,8 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     for kind in rope_kinds(model.config.get_text_config()):
         if kind.get("rope_type") in ("dynamic", "longrope"):
             raise CannotBatchError("the angles of its positions depend on how long a text is")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise CannotBatchError("its layers lie on several devices")
     if not hook_attention(model):
         raise CannotBatchError("its attention cannot be replaced")
     watched = _Watched(longest_text(model.config))
@@ -69,6 +71,8 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
             input_ids=torch.arange(PROBE_TOKENS, device=model.device)[None],
             past_key_values=cache,
             use_cache=False,
+            # As in a step: a number would let Gemma 4 cut its masks for layers that share keys.
+            logits_to_keep=torch.zeros(1, dtype=torch.int64, device=model.device),
         )
     if not watched.layers:
         raise CannotBatchError("it calls attention in a way of its own")

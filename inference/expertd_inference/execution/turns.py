@@ -51,14 +51,12 @@ class TurnsExecutor:
         self._texts.clear()
 
     def _span(self, span: Span) -> Tensor:
-        text = self._texts.pop(span.sequence, None)
-        if text is None or not span.position:
-            text = _Text()
+        text = self._texts.pop(span.sequence, _Text())
         if len(text.tokens) < span.position:
             raise ValueError(f"sequence {span.sequence} goes on from rows that were not computed")
         end = span.position + span.num_rows
         if len(text.tokens) > span.position or span.position <= self._turning_point < end:
-            # The step before was lost, or positions change their meaning: from the beginning.
+            # It begins anew, or a step was lost, or positions change their meaning.
             text = _Text(text.tokens[: span.position])
         # If the step is lost, what its cache has is not used again.
         self._texts[span.sequence] = _Text(text.tokens[: span.position])

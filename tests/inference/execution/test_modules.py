@@ -1,11 +1,13 @@
 """Rows of several sequences, computed together, are each sequence computed alone."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
 from expertd_testing.tiny_models import CONFIGS, make_model
 from tests.architectures.batches import WINDOW, Texts, alone, batched_model, chosen, compare
@@ -35,13 +37,23 @@ def test_sequences_together(architecture: str) -> None:
     assert not executor.recurrent
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "mimo_v2_flash", "gemma4"])
+@pytest.mark.parametrize(
+    "architecture", ["mixtral", "gpt_oss", "mimo_v2_flash", "gemma4", "phimoe"]
+)
 def test_windows(architecture: str) -> None:
-    """As sdpa has them, with sinks, with heads that differ by layer, and with layers that share."""
-    model = model_of(architecture, sliding_window=WINDOW)
-    executor, same = compare(model)
+    """As sdpa has them, with sinks, with heads that differ by layer, and by the mask alone."""
+    executor, same = compare(model_of(architecture, sliding_window=WINDOW))
     assert same
     assert executor.name == "modules"
+
+
+def test_layers_that_share_keys() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = model_of("gemma4", num_kv_shared_layers=2, layer_types=kinds)
+    executor, same = compare(model)
+    assert same
+    assert isinstance(executor, ModulesExecutor)
+    assert len(executor.memory.keys) == 2, "of four layers"
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)
@@ -110,18 +122,23 @@ def test_a_lost_step_is_repeated(architecture: str) -> None:
     texts.step({0: 6})
     last = [module for name, module in model.named_modules() if name.endswith("experts")][-1]
 
-    def lose(*_: object) -> None:
-        raise LostError
+    def lose_at(number: int, rows: dict[int, int]) -> None:
+        passes = itertools.count(1)
+
+        def lose(*_: object) -> None:
+            if next(passes) == number:
+                raise LostError
+
+        handle = last.register_forward_hook(lose)
+        with pytest.raises(LostError):
+            texts.step(rows, counted=False)
+        handle.remove()
 
     for rows in ({1: 5, 0: 1}, {0: 1, 1: 1}, {1: 2, 0: 1}):
-        handle = last.register_forward_hook(lose)
-        spans = texts.spans(rows)
-        for span in spans:
-            with pytest.raises(LostError):
-                executor.forward(Batch((span,)))
-        with pytest.raises(LostError):
-            executor.forward(Batch(tuple(spans)))
-        handle.remove()
+        lose_at(1, rows)
+        # Where the step is of two passes, also in the second.
+        if architecture == "inkling" or (architecture == "lfm2_moe" and rows[1] > 1):
+            lose_at(2, rows)
         texts.step(rows)
     for ours, theirs in zip(texts.logits, expected, strict=True):
         assert (ours - theirs[: len(ours)]).norm() / theirs.norm() < 2e-5
@@ -133,6 +150,7 @@ def test_a_span_at_position_0_begins_anew() -> None:
         prompt = prompt_of(9)
         expected = alone(model, prompt)
         executor = chosen(model)
+        assert executor.name == ("turns" if architecture == "inkling" else "modules")
         texts = Texts(executor, [prompt])
         texts.step({0: 5})
         again = Texts(executor, [prompt])
@@ -175,6 +193,12 @@ def test_angles_that_change_with_the_length(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(texts.logits[0][n], expected[0][n], rtol=1e-3, atol=1e-3)
     for n in range(1, 24, 2):  # the last of each two rows
         torch.testing.assert_close(texts.logits[1][n], expected[1][n], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_on_several_devices() -> None:
+    model = model_of("mixtral")
+    model.model.norm.to("meta")
+    assert chosen(model).reason == "its layers lie on several devices"
 
 
 def test_an_executor_that_computes_something_else_is_not_chosen() -> None:
