@@ -186,6 +186,13 @@ class BaseSession:
         )
         self._attachment.hint(entries, at_once)
 
+    def first_entry(self, layer: int) -> int:
+        """The number of the directory's entry of a layer's expert 0; the others follow.
+
+        Raises NotFoundError.
+        """
+        return self._entries_of(layer, (0,))[0]
+
     def hold(self) -> Lease:
         """A lease of nothing yet, to look resident experts up with :meth:`Lease.find`.
 
@@ -228,9 +235,13 @@ class BaseSession:
         words = self._mapping.look_up(entries)
         if ABSENT in words:
             entries = [entry for entry, word in zip(entries, words, strict=True) if word]
+        self._note(entries)
+        return {expert: word for expert, word in zip(experts, words, strict=True) if word != ABSENT}
+
+    def _note(self, entries: Sequence[int]) -> None:
+        """Of experts that were resident, while a lease is held."""
         self._mapping.touch(entries, _NOTHING)
         self.host_hits += len(entries)
-        return {expert: word for expert, word in zip(experts, words, strict=True) if word != ABSENT}
 
     def _take(self, attachment: Attachment | CopyAttachment, model: ModelInfo) -> None:
         """Lives in ``attachment`` from now on."""

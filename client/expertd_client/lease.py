@@ -68,6 +68,10 @@ class Lease:
         found = self._session._find(layer, experts)
         return {expert: _offset(word) for expert, word in found.items()}
 
+    def note(self, entries: Sequence[int]) -> None:
+        """Counts uses of ``entries``, which the holder has found in the directory by itself."""
+        self._session._note(entries)
+
     def check(self) -> None:
         """Raises SessionLostError if what was read until now may have changed beneath it."""
         self._mapping.check_revoked()

@@ -8,14 +8,21 @@ from expertd_inference.execution.exact import make_exact
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.layers import CannotBatchError, watch_layers
 from expertd_inference.execution.modules import ModulesExecutor
+from expertd_inference.execution.parts import UnknownPartError
+from expertd_inference.execution.program import make_program
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.turns import TurnsExecutor
+from expertd_inference.kernels.cpu.library import EXACT
+from expertd_inference.kernels.cpu.native import NativeKernels
 
 
 def choose_executor(worker: Any, room: Room) -> Executor:  # noqa: ANN401 - a Worker
     """The best one that computes what the worker's model does, which is tried here."""
     exact = getattr(worker, "exact", False)
-    return choose_for(worker.model, room, worker.session.say, exact=exact)
+    kernels = worker.kernels if isinstance(worker.kernels, NativeKernels) else None
+    if worker.device_stats is not None:
+        kernels = None
+    return choose_for(worker.model, room, worker.session.say, exact=exact, kernels=kernels)
 
 
 def choose_for(
@@ -24,15 +31,26 @@ def choose_for(
     say: Callable[[str], None],
     *,
     exact: bool = False,
+    kernels: NativeKernels | None = None,
 ) -> Executor:
     """As :func:`choose_executor`; ``say`` is told if sequences are computed in turns, and why.
 
-    With ``exact`` the bits of a sequence's logits do not depend on what else is computed.
+    With ``exact`` the bits of a sequence's logits do not depend on what else is computed. A program
+    is tried with ``kernels``: those that the CPU computes all of the model with.
     """
+    why = ""
+    if kernels is not None:
+        flags = kernels.flags | (EXACT if exact else 0)
+        try:
+            return make_program(model, room.num_blocks, room.num_rows, flags)
+        except UnknownPartError as error:
+            why = f"; no program, as {error}"
     if exact:
         make_exact(model)
     try:
-        return _batched(model, room, say, exact=exact)
+        executor = _batched(model, room, say, exact=exact)
+        executor.reason += why
+        return executor
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
         return TurnsExecutor(model, room, str(error))

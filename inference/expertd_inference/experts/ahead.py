@@ -81,6 +81,14 @@ class RouterAhead:
             self._book.stats, layers_ahead=foresight.num_layers, why=foresight.why
         )
 
+    def is_idle(self) -> bool:
+        """Whether there is nothing to hint at, as all that was needed lately is in RAM."""
+        try:
+            self._look_whether_idle()
+        except ExpertdError:
+            return False
+        return self._idle
+
     def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:  # [T, H], [T, k]
         """``layer`` is about to compute: counts what was hinted for it, and hints for the next."""
         try:

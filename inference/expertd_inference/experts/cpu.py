@@ -7,7 +7,8 @@ put there: what computes the model's experts, and which layer this is.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.call import ExpertsCall, ExpertsSeat, seat_of, take_seat
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery
-from expertd_inference.experts.source import ExpertSource
+from expertd_inference.experts.source import DirectoryLease, DirectorySource, ExpertSource
 from expertd_inference.kernels.activation import activation_of
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
@@ -81,6 +82,40 @@ class CpuExperts:
                 return self._run(call)
             with torch.no_grad():
                 return self._run(call)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels compute."""
+        return self._kernels.name == "native"
+
+    def hold(self) -> "Held | None":
+        """What is in RAM now stays there until the result is released; no other thread computes.
+
+        None where layers have to be asked one by one: of copies, or while hints are given. Raises
+        PreconditionError after :meth:`close`, and what recovering a session raises.
+        """
+        if self._closed:
+            raise PreconditionError("This model was closed; load it again.")
+        source = self._source
+        if not isinstance(source, DirectorySource) or not source.directory_address:
+            return None
+        with ExitStack() as undo:
+            undo.enter_context(self._lock)
+            self._begin_step()
+            if self._ahead is not None and not self._ahead.is_idle():
+                return None
+            try:
+                lease = source.hold()
+            except SESSION_ENDED as error:
+                self._recover(error)
+                return None
+            return Held(self._arena.address, source, lease, undo.pop_all(), self._lost)
+
+    def _lost(self, error: SessionLostError | None) -> None:
+        if error is None:
+            self._recovery.progressed()
+        else:
+            self._recover(error)
 
     def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
         """By what the kernels can work out once."""
@@ -159,6 +194,49 @@ class CpuExperts:
     def _recover(self, error: Exception) -> None:
         self._recovery.recover(error)
         self._arena = ArenaTensors(self._source.arena_address, self._source.mapped_bytes)
+
+
+class Held:
+    """Experts that stay where they are; see :meth:`CpuExperts.hold`."""
+
+    def __init__(
+        self,
+        arena: int,
+        source: DirectorySource,
+        lease: DirectoryLease,
+        lock: ExitStack,
+        ended: Callable[[SessionLostError | None], None],
+    ) -> None:
+        self.arena = arena
+        """The address that records' offsets count from."""
+        self._source = source
+        self._lease = lease
+        self._lock = lock
+        self._ended = ended
+
+    @property
+    def directory(self) -> int:
+        """The address of the directory's first entry."""
+        return self._source.directory_address
+
+    def first_entry(self, layer: int) -> int:
+        """The number of the entry of a layer's expert 0."""
+        return self._source.first_entry(layer)
+
+    def release(self, entries: Sequence[int]) -> bool:
+        """``entries`` were used. False if what was read may have changed meanwhile.
+
+        Raises what recovering the session raises.
+        """
+        with self._lock:
+            try:
+                self._lease.note(entries)
+                self._lease.release()
+            except SessionLostError as error:
+                self._ended(error)
+                return False
+            self._ended(None)
+            return True
 
 
 def connect(

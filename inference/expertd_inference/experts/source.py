@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class ExpertLease(Protocol):
@@ -76,6 +76,31 @@ class HeldLease(ExpertLease, Protocol):
 
     def release(self) -> None:
         """Ends it. Raises SessionLostError if the bytes may have changed."""
+
+
+class DirectoryLease(Protocol):
+    """A lease whose holder reads the directory by itself."""
+
+    def note(self, entries: Sequence[int]) -> None:
+        """Counts uses of these entries of the directory."""
+
+    def release(self) -> None:
+        """Ends it. Raises SessionLostError if the bytes may have changed."""
+
+
+@runtime_checkable
+class DirectorySource(Protocol):
+    """A source whose directory its user may read, while it holds a lease."""
+
+    @property
+    def directory_address(self) -> int:
+        """Of the directory's first entry in this process; 0 if there is no directory."""
+
+    def first_entry(self, layer: int) -> int:
+        """The number of the directory's entry of a layer's expert 0; the others follow."""
+
+    def hold(self) -> DirectoryLease:
+        """A lease of nothing yet."""
 
 
 class HeldSource(ExpertSource, Protocol):

@@ -69,7 +69,11 @@ def activation_of(experts: nn.Module) -> Activation | None:
         return Activation(ActivationKind.GPT_OSS, float(module.alpha), float(module.limit))
     if apply_gate is not moe._default_apply_gate:
         return None
-    function: Any = getattr(module, "act_fn", None)
+    return activation_of_function(getattr(module, "act_fn", None))
+
+
+def activation_of_function(function: Any) -> Activation | None:  # noqa: ANN401 - whatever is there
+    """The activation ``function(gate) * up``; None if it is none of ours."""
     kind = _KINDS.get(type(function))
     if function is nn.functional.silu:  # Lfm2Moe's, which has no module of it
         kind = ActivationKind.SILU

@@ -107,6 +107,7 @@ _FUNCTIONS = tuple(
     for name in (
         *("experts", "linear", "dequantize", "use_isa", "read_probe"),
         *("rms_norm", "attend", "attend_rows", "rotate", "route", "program", "argmax"),
+        *("program_make", "program_free", "program_run", "held_step"),
     )
 )
 
@@ -136,6 +137,13 @@ def native_library() -> Loaded:
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
         ]
         library.expertd_attend_rows.argtypes = [ctypes.c_void_p]
+        library.expertd_program_make.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.expertd_program_make.restype = ctypes.c_void_p
+        library.expertd_held_step.argtypes = [ctypes.c_void_p]
+        library.expertd_held_step.restype = ctypes.c_int64
+        library.expertd_program_free.argtypes = [ctypes.c_void_p]
+        library.expertd_program_free.restype = None
+        library.expertd_program_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         library.expertd_use_isa.argtypes = [ctypes.c_char_p]
         library.expertd_use_isa.restype = ctypes.c_char_p
     return loaded
@@ -201,7 +209,7 @@ def native_layer(spec: ExpertsSpec) -> NativeLayer | None:
     gate_up, down = _of_record(spec.layout, GATE_UP), _of_record(spec.layout, DOWN)
     if gate_up is None or down is None:
         return None
-    return NativeLayer(gate_up=gate_up, down=down, activation=_activation(spec.activation))
+    return NativeLayer(gate_up=gate_up, down=down, activation=native_activation(spec.activation))
 
 
 def _of_record(layout: RecordLayout, name: str) -> NativeMatrix | None:
@@ -218,5 +226,6 @@ def _of_record(layout: RecordLayout, name: str) -> NativeMatrix | None:
     )
 
 
-def _activation(activation: Activation) -> NativeActivation:
+def native_activation(activation: Activation) -> NativeActivation:
+    """The activation for the kernels."""
     return NativeActivation(_ACTIVATIONS[activation.kind], activation.alpha, activation.limit)

@@ -64,7 +64,7 @@ class NativeKernels:
         if loaded.library is None:
             raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
         self._library: Any = loaded.library
-        self._flags = exact * EXACT | (activations == 8) * EIGHT_BIT_ACTIVATIONS
+        self.flags = exact * EXACT | (activations == 8) * EIGHT_BIT_ACTIVATIONS
         # By id: a spec's hash is that of all its parts. The spec is kept, so its id stays its.
         self._layers: dict[int, tuple[ExpertsSpec, NativeLayer | None]] = {}
         self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
@@ -106,7 +106,7 @@ class NativeKernels:
             or not all(each.is_contiguous() for each in (routed.rows, routed.index, routed.weights))
         ):
             return None
-        return PreparedExperts(layer, routed, types, self._flags)
+        return PreparedExperts(layer, routed, types, self.flags)
 
     def linear(self, rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
         """``rows`` [..., in] times the weight: [..., out], rounded once."""
@@ -135,7 +135,7 @@ class NativeKernels:
             num_rows,
             kind,
             torch.get_num_threads(),
-            self._flags,
+            self.flags,
         )
         check_memory(self._library.expertd_linear(ctypes.addressof(call)))
         return out
@@ -171,7 +171,7 @@ class NativeKernels:
             *index.shape,
             *types,
             torch.get_num_threads(),
-            self._flags,
+            self.flags,
         )
         check_memory(self._library.expertd_experts(ctypes.addressof(call)))
         return True

@@ -1,0 +1,118 @@
+"""Steps by a program: one native call for each layer with experts, and one for the logits.
+
+Between the products of a step Python costs more than the small operations themselves. Here a
+model's parts (:mod:`.describe`) are written down once as operations on fixed memory
+(:mod:`.assembly`), from the sum after one layer's experts to the routing of the next, for rows of
+any sequences. Only the experts are asked by Python, since which of them are in RAM is for it to
+find out. What no program can be made of is computed by the modules.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertd_inference.execution.assembly import Assembly
+from expertd_inference.execution.batch import Batch
+from expertd_inference.execution.describe import describe_model
+from expertd_inference.execution.held import HeldSegments
+from expertd_inference.execution.parts import Model, UnknownPartError
+from expertd_inference.execution.program_check import check_program
+from expertd_inference.execution.step_rows import StepRows, use_memory
+from expertd_inference.kernels.cpu.library import EXACT
+from expertd_inference.kv.memory import KvLayer, KvMemory
+
+MAX_WANTED = 64
+"""Logits of so many rows are computed at once; of a large vocabulary they are megabytes a row."""
+REASON = "all its parts are such as the program has, and gave the modules' results"
+
+
+def make_program(
+    model: Any,  # noqa: ANN401 - transformers is untyped
+    num_blocks: int,
+    max_rows: int,
+    flags: int = 0,
+) -> "ProgramExecutor":
+    """A program of a transformers model that was held against the model's modules.
+
+    The other arguments are those of :class:`ProgramExecutor`. Raises UnknownPartError if there is
+    no program of it.
+    """
+    described, witness = describe_model(model)
+    if flags & EXACT and any(isinstance(x.feed_forward, nn.Module) for x in described.layers):
+        raise UnknownPartError("a part of it is computed by torch, whose bits depend on the rows")
+    check_program(described, witness, flags)
+    return ProgramExecutor(described, num_blocks, max_rows, flags)
+
+
+class ProgramExecutor:
+    """Computes steps of a model by a program; see :class:`.executor.Executor`."""
+
+    name = "program"
+    shares_prefixes = True
+    recurrent = False
+
+    def __init__(self, model: Model, num_blocks: int, max_rows: int, flags: int = 0) -> None:
+        """``num_blocks`` of keys and values, for steps of at most ``max_rows`` rows.
+
+        ``flags`` are those of :mod:`expertd_inference.kernels.cpu.library`.
+
+        Raises PreconditionError where there are no native kernels.
+        """
+        self.reason = REASON
+        assembly = Assembly(model, max_rows, min(max_rows, MAX_WANTED))
+        self._assembly = assembly
+        self._segments, self._last = assembly.segments(model.layers, assembly.entry)
+        self._angles = list(assembly.angles.values())
+        self._num_tokens = len(model.embedding)
+        self._max_rows = max_rows
+        layers = [layer.attention for layer in model.layers]
+        self.memory = KvMemory(
+            [KvLayer(layer.kv_heads, layer.key_width, layer.value_width) for layer in layers],
+            num_blocks,
+            assembly.dtype,
+        )
+        use_memory(assembly, self.memory)
+        self._rows = StepRows(max_rows, flags)
+        self._held: HeldSegments | None = None
+        with suppress(ValueError):
+            self._held = HeldSegments(self._segments, max_rows)
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether it has not more rows than there is memory for."""
+        return batch.num_rows <= self._max_rows
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [batch.num_wanted, vocabulary]; good until the next step.
+
+        Raises IndexError for what is no token, MemoryError, and what the experts raise.
+        """
+        rows = self._rows
+        num_wanted = rows.fill(batch, self._num_tokens)
+        for angles in self._angles:
+            angles.reserve(rows.num_positions)
+        step, num_rows = rows.address, rows.step.rows
+        done = 0 if self._held is None else self._held.run(step, num_rows)
+        if 0 < done < len(self._segments):
+            # Of this one the piece has run, and not all of its experts are in RAM.
+            self._segments[done].finish(num_rows)
+            done += 1
+        for segment in self._segments[done:]:
+            segment.run(step, num_rows)
+        self._last.run(step)
+        logits = self._assembly.logits
+        if num_wanted <= len(logits):
+            self._assembly.head.run(step)
+            return logits[:num_wanted]
+        parts = []
+        for first in range(0, num_wanted, len(logits)):
+            num = rows.want(first, min(len(logits), num_wanted - first))
+            self._assembly.head.run(step)
+            parts.append(logits[:num].clone())
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        """Gives keys and values back; twice is harmless."""
+        self.memory.close()
