@@ -7,7 +7,7 @@ section 3.2). A hint never changes a result.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -17,6 +17,13 @@ from expertd_inference.experts.foresight import Foresight
 from expertd_inference.experts.hints import HintBook, HintStats, Pair
 from expertd_inference.experts.routers import Router
 from expertstore.errors import ExpertdError
+
+WHOLE_SHARE = 0.75
+"""Of a layer's experts: where its rows choose so many, the next layer is hinted at whole.
+
+Of 64 experts, 8 a row, that is from 11 rows on. A guess of what the other quarter is would be wrong
+for some of the rows, and a whole layer is read in the order of its file, neighbours at once.
+"""
 
 
 class HintTarget(Protocol):
@@ -54,9 +61,10 @@ class RouterAhead:
         """``layers`` are all MoE layers in order; those without a router are not foreseen.
 
         From each, so many are foreseen as :class:`Foresight` chooses of ``choices``, for one token
-        ``num_experts`` of each; without a number all that the router chooses. For several tokens
-        at once, as in a prompt, if ``hints_prompts``, that is all experts that it chooses for some
-        of them, of the next layer only.
+        ``num_experts`` of each; without a number all that the router chooses. For a few rows they
+        are all that it chooses for some of them, likeliest first. Where the rows of a step choose
+        nearly all experts of a layer, as in a prompt, the next layer is hinted at whole if
+        ``hints_prompts``.
         """
         self._first_layer = layers[0]
         self._routers = routers
@@ -100,27 +108,36 @@ class RouterAhead:
             return  # The session is over, which whoever computes finds out now and can mend.
 
     def _look_ahead(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:
+        chosen = dict.fromkeys(top_k_index.flatten().tolist())
         hinted = [(layer, expert) for expert in self._book.pending(layer)]
         if hinted:
-            chosen = set(top_k_index.flatten().tolist())
             absent = {expert for _, expert in self._target.absent(hinted)}
-            self._book.arrive(layer, chosen, absent)
-        num_layers = self._foresight.num_layers if len(hidden) == 1 else int(self._hints_prompts)
+            self._book.arrive(layer, chosen.keys(), absent)
+        whole = len(hidden) > 1 and self._names_nearly_all(layer, chosen)
+        num_layers = int(self._hints_prompts) if whole else self._foresight.num_layers
         foreseen = {
-            ahead: self._foresee(self._routers[ahead], hidden)
+            ahead: range(self._routers[ahead].num_experts)
+            if whole
+            else self._foresee(self._routers[ahead], hidden)
             for ahead in self._book.ahead(layer)[:num_layers]
             if ahead in self._routers
         }
         wanted = [(ahead, expert) for ahead, experts in foreseen.items() for expert in experts]
         hint = self._target.absent(wanted)
-        # What this layer itself has to fetch: of one token, where each millisecond counts.
-        own = top_k_index.flatten().tolist() if len(hidden) == 1 else []
+        # What this layer itself has to fetch: of few rows, where each millisecond counts.
+        own = [] if whole else chosen
         needed = self._target.absent([(layer, expert) for expert in own])
         if hint or needed or self._sent:
             # One that names nothing drops what was guessed for this layer and not begun.
             self._book.issue(hint)
             self._target.hint(hint, needed)
             self._sent = bool(hint)
+
+    def _names_nearly_all(self, layer: int, chosen: Collection[int]) -> bool:
+        """Whether these are so many of ``layer`` that guessing leaves out next to nothing."""
+        near = (layer, *self._book.ahead(layer))
+        router = next((self._routers[each] for each in near if each in self._routers), None)
+        return router is not None and len(chosen) >= WHOLE_SHARE * router.num_experts
 
     def _begin_step(self, num_tokens: int) -> None:
         now = self._clock()

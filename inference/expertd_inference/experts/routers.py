@@ -23,7 +23,7 @@ class Router:
         """``extra`` are arguments that its block hands to ``module`` beside hidden states."""
         self._module: Any = module
         self._extra = tuple(extra)
-        self._num_experts = num_experts
+        self.num_experts = num_experts
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:  # [T, H] -> [num], int64
         """``num`` experts by falling probability that one of these tokens uses them.
@@ -33,7 +33,7 @@ class Router:
         the others by their mean probability. A layer has no more than its experts, so the
         answer may be shorter. On ``hidden``'s device; waits for nothing there.
         """
-        return torch.topk(self._scores(hidden), min(num, self._num_experts)).indices
+        return torch.topk(self._scores(hidden), min(num, self.num_experts)).indices
 
     def foreseen(self, hidden: Tensor) -> list[int]:  # [T, H]
         """All experts that the router chooses for some of these tokens, likeliest first."""
@@ -73,7 +73,7 @@ class Router:
         if not logits.dtype.is_floating_point:
             logits, chosen = chosen, logits
         rows = hidden.shape[0]
-        if logits.shape != (rows, self._num_experts) or weights.shape != chosen.shape:
+        if logits.shape != (rows, self.num_experts) or weights.shape != chosen.shape:
             raise ValueError("the router's answer is of another shape")
         return logits, weights, chosen.long()
 

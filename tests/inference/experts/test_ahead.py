@@ -24,6 +24,7 @@ Make = Callable[..., Any]
 EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"
 ONE = torch.zeros(1, 4)
 CHOSEN = torch.tensor([[0, 1]])
+PROMPT, ALL = torch.zeros(4, 4), torch.arange(8).view(4, 2)
 
 
 @dataclass
@@ -54,6 +55,7 @@ class FixedRouter:
 
     experts: list[int]
     asked: int = 0
+    num_experts: int = 8
 
     def chosen(self, hidden: Tensor) -> Tensor:
         self.asked += 1
@@ -97,8 +99,10 @@ def test_what_this_layer_lacks_is_said_first_and_for_one_token() -> None:
     target.gone.add((2, 6))
     ahead.begin(2, ONE, chosen)
     assert target.needed.pop() == [(2, 6)], "without a hint, too"
-    ahead.begin(0, torch.zeros(9, 4), chosen)
+    ahead.begin(0, PROMPT, ALL)
     assert target.needed.pop() == [], "a prompt's call costs little beside its reads"
+    ahead.begin(0, PROMPT[:2], torch.tensor([[6, 2], [3, 2]]))
+    assert target.needed.pop() == [(0, 2), (0, 3)], "of few rows, too"
 
 
 def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
@@ -107,14 +111,17 @@ def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
     ahead = ahead_of(target, routers, choices=(2,))
     ahead.begin(0, ONE, CHOSEN)
     assert target.sent.pop() == [(1, 1), (1, 2), (2, 5), (2, 6)]
-    ahead.begin(0, torch.zeros(9, 4), CHOSEN)
-    assert target.sent == [[(1, 1), (1, 2), (1, 3)]]
+    ahead.begin(0, PROMPT[:3], torch.tensor([[0, 1], [2, 3], [4, 1]]))
+    guesses = [(1, expert) for expert in (1, 2, 3)] + [(2, expert) for expert in (5, 6, 7)]
+    assert target.sent.pop() == guesses, "of few rows all that some of them want"
+    ahead.begin(0, PROMPT, torch.tensor([[0, 1], [2, 3], [4, 5], [5, 5]]))
+    assert target.sent == [[(1, expert) for expert in range(8)]], "a layer in its file's order"
 
 
 def test_a_prompt_s_experts_are_not_hinted_where_that_does_not_pay() -> None:
     target = Target({(1, expert) for expert in range(8)})
     ahead = ahead_of(target, {1: FixedRouter([1, 2])}, hints_prompts=False)
-    ahead.begin(0, torch.zeros(9, 4), CHOSEN)
+    ahead.begin(0, PROMPT, ALL)
     assert target.sent == []
     ahead.begin(0, ONE, CHOSEN)
     assert target.sent == [[(1, 1), (1, 2)]]
