@@ -12,20 +12,17 @@ from expertd_inference.execution.parts import UnknownPartError
 from expertd_inference.execution.program import make_program
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.turns import TurnsExecutor
+from expertd_inference.kernels.cpu.library import EXACT
 from expertd_inference.kernels.cpu.native import NativeKernels
 
 
 def choose_executor(worker: Any, room: Room) -> Executor:  # noqa: ANN401 - a Worker
     """The best one that computes what the worker's model does, which is tried here."""
+    exact = getattr(worker, "exact", False)
     kernels = worker.kernels if isinstance(worker.kernels, NativeKernels) else None
-    on_cpu = worker.device_stats is None
-    return choose_for(
-        worker.model,
-        room,
-        worker.session.say,
-        exact=getattr(worker, "exact", False),
-        kernels=kernels if on_cpu else None,
-    )
+    if worker.device_stats is not None:
+        kernels = None
+    return choose_for(worker.model, room, worker.session.say, exact=exact, kernels=kernels)
 
 
 def choose_for(
@@ -43,8 +40,9 @@ def choose_for(
     """
     why = ""
     if kernels is not None:
+        flags = kernels.flags | (EXACT if exact else 0)
         try:
-            return make_program(model, room.num_blocks, room.num_rows, kernels.flags)
+            return make_program(model, room.num_blocks, room.num_rows, flags)
         except UnknownPartError as error:
             why = f"; no program, as {error}"
     if exact:

@@ -11,15 +11,16 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertd_inference.execution.assembly import Assembly
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.describe import describe_model
 from expertd_inference.execution.held import HeldSegments
-from expertd_inference.execution.parts import Model
+from expertd_inference.execution.parts import Model, UnknownPartError
 from expertd_inference.execution.program_check import check_program
 from expertd_inference.execution.step_rows import StepRows, use_memory
+from expertd_inference.kernels.cpu.library import EXACT
 from expertd_inference.kv.memory import KvLayer, KvMemory
 
 MAX_WANTED = 64
@@ -39,6 +40,8 @@ def make_program(
     no program of it.
     """
     described, witness = describe_model(model)
+    if flags & EXACT and any(isinstance(x.feed_forward, nn.Module) for x in described.layers):
+        raise UnknownPartError("a part of it is computed by torch, whose bits depend on the rows")
     check_program(described, witness, flags)
     return ProgramExecutor(described, num_blocks, max_rows, flags)
 
