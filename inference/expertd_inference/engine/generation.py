@@ -98,11 +98,8 @@ def generate(
     moved, hinted = worker.device_stats, worker.hint_stats
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
-    num_tokens = input_ids.shape[1] + arguments["max_new_tokens"]
     memory = PeakPss() if measure_memory else None
-    with memory or nullcontext(), worker.lend_cache(num_tokens) as cache:
-        if cache is not None:
-            arguments |= {"past_key_values": cache}
+    with memory or nullcontext():
         begin = time.perf_counter()
         try:
             worker.model.generate(

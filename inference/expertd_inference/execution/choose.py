@@ -1,6 +1,7 @@
 """Which executor serves a worker."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from expertd_inference.execution import check
@@ -24,21 +25,30 @@ def choose_for(
     say: Callable[[str], None],
     *,
     exact: bool = False,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Executor:
     """As :func:`choose_executor`; ``say`` is told if sequences are computed in turns, and why.
 
-    With ``exact`` the bits of a sequence's logits do not depend on what else is computed.
+    With ``exact`` the bits of a sequence's logits do not depend on what else is computed. All of a
+    step is computed within ``around``, at whose end it may turn out to be lost.
     """
     if exact:
         make_exact(model)
     try:
-        return _batched(model, room, say, exact=exact)
+        return _batched(model, room, say, around, exact=exact)
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
-        return TurnsExecutor(model, room, str(error))
+        return TurnsExecutor(model, room, str(error), around)
 
 
-def _batched(model: Any, room: Room, say: Callable[[str], None], *, exact: bool) -> Executor:  # noqa: ANN401
+def _batched(
+    model: Any,  # noqa: ANN401
+    room: Room,
+    say: Callable[[str], None],
+    around: Callable[[], AbstractContextManager[None]],
+    *,
+    exact: bool,
+) -> Executor:
     """Raises CannotBatchError."""
     with check.without_experts(model):
         layers = watch_layers(model)
@@ -56,7 +66,9 @@ def _batched(model: Any, room: Room, say: Callable[[str], None], *, exact: bool)
             tried.close()
         if alone:
             say(f"{type(model).__name__} computes one sequence at a time to be exact: {alone}")
-        return ModulesExecutor(model, layers, room, continues=continues, alone=alone or "")
+        return ModulesExecutor(
+            model, layers, room, continues=continues, alone=alone or "", around=around
+        )
     raise CannotBatchError(f"rows packed together gave something else, {found}")
 
 

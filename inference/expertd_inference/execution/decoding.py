@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.execution.choice_of_token import Choice, End, Finite
 from expertd_inference.execution.lean import KERNELS
 from expertd_inference.execution.steps import Steps
@@ -120,7 +119,7 @@ class Decoding:
         logits_processor: Any,  # noqa: ANN401
         stopping_criteria: Any,  # noqa: ANN401
         generation_config: Any,  # noqa: ANN401
-        cache: DynamicCache | DecodeCache,
+        cache: DynamicCache,
     ) -> Tensor:
         room = prompt.new_empty(1, 2 * prompt.shape[1] + 256)
         room[:, : prompt.shape[1]] = prompt
@@ -163,7 +162,7 @@ def _is_plain(
         and not model_kwargs.keys() - _PLAIN_ARGUMENTS
         and bool(model_kwargs.get("use_cache"))
         and model_kwargs.get("logits_to_keep") == 1
-        and type(cache) in (DynamicCache, DecodeCache)
+        and type(cache) is DynamicCache
         and cache.get_seq_length() == 0
         and (mask is None or bool((mask == 1).all()))
         and generation_config.num_beams == 1
