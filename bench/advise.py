@@ -26,7 +26,7 @@ from expertd.packing.synthetic import make_pack
 from expertd_inference import EmbeddedDaemon, load_model
 from expertd_inference.advice.advisor import Question, advise
 from expertd_inference.advice.models import find_model
-from expertd_inference.execution.decoding import Decoding
+from expertd_inference.engine.decoding import Decoding
 from expertstore.pack.manifest import read_manifest
 
 _EXAMPLE = Path(__file__).resolve().parent.parent / "examples/tiny-mixtral"

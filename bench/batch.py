@@ -24,7 +24,6 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 import torch
 import transformers
-from expertd_inference.engine.budget import EngineLimits
 from rich.console import Console
 
 from bench.figures import Figure, compared, counted
@@ -34,6 +33,7 @@ from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import Engine, GenerationSettings, Worker
+from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.process.attachment import attach
 from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest

@@ -34,7 +34,7 @@ from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
-from expertd_inference.execution.decoding import Decoding
+from expertd_inference.engine.decoding import Decoding
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import StepKernels
 from expertd_testing.daemon import serving

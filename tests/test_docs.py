@@ -12,9 +12,12 @@ import pytest
 
 from expertd.settings.config import ServeConfig
 from expertd_client.base_session import BaseSession
+from expertd_inference.cli.many import PromptResult, Totals
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.engine.generation import GenerationResult
+from expertd_inference.engine.engine import EngineStats
 from expertd_inference.experts.hints import HintStats
+from expertd_inference.generation import GenerationResult
+from expertd_inference.settings import GenerationSettings
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("proto", "expert_store", "client", "inference")
@@ -67,6 +70,10 @@ IN_TOML = {
     [
         (GenerationResult, "generating"),
         (HintStats, "generating"),
+        (EngineStats, "generating"),
+        (Totals, "generating"),
+        (PromptResult, "generating"),
+        (GenerationSettings, "generating"),
         (DeviceStats, "gpu"),
         (BaseSession, "client"),
         (ServeConfig, "operating"),

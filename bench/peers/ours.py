@@ -30,7 +30,7 @@ def run(socket: str, model: str, threads: int, *, private: bool = False) -> None
         import torch
 
         from expertd_inference import load_model
-        from expertd_inference.execution.decoding import Decoding
+        from expertd_inference.engine.decoding import Decoding
 
     torch.set_num_threads(threads)
     imported, before = time.monotonic(), _own_bytes()

@@ -16,7 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertd_inference.engine.generation import GenerationResult, generate
+    from expertd_inference.engine.budget import EngineLimits
+    from expertd_inference.engine.engine import Engine
+    from expertd_inference.generation import GenerationResult, generate
     from expertd_inference.process.embedded import EmbeddedDaemon
     from expertd_inference.process.environment import prepare_environment
     from expertd_inference.settings import GenerationSettings
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EmbeddedDaemon",
+    "Engine",
+    "EngineLimits",
     "GenerationResult",
     "GenerationSettings",
     "Worker",
@@ -34,10 +38,12 @@ __all__ = [
 
 _MODULES = {
     "EmbeddedDaemon": "process.embedded",
-    "GenerationResult": "engine.generation",
+    "Engine": "engine.engine",
+    "EngineLimits": "engine.budget",
+    "GenerationResult": "generation",
     "GenerationSettings": "settings",
     "Worker": "worker",
-    "generate": "engine.generation",
+    "generate": "generation",
     "load_model": "worker",
     "prepare_environment": "process.environment",
 }

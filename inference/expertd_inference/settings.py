@@ -25,6 +25,13 @@ class KernelsName(StrEnum):
     REFERENCE = "reference"
 
 
+class Activations(StrEnum):
+    """Bits of activations that meet quantized weights, where a step has several rows."""
+
+    BITS_16 = "16"
+    BITS_8 = "8"
+
+
 MAX_LOGPROBS = 20
 """How many of the likeliest tokens may be asked for with each token."""
 

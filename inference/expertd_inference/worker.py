@@ -1,6 +1,7 @@
 """A worker: one process's model, attached to the daemon that serves its experts."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,8 @@ from expertd_client import Session, TlsFiles
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.engine.budget import EngineLimits
+from expertd_inference.engine.engine import Engine
 from expertd_inference.execution.choose import choose_executor
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.lean import make_lean
@@ -24,10 +27,10 @@ from expertd_inference.experts.recovery import Recovery, say_on_stderr
 from expertd_inference.experts.routers import find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.step import step_kernels
-from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes
+from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.pack_config import context_tokens
-from expertd_inference.model.prompts import load_tokenizer
+from expertd_inference.model.prompts import encode, load_tokenizer
 from expertd_inference.process.attachment import (
     DEFAULT_REATTACH_SECONDS,
     ModelAttachment,
@@ -37,6 +40,7 @@ from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest, read_manifest
+from expertstore.shared.host_memory import memory_available
 
 
 class Worker:
@@ -57,6 +61,9 @@ class Worker:
         reattach_seconds: float = DEFAULT_REATTACH_SECONDS,
         device: DeviceSettings | None = None,
         say: Callable[[str], None] | None = None,
+        exact: bool = False,
+        activations: int = 16,
+        limits: EngineLimits | None = None,
     ) -> None:
         """Loads the trunk of the attached model; the attachment is closed with the worker.
 
@@ -67,9 +74,12 @@ class Worker:
         ``kernels`` are chosen by :func:`~expertd_inference.kernels.cpu.choice.cpu_kernels`. After
         the daemon's end the model waits for another for ``reattach_seconds``; ``say`` is told
         so, once per outage, and what else is not as it should be (without it, a line on
-        stderr). ``device`` says where experts are computed, by default on the CPU. Raises
-        PackError if the pack cannot be loaded, InvalidInputError if the device's cache would be
-        too small, DeviceError.
+        stderr). ``device`` says where experts are computed, by default on the CPU. With ``exact``
+        the bits of a result do not depend on what else is computed beside it; ``activations`` are
+        the bits, 16 or 8, of what meets quantized weights where a step has several rows.
+        ``limits`` are those of :attr:`engine`. Raises PackError if the pack cannot be loaded,
+        InvalidInputError if the device's cache would be too small or ``kernels`` are not exact,
+        PreconditionError if there are none that are, DeviceError.
         """
         self._attachment = attachment
         self.session = session = attachment.session
@@ -84,7 +94,9 @@ class Worker:
             devices = open_devices(self.manifest, settings, say)
             for each in devices.values():
                 undo.callback(each.close)
-            self.kernels = cpu_kernels(kernels, self.manifest, say or say_on_stderr)
+            self.kernels = cpu_kernels(
+                kernels, self.manifest, say or say_on_stderr, exact=exact, activations=activations
+            )
             if not devices:
                 session.enter_pages()  # while the trunk is loaded
             # Of the reference every step would dequantize the trunk anew.
@@ -134,6 +146,22 @@ class Worker:
             refuse_in_forks(self.model)
             undo.pop_all()
         self._tokenizer: Any = None
+        self.exact = exact
+        self._limits = limits
+        self._engine: Engine | None = None
+        self._engine_lock = threading.Lock()
+        self._before_close: list[Callable[[], None]] = []
+
+    @property
+    def engine(self) -> Engine:
+        """What computes this worker's sequences together: one, made when it is first used.
+
+        Raises as :class:`Engine` does.
+        """
+        with self._engine_lock:
+            if self._engine is None:
+                self._engine = Engine(self, self._limits)
+            return self._engine
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
@@ -147,24 +175,65 @@ class Worker:
         """What moved where since the worker began; None on the CPU."""
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
 
+    @property
+    def hint_stats(self) -> HintStats | None:
+        """What became of the hints to the daemon; None if this worker gives none."""
+        return None if self._ahead is None else self._ahead.stats
+
+    @property
+    def generation_config(self) -> Any:  # noqa: ANN401 - transformers is untyped
+        """What the pack wishes for every text: a transformers GenerationConfig."""
+        return self.model.generation_config
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings for."""
+        rows: int = self.model.get_input_embeddings().num_embeddings
+        return rows
+
+    @property
+    def context_tokens(self) -> int | None:
+        """How long a sequence the model goes, prompt included; None if it does not say."""
+        return context_tokens(self.model.config)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of the keys and values of all layers."""
+        return kv_bytes_per_token(self.model.config, self.model.dtype.itemsize)
+
+    @property
+    def kv_bytes(self) -> int:
+        """How much memory keys and values may take: a quarter of what is available.
+
+        On a GPU it is what its cache of experts has left room for.
+        """
+        if isinstance(self._runner, DeviceGroup):
+            return kv_bytes(self.model.config, self.model.dtype.itemsize)
+        return memory_available() // 4
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""
+        return encode(self.model, self.tokenizer, prompt)
+
     def open_executor(self, room: Room) -> Executor:
         """What computes this model's steps, with memory for as much as ``room``.
 
         Raises CapacityError if there is none.
         """
         if isinstance(self._runner, DeviceGroup):
-            longest = context_tokens(self.model.config) or CONTEXT_TOKENS
+            longest = self.context_tokens or CONTEXT_TOKENS
             say = self.session.say or say_on_stderr
-            return device_executor(self.model, self._runner, room, longest, say)
+            return device_executor(self.model, self._runner, room, longest, say, exact=self.exact)
         return choose_executor(self, room)
 
-    @property
-    def hint_stats(self) -> HintStats | None:
-        """What became of the hints to the daemon; None if this worker gives none."""
-        return None if self._ahead is None else self._ahead.stats
+    def before_close(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called when the worker is about to be closed."""
+        self._before_close.append(call)
 
     def close(self) -> None:
-        """Ends the session; its leases are free at once."""
+        """Ends its engines, and the session; its leases are free at once."""
+        for call in self._before_close:
+            call()
         try:
             self._runner.close()
         finally:

@@ -21,6 +21,7 @@
     ├── PermissionDeniedError    this user may not do that
     ├── DeadlineError            not done in the time given
     ├── BusyError                too many requests wait for a worker's engine already: retry later
+    ├── StepFailedError          a step of a worker's engine failed in an unforeseen way
     └── DeviceError              a worker's own GPU failed it; never by RPC
         ├── DeviceLostError      it does not answer any more
         └── DeviceMemoryError    its memory is full
@@ -124,6 +125,10 @@ class DeadlineError(ExpertdError):
 
 class BusyError(ExpertdError):
     """Too many requests wait for a worker's engine already; retry later. Never by RPC."""
+
+
+class StepFailedError(ExpertdError):
+    """A step of a worker's engine failed in an unforeseen way: ``__cause__``. Never by RPC."""
 
 
 class DeviceError(ExpertdError):

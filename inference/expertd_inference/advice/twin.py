@@ -19,7 +19,7 @@ from expertd.packing.shapes import shape_config
 from expertd.packing.synthetic import make_pack
 from expertd_inference.advice.models import find_model
 from expertd_inference.advice.values import Need
-from expertd_inference.execution.decoding import Decoding
+from expertd_inference.engine.decoding import Decoding
 from expertd_inference.process.embedded import EmbeddedDaemon
 from expertd_inference.process.memory import pss_bytes
 from expertd_inference.settings import DeviceSettings

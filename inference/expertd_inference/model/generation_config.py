@@ -2,7 +2,7 @@
 
 Every field of transformers' GenerationConfig is one of these:
 
-- left to transformers, whose processors and criteria our loop asks as well;
+- obeyed, by the engine itself or by transformers' own processors (:mod:`.engine.wishes`);
 - for an option of the command to say (:data:`SAID_BY_OPTIONS`);
 - about how the tokens are computed and not which (:data:`WITHOUT_EFFECT`), which is for us to say;
 - refused (:data:`REFUSED`), since it makes other text than one sequence by one model.
@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation.stopping_criteria import StopStringCriteria
 
 from expertd_inference.process.reasons import reason_of
-from expertd_inference.settings import GenerationSettings
 from expertstore.errors import InvalidInputError, PackError
 
 GENERATION_CONFIG = "generation_config.json"
@@ -27,21 +25,18 @@ GENERATION_CONFIG = "generation_config.json"
 SAID_BY_OPTIONS = frozenset({"max_length", "max_new_tokens", "do_sample", "temperature"})
 """Set by GenerationSettings, whatever the file says."""
 
-WITHOUT_EFFECT: dict[str, Any] = {
-    # Where keys and values lie, and for how many tokens there is room.
-    **dict.fromkeys(("cache_implementation", "cache_config", "max_cache_len")),
-    # Faster ways to the same tokens, by guesses that the model confirms.
-    **dict.fromkeys(("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")),
-    # What generate returns beside the tokens.
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "output_logits": False,
-    "return_dict_in_generate": False,
-    "compile_config": None,
-    "disable_compile": True,
-}
-"""What the text does not depend on, and what ``generate`` is told instead."""
+WITHOUT_EFFECT = frozenset(
+    {
+        # Where keys and values lie, and for how many tokens there is room.
+        *("cache_implementation", "cache_config", "max_cache_len"),
+        # Faster ways to the same tokens, by guesses that the model confirms.
+        *("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit"),
+        # What generate returns beside the tokens, and how it computes them.
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+        *("return_dict_in_generate", "compile_config", "disable_compile"),
+    }
+)
+"""What the text does not depend on."""
 
 
 def _more_than_one(value: Any) -> bool:  # noqa: ANN401 - of a file
@@ -274,50 +269,6 @@ def processors_of(
             f"transformers {transformers.__version__} cannot do what {GENERATION_CONFIG} of "
             f"{model.name_or_path} asks for: {reason_of(error)}."
         ) from error
-
-
-def generation_arguments(
-    model: Any,  # noqa: ANN401 - transformers is untyped
-    tokenizer: Any,  # noqa: ANN401
-    settings: GenerationSettings,
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """What ``model.generate`` is told beside the prompt: ``settings``, and the pack's wishes.
-
-    Raises InvalidInputError for a wish of the pack that is not one sequence by one model.
-    """
-    config = model.generation_config
-    vocabulary = model.get_input_embeddings().num_embeddings
-    check_wishes(config, f"{GENERATION_CONFIG} of {model.name_or_path}", vocabulary)
-    arguments: dict[str, Any] = {
-        # Other releases of transformers have other fields.
-        **{name: value for name, value in WITHOUT_EFFECT.items() if hasattr(config, name)},
-        "max_new_tokens": max_new_tokens,
-        "max_length": None,
-        "do_sample": settings.temperature > 0,
-    }
-    eos = config.eos_token_id
-    if eos == []:
-        # No end of text; transformers looks for a first one.
-        arguments["eos_token_id"] = eos = None
-    if config.pad_token_id is None and eos is not None:
-        # One sequence is never padded; without this transformers chooses the same and says so.
-        arguments["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    if config.stop_strings is not None:
-        # transformers does not hand the tokenizer on to a loop that is not its own.
-        arguments["stop_strings"] = None
-        if config.stop_strings:
-            arguments["stopping_criteria"] = [StopStringCriteria(tokenizer, config.stop_strings)]
-    if settings.temperature > 0:
-        top_p = settings.top_p
-        if top_p is None:
-            top_p = 1.0 if config.top_p is None else config.top_p
-        # Without a top_k: transformers' default of 50 is nobody's wish here.
-        top_k = max(config.top_k or 0, 0)
-        arguments |= {"temperature": settings.temperature, "top_p": top_p, "top_k": top_k}
-    else:
-        arguments |= {"temperature": None, "top_p": None, "top_k": None}
-    return arguments
 
 
 def _tokens(value: Any) -> Iterator[int]:  # noqa: ANN401 - of a file

@@ -1,12 +1,11 @@
 """A prompt's way to tokens: the pack's tokenizer, its chat template, and the model's embeddings."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 import transformers
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from expertd_inference.model.pack_config import context_tokens
@@ -42,18 +41,21 @@ def load_tokenizer(pack: Path) -> Any:  # noqa: ANN401 - transformers is untyped
 def encode(
     model: Any,  # noqa: ANN401 - transformers is untyped
     tokenizer: Any,  # noqa: ANN401
-    prompt: str,
-    *,
-    chat: bool,
-) -> Tensor:  # [1, T], int64
-    """The prompt's tokens, with ``chat`` in the tokenizer's chat template.
+    prompt: str | Sequence[Mapping[str, str]],
+) -> list[int]:
+    """The tokens of a text, or of a chat's messages in the tokenizer's chat template.
 
-    Raises InvalidInputError for a prompt that is no text, has no tokens, fills the model's
-    context or has tokens that the model does not, and with ``chat`` if there is no template,
-    or none that takes it.
+    A message has a ``role`` and its ``content``. Raises InvalidInputError for a prompt that is no
+    text, has no tokens, fills the model's context or has tokens that the model does not, and for
+    messages if there is no template, or none that takes them.
     """
-    check_prompt(prompt)
-    ids = _in_template(model, tokenizer, prompt) if chat else _ids(model, tokenizer, prompt)
+    if isinstance(prompt, str):
+        check_prompt(prompt)
+        ids = _ids(model, tokenizer, prompt)
+    else:
+        for message in prompt:
+            check_prompt(message["content"])
+        ids = _in_template(model, tokenizer, prompt)
     if not ids:
         raise InvalidInputError("The prompt is empty; this model needs at least one token.")
     rows = model.get_input_embeddings().num_embeddings
@@ -70,7 +72,7 @@ def encode(
             f"The prompt has {len(ids)} tokens, which leaves no room in the model's context "
             f"of {context}; shorten it."
         )
-    return torch.tensor([ids])
+    return ids
 
 
 def _text_of(tokenizer: Any, token: int) -> str:  # noqa: ANN401
@@ -91,19 +93,28 @@ def _ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
     return ids
 
 
-def _in_template(model: Any, tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
+def _in_template(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    messages: Sequence[Mapping[str, str]],
+) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidInputError(
             f"The model {Path(model.name_or_path).name} has no chat template; leave out --chat."
         )
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
         )
     except Exception as error:  # a template is a program, and may fail in any way
         raise InvalidInputError(
-            f"The chat template of {model.name_or_path} does not take one message of a user: "
+            f"The chat template of {model.name_or_path} does not take {_described(messages)}: "
             f"{reason_of(error)}; leave out --chat and write the prompt in the model's own "
             "format, or mend the template."
         ) from error
     return ids
+
+
+def _described(messages: Sequence[Mapping[str, str]]) -> str:
+    roles = [message["role"] for message in messages]
+    return "one message of a user" if roles == ["user"] else f"messages of {', '.join(roles)}"

@@ -17,7 +17,7 @@ from expertd_inference.process.environment import garbage_kept, prepare_environm
 prepare_environment(device="cpu")
 with garbage_kept():
     for _name in (
-        "expertd_inference.engine.generation",
+        "expertd_inference.generation",
         "transformers.modeling_layers",
         "transformers.models.auto.tokenization_auto",
     ):

@@ -86,7 +86,10 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "remote_misses",
         "peak_pss_bytes",
         "kernels",
-        "decoding",
+        "executor",
+        "finish_reason",
+        "reason",
+        "rows_mean",
         "hints",
         "device",
     }
@@ -112,6 +115,35 @@ def test_text_and_stdin(daemon: Daemon) -> None:
     assert done.stderr == ""
     assert done.stdout.strip()
     assert done.stdout.endswith("\n")
+
+
+def test_many_prompts_of_a_file(daemon: Daemon, packed: Make, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        f'{{"prompt": "{PROMPT}", "max_new_tokens": 5}}\n'
+        '{"tokens": [1, 2, 3], "stop_tokens": [7]}\n'
+        '{"tokens": [1000000]}\n'
+    )
+    arguments = ("--model", "tiny", "--prompt-file", file, "--max-new-tokens", "3", "--json")
+    done = generate(daemon, *arguments, "--max-sequences", "2", "--kv-tokens", "512", "--exact")
+    assert done.returncode == 2
+    started, ended = done.stderr.splitlines()
+    assert started.startswith("expert-run: executor ")
+    assert ended == "expert-run: 1 of 3 prompts failed; their lines say why (error)."
+    *results, totals = map(json.loads, done.stdout.splitlines())
+    by_line = {result["line"]: result for result in results}
+    assert by_line.keys() == {1, 2, 3}
+    tokenizer = AutoTokenizer.from_pretrained(packed("example"))
+    assert by_line[1]["prompt_tokens"] == len(tokenizer(PROMPT).input_ids)
+    assert by_line[1]["new_tokens"] == 5
+    assert by_line[1]["text"] == tokenizer.decode(by_line[1]["tokens"])
+    assert by_line[2]["new_tokens"] <= 3
+    assert "token 1000000" in by_line[3]["error"]
+    assert (totals["num_prompts"], totals["num_failed"]) == (3, 1)
+    assert totals["engine"]["rows_mean"] > 1
+    assert totals["engine"]["kv_tokens"] == 512
 
 
 def test_embedded_with_stream(packed: Make) -> None:
@@ -171,6 +203,9 @@ def test_unknown_model(daemon: Daemon) -> None:
         (("--ram", "8GiB"), "--ram belongs to --embedded"),
         (("--top-p", "0"), "top_p"),
         (("--seed", "-1"), "seed"),
+        (("--prompt-file", "x"), "Give one of --prompt and --prompt-file"),
+        (("--kv-tokens", "10"), "kv_tokens is 10, too few for one sequence; give at least 64"),
+        (("--exact", "--kernels", "reference", "--embedded", "/tmp"), "is not a pack"),
         (("--socket", "/" + "x" * 120, "--model", "m"), "at most 107"),
     ],
 )

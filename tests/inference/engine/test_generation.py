@@ -1,5 +1,6 @@
 """Text from a prompt: what transformers' own generate gives, counted and streamed."""
 
+import re
 import shutil
 import signal
 import threading
@@ -16,8 +17,6 @@ from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import SCHEMES
 from expertd_client import Client
 from expertd_inference import GenerationSettings, Worker, generate, load_model
-from expertd_inference.engine.generation import encode_prompt
-from expertd_inference.engine.streaming import TokenStreamer
 from expertd_inference.process import memory
 from expertd_inference.process.attachment import attach
 from expertd_testing.daemon import Daemon, serving
@@ -127,20 +126,13 @@ def test_stops_at_the_end_of_text(mixtral: Worker) -> None:
     assert result.tokens == tokens[: tokens.index(tokens[3]) + 1]
 
 
-def test_the_end_of_text_is_not_text(mixtral: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_text_is_not_text(mixtral: Worker) -> None:
     pieces: list[str] = []
     end = mixtral.tokenizer.eos_token_id
-
-    def say(ids: torch.Tensor, *, streamer: Any, **kwargs: Any) -> None:
-        for value in (ids, torch.tensor([65]), torch.tensor([end])):
-            streamer.put(value)
-        streamer.end()
-
-    monkeypatch.setattr(mixtral.model, "generate", say)
-    result = generate(mixtral, "abc", on_text=pieces.append).result
-    assert result.tokens == [65, end]
-    assert "".join(pieces) == result.text
-    assert "<|end|>" not in result.text
+    settings = GenerationSettings(allowed_tokens=(end,))
+    result = generate(mixtral, "abc", settings, on_text=pieces.append).result
+    assert (result.tokens, result.text, result.finish_reason) == ([end], "", "stop")
+    assert pieces == []
 
 
 def test_sampling_is_repeatable_by_seed(mixtral: Worker) -> None:
@@ -174,8 +166,8 @@ def test_settings_of_the_checkpoint_do_not_make_it_random(
 
 
 def test_chat(chat: Worker) -> None:
-    ids = encode_prompt(chat, "Hello", chat=True)
-    assert chat.tokenizer.decode(ids[0]) == "[user] Hello\n[assistant] "
+    ids = chat.encode([{"role": "user", "content": "Hello"}])
+    assert chat.tokenizer.decode(ids) == "[user] Hello\n[assistant] "
     done = generate(chat, "Hello", GenerationSettings(max_new_tokens=4), chat=True)
     assert done.result.prompt_tokens == len("[user] Hello\n[assistant] ")
 
@@ -183,32 +175,6 @@ def test_chat(chat: Worker) -> None:
 def test_chat_without_a_template(mixtral: Worker) -> None:
     with pytest.raises(InvalidInputError, match="no chat template"):
         generate(mixtral, "Hello", chat=True)
-
-
-@pytest.mark.parametrize("text", ["naïve €5, 漢字 🙂", "a  b\n\n c ", "\xa0x", ""])
-def test_streamed_pieces_are_whole_characters(text: str) -> None:
-    tokenizer = byte_tokenizer()
-    pieces: list[str] = []
-    streamer = TokenStreamer(tokenizer, pieces.append)
-    streamer.put(torch.tensor([[1, 2, 3]]))
-    for token in tokenizer(text).input_ids:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    streamer.end()
-    # As soon as they are whole: one piece per character.
-    assert pieces == list(text)
-
-
-def test_streamed_pieces_of_bytes_that_are_no_text() -> None:
-    tokenizer = byte_tokenizer()
-    tokens = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(0))
-    pieces: list[str] = []
-    streamer = TokenStreamer(tokenizer, pieces.append)
-    streamer.put(torch.tensor([[1]]))
-    for token in tokens:
-        streamer.put(token[None])
-    streamer.end()
-    assert "".join(pieces) == tokenizer.decode(tokens)
 
 
 def test_transformers_streamers_work(mixtral: Worker) -> None:
@@ -343,3 +309,16 @@ def test_session_ends_with_the_model(daemon: Daemon) -> None:
         after = sessions(client)
     assert len(during) == len(before) + 1
     assert len(after) == len(before)
+
+
+def test_the_example_of_many_sequences_runs(
+    packed: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs/generating.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if "engine.submit" in block)
+    exec(example.replace('"./mixtral"', repr(str(packed("example")))), {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    ends = [line[-1] for line in lines if line[-1] in ("length", "stop")]
+    assert len(ends) == 2
+    assert sum(line[-1] == "None" for line in lines) >= 2

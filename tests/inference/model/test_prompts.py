@@ -7,13 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers import MixtralConfig
 
 from expertd_inference.model.prompts import encode, load_tokenizer
 from expertd_testing.tiny_models import VOCAB, byte_tokenizer
 from expertstore.errors import InvalidInputError, PackError
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def model_of(rows: int = VOCAB) -> Any:
@@ -107,22 +110,22 @@ def template(text: Any) -> Any:
 )
 def test_templates_that_do_not_take_it(text: Any, message: str) -> None:
     with pytest.raises(InvalidInputError, match="chat template of /packs/tiny") as caught:
-        encode(model_of(), template(text), "Hello", chat=True)
+        encode(model_of(), template(text), user("Hello"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_templates_that_make_nothing() -> None:
     with pytest.raises(InvalidInputError, match="prompt is empty"):
-        encode(model_of(), template("{% if messages|length > 3 %}x{% endif %}"), "x", chat=True)
+        encode(model_of(), template("{% if messages|length > 3 %}x{% endif %}"), user("x"))
     with pytest.raises(InvalidInputError, match="model tiny has no chat template"):
-        encode(model_of(), byte_tokenizer(), "x", chat=True)
+        encode(model_of(), byte_tokenizer(), user("x"))
 
 
 def test_templates_of_which_one_is_the_default() -> None:
     tokenizer = template({"default": "{{ messages[0].content }}!", "tool_use": "x"})
-    tokens = encode(model_of(), tokenizer, "Hi", chat=True)
-    assert tokenizer.decode(tokens[0]) == "Hi!"
+    tokens = encode(model_of(), tokenizer, user("Hi"))
+    assert tokenizer.decode(tokens) == "Hi!"
 
 
 def test_tokens_beyond_the_embeddings() -> None:
@@ -131,9 +134,9 @@ def test_tokens_beyond_the_embeddings() -> None:
     with pytest.raises(
         InvalidInputError, match=rf"token {VOCAB} \('<new>'\).*for 0 to {VOCAB - 1}"
     ):
-        encode(model_of(), tokenizer, "hello <new> world", chat=False)
+        encode(model_of(), tokenizer, "hello <new> world")
     # The other way round is usual: embeddings are padded to a round number.
-    assert encode(model_of(VOCAB + 7), tokenizer, "hello <new>", chat=False).max() == VOCAB
+    assert max(encode(model_of(VOCAB + 7), tokenizer, "hello <new>")) == VOCAB
 
 
 @pytest.mark.parametrize("ids", [[-1, 3], [3, -100]])
@@ -148,7 +151,7 @@ def test_tokens_below_them(ids: list[int]) -> None:
             raise OverflowError("can't convert negative int to unsigned")
 
     with pytest.raises(InvalidInputError, match=f"has token {min(ids)} "):
-        encode(model_of(), Odd(), "x", chat=False)
+        encode(model_of(), Odd(), "x")
 
 
 def test_a_tokenizer_that_fails() -> None:
@@ -156,19 +159,29 @@ def test_a_tokenizer_that_fails() -> None:
         raise Exception("no such merge")
 
     with pytest.raises(PackError, match="tokenizer of /packs/tiny fails: no such merge"):
-        encode(model_of(), fails, "x", chat=False)
+        encode(model_of(), fails, "x")
 
 
 def test_bytes_that_are_no_text() -> None:
     prompt = b"caf\xe9".decode(errors="surrogateescape")
     with pytest.raises(InvalidInputError, match=r"not UTF-8 text.*character 3"):
-        encode(model_of(), byte_tokenizer(), prompt, chat=False)
+        encode(model_of(), byte_tokenizer(), prompt)
 
 
 def test_lengths() -> None:
-    assert torch.equal(
-        encode(model_of(), byte_tokenizer(), "x" * 63, chat=False),
-        torch.tensor([byte_tokenizer()("x" * 63).input_ids]),
-    )
+    ids = byte_tokenizer()("x" * 63).input_ids
+    assert encode(model_of(), byte_tokenizer(), "x" * 63) == ids
     with pytest.raises(InvalidInputError, match="64 tokens, which leaves no room"):
-        encode(model_of(), byte_tokenizer(), "x" * 64, chat=False)
+        encode(model_of(), byte_tokenizer(), "x" * 64)
+
+
+def test_messages_of_several_speakers() -> None:
+    said = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    messages = [{"role": "system", "content": "Be brief."}, *user("Hi")]
+    tokens = encode(model_of(), template(said), messages)
+    assert byte_tokenizer().decode(tokens) == "system:Be brief.;user:Hi;"
+    refuses = template("{{ raise_exception('no') }}")
+    with pytest.raises(InvalidInputError, match="does not take messages of system, user: no;"):
+        encode(model_of(), refuses, messages)
+    with pytest.raises(InvalidInputError, match="not UTF-8"):
+        encode(model_of(), template(said), user("\udce9"))

@@ -67,28 +67,40 @@ class ReferenceKernels:
 
 
 def cpu_kernels(
-    name: KernelsName | str, manifest: Manifest, say: Callable[[str], None] = lambda _: None
+    name: KernelsName | str,
+    manifest: Manifest,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    exact: bool = False,
+    activations: int = 16,
 ) -> CpuKernels:
     """The kernels of that name for a pack.
 
     ``auto`` takes the native ones where they are, and tells ``say`` if they are not; for a pack
     of 16-bit experts it takes the reference, which gives the very bits of stock transformers.
-    Raises InvalidInputError for another name, PreconditionError for ``native`` without them.
+    ``exact`` and ``activations`` are for :class:`NativeKernels`; no others are exact. Raises
+    InvalidInputError for another name or kernels that are not exact, PreconditionError if the
+    native ones must be taken and are not there.
     """
     try:
         chosen = KernelsName(name)
     except ValueError:
         known = ", ".join(KernelsName)
         raise InvalidInputError(f"There are no kernels called {name}; known are {known}.") from None
-    if chosen is KernelsName.NATIVE:
-        return NativeKernels()
+    if exact and chosen is KernelsName.REFERENCE:
+        raise InvalidInputError(
+            "The reference kernels are not exact, since torch rounds by the number of rows; leave "
+            "out --exact, or --kernels reference."
+        )
+    if exact or chosen is KernelsName.NATIVE:
+        return NativeKernels(exact=exact, activations=activations)
     if chosen is KernelsName.REFERENCE or _is_plain(manifest):
         return ReferenceKernels()
     loaded = native_library()
     if loaded.library is None:
         say(f"computing with the slow reference kernels: {loaded.reason}")
         return ReferenceKernels()
-    return NativeKernels()
+    return NativeKernels(activations=activations)
 
 
 def _is_plain(manifest: Manifest) -> bool:

@@ -1,0 +1,377 @@
+"""``expert-run generate``: continues one prompt, or all of a file."""
+
+import gc
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+import expertd_inference
+from expertd_client import TlsFiles
+from expertd_inference.cli import options
+from expertd_inference.cli.prompt_file import PromptLine, read_prompt_file
+from expertd_inference.cli.text_output import TextOutput, progress, status
+from expertd_inference.engine.budget import EngineLimits
+from expertd_inference.process.attachment import DEFAULT_REATTACH_SECONDS, attach
+from expertd_inference.process.embedded import EmbeddedDaemon
+from expertd_inference.process.environment import garbage_kept, prepare_environment
+from expertd_inference.settings import (
+    Activations,
+    ComputeDtype,
+    DeviceSettings,
+    GenerationSettings,
+    KernelsName,
+    check_prompt,
+)
+from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.interrupts import exit_code, importing, interruptible
+
+if TYPE_CHECKING:
+    import torch
+
+    from expertd_inference.cli.many import PromptResult
+    from expertd_inference.worker import Worker
+
+_LIMITS = EngineLimits()
+
+
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="The text to continue; - reads it from stdin."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many prompts, continued at once: one JSON object a line, with prompt, messages "
+            "or tokens, and settings of its own; - reads stdin. The answer is a line for each, as "
+            "it is done.",
+            metavar="FILE",
+            readable=False,
+        ),
+    ] = None,
+    socket: Annotated[
+        str | None,
+        typer.Option(
+            help="The directory that the daemon serves in, or tcp://HOST:PORT. Default: "
+            "$XDG_RUNTIME_DIR/expertd if a daemon of yours is there, else /run/expertd.",
+            metavar="DIR",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model that it serves; not needed if it is the only one."),
+    ] = None,
+    embedded: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without a daemon: start one for this pack, and stop it at the end.",
+            metavar="PACK",
+            readable=False,
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            help="With --embedded: memory for experts, as in 8GiB. Default: all of "
+            "them, or half of the free memory.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="With tcp://: who signed the daemon's certificate.", metavar="PEM", readable=False
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="With tcp://: this client's certificate.", metavar="PEM", readable=False),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="With tcp://: its private key.", metavar="PEM", readable=False),
+    ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(
+            help="With tcp://: this host's copy of the pack, whose experts-* may be left out.",
+            metavar="PACK",
+            readable=False,
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the daemon's memory cannot be shared: memory for copies of experts, as in "
+            "8GiB. Default: all of them, or half of the free memory.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the likeliest tokens of this total probability. Default: the "
+            "checkpoint's, or all."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the prompt in the model's chat template.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with text, tokens and figures.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="With --json: the text to stderr while it comes.")
+    ] = False,
+    dtype: Annotated[
+        ComputeDtype | None,
+        typer.Option(help="Compute in this. Default: what the checkpoint is in."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")
+    ] = None,
+    kernels: Annotated[
+        KernelsName,
+        typer.Option(
+            help="What computes on the CPU. auto: native, but for packs of 16-bit experts, whose "
+            "reference gives the very tokens of stock transformers."
+        ),
+    ] = KernelsName.AUTO,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="The very same text, whatever else is computed beside it: slower for one "
+            "sequence.",
+        ),
+    ] = False,
+    activations: Annotated[
+        Activations,
+        typer.Option(
+            help="Bits of what meets quantized weights, where a step has several rows: 8 is "
+            "faster, and rounds."
+        ),
+    ] = Activations.BITS_16,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="With --prompt-file: how many are computed together.")
+    ] = _LIMITS.max_sequences,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens of all sequences the keys and values have room for. Default: "
+            "what the sequences need, or a quarter of the free memory.",
+            min=1,
+        ),
+    ] = None,
+    device: options.Device = options.DEFAULTS.device,
+    cache_bytes: options.CacheBytes = None,
+    cache_policy: options.Policy = options.DEFAULTS.cache_policy,
+    speculate_layers: options.SpeculateLayers = options.DEFAULTS.speculate_layers,
+    speculate_experts: options.SpeculateExperts = options.DEFAULTS.speculate_experts,
+    staging_slots: options.StagingSlots = options.DEFAULTS.staging_slots,
+    on_miss: options.OnMissOption = options.DEFAULTS.on_miss,
+    decode_graphs: options.DecodeGraphs = options.DEFAULTS.decode_graphs,
+    reattach_seconds: Annotated[
+        float, typer.Option(min=0, help="Wait so long for a new daemon if this one ends.")
+    ] = DEFAULT_REATTACH_SECONDS,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what transformers has to say.")
+    ] = False,
+) -> None:
+    """Continue a prompt, and print the new text as it comes; or many, with --prompt-file.
+
+    [bold]Examples[/bold]
+
+      expert-run generate --model mixtral --prompt "Once upon a time"
+
+      expert-run generate --embedded ./mixtral-pack --prompt "Once upon a time"
+
+      expert-run generate --model mixtral --device cuda --cache-bytes 12GiB -p "Once upon"
+
+      expert-run generate --model mixtral --chat --temperature 0.7 -p "Why is the sky blue?"
+
+      expert-run generate --socket tcp://store.lab:7443 --tls-ca ca.pem --tls-cert me.pem
+      --tls-key me.key --pack ./mixtral-trunk --prompt "Once upon a time"
+
+      cat story.txt | expert-run generate --model mixtral --json -p -
+
+      expert-run generate --model mixtral --prompt-file questions.jsonl > answers.jsonl
+    """
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
+    lines = _lines_of(prompt, prompt_file, settings, chat=chat)
+    limits = EngineLimits(max_sequences=max_sequences, kv_tokens=kv_tokens)
+    if embedded is None and ram is not None:
+        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    tls = _tls_files(tls_ca, tls_cert, tls_key)
+    copies_bytes = options.size_of("--cache", cache)
+    devices = DeviceSettings(
+        device,
+        options.size_of("--cache-bytes", cache_bytes),
+        cache_policy,
+        speculate_layers,
+        speculate_experts,
+        staging_slots,
+        on_miss,
+        decode_graphs,
+    )
+    output = TextOutput(json=json or prompt_file is not None, stream=stream)
+    with interruptible(), ExitStack() as stack:
+        if embedded is not None:
+            if model is not None:
+                raise InvalidInputError("Choose one of --embedded and --model.")
+            with status("Starting a daemon"):
+                daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
+            socket, model, reattach_seconds = str(daemon.socket), daemon.name, 0
+        attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
+        prepare_environment(verbose=verbose, device=device)
+        with garbage_kept():
+            _import_worker()
+            if threads is not None:
+                _set_threads(threads)
+            with status("Loading the model"):
+                worker = stack.enter_context(
+                    expertd_inference.Worker(
+                        attachment,
+                        pack=pack,
+                        dtype=_torch_dtype(dtype),
+                        kernels=kernels,
+                        reattach_seconds=reattach_seconds,
+                        device=devices,
+                        say=output.say,
+                        exact=exact,
+                        activations=int(activations),
+                        limits=limits,
+                    )
+                )
+            # Modules and model stay to the end: no later collection need look at them.
+            gc.freeze()
+        if verbose or prompt_file is not None:
+            output.say(f"executor {worker.engine.executor}: {worker.engine.reason}")
+        interrupted = (
+            _continue_one(worker, lines[0], output, json=json)
+            if prompt_file is None
+            else _continue_many(worker, lines, output, json=json)
+        )
+    if interrupted:
+        sys.exit(exit_code(signal.SIGINT))
+
+
+def _lines_of(
+    prompt: str | None, file: Path | None, settings: GenerationSettings, *, chat: bool
+) -> list[PromptLine]:
+    """What is to be continued; with ``chat`` a text is a user's message."""
+    if (prompt is None) == (file is None):
+        raise InvalidInputError("Give one of --prompt and --prompt-file.")
+    if file is not None:
+        lines = read_prompt_file(file, settings)
+    else:
+        text = _read_stdin() if prompt == "-" else prompt or ""
+        check_prompt(text)
+        lines = [PromptLine(1, text, settings)]
+    if not chat:
+        return lines
+    return [
+        replace(line, prompt=[{"role": "user", "content": line.prompt}])
+        if isinstance(line.prompt, str)
+        else line
+        for line in lines
+    ]
+
+
+def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, json: bool) -> bool:
+    """Whether it was interrupted."""
+    try:
+        generation = expertd_inference.generate(
+            worker, line.prompt, line.settings, on_text=output.write, measure_memory=json
+        )
+    finally:
+        output.end_line()
+    output.end(msgspec.json.encode(generation.result) if json else None)
+    return generation.interrupted
+
+
+def _continue_many(
+    worker: "Worker", lines: list[PromptLine], output: TextOutput, *, json: bool
+) -> bool:
+    """Whether it was interrupted."""
+    from expertd_inference.cli.many import Totals, continue_all
+
+    totals = Totals()
+    began = time.perf_counter()
+    interrupted = False
+
+    with progress(len(lines)) as advance:
+
+        def done(result: "PromptResult") -> None:
+            totals.count(result)
+            output.end(msgspec.json.encode(result))
+            advance()
+
+        try:
+            continue_all(worker.engine, lines, done)
+        except KeyboardInterrupt:
+            interrupted = True
+    totals.end(time.perf_counter() - began, worker.engine.stats)
+    if json:
+        output.end(msgspec.json.encode(totals))
+    if totals.num_failed:
+        raise PreconditionError(
+            f"{totals.num_failed} of {len(lines)} prompts failed; their lines say why (error)."
+        )
+    return interrupted
+
+
+def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
+    if ca is None and certificate is None and key is None:
+        return None
+    if ca is None or certificate is None or key is None:
+        raise InvalidInputError("--tls-ca, --tls-cert and --tls-key belong together; give all.")
+    return TlsFiles(ca, certificate, key)
+
+
+def _read_stdin() -> str:
+    """The prompt from a pipe. Raises InvalidInputError if it is not text or cannot be read."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except OSError as error:
+        raise InvalidInputError(
+            f"The prompt cannot be read from stdin: {error.strerror}."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
+
+
+def _import_worker() -> None:
+    try:
+        with importing("torch and transformers"):
+            import_module("expertd_inference.generation")
+    except ModuleNotFoundError as error:
+        raise PreconditionError(
+            f"this installation serves experts but cannot compute with them, for {error.name} is "
+            "not installed: run it where `pip install expertd` brought its dependencies."
+        ) from error
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _torch_dtype(dtype: ComputeDtype | None) -> "torch.dtype | None":
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype)

@@ -1,0 +1,277 @@
+"""Many sequences of one model, computed together: the face of the engine.
+
+::
+
+    from expertd_inference import Engine, GenerationSettings, Worker
+
+    with Engine(worker) as engine:
+        streams = [engine.submit(prompt, GenerationSettings(max_new_tokens=32)) for prompt in many]
+        for stream in streams:
+            print("".join(token.text for token in stream))
+
+One thread plans a batch, computes it, samples and delivers; :meth:`Engine.submit` never waits for
+it.
+"""
+
+import atexit
+import itertools
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Self, TypeGuard, cast
+
+import msgspec
+import torch
+
+from expertd_inference.engine.budget import EngineLimits, budget_for, scheduler_limits
+from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.live import live_of
+from expertd_inference.engine.loop import Loop
+from expertd_inference.engine.sampling import Sampling
+from expertd_inference.engine.scheduler import Scheduler
+from expertd_inference.engine.sequence import Sequence as LiveSequence
+from expertd_inference.engine.served import Served
+from expertd_inference.engine.stream import TokenStream
+from expertd_inference.engine.token import Token
+from expertd_inference.engine.wishes import resolve
+from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
+from expertd_inference.kv.state import StateSlots
+from expertd_inference.settings import GenerationSettings
+from expertstore.errors import PreconditionError
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or the messages of a chat."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine has done until now.
+
+    ``executor`` computes its steps, and ``reason`` says why that one. ``num_steps`` steps had
+    ``num_rows`` rows, ``rows_mean`` each in the mean (a row is one token of one sequence).
+    ``prefix_queries`` are the tokens of sequences that were looked up among earlier ones' when
+    they began, and ``prefix_hits`` those that were found and not computed. ``num_preemptions``
+    sequences had to give up their keys and values for others and computed them again.
+    ``kv_tokens`` is how many tokens have room at once, and ``kv_why`` says why so many.
+    """
+
+    executor: str
+    reason: str
+    num_steps: int
+    num_rows: int
+    rows_mean: float
+    num_running: int
+    num_waiting: int
+    prefix_queries: int
+    prefix_hits: int
+    num_preemptions: int
+    kv_tokens: int
+    kv_why: str
+
+
+class Engine:
+    """Computes many sequences of ``worker``'s model at a time, until :meth:`close`.
+
+    It is safe to use from several threads, and from an event loop. A sequence's tokens depend on
+    its prompt, settings and seed; what else is computed changes them only as far as rounding
+    depends on the number of rows, and with ``Worker(exact=True)`` not at all.
+
+    An error of a step ends the sequences of that step, and of all sequences where the next step
+    would meet it as well (the daemon is gone for longer than the worker waits, the model was
+    unloaded): their streams raise it. The engine can be used again then: once the daemon is back,
+    new sequences are computed. The worker's ``close`` closes the engine, too.
+    """
+
+    def __init__(self, worker: Served, limits: EngineLimits | None = None) -> None:
+        """Takes memory for keys and values, and starts the thread.
+
+        Raises InvalidInputError if there is no memory for one sequence, and what the worker's
+        executor raises.
+        """
+        self._worker = worker
+        self._limits = limits or EngineLimits()
+        self._budget = budget_for(self._limits, worker)
+        self._executor = worker.open_executor(self._budget.room)
+        room = self._budget.room
+        self._loop = Loop(
+            self._executor,
+            Scheduler(
+                scheduler_limits(self._limits, room, self._executor, worker),
+                BlockPool(room.num_blocks),
+                None if self._executor.shares_prefixes else StateSlots(room.num_sequences),
+            ),
+        )
+        self._ids = itertools.count()
+        # Orders to the thread: a sequence to cancel, or None to look again. It may be put to in
+        # the midst of anything, a garbage collection included, which takes no lock twice.
+        self._orders: SimpleQueue[int | None] = SimpleQueue()
+        self._closed = False
+        self._computing = False
+        """Whether the last step had something to compute, so that there may be a next one."""
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        worker.before_close(self.close)
+        # A thread that computes while Python ends may crash it.
+        atexit.register(self.close)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Engine {self._executor.name} {state}: {self._loop!r}>"
+
+    @property
+    def executor(self) -> str:
+        """What computes the steps: ``program``, ``graphs``, ``modules`` or ``turns``."""
+        return self._executor.name
+
+    @property
+    def reason(self) -> str:
+        """Why that one."""
+        return self._executor.reason
+
+    @property
+    def limits(self) -> EngineLimits:
+        """As it was made with."""
+        return self._limits
+
+    @property
+    def stats(self) -> EngineStats:
+        """What was done until now."""
+        loop, scheduler = self._loop, self._loop.scheduler_stats
+        return EngineStats(
+            executor=self.executor,
+            reason=self.reason,
+            num_steps=loop.num_steps,
+            num_rows=loop.num_rows,
+            rows_mean=loop.num_rows / loop.num_steps if loop.num_steps else 0.0,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+            kv_tokens=self._budget.room.num_blocks * BLOCK_TOKENS,
+            kv_why=self._budget.why,
+        )
+
+    def encode(self, prompt: Prompt) -> Sequence[int]:
+        """The tokens of a prompt, as :meth:`submit` takes it. Raises as that."""
+        if isinstance(prompt, str) or _is_chat(prompt):
+            return self._worker.encode(prompt)
+        return cast("Sequence[int]", prompt)
+
+    def submit(self, prompt: Prompt, settings: GenerationSettings | None = None) -> TokenStream:
+        """Begins to continue ``prompt``: a text, token ids, or a chat's messages.
+
+        Returns at once; the stream has the tokens as they come. Messages (``role`` and
+        ``content``) are put in the model's chat template. Raises InvalidInputError for a prompt
+        that is empty or has tokens that the model has not, PromptTooLongError for one that leaves
+        no room in the model's context or in the memory for keys and values, BusyError if
+        ``max_waiting`` sequences wait already, and PreconditionError after :meth:`close` and in a
+        fork of the process.
+        """
+        settings = settings or GenerationSettings()
+        tokens = self.encode(prompt)
+        wishes = resolve(settings, self._worker, tokens)
+        return self.begin(tokens, settings, wishes.sampling, wishes.end_tokens, wishes.stop)
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        settings: GenerationSettings,
+        sampling: Sampling,
+        end_tokens: frozenset[int],
+        stop: tuple[str, ...] = (),
+    ) -> TokenStream:
+        """As :meth:`submit`, where the caller says how tokens are chosen and what ends the text."""
+        self._check_usable()
+        sequence = LiveSequence(next(self._ids), tokens, settings)
+        channel: Channel[Token] = Channel()
+        live = self._loop.add(
+            sequence,
+            lambda: live_of(sequence, channel, self._worker.tokenizer, sampling, end_tokens, stop),
+        )
+        self._orders.put(None)
+        if self._closed:
+            # It was closed meanwhile, and the thread may not have seen the sequence.
+            channel.end(_closed())
+        return TokenStream(
+            channel,
+            partial(self._orders.put, sequence.id),
+            num_prompt_tokens=sequence.num_prompt,
+            prompt_logprobs=None if settings.prompt_logprobs is None else live.prompt_logprobs,
+        )
+
+    def cancel(self, stream: TokenStream) -> None:
+        """As :meth:`TokenStream.cancel`."""
+        stream.cancel()
+
+    def close(self) -> None:
+        """Ends the thread after its step, and all sequences with PreconditionError.
+
+        Gives the memory for keys and values back. A second call does nothing.
+        """
+        self._closed = True
+        self._orders.put(None)
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        error: BaseException = _closed()
+        try:
+            with torch.no_grad():
+                while self._take_orders():
+                    self._computing = self._loop.step()
+        except BaseException as fault:
+            # A fault of the engine itself: nothing that it holds is to be believed.
+            error = fault
+            raise
+        finally:
+            self._closed = True
+            self._loop.end_all(error)
+            self._executor.close()
+
+    def _take_orders(self) -> bool:
+        """Follows the orders that came, waiting for one if there is nothing to compute.
+
+        False once the engine is to end.
+        """
+        with suppress(Empty):
+            while not self._closed:
+                order = self._orders.get(block=not self._computing)
+                self._computing = True
+                if order is not None:
+                    self._loop.cancel(order)
+        return not self._closed
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._process:
+            raise PreconditionError(
+                f"This engine belongs to process {self._process}, of which this one is a fork; "
+                "make a worker and an engine in each process."
+            )
+        if self._closed:
+            raise _closed()
+
+
+def _is_chat(
+    prompt: Sequence[int] | Sequence[Mapping[str, str]],
+) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    return bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _closed() -> PreconditionError:
+    return PreconditionError("The engine was closed; make another.")

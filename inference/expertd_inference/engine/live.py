@@ -1,0 +1,39 @@
+"""A sequence in the engine: how its tokens are chosen, and what becomes of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.sampling import Likely, Sampler, Sampling
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.stops import TokenText
+from expertd_inference.engine.token import Token
+
+
+@dataclass(frozen=True)
+class Live:
+    """A sequence that is not complete, and what becomes of its tokens."""
+
+    sequence: Sequence
+    sampler: Sampler
+    text: TokenText
+    channel: Channel[Token]
+    prompt_logprobs: list[Likely] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are computed and asked for."""
+
+
+def live_of(
+    sequence: Sequence,
+    channel: Channel[Token],
+    tokenizer: Any,  # noqa: ANN401 - transformers is untyped
+    sampling: Sampling,
+    end_tokens: frozenset[int],
+    stop: tuple[str, ...] = (),
+) -> Live:
+    """For a sequence that the scheduler has accepted; ``stop`` are the pack's own stop strings."""
+    return Live(
+        sequence,
+        Sampler(sampling, sequence.seed, sequence.tokens),
+        TokenText(tokenizer, sequence.settings, end_tokens, sequence.max_new_tokens, stop),
+        channel,
+    )

@@ -1,0 +1,208 @@
+"""The engine's step: schedule, compute, sample, deliver."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from expertd_inference.device.step import StepLostError
+from expertd_inference.engine.live import Live
+from expertd_inference.engine.pace import Pace
+from expertd_inference.engine.sampling import Chosen, choose, prompt_logprobs
+from expertd_inference.engine.scheduler import Plan, Scheduler, SchedulerStats
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.stops import TokenText
+from expertd_inference.engine.token import Token
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.executor import Executor
+from expertd_inference.experts.recovery import SESSION_ENDED
+from expertd_inference.process.reasons import reason_of
+from expertstore.errors import (
+    DeviceLostError,
+    ExpertdError,
+    NotFoundError,
+    PreconditionError,
+    StepFailedError,
+)
+
+STORE_GONE = (*SESSION_ENDED, NotFoundError, PreconditionError, DeviceLostError)
+"""Errors of a step that the next step would meet as well: they end all sequences."""
+
+Choices = dict[int, Chosen | PreconditionError]
+"""The next token of each sequence that chooses one, by its id; or why it has none."""
+
+
+class Loop:
+    """Computes the sequences of one executor, a step at a time.
+
+    :meth:`step`, :meth:`cancel` and :meth:`end_all` are for the engine's thread, the rest is for
+    any.
+    """
+
+    def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._live: dict[int, Live] = {}
+        self._pace = Pace()
+        # The scheduler is for one thread at a time, and sequences are added by clients' threads.
+        self._lock = threading.Lock()
+        self.num_steps = 0
+        self.num_rows = 0
+
+    def __repr__(self) -> str:
+        return f"<Loop of {len(self._live)} sequences after {self.num_steps} steps>"
+
+    @property
+    def scheduler_stats(self) -> SchedulerStats:
+        """Its counts, as of now."""
+        with self._lock:
+            return self._scheduler.stats
+
+    def add(self, sequence: Sequence, live: Callable[[], Live]) -> Live:
+        """Takes on a sequence; ``live`` is asked once the scheduler has accepted it.
+
+        Raises as :meth:`Scheduler.add` does.
+        """
+        with self._lock:
+            self._scheduler.add(sequence)
+            self._live[sequence.id] = made = live()
+            return made
+
+    def cancel(self, sequence: int) -> None:
+        """Forgets a sequence; harmless for one that is complete or never was."""
+        if live := self._live.get(sequence):
+            self._end([live])
+
+    def end_all(self, error: BaseException) -> None:
+        """Ends all sequences with ``error``."""
+        with self._lock:
+            lives = [*self._live.values()]
+        self._end(lives, error)
+
+    def step(self) -> bool:
+        """Computes a batch and delivers what comes of it; False if there is nothing to compute."""
+        plan = self._schedule()
+        if plan.batch is None:
+            return False
+        try:
+            logits = self._forward(plan.batch)
+            chosen = self._sample(plan, logits)
+        except Exception as error:
+            self._fail(plan, error)
+        else:
+            self._deliver(chosen)
+        return True
+
+    def _schedule(self) -> Plan:
+        with self._lock:
+            return self._scheduler.plan(self._pace.ms_per_row)
+
+    def _forward(self, batch: Batch) -> Tensor:  # [batch.num_wanted, vocabulary]
+        began = time.perf_counter()
+        if self._executor.fits(batch):
+            logits = self._computed(batch)
+        else:
+            logits = torch.cat([self._computed(Batch((span,))) for span in batch.spans])
+        self._pace.took(1e3 * (time.perf_counter() - began), batch)
+        self.num_steps += 1
+        self.num_rows += batch.num_rows
+        return logits
+
+    def _computed(self, batch: Batch) -> Tensor:
+        while True:
+            try:
+                return self._executor.forward(batch)
+            except StepLostError:
+                # A step changes nothing but what it appends, and the next one overwrites that.
+                continue
+
+    def _sample(self, plan: Plan, logits: Tensor) -> Choices:
+        lives = [self._live[sequence.id] for sequence in plan.choosing]
+        chosen = choose(
+            self._rows_that_choose(plan, logits),
+            [live.sampler for live in lives],
+            [live.sequence.tokens for live in lives],
+        )
+        return {live.sequence.id: new for live, new in zip(lives, chosen, strict=True)}
+
+    def _rows_that_choose(self, plan: Plan, logits: Tensor) -> Tensor:
+        """[sequences that choose, vocabulary]; the others are noted as those of prompts."""
+        choosing = {sequence.id for sequence in plan.choosing}
+        rows = []
+        end = 0
+        assert plan.batch is not None
+        for span in plan.batch.spans:
+            begin, end = end, end + span.num_wanted
+            if span.wanted is Wanted.ALL:
+                _note_prompt(self._live[span.sequence], span, logits[begin:end])
+            if span.sequence in choosing:
+                rows.append(end - 1)
+        return logits if len(rows) == len(logits) else logits[rows]
+
+    def _deliver(self, chosen: Choices) -> None:
+        tokens = {id_: new.token for id_, new in chosen.items() if isinstance(new, Chosen)}
+        with self._lock:
+            self._scheduler.done(tokens)
+        for id_, new in chosen.items():
+            live = self._live[id_]
+            if not isinstance(new, Chosen):
+                self._end([live], new)
+                continue
+            try:
+                token = _token(live.text, new)
+            except Exception as error:
+                self._end([live], _unforeseen(error))
+                continue
+            live.channel.send([token])
+            if token.finish_reason is not None:
+                self._end([live])
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        with self._lock:
+            self._scheduler.abandon()
+        if isinstance(error, STORE_GONE):
+            self.end_all(error)
+            return
+        if not isinstance(error, ExpertdError):
+            error = _unforeseen(error)
+        self._end([self._live[sequence.id] for sequence in plan.sequences], error)
+
+    def _end(self, lives: Iterable[Live], error: BaseException | None = None) -> None:
+        for live in lives:
+            with self._lock:
+                self._scheduler.finish(live.sequence.id)
+                del self._live[live.sequence.id]
+            live.channel.end(error)
+
+
+def _token(text: TokenText, new: Chosen) -> Token:
+    piece = text.feed(new.token)
+    return Token(new.token, piece.text, new.logprob, new.top_logprobs, piece.finish_reason)
+
+
+def _note_prompt(live: Live, span: Span, logits: Tensor) -> None:
+    """``logits`` [span.num_rows, vocabulary] say how likely the prompt's next tokens were."""
+    sequence = live.sequence
+    # A sequence that was preempted in its prompt computes the first rows again.
+    known = len(live.prompt_logprobs) - span.position
+    if known < 0 or sequence.settings.prompt_logprobs is None:
+        return
+    targets = sequence.tokens[span.position + 1 + known : sequence.num_prompt][
+        : max(0, span.num_rows - known)
+    ]
+    live.prompt_logprobs.extend(
+        prompt_logprobs(
+            logits[known : known + len(targets)], targets, sequence.settings.prompt_logprobs
+        )
+    )
+
+
+def _unforeseen(error: Exception) -> StepFailedError:
+    failed = StepFailedError(
+        f"A step of the engine failed ({reason_of(error)}), and with it the sequences that it "
+        "computed; this is a fault of expertd or of what it runs on: please report it."
+    )
+    failed.__cause__ = error
+    return failed

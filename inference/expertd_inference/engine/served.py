@@ -1,0 +1,47 @@
+"""What an engine needs of a loaded model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from expertd_inference.execution.executor import Executor
+from expertd_inference.execution.room import Room
+
+
+class Served(Protocol):
+    """A loaded model; :class:`~expertd_inference.worker.Worker` is one."""
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
+        """Of transformers' kind."""
+
+    @property
+    def generation_config(self) -> Any:  # noqa: ANN401
+        """What the pack wishes for every text: a transformers GenerationConfig."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings for."""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """How long a sequence the model goes, prompt included; None if it does not say."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of the keys and values of all layers."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """How much memory keys and values may take now."""
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a text, or of a chat's messages.
+
+        Raises InvalidInputError for what cannot be continued.
+        """
+
+    def open_executor(self, room: Room) -> Executor:
+        """What computes this model's steps, with memory for so many sequences."""
+
+    def before_close(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called when the model is about to be closed."""

@@ -1,0 +1,110 @@
+"""Tokens on their way to a reader, in a thread or in an event loop."""
+
+import asyncio
+import threading
+
+import pytest
+
+from expertd_inference.engine.channel import Channel
+from expertd_testing.patience import HANG_SECONDS
+from expertstore.errors import PreconditionError, UnavailableError
+
+
+def test_in_order_and_to_the_end() -> None:
+    channel: Channel[int] = Channel()
+    channel.send([1, 2])
+    channel.send([3])
+    assert channel.num_waiting == 3
+    channel.end()
+    channel.send([4])
+    channel.end(UnavailableError("too late"))
+    assert [channel.receive() for _ in range(5)] == [1, 2, 3, None, None]
+
+
+def test_what_came_before_an_error_is_received() -> None:
+    channel: Channel[int] = Channel()
+    channel.send([1])
+    channel.end(UnavailableError("gone"))
+    assert channel.receive() == 1
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="gone"):
+            channel.receive()
+
+
+def test_what_waits_can_be_dropped() -> None:
+    channel: Channel[int] = Channel()
+    channel.send([1])
+    channel.end(drop=True)
+    assert channel.receive() is None
+
+
+def test_a_reader_in_another_thread() -> None:
+    channel: Channel[int] = Channel()
+    received: list[int | None] = []
+
+    def read() -> None:
+        while received[-1:] != [None]:
+            received.append(channel.receive())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for number in range(100):
+        channel.send([number])
+    channel.end()
+    thread.join(HANG_SECONDS)
+    assert received == [*range(100), None]
+
+
+async def test_a_reader_in_an_event_loop() -> None:
+    channel: Channel[int] = Channel()
+
+    def send() -> None:
+        for number in range(100):
+            channel.send([number])
+        channel.end()
+
+    thread = threading.Thread(target=send)
+    reader = asyncio.create_task(received_from(channel))
+    await asyncio.sleep(0)  # it waits
+    thread.start()
+    assert await asyncio.wait_for(reader, HANG_SECONDS) == [*range(100)]
+    thread.join()
+
+
+async def received_from(channel: Channel[int]) -> list[int]:
+    items = []
+    while (item := await channel.receive_async()) is not None:
+        items.append(item)
+    return items
+
+
+async def test_a_reader_that_gives_up_can_read_again() -> None:
+    channel: Channel[int] = Channel()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(channel.receive_async(), 0.001)
+    channel.send([1])
+    channel.end(UnavailableError("gone"))
+    assert await channel.receive_async() == 1
+    with pytest.raises(UnavailableError):
+        await channel.receive_async()
+
+
+async def test_two_readers_are_one_too_many() -> None:
+    channel: Channel[int] = Channel()
+    first = asyncio.create_task(channel.receive_async())
+    await asyncio.sleep(0)
+    with pytest.raises(PreconditionError, match="Two tasks read one stream"):
+        await channel.receive_async()
+    channel.send([1])
+    assert await asyncio.wait_for(first, HANG_SECONDS) == 1
+
+
+def test_an_event_loop_that_ended_is_no_trouble() -> None:
+    channel: Channel[int] = Channel()
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(channel.receive_async())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    channel.send([1])
+    assert channel.receive() == 1
+    waiting._log_destroy_pending = False  # type: ignore[attr-defined] # it never ends

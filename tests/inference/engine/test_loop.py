@@ -1,0 +1,222 @@
+"""The engine's step: a sequence's text is the same alone and among others, whatever happens."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hypothesis import settings as limited
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from expertd_inference.device.step import StepLostError
+from expertd_inference.engine.budget import EngineLimits, scheduler_limits
+from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.live import live_of
+from expertd_inference.engine.loop import Loop
+from expertd_inference.engine.scheduler import Scheduler
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.token import Token
+from expertd_inference.engine.wishes import resolve
+from expertd_inference.execution.room import Room
+from expertd_inference.kv.pool import BlockPool
+from expertd_inference.kv.state import StateSlots
+from expertd_inference.settings import GenerationSettings
+from expertstore.errors import (
+    ExpertdError,
+    PreconditionError,
+    RecordLostError,
+    StepFailedError,
+    UnavailableError,
+)
+from tests.inference.engine.toy import ToyWorker
+
+SETTINGS = st.builds(
+    GenerationSettings,
+    max_new_tokens=st.integers(1, 120),
+    temperature=st.sampled_from([0.0, 0.8, 2.0]),
+    top_p=st.sampled_from([None, 0.9]),
+    top_k=st.sampled_from([None, 20]),
+    seed=st.integers(0, 5),
+    stop=st.sampled_from([(), ("e",), ("th", "a")]),
+    ignore_eos=st.booleans(),
+    logprobs=st.sampled_from([None, 0, 2]),
+    prompt_logprobs=st.sampled_from([None, None, 1]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+)
+PROMPTS = st.builds(
+    # Few beginnings, so that many prompts share blocks.
+    lambda first, repeats, last: [first] * repeats + last,
+    st.integers(0, 1),
+    st.sampled_from([0, 1, 63, 64, 65, 128, 190]),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+FAULTS = [
+    lambda: StepLostError("lost"),
+    lambda: RecordLostError("damaged", experts=[(0, 0)]),
+    lambda: RuntimeError("unforeseen"),
+    lambda: UnavailableError("The daemon is gone."),
+    lambda: PreconditionError("The model was unloaded."),
+]
+OF_THE_STEP = {RecordLostError: RecordLostError, RuntimeError: StepFailedError}
+OF_ALL = (UnavailableError, PreconditionError)
+
+
+class Rig:
+    """A loop over a toy executor, and its parts."""
+
+    def __init__(self, room: Room, max_waiting: int = 1024, **kind: bool) -> None:
+        self.worker = ToyWorker(**kind)
+        self.executor = self.worker.open_executor(room)
+        self.pool = BlockPool(room.num_blocks)
+        slots = None if self.executor.shares_prefixes else StateSlots(room.num_sequences)
+        limits = scheduler_limits(
+            EngineLimits(max_waiting=max_waiting), room, self.executor, self.worker
+        )
+        self.loop = Loop(self.executor, Scheduler(limits, self.pool, slots))
+        self.num_clients = 0
+
+    def submit(self, prompt: list[int], settings: GenerationSettings) -> "Client":
+        sequence = Sequence(self.num_clients, prompt, settings)
+        self.num_clients += 1
+        channel: Channel[Token] = Channel()
+        wishes = resolve(settings, self.worker, prompt)
+        live = self.loop.add(
+            sequence,
+            lambda: live_of(
+                sequence, channel, self.worker.tokenizer, wishes.sampling, wishes.end_tokens
+            ),
+        )
+        return Client(sequence, channel, live.prompt_logprobs)
+
+
+@dataclass
+class Client:
+    sequence: Sequence
+    channel: Channel[Token]
+    prompt_logprobs: list[Any]
+    tokens: list[Token] = field(default_factory=list)
+    cancelled: bool = False
+    error: ExpertdError | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.cancelled or self.error is not None or self.channel.ended
+
+    def read(self) -> None:
+        """What has come."""
+        try:
+            while self.channel.num_waiting or self.channel.ended:
+                token = self.channel.receive()
+                if token is None:
+                    return
+                self.tokens.append(token)
+        except ExpertdError as error:
+            self.error = error
+
+    def alone(self) -> "Client":
+        """The same, with nothing else in a large pool."""
+        rig = Rig(Room(20, 1, 1000))
+        client = rig.submit(self.sequence.tokens[: self.sequence.num_prompt],
+                            self.sequence.settings)  # fmt: skip
+        # As much as it had room for.
+        client.sequence.max_new_tokens = self.sequence.max_new_tokens
+        while rig.loop.step():
+            pass
+        client.read()
+        return client
+
+
+class World(RuleBasedStateMachine):
+    """Clients come, go, and are met by faults of the executor, between any two steps."""
+
+    kind: ClassVar[dict[str, bool]] = {}
+
+    @initialize(num_blocks=st.integers(5, 12), num_sequences=st.integers(1, 5))
+    def start(self, num_blocks: int, num_sequences: int) -> None:
+        self.rig = Rig(Room(num_blocks, num_sequences, 130), **self.kind)
+        self.clients: list[Client] = []
+
+    @rule(prompt=PROMPTS, settings=SETTINGS)
+    def submit(self, prompt: list[int], settings: GenerationSettings) -> None:
+        self.clients.append(self.rig.submit(prompt, settings))
+
+    @precondition(lambda self: any(not client.ended for client in self.clients))
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        client = data.draw(st.sampled_from([one for one in self.clients if not one.ended]))
+        client.cancelled = True
+        self.rig.loop.cancel(client.sequence.id)
+
+    @rule(num=st.integers(1, 60))
+    def steps(self, num: int) -> None:
+        for _ in range(num):
+            self.rig.loop.step()
+
+    @rule()
+    def read(self) -> None:
+        for client in self.clients:
+            client.read()
+
+    @rule(fault=st.sampled_from(FAULTS))
+    def fail(self, fault: Any) -> None:
+        """The next step meets it, and the sequences of that step alone end, or all."""
+        error = fault()
+        alive = {one.sequence.id: one for one in self.clients if not one.ended}
+        in_step: list[int] = []
+        self.rig.executor.before = lambda batch: in_step.extend(
+            span.sequence for span in batch.spans
+        )
+        self.rig.executor.faults = [error]
+        computed = self.rig.loop.step()
+        self.rig.executor.faults = []
+        self.rig.executor.before = lambda _: None
+        self.read()
+        failed = {id_ for id_, one in alive.items() if one.error is not None}
+        if not computed or isinstance(error, StepLostError):
+            assert not failed
+            return
+        assert failed == set(alive if isinstance(error, OF_ALL) else in_step)
+        expected = OF_THE_STEP.get(type(error), type(error))
+        assert {type(alive[id_].error) for id_ in failed} <= {expected}
+
+    @invariant()
+    def forgets_what_has_ended(self) -> None:
+        if not hasattr(self, "rig"):
+            return
+        alive = sum(not one.ended for one in self.clients)
+        assert repr(self.rig.loop).startswith(f"<Loop of {alive} sequences")
+
+    def teardown(self) -> None:
+        if not hasattr(self, "rig"):
+            return
+        while self.rig.loop.step():
+            pass
+        self.read()
+        assert self.rig.pool.num_free == self.rig.pool.num_blocks
+        for client in self.clients:
+            assert client.ended
+            alone = client.alone()
+            if client.cancelled or client.error is not None:
+                assert alone.tokens[: len(client.tokens)] == client.tokens
+            else:
+                assert alone.tokens == client.tokens
+                assert client.tokens[-1].finish_reason is not None
+                assert client.prompt_logprobs == alone.prompt_logprobs
+
+
+class Batched(World):
+    pass
+
+
+class Recurrent(World):
+    kind: ClassVar = {"shares_prefixes": False, "recurrent": True}
+
+
+class InTurns(World):
+    kind: ClassVar = {"shares_prefixes": False}
+
+
+for kind in (Batched, Recurrent, InTurns):
+    kind.TestCase.settings = limited(max_examples=15, stateful_step_count=20)
+TestBatched = Batched.TestCase
+TestRecurrent = Recurrent.TestCase
+TestInTurns = InTurns.TestCase

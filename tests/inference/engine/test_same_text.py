@@ -1,0 +1,83 @@
+"""With ``exact`` a text is the same alone and among others, on real (tiny) models."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from expertd_inference import Engine, EngineLimits, GenerationSettings, Worker
+from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.process.attachment import attach
+from expertd_testing.daemon import serving
+from expertstore.pack.manifest import read_manifest
+from tests.inference.greedy import prompt_of
+
+Make = Callable[..., Any]
+
+pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native library")
+
+# Every scheme, and architectures with biases, norms of heads, shared experts, windows and sinks.
+PACKS = [
+    ("mixtral", "4bit"),
+    ("qwen3_moe", "8bit"),
+    ("olmoe", "paper-3bit"),
+    ("qwen2_moe", "paper-2bit"),
+    ("gpt_oss_mxfp4", "mxfp4"),
+    ("mixtral", "bf16"),
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    settings: GenerationSettings
+
+
+def requests() -> Iterator[Request]:
+    """Prompts of one row and of many, some with a common beginning; greedy, and sampled."""
+    begin = prompt_of(130)
+    for number, length in enumerate((1, 2, 40, 64, 65, 100)):
+        prompt = prompt_of(length, seed=number + 1)
+        for temperature in (0.0, 1.0):
+            settings = GenerationSettings(
+                max_new_tokens=16 + number, temperature=temperature, seed=number, ignore_eos=True
+            )
+            yield Request(prompt, settings)
+        yield Request([*begin, *prompt[:3]], settings)
+
+
+@pytest.mark.parametrize(("architecture", "scheme"), PACKS)
+def test_alone_and_among_others(architecture: str, scheme: str, packed: Make) -> None:
+    pack = packed(architecture, scheme)
+    manifest = read_manifest(pack).manifest
+    # A quarter of the experts is in RAM at a time, if a layer's have room in that.
+    ram = max(manifest.expert_bytes // 4, manifest.working_set_bytes)
+    with (
+        serving({"m": pack}, ram=ram) as daemon,
+        Worker(attach("m", daemon.socket), exact=True, say=lambda _: None) as worker,
+    ):
+        texts = {}
+        with Engine(worker, EngineLimits(max_sequences=1, kv_tokens=512)) as engine:
+            for number, one in enumerate(requests()):
+                texts[number] = ids(engine.submit(one.prompt, one.settings))
+            assert engine.stats.num_preemptions == 0
+        torch.set_num_threads(2)
+        try:
+            limits = EngineLimits(max_sequences=6, kv_tokens=10 * 64, chunk_rows=1)
+            with Engine(worker, limits) as engine:
+                streams = [engine.submit(one.prompt, one.settings) for one in requests()]
+                for number, stream in enumerate(streams):
+                    assert ids(stream) == texts[number], (number, engine.executor)
+                stats = engine.stats
+        finally:
+            torch.set_num_threads(1)
+    assert stats.executor != "turns"
+    assert stats.rows_mean > 2
+    assert stats.num_preemptions > 0
+    assert stats.prefix_hits > 0
+
+
+def ids(stream: Any) -> list[int]:
+    return [token.id for token in stream]
