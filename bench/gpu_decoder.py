@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
 
 from bench.gpu_bound import Bound, Launches, Rates, measure_rates
 from bench.gpu_replay import LaunchCount, Replay
@@ -22,13 +21,15 @@ from bench.gpu_routing import routing_for, swept
 from bench.gpu_state import GpuState, state_of
 from expertd_client import Session
 from expertd_inference.device.device import Device
-from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.on_device import device_executor
+from expertd_inference.execution.room import Room
 from expertd_inference.experts.call import leave_seat
 from expertd_inference.experts.recovery import Recovery
+from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kernels.cpu.choice import cpu_kernels
-from expertd_inference.kv.growing import growing
 from expertd_inference.model.loading import load_trunk
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertstore.pack.manifest import read_manifest
@@ -38,8 +39,8 @@ WARM_TOKENS, TOKENS = 80, 40
 FAKE_WARM_TOKENS, FAKE_TOKENS = 3, 2
 PROMPT_TOKENS = 4
 CACHE_TOKENS = 1024
-"""Room for keys and values where steps are recorded: attention costs by it, not by what is in it.
-The shortest that a chat asks for."""
+"""The longest text that steps have room for: where they are recorded, attention costs by it, not by
+how long texts are. The shortest that a chat asks for."""
 LONG_CACHE_TOKENS = 8192
 
 
@@ -47,15 +48,17 @@ LONG_CACHE_TOKENS = 8192
 class Decoded:
     """What a way came to, over tokens in a steady state."""
 
+    num_sequences: int
+    """So many go on in each step."""
     seconds: list[float]
-    """Of each token."""
+    """Of each step."""
     host_seconds: float
-    """Of processor time of the thread that decodes, per token."""
+    """Of processor time of the thread that decodes, per step."""
     moved: DeviceStats
-    """Over all tokens."""
+    """Over all steps."""
     state: GpuState
     bound: Bound
-    """Of a token."""
+    """Of a step."""
     gpu_bytes: int
     first_seconds: list[float]
     """Of the first steps, which compile, allocate and record."""
@@ -63,11 +66,11 @@ class Decoded:
     @property
     def tokens_per_second(self) -> float:
         """On average."""
-        return len(self.seconds) / sum(self.seconds)
+        return self.num_sequences * len(self.seconds) / sum(self.seconds)
 
     @property
     def copied_bytes(self) -> float:
-        """Per token."""
+        """Per step."""
         return self.moved.bytes_copied / len(self.seconds)
 
     @property
@@ -94,9 +97,10 @@ class Decoded:
             "arena": self.state.arena,
             "steps": self.state.steps,
             "tokens_per_s": self.tokens_per_second,
-            "bound": 1 / self.bound.seconds,
+            "sequences": self.num_sequences,
+            "bound": self.num_sequences / self.bound.seconds,
             "bound_by": self.bound.by,
-            "of_bound": self.tokens_per_second * self.bound.seconds,
+            "of_bound": self.tokens_per_second * self.bound.seconds / self.num_sequences,
             "cached": self.cached(cache_bytes, expert_bytes),
             "hits": self.hits,
             "MB_a_token": self.copied_bytes / 1e6,
@@ -161,12 +165,13 @@ class Decoder:
         *,
         staged: bool = False,
         cache_tokens: int = CACHE_TOKENS,
+        num_sequences: int = 1,
         profile: Path | None = None,
     ) -> Decoded:
         """The tokens, by ``settings``; ``staged``: without registering the arena.
 
-        ``cache_tokens`` are the room for keys and values where steps are recorded. A table of
-        two tokens' kernels is appended to ``profile``.
+        ``cache_tokens`` are the longest text that steps have room for; so many sequences go on in
+        each. A table of two steps' kernels is appended to ``profile``.
         """
         self._let_go()  # of what an error kept
         device = self.rig.open_device(staged=staged)
@@ -180,12 +185,10 @@ class Decoder:
                 dict.fromkeys((layer.layer for layer in self.manifest.layers), device),
                 fill=self._fill,
             )
-            return self._decode(device, group, settings, cache_tokens, profile)
+            return self._decode(device, group, settings, cache_tokens, num_sequences, profile)
         finally:
             if group is not None:
                 # Not the group, which would give up the trunk, too.
-                if group.graphs is not None:
-                    group.graphs.forget()
                 for runner in group.runners:
                     runner.close()
                     # Whoever still knows the runner keeps no slots.
@@ -200,6 +203,7 @@ class Decoder:
         group: DeviceGroup,
         settings: DeviceSettings,
         cache_tokens: int,
+        num_sequences: int,
         profile: Path | None,
     ) -> Decoded:
         model, where = self._trunk.model, device.torch_device
@@ -209,30 +213,39 @@ class Decoder:
             routers = replay.routers()
             for runner in group.runners:
                 runner.speculate(routers, group._runners)
-        cache = self._new_cache(group, cache_tokens)
-        prompt = torch.arange(PROMPT_TOKENS, device=where)[None]
-        model(input_ids=prompt, past_key_values=cache, use_cache=True)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=where)
+        each = cache_tokens // BLOCK_TOKENS
+        room = Room(num_sequences * each, num_sequences, num_sequences * PROMPT_TOKENS)
+        executor = device_executor(model, group, room, cache_tokens, self.rig.say)
+        tables = [range(number * each, (number + 1) * each) for number in range(num_sequences)]
+        position, tokens = 0, [list(range(PROMPT_TOKENS)) for _ in tables]
         seconds: list[float] = []
 
         def step() -> None:
+            nonlocal position, tokens
+            batch = Batch(
+                tuple(
+                    Span(number, tokens[number], position, table, None, Wanted.LAST)
+                    for number, table in enumerate(tables)
+                )
+            )
             device.mark().wait()
             begin = device.clock()
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-            (found,) = device.to_host(logits[:, -1].argmax(-1, keepdim=True))
+            (found,) = device.to_host(executor.forward(batch).argmax(-1, keepdim=True))
             seconds.append(device.clock() - begin)
-            token.copy_(found)
-            replay.counter.add_(1)
+            position, tokens = position + len(tokens[0]), found.tolist()
+            replay.counter.add_(num_sequences)
 
+        step()  # the prompts
+        seconds.clear()
         fits = (settings.cache_bytes or 0) >= self.manifest.expert_bytes
         warm_tokens = self._warm_tokens + (self._sweep_tokens if fits else 0)
         replay.counter.fill_(0 if fits else self._sweep_tokens)
-        # The first step is never recorded, so its launches can be counted.
-        with LaunchCount() as launches:
+        # By the modules, which ask for what recorded steps were recorded with.
+        with LaunchCount() as launches, group.step.whole():
             replay.launches = launches
-            step()
+            model(input_ids=torch.zeros(1, num_sequences, dtype=torch.int64, device=where))
         replay.launches = None
-        for _ in range(warm_tokens - 1):
+        for _ in range(warm_tokens):
             step()
         before, began = group.stats, time.thread_time()
         for _ in range(self._tokens):
@@ -246,7 +259,10 @@ class Decoder:
         if profile is not None and on_gpu:
             replay.counter.fill_(self._sweep_tokens)
             _profile(step, profile, f"{self.shape}, {state.steps}, {settings}")
+        replay.close()
+        executor.close()
         return Decoded(
+            num_sequences,
             seconds[warm_tokens : warm_tokens + self._tokens],
             host_seconds,
             moved,
@@ -255,15 +271,6 @@ class Decoder:
             torch.cuda.memory_allocated(where) if on_gpu else 0,
             seconds[:3],
         )
-
-    def _new_cache(self, group: DeviceGroup, tokens: int) -> Cache:
-        """As a worker would have it."""
-        config = self._trunk.model.config
-        if group.graphs is not None:
-            return DecodeCache(config, tokens)
-        cache = DynamicCache(config=config)
-        growing(cache)
-        return cache
 
     def _let_go(self) -> None:
         """Of runners, slots and graphs, which refer to each other."""

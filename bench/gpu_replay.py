@@ -1,7 +1,6 @@
 """Lets a model's experts be those of a routing, in the place of what its routers choose."""
 
-from contextlib import ExitStack
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_routing import Routing
-from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, seat_of
 from expertd_inference.model.loading import TrunkModel
 
 GUESSED_RIGHT = 0.85
@@ -46,17 +44,26 @@ class LaunchCount(TorchDispatchMode):
 
 
 class Replay:
-    """The experts of ``trunk``, connected to their runners, follow ``routing`` from now on."""
+    """The experts of ``trunk`` follow ``routing`` from now on, until :meth:`close`.
+
+    The first row of a step has the experts of the token that the counter names, the next ones
+    those of the tokens after it. They are put in where the model calls its experts, so recorded
+    steps have them, too.
+    """
 
     def __init__(self, trunk: TrunkModel, routing: Routing, where: torch.device) -> None:
         self.counter = torch.zeros(1, dtype=torch.int64, device=where)
         """The token's number; on the device, so that recorded steps have other experts too."""
         self.launches: LaunchCount | None = None
         self._trunk, self._routing = trunk, routing
+        self._hooks = []
         for place, layer in enumerate(sorted(trunk.experts)):
-            seat = seat_of(trunk.experts[layer])
             rows = routing.experts[:, place].contiguous().to(where)
-            seat.runner = _Replayed(self, seat.runner, rows)
+            module = trunk.experts[layer]
+            self._hooks += [
+                module.register_forward_pre_hook(partial(self._enter, rows)),
+                module.register_forward_hook(self._leave),
+            ]
 
     def routers(self) -> dict[int, "Guesses"]:
         """What guesses the next layers' experts, right as often as real routers are."""
@@ -71,6 +78,22 @@ class Replay:
             routers[layer] = Guesses(rows.to(self.counter.device), self.counter)
         return routers
 
+    def close(self) -> None:
+        """The routers' choices are the experts again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _enter(self, rows: Tensor, _: Any, given: Any) -> Any:  # noqa: ANN401 - torch's
+        if self.launches is not None:
+            self.launches.in_experts = True
+        hidden, _, weights = given
+        return hidden, rows_of(rows, self.counter, len(hidden)), weights
+
+    def _leave(self, *_: Any) -> None:  # noqa: ANN401 - torch's
+        if self.launches is not None:
+            self.launches.in_experts = False
+
 
 class Guesses:
     """In the place of a router that is asked ahead of time."""
@@ -79,28 +102,11 @@ class Guesses:
         self._rows, self._counter = rows, counter
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:  # [num]
-        """Experts of the token whose number the counter has."""
-        return self._rows.index_select(0, self._counter)[0, :num]
+        """Experts of the tokens that the rows stand for: first the likeliest of each."""
+        return rows_of(self._rows, self._counter, len(hidden)).T.flatten()[:num]
 
 
-class _Replayed:
-    """Before a runner: the experts are those that the counter's row says."""
-
-    def __init__(self, replay: Replay, runner: ExpertsRunner, rows: Tensor) -> None:
-        self._replay, self._runner, self._rows = replay, runner, rows
-
-    def run(self, call: ExpertsCall, /) -> Tensor:
-        """As the runner, for the experts of the routing."""
-        routed = call.routed
-        if len(routed) == 1:
-            index = self._rows.index_select(0, self._replay.counter)
-            call = call.with_rows(replace(routed, index=index))
-        with ExitStack() as stack:
-            if (launches := self._replay.launches) is not None:
-                launches.in_experts = True
-                stack.callback(setattr, launches, "in_experts", False)
-            return self._runner.run(call)
-
-    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
-        """As it is."""
-        return call
+def rows_of(rows: Tensor, counter: Tensor, num: int) -> Tensor:  # [num, k]
+    """Of ``rows`` [tokens, k] those from the counter on, and from the first after the last."""
+    numbers = counter + torch.arange(num, device=counter.device)
+    return rows.index_select(0, numbers % len(rows))

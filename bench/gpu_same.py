@@ -21,6 +21,9 @@ from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import EmbeddedDaemon, Worker
 from expertd_inference.device.group import DeviceGroup
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.room import Room
+from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertstore.pack.manifest import Manifest, read_manifest
@@ -195,14 +198,22 @@ def logits(worker: Worker, text: Tensor, prompt_tokens: int = PROMPT_TOKENS) -> 
 
     [tokens, vocabulary] in float32 on the CPU: the prompt at once, then one token a step.
     """
-    model = worker.model
-    ids = text[None].to(model.device)
+    pieces = [text[:prompt_tokens], *text[prompt_tokens:].split(1)]
     rows = []
-    with worker.lend_cache(len(text) + 8) as lent:
-        cache = lent or DynamicCache(config=model.config)
-        for piece in (ids[:, :prompt_tokens], *ids[:, prompt_tokens:].split(1, dim=1)):
-            found = model(input_ids=piece, past_key_values=cache, use_cache=True).logits
-            rows.append(found[0, -1].float().cpu())
+    if worker.device_stats is None:
+        cache = DynamicCache(config=worker.model.config)
+        for piece in pieces:
+            given = {"input_ids": piece[None], "past_key_values": cache, "use_cache": True}
+            rows.append(worker.model(**given).logits[0, -1].float())
+        return torch.stack(rows)
+    num_blocks = -(-len(text) // BLOCK_TOKENS)
+    executor = worker.open_executor(Room(num_blocks, 1, prompt_tokens))
+    position = 0
+    for piece in pieces:
+        span = Span(0, piece.tolist(), position, range(num_blocks), None, Wanted.LAST)
+        rows.append(executor.forward(Batch((span,)))[0].float().cpu())
+        position += len(piece)
+    executor.close()
     return torch.stack(rows)
 
 

@@ -60,7 +60,12 @@ STAGES = (
     Stage("env", 30, "what the host is"),
     Stage("probe", 75, "what driver and GPU do by themselves: registration, launches, attention"),
     Stage("same", 100, "whether every way to decode gives the CPU's logits"),
-    Stage("decode", 150, "tokens per second at the 30B-A3B shape, beside each way's bound", QWEN),
+    Stage(
+        "decode",
+        150,
+        "tokens per second at the 30B-A3B shape, 1 to 16 sequences, beside each way's bound",
+        QWEN,
+    ),
     Stage("tests", 110, "make gpu-test"),
     Stage("copies", 45, "copies from the arena beside a plain pinned copy", QWEN),
     Stage("kernels", 135, "the kernels beside the GPU's memory"),

@@ -90,7 +90,10 @@ def _decode(rig: Rig, rows: Rows, shape: str = QWEN) -> None:
             with rows.part(what) as row:
                 try:
                     decoded = decoder.decode(
-                        settings, cache_tokens=way.cache_tokens, profile=profile
+                        settings,
+                        cache_tokens=way.cache_tokens,
+                        num_sequences=way.num_sequences,
+                        profile=profile,
                     )
                 except DeviceMemoryError as error:
                     row.update(status="skipped", reason=str(error))

@@ -15,5 +15,5 @@ class GpuState(NamedTuple):
 
 def state_of(group: DeviceGroup) -> GpuState:
     """Of what ``group`` ran last."""
-    stats, graphs = group.stats, group.graphs
-    return GpuState(stats.arena, stats.steps, 0 if graphs is None else graphs.num_replays)
+    stats = group.stats
+    return GpuState(stats.arena, stats.steps, group.num_replays)

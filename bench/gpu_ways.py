@@ -7,6 +7,8 @@
 - *segments*, *whole*: as *full* and *no speculation*, with steps recorded as CUDA graphs
 - *whole, long cache*: with room for 8,192 tokens' keys and values instead of 1,024
 - *CPU share*: as *no speculation*, with misses split between link and CPU
+- *... sequences*: several that go on in each step, by segments, whole or, as *modules*, by the
+  model's modules as in *full*
 """
 
 from collections.abc import Mapping
@@ -36,6 +38,8 @@ class Way:
     staged: bool = False
     cache_tokens: int = CACHE_TOKENS
     """Room for keys and values, where steps are recorded."""
+    num_sequences: int = 1
+    """So many go on in each step."""
     once: bool = False
     """With the middle budget alone: ten minutes are short."""
     best: bool = False
@@ -69,6 +73,12 @@ UNGUESSED_SEGMENTS = replace(
 )
 CPU_SHARE = Way("CPU share", {"on_miss": OnMiss.AUTO, **_OFF, **_NO_SPECULATION}, once=True)
 
+BATCHES = (4, 8, 16)
+BATCHED_SEGMENTS, BATCHED_WHOLE, BATCHED_MODULES = (
+    [replace(way, name=f"{way.name}, {num} sequences", num_sequences=num) for num in BATCHES]
+    for way in (SEGMENTS, WHOLE, replace(FULL, name="modules"))
+)
+
 WAYS = (
     FULL,
     NO_SPECULATION,
@@ -86,6 +96,8 @@ TELLING = (
     (WHOLE, 6 * GIB, False),
     (FULL, 6 * GIB, True),
     (SEGMENTS, 6 * GIB, False),
+    *((way, 24 * GIB, False) for way in (*BATCHED_SEGMENTS, BATCHED_MODULES[-1])),
+    *((way, 24 * GIB, False) for way in (BATCHED_WHOLE[0], *BATCHED_MODULES[:-1])),
     (NO_SPECULATION, 24 * GIB, False),
     (LONG, 24 * GIB, True),
     (CPU_SHARE, 6 * GIB, False),
@@ -93,5 +105,10 @@ TELLING = (
     (WHOLE, 12 * GIB, False),
 )
 """A few, the most telling first, for a run that may be cut short; whether each is profiled."""
-FAKE_TELLING = (TELLING[0], TELLING[1], TELLING[3], TELLING[6])
+FAKE_TELLING = (
+    *TELLING[:2],
+    (SEGMENTS, 6 * GIB, False),
+    (BATCHED_SEGMENTS[0], 24 * GIB, False),
+    (CPU_SHARE, 6 * GIB, False),
+)
 """What differs on the fake device, too."""

@@ -1,8 +1,8 @@
 """A worker: one process's model, attached to the daemon that serves its experts."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +10,6 @@ from typing import Any, Self
 import torch
 
 from expertd_client import Session, TlsFiles
-from expertd_inference.device.graphs import DecodeCache
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU
 from expertd_inference.device.stats import DeviceStats
@@ -19,7 +18,7 @@ from expertd_inference.engine.engine import Engine
 from expertd_inference.execution.choose import choose_executor
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.lean import make_lean
-from expertd_inference.execution.own_steps import is_repeatable
+from expertd_inference.execution.on_device import device_executor
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.cpu import CpuExperts, connect
@@ -28,7 +27,7 @@ from expertd_inference.experts.recovery import Recovery, say_on_stderr
 from expertd_inference.experts.routers import find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.step import step_kernels
-from expertd_inference.kv.size import kv_bytes, kv_bytes_per_token
+from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.model.prompts import encode, load_tokenizer
@@ -176,23 +175,6 @@ class Worker:
         """What moved where since the worker began; None on the CPU."""
         return self._runner.stats if isinstance(self._runner, DeviceGroup) else None
 
-    @contextmanager
-    def lend_cache(self, max_tokens: int) -> Iterator[DecodeCache | None]:
-        """For a sequence whose steps are to be recorded, until the block ends.
-
-        None if none are, or if the model's steps are not all alike. The next sequence of about
-        that length may be given it anew, with what was recorded.
-        """
-        if (
-            isinstance(self._runner, DeviceGroup)
-            and self._runner.graphs is not None
-            and is_repeatable(self.model)
-        ):
-            with self._runner.graphs.lend_cache(max_tokens) as cache:
-                yield cache
-        else:
-            yield None
-
     @property
     def hint_stats(self) -> HintStats | None:
         """What became of the hints to the daemon; None if this worker gives none."""
@@ -234,7 +216,14 @@ class Worker:
         return encode(self.model, self.tokenizer, prompt)
 
     def open_executor(self, room: Room) -> Executor:
-        """What computes this model's steps: :func:`.execution.choose.choose_executor`."""
+        """What computes this model's steps, with memory for as much as ``room``.
+
+        Raises CapacityError if there is none.
+        """
+        if isinstance(self._runner, DeviceGroup):
+            longest = self.context_tokens or CONTEXT_TOKENS
+            say = self.session.say or say_on_stderr
+            return device_executor(self.model, self._runner, room, longest, say, exact=self.exact)
         return choose_executor(self, room)
 
     def before_close(self, call: Callable[[], None]) -> None:

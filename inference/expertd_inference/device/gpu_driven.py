@@ -66,11 +66,14 @@ class GpuExperts:
         layers: Sequence[LayerEntries],
         arena: int,
         recorder: Recorder,
+        experts_per_token: int,
     ) -> None:
+        """``experts_per_token`` is the most of any layer."""
         # Triton takes a second to import, and most workers have no GPU.
         from expertd_inference.kernels.gpu import triton_gather
 
         self.arena = arena
+        self._top_k = experts_per_token
         self._kernels = triton_gather
         self._device, self._slots, self._recorder = device, slots, recorder
         self._layers = {each.layer: each for each in layers}
@@ -117,9 +120,21 @@ class GpuExperts:
         self._recorder.launch(launch)
         return sum_slots(slots, routed.rows.dtype)
 
-    def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
-        """As it is."""
-        return call
+    def fits(self, num_rows: int) -> bool:
+        """Whether so many rows can be computed at once."""
+        from expertd_inference.kernels.gpu.triton_blocks import MAX_GEMV_TOKENS
+
+        routed = num_rows * self._top_k
+        return (
+            num_rows <= MAX_GEMV_TOKENS
+            and routed <= self._kernels.MAX_ROUTED
+            and all(min(routed, x.num_experts) <= x.num_slots for x in self._layers.values())
+        )
+
+    def begin_trial(self) -> None:
+        """As :meth:`begin_step`, of a step that finds no expert in RAM."""
+        self._words.zero_()
+        self._resolution.begin_step()
 
     def begin_step(self, directory: int) -> None:
         """Before the first layer, with the session held.

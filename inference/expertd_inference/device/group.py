@@ -10,13 +10,14 @@ from torch import nn
 from expertd_inference.device.cache import SlotCache
 from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
-from expertd_inference.device.decode_graphs import record_decoding
 from expertd_inference.device.device import Device
-from expertd_inference.device.graphs import DecodeGraphs, refuse_call
 from expertd_inference.device.placement import cache_size, device_names, place_layers
+from expertd_inference.device.recorder import Recorder
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.device.step import Step, install
+from expertd_inference.device.step import Step
+from expertd_inference.device.whole import WholeExperts
+from expertd_inference.device.whole_choice import MIN_WHOLE_LINK, whole_experts
 from expertd_inference.experts.call import ExpertsSeat, seat_of, take_seat
 from expertd_inference.experts.cpu import experts_spec
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery, say_on_stderr
@@ -24,7 +25,7 @@ from expertd_inference.experts.routers import find_routers
 from expertd_inference.experts.source import HeldSource
 from expertd_inference.kernels.cpu.reference import fill_slots
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
-from expertstore.errors import InvalidInputError
+from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.pack.manifest import Manifest
 
 
@@ -131,9 +132,14 @@ class DeviceGroup:
         self._measures = rates is None and (
             settings.on_miss is OnMiss.AUTO or settings.decode_graphs is DecodeGraphsMode.AUTO
         )
-        self.graphs: DecodeGraphs | None = None
-        """What replays steps, if the settings want it."""
+        self._manifest = manifest
+        self._said: set[str] = set()
+        self.steps = DecodeGraphsMode.OFF
+        """How the last step of one row a sequence ran."""
+        self.num_replays = 0
+        """So many steps were recorded ones."""
         self._model: Any = None
+        self._say: Callable[[str], None] = say_on_stderr
         self._experts: Mapping[int, nn.Module] = {}
 
     def __repr__(self) -> str:
@@ -152,8 +158,7 @@ class DeviceGroup:
         stats.prefetch_wasted = sum(runner.cache.num_wasted for runner in self.runners)
         modes = dict.fromkeys(runner.engine.mode for runner in self.runners)
         stats.arena = ", ".join(filter(None, modes))
-        if self.graphs is not None:
-            stats.steps = self.graphs.mode.value
+        stats.steps = self.steps.value
         return stats
 
     def connect(
@@ -178,8 +183,37 @@ class DeviceGroup:
                 runner.speculate(routers, self._runners)
         if self._measures:
             self._calibrate(experts, manifest, model.dtype)
-        self._record(model, experts, manifest, say)
-        install(model, self.step)
+        self._say = say
+        asked = self._settings.decode_graphs in (DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE)
+        if asked and len(self.runners) > 1:
+            say("steps over several devices are not recorded; --decode-graphs is for one.")
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are to be recorded."""
+        return self._settings.decode_graphs is not DecodeGraphsMode.OFF and len(self.runners) == 1
+
+    def forget_trials(self) -> None:
+        """The steps until now do not count."""
+        self.steps, self.num_replays = DecodeGraphsMode.OFF, 0
+
+    def whole_experts(self, recorder: Recorder) -> WholeExperts | None:
+        """The experts of steps that ``recorder`` is to record each as one; None: in segments."""
+        mode, (runner,) = self._settings.decode_graphs, self.runners
+        link = runner.cost.rates.link_bytes_per_second
+        if mode is DecodeGraphsMode.SEGMENTS:
+            return None
+        if mode is DecodeGraphsMode.AUTO and link < MIN_WHOLE_LINK:
+            return None
+        found = whole_experts(
+            self._manifest, runner, self._source, self.step, self._stats, recorder
+        )
+        if isinstance(found, WholeExperts):
+            return found
+        if mode is DecodeGraphsMode.WHOLE and found not in self._said:
+            self._said.add(found)
+            self._say(f"the GPU cannot find experts by itself ({found}); the host brings them.")
+        return None
 
     def _calibrate(
         self,
@@ -205,33 +239,6 @@ class DeviceGroup:
             with suppress(*SESSION_ENDED):
                 runner.cost = CostModel(calibrated(probe))
 
-    def _record(
-        self,
-        model: Any,  # noqa: ANN401
-        experts: Mapping[int, nn.Module],
-        manifest: Manifest,
-        say: Callable[[str], None],
-    ) -> None:
-        mode = self._settings.decode_graphs
-        if mode is DecodeGraphsMode.OFF:
-            return
-        if len(self.runners) > 1:
-            if mode is DecodeGraphsMode.AUTO:
-                return
-            say("steps over several devices are not recorded; --decode-graphs is for one.")
-            return
-        self.graphs = record_decoding(
-            model,
-            experts,
-            manifest,
-            self.runners[0],
-            self._source,
-            self.step,
-            self._stats,
-            mode=mode,
-            say=say,
-        )
-
     def close(self) -> None:
         """From now on the model refuses to be called; the devices have all their memory back.
 
@@ -239,11 +246,8 @@ class DeviceGroup:
         afterwards. Whoever keeps the model or its modules keeps no more than that.
         """
         model, self._model = self._model, None
-        if self.graphs is not None:
-            self.graphs.close()
         if model is not None:
-            model.forward = refuse_call
-            # What was recorded stands between the experts and their runners.
+            model.forward = _refuse_call
             for layer, module in self._experts.items():
                 seat_of(module).runner = self._runners[layer]
         for runner in self.runners:
@@ -253,3 +257,8 @@ class DeviceGroup:
         self._experts = {}
         for device in self.devices:
             device.close()
+
+
+def _refuse_call(*_: Any, **__: Any) -> Any:  # noqa: ANN401
+    """A closed model's ``forward``. Raises PreconditionError."""
+    raise PreconditionError("This model was closed; load it again.")

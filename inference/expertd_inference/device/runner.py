@@ -139,10 +139,16 @@ class DeviceExpertsRunner:
         routed = call.routed
         row_bytes = routed.top_k * routed.rows.shape[1] * torch.float32.itemsize
         num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
-        with self._step.whole(), torch.no_grad():
-            self.cache.begin_layer(call.layer)
-            blocks = [self._run_block(call.with_rows(part)) for part in routed.split(num_rows)]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        while True:
+            try:
+                with self._step.whole(), torch.no_grad():
+                    self.cache.begin_layer(call.layer)
+                    blocks = [self._run_block(call.with_rows(x)) for x in routed.split(num_rows)]
+                return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+            except StepLostError:
+                # A layer that is called alone is a step, which changes nothing.
+                if self._step.is_inside:
+                    raise
 
     def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
         """As it is: nothing of a call is known before its routing is."""
@@ -299,14 +305,21 @@ class DeviceExpertsRunner:
         layers = sorted(self._runners)
         place = layers.index(layer) + 1
         return {
-            ahead: self._routers[ahead].likeliest(hidden, self._settings.num_guessed)
+            ahead: self._routers[ahead].likeliest(hidden, self._num_guessed(len(hidden)))
             for ahead in layers[place : place + self._settings.layers_guessed]
             if ahead in self._routers
         }
 
+    def _num_guessed(self, num_rows: int) -> int:
+        """Of the union of what the rows' routers choose: so many for each, where there is room."""
+        settings = self._settings
+        room = settings.num_staging // max(1, settings.layers_guessed)
+        return max(settings.num_guessed, min(settings.num_guessed * num_rows, room))
+
     def guess(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Queues copies of what was guessed, where that evicts nothing; what is not in RAM."""
-        missing = [expert for expert in experts if not self.cache.renew(layer, expert)]
+        # Several rows may have the same guess.
+        missing = [e for e in dict.fromkeys(experts) if not self.cache.renew(layer, e)]
         if not missing:
             return []
         try:

@@ -4,19 +4,17 @@ A layer's results are passed on before it is known that the records they come fr
 they were: to know that, the host would have to wait for the copies. It is known at the next
 layer's routing, which the host waits for anyway, and at the step's end. Should a session turn
 out to be lost then (it was cut off after standing still for many seconds, or its model was
-unloaded), what was copied is forgotten, and the step is repeated as a whole:
-:class:`StepLostError`.
+unloaded), what was copied is forgotten, and :class:`StepLostError` is raised. Whoever asked for
+the step repeats it: a step changes nothing but what it appends to its sequences, and that is
+written again.
 """
 
-import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from expertd_inference.device.device import Device
 from expertd_inference.device.hold import StepHold
-from expertd_inference.device.kv_mark import KvMark
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery
 from expertd_inference.experts.source import HeldSource
 from expertstore.errors import SessionLostError, UnavailableError
@@ -36,16 +34,21 @@ class Step:
         self._devices = tuple(devices)
         # Models are called from several threads, and a session has one holder at a time.
         self._lock = threading.RLock()
-        self._inside = False
+        self._thread: int | None = None
+        """Whose step is under way."""
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """A forward pass; within another, nothing. Raises StepLostError at its end too."""
+        """A forward pass; within another, nothing.
+
+        Raises StepLostError, at its end too: then it is to be repeated. What torch says of a
+        device is put into words.
+        """
         with self._lock:
-            if self._inside:
+            if self.is_inside:
                 yield
                 return
-            self._inside = True
+            self._thread = threading.get_ident()
             try:
                 with ExitStack() as stack:
                     for device in self._devices:
@@ -53,11 +56,19 @@ class Step:
                     self._leave_dead_daemon()
                     yield
                     self._finish()
-            except BaseException:
+            except BaseException as error:
                 self.hold.undo()
-                raise
+                explained = self._explain(error) if isinstance(error, RuntimeError) else error
+                if explained is error:
+                    raise
+                raise explained from error
             finally:
-                self._inside = False
+                self._thread = None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in the midst of a step."""
+        return self._thread == threading.get_ident()
 
     def verify(self) -> None:
         """Where the host has waited for the devices: what was copied before is good.
@@ -75,7 +86,7 @@ class Step:
         self.hold.undo()
         self._recovery.recover(error)
 
-    def explain(self, error: BaseException) -> BaseException:
+    def _explain(self, error: BaseException) -> BaseException:
         """What an error on a device means to the user, or else itself."""
         for device in self._devices:
             if (explained := device.explain(error)) is not None:
@@ -100,30 +111,3 @@ class Step:
         self._recovery.recover(error)
         if computed:
             raise StepLostError(str(error)) from error
-
-
-def install(model: Any, step: Step) -> None:  # noqa: ANN401 - transformers is untyped
-    """Makes each call of ``model`` a step, repeated if it is lost.
-
-    What the step has added to its KV cache is undone; if that cannot be, the error stands.
-    """
-    forward: Callable[..., Any] = model.forward
-
-    @functools.wraps(forward)
-    def stepped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        mark = KvMark(kwargs.get("past_key_values"))
-        while True:
-            try:
-                with step.whole():
-                    return forward(*args, **kwargs)
-            except StepLostError:
-                if not mark.can_restore:
-                    raise
-                mark.restore()
-            except RuntimeError as error:
-                explained = step.explain(error)
-                if explained is error:
-                    raise
-                raise explained from error
-
-    model.forward = stepped

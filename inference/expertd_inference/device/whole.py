@@ -1,4 +1,4 @@
-"""The whole step in one recording, repeated while an expert of it is not in RAM."""
+"""Experts that the device finds by itself: a step is repeated while one of them is not in RAM."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -6,9 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from expertd_inference.device.gpu_driven import GpuExperts, StepCounts
-from expertd_inference.device.recorder import Recorder, Recording
 from expertd_inference.experts.call import ExpertsCall
-from expertd_inference.settings import DecodeGraphsMode
 from expertstore.errors import ExpertdError
 
 MAX_REPEATS = 200
@@ -32,55 +30,31 @@ class StepStore(Protocol):
         """The device has read all that it will: tells the daemon what was used."""
 
 
-class WholeSteps:
-    """``experts`` compute while a step runs, ``rewind`` undoes what one has written."""
+class WholeExperts:
+    """The experts of steps that are one recording each."""
 
-    def __init__(
-        self,
-        experts: GpuExperts,
-        recorder: Recorder,
-        store: StepStore,
-        rewind: Callable[[], None],
-    ) -> None:
-        self._experts, self._recorder, self._store = experts, recorder, store
-        self._rewind = rewind
-        self._recording: Recording | None = None
-
-    @property
-    def mode(self) -> DecodeGraphsMode:
-        """Whole."""
-        return DecodeGraphsMode.WHOLE
+    def __init__(self, experts: GpuExperts, store: StepStore) -> None:
+        self._experts, self._store = experts, store
 
     @property
     def valid(self) -> bool:
-        """Whether the arena is where the recorded kernels look for it."""
+        """Whether the arena is where recorded kernels look for it."""
         return self._store.arena == self._experts.arena
 
+    def fits(self, num_rows: int) -> bool:
+        """Whether a step of so many rows can be one recording."""
+        return self._experts.fits(num_rows)
+
     def run(self, call: ExpertsCall, /) -> Tensor:
-        """A layer, by the device itself."""
+        """A layer's output [T, H], by the device itself, queued or recorded."""
         return self._experts.run(call)
 
-    def first(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Compiles the kernels, which cannot be done while recording."""
-        results: list[Tensor] = []
-        self._until_complete(lambda: results.append(forward()))
-        return results[-1]
+    def begin_trial(self) -> None:
+        """What is run next, outside of a step, is to find no expert in RAM, and to read none."""
+        self._experts.begin_trial()
 
-    def record(self, forward: Callable[[], Tensor]) -> Tensor:
-        """One recording, then its first replay."""
-        with self._recorder.session():
-            self._recorder.begin()
-            logits = forward()
-            self._recording = self._recorder.end()
-        self.replay()
-        return logits
-
-    def replay(self) -> None:
-        """The step, as often as it takes."""
-        assert self._recording is not None
-        self._until_complete(self._recording.replay)
-
-    def _until_complete(self, attempt: Callable[[], None]) -> None:
+    def until_complete(self, attempt: Callable[[], None]) -> None:
+        """Runs a step, as often as it takes. Raises StepLostError, and what the session raises."""
         for _ in range(MAX_REPEATS):
             self._experts.begin_step(self._store.hold())
             attempt()
@@ -89,7 +63,6 @@ class WholeSteps:
                 self._store.finished(counts)
                 return
             self._store.bring(counts.absent)
-            self._rewind()
         raise ExpertdError(
             f"A step was repeated {MAX_REPEATS} times, each time as an expert was not in RAM; "
             "give the daemon more --ram, or this worker --decode-graphs segments."

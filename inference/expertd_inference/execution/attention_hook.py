@@ -8,7 +8,7 @@ whoever looks at the model; without either it is what it stands for.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from expertd_inference.device.attention import without_cudnn_attention
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels
 
 ATTENTION = "expertd"
@@ -123,9 +124,10 @@ def _sdpa(
         ours = here.attend(module, query, key, value, attention_mask, scaling, others)
         if ours is not None:
             return ours, None
-    result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-    )
+    with without_cudnn_attention() if query.is_cuda else nullcontext():
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
     return result
 
 

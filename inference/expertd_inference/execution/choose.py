@@ -1,6 +1,7 @@
 """Which executor serves a worker."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from expertd_inference.execution import check
@@ -32,11 +33,13 @@ def choose_for(
     *,
     exact: bool = False,
     kernels: NativeKernels | None = None,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Executor:
     """As :func:`choose_executor`; ``say`` is told if sequences are computed in turns, and why.
 
     With ``exact`` the bits of a sequence's logits do not depend on what else is computed. A program
-    is tried with ``kernels``: those that the CPU computes all of the model with.
+    is tried with ``kernels``: those that the CPU computes all of the model with. All of a step is
+    computed within ``around``, at whose end it may turn out to be lost.
     """
     why = ""
     if kernels is not None:
@@ -48,15 +51,22 @@ def choose_for(
     if exact:
         make_exact(model)
     try:
-        executor = _batched(model, room, say, exact=exact)
+        executor = _batched(model, room, say, around, exact=exact)
         executor.reason += why
         return executor
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
-        return TurnsExecutor(model, room, str(error))
+        return TurnsExecutor(model, room, str(error), around)
 
 
-def _batched(model: Any, room: Room, say: Callable[[str], None], *, exact: bool) -> Executor:  # noqa: ANN401
+def _batched(
+    model: Any,  # noqa: ANN401
+    room: Room,
+    say: Callable[[str], None],
+    around: Callable[[], AbstractContextManager[None]],
+    *,
+    exact: bool,
+) -> Executor:
     """Raises CannotBatchError."""
     with check.without_experts(model):
         layers = watch_layers(model)
@@ -74,7 +84,9 @@ def _batched(model: Any, room: Room, say: Callable[[str], None], *, exact: bool)
             tried.close()
         if alone:
             say(f"{type(model).__name__} computes one sequence at a time to be exact: {alone}")
-        return ModulesExecutor(model, layers, room, continues=continues, alone=alone or "")
+        return ModulesExecutor(
+            model, layers, room, continues=continues, alone=alone or "", around=around
+        )
     raise CannotBatchError(f"rows packed together gave something else, {found}")
 
 

@@ -77,7 +77,7 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     if not watched.layers:
         raise CannotBatchError("it calls attention in a way of its own")
     states = {
-        name: StateShape(tuple(state.shape[1:]), state.dtype)
+        name: StateShape(tuple(state.shape[1:]), state.dtype, state.device)
         for name, state in cache.states().items()
     }
     return ModelLayers(watched.layers, tuple(watched.keys), states)
@@ -124,7 +124,7 @@ class _Watched:
         number = shared[0] if shared else len(self.keys)
         if not shared:
             self._seen.append(key)
-            self.keys.append(KvLayer(key.shape[1], key.shape[3], value.shape[3]))
+            self.keys.append(KvLayer(key.shape[1], key.shape[3], value.shape[3], key.device))
         self.layers[module] = AttentionLayer(number, window, appends=not shared)
 
     def mask(self, make: Callable[..., Tensor | None], arguments: dict[str, Any]) -> Tensor | None:

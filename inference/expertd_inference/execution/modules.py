@@ -8,6 +8,7 @@ states are written back when all of the step is done.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,12 +38,14 @@ class ModulesExecutor:
         *,
         continues: bool = True,
         alone: str = "",
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """``layers`` are those of ``model``, whose attention is hooked.
 
         Some recurrent layers compute several rows only from their beginning on: unless the model
         ``continues``, later chunks of a prompt are computed row by row.
-        ``alone`` is why sequences must not share a step, if so.
+        ``alone`` is why sequences must not share a step, if so. All of a step is computed within
+        ``around``, at whose end it may turn out to be lost.
         """
         self.reason = "its modules compute rows of any sequences together"
         if layers.states:
@@ -51,13 +54,15 @@ class ModulesExecutor:
             self.reason = f"its modules compute one sequence at a time, since {alone}"
         self.recurrent = bool(layers.states)
         self.shares_prefixes = not self.recurrent and not alone
-        self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype, model.device)
+        self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype)
         """Keys and values, by the numbers of ``layers.keys``."""
+        self.layers = layers
+        """Those that attend, and what all of them keep."""
         self._model = model
-        self._layers = layers
         self._continues = continues
-        self._alone = bool(alone)
-        self._states = StateMemory(tuple(layers.states.values()), room.num_sequences, model.device)
+        self._alone = alone
+        self._around = around
+        self._states = StateMemory(tuple(layers.states.values()), room.num_sequences)
 
     def fits(self, batch: Batch) -> bool:
         """Any batch, or one span if sequences are to be alone."""
@@ -66,9 +71,21 @@ class ModulesExecutor:
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """[batch.num_wanted, vocabulary]."""
-        if not self.recurrent:
+        if self.recurrent:
+            return self._recurrent(batch.spans)
+        with self._around():
             return self._rows(batch.spans)
-        return self._recurrent(batch.spans)
+
+    def with_room(self, room: Room) -> "ModulesExecutor":
+        """Another one, with memory of its own."""
+        return ModulesExecutor(
+            self._model,
+            self.layers,
+            room,
+            continues=self._continues,
+            alone=self._alone,
+            around=self._around,
+        )
 
     def close(self) -> None:
         """Unmaps the blocks."""
@@ -78,13 +95,24 @@ class ModulesExecutor:
         """One forward pass for all that go on by a row, and one for each other span."""
         together = [span for span in spans if span.position and span.num_rows == 1]
         groups = [[span] for span in spans if span not in together]
+        with self._around():
+            logits, done = self._grouped([*groups, together] if together else groups)
+        # Only now: a step that is lost has changed nothing.
+        for slots, states in done:
+            self._states.scatter(slots, [states[name] for name in self.layers.states])
+        return torch.cat([logits[span.sequence] for span in spans])
+
+    def _grouped(
+        self, groups: Sequence[list[Span]]
+    ) -> tuple[dict[int, Tensor], list[tuple[list[int], dict[StateName, Tensor]]]]:
+        """The logits of each sequence; of each group the slots, and the states to go there."""
         logits: dict[int, Tensor] = {}
         done = []
-        for group in [*groups, together] if together else groups:
+        for group in groups:
             slots = [_slot(span) for span in group]
             states: dict[StateName, Tensor] = {}
             if group[0].position:
-                states |= zip(self._layers.states, self._states.gather(slots), strict=True)
+                states |= zip(self.layers.states, self._states.gather(slots), strict=True)
             rows = []
             for piece in self._pieces(group):
                 cache = StepCache(self._model.config, states)
@@ -93,10 +121,7 @@ class ModulesExecutor:
             parts = torch.split(torch.cat(rows), [span.num_wanted for span in group])
             logits |= zip((span.sequence for span in group), parts, strict=True)
             done.append((slots, states))
-        # Only now: a step that is lost has changed nothing.
-        for slots, states in done:
-            self._states.scatter(slots, [states[name] for name in self._layers.states])
-        return torch.cat([logits[span.sequence] for span in spans])
+        return logits, done
 
     def _pieces(self, group: list[Span]) -> Iterator[list[Span]]:
         """What of ``group`` one forward pass computes, in order."""
@@ -118,7 +143,7 @@ class ModulesExecutor:
         # The head costs too much for rows that nobody wants; it is asked for one at least.
         kept = wanted or [0] if num_texts == 1 else [0]
         device = self._model.device
-        with attending(_Rows(self._layers.attention, self.memory, spans)):
+        with attending(_Rows(self.layers.attention, self.memory, spans)):
             logits: Tensor = self._model(
                 input_ids=torch.tensor(tokens, device=device).view(num_texts, -1),
                 position_ids=torch.tensor(positions, device=device).view(num_texts, -1),

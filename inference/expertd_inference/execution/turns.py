@@ -4,6 +4,8 @@ For models whose layers keep something else than keys, values and recurrent stat
 sequence reads all weights for itself.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +32,16 @@ class TurnsExecutor:
     shares_prefixes = False
     recurrent = False
 
-    def __init__(self, model: Any, room: Room, reason: str) -> None:  # noqa: ANN401 - untyped
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        room: Room,
+        reason: str,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Each span is computed within ``around``, at whose end it may turn out to be lost."""
         self.reason = reason
+        self._around = around
         self._model = model
         self._num_texts = room.num_sequences
         self._texts: dict[int, _Text] = {}
@@ -61,7 +71,8 @@ class TurnsExecutor:
         # If the step is lost, what its cache has is not used again.
         self._texts[span.sequence] = _Text(text.tokens[: span.position])
         fresh = [*([] if text.cache is not None else text.tokens), *span.tokens]
-        logits = self._forward(text, fresh, span)
+        with self._around():
+            logits = self._forward(text, fresh, span)
         text.tokens += span.tokens
         self._texts[span.sequence] = text
         while len(self._texts) > self._num_texts:

@@ -21,13 +21,17 @@ _MAP_NORESERVE = 0x4000  # Linux's; mmap has the name from Python 3.13 on
 _HUGE_PAGE_BYTES = 2 << 20
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class KvLayer:
-    """One layer's form: so many heads of keys and values, and how many numbers each has."""
+    """One layer's form: so many heads of keys and values, how many numbers each has, and where."""
 
     num_heads: int
     key_width: int
     value_width: int
+    device: torch.device = _CPU
 
 
 class KvMemory:
@@ -49,7 +53,6 @@ class KvMemory:
         layers: Sequence[KvLayer],
         num_blocks: int,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
     ) -> None:
         for layer in layers:
             if min(layer.num_heads, layer.key_width, layer.value_width) < 1:
@@ -66,11 +69,16 @@ class KvMemory:
             for layer in layers
             for width in (layer.key_width, layer.value_width)
         ]
+        devices = [layer.device for layer in layers for _ in range(2)]
         try:
-            if torch.device(device).type == "cpu":
+            if all(device.type == "cpu" for device in devices):
                 tensors = self._map(shapes, dtype)
             else:
-                tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+                tensors = [
+                    # What nobody has written is read and left out, which NaN would not be.
+                    torch.zeros(shape, dtype=dtype, device=device)
+                    for shape, device in zip(shapes, devices, strict=True)
+                ]
         except (OSError, OverflowError, torch.OutOfMemoryError) as error:
             raise CapacityError(
                 f"There is no memory for {num_blocks} blocks of keys and values, "

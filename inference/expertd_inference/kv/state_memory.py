@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class StateShape:
@@ -13,17 +15,16 @@ class StateShape:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device = _CPU
 
 
 class StateMemory:
     """For each state a tensor [num_slots, *shape]."""
 
-    def __init__(
-        self, shapes: Sequence[StateShape], num_slots: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, shapes: Sequence[StateShape], num_slots: int) -> None:
         self.shapes = tuple(shapes)
         self._states = [
-            torch.empty(num_slots, *each.shape, dtype=each.dtype, device=device)
+            torch.empty(num_slots, *each.shape, dtype=each.dtype, device=each.device)
             for each in self.shapes
         ]
 

@@ -1,11 +1,13 @@
 """A source that devices copy from, without a daemon: what is released is garbage at once."""
 
+import ctypes
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from expertstore.errors import SessionLostError
+from expertstore.shared.directory import pack_word
 from tests.inference.pack_source import GARBAGE, PackSource
 
 
@@ -19,6 +21,7 @@ class HeldPackSource(PackSource):
 
     absent: set[tuple[int, int]] = field(default_factory=set)
     forgetful: bool = False
+    copies: bool = False
     hinted: list[tuple[int, int]] = field(default_factory=list)
     num_holds: int = 0
     lost: bool = False
@@ -29,6 +32,14 @@ class HeldPackSource(PackSource):
         self._random = random.Random(1)
         self._brought: set[tuple[int, int]] = set()
         super().__post_init__()
+
+    @property
+    def directory_address(self) -> int:
+        """Of words as the daemon's directory has them, of the records' places since the last hold.
+
+        0 if there are ``copies`` instead.
+        """
+        return 0 if self.copies else ctypes.addressof(self._words)
 
     def hold(self) -> "HeldPackLease":
         self.fail()
@@ -93,6 +104,7 @@ class HeldPackSource(PackSource):
 
     def _map(self) -> None:
         super()._map()
+        self._words = (ctypes.c_uint64 * self.manifest.num_experts)()
         self._records = {}
         for layer in self.manifest.layers:
             size = self.manifest.layouts[layer.layout].record_bytes
@@ -110,6 +122,11 @@ class HeldPackSource(PackSource):
             end = place + len(self._records[key])
             self.memory[place:end] = self._records[key]
             place = end
+        for layer, first in zip(self.manifest.layers, self.manifest.first_entries, strict=True):
+            for expert in range(layer.num_experts):
+                offset = self.offset(layer.layer, expert)
+                word = 0 if offset is None else pack_word(offset, self.num_holds)
+                self._words[first + expert] = word
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """A model on fake devices, over a source without a daemon."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,9 +58,13 @@ def make_rig(
     rates: Rates = RATES,
     dtype: torch.dtype = torch.bfloat16,
     reattach_seconds: float = 1.0,
+    stepped: bool = True,
     **settings: Any,
 ) -> Rig:
-    """``num_slots`` are those of each device, with its staging slots."""
+    """``num_slots`` are those of each device, with its staging slots.
+
+    A call of the model is a step if it is to be ``stepped``; else each of its layers is one.
+    """
     devices = devices or (FakeDevice(),)
     if num_slots is not None:
         settings["cache_bytes"] = num_slots * slot_bytes(source)
@@ -77,4 +82,14 @@ def make_rig(
     )
 
     group.connect(trunk.model, trunk.experts, source.manifest)
+    if stepped:
+        forward = trunk.model.forward
+
+        # The signature is what transformers looks at.
+        @functools.wraps(forward)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            with group.step.whole():
+                return forward(*args, **kwargs)
+
+        trunk.model.forward = step
     return Rig(source, devices, group, trunk.model)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from expertd_inference.device.attention import without_cudnn_attention
-from expertd_inference.device.graphs import DecodeCache
+from expertd_inference.execution import graph_rows
+from expertd_inference.execution.on_device import device_executor
 from expertd_inference.settings import DecodeGraphsMode
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import make_rig
+from tests.inference.device.stepping import ROOM, greedy_by
 from tests.inference.greedy import prompt_of
 
 Make = Callable[..., Any]
@@ -61,20 +63,23 @@ def test_one_thread_does_not_put_it_back_beneath_another(before: bool) -> None:
 def test_every_attention_of_a_model_is_without(
     packed: Make, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prompt's, and those of steps that are run, recorded and replayed."""
-    rig = make_rig(HeldPackSource(packed("mixtral")), decode_graphs=DecodeGraphsMode.SEGMENTS)
-    real, seen = torch.nn.functional.scaled_dot_product_attention, []
+    """Of steps that are tried and recorded; nothing else runs when they are replayed."""
+    rig = make_rig(
+        HeldPackSource(packed("mixtral")), decode_graphs=DecodeGraphsMode.SEGMENTS, stepped=False
+    )
+    real, seen = graph_rows._attend, []
 
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
         seen.append(is_on())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    cache, ids = DecodeCache(rig.model.config, 32), torch.tensor([prompt_of(5)])
-    for _ in range(4):
-        with torch.no_grad():
-            rig.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        assert is_on() is before
-        ids = ids[:, :1]
-    # Of the last step nothing runs but what was recorded.
-    assert seen == [False] * 3 * len(rig.source.manifest.layers)
+    monkeypatch.setattr(graph_rows, "_attend", attention)
+    executor = device_executor(rig.model, rig.group, ROOM, 64, [].append)
+    assert executor.name == "graphs"
+    assert len(seen) >= 2 * len(rig.source.manifest.layers)
+    num_recorded = len(seen)
+    greedy_by(executor, prompt_of(5), 4)
+    assert rig.group.num_replays == 3
+    assert len(seen) == num_recorded
+    assert not any(seen)
+    assert is_on() is before

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference import Worker
 from expertd_inference.device import group
+from expertd_inference.execution.graphs import GraphsExecutor
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.fake_device import FakeDevice
 from expertstore.errors import PreconditionError
+from tests.inference.device.stepping import ROOM, greedy_by
+from tests.inference.greedy import prompt_of
 
 Make = Callable[..., Any]
 interpreted = pytest.mark.skipif(
@@ -67,19 +70,18 @@ def test_nothing_is_kept(
         attach("m", daemon.socket),
         device=DeviceSettings(device="fake", decode_graphs=mode, speculate_layers=1),
     )
-    generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=6))
+    executor = worker.open_executor(ROOM)
+    greedy_by(executor, prompt_of(9), 6)
     model, runner = worker.model, worker._runner
     assert isinstance(runner, group.DeviceGroup)
     watched.add("slots", device._allocated[0])
     for name, parameter in model.named_parameters():
         watched.add(name, parameter)
-    if runner.graphs is not None:
-        recorded = runner.graphs._current
-        assert recorded is not None
-        assert recorded.logits is not None
+    if isinstance(executor, GraphsExecutor):
+        recorded = next(iter(executor._steps.values()))
         watched.add("logits", recorded.logits)
-        watched.add("steps", recorded.steps)
-        watched.add("keys", recorded.cache.layers[0].keys)
+        watched.add("steps", recorded)
+        watched.add("keys", executor._modules.memory.keys[0])
         del recorded
     assert len(watched.alive) == len(watched.kept) > 10
     # Generating leaves cycles of transformers' behind.
@@ -87,6 +89,7 @@ def test_nothing_is_kept(
     experts = model.model.layers[0].mlp.experts
     routed = torch.zeros(1, 128), torch.tensor([[0, 1]]), torch.ones(1, 2)
     del parameter
+    executor.close()
     worker.close()
     assert not watched.alive
     assert all(memory.closed for memory in device.memory)

@@ -4,26 +4,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import pytest
 import torch
 
-from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference import Worker
 from expertd_inference.device import group
-from expertd_inference.device.decode_graphs import MIN_WHOLE_LINK
-from expertd_inference.device.graphs import room_for
 from expertd_inference.device.stats import DeviceStats
+from expertd_inference.device.whole_choice import MIN_WHOLE_LINK
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from expertstore.pack.manifest import read_manifest
+from tests.inference.device.stepping import ROOM, greedy_by
+from tests.inference.greedy import prompt_of
 
 Make = Callable[..., Any]
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton's interpreter is for hosts without a GPU"
 )
-SETTINGS = GenerationSettings(max_new_tokens=4)
+PROMPT = prompt_of(7)
 REFUSED = "the GPU's driver does not register"
 GRANTED = "the GPU's driver registers 32.0 KiB of"
 
@@ -95,50 +95,20 @@ def test_chosen_said_and_shown(
         settings = {"cache_bytes": records * size, "speculate_layers": 0}
     device = DeviceSettings(device=case.device, decode_graphs=case.mode, **settings)
     with Worker(attach("m", daemon.socket), device=device, say=said.append) as worker:
-        results = [generate(worker, "Once upon a time", SETTINGS).result for _ in range(2)]
+        executor = worker.open_executor(ROOM)
+        greedy_by(executor, PROMPT, 4)
         # Attaching anew is no reason to say it again.
         worker.session.reattach(5)
-        generate(worker, "Once upon a time", SETTINGS)
-    shown = msgspec.to_builtins(results[1])["device"]
-    assert (shown["arena"], shown["steps"]) == (case.arena, case.steps)
+        greedy_by(executor, PROMPT, 4)
+        stats = worker.device_stats
+        assert stats is not None
+        executor.close()
+    assert (stats.arena, stats.steps) == (case.arena, case.steps)
+    assert executor.name == ("modules" if case.steps == "off" else "graphs")
     assert len(said) == len(case.said), said
     assert all(one.startswith(other) for one, other in zip(said, case.said, strict=True))
-
-
-def test_a_sequence_replays_what_another_recorded_and_is_not_changed_by_it(
-    daemon: Daemon,
-) -> None:
-    """Of about its length; what the other left in the cache is not seen."""
-    prompts = ["Once upon a time", "The quick brown fox jumps over it", "Once upon a time"]
-    device = DeviceSettings(device="fake", decode_graphs=DecodeGraphsMode.SEGMENTS)
-
-    def tokens(worker: Worker, prompt: str, num: int = 6) -> list[int]:
-        return generate(worker, prompt, GenerationSettings(max_new_tokens=num)).result.tokens
-
-    alone = []
-    for prompt in prompts[:2]:
-        with Worker(attach("m", daemon.socket), device=device) as worker:
-            alone.append(tokens(worker, prompt))
-    with Worker(attach("m", daemon.socket), device=device) as worker:
-        assert [tokens(worker, prompt) for prompt in prompts] == [*alone, alone[0]]
-        graphs = worker._runner.graphs  # type: ignore[union-attr]
-        assert graphs is not None
-        assert graphs.num_replays == 3 * 5 - 2
-        # Of two at once each has its own.
-        with worker.lend_cache(20) as one, worker.lend_cache(20) as other:
-            assert one is not other
-        num_replays = graphs.num_replays
-        tokens(worker, prompts[0], 300)
-        assert graphs.num_replays == num_replays + 299 - 2, "a longer one records its own"
 
 
 def test_of_a_generation_the_counts_are_its_own_and_the_modes_are_the_worker_s() -> None:
     before, now = DeviceStats(copies=1), DeviceStats(copies=3, arena="staged", steps="whole")
     assert now.since(before) == DeviceStats(copies=2, arena="staged", steps="whole")
-
-
-def test_lengths_are_few_and_not_much_too_long() -> None:
-    lengths = {room_for(num) for num in range(1, 9000)}
-    assert len(lengths) < 30
-    for num in range(1, 9000):
-        assert num <= room_for(num) < max(num + 256, num * 5 / 4)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from expertd_inference.device import runner
+from expertd_inference.device.step import StepLostError
+from expertd_inference.execution.on_device import device_executor
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import MAX_FUTILE_RECOVERIES, Recovery
 from expertd_inference.model.loading import load_trunk
-from expertd_inference.settings import CachePolicy, OnMiss
+from expertd_inference.settings import CachePolicy, DecodeGraphsMode, OnMiss
 from expertd_testing.fake_device import FakeDevice, FakeSpeed
 from expertstore.errors import (
     DeviceLostError,
@@ -23,6 +25,7 @@ from expertstore.errors import (
 )
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import make_rig
+from tests.inference.device.stepping import ROOM, greedy_by
 from tests.inference.greedy import greedy, prompt_of
 from tests.inference.pack_source import PackSource
 
@@ -175,12 +178,12 @@ def test_an_interrupt_anywhere_leaves_nothing_half_done(
 
 
 def test_a_session_lost_in_the_midst_of_a_layer(packed: Make, stock: Make) -> None:
-    """The daemon takes the bytes back while they are copied: the step is repeated."""
+    """The daemon takes the bytes back while they are copied: the layer is repeated."""
     prompt = prompt_of(24, seed=1)
     expected = greedy(stock("mixtral"), prompt, 12)
     source = HeldPackSource(packed("mixtral"))
     device = FakeDevice(speed=LATE)
-    rig = make_rig(source, device, num_slots=8)
+    rig = make_rig(source, device, num_slots=8, stepped=False)
     real = device.fill_slots_cached
     countdown = iter(range(1000))
 
@@ -199,7 +202,8 @@ def test_a_session_lost_in_the_midst_of_a_layer(packed: Make, stock: Make) -> No
 def test_sessions_that_are_always_lost_are_an_error(packed: Make) -> None:
     source = HeldPackSource(packed("mixtral"))
     device = FakeDevice()
-    rig = make_rig(source, device, num_slots=8)
+    rig = make_rig(source, device, num_slots=8, stepped=False, decode_graphs=DecodeGraphsMode.OFF)
+    executor = device_executor(rig.model, rig.group, ROOM, 64, [].append)
     device.check_sources = False
     real = device.to_host
 
@@ -209,8 +213,9 @@ def test_sessions_that_are_always_lost_are_an_error(packed: Make) -> None:
         return real(*tensors)
 
     device.to_host = to_host  # type: ignore[method-assign]
-    with pytest.raises(SessionLostError):
-        rig.logits(PROMPT)
+    with pytest.raises(SessionLostError) as raised:
+        greedy_by(executor, PROMPT, 1)
+    assert not isinstance(raised.value, StepLostError)
     assert source.num_reattached == MAX_FUTILE_RECOVERIES
 
 
@@ -223,7 +228,7 @@ def test_an_outage_in_the_midst_of_a_step(packed: Make, stock: Make) -> None:
 
     absent = {(layer, expert) for layer in range(3) for expert in range(0, 8, 2)}
     source = HeldPackSource(packed("mixtral"), fail=fail, absent=absent, forgetful=True)
-    rig = make_rig(source, num_slots=8)
+    rig = make_rig(source, num_slots=8, stepped=False)
     assert greedy(rig.model, PROMPT, 12) == greedy(stock("mixtral"), PROMPT, 12)
     assert source.num_reattached == 3
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertd_client import Client
-from expertd_inference import GenerationSettings, Worker, generate
+from expertd_inference import Worker
 from expertd_inference import worker as worker_module
 from expertd_inference.device import group
 from expertd_inference.process.attachment import attach
@@ -21,6 +21,7 @@ from expertd_testing.fake_device import FakeDevice
 from expertd_testing.watching import eventually
 from expertstore.errors import DeviceLostError, InvalidInputError, PackError
 from expertstore.sizes import parse_bytes, size_to_give
+from tests.inference.device.stepping import ROOM, greedy_by
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]
@@ -122,16 +123,19 @@ def test_what_moved_is_in_the_result(roomy: Daemon, pack: Path) -> None:
         on_miss=OnMiss.COPY,
         decode_graphs=DecodeGraphsMode.OFF,
     ) as worker:
-        generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=4))
-        done = generate(worker, "Once upon a time", GenerationSettings(max_new_tokens=8))
-        moved = done.result.device
-        assert moved is not None
+        executor = worker.open_executor(ROOM)
+        prompt = prompt_of(7)
+        greedy_by(executor, prompt, 4)
+        before, hits = worker.device_stats, worker.session.host_hits
+        greedy_by(executor, prompt, 8)
+        assert before is not None
+        moved = worker.device_stats.since(before)  # type: ignore[union-attr]
         # 7 forward passes of one token by 3 layers of 2 experts, and the prefill's.
         assert moved.device_hits + moved.host_hits + moved.nvme_misses + moved.prefetch_useful > 42
         assert moved.bytes_copied == moved.copies * record_bytes(pack)
         assert moved.copies == moved.host_hits + moved.nvme_misses + moved.prefetch_issued
         assert 3 * 8 <= moved.syncs <= 4 * 8 + moved.nvme_misses
-        assert worker.session.host_hits > 0
+        assert worker.session.host_hits > hits
 
 
 def test_a_session_holds_nothing_between_steps(roomy: Daemon) -> None:
@@ -141,7 +145,7 @@ def test_a_session_holds_nothing_between_steps(roomy: Daemon) -> None:
 
 
 def test_a_cut_off_worker_repeats_the_step(
-    pack: Path, expected: list[int], fakes: list[FakeDevice], tmp_path: Path
+    pack: Path, fakes: list[FakeDevice], tmp_path: Path
 ) -> None:
     """It stands still in the midst of a step, holding, while another wants all the room."""
     config = tmp_path / "config.toml"
@@ -153,7 +157,8 @@ def test_a_cut_off_worker_repeats_the_step(
         Client(daemon.socket) as store,
         store.attach("m") as other,
     ):
-        assert greedy(worker.model, PROMPT, 16) == expected
+        executor = worker.open_executor(ROOM)
+        expected = greedy_by(executor, PROMPT, 16)
         (device,) = fakes
         real, sessions = device.to_host, []
 
@@ -166,7 +171,7 @@ def test_a_cut_off_worker_repeats_the_step(
             return real(*tensors)
 
         device.to_host = to_host  # type: ignore[method-assign]
-        assert greedy(worker.model, PROMPT, 16) == expected
+        assert greedy_by(executor, PROMPT, 16) == expected
         assert len(sessions) == 3
         assert worker.session.id not in sessions, "it has attached again"
 
@@ -225,6 +230,13 @@ def test_a_budget_below_a_layer_s_need_is_refused_at_the_door(roomy: Daemon, pac
     worker_of(roomy, cache_bytes=parse_bytes(size_to_give(6 * size))).close()
     with pytest.raises(InvalidInputError, match="no device 'tpu'"):
         Worker(attach("m", roomy.socket), device=DeviceSettings(device="tpu"))
+
+
+def test_users_are_offered_no_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own device is there for them alone."""
+    monkeypatch.delitem(group.DEVICE_KINDS, "fake")
+    with pytest.raises(InvalidInputError, match=r"no device 'fake:0'; give cpu, or such as cuda:0"):
+        group.open_device("fake:0")
 
 
 @pytest.mark.parametrize("at", ["load_trunk", "refuse_in_forks", "DeviceGroup"])
