@@ -84,8 +84,6 @@ def test_generate_counts(mixtral: Worker) -> None:
     result = done.result
     assert not done.interrupted
     assert result.prompt_tokens == len("Once upon a time")
-    prompt = mixtral.tokenizer("Once upon a time").input_ids
-    assert result.tokens == greedy(mixtral.model, prompt, 16)
     assert result.new_tokens == len(result.tokens) == 16
     assert "".join(pieces) == result.text == mixtral.tokenizer.decode(result.tokens)
     assert result.ttft_seconds is not None
