@@ -140,7 +140,9 @@ class Worker:
                     loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
                 )
             self.model = loaded.model
-            self.step_kernels = step_kernels() if native else None
+            self.step_kernels = (
+                step_kernels(activations=activations, exact=exact) if native else None
+            )
             if self.step_kernels is not None:
                 make_lean(self.model, self.step_kernels)
             refuse_in_forks(self.model)
