@@ -10,6 +10,7 @@ Example: python -m bench.decode --shape olmoe-1b-7b --llama-python ~/llama/bin/p
 """
 
 import argparse
+import ctypes
 import json
 import os
 import tempfile
@@ -33,10 +34,10 @@ from bench.progress import progress
 from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
-from expertd_inference import load_model
-from expertd_inference.engine.decoding import Decoding
-from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference import GenerationSettings, Worker
+from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.step import StepKernels
+from expertd_inference.process.attachment import attach
 from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.host_memory import memory_available
@@ -71,69 +72,76 @@ class Ours:
         self._stack = ExitStack()
         ram = _expert_bytes(pack)
         daemon = self._stack.enter_context(serving({"m": pack}, ram=ram))
-        self.model = load_model("m", socket=daemon.socket)
-        # Every round has its full length.
-        self.model.generation_config.eos_token_id = None
-        worker = self.model.expertd
-        self._stack.callback(worker.close)
-        for layer in worker.manifest.layers:
-            for lease in worker.session.waves(layer.layer, range(layer.num_experts)):
-                lease.release()
-        self.kernels = worker.kernels.name
         self._clock: _Clock | None = None
-        if self.kernels == "native":
-            self._clock = _Clock(worker.kernels, worker.step_kernels)
+        if native_library().library is not None:
+            self._clock = self._stack.enter_context(_Clock(native_library().library))
+        self.worker = self._stack.enter_context(Worker(attach("m", daemon.socket)))
+        for layer in self.worker.manifest.layers:
+            for lease in self.worker.session.waves(layer.layer, range(layer.num_experts)):
+                lease.release()
+        if self._clock is not None:
+            self._clock.watch(self.worker.step_kernels)
+        self.kernels = f"{self.worker.kernels.name}, {self.worker.engine.executor}"
         self.overheads: list[float] = []
         """Seconds outside of kernels per second inside, of each :meth:`decode`."""
-        self._vocab = self.model.config.vocab_size
+        self._vocab = self.worker.model.config.vocab_size
 
     def decode(self, tokens: int) -> float:
         """As :class:`Contestant` says."""
-        times = _Times(self._clock)
-        self.model.generate(
-            self._tokens(CONTEXT),
-            max_new_tokens=tokens + 1,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=times,
-            custom_generate=Decoding(times),
-        )
-        seconds = times.seconds[-1] - times.seconds[1]
+        # Every round has its full length.
+        settings = GenerationSettings(max_new_tokens=tokens + 1, ignore_eos=True)
+        clock = 0.0 if self._clock is None else self._clock.seconds
+        times = [time.perf_counter()]
+        for _ in self.worker.engine.submit(self._tokens(CONTEXT), settings):
+            times.append(time.perf_counter())
         if self._clock is not None:
-            inside = times.inside[-1] - times.inside[1]
-            self.overheads.append((seconds - inside) / inside)
-        return seconds
+            inside = self._clock.seconds - clock
+            self.overheads.append((times[-1] - times[0] - inside) / inside)
+        return times[-1] - times[1]
 
     def prompt(self, tokens: int) -> float:
         """As :class:`Contestant` says."""
         ids = self._tokens(tokens)
         began = time.perf_counter()
-        with torch.no_grad():
-            self.model(ids, logits_to_keep=1)
+        list(self.worker.engine.submit(ids, GenerationSettings(max_new_tokens=1)))
         return time.perf_counter() - began
 
     def close(self) -> None:
         """As :class:`Contestant` says."""
         self._stack.close()
 
-    def _tokens(self, count: int) -> torch.Tensor:
-        return torch.randint(10, self._vocab, (1, count))
+    def _tokens(self, count: int) -> list[int]:
+        tokens: list[int] = torch.randint(10, self._vocab, (count,)).tolist()
+        return tokens
+
+
+_COMPUTING = ("linear", "experts", "dequantize", "attend_rows", "program_run", "held_step")
+"""What of the native library computes a step's larger parts."""
 
 
 class _Clock:
-    """Adds up the time spent in native code."""
+    """Adds up the time spent in native code of this process, while it is entered."""
 
-    def __init__(self, kernels: NativeKernels, steps: StepKernels) -> None:
+    def __init__(self, library: Any) -> None:  # noqa: ANN401 - a ctypes.CDLL
         self.seconds = 0.0
-        self._library = kernels._library
-        kernels._library = self
-        for name, function in vars(steps).items():
-            setattr(steps, name, self._timed(function))
+        self._library = library
+        names = [f"expertd_{name}" for name in _COMPUTING]
+        self._functions = {name: getattr(library, name) for name in names}
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        timed = self._timed(getattr(self._library, name))
-        setattr(self, name, timed)
-        return timed
+    def __enter__(self) -> Self:
+        for name, function in self._functions.items():
+            setattr(self._library, name, self._timed(function))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self._functions.items():
+            setattr(self._library, name, function)
+
+    def watch(self, steps: StepKernels | None) -> None:
+        """Counts the small operations, too."""
+        for name, function in vars(steps).items():
+            if isinstance(function, ctypes._CFuncPtr):
+                setattr(steps, name, self._timed(function))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the function takes
@@ -143,23 +151,6 @@ class _Clock:
             return result
 
         return timed
-
-
-class _Times:
-    """A streamer that notes when tokens came, and the kernels' clock then."""
-
-    def __init__(self, clock: _Clock | None) -> None:
-        self.seconds: list[float] = []
-        self.inside: list[float] = []
-        self._clock = clock
-
-    def put(self, _: torch.Tensor) -> None:
-        """The prompt first, then each token."""
-        self.seconds.append(time.perf_counter())
-        self.inside.append(0.0 if self._clock is None else self._clock.seconds)
-
-    def end(self) -> None:
-        """Nothing is left."""
 
 
 class Turns:

@@ -277,7 +277,6 @@ def test_bytes_in_arguments_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("--prompt",),
         ("-p", "x", "--max-new-tokens", "0"),
         ("-p", "x", "--max-new-tokens", "many"),
@@ -291,6 +290,14 @@ def test_usage(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 2
     assert "Error" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_is_needed() -> None:
+    done = run("generate", command=AT_ONCE)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "expert-run: Give one of --prompt and --prompt-file.\n",
+    )
 
 
 def test_help_and_version_come_at_once() -> None:

@@ -26,7 +26,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def kernels() -> StepKernels:
-    found = step_kernels()
+    found = step_kernels(exact=True)
     if found is None:
         pytest.skip("native code is not built here")
     return found
