@@ -92,8 +92,8 @@ class Ours:
         settings = GenerationSettings(max_new_tokens=tokens + 1, ignore_eos=True)
         clock = 0.0 if self._clock is None else self._clock.seconds
         times = [time.perf_counter()]
-        for _ in self.worker.engine.submit(self._tokens(CONTEXT), settings):
-            times.append(time.perf_counter())
+        stream = self.worker.engine.submit(self._tokens(CONTEXT), settings)
+        times.extend(time.perf_counter() for _ in stream)
         if self._clock is not None:
             inside = self._clock.seconds - clock
             self.overheads.append((times[-1] - times[0] - inside) / inside)
