@@ -19,21 +19,26 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from bench.mapped import MappedSource
 from expertd_inference import load_model
+from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.choose import choose_for
 from expertd_inference.execution.lean import make_lean
-from expertd_inference.execution.steps import Steps
+from expertd_inference.execution.room import Room
 from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, has_seat, seat_of
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
+from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import step_kernels
-from expertd_inference.kv.growing import growing
+from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_inference.model.loading import load_trunk
 from expertd_inference.settings import DeviceSettings
 from expertstore.pack.manifest import read_manifest
+
+_BLOCKS, _ROWS = 64, 512
+"""Room for a text of 4,096 tokens, and for a prompt of 512."""
 
 Row = list[list[int]]
 """One token's experts, by MoE layer in order."""
@@ -117,6 +122,7 @@ class Decoder:
             recovery = Recovery(self.source, reattach_seconds=0)
             connect(loaded.experts, self.manifest, self.source, recovery, kernels)
             self.model = loaded.model
+            self.kernels = kernels
             if native:
                 make_lean(self.model, step_kernels())
         else:
@@ -124,6 +130,7 @@ class Decoder:
             self.model = load_model("m", socket=job["socket"], device=settings)
             self.source = self.model.expertd.session
             self._ahead = self.model.expertd._ahead
+            self.kernels = self.model.expertd.kernels
         seats = {
             seat_of(module).layer: seat_of(module)
             for module in self.model.modules()
@@ -138,8 +145,12 @@ class Decoder:
                 layer: Guesses(place, job["recall"], self)
                 for place, layer in enumerate(self._layers)
             }
-        # Where a decode program is tried, the routing must be what the routers say.
-        self.decode([0, 0])
+        self._executor = choose_for(
+            self.model,
+            Room(_BLOCKS, 1, _ROWS),
+            lambda message: print(message, file=sys.stderr),
+            kernels=self.kernels if isinstance(self.kernels, NativeKernels) else None,
+        )
 
     def fill(self, num_bytes: int) -> None:
         """Brings so many bytes of experts into memory, of all layers alike and in order."""
@@ -193,25 +204,21 @@ class Decoder:
         self.row, self.rows = None, rows or ()
         stats = self._hints()
         taken, num_bytes, waited, tokens = [], [], [], []
-        cache = DynamicCache(config=self.model.config)
-        growing(cache)
-        with Steps(self.model, cache) as steps:
-            if context > 1:
-                steps.prompt(torch.tensor([ids[: context - 1]]))
-            end = time.perf_counter() + seconds
-            for number, token in enumerate(ids[context - 1 :]):
-                self.row = None if rows is None else rows[number]
-                if forget and self.row is not None:
-                    self._forget(self.row)
-                step = steps.step if number else steps.prompt
-                missed, read = self._missed(), self._bytes_read()
-                began = time.perf_counter()
-                tokens.append(step(torch.tensor([[token]])).argmax().item())
-                taken.append(time.perf_counter() - began)
-                num_bytes.append(self._bytes_read() - read)
-                waited.append(self._missed() - missed)
-                if time.perf_counter() > end and number:
-                    break
+        if context > 1:
+            self._step(ids[: context - 1], 0)
+        end = time.perf_counter() + seconds
+        for number, token in enumerate(ids[context - 1 :]):
+            self.row = None if rows is None else rows[number]
+            if forget and self.row is not None:
+                self._forget(self.row)
+            missed, read = self._missed(), self._bytes_read()
+            began = time.perf_counter()
+            tokens.append(self._step([token], context - 1 + number))
+            taken.append(time.perf_counter() - began)
+            num_bytes.append(self._bytes_read() - read)
+            waited.append(self._missed() - missed)
+            if time.perf_counter() > end and number:
+                break
         hints = {name: value - stats.get(name, 0) for name, value in self._hints().items()}
         # The first belongs to the context.
         return {
@@ -219,9 +226,15 @@ class Decoder:
             "bytes": num_bytes[1:],
             "waited": waited[1:],
             "hints": hints,
-            "way": steps.way,
+            "executor": self._executor.name,
             "tokens": tokens,
         }
+
+    def _step(self, tokens: Sequence[int], position: int) -> int:
+        """The likeliest token after these, the first of which has that position."""
+        blocks = range(-(-(position + len(tokens)) // BLOCK_TOKENS))
+        span = Span(0, tokens, position, blocks, None, Wanted.LAST)
+        return int(self._executor.forward(Batch((span,)))[0].argmax())
 
     def _noted_rows(self, tokens: int) -> list[Row]:
         count = len(self._layers)

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.memory_limit import MemoryLimit
-from expertd_inference.execution.steps import BY_PROGRAM
 
 Job = Mapping[str, object]
 """What :class:`bench.tier_worker.Decoder` is made of."""
@@ -105,13 +104,13 @@ class Tally:
     waited: list[float] = field(default_factory=list)
     """Experts per token that had to be read first, of each turn."""
     hints: dict[str, int] = field(default_factory=dict)
-    way: str = ""
-    """How tokens were computed, as :attr:`expertd_inference.execution.steps.Steps.way` says."""
+    executor: str = ""
+    """What computed the tokens."""
 
     def add(self, answer: dict[str, Any], rate: float) -> None:
         """One turn, and the bytes per second that the disk gave in those seconds."""
         seconds = answer["seconds"]
-        self.way = answer.get("way", "")
+        self.executor = answer.get("executor", "")
         per_token = sum(answer["bytes"]) / len(seconds)
         self.speeds.append(len(seconds) / sum(seconds))
         self.num_bytes.append(per_token)
@@ -142,5 +141,5 @@ class Tally:
 def slower_ways(tallies: Mapping[Any, Tally]) -> Iterator[str]:
     """A sentence for each that did not decode by a program, as a worker of that model would."""
     for name, tally in tallies.items():
-        if tally.way not in ("", BY_PROGRAM):
-            yield f"{name}: tokens were computed by {tally.way}, which is slower"
+        if tally.executor not in ("", "program"):
+            yield f"{name}: tokens were computed by {tally.executor}, which is slower"
