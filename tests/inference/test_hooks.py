@@ -22,12 +22,12 @@ from tests.inference.greedy import prompt_of
 
 Make = Callable[..., Any]
 HOOKS = {
-    "AttentionInterface._global_mapping: expertd",
     "AttentionInterface._global_mapping: expertd-eager",
     "AttentionInterface._global_mapping: expertd-sdpa",
-    "AttentionMaskInterface._global_mapping: expertd",
+    "AttentionInterface._global_mapping: expertd-witness",
     "AttentionMaskInterface._global_mapping: expertd-eager",
     "AttentionMaskInterface._global_mapping: expertd-sdpa",
+    "AttentionMaskInterface._global_mapping: expertd-witness",
     "ExpertsInterface._global_mapping: expertd",
     "AUTO_QUANTIZATION_CONFIG_MAPPING: expertd",
     "AUTO_QUANTIZER_MAPPING: expertd",

@@ -15,7 +15,7 @@ from expertd_inference.kernels.cpu.library import (
     NativeMatrix,
     native_activation,
 )
-from expertd_inference.kernels.cpu.rows_program import (
+from expertd_inference.kernels.cpu.program import (
     ActivateCall,
     AddCall,
     Call,

@@ -17,12 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from expertd_inference.device.attention import without_cudnn_attention
-from expertd_inference.kernels.cpu.step import DTYPES, StepKernels
 
-ATTENTION = "expertd"
-"""Our name among transformers' attention implementations, in place of ``sdpa``."""
 _NAMES = {"sdpa": "expertd-sdpa", "eager": "expertd-eager"}
-"""Without native kernels; and for models whose own ``eager`` does more than ``sdpa`` can."""
+"""Ours for each; models whose own ``eager`` does more than ``sdpa`` can have that one."""
 
 
 class Attention(Protocol):
@@ -62,51 +59,12 @@ def attending(attention: Attention) -> Iterator[None]:
         _here.attention = before
 
 
-def hook_attention(model: Any, kernels: StepKernels | None = None) -> bool:  # noqa: ANN401
-    """Lets ``model`` call ours; False if it has an implementation that ours does not stand for.
-
-    With ``kernels`` a single token outside of steps is computed by them.
-    """
+def hook_attention(model: Any) -> bool:  # noqa: ANN401 - transformers is untyped
+    """Lets ``model`` call ours; False if it has an implementation that ours does not stand for."""
     name = getattr(model.config, "_attn_implementation", None)
-    if name == "sdpa" and kernels is not None:
-        _register(ATTENTION, _native(kernels), sdpa_mask)
-        model.set_attn_implementation(ATTENTION)
-    elif name in _NAMES:
+    if name in _NAMES:
         model.set_attn_implementation(_NAMES[name])
-    return getattr(model.config, "_attn_implementation", None) in (ATTENTION, *_NAMES.values())
-
-
-def _native(kernels: StepKernels) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """As :func:`_sdpa`, and one token that sees all there is in one native call."""
-
-    def native(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **others: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, Tensor | None]:
-        if (
-            attention_mask is None
-            and _here.attention is None
-            and query.shape[0] == query.shape[2] == 1
-            and query.is_cpu
-            and query.dtype is key.dtype
-            and query.dtype in DTYPES
-            and key.shape[3] == value.shape[3]
-            and query.stride(3) == key.stride(3) == value.stride(3) == 1
-            and not _KNOWN_OTHERS & others.keys()
-        ):
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return kernels.attend(query, key, value, scale), None
-        return _sdpa(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
-
-    return native
+    return getattr(model.config, "_attn_implementation", None) in _NAMES.values()
 
 
 def _sdpa(
@@ -151,10 +109,6 @@ def _eager(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )
     return result
-
-
-_KNOWN_OTHERS = frozenset({"softcap", "position_bias", "s_aux", "cache"})
-"""Arguments that change what attention is."""
 
 
 def _masks(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:

@@ -48,7 +48,7 @@ def make_lean(model: Any, kernels: StepKernels) -> None:  # noqa: ANN401 - trans
             )
         if (lean := classes[kind]) is not None:
             module.__class__ = lean
-    hook_attention(model, kernels)
+    hook_attention(model)
     model.__dict__[KERNELS] = kernels
 
 

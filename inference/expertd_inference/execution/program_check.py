@@ -13,7 +13,7 @@ from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.parts import Model, UnknownPartError
 from expertd_inference.execution.step_rows import StepRows, use_memory
 from expertd_inference.execution.witness import NUM_TOKENS, Witness, experts_stood_in_for
-from expertd_inference.kernels.cpu.rows_program import RowsProgram
+from expertd_inference.kernels.cpu.program import RowsProgram
 from expertd_inference.kv.memory import KvLayer, KvMemory
 
 _FIRST_CHUNK = 7

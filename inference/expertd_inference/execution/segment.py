@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from expertd_inference.experts.call import ExpertsCall, seat_of
-from expertd_inference.kernels.cpu.rows_program import RowsProgram
+from expertd_inference.kernels.cpu.program import RowsProgram
 from expertd_inference.kernels.wave import Routed
 
 

@@ -20,7 +20,7 @@ from expertd_inference.experts.call import ExpertsCall, has_seat, seat_of
 
 NUM_TOKENS = 12
 """Few: a layer's weights are read once for all of them, and that is what takes time."""
-_ATTENTION = "expertd_witness"
+_ATTENTION = "expertd-witness"
 
 
 @dataclass
@@ -123,8 +123,6 @@ def experts_stood_in_for(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attention_noted(model: Any, witness: Witness) -> Iterator[None]:  # noqa: ANN401
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
     _watching.append(witness)
@@ -211,3 +209,7 @@ def _project(witness: Witness) -> Any:  # noqa: ANN401 - a hook
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)

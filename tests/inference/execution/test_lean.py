@@ -11,7 +11,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import parse_precision
-from expertd_inference.execution.attention_hook import ATTENTION
 from expertd_inference.execution.lean import make_lean
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, step_kernels
@@ -55,30 +54,6 @@ def test_rms_norm(
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "length", "d"),
-    [(1, 1, 1, 1), (4, 2, 7, 40), (8, 1, 33, 64), (3, 3, 100, 16), (7, 1, 9, 80), (2, 2, 9, 144)],
-    # one of everything; d with a rest; all heads share keys; no two do; four at once and three
-    # left, and 64 columns at once and 16 left; 128 at once and 16 left
-)
-def test_attend(
-    kernels: StepKernels, dtype: torch.dtype, heads: int, kv_heads: int, length: int, d: int
-) -> None:
-    query = noise(1, 1, heads, d, dtype=dtype).transpose(1, 2)
-    # Rows of a larger room, as those of a cache are.
-    key = noise(1, kv_heads, length + 5, d, dtype=dtype, seed=1)[:, :, :length]
-    value = noise(1, kv_heads, length + 9, d, dtype=dtype, seed=2)[:, :, :length]
-    result = kernels.attend(query, key, value, 0.3)
-    group = heads // kv_heads
-    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
-    scores = torch.softmax(query.double() @ keys.transpose(2, 3) * 0.3, dim=-1)
-    tolerance = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(
-        result.double(), (scores @ values).transpose(1, 2), rtol=tolerance, atol=tolerance / 8
-    )
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 # all of them; partial_sort, which torch takes where k is small beside n; nth_element
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (128, 2), (128, 8), (60, 4), (1, 1)])
@@ -101,11 +76,6 @@ def test_route(
 def test_nan_comes_through(kernels: StepKernels) -> None:
     x = torch.tensor([[1.0, torch.nan, 2.0]])
     assert kernels.rms_norm(x, torch.ones(3), 1e-5, round_first=True).isnan().all()
-    assert (
-        kernels.attend(x.view(1, 1, 1, 3), x.view(1, 1, 1, 3), x.view(1, 1, 1, 3), 1.0)
-        .isnan()
-        .all()
-    )
     weights, index = kernels.route(x, 2, normalize=True, float_weights=True)
     assert weights.isnan().all()
     assert ((index >= 0) & (index < 3)).all()
@@ -135,7 +105,7 @@ def test_a_lean_model_is_the_model(
         architecture != "gpt_oss"
     )
     # gpt_oss has sinks, which sdpa lacks too.
-    assert (ours.config._attn_implementation == ATTENTION) == (
+    assert (ours.config._attn_implementation == "expertd-sdpa") == (
         theirs.config._attn_implementation == "sdpa"
     )
     prompt = prompt_of(20)

@@ -19,10 +19,10 @@ from expertd_inference.execution.parts import UnknownPartError
 from expertd_inference.execution.program import ProgramExecutor, make_program
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import Recovery
-from expertd_inference.kernels.cpu import rows_program
+from expertd_inference.kernels.cpu import program
 from expertd_inference.kernels.cpu.library import EXACT, TYPES, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.rows_program import GateCall, RotateCall, RowsProgram, StepCall
+from expertd_inference.kernels.cpu.program import GateCall, RotateCall, RowsProgram, StepCall
 from expertd_inference.model.loading import load_trunk
 from expertd_testing.daemon import serving
 from expertd_testing.tiny_models import make_checkpoint
@@ -261,7 +261,7 @@ def test_the_same_bits_whatever_is_in_ram(quantized: Make) -> None:
     assert torch.equal(*results)
 
 
-def run_alone(call: rows_program.Call, rows: int = 1, **step: int) -> None:
+def run_alone(call: program.Call, rows: int = 1, **step: int) -> None:
     program = RowsProgram()
     program.add(call)
     described = StepCall(rows=rows, threads=1, **step)
@@ -307,4 +307,4 @@ def test_structures_are_those_of_the_header() -> None:
         "GateCall": 48,
         "StepCall": 56,
     }
-    assert {name: ctypes.sizeof(getattr(rows_program, name)) for name in sizes} == sizes
+    assert {name: ctypes.sizeof(getattr(program, name)) for name in sizes} == sizes

@@ -144,7 +144,7 @@ _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
         *("experts", "linear", "dequantize", "use_isa", "isa", "read_probe"),
-        *("rms_norm", "attend", "attend_rows", "rotate", "route", "program", "argmax"),
+        *("rms_norm", "attend_rows", "rotate", "route", "argmax"),
         *("program_make", "program_free", "program_run", "held_step"),
     )
 )
@@ -170,9 +170,6 @@ def native_library() -> Loaded:
         ]
         library.expertd_read_probe.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
-        ]
-        library.expertd_program.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
         ]
         library.expertd_attend_rows.argtypes = [ctypes.c_void_p]
         library.expertd_program_make.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -27,7 +27,6 @@ from expertd_inference.kernels.cpu.native import (
     measured,
     multiply,
 )
-from expertd_inference.kernels.cpu.program import Program
 from expertd_inference.kernels.cpu.switching import LEAST, MostRows, any_number
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import Encoding, Matrix
@@ -38,7 +37,6 @@ DTYPES = (torch.bfloat16, torch.float32)
 _POINTERS_3 = [c_void_p] * 3
 _SIGNATURES = {
     "expertd_rms_norm": [*_POINTERS_3, c_int64, c_int64, c_float, c_int32, c_int32],
-    "expertd_attend": [*_POINTERS_3, c_void_p, *[c_int64] * 9, c_float, c_int32, c_int32],
     "expertd_rotate": [c_void_p] * 6 + [c_int64] * 5 + [c_int32],
     "expertd_route": [
         c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_void_p, c_int32,
@@ -46,7 +44,7 @@ _SIGNATURES = {
     "expertd_argmax": [c_void_p, c_int64, c_int32],
 }  # fmt: skip
 
-_RESULTS = {"expertd_attend": c_int32, "expertd_route": c_int32, "expertd_argmax": c_int64}
+_RESULTS = {"expertd_route": c_int32, "expertd_argmax": c_int64}
 
 
 class PreparedCall:
@@ -68,16 +66,10 @@ class StepKernels:
         """How many rows of a plain matrix are multiplied here, and not by torch."""
         self._flags = flags_of(activations, exact=exact)
         self._library: Any = library
-        self._rms_norm, self._attend, self._rotate, self._route, self._argmax = (
+        self._rms_norm, self._rotate, self._route, self._argmax = (
             _function(library, name) for name in _SIGNATURES
         )
         self._linear: Any = library.expertd_linear
-        self._program: Any = library.expertd_program
-
-    def run(self, program: Program, token: int, position: int) -> None:
-        """``program`` for ``token``, which is number ``position``, from 0, of its sequence."""
-        threads = torch.get_num_threads()
-        check_memory(self._program(program.address, len(program), token, position, threads))
 
     def takes(self, num_rows: int, weight: Tensor) -> bool:
         """Whether so many rows times a plain ``weight`` [out, in] are for these kernels."""
@@ -130,39 +122,6 @@ class StepKernels:
             round_first,
             TYPES[x.dtype],
         )
-        return result
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of one token to all that there is: [1, heads, 1, d] to [1, 1, heads, d].
-
-        ``key`` and ``value`` are [1, kv_heads, length, d]; a row of d has no gaps. Scores are not
-        rounded, so the result is closer to the exact one than that of most implementations.
-        """
-        _, heads, _, d = query.shape
-        _, kv_heads, length, _ = key.shape
-        result = query.new_empty(1, 1, heads, d)
-        _, q_head, _, _ = query.stride()
-        _, k_head, k_row, _ = key.stride()
-        _, v_head, v_row, _ = value.stride()
-        status = self._attend(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            result.data_ptr(),
-            heads,
-            kv_heads,
-            length,
-            d,
-            q_head,
-            k_head,
-            k_row,
-            v_head,
-            v_row,
-            scale,
-            TYPES[query.dtype],
-            torch.get_num_threads(),
-        )
-        check_memory(status)
         return result
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 // The C interface of steps whose experts are all in RAM: no return to Python between layers.
 #pragma once
 
-#include "rows_program.h"
+#include "program.h"
 
 // A program, and then the experts of one layer, of which `call` tells all but which experts, how
 // many rows, where the arena is, and by how many threads.

@@ -1,18 +1,17 @@
-// A sequence of operations on one token as one job of the pool, so that between two of them there
-// is a barrier at most, instead of a return to Python.
+// A program's operations as one job of the pool, so that between two of them there is a barrier at
+// most, instead of a return to Python.
 //
-// Each operation gives the bits that it gives when called alone: products do not depend on how
-// rows are divided, and heads that share no keys do not meet.
+// Operations that need nothing but their row are done together, a few rows at a time; products are
+// divided by outputs; attention as it divides itself. A row's results do not depend on the others.
 
 #include "program.h"
 
 #include <algorithm>
-#include <cstring>
-#include <new>
 #include <vector>
 
+#include "attention.h"
 #include "pool.h"
-#include "step.h"
+#include "row_steps.h"
 #include "tasks.h"
 #include "variant.h"
 
@@ -22,54 +21,177 @@ template <class Call> const Call& call_of(const Operation& operation) {
     return *static_cast<const Call*>(operation.call);
 }
 
-uint8_t* at(void* start, int64_t elements, int32_t type) {
-    return static_cast<uint8_t*>(start) + elements * size_of(type);
-}
+// Rows of one task where there are many: their activations stay in the first cache.
+constexpr int64_t ROWS_PER_TASK = 8;
 
-const uint8_t* at(const void* start, int64_t elements, int32_t type) {
-    return static_cast<const uint8_t*>(start) + elements * size_of(type);
-}
+constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-class ProgramJob final : public Job {
+class Program final : public Job {
   public:
-    ProgramJob(const Operation* operations, int64_t count, int64_t token, int64_t position,
-               int32_t threads)
-        : operations(operations), token(token), position(position), threads(threads),
-          impl(variant()) {
-        pieces.reserve(2 * count + 1);
+    Program(const Operation* first, int64_t count)
+        : operations(first, first + count), impl(variant()) {
         for (int64_t i = 0; i < count;) i = add(i, count);
-        own_place = take_scratch(threads * own_bytes);
+        calls.resize(attends.size());
+        planned.reserve(attends.size());
+    }
+
+    // All that a run needs to know before its tasks. The pool's lock is held.
+    void begin(const StepCall& call) {
+        step = &call;
+        tasks = 0;
+        int64_t bytes = 0;
+        planned.clear();
+        for (Piece& piece : pieces) plan(piece, bytes);
+        own_floats = 0;
+        for (const Prepared& input : prepared)
+            own_floats = std::max(own_floats, input.call->matrix->columns);
+        for (const Piece& piece : pieces) own_floats = std::max(own_floats, piece.chunks.units_each);
+        own_floats = aligned(own_floats * 4) / 4;
+        const int64_t own = bytes;
+        bytes += call.threads * own_floats * 4;
+        uint8_t* memory = pool_scratch(bytes);
+        for (Piece& piece : pieces) piece.memory = memory + piece.place;
+        floats = reinterpret_cast<float*>(memory + own);
+        for (Piece& piece : pieces)
+            if (piece.kind == Piece::ATTENTION) attend_of(piece).use_scratch(piece.memory);
     }
 
     int64_t num_tasks() const { return tasks; }
-    int64_t scratch_bytes() const { return scratch; }
-    void use_scratch(uint8_t* bytes) { memory = bytes; }
 
     int64_t barrier(int64_t task) const override { return piece_of(task).barrier; }
 
     void run(int64_t task, int32_t thread) override {
-        uint8_t* const own = memory + own_place + thread * own_bytes;
+        float* const own = floats + thread * own_floats;
         const Piece& piece = piece_of(task);
-        if (!piece.serial) return run_part(piece, task - piece.first, own);
-        for (int64_t i = piece.operation; i < piece.end; ++i) run_whole(operations[i], own);
-        for (int64_t i = piece.prepare; i < piece.prepare_end; ++i) prepare(prepared[i], own);
+        const int64_t part = task - piece.first;
+        if (piece.kind == Piece::ROWS) run_rows(piece, part, own);
+        else if (piece.kind == Piece::PRODUCT) run_product(piece, part, own);
+        else attend_of(piece).run(part);
     }
 
   private:
-    // Tasks [first, first of the next) that need all tasks below `barrier`. A serial one is one
-    // task, which does operations [operation, end) in turn, and then brings activations into
-    // the form that the products after it want; others divide one operation.
+    // Tasks [first, first of the next) of a run, which need all tasks below `barrier`.
     struct Piece {
-        int64_t first, barrier, operation, end, prepare, prepare_end;
-        int64_t input, result; // of a product: which of `prepared`, and where in the scratch
+        enum Kind { ROWS, PRODUCT, ATTENTION } kind;
+        bool wanted, beside;
+        int64_t operation, end;          // ROWS do [operation, end) and then
+        int64_t prepare, prepare_end;    // bring rows into the form that products want
+        int64_t input, attention;        // of a PRODUCT: the piece that prepares for it; which
+        int64_t first, barrier;          // of a run, and all below
+        int64_t rows, rows_each, place;
         Chunks chunks;
-        bool serial;
+        uint8_t* memory;
     };
 
+    // Activations in the form that products want, which those of equal form share.
     struct Prepared {
-        const LinearCall* call;
-        int64_t place;
+        const ProductCall* call;
+        int64_t piece, row_bytes, place;
     };
+
+    int64_t add(int64_t i, int64_t count) {
+        const Operation& operation = operations[i];
+        if (operation.kind == ATTEND) {
+            rows_piece(i).end = i + 1; // where keys and values are appended
+            Piece& piece = new_piece(Piece::ATTENTION, i);
+            piece.attention = static_cast<int64_t>(attends.size());
+            attends.push_back(&call_of<AttentionCall>(operation));
+            return i + 1;
+        }
+        if (operation.kind != LINEAR) {
+            if (operation.kind == ROUTE)
+                route_bytes = std::max(route_bytes, route_scratch(call_of<RouteCall>(operation)));
+            rows_piece(i).end = i + 1;
+            return i + 1;
+        }
+        int64_t end = i + 1;
+        while (end < count && operations[end].kind == LINEAR && operations[end].beside) ++end;
+        rows_piece(i);
+        const auto before = static_cast<int64_t>(pieces.size()) - 1;
+        const auto first = static_cast<int64_t>(prepared.size());
+        for (int64_t j = i; j < end; ++j) {
+            const int64_t input = input_of(call_of<ProductCall>(operations[j]), first, before);
+            Piece& piece = new_piece(Piece::PRODUCT, j);
+            piece.beside = j > i;
+            piece.input = input;
+        }
+        pieces[before].prepare = first;
+        pieces[before].prepare_end = static_cast<int64_t>(prepared.size());
+        return end;
+    }
+
+    Piece& new_piece(decltype(Piece::kind) kind, int64_t operation) {
+        Piece piece = {};
+        piece.kind = kind;
+        piece.wanted = operations[operation].wanted;
+        piece.operation = piece.end = operation;
+        pieces.push_back(piece);
+        return pieces.back();
+    }
+
+    // The last one if it can take operation `i` too.
+    Piece& rows_piece(int64_t i) {
+        if (!pieces.empty()) {
+            Piece& last = pieces.back();
+            if (last.kind == Piece::ROWS && last.wanted == bool(operations[i].wanted) &&
+                last.prepare == last.prepare_end)
+                return last;
+        }
+        return new_piece(Piece::ROWS, i);
+    }
+
+    int64_t input_of(const ProductCall& call, int64_t first, int64_t piece) {
+        const Matrix& matrix = *call.matrix;
+        const auto end = static_cast<int64_t>(prepared.size());
+        for (int64_t i = first; i < end; ++i) {
+            const ProductCall& other = *prepared[i].call;
+            if (other.x == call.x && other.type == call.type &&
+                other.matrix->columns == matrix.columns && other.matrix->format == matrix.format &&
+                other.matrix->group_size == matrix.group_size)
+                return i;
+        }
+        prepared.push_back({&call, piece, 0, 0});
+        return end;
+    }
+
+    void plan(Piece& piece, int64_t& bytes) {
+        piece.rows = piece.wanted ? step->num_wanted : step->rows;
+        piece.first = piece.barrier = tasks;
+        piece.place = bytes;
+        const int32_t threads = step->threads;
+        if (piece.kind == Piece::ROWS) {
+            const int64_t share = (piece.rows + threads - 1) / threads;
+            piece.rows_each = std::clamp<int64_t>(share, 1, ROWS_PER_TASK);
+            const int64_t count = (piece.rows + piece.rows_each - 1) / piece.rows_each;
+            tasks += count;
+            bytes += count * aligned(route_bytes);
+            for (int64_t i = piece.prepare; i < piece.prepare_end; ++i) {
+                Prepared& input = prepared[i];
+                input.row_bytes = impl.prepared_bytes(*input.call->matrix, form_of(piece));
+                input.place = bytes - piece.place;
+                bytes += piece.rows * input.row_bytes;
+            }
+            return;
+        }
+        if (piece.kind == Piece::PRODUCT) {
+            const Matrix& matrix = *call_of<ProductCall>(operations[piece.operation]).matrix;
+            if (piece.beside) piece.barrier = (&piece)[-1].barrier;
+            piece.chunks = Chunks(matrix, 1, threads);
+            tasks += piece.rows ? piece.chunks.count : 0;
+            bytes += piece.rows * aligned(matrix.rows * 4);
+            return;
+        }
+        AttentionCall& call = calls[piece.attention] = *attends[piece.attention];
+        call.plan = step->plan;
+        call.threads = threads;
+        planned.emplace_back(call, threads);
+        tasks += attend_of(piece).num_tasks();
+        bytes += aligned(attend_of(piece).scratch_bytes());
+    }
+
+    Form form_of(const Piece& piece) const { return ::form_of(piece.rows, step->flags); }
+
+    Attend& attend_of(const Piece& piece) { return planned[piece.attention]; }
 
     const Piece& piece_of(int64_t task) const {
         size_t i = pieces.size() - 1;
@@ -77,193 +199,100 @@ class ProgramJob final : public Job {
         return pieces[i];
     }
 
-    // Plans the operations that begin with number `i`; the number of the first that it does not.
-    int64_t add(int64_t i, int64_t count) {
-        if (operations[i].kind == ATTEND) {
-            Piece& piece = new_piece(i, false);
-            const auto& call = call_of<AttendCall>(operations[i]);
-            tasks += call.kv_heads;
-            need(normed_bytes(call) + step_attend_bytes(shape_of(call)));
-            piece.end = i + 1;
-            return i + 1;
+    void run_rows(const Piece& piece, int64_t part, float* own) {
+        const int64_t first = part * piece.rows_each;
+        const int64_t last = std::min(first + piece.rows_each, piece.rows);
+        uint8_t* memory = piece.memory + part * aligned(route_bytes);
+        for (int64_t row = first; row < last; ++row) {
+            for (int64_t i = piece.operation; i < piece.end; ++i)
+                run_row(operations[i], row, memory);
+            for (int64_t i = piece.prepare; i < piece.prepare_end; ++i)
+                prepare(prepared[i], piece, row, own);
         }
-        if (operations[i].kind != LINEAR) {
-            if (operations[i].kind == ROUTE)
-                need(step_route_bytes(call_of<RouteCall>(operations[i]).n));
-            Piece& piece = serial_piece(i);
-            piece.end = i + 1;
-            return i + 1;
-        }
-        int64_t end = i + 1;
-        while (end < count && operations[end].kind == LINEAR && operations[end].beside) ++end;
-        Piece& before = serial_piece(i);
-        const auto first = static_cast<int64_t>(prepared.size());
-        before.prepare = first;
-        std::vector<int64_t> inputs;
-        for (int64_t j = i; j < end; ++j)
-            inputs.push_back(input_of(call_of<LinearCall>(operations[j]), first));
-        before.prepare_end = static_cast<int64_t>(prepared.size());
-        const int64_t barrier = tasks;
-        for (int64_t j = i; j < end; ++j) {
-            const LinearCall& call = call_of<LinearCall>(operations[j]);
-            Piece& piece = new_piece(j, false);
-            piece.barrier = barrier;
-            piece.chunks = Chunks(*call.matrix, 1, threads);
-            need(4 * std::max(call.matrix->columns, piece.chunks.units_each));
-            piece.input = inputs[j - i];
-            piece.result = take_scratch(call.matrix->rows * 4);
-            tasks += piece.chunks.count;
-        }
-        return end;
+        for (int64_t i = piece.operation; i < piece.end; ++i)
+            if (operations[i].kind == ATTEND) append(i, first, last);
     }
 
-    Piece& new_piece(int64_t operation, bool serial) {
-        pieces.push_back({tasks, tasks, operation, operation, 0, 0, 0, 0, Chunks(), serial});
-        return pieces.back();
+    void append(int64_t i, int64_t first, int64_t last) {
+        AttentionCall call = call_of<AttentionCall>(operations[i]);
+        call.plan = step->plan;
+        append_rows(call, first, last);
     }
 
-    // The last one if it is serial and nothing was prepared by it.
-    Piece& serial_piece(int64_t operation) {
-        if (!pieces.empty() && pieces.back().serial && !pieces.back().prepare_end)
-            return pieces.back();
-        Piece& piece = new_piece(operation, true);
-        ++tasks;
-        return piece;
-    }
-
-    // Products of equal form share the activations that they have in common.
-    int64_t input_of(const LinearCall& call, int64_t first) {
-        const Matrix& matrix = *call.matrix;
-        const auto end = static_cast<int64_t>(prepared.size());
-        for (int64_t i = first; i < end; ++i) {
-            const LinearCall& other = *prepared[i].call;
-            if (other.x == call.x && other.type == call.type &&
-                other.matrix->columns == matrix.columns && other.matrix->format == matrix.format &&
-                other.matrix->group_size == matrix.group_size && other.flags == call.flags)
-                return i;
-        }
-        const int64_t bytes = impl.prepared_bytes(matrix, form_of(1, call.flags));
-        prepared.push_back({&call, take_scratch(bytes)});
-        return end;
-    }
-
-    // Of each thread's own scratch, which no two tasks use at the same time.
-    void need(int64_t bytes) { own_bytes = std::max(own_bytes, aligned(bytes)); }
-
-    int64_t take_scratch(int64_t bytes) {
-        const int64_t place = scratch;
-        scratch += aligned(bytes);
-        return place;
-    }
-
-    void prepare(const Prepared& input, uint8_t* own) const {
-        const LinearCall& call = *input.call;
-        auto* row = reinterpret_cast<float*>(own);
-        impl.widen(call.x, call.type, call.matrix->columns, row);
-        impl.prepare(*call.matrix, row, call.type, form_of(1, call.flags),
-                     memory + input.place);
-    }
-
-    void run_part(const Piece& piece, int64_t part, uint8_t* own) const {
-        const Operation& operation = operations[piece.operation];
-        if (operation.kind == ATTEND) return attend(call_of<AttendCall>(operation), part, own);
-        const LinearCall& call = call_of<LinearCall>(operation);
-        const auto [first, last] = piece.chunks.range(part);
-        auto* result = reinterpret_cast<float*>(memory + piece.result);
-        const uint8_t* input = memory + prepared[piece.input].place;
-        impl.multiply(*call.matrix, nullptr, first, last, &input, &result, 1, call.type,
-                      form_of(1, call.flags));
-        finish_linear(impl, call, first, last, 0, result, reinterpret_cast<float*>(own));
-    }
-
-    void run_whole(const Operation& operation, uint8_t* own) const {
+    void run_row(const Operation& operation, int64_t row, uint8_t* memory) const {
         switch (operation.kind) {
-        case EMBED: {
-            const auto& c = call_of<EmbedCall>(operation);
-            memcpy(c.out, static_cast<const uint8_t*>(c.table) + token * c.row_bytes,
-                   c.row_bytes);
-            break;
-        }
-        case ADD: {
-            const auto& c = call_of<AddCall>(operation);
-            step_add(c.x, c.y, c.out, c.n, c.type);
-            break;
-        }
-        case NORM: {
-            const auto& c = call_of<NormCall>(operation);
-            expertd_rms_norm(c.x, c.weight, c.out, c.rows, c.n, c.eps, c.round_first, c.type);
-            break;
-        }
-        case ROUTE: {
-            const auto& c = call_of<RouteCall>(operation);
-            step_route(c.logits, 1, c.n, c.k, c.normalize, c.float_weights, c.weights, c.index,
-                       c.type, own);
-            break;
-        }
+        case EMBED: return run_embed(call_of<EmbedCall>(operation), step->tokens[row], row);
+        case GATHER: return run_gather(call_of<GatherCall>(operation), step->wanted[row], row);
+        case ADD: return run_add(call_of<AddCall>(operation), row);
+        case SCALE: return run_scale(call_of<ScaleCall>(operation), row);
+        case NORM: return run_norm(call_of<NormCall>(operation), row);
+        case ROTATE:
+            return run_rotate(call_of<RotateCall>(operation), step->positions[row], row);
+        case ROUTE:
+            return run_route(call_of<RouteCall>(operation), row,
+                             reinterpret_cast<float*>(memory));
+        case ACTIVATE: return run_activate(call_of<ActivateCall>(operation), row);
+        case GATE: return run_gate(call_of<GateCall>(operation), row);
         }
     }
 
-    // The heads that share keys `kv`.
-    static int64_t normed_bytes(const AttendCall& c) { // more than enough
-        return aligned((c.heads / c.kv_heads + 1) * c.d * 4);
+    void prepare(const Prepared& input, const Piece& piece, int64_t row, float* values) const {
+        const ProductCall& call = *input.call;
+        const int64_t columns = call.matrix->columns;
+        impl.widen(static_cast<const uint8_t*>(call.x) + row * columns * size_of(call.type),
+                   call.type, columns, values);
+        impl.prepare(*call.matrix, values, call.type, form_of(piece),
+                     piece.memory + input.place + row * input.row_bytes);
     }
 
-    Attention shape_of(const AttendCall& c) const {
-        const int64_t stride = c.room * c.d;
-        return {c.heads, c.kv_heads, position + 1, c.d, c.d, stride, c.d, stride, c.d, c.scale};
+    void run_product(const Piece& piece, int64_t part, float* bias) const {
+        const ProductCall& call = call_of<ProductCall>(operations[piece.operation]);
+        const Prepared& input = prepared[piece.input];
+        const uint8_t* rows = pieces[input.piece].memory + input.place;
+        const auto [first, last] = piece.chunks.range(part);
+        const int64_t result_bytes = aligned(call.matrix->rows * 4);
+        const auto result = [&](int64_t row) {
+            return reinterpret_cast<float*>(piece.memory + row * result_bytes);
+        };
+        multiply_in_blocks(impl, *call.matrix, nullptr, first, last, piece.rows, call.type,
+                           form_of(piece), [&](int64_t row) { return rows + row * input.row_bytes; }, result);
+        LinearCall finished = {};
+        finished.matrix = call.matrix;
+        finished.out = call.out;
+        finished.type = call.out_type;
+        for (int64_t row = 0; row < piece.rows; ++row)
+            finish_linear(impl, finished, first, last, row, result(row), bias);
     }
 
-    void attend(const AttendCall& c, int64_t kv, uint8_t* own) const {
-        const int64_t group = c.heads / c.kv_heads, head = kv * group, d = c.d;
-        const int64_t row = (kv * c.room + position) * d;
-        uint8_t* turned = at(c.turned, head * d, c.type);
-        uint8_t* key = at(c.keys, row, c.type);
-        const uint8_t* q = at(c.q, head * d, c.type);
-        const uint8_t* k = at(c.k, kv * d, c.type);
-        auto* normed = reinterpret_cast<float*>(own);
-        if (c.q_weight) {
-            expertd_rms_norm(q, c.q_weight, normed, group, d, c.eps, c.round_first, c.type);
-            q = reinterpret_cast<uint8_t*>(normed);
-        }
-        if (c.k_weight) {
-            auto* out = normed + group * d;
-            expertd_rms_norm(k, c.k_weight, out, 1, d, c.eps, c.round_first, c.type);
-            k = reinterpret_cast<uint8_t*>(out);
-        }
-        step_rotate(q, d, group, d, c.cos, c.sin, turned, d, c.type);
-        step_rotate(k, d, 1, d, c.cos, c.sin, key, d, c.type);
-        memcpy(at(c.values, row, c.type), at(c.v, kv * d, c.type), d * size_of(c.type));
-        step_attend(c.turned, c.keys, c.values, c.out, shape_of(c), kv, kv + 1, c.type,
-                    reinterpret_cast<float*>(own + normed_bytes(c)));
-    }
-
-    const Operation* const operations;
-    const int64_t token, position;
-    const int32_t threads;
+    const std::vector<Operation> operations;
     const Variant& impl;
     std::vector<Piece> pieces;
     std::vector<Prepared> prepared;
-    int64_t tasks = 0, scratch = 0, own_bytes = 0, own_place = 0;
-    uint8_t* memory = nullptr;
+    std::vector<const AttentionCall*> attends;
+    std::vector<AttentionCall> calls; // of this run
+    std::vector<Attend> planned;
+    const StepCall* step = nullptr;
+    int64_t tasks = 0, route_bytes = 0, own_floats = 0;
+    float* floats = nullptr; // own_floats of each thread
 };
 
 } // namespace
 
-EXPERTD_STRUCTURE(Operation)
-EXPERTD_STRUCTURE(EmbedCall)
-EXPERTD_STRUCTURE(AddCall)
-EXPERTD_STRUCTURE(NormCall)
-EXPERTD_STRUCTURE(AttendCall)
-EXPERTD_STRUCTURE(RouteCall)
+// A program of `count` operations; null without memory. Its structures must outlive it.
+EXPERTD_API void* expertd_program_make(const Operation* operations, int64_t count) {
+    Program* made = nullptr;
+    without_memory([&] { made = new Program(operations, count); });
+    return made;
+}
 
-// Runs `count` operations for `token`, which is number `position` of its sequence. What an
-// operation reads was made by one before it, or before the call. 0, or 1 without memory.
-EXPERTD_API int32_t expertd_program(const Operation* operations, int64_t count, int64_t token,
-                                    int64_t position, int32_t threads) {
+EXPERTD_API void expertd_program_free(void* program) { delete static_cast<Program*>(program); }
+
+// Runs it for the rows of `step`. 0, or 1 without memory.
+EXPERTD_API int32_t expertd_program_run(void* program, const StepCall* step) {
     return without_memory([=] {
         PoolLock lock;
-        ProgramJob job(operations, count, token, position, threads);
-        job.use_scratch(pool_scratch(job.scratch_bytes()));
-        run_job(job, job.num_tasks(), threads);
+        auto& job = *static_cast<Program*>(program);
+        job.begin(*step);
+        run_job(job, job.num_tasks(), step->threads);
     });
 }

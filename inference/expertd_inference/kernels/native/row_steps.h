@@ -1,7 +1,7 @@
 // The operations of a program that need nothing but their own row, row by row.
 #pragma once
 
-#include "rows_program.h"
+#include "program.h"
 
 // `x`, `out` and so on of the calls, at row `row` (of wanted rows, for those).
 void run_gather(const GatherCall& call, int64_t from, int64_t row);

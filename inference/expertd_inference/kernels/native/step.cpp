@@ -1,9 +1,8 @@
 // The small operations between the matrices of a decoding step, each one call instead of the
 // several of torch, every one of which costs more than its arithmetic when there is one token.
 //
-// They run on the calling thread, but for attention to many tokens: waking another costs more than
-// they take. Results are rounded
-// where torch rounds them. program.cpp runs whole sequences of them.
+// They run on the calling thread: waking another costs more than they take. Results are rounded where
+// torch rounds them.
 
 #include <algorithm>
 #include <cmath>
@@ -103,109 +102,6 @@ INLINE void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t n,
     }
 }
 
-// The scores of QUERIES heads, [length] each, with the keys that they share, which are widened once
-// for all of them. `queries` are [QUERIES, d].
-template <int QUERIES, typename T>
-INLINE void score(const float *queries, const T *keys, float *scores, const Attention &a) {
-    for (int64_t n = 0; n < a.length; n++) {
-        const T *key = keys + n * a.k_row;
-        Floats dots[QUERIES] = {};
-        int64_t i = 0;
-        for (; i + LANES <= a.d; i += LANES) {
-            Floats right;
-            load(key + i, right);
-            for (int g = 0; g < QUERIES; g++) {
-                Floats left;
-                load(queries + g * a.d + i, left);
-                dots[g] += left * right;
-            }
-        }
-        for (int g = 0; g < QUERIES; g++) {
-            float dot = sum(dots[g]);
-            for (int64_t j = i; j < a.d; j++) dot += queries[g * a.d + j] * widen(key[j]);
-            scores[g * a.length + n] = dot * a.scale;
-        }
-    }
-}
-
-// Columns [column, column + LANES * VECTORS) of the sums over values, [QUERIES, d], which stay in
-// registers; `weights` are [QUERIES, length].
-template <int QUERIES, int VECTORS, typename T>
-INLINE void mix_columns(const float *weights, const T *values, float *sums, int64_t column,
-                        const Attention &a) {
-    Floats mixed[QUERIES][VECTORS] = {};
-    for (int64_t n = 0; n < a.length; n++) {
-        const T *value = values + n * a.v_row + column;
-        for (int v = 0; v < VECTORS; v++) {
-            Floats wide;
-            load(value + v * LANES, wide);
-            for (int g = 0; g < QUERIES; g++) mixed[g][v] += weights[g * a.length + n] * wide;
-        }
-    }
-    for (int g = 0; g < QUERIES; g++)
-        std::memcpy(sums + g * a.d + column, mixed[g], sizeof mixed[g]);
-}
-
-template <int QUERIES, typename T>
-INLINE void mix(const float *weights, const T *values, float *sums, const Attention &a) {
-    // A row of values in as few pieces as there are registers for.
-    constexpr int VECTORS = QUERIES == 1 ? 8 : 4;
-    int64_t i = 0;
-    for (; i + VECTORS * LANES <= a.d; i += VECTORS * LANES)
-        mix_columns<QUERIES, VECTORS>(weights, values, sums, i, a);
-    for (; i + LANES <= a.d; i += LANES) mix_columns<QUERIES, 1>(weights, values, sums, i, a);
-    for (; i < a.d; i++)
-        for (int g = 0; g < QUERIES; g++) {
-            float mixed = 0;
-            for (int64_t n = 0; n < a.length; n++)
-                mixed += weights[g * a.length + n] * widen(values[n * a.v_row + i]);
-            sums[g * a.d + i] = mixed;
-        }
-}
-
-// Scores become weights, which add up to what is returned.
-INLINE float weigh(float *scores, int64_t length) {
-    float most = -INFINITY;
-    // Not std::max: NaN must get through.
-    for (int64_t n = 0; n < length; n++) most = scores[n] <= most ? most : scores[n];
-    float total = 0;
-    for (int64_t n = 0; n < length; n++) total += scores[n] = std::exp(scores[n] - most);
-    return total;
-}
-
-// QUERIES heads that share keys and values.
-template <int QUERIES, typename T>
-INLINE void attend_heads(const T *q, const T *k, const T *v, T *out, float *scratch,
-                         const Attention &a) {
-    float *queries = scratch, *sums = queries + QUERIES * a.d, *scores = sums + QUERIES * a.d;
-    for (int64_t g = 0; g < QUERIES; g++)
-        for (int64_t i = 0; i < a.d; i++) queries[g * a.d + i] = widen(q[g * a.q_head + i]);
-    score<QUERIES>(queries, k, scores, a);
-    float totals[QUERIES];
-    for (int g = 0; g < QUERIES; g++) totals[g] = weigh(scores + g * a.length, a.length);
-    mix<QUERIES>(scores, v, sums, a);
-    for (int64_t g = 0; g < QUERIES; g++)
-        for (int64_t i = 0; i < a.d; i++) narrow(sums[g * a.d + i] / totals[g], out[g * a.d + i]);
-}
-
-constexpr int AT_ONCE = 4; // heads: what they need fits into the registers of AVX-512
-
-template <typename T>
-INLINE void attend(const T *q, const T *k, const T *v, T *out, const Attention &a,
-                   int64_t first_kv, int64_t last_kv, float *scratch) {
-    const int64_t group = a.heads / a.kv_heads;
-    for (int64_t kv = first_kv; kv < last_kv; kv++) {
-        const T *keys = k + kv * a.k_head, *values = v + kv * a.v_head;
-        int64_t head = kv * group;
-        const int64_t end = head + group;
-        for (; head + AT_ONCE <= end; head += AT_ONCE)
-            attend_heads<AT_ONCE>(q + head * a.q_head, keys, values, out + head * a.d,
-                                  scratch, a);
-        for (; head < end; head++)
-            attend_heads<1>(q + head * a.q_head, keys, values, out + head * a.d, scratch, a);
-    }
-}
-
 // Rotary position embedding in halves, rounded after each product and the sum as torch does it.
 template <typename T>
 INLINE void rotate(const T *x, int64_t head_stride, int64_t heads, int64_t d, const T *cos,
@@ -221,10 +117,6 @@ INLINE void rotate(const T *x, int64_t head_stride, int64_t heads, int64_t d, co
                        rounded<T>(widen(x[i - half]) * widen(sin[i])),
                    out[i]);
     }
-}
-
-template <typename T> INLINE void add(const T *x, const T *y, T *out, int64_t n) {
-    for (int64_t i = 0; i < n; i++) narrow(widen(x[i]) + widen(y[i]), out[i]);
 }
 
 // torch.topk's own choice on CPU, so that equal probabilities are told apart as there
@@ -307,14 +199,6 @@ CLONES void rms_norm_f32(const float *x, const float *weight, float *y, int64_t 
                          float eps, bool round_first) {
     rms_norm(x, weight, y, rows, n, eps, round_first);
 }
-CLONES void attend_bf16(const Bf16 *q, const Bf16 *k, const Bf16 *v, Bf16 *out,
-                        const Attention &a, int64_t first_kv, int64_t last_kv, float *scratch) {
-    attend(q, k, v, out, a, first_kv, last_kv, scratch);
-}
-CLONES void attend_f32(const float *q, const float *k, const float *v, float *out,
-                       const Attention &a, int64_t first_kv, int64_t last_kv, float *scratch) {
-    attend(q, k, v, out, a, first_kv, last_kv, scratch);
-}
 CLONES void rotate_bf16(const Bf16 *x, int64_t head_stride, int64_t heads, int64_t d,
                         const Bf16 *cos, const Bf16 *sin, Bf16 *out, int64_t out_stride) {
     rotate(x, head_stride, heads, d, cos, sin, out, out_stride);
@@ -323,53 +207,11 @@ CLONES void rotate_f32(const float *x, int64_t head_stride, int64_t heads, int64
                        const float *cos, const float *sin, float *out, int64_t out_stride) {
     rotate(x, head_stride, heads, d, cos, sin, out, out_stride);
 }
-CLONES void add_bf16(const Bf16 *x, const Bf16 *y, Bf16 *out, int64_t n) { add(x, y, out, n); }
-CLONES void add_f32(const float *x, const float *y, float *out, int64_t n) { add(x, y, out, n); }
-
-// Below so many a second thread would come too late.
-constexpr int64_t MIN_SHARED_PRODUCTS = 1 << 17;
-
-class AttendJob final : public Job {
-  public:
-    AttendJob(const void *q, const void *k, const void *v, void *out, const Attention &shape,
-              int32_t type, uint8_t *scratch)
-        : q(q), k(k), v(v), out(out), shape(shape), type(type), scratch(scratch) {}
-
-    int64_t barrier(int64_t) const override { return 0; }
-
-    void run(int64_t kv, int32_t thread) override {
-        auto *own = reinterpret_cast<float *>(scratch + thread * step_attend_bytes(shape));
-        step_attend(q, k, v, out, shape, kv, kv + 1, type, own);
-    }
-
-  private:
-    const void *const q, *const k, *const v;
-    void *const out;
-    const Attention &shape;
-    const int32_t type;
-    uint8_t *const scratch;
-};
 
 CLONES int64_t argmax_bf16(const Bf16 *x, int64_t n) { return argmax(x, n); }
 CLONES int64_t argmax_f32(const float *x, int64_t n) { return argmax(x, n); }
 
 }  // namespace
-
-int64_t step_attend_bytes(const Attention &a) {
-    return aligned(AT_ONCE * (2 * a.d + a.length) * int64_t(sizeof(float)));
-}
-
-void step_attend(const void *q, const void *k, const void *v, void *out, const Attention &a,
-                 int64_t first_kv, int64_t last_kv, int32_t type, float *scratch) {
-    if (type == BF16)
-        attend_bf16(static_cast<const Bf16 *>(q), static_cast<const Bf16 *>(k),
-                    static_cast<const Bf16 *>(v), static_cast<Bf16 *>(out), a, first_kv, last_kv,
-                    scratch);
-    else
-        attend_f32(static_cast<const float *>(q), static_cast<const float *>(k),
-                   static_cast<const float *>(v), static_cast<float *>(out), a, first_kv, last_kv,
-                   scratch);
-}
 
 void step_rotate(const void *x, int64_t head_stride, int64_t heads, int64_t d, const void *cos,
                  const void *sin, void *out, int64_t out_stride, int32_t type) {
@@ -383,15 +225,6 @@ void step_rotate(const void *x, int64_t head_stride, int64_t heads, int64_t d, c
                    static_cast<float *>(out), out_stride);
 }
 
-void step_add(const void *x, const void *y, void *out, int64_t n, int32_t type) {
-    if (type == BF16)
-        add_bf16(static_cast<const Bf16 *>(x), static_cast<const Bf16 *>(y),
-                 static_cast<Bf16 *>(out), n);
-    else
-        add_f32(static_cast<const float *>(x), static_cast<const float *>(y),
-                static_cast<float *>(out), n);
-}
-
 EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, int64_t rows,
                                   int64_t n, float eps, int32_t round_first, int32_t type) {
     if (type == BF16)
@@ -400,21 +233,6 @@ EXPERTD_API void expertd_rms_norm(const void *x, const void *weight, void *y, in
     else
         rms_norm_f32(static_cast<const float *>(x), static_cast<const float *>(weight),
                      static_cast<float *>(y), rows, n, eps, round_first);
-}
-
-// One query per head over `length` keys and values; out is [heads, d] without gaps. 0, or 1
-// without memory.
-EXPERTD_API int32_t expertd_attend(const void *q, const void *k, const void *v, void *out,
-                                   int64_t heads, int64_t kv_heads, int64_t length, int64_t d,
-                                   int64_t q_head, int64_t k_head, int64_t k_row, int64_t v_head,
-                                   int64_t v_row, float scale, int32_t type, int32_t threads) {
-    const Attention a = {heads, kv_heads, length, d, q_head, k_head, k_row, v_head, v_row, scale};
-    return without_memory([&] {
-        PoolLock lock;
-        const int32_t useful = heads * length * d < MIN_SHARED_PRODUCTS ? 1 : threads;
-        AttendJob job(q, k, v, out, a, type, pool_scratch(useful * step_attend_bytes(a)));
-        run_job(job, kv_heads, useful);
-    });
 }
 
 // Queries and keys of one token; the results are [heads, d] without gaps.
