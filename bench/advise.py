@@ -113,7 +113,7 @@ def _decode(model: Any, tokens: int) -> float:  # noqa: ANN401 - transformers is
         streamer=times,
         custom_generate=Decoding(times),
     )
-    # The prompt comes first, and the second token rehearses the decode program.
+    # The prompt comes first.
     return (len(times.at) - 4) / (times.at[-1] - times.at[3])
 
 

@@ -27,7 +27,6 @@ HOOKS = {
     "AttentionInterface._global_mapping: expertd-witness",
     "AttentionMaskInterface._global_mapping: expertd-eager",
     "AttentionMaskInterface._global_mapping: expertd-sdpa",
-    "AttentionMaskInterface._global_mapping: expertd-witness",
     "ExpertsInterface._global_mapping: expertd",
     "AUTO_QUANTIZATION_CONFIG_MAPPING: expertd",
     "AUTO_QUANTIZER_MAPPING: expertd",
