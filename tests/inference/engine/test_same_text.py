@@ -75,7 +75,7 @@ def test_alone_and_among_others(architecture: str, scheme: str, packed: Make) ->
         finally:
             torch.set_num_threads(1)
     assert stats.executor != "turns"
-    assert stats.rows_mean > 1
+    assert stats.rows_mean > 1.5, "sequences share steps"
     assert stats.num_preemptions > 0
     assert stats.prefix_hits > 0 or "one sequence at a time" in stats.reason
 
