@@ -260,8 +260,8 @@ class Engine:
     def _check_usable(self) -> None:
         if os.getpid() != self._process:
             raise PreconditionError(
-                f"This engine belongs to process {self._process}, of which this one is a fork; "
-                "make a worker and an engine in each process."
+                f"This model was loaded by process {self._process}, of which this one is a fork; "
+                "start workers with multiprocessing's spawn method, and load the model in each."
             )
         if self._closed:
             raise _closed()

@@ -18,6 +18,7 @@ prepare_environment(device="cpu")
 with garbage_kept():
     for _name in (
         "expertd_inference.generation",
+        "expertd_inference.worker",
         "transformers.modeling_layers",
         "transformers.models.auto.tokenization_auto",
     ):

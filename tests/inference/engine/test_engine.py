@@ -279,7 +279,7 @@ def test_a_fork_has_no_engine(engine: Engine) -> None:
     process = multiprocessing.get_context("fork").Process(target=work, args=(sender,))
     process.start()
     assert receiver.poll(HANG_SECONDS)
-    assert "belongs to process" in receiver.recv()
+    assert "was loaded by process" in receiver.recv()
     process.join(HANG_SECONDS)
 
 
