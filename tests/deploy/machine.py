@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 BOOT_SECONDS = 60.0
 # This Python with its packages and this repository, wherever they lie, perhaps in a home
 # directory that the service must not see.
-_PATHS = [f"/opt/source/{name}" for name in ("proto", "expert_store", "client", ".")]
+_PATHS = [
+    f"/opt/source/{name}" for name in ("proto", "expert_store", "client", "tests/doubles", ".")
+]
 _PYTHON = f"""#!/bin/sh
 export LD_LIBRARY_PATH=/opt/python/lib PYTHONDONTWRITEBYTECODE=1
 export PYTHONPATH={":".join([*_PATHS, "/opt/packages"])}
