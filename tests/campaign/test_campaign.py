@@ -66,10 +66,14 @@ def test_workers_and_daemons_killed_at_random(restarts: str) -> None:
 
 def test_a_wrong_byte_is_found() -> None:
     """The campaign itself is not blind."""
-    code, report, _ = run(
-        sys.executable, "-c", ANOTHER_PACK, "--worker-kills", 20, "--daemon-kills", 1, "--json"
-    )
-    assert code == 1
-    assert report["passed"] is False
+    for _ in range(4):
+        code, report, _err = run(
+            sys.executable, "-c", ANOTHER_PACK, "--worker-kills", 20, "--daemon-kills", 1, "--json"
+        )
+        assert code == 1
+        assert report["passed"] is False
+        # All workers of that pack may have been killed before they looked at a record.
+        if report["work"]["records_wrong"]:
+            break
     assert report["work"]["records_wrong"] > 0
     assert any("WrongBytesError: small: layer" in problem for problem in report["problems"])
