@@ -163,6 +163,8 @@ def run(path: str, load: str, threads: int, context: int, vocab: int, sequences:
     settings.n_ctx, settings.n_batch, settings.n_ubatch = context, 512, 512
     settings.n_threads = settings.n_threads_batch = threads
     settings.n_seq_max = sequences
+    # One memory for all: a single sequence may have all of it.
+    settings.kv_unified = True
     session = lib.llama_init_from_model(model, settings) if model else None
     if not session:
         raise SystemExit(f"llama.cpp cannot load {path}")
