@@ -147,7 +147,7 @@ def generate(
         KernelsName,
         typer.Option(
             help="What computes on the CPU. auto: native, but for packs of 16-bit experts, whose "
-            "reference gives the very tokens of stock transformers."
+            "reference computes them as stock transformers does."
         ),
     ] = KernelsName.AUTO,
     exact: Annotated[

@@ -77,7 +77,7 @@ def cpu_kernels(
     """The kernels of that name for a pack.
 
     ``auto`` takes the native ones where they are, and tells ``say`` if they are not; for a pack
-    of 16-bit experts it takes the reference, which gives the very bits of stock transformers.
+    of 16-bit experts it takes the reference, which computes them as stock transformers does.
     ``exact`` and ``activations`` are for :class:`NativeKernels`; no others are exact. Raises
     InvalidInputError for another name or kernels that are not exact, PreconditionError if the
     native ones must be taken and are not there.
