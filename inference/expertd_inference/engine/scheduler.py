@@ -161,20 +161,12 @@ class Scheduler:
         self._num_plans += 1
         self._admit()
         preempted: list[int] = []
-        turn = self._turn()
-        decoding = [one for one in turn if self._decodes(one)]
-        prompts = [one for one in turn if not self._decodes(one)]
-        if not self.limits.mixed and decoding and prompts:
-            # Whoever waited longest says which: so they take turns.
-            first = min(turn, key=self._last_served)
-            decoding, prompts = (decoding, []) if self._decodes(first) else ([], prompts)
-        spans = self._decode(decoding, bool(prompts), preempted)
-        pauses = any(self._decodes(one) for one in self._running)
-        limit = max(0, self.limits.max_rows - len(spans))
-        if pauses and ms_per_row:
-            paused = int(self.limits.pause_ms / ms_per_row) - len(spans)
-            limit = min(limit, max(paused, BLOCK_TOKENS))
-        spans += self._prompt_chunks(prompts, limit, alone=not spans)
+        spans = self._spans(ms_per_row, preempted)
+        num_preempted = 0
+        while not spans and len(preempted) > num_preempted:
+            # All of this turn gave way, and those with their blocks are still to be asked.
+            num_preempted = len(preempted)
+            spans = self._spans(ms_per_row, preempted)
         sequences = tuple(self._all[span.sequence] for span in spans)
         for sequence in sequences:
             self._served[sequence.id] = self._num_plans
@@ -265,6 +257,23 @@ class Scheduler:
         if self._slots is not None:
             sequence.state = self._slots.take()
         return True
+
+    def _spans(self, ms_per_row: float | None, preempted: list[int]) -> list[Span]:
+        """Those of the running sequences whose turn it is."""
+        turn = self._turn()
+        decoding = [one for one in turn if self._decodes(one)]
+        prompts = [one for one in turn if not self._decodes(one)]
+        if not self.limits.mixed and decoding and prompts:
+            # Whoever waited longest says which: so they take turns.
+            first = min(turn, key=self._last_served)
+            decoding, prompts = (decoding, []) if self._decodes(first) else ([], prompts)
+        spans = self._decode(decoding, bool(prompts), preempted)
+        pauses = any(self._decodes(one) for one in self._running)
+        limit = max(0, self.limits.max_rows - len(spans))
+        if pauses and ms_per_row:
+            paused = int(self.limits.pause_ms / ms_per_row) - len(spans)
+            limit = min(limit, max(paused, BLOCK_TOKENS))
+        return spans + self._prompt_chunks(prompts, limit, alone=not spans)
 
     def _decodes(self, sequence: Sequence) -> bool:
         return decodes(sequence, self.limits)

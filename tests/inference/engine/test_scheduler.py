@@ -381,3 +381,13 @@ def test_the_seed_alone_says_how_a_continuation_goes() -> None:
     assert Sequence(0, [1], asked, continuation=1).seed != 7
     unasked = GenerationSettings()
     assert Sequence(0, [1], unasked).seed != Sequence(1, [1], unasked).seed
+
+
+def test_a_turn_of_a_sequence_that_gives_way_goes_to_another() -> None:
+    """The only span of a step in turns may be of the sequence that is preempted for a block."""
+    world = World(limits(max_spans=1, whole_prompts=True), 4)
+    world.add(make(0, going_on(40, 50), 50))
+    world.add(make(1, going_on(100, 60), 60))
+    world.drain(1000)
+    world.check_texts()
+    assert world.scheduler.stats.num_preemptions

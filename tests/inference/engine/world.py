@@ -141,6 +141,8 @@ class World:
 
     def _check_plan(self, plan: Plan) -> None:
         if plan.batch is None:
+            # An engine sleeps then, until a request comes.
+            assert not self.scheduler.has_work, [*self.sequences.values()]
             return
         spans = plan.batch.spans
         assert len({span.sequence for span in spans}) == len(spans)
