@@ -14,7 +14,8 @@
 #   make bench-rows  how fast quantized weights meet several rows of activations, beside one
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
-#   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above
+#   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above,
+#                   IK=PROGRAM for ik_llama.cpp; python -m bench batch writes its page
 #   make bench-prefetch  what hints to the daemon are worth with less RAM than model (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
 #   make gpu-slot   everything that only a GPU can tell, the most telling first, in 500 s at most
@@ -101,7 +102,7 @@ bench-decode: setup
 	@$(BIN)/python -m bench.decode $(if $(LLAMA),--llama-python $(LLAMA))
 
 bench-batch: setup
-	@$(BIN)/python -m bench.batch $(if $(LLAMA),--llama-python $(LLAMA))
+	@$(BIN)/python -m bench.batch $(if $(LLAMA),--llama-python $(LLAMA)) $(if $(IK),--ik-bench $(IK))
 
 bench-quantize: setup
 	@$(BIN)/python -m bench.quantize

@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="an interpreter that has llama-cpp-python and gguf, for llama.cpp beside ours",
     )
+    parser.add_argument(
+        "--ik-bench",
+        metavar="PROGRAM",
+        default="",
+        help="llama-batched-bench of ik_llama.cpp, for it beside ours",
+    )
     parser.add_argument("--page", action="store_true", help="write the page again, measure nothing")
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     # One part, in this process: what the others are started with.
@@ -106,6 +112,8 @@ def _in_a_process(name: str, options: argparse.Namespace, out: Path) -> int:
         command += ["--dir", str(options.dir)]
     if options.llama_python:
         command += ["--llama-python", options.llama_python]
+    if options.ik_bench:
+        command += ["--ik-bench", options.ik_bench]
     # Threads of torch that spin while they wait would take the cores from a worker's; and it is set
     # before anything imports torch. Other programs have an environment of their own (bench.peer).
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -125,6 +133,7 @@ def _measure(name: str, options: argparse.Namespace, out: Path) -> None:
             status.update,
             traces=tuple(default_traces()),
             llama_python=options.llama_python,
+            ik_bench=options.ik_bench,
             **(QUICK if options.quick else {}),
         )
         for what in PARTS[name].run(bench):

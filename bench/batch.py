@@ -1,9 +1,11 @@
-"""Tokens per second of many sequences at once, beside llama.cpp: make bench-batch.
+"""Tokens per second of many sequences at once, beside other engines: make bench-batch.
 
 A pack of a real model's shape is served by a daemon, and an engine decodes 1 to 64 sequences
-together. llama.cpp has the same shape at the same bits per weight in a private copy that it repacks
-for its kernels, and decodes as many sequences in each of its steps. Each count of sequences is
-measured in turns; the figures are all sequences' tokens per second after a context of 64 tokens.
+together. llama.cpp and ik_llama.cpp have the same shape at the same bits per weight (Q4_0) and
+decode as many sequences in each of their steps: *private* from a copy that is repacked for their
+kernels, *shared* from the page cache, one copy for all processes, as ours is. Each count of
+sequences is measured in turns; the figures are all sequences' tokens per second after a context of
+64 tokens. ik_llama.cpp runs its own ``llama-batched-bench``.
 
 Example: python -m bench.batch --shape olmoe-1b-7b --llama-python ~/llama/bin/python --json
          python -m bench.batch --shape qwen3-30b-a3b --layers 8 --activations 8
@@ -12,12 +14,16 @@ Example: python -m bench.batch --shape olmoe-1b-7b --llama-python ~/llama/bin/py
 import argparse
 import json
 import os
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from operator import methodcaller
 from pathlib import Path
+from typing import Any, Protocol
 
 # Before torch: its threads must sleep while ours compute, as in expert-run.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -26,7 +32,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from bench.figures import Figure, compared, counted
+from bench.figures import Bench, Figure, compared, counted
 from bench.peer import CONTEXT, Peer, PeerError, make_gguf
 from bench.progress import progress
 from bench.store import show
@@ -41,12 +47,39 @@ from expertstore.pack.manifest import read_manifest
 LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 8}
 """What is measured, and how much of it."""
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
+PRIVATE, SHARED, IK = "llama.cpp, private", "llama.cpp, shared", "ik_llama.cpp, private"
 GOALS = {
-    16: {1: 1.1, 8: 1.2, 16: 1.5, 32: 1.5, 64: 1.5},
-    8: {8: 1.2, 16: 2.0, 32: 2.0, 64: 2.0},
+    16: {PRIVATE: {1: 1.1, 8: 1.2, 16: 1.5, 32: 1.5, 64: 1.5}, SHARED: {1: 1.7}},
+    8: {PRIVATE: {8: 1.2, 16: 2.0, 32: 2.0, 64: 2.0}},
 }
-"""At least so many times llama.cpp's rate, by bits of the activations and sequences."""
+"""At least so many times a peer's rate, by bits of the activations, peer and sequences."""
 PROMPT_TOKENS, PROMPT_GOAL = 512, 1.5
+
+
+class Contestant(Protocol):
+    """Who is measured."""
+
+    def decode(self, steps: int, sequences: int) -> float:
+        """Tokens per second of the steps in which all sequences decode."""
+
+    def prompt(self, tokens: int) -> float:
+        """Tokens per second of a prompt."""
+
+
+class Theirs:
+    """A peer."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def decode(self, steps: int, sequences: int) -> float:
+        """Tokens per second of the steps in which all sequences decode."""
+        answer = self._peer.ask(f"batch {steps} {sequences} {CONTEXT}")
+        return steps * sequences / float(answer["seconds"])
+
+    def prompt(self, tokens: int) -> float:
+        """Tokens per second of a prompt."""
+        return tokens / self._peer.prompt(tokens)
 
 
 class Ours:
@@ -93,89 +126,118 @@ class Ours:
         return tokens
 
 
-def measure(
-    shape: str, options: argparse.Namespace, folder: Path, stack: ExitStack
+def measure(bench: Bench) -> Iterator[Figure | str]:
+    """All shapes, as a part of ``make bench``."""
+    arguments = ["--llama-python", bench.llama_python] if bench.llama_python else []
+    arguments += ["--ik-bench", bench.ik_bench] if bench.ik_bench else []
+    arguments += ["--quick", "--steps", "2", "--rounds", "1"] if bench.quick else []
+    yield from _measure(_parser().parse_args(arguments), bench.folder, bench.say)
+
+
+def _measure(
+    options: argparse.Namespace, folder: Path, say: Callable[[str], None]
+) -> Iterator[Figure | str]:
+    if not options.llama_python:
+        yield "llama.cpp: --llama-python names no interpreter that has it (docs/peers.md)"
+    if not options.ik_bench:
+        yield "ik_llama.cpp: --ik-bench names no program of it (docs/peers.md)"
+    for shape in options.shape or LAYERS:
+        say(f"batch: {shape}, writing")
+        place = folder / shape
+        place.mkdir()
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, place)
+            yield from _shape(shape, options, place, stack, say)
+
+
+def _shape(
+    shape: str,
+    options: argparse.Namespace,
+    folder: Path,
+    stack: ExitStack,
+    say: Callable[[str], None],
 ) -> Iterator[Figure]:
-    """The figures of one shape."""
     layers = options.layers or LAYERS[shape]
     overrides = TINY if options.quick else None
     precision = "4g64"
     scheme = choose_scheme("4bit", precision, precision, precision, precision)
     pack = make_pack(folder / "pack", shape, scheme, layers, overrides=overrides)
     ram = read_manifest(pack).manifest.expert_bytes
-    daemon = stack.enter_context(serving({"m": pack}, ram=ram))
-    peer: Peer | None = None
-    if options.llama_python:
-        config = {**SHAPES[shape], **(overrides or {}), "num_hidden_layers": layers}
-        path = folder / "model.gguf"
-        make_gguf(options.llama_python, path, config)
-        arguments = {
-            "path": str(path),
-            "load": "private",
-            "threads": options.threads,
-            "context": max(SEQUENCES) * (CONTEXT + options.steps + 64),
-            "vocab": config["vocab_size"],
-            "sequences": max(SEQUENCES),
-        }
-        peer = stack.enter_context(Peer("llama", arguments, python=options.llama_python))
+    daemon = stack.enter_context(serving({"m": pack}, ram=ram, socket=folder / "s"))
+    config = {**SHAPES[shape], **(overrides or {}), "num_hidden_layers": layers}
+    peers = _peers(options, folder / "model.gguf", config)
+    for peer in peers.values():
+        stack.enter_context(peer)
+    for peer in peers.values():
         peer.wait_ready()
+    theirs = {name: Theirs(peer) for name, peer in peers.items()}
     for activations in options.activations or (16, 8):
         ours = Ours(daemon.socket, activations)
         try:
-            yield from _turns(shape, layers, activations, ours, peer, options)
+            what = f"{shape}, {layers} layers, {activations}-bit activations, {ours.executor}"
+            for sequences in options.sequences or SEQUENCES:
+                say(f"batch: {what}, {sequences} sequences")
+                wanted = {
+                    name: goal.get(sequences) for name, goal in GOALS.get(activations, {}).items()
+                }
+                # One copy for all processes is slower at every count: once is enough.
+                them = {
+                    name: one for name, one in theirs.items() if name != SHARED or sequences == 1
+                }
+                decode = methodcaller("decode", options.steps, sequences)
+                yield from _turns(
+                    f"{what}, {sequences} sequences", options.rounds, wanted, decode, ours, them
+                )
+            say(f"batch: {what}, prompts")
+            them = {name: one for name, one in theirs.items() if name != SHARED}
+            prompt = methodcaller("prompt", PROMPT_TOKENS)
+            what += f", a prompt of {PROMPT_TOKENS}"
+            yield from _turns(what, options.rounds, {PRIVATE: PROMPT_GOAL}, prompt, ours, them)
         finally:
             ours.close()
 
 
+def _peers(options: argparse.Namespace, path: Path, config: dict[str, Any]) -> dict[str, Peer]:
+    """Those that there are, starting."""
+    peers = {}
+    if options.llama_python:
+        make_gguf(options.llama_python, path, config)
+        job = {
+            "path": str(path),
+            "threads": options.threads,
+            "context": max(SEQUENCES) * (CONTEXT + options.steps + 64),
+        }
+        for name, load in ((PRIVATE, "private"), (SHARED, "shared")):
+            more = {"load": load, "vocab": config["vocab_size"], "sequences": max(SEQUENCES)}
+            peers[name] = Peer("llama", job | more, python=options.llama_python)
+        if options.ik_bench:
+            more = {"program": options.ik_bench}
+            peers[IK] = Peer("ik_llama", job | more, python=sys.executable)
+    return peers
+
+
 def _turns(
-    shape: str,
-    layers: int,
-    activations: int,
-    ours: Ours,
-    peer: Peer | None,
-    options: argparse.Namespace,
-) -> Iterator[Figure]:
-    what = f"{shape}, {layers} layers, {activations}-bit activations, {ours.executor}"
-    for sequences in options.sequences or SEQUENCES:
-        turns = []
-        for number in range(options.rounds + 1):
-            rate = ours.decode(options.steps, sequences)
-            theirs = 1.0
-            if peer is not None:
-                answer = peer.ask(f"batch {options.steps} {sequences} {CONTEXT}")
-                theirs = options.steps * sequences / float(answer["seconds"])
-            if number:
-                turns.append((rate, theirs))
-        yield _figure(
-            "batch",
-            f"{what}, {sequences} sequences",
-            turns,
-            peer,
-            GOALS[activations].get(sequences),
-        )
-    turns = []
-    for number in range(options.rounds + 1):
-        rate = ours.prompt(PROMPT_TOKENS)
-        theirs = PROMPT_TOKENS / peer.prompt(PROMPT_TOKENS) if peer is not None else 1.0
-        if number:
-            turns.append((rate, theirs))
-    yield _figure("prompt", f"{what}, a prompt of {PROMPT_TOKENS}", turns, peer, PROMPT_GOAL)
-
-
-def _figure(
-    part: str,
     what: str,
-    turns: Sequence[tuple[float, float]],
-    peer: Peer | None,
-    goal: float | None,
-) -> Figure:
-    if peer is None:
-        return counted(part, what, "tokens/s", [ours for ours, _ in turns])
-    return compared(part, f"{what} / llama.cpp", "tokens/s", turns, at_least=goal)
+    rounds: int,
+    goals: Mapping[str, float | None],
+    measure: Callable[[Contestant], float],
+    ours: Contestant,
+    theirs: Mapping[str, Contestant],
+) -> Iterator[Figure]:
+    """One round more than asked for: the first warms up."""
+    turns = [
+        (measure(ours), {name: measure(one) for name, one in theirs.items()})
+        for _ in range(rounds + 1)
+    ][1:]
+    if not theirs:
+        yield counted("batch", what, "tokens/s", [rate for rate, _ in turns])
+    for name in theirs:
+        pairs = [(rate, rates[name]) for rate, rates in turns]
+        goal = goals.get(name)
+        yield compared("batch", f"{what}: ours / {name}", "tokens/s", pairs, at_least=goal)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures and prints."""
+def _parser() -> argparse.ArgumentParser:
     description, _, epilog = (__doc__ or "").partition("\n\nExample:")
     parser = argparse.ArgumentParser(
         prog="python -m bench.batch",
@@ -195,29 +257,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--llama-python", help="an interpreter that has llama-cpp-python and gguf; else only ours"
     )
+    parser.add_argument(
+        "--ik-bench",
+        metavar="PROGRAM",
+        help="llama-batched-bench of ik_llama.cpp, to be measured as well",
+    )
     parser.add_argument("--dir", type=Path, help="where to write models; default: $TMPDIR or /tmp")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see it work")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    options = _parser().parse_args(arguments)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     console = Console(stderr=True)
-    if not options.llama_python:
-        console.print("without --llama-python PATH only ours is measured", highlight=False)
     figures: list[Figure] = []
-    with progress(console, "starting"):
-        for shape in options.shape or LAYERS:
-            with (
-                tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-                ExitStack() as stack,
-            ):
-                try:
-                    for figure in measure(shape, options, Path(folder), stack):
-                        figures.append(figure)
-                        value = figure.ours if figure.ratio is None else figure.ratio
-                        console.print(f"  {figure.what}: {value:.3g}", highlight=False)
-                except PeerError as error:
-                    raise SystemExit(f"bench.batch: {error}") from error
+    with (
+        progress(console, "starting") as status,
+        tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
+    ):
+        try:
+            for figure in _measure(options, Path(folder), status.update):
+                if isinstance(figure, str):
+                    console.print(f"not measured: {figure}", highlight=False)
+                    continue
+                figures.append(figure)
+                value = figure.ours if figure.ratio is None else figure.ratio
+                console.print(f"  {figure.what}: {value:.3g}", highlight=False)
+        except PeerError as error:
+            raise SystemExit(f"bench.batch: {error}") from error
     load = os.getloadavg()[0]
     if options.json:
         rows = [asdict(figure) for figure in figures]

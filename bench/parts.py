@@ -70,6 +70,7 @@ PARTS = {
         ),
         Part("spill", "More model than RAM", "bench.spill", 6),
         Part("sharing", "One copy for many workers", "bench.sharing", 5),
+        Part("batch", "Many sequences at once, beside other engines", "bench.batch", 20),
         Part("peers", "Other programs beside ours", "bench.contest", 5),
     )
 }
