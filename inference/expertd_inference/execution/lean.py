@@ -10,6 +10,7 @@ What is replaced takes the short way only for few tokens on a CPU, and else call
 replaces.
 """
 
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -60,6 +61,8 @@ def _lean_norm(module: Any, kernels: StepKernels) -> type | None:  # noqa: ANN40
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return None
     kind = type(module)
+    if len(signature(kind.forward).parameters) != 2:
+        return None  # It takes more than hidden states, such as a gate.
     x = _noise(_TRIAL_ROWS, len(weight)).to(weight.dtype)
     with torch.no_grad():
         # Weights of one would not tell the orders of rounding apart.
@@ -201,43 +204,40 @@ def _lean_attention(kind: Any, kernels: StepKernels) -> type | None:  # noqa: AN
         forward.__closure__,
     )
     copied.__kwdefaults__ = forward.__kwdefaults__
-    # Under its own name, by which it is known to whoever is told about it.
-    return type(kind.__name__, (kind,), {"forward": copied, "expertd_rotates": True})
+    # Under its own name, by which it is known to whoever is told about it; and of its own file,
+    # where the hook of attention finds what the model's own is.
+    members = {"forward": copied, "expertd_rotates": True, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _rotation(theirs: Any, kernels: StepKernels) -> Any:  # noqa: ANN401 - functions of tensors
     """``theirs``, but for one token of one sequence."""
 
-    def rotate(
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *rest: Any,  # noqa: ANN401 - whatever theirs takes
-        **named: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        if (
-            not rest
-            and not named
-            and q.dim() == 4
-            # Whoever notes torch's operations, to do them again, would not see ours.
-            and not torch._C._len_torch_dispatch_stack()
-            and not (q.requires_grad or k.requires_grad)
-            and type(q) is type(k) is Tensor
-            and not torch.compiler.is_compiling()
-            and q.shape[0] == q.shape[2] == 1
-            and q.is_cpu
-            and q.dtype is k.dtype is cos.dtype is sin.dtype
-            and q.dtype in DTYPES
-            and cos.numel() == sin.numel() == q.shape[3] == k.shape[3]
-            and q.stride(3) == k.stride(3) == 1
-            and cos.is_contiguous()
-            and sin.is_contiguous()
-        ):
-            return kernels.rotate(q, k, cos, sin)
-        return theirs(q, k, cos, sin, *rest, **named)
+    def rotate(*given: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever theirs takes
+        if len(given) == 4 and not named and _is_one_token(*given):
+            return kernels.rotate(*given)
+        return theirs(*given, **named)
 
     return rotate
+
+
+def _is_one_token(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return (
+        q.dim() == 4
+        # Whoever notes torch's operations, to do them again, would not see ours.
+        and not torch._C._len_torch_dispatch_stack()
+        and not (q.requires_grad or k.requires_grad)
+        and type(q) is type(k) is Tensor
+        and not torch.compiler.is_compiling()
+        and q.shape[0] == q.shape[2] == 1
+        and q.is_cpu
+        and q.dtype is k.dtype is cos.dtype is sin.dtype
+        and q.dtype in DTYPES
+        and cos.numel() == sin.numel() == q.shape[3] == k.shape[3]
+        and q.stride(3) == k.stride(3) == 1
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
 
 
 def _with_weight(module: Any, weight: Tensor) -> Any:  # noqa: ANN401 - untyped

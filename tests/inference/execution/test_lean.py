@@ -15,6 +15,7 @@ from expertd_inference.execution.lean import make_lean
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, step_kernels
 from expertd_inference.model.quantized_linear import QuantizedLinear
+from tests.architectures.batches import alone, batched_model
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]
@@ -117,6 +118,19 @@ def test_a_lean_model_is_the_model(
         whole = theirs(torch.tensor([[*prompt, 5]])).logits[:, -1:]
     # bf16: three layers' roundings to 8 bits; float32: the order of sums.
     torch.testing.assert_close(step, whole, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    # Norms with a gate, or without a weight; attention with a function of its own file; a rotation
+    # of queries alone.
+    ["qwen3_next", "granitemoehybrid", "kimi_linear", "mimo_v2_flash", "qwen4_exp_text"],
+)
+def test_parts_that_are_called_otherwise(model_type: str, kernels: StepKernels) -> None:
+    model = batched_model(model_type)
+    expected = alone(model, prompt_of(12))
+    make_lean(model, kernels)
+    torch.testing.assert_close(alone(model, prompt_of(12)), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_not_the_same_stays(kernels: StepKernels) -> None:
