@@ -15,7 +15,7 @@ from expertd_inference.device.placement import cache_size, device_names, place_l
 from expertd_inference.device.recorder import Recorder
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.device.step import Step
+from expertd_inference.device.transaction import StepTransaction
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.device.whole_choice import MIN_WHOLE_LINK, whole_experts
 from expertd_inference.experts.call import ExpertsSeat, seat_of, take_seat
@@ -97,7 +97,7 @@ class DeviceGroup:
         """
         self._stats = DeviceStats()
         self.devices = list({id(device): device for device in devices.values()}.values())
-        self.step = Step(source, recovery, self.devices)
+        self.transaction = StepTransaction(source, recovery, self.devices)
         self._runners: dict[int, DeviceExpertsRunner] = {}
         """By layer."""
         layouts = {layer.layer: manifest.layouts[layer.layout] for layer in manifest.layers}
@@ -124,7 +124,7 @@ class DeviceGroup:
                 fill,
             )
             runner = DeviceExpertsRunner(
-                parts, source, self.step, settings, self._stats, source.hint
+                parts, source, self.transaction, settings, self._stats, source.hint
             )
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
@@ -206,7 +206,7 @@ class DeviceGroup:
         if mode is DecodeGraphsMode.AUTO and link < MIN_WHOLE_LINK:
             return None
         found = whole_experts(
-            self._manifest, runner, self._source, self.step, self._stats, recorder
+            self._manifest, runner, self._source, self.transaction, self._stats, recorder
         )
         if isinstance(found, WholeExperts):
             return found

@@ -5,7 +5,7 @@ from expertd_inference.device.recorder import Recorder
 from expertd_inference.device.runner import DeviceExpertsRunner
 from expertd_inference.device.session_store import SessionStore
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.device.step import Step
+from expertd_inference.device.transaction import StepTransaction
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.experts.source import HeldSource
 from expertstore.pack.manifest import Manifest
@@ -19,7 +19,7 @@ def whole_experts(
     manifest: Manifest,
     runner: DeviceExpertsRunner,
     source: HeldSource,
-    step: Step,
+    transaction: StepTransaction,
     stats: DeviceStats,
     recorder: Recorder,
 ) -> WholeExperts | str:
@@ -44,5 +44,5 @@ def whole_experts(
     if layers is None:
         return "its cache has less than one token's experts of each layer"
     gpu = GpuExperts(runner.device, runner.engine.slots, layers, arena, recorder, most)
-    store = SessionStore(source, step, runner, stats, record_bytes, gpu.clear)
+    store = SessionStore(source, transaction, runner, stats, record_bytes, gpu.clear)
     return WholeExperts(gpu, store)

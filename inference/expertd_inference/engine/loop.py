@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from expertd_inference.device.step import StepLostError
+from expertd_inference.device.transaction import StepLostError
 from expertd_inference.engine.live import Live
 from expertd_inference.engine.pace import Pace
 from expertd_inference.engine.sampling import Chosen, choose, prompt_logprobs

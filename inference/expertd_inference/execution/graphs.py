@@ -143,7 +143,7 @@ class GraphsExecutor:
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """[batch.num_wanted, vocabulary]."""
-        with self._group.step.whole():
+        with self._group.transaction.forward_pass():
             if self._whole is not None and not self._whole.valid:
                 self._record()  # The arena lies elsewhere since the daemon came back.
             step = self._step_for(batch.spans)
@@ -178,7 +178,7 @@ class GraphsExecutor:
         self._steps.clear()
         recorder = self._device.recorder()
         self._whole = None if self._segments else self._group.whole_experts(recorder)
-        with self._group.step.whole(), recorder.session():
+        with self._group.transaction.forward_pass(), recorder.session():
             for size in reversed(self._sizes):
                 whole = self._whole
                 if whole is not None and not whole.fits(size):
