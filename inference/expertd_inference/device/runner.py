@@ -40,8 +40,8 @@ MAX_CPU_TOKENS = 8
 """More tokens than this are computed where the GPU's matrix products are."""
 
 
-class Router(Protocol):
-    """What speculation asks: :class:`expertd_inference.experts.routers.Router`."""
+class ExpertGuesser(Protocol):
+    """What speculation asks: :class:`expertd_inference.experts.routers.LayerRouter`."""
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:
         """Experts by falling probability, [num]."""
@@ -103,7 +103,7 @@ class DeviceExpertsRunner:
         self.fill_slots = parts.fill_slots
         self._engine = CopyEngine(parts.device, parts.slots, source)
         self._table = SlotTable(parts.device)
-        self._routers: Mapping[int, Router] = {}
+        self._routers: Mapping[int, ExpertGuesser] = {}
         self._runners: Mapping[int, DeviceExpertsRunner] = {}
         self._timed: tuple[Event, Event, int] | None = None
         self._closed = False
@@ -117,7 +117,7 @@ class DeviceExpertsRunner:
         return f"<DeviceExpertsRunner {self.device.name} {self.cache!r}>"
 
     def speculate(
-        self, routers: Mapping[int, Router], runners: Mapping[int, "DeviceExpertsRunner"]
+        self, routers: Mapping[int, ExpertGuesser], runners: Mapping[int, "DeviceExpertsRunner"]
     ) -> None:
         """From now on guesses for layers that have a router; ``runners`` are all, by layer."""
         self._routers, self._runners = routers, runners
