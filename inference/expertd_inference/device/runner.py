@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.cache import Found, Placed, SlotCache
+from expertd_inference.device.copy_engine import CopyEngine, SlotUpload
 from expertd_inference.device.cost import TYPICAL, CostModel
 from expertd_inference.device.device import Device, Event
-from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.transaction import StepLostError, StepTransaction
 from expertd_inference.experts.call import ExpertsCall
@@ -102,7 +102,7 @@ class DeviceExpertsRunner:
         self.cost = parts.cost
         self.fill_slots = parts.fill_slots
         self._engine = CopyEngine(parts.device, parts.slots, source)
-        self._table = SlotTable(parts.device)
+        self._table = SlotUpload(parts.device)
         self._routers: Mapping[int, ExpertGuesser] = {}
         self._runners: Mapping[int, DeviceExpertsRunner] = {}
         self._timed: tuple[Event, Event, int] | None = None
