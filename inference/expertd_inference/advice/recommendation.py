@@ -22,7 +22,7 @@ _PAPER_MODEL = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """What to do, and why; ``row`` is None if this host cannot serve the model."""
 
     row: Prediction | None
@@ -35,12 +35,14 @@ def paper_perplexity(config: Mapping[str, Any], scheme: str) -> float | None:
     return PAPER_PERPLEXITY.get(scheme) if is_it else None
 
 
-def choose(name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int) -> Choice:
+def recommend(
+    name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int
+) -> Recommendation:
     """Of what fits into ``ram_bytes`` the most bits, unless fewer are worth it."""
     fitting = [row for row in rows if row.fits and row.place is Place.CPU]
     if not fitting:
         least = min((row for row in rows if row.place is Place.CPU), key=lambda row: row.ram_bytes)
-        return Choice(
+        return Recommendation(
             None,
             f"This host cannot serve {name}: it has {format_bytes(ram_bytes)} of RAM free, and "
             f"{least.scheme} with {least.share:.0%} of the experts in RAM takes "
@@ -51,7 +53,7 @@ def choose(name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_byt
     near = [row for row in fitting if row.typical * WORTH_IT >= fastest.typical]
     most = max(bits[row.scheme] for row in near)
     row = max((row for row in near if bits[row.scheme] == most), key=lambda row: row.typical)
-    return Choice(
+    return Recommendation(
         row, f"Choose {row.scheme} with {_budget(row)}: {_speed(row)}{_why(row, fastest)}."
     )
 
