@@ -40,7 +40,7 @@ from expertd.packing.plan import (
     make_plan,
 )
 from expertd.packing.schemes import PARTS, Scheme
-from expertd.packing.solver import Choice, Solver, choose_solver
+from expertd.packing.solver import ChosenSolver, Solver, choose_solver
 from expertstore.errors import CheckpointError, PackError
 from expertstore.pack.layout import Encoding
 from expertstore.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
@@ -104,11 +104,11 @@ def pack(
     ``on_notice`` gets sentences for the user: resumed, begun anew, tensors left out. Raises
     :class:`CheckpointError` and :class:`PackError`; ConfigError and PreconditionError for a device.
     """
-    choice = choose_solver(request.device)
+    chosen = choose_solver(request.device)
     try:
         side_files = _side_files(request.source)
         with Checkpoint(request.source) as checkpoint:
-            _pack(request, checkpoint, choice, side_files, on_progress, on_notice)
+            _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)
     except BrokenPipeError:  # of what on_notice writes to
         raise
     except OSError as error:
@@ -119,21 +119,21 @@ def pack(
 def _pack(
     request: Request,
     checkpoint: Checkpoint,
-    choice: Choice,
+    chosen: ChosenSolver,
     side_files: Sequence[Path],
     on_progress: Callable[[Progress], None],
     on_notice: Callable[[str], None],
 ) -> None:
     destination = request.destination
     partial = partial_of(destination)
-    key = _key(request, checkpoint, choice.solver)
+    key = _key(request, checkpoint, chosen.solver)
     if _was_completed(destination, partial, key):
         on_notice(f"{destination} was complete already.")
         shutil.rmtree(partial)
         return
     check_destination(destination, force=request.force)
-    if choice.drawback and request.optimize and _quantizes(request.scheme):
-        on_notice(choice.drawback)
+    if chosen.drawback and request.optimize and _quantizes(request.scheme):
+        on_notice(chosen.drawback)
     for sentence in peculiarities(checkpoint, request.scheme):
         on_notice(sentence)
     plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
@@ -149,7 +149,7 @@ def _pack(
         with Journal(partial / "journal", key) as journal:
             try:
                 _prepare(plan, partial, journal, on_notice)
-                encoder = Encoder(checkpoint, choice.solver, request.optimize)
+                encoder = Encoder(checkpoint, chosen.solver, request.optimize)
                 flawed = Flawed(request.force, on_notice)
                 _run_steps(plan, encoder, partial, journal, on_progress, flawed)
                 flawed.conclude()

@@ -24,8 +24,8 @@ ROW = Prediction("wide", Place.CPU, 1.0, 1 << 30, 2 << 30, True, 10.0, 10.0, 0.0
 def test_few_bits_that_gain_little_are_not_chosen() -> None:
     rows = [ROW, replace(ROW, scheme="narrow", typical=12.0)]
     recommendation = recommend("m", rows, NEEDS, 4 << 30)
-    assert choice.row is rows[0]
-    assert choice.sentence == (
+    assert recommendation.row is rows[0]
+    assert recommendation.sentence == (
         "Choose wide with all experts in RAM (1.0 GiB): about 10 tokens/s; narrow would give 12, "
         "too little more to be worth its fewer bits."
     )
@@ -39,9 +39,9 @@ def test_few_bits_that_gain_much_are_chosen() -> None:
 def test_what_does_not_fit_is_not_chosen() -> None:
     half = replace(ROW, share=0.5, budget_bytes=1 << 29, typical=4.0, worst=1.0)
     recommendation = recommend("m", [replace(ROW, fits=False), half], NEEDS, 4 << 30)
-    assert choice.row is half
-    assert "512.0 MiB of RAM for experts (50% of them)" in choice.sentence
-    assert "4 tokens/s typically and 1 at worst" in choice.sentence
+    assert recommendation.row is half
+    assert "512.0 MiB of RAM for experts (50% of them)" in recommendation.sentence
+    assert "4 tokens/s typically and 1 at worst" in recommendation.sentence
 
 
 def test_a_bound_is_no_prediction() -> None:
@@ -52,8 +52,8 @@ def test_a_bound_is_no_prediction() -> None:
 def test_a_host_that_is_too_small_is_told_what_it_would_take() -> None:
     rows = [replace(ROW, fits=False), replace(ROW, share=0.25, ram_bytes=1 << 29, fits=False)]
     recommendation = recommend("m", rows, NEEDS, 1 << 28)
-    assert choice.row is None
-    assert choice.sentence == (
+    assert recommendation.row is None
+    assert recommendation.sentence == (
         "This host cannot serve m: it has 256.0 MiB of RAM free, and wide with 25% of the experts "
         "in RAM takes 512.0 MiB; free some, or take a smaller model."
     )

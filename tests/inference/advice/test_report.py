@@ -27,7 +27,7 @@ def advice(*, ram_bytes: int = GIB, pack: Path | None = None) -> Advice:
     assert row is not None
     rows.append(row)
     recommendation = recommend(model.name, rows, model.needs, ram_bytes)
-    return Advice(model, host, {"bf16": COSTS}, tuple(rows), choice)
+    return Advice(model, host, {"bf16": COSTS}, tuple(rows), recommendation)
 
 
 def shown(what: Advice) -> str:
