@@ -16,12 +16,12 @@ from expertd.disk.page_cache import PageCache
 from expertd.histogram import Histogram
 from expertd.hosting.budget import Budget
 from expertd.hosting.hosted_model import HostedModel, ModelState
+from expertd.hosting.hosted_session import Connection, HostedSession
 from expertd.hosting.peers import Peers
 from expertd.hosting.quotas import Quotas
 from expertd.hosting.read_ahead import ByteBudget
 from expertd.hosting.records import Records
 from expertd.hosting.scrubber import Scrubber
-from expertd.hosting.session import Connection, Session
 from expertd.hosting.slots import Slots
 from expertd.log import log, log_failure, log_warning
 from expertd.manager.adoption import adopt_records
@@ -68,7 +68,7 @@ class Store:
         self.started_at = time.monotonic()
         self.started_time = time.time()
         self.models: dict[str, HostedModel] = {}
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, HostedSession] = {}
         self.peers = Peers(config.tcp)
         self.read_budget = ByteBudget(config.read_buffer_bytes)
         self.warnings = list(arena.warnings)
@@ -284,7 +284,7 @@ class Store:
 
     def attach(
         self, role: Role, model_name: str, connection: Connection, pid: int, uid: int
-    ) -> Session:
+    ) -> HostedSession:
         """A new session. Raises :class:`NotFoundError`, :class:`CapacityError`."""
         # Not the administrator, who may have to make room.
         if len(self.sessions) >= self.config.max_sessions and role is not Role.ADMIN:
@@ -311,11 +311,11 @@ class Store:
                 raise PreconditionError(f"model {model_name!r} is being unloaded.")
         token = secrets.token_hex(16)
         kept = self.quotas.kept_by(uid)
-        session = Session(next(self._numbers), token, role, pid, uid, connection, model, kept)
+        session = HostedSession(next(self._numbers), token, role, pid, uid, connection, model, kept)
         self.sessions[token] = session
         return session
 
-    def detach(self, session: Session) -> None:
+    def detach(self, session: HostedSession) -> None:
         """Ends a session and frees what it held. Twice is harmless.
 
         Its process may live on and be reading, so it is told first that bytes may change.
@@ -325,7 +325,7 @@ class Store:
         self.sessions.pop(session.token, None)
         session.close()
 
-    def session(self, token: str, incarnation: str) -> Session:
+    def session(self, token: str, incarnation: str) -> HostedSession:
         """The session of a call.
 
         Raises :class:`UnauthenticatedError`, :class:`IncarnationError`.
@@ -406,13 +406,13 @@ class Store:
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    def _cut_off(self, session: Session) -> None:
+    def _cut_off(self, session: HostedSession) -> None:
         """Ends a session that stands still while others wait."""
         self.num_cut_off += 1
         log_warning("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
         self.detach(session)
 
-    def _sessions_of(self, model: HostedModel) -> list[Session]:
+    def _sessions_of(self, model: HostedModel) -> list[HostedSession]:
         return [
             session
             for session in self.sessions.values()

@@ -69,7 +69,7 @@ class Counters:
     """What happened to a model since it was loaded.
 
     All but ``host_hits`` only grow; that one may drop by a worker's last few accesses, when
-    their misses are seen later than they are (:meth:`expertd.hosting.session.Session.refresh`).
+    their misses are seen later than they are (:meth:`.hosted_session.HostedSession.refresh`).
     """
 
     host_hits: int = 0

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 
 from expertd.hosting.hosted_model import Record
-from expertd.hosting.session import Kept, Session
+from expertd.hosting.hosted_session import HostedSession, Kept
 from expertstore.errors import CapacityError, SessionLostError
 from expertstore.sizes import format_bytes
 
@@ -48,7 +48,7 @@ class Quotas:
         return self._kept.setdefault(uid, Kept())
 
     @asynccontextmanager
-    async def admitted(self, session: Session, entries: Sequence[int]) -> AsyncIterator[None]:
+    async def admitted(self, session: HostedSession, entries: Sequence[int]) -> AsyncIterator[None]:
         """Counts ``entries`` of the session's model as kept inside the ``with``.
 
         Waits until they may be. Raises :class:`CapacityError` if they never may, or not in time.
@@ -68,7 +68,7 @@ class Quotas:
         with session.asks(entries):
             yield
 
-    async def _wait(self, session: Session, quota: int, asked: set[Record]) -> None:
+    async def _wait(self, session: HostedSession, quota: int, asked: set[Record]) -> None:
         while self._exceeds(session, quota, asked):
             self._check(session, quota, asked)
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -76,13 +76,13 @@ class Quotas:
             if session.closed:
                 raise SessionLostError("the session ended while it waited.")
 
-    def _exceeds(self, session: Session, quota: int, asked: set[Record]) -> bool:
+    def _exceeds(self, session: HostedSession, quota: int, asked: set[Record]) -> bool:
         kept = self.kept_by(session.uid).all
         new = [record for record in asked if record not in kept]
         return kept.num_bytes + _size(new) > quota
 
     def _check(
-        self, session: Session, quota: int, asked: set[Record], *, in_time: bool = False
+        self, session: HostedSession, quota: int, asked: set[Record], *, in_time: bool = False
     ) -> None:
         """Raises if ``asked`` do not fit beside what no waiting will end.
 

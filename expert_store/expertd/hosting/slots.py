@@ -18,8 +18,8 @@ import numpy as np
 from expertd.hosting.budget import Budget
 from expertd.hosting.eviction import choose_victims
 from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.mover import Kept, Mover
-from expertd.hosting.session import Session
 from expertd.memory.extents import Extent, Extents
 from expertd.residency import Entries
 
@@ -46,8 +46,8 @@ class Slots:
         budget: Budget,
         copy: Callable[[Extent, Extent], None],
         models: dict[str, HostedModel],
-        sessions: dict[str, Session],
-        cut_off: Callable[[Session], None],
+        sessions: dict[str, HostedSession],
+        cut_off: Callable[[HostedSession], None],
         stall_seconds: float,
     ) -> None:
         self.extents = Extents(budget.num_bytes)
@@ -360,7 +360,7 @@ class Slots:
     def _epochs(self, model: HostedModel) -> Iterable[int]:
         return [session.page.epoch for session in self._readers(model)]
 
-    def _readers(self, model: HostedModel) -> list[Session]:
+    def _readers(self, model: HostedModel) -> list[HostedSession]:
         """Who may be reading. Not who has only attached, be it a thousand times."""
         return [
             session
@@ -368,7 +368,7 @@ class Slots:
             if session.is_worker and session.model is model and session.has_called
         ]
 
-    def _laggards(self) -> list[Session]:
+    def _laggards(self) -> list[HostedSession]:
         """Sessions that hold back retired records, or have fetched ones leased."""
         return [
             session

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertd.hosting.hosted_model import HostedModel
+from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.peers import Peer
 from expertd.hosting.read_ahead import read_ahead
-from expertd.hosting.session import Session
 from expertd.hosting.touch_watch import MAX_WATCHERS, TouchWatch
 from expertd.serving.messages import model_response, model_summary, pack_place
 from expertd.serving.stats import collect_heat, collect_stats
@@ -179,7 +179,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
 
     def _reader(
         self, request: pb.ReadRequest, context: Context
-    ) -> tuple[Session | Peer, HostedModel]:
+    ) -> tuple[HostedSession | Peer, HostedModel]:
         """Who reads, and from which model."""
         peer = self._store.peers.of(context)
         if peer is None:
@@ -234,7 +234,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
         finally:
             model.watches.remove(watch)
 
-    def _session(self, context: Context) -> Session:
+    def _session(self, context: Context) -> HostedSession:
         if self._store.peers.of(context) is not None:
             raise PermissionDeniedError(
                 "this needs a session, which only the Unix socket on the daemon's own host gives; "

@@ -42,7 +42,7 @@ class Kept:
         """Pins, leases, and what fetches and pins under way want."""
 
 
-class Session:
+class HostedSession:
     """Alive as long as its attach connection. Only a worker's has a model and a page."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Session:
 
     def __repr__(self) -> str:
         name = self._model.name if self._model else "-"
-        return f"Session({self.id}, {self.role}, pid {self.pid}, {name}, {self._leases})"
+        return f"HostedSession({self.id}, {self.role}, pid {self.pid}, {name}, {self._leases})"
 
     @property
     def model(self) -> HostedModel:
