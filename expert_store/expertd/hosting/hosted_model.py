@@ -46,7 +46,7 @@ class Place(NamedTuple):
     checksum: str
 
 
-class Record(NamedTuple):
+class RecordKey(NamedTuple):
     """One expert's record of a model."""
 
     model: "HostedModel"

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.hosted_model import HostedModel, RecordKey
 from expertd.hosting.patience import GRACE_SECONDS
 from expertd.hosting.tally import Tally
 from expertd.memory.memfd import SharedMemory
@@ -37,8 +37,8 @@ class Kept:
     """What the sessions of one user keep from being evicted, of all models."""
 
     def __init__(self) -> None:
-        self.pinned: Tally[Record] = Tally(_record_bytes)
-        self.all: Tally[Record] = Tally(_record_bytes)
+        self.pinned: Tally[RecordKey] = Tally(_record_bytes)
+        self.all: Tally[RecordKey] = Tally(_record_bytes)
         """Pins, leases, and what fetches and pins under way want."""
 
 
@@ -125,9 +125,9 @@ class HostedSession:
         return max(0, self._model.directory.epoch - self.page.epoch)
 
     @property
-    def leased(self) -> set[Record]:
+    def leased(self) -> set[RecordKey]:
         """What is leased to it."""
-        return {Record(self.model, entry) for lease in self._leases.values() for entry in lease}
+        return {RecordKey(self.model, entry) for lease in self._leases.values() for entry in lease}
 
     @property
     def kept_bytes(self) -> int:
@@ -265,9 +265,9 @@ class HostedSession:
         self.model.unhold(entries)
         self._kept.all.remove(self._records(entries))
 
-    def _records(self, entries: Iterable[int]) -> list[Record]:
+    def _records(self, entries: Iterable[int]) -> list[RecordKey]:
         model = self.model
-        return [Record(model, entry) for entry in entries]
+        return [RecordKey(model, entry) for entry in entries]
 
     def _drain_ring(self) -> None:
         # Misses first: the worker stores them last, so a write in between can only make
@@ -290,5 +290,5 @@ class HostedSession:
         self.model.touched(entries, count, missed, self.id)
 
 
-def _record_bytes(record: Record) -> int:
+def _record_bytes(record: RecordKey) -> int:
     return record.model.record_bytes(record.entry)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from expertd.hosting.compaction import next_move
-from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.hosted_model import HostedModel, RecordKey
 from expertd.memory.extents import Extent, Extents
 
 
@@ -16,7 +16,7 @@ class Kept(NamedTuple):
     may be evicted and read again.
     """
 
-    record: Record
+    record: RecordKey
     num_holds: int
     may_reload: bool
 
@@ -38,7 +38,7 @@ class Mover:
         """Whether a thread is copying."""
         return bool(self._tasks)
 
-    async def step(self, kept: Sequence[Kept]) -> bool | Record:
+    async def step(self, kept: Sequence[Kept]) -> bool | RecordKey:
         """Moves one record, or makes room for that; False if there is nothing to do but wait.
 
         Where none can be moved, one is evicted that may be read again: it is the result. Call it

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from expertd.hosting.hosted_model import Record
+from expertd.hosting.hosted_model import RecordKey
 from expertd.hosting.hosted_session import HostedSession, Kept
 from expertstore.errors import CapacityError, SessionLostError
 from expertstore.sizes import format_bytes
@@ -55,7 +55,7 @@ class Quotas:
         """
         quota = self.of(session.uid)
         if quota is not None:
-            asked = {Record(session.model, entry) for entry in entries}
+            asked = {RecordKey(session.model, entry) for entry in entries}
             self._check(session, quota, asked)
             try:
                 async with (
@@ -68,7 +68,7 @@ class Quotas:
         with session.asks(entries):
             yield
 
-    async def _wait(self, session: HostedSession, quota: int, asked: set[Record]) -> None:
+    async def _wait(self, session: HostedSession, quota: int, asked: set[RecordKey]) -> None:
         while self._exceeds(session, quota, asked):
             self._check(session, quota, asked)
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -76,13 +76,13 @@ class Quotas:
             if session.closed:
                 raise SessionLostError("the session ended while it waited.")
 
-    def _exceeds(self, session: HostedSession, quota: int, asked: set[Record]) -> bool:
+    def _exceeds(self, session: HostedSession, quota: int, asked: set[RecordKey]) -> bool:
         kept = self.kept_by(session.uid).all
         new = [record for record in asked if record not in kept]
         return kept.num_bytes + _size(new) > quota
 
     def _check(
-        self, session: HostedSession, quota: int, asked: set[Record], *, in_time: bool = False
+        self, session: HostedSession, quota: int, asked: set[RecordKey], *, in_time: bool = False
     ) -> None:
         """Raises if ``asked`` do not fit beside what no waiting will end.
 
@@ -113,5 +113,5 @@ class Quotas:
         )
 
 
-def _size(records: Collection[Record]) -> int:
+def _size(records: Collection[RecordKey]) -> int:
     return sum(model.record_bytes(entry) for model, entry in records)

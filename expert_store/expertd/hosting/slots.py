@@ -17,7 +17,7 @@ import numpy as np
 
 from expertd.hosting.budget import Budget
 from expertd.hosting.eviction import choose_victims
-from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.hosted_model import HostedModel, RecordKey
 from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.mover import Kept, Mover
 from expertd.memory.extents import Extent, Extents
@@ -102,7 +102,7 @@ class Slots:
         *,
         to_pin: bool = False,
         until: float | None = None,
-    ) -> list[tuple[Record, Extent]]:
+    ) -> list[tuple[RecordKey, Extent]]:
         """Extents for missing records of a model, evicting the coldest of all models for them.
 
         ``own`` says how often the caller holds what it wants of the model, besides pinning it.
@@ -115,7 +115,7 @@ class Slots:
         long as the caller lets it; cancelled, it leaves nothing allocated. Raises
         :class:`NoSlotError` where it would have to wait for them past ``until``.
         """
-        wanted = [Record(model, entry) for entry in missing]
+        wanted = [RecordKey(model, entry) for entry in missing]
         loop, spare = asyncio.get_running_loop(), list[int]()
         pause, seen, seen_at, on_its_way = _FIRST_PAUSE_SECONDS, (-1, -1, -1), 0.0, False
         while True:
@@ -142,7 +142,7 @@ class Slots:
                 continue  # no session could read them: no need to wait
             if not on_its_way and self._is_stuck():
                 step = await self.mover.step(self._kept(model, own or {}))
-                if isinstance(step, Record):
+                if isinstance(step, RecordKey):
                     wanted.append(step)
                 if step:
                     seen_at, pause = 0.0, _FIRST_PAUSE_SECONDS
@@ -245,7 +245,7 @@ class Slots:
         return self.extents.bytes_total - start >= self._largest_record_bytes
 
     def _allocate(
-        self, model: HostedModel, wanted: Sequence[Record], sizes: Sequence[int]
+        self, model: HostedModel, wanted: Sequence[RecordKey], sizes: Sequence[int]
     ) -> list[Extent] | None:
         if self.budget.over_max(model, _bytes_of(model, wanted)):
             return None
@@ -326,14 +326,14 @@ class Slots:
         kept: list[Kept] = []
         for other in self._models.values():
             for entry in other.held().tolist():
-                record = Record(other, entry)
+                record = RecordKey(other, entry)
                 mine = own.get(entry) if other is model else None
                 num_holds = other.pinned.count(entry) + (mine or 0)
                 kept.append(Kept(record, num_holds, mine is not None and num_holds == 1))
             if other is not model:
                 coldest = self._coldest(other)
                 guarded = coldest[len(_beyond_minimum(other, coldest)) :]
-                kept += [Kept(Record(other, entry), 0, True) for entry in guarded.tolist()]
+                kept += [Kept(RecordKey(other, entry), 0, True) for entry in guarded.tolist()]
         return kept
 
     def _share_time(self) -> None:
@@ -391,7 +391,7 @@ class Slots:
                 session.nudge()
 
 
-def _bytes_of(model: HostedModel, records: Iterable[Record]) -> int:
+def _bytes_of(model: HostedModel, records: Iterable[RecordKey]) -> int:
     return sum(other.record_bytes(entry) for other, entry in records if other is model)
 
 
