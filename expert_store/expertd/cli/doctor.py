@@ -12,7 +12,7 @@ from expertstore.errors import ExpertdError
 from expertstore.socket_directory import may_serve, own_directory
 
 if TYPE_CHECKING:
-    from expertd.doctor.checks import Row
+    from expertd.doctor.checks import Finding
     from expertd.doctor.host import Place
 
 _EXIT_BAD = 1
@@ -45,7 +45,7 @@ def doctor(
 
     Example: `expertd doctor --pack /packs/mixtral`
     """
-    from expertd.doctor.checks import State, examine
+    from expertd.doctor.checks import Health, examine
     from expertd.doctor.look import look
 
     rows = examine(look(pack, _place(socket)))
@@ -53,7 +53,7 @@ def doctor(
         typer.echo(json.dumps({"checks": [vars(row) for row in rows]}, indent=1))
     else:
         _print(rows)
-    if any(row.state is State.BAD for row in rows):
+    if any(row.state is Health.BAD for row in rows):
         raise typer.Exit(_EXIT_BAD)
 
 
@@ -72,7 +72,7 @@ def _place(path: Path) -> "Place":
     return Place(path, answer, "", serves, other)
 
 
-def _print(rows: "Sequence[Row]") -> None:
+def _print(rows: "Sequence[Finding]") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
