@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.device import Device
-from expertd_inference.device.recorder import Recorder
+from expertd_inference.device.recorder import GraphRecorder
 from expertd_inference.experts.call import ExpertsCall
 from expertd_inference.kernels.cpu.reference import sum_slots
 from expertd_inference.kernels.wave import CachedWave
@@ -65,7 +65,7 @@ class GpuExperts:
         slots: Tensor,
         layers: Sequence[LayerEntries],
         arena: int,
-        recorder: Recorder,
+        recorder: GraphRecorder,
         experts_per_token: int,
     ) -> None:
         """``experts_per_token`` is the most of any layer."""

@@ -12,7 +12,7 @@ from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
 from expertd_inference.device.device import Device
 from expertd_inference.device.placement import cache_size, device_names, place_layers
-from expertd_inference.device.recorder import Recorder
+from expertd_inference.device.recorder import GraphRecorder
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.device.transaction import StepTransaction
@@ -197,7 +197,7 @@ class DeviceGroup:
         """The steps until now do not count."""
         self.steps, self.num_replays = DecodeGraphsMode.OFF, 0
 
-    def whole_experts(self, recorder: Recorder) -> WholeExperts | None:
+    def whole_experts(self, recorder: GraphRecorder) -> WholeExperts | None:
         """The experts of steps that ``recorder`` is to record each as one; None: in segments."""
         mode, (runner,) = self._settings.decode_graphs, self.runners
         link = runner.cost.rates.link_bytes_per_second

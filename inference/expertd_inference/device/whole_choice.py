@@ -1,7 +1,7 @@
 """Whether a device can find experts by itself, so that a step is one recording."""
 
 from expertd_inference.device.gpu_driven import GpuExperts, share_slots
-from expertd_inference.device.recorder import Recorder
+from expertd_inference.device.recorder import GraphRecorder
 from expertd_inference.device.runner import DeviceExpertsRunner
 from expertd_inference.device.session_store import SessionStore
 from expertd_inference.device.stats import DeviceStats
@@ -21,7 +21,7 @@ def whole_experts(
     source: HeldSource,
     transaction: StepTransaction,
     stats: DeviceStats,
-    recorder: Recorder,
+    recorder: GraphRecorder,
 ) -> WholeExperts | str:
     """The experts of steps that ``recorder`` records; or why the host has to bring them."""
     if not source.directory_address:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.group import DeviceGroup
-from expertd_inference.device.recorder import Recorder, Recording
+from expertd_inference.device.recorder import GraphRecorder, Recording
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
@@ -191,7 +191,7 @@ class GraphsExecutor:
                     self._record_step(step, recorder)
                     self._steps[size, width] = step
 
-    def _record_step(self, step: _Step, recorder: Recorder) -> None:
+    def _record_step(self, step: _Step, recorder: GraphRecorder) -> None:
         cuts = _Cuts(step, recorder)
         with self._asking(cuts):
             # What has to be compiled or allocated once is, by this one.
@@ -236,7 +236,7 @@ class _Cuts:
     Until ``recording`` is set nothing is recorded, and experts are not read.
     """
 
-    def __init__(self, step: _Step, recorder: Recorder) -> None:
+    def __init__(self, step: _Step, recorder: GraphRecorder) -> None:
         self._step, self._recorder = step, recorder
         self.recording = False
 
