@@ -33,7 +33,7 @@ class Connection(Protocol):
         """Hangs up; twice is harmless."""
 
 
-class Kept:
+class UserTally:
     """What the sessions of one user keep from being evicted, of all models."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class HostedSession:
         uid: int,
         connection: Connection,
         model: HostedModel | None,
-        kept: Kept | None = None,
+        kept: UserTally | None = None,
     ) -> None:
         """``kept`` is that of the session's user, of whom there may be other sessions."""
         self.id, self.token, self.role, self.pid, self.uid = number, token, role, pid, uid
@@ -66,7 +66,7 @@ class HostedSession:
         self.pins: set[int] = set()
         self.fetches_in_flight = 0
         self._asked: list[Collection[int]] = []
-        self._kept = kept or Kept()
+        self._kept = kept or UserTally()
         self.bytes_read = 0
         self.records_in_pack = 0
         self._model = model

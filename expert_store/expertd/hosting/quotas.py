@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 
 from expertd.hosting.hosted_model import RecordKey
-from expertd.hosting.hosted_session import HostedSession, Kept
+from expertd.hosting.hosted_session import HostedSession, UserTally
 from expertstore.errors import CapacityError, SessionLostError
 from expertstore.sizes import format_bytes
 
@@ -34,7 +34,7 @@ class Quotas:
         wait_seconds: float,
     ) -> None:
         self._quotas, self._default = quotas, default
-        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
+        self._kept: weakref.WeakValueDictionary[int, UserTally] = weakref.WeakValueDictionary()
         self._refresh = refresh
         self._wait_seconds = wait_seconds
         self._turns: dict[int, asyncio.Lock] = {}
@@ -43,9 +43,9 @@ class Quotas:
         """What that user may keep, in bytes."""
         return self._quotas.get(uid, self._default)
 
-    def kept_by(self, uid: int) -> Kept:
+    def kept_by(self, uid: int) -> UserTally:
         """What the sessions of that user keep; to be given to each of them."""
-        return self._kept.setdefault(uid, Kept())
+        return self._kept.setdefault(uid, UserTally())
 
     @asynccontextmanager
     async def admitted(self, session: HostedSession, entries: Sequence[int]) -> AsyncIterator[None]:

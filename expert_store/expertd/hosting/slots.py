@@ -19,7 +19,7 @@ from expertd.hosting.budget import Budget
 from expertd.hosting.eviction import choose_victims
 from expertd.hosting.hosted_model import HostedModel, RecordKey
 from expertd.hosting.hosted_session import HostedSession
-from expertd.hosting.mover import Kept, Mover
+from expertd.hosting.mover import KeptRecord, Mover
 from expertd.memory.extents import Extent, Extents
 from expertd.residency import Entries
 
@@ -321,19 +321,19 @@ class Slots:
             candidates = model.heat.dispensable(candidates, 1 + model.num_sessions)
         return model.heat.coldest(candidates)
 
-    def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[Kept]:
+    def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[KeptRecord]:
         """What is in the way of a model's records: pinned, its caller's own, and guarded ones."""
-        kept: list[Kept] = []
+        kept: list[KeptRecord] = []
         for other in self._models.values():
             for entry in other.held().tolist():
                 record = RecordKey(other, entry)
                 mine = own.get(entry) if other is model else None
                 num_holds = other.pinned.count(entry) + (mine or 0)
-                kept.append(Kept(record, num_holds, mine is not None and num_holds == 1))
+                kept.append(KeptRecord(record, num_holds, mine is not None and num_holds == 1))
             if other is not model:
                 coldest = self._coldest(other)
                 guarded = coldest[len(_beyond_minimum(other, coldest)) :]
-                kept += [Kept(RecordKey(other, entry), 0, True) for entry in guarded.tolist()]
+                kept += [KeptRecord(RecordKey(other, entry), 0, True) for entry in guarded.tolist()]
         return kept
 
     def _share_time(self) -> None:
