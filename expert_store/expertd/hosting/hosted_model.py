@@ -38,7 +38,7 @@ class ModelState(Enum):
     UNLOADING = auto()
 
 
-class Place(NamedTuple):
+class DiskPlace(NamedTuple):
     """Where a record lies on disk."""
 
     file: RecordFile
@@ -130,7 +130,7 @@ class HostedModel:
         self.watches: list[TouchWatch] = []
         self.num_reads = 0
         self._rows: dict[int, tuple[Layer, int]] = {}
-        self._places: list[Place] = []
+        self._places: list[DiskPlace] = []
         self._record_bytes: list[int] = []
         self._experts: list[tuple[int, int]] = []
         for layer in self.manifest.layers:
@@ -138,7 +138,7 @@ class HostedModel:
             size = self.manifest.layouts[layer.layout].record_bytes
             for expert in range(layer.num_experts):
                 file = files[layer.files[expert]]
-                place = Place(file, layer.offsets[expert], layer.checksums[expert])
+                place = DiskPlace(file, layer.offsets[expert], layer.checksums[expert])
                 self._places.append(place)
                 self._record_bytes.append(size)
                 self._experts.append((layer.layer, expert))
@@ -246,7 +246,7 @@ class HostedModel:
         """The (layer, expert) of an entry."""
         return self._experts[entry]
 
-    def place(self, entry: int) -> Place:
+    def place(self, entry: int) -> DiskPlace:
         """Where the entry's record lies on disk."""
         return self._places[entry]
 
