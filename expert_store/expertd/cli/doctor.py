@@ -13,7 +13,7 @@ from expertstore.socket_directory import may_serve, own_directory
 
 if TYPE_CHECKING:
     from expertd.doctor.checks import Finding
-    from expertd.doctor.host import Place
+    from expertd.doctor.host import DaemonPlace
 
 _EXIT_BAD = 1
 _STYLES = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -57,9 +57,9 @@ def doctor(
         raise typer.Exit(_EXIT_BAD)
 
 
-def _place(path: Path) -> "Place":
+def _place(path: Path) -> "DaemonPlace":
     """The socket directory, and whether a daemon answers there."""
-    from expertd.doctor.host import Place
+    from expertd.doctor.host import DaemonPlace
     from expertd_client import Client
 
     serves, other = may_serve(path), own_directory()
@@ -68,8 +68,8 @@ def _place(path: Path) -> "Place":
             serving = daemon.serves(timeout_seconds=HEALTH_SECONDS)
             answer = "serving" if serving else "not serving"
     except ExpertdError as error:
-        return Place(path, "", str(error), serves, other)
-    return Place(path, answer, "", serves, other)
+        return DaemonPlace(path, "", str(error), serves, other)
+    return DaemonPlace(path, answer, "", serves, other)
 
 
 def _print(rows: "Sequence[Finding]") -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from expertd.doctor.checks import Finding, Health, examine, is_within
 from expertd.doctor.host import (
+    DaemonPlace,
     Disk,
     Driver,
     Gpu,
@@ -16,7 +17,6 @@ from expertd.doctor.host import (
     Kernels,
     Memory,
     PackOnDisk,
-    Place,
 )
 
 GIB = 1 << 30
@@ -25,7 +25,7 @@ MEMORY = Memory(64 * GIB, 64 * GIB, 60 * GIB, None)
 PACK = PackOnDisk(24 * GIB, GIB, 3e9)
 DISK = Disk(Path("/packs/my pack"), 100 * GIB, True, PACK)
 GPU = Gpu("NVIDIA H200", 139 * GIB, (9, 0), True, True)
-PLACE = Place(Path("/run/expertd"), "serving", other=Path("/home/alice/.expertd"))
+PLACE = DaemonPlace(Path("/run/expertd"), "serving", other=Path("/home/alice/.expertd"))
 VERSIONS = {"python": "3.11.2", "expertd": "0.1.0", "grpcio": "1.81.2", "torch": "2.13.0+cpu",
             "transformers": "5.23.0"}  # fmt: skip
 WELL = Host(
