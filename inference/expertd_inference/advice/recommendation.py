@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertd_inference.advice.prediction import Place, Prediction
+from expertd_inference.advice.prediction import Prediction, Processor
 from expertd_inference.advice.values import Need
 from expertstore.sizes import format_bytes
 
@@ -39,9 +39,10 @@ def recommend(
     name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int
 ) -> Recommendation:
     """Of what fits into ``ram_bytes`` the most bits, unless fewer are worth it."""
-    fitting = [row for row in rows if row.fits and row.place is Place.CPU]
+    fitting = [row for row in rows if row.fits and row.processor is Processor.CPU]
     if not fitting:
-        least = min((row for row in rows if row.place is Place.CPU), key=lambda row: row.ram_bytes)
+        on_cpu = (row for row in rows if row.processor is Processor.CPU)
+        least = min(on_cpu, key=lambda row: row.ram_bytes)
         return Recommendation(
             None,
             f"This host cannot serve {name}: it has {format_bytes(ram_bytes)} of RAM free, and "

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from expertd.settings.config import name_of_pack
 from expertd_inference.advice.advisor import Advice
-from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
+from expertd_inference.advice.prediction import CONTEXT, Prediction, Processor
 from expertd_inference.advice.recommendation import paper_perplexity
 from expertd_inference.advice.survey import Survey
 from expertd_inference.advice.values import Host
@@ -45,7 +45,7 @@ def show(advice: Advice, console: Console) -> None:
             row.scheme if row.scheme != scheme else "",
             _budget(row),
             format_bytes(row.ram_bytes),
-            f"{'at most ' if row.place is Place.GPU else ''}{row.typical:.3g}",
+            f"{'at most ' if row.processor is Processor.GPU else ''}{row.typical:.3g}",
             f"{row.worst:.3g}",
             "fits" if row.fits else "too large",
             *([f"{paper:.2f}" if paper and row.scheme != scheme else ""] * any(papers.values())),
@@ -141,7 +141,7 @@ def notes(advice: Advice) -> list[str]:
             "Perplexity is the paper's, of Mixtral-8x7B on WikiText2 (arXiv 2312.17238), not "
             "measured here; lower is better."
         )
-    if any(row.place is Place.GPU for row in advice.rows):
+    if any(row.processor is Processor.GPU for row in advice.rows):
         found.append(
             "On the GPU: a bound by its link and memory, all experts in RAM; not a prediction."
         )
@@ -210,14 +210,14 @@ def _host(host: Host) -> dict[str, Any]:
 
 
 def _budget(row: Prediction) -> str:
-    where = " in the GPU" if row.place is Place.GPU else ""
+    where = " in the GPU" if row.processor is Processor.GPU else ""
     return f"{format_bytes(row.budget_bytes)} ({row.share:.0%}){where}"
 
 
 def _row(row: Prediction) -> dict[str, Any]:
     return {
         "scheme": row.scheme,
-        "place": row.place.value,
+        "place": row.processor.value,
         "share": row.share,
         "budget_bytes": row.budget_bytes,
         "ram_bytes": row.ram_bytes,

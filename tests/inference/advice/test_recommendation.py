@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from expertd_inference.advice.prediction import Place, Prediction
+from expertd_inference.advice.prediction import Prediction, Processor
 from expertd_inference.advice.recommendation import recommend
 from expertd_inference.advice.values import ExpertLayers, Need
 from tests.inference.advice.test_prediction import LAYOUT
@@ -18,7 +18,7 @@ NARROW = replace(
     ),
 )
 NEEDS = (WIDE, NARROW)
-ROW = Prediction("wide", Place.CPU, 1.0, 1 << 30, 2 << 30, True, 10.0, 10.0, 0.0)
+ROW = Prediction("wide", Processor.CPU, 1.0, 1 << 30, 2 << 30, True, 10.0, 10.0, 0.0)
 
 
 def test_few_bits_that_gain_little_are_not_chosen() -> None:
@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_not_chosen() -> None:
 
 
 def test_a_bound_is_no_prediction() -> None:
-    rows = [ROW, replace(ROW, scheme="narrow", place=Place.GPU, typical=99.0)]
+    rows = [ROW, replace(ROW, scheme="narrow", processor=Processor.GPU, typical=99.0)]
     assert recommend("m", rows, NEEDS, 4 << 30).row is rows[0]
 
 
