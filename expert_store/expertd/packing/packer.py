@@ -35,7 +35,7 @@ from expertd.packing.notices import Flawed, peculiarities
 from expertd.packing.pipeline import encode_ahead
 from expertd.packing.plan import (
     MAX_FILE_BYTES,
-    Plan,
+    PackPlan,
     make_manifest,
     make_plan,
 )
@@ -216,7 +216,9 @@ def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
     ).decode()
 
 
-def _prepare(plan: Plan, partial: Path, journal: Journal, notice: Callable[[str], None]) -> None:
+def _prepare(
+    plan: PackPlan, partial: Path, journal: Journal, notice: Callable[[str], None]
+) -> None:
     """Leaves files of full size with their headers, and a journal that fits them."""
     folder = partial / "pack"
     if journal.matches and all(
@@ -240,7 +242,7 @@ def _prepare(plan: Plan, partial: Path, journal: Journal, notice: Callable[[str]
 
 
 def _run_steps(
-    plan: Plan,
+    plan: PackPlan,
     encoder: Encoder,
     partial: Path,
     journal: Journal,
@@ -302,7 +304,7 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _finish(
-    plan: Plan,
+    plan: PackPlan,
     checkpoint: Checkpoint,
     request: Request,
     side_files: Sequence[Path],
@@ -345,14 +347,14 @@ def _file_checksum(path: Path) -> str:
     return state.hexdigest()
 
 
-def _kept(journal: Journal, plan: Plan, partial: Path) -> str:
+def _kept(journal: Journal, plan: PackPlan, partial: Path) -> str:
     return (
         f"{len(journal.done)} of {len(plan.steps)} steps are done and kept in {partial}; the "
         "same command goes on there."
     )
 
 
-def _cannot_write(error: OSError, plan: Plan, partial: Path) -> str:
+def _cannot_write(error: OSError, plan: PackPlan, partial: Path) -> str:
     where = error.filename or partial
     if error.errno == errno.ENOSPC:
         return (

@@ -24,7 +24,14 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
-from expertd.packing.plan import ExpertStep, Plan, PlannedFile, TrunkStep, make_manifest, make_plan
+from expertd.packing.plan import (
+    ExpertStep,
+    PackPlan,
+    PlannedFile,
+    TrunkStep,
+    make_manifest,
+    make_plan,
+)
 from expertd.packing.schemes import Scheme, choose_scheme
 from expertd.packing.shapes import shape_config
 from expertd.packing.source import CONFIG_NAME, SourceTensor
@@ -120,7 +127,7 @@ def config_of(
     return config
 
 
-def plan_of(shape: str | Mapping[str, Any], scheme: Scheme) -> Plan:
+def plan_of(shape: str | Mapping[str, Any], scheme: Scheme) -> PackPlan:
     """How a pack of ``shape`` would be laid out; its last file is the trunk."""
     with tempfile.TemporaryDirectory(prefix="expertd-") as name:
         directory = Path(name)
@@ -148,7 +155,7 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
     return ImaginedCheckpoint(directory, architecture, trunk, expert_bits=bits)
 
 
-def _shared(plan: Plan, distinct_records: int) -> Plan:
+def _shared(plan: PackPlan, distinct_records: int) -> PackPlan:
     """The plan with all experts of a layout in a few records of one file."""
     places: dict[tuple[int, int], int] = {}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
@@ -168,11 +175,11 @@ def _shared(plan: Plan, distinct_records: int) -> Plan:
         else:
             steps.append(replace(step, file=1))
     records = PlannedFile("experts-00000.safetensors", header, len(header) + end)
-    return Plan((records, trunk), plan.layouts, tuple(steps))
+    return PackPlan((records, trunk), plan.layouts, tuple(steps))
 
 
 def _write_records(
-    directory: Path, plan: Plan, generator: torch.Generator, copies: int | None
+    directory: Path, plan: PackPlan, generator: torch.Generator, copies: int | None
 ) -> dict[int, str]:
     """Writes each place once, if ``copies`` one of so many records; the checksums by step."""
     done: dict[tuple[int, int], str] = {}
@@ -204,7 +211,7 @@ def _draw_record(layout: RecordLayout, generator: torch.Generator) -> bytearray:
     return record
 
 
-def _write_trunk(directory: Path, plan: Plan, generator: torch.Generator) -> str:
+def _write_trunk(directory: Path, plan: PackPlan, generator: torch.Generator) -> str:
     path = directory / plan.files[-1].name
     with path.open("r+b") as out:
         for step in plan.steps:
