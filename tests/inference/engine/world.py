@@ -6,7 +6,7 @@ from itertools import pairwise
 from zlib import crc32
 
 from expertd_inference.engine.limits import Limits
-from expertd_inference.engine.scheduler import Plan, Scheduler
+from expertd_inference.engine.scheduler import Scheduler, StepPlan
 from expertd_inference.engine.sequence import Phase, Sequence
 from expertd_inference.execution.batch import Span, Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
@@ -91,13 +91,13 @@ class World:
             self.cancelled.add(id)
         self.scheduler.cancel(id)
 
-    def plan(self, ms_per_row: float | None = None) -> Plan:
+    def plan(self, ms_per_row: float | None = None) -> StepPlan:
         plan = self.scheduler.plan(ms_per_row)
         self._check_plan(plan)
         self.check_blocks()
         return plan
 
-    def step(self, ms_per_row: float | None = None, cancel_within: int | None = None) -> Plan:
+    def step(self, ms_per_row: float | None = None, cancel_within: int | None = None) -> StepPlan:
         """Plans, computes, chooses, finishes; ``cancel_within`` is cancelled while it computes."""
         self.num_steps += 1
         plan = self.plan(ms_per_row)
@@ -114,7 +114,7 @@ class World:
         self.check_blocks()
         return plan
 
-    def compute(self, plan: Plan) -> dict[int, int]:
+    def compute(self, plan: StepPlan) -> dict[int, int]:
         choosing = {one.id for one in plan.choosing}
         chosen = {}
         for span in plan.batch.spans if plan.batch else ():
@@ -139,7 +139,7 @@ class World:
     def _cell(self, span: Span, at: int) -> int:
         return self.cells[span.blocks[at // BLOCK_TOKENS]][at % BLOCK_TOKENS]
 
-    def _check_plan(self, plan: Plan) -> None:
+    def _check_plan(self, plan: StepPlan) -> None:
         if plan.batch is None:
             # An engine sleeps then, until a request comes.
             assert not self.scheduler.has_work, [*self.sequences.values()]
