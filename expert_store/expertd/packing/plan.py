@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from expertd.packing.architecture import Architecture, ExpertsModule
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.checkpoint_files import CheckpointTensor
 from expertd.packing.schemes import Precision, Scheme
-from expertd.packing.source import SourceTensor
 from expertstore.errors import CheckpointError
 from expertstore.pack.layout import (
     DTYPE_BYTES,
@@ -61,7 +61,7 @@ class ExpertStep:
 class TrunkStep:
     """Writing one tensor of the trunk; ``matrix`` says how if it is to be quantized."""
 
-    source: SourceTensor
+    source: CheckpointTensor
     matrix: Matrix | None
     dtype: str
     stays_wide: bool

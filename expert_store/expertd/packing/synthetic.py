@@ -23,6 +23,7 @@ from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
+from expertd.packing.checkpoint_files import CONFIG_NAME, CheckpointTensor
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
 from expertd.packing.plan import (
     ExpertStep,
@@ -34,7 +35,6 @@ from expertd.packing.plan import (
 )
 from expertd.packing.schemes import Scheme, choose_scheme
 from expertd.packing.shapes import shape_config
-from expertd.packing.source import CONFIG_NAME, SourceTensor
 from expertstore.pack.codec import TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
@@ -53,12 +53,12 @@ class ImaginedCheckpoint:
 
     path: Path
     architecture: Architecture
-    trunk: list[tuple[str, SourceTensor]]
+    trunk: list[tuple[str, CheckpointTensor]]
     dtype: str = _DTYPE
     is_float32: bool = False
     expert_bits: float = 16.0
 
-    def type_of(self, source: SourceTensor) -> str:
+    def type_of(self, source: CheckpointTensor) -> str:
         """What the tensor is read as."""
         return source.entry.dtype
 
@@ -66,7 +66,7 @@ class ImaginedCheckpoint:
         """The type of scales of weights of usual size."""
         return "F16"
 
-    def trunk_scale_type(self, tensor: SourceTensor, bits: int) -> str:
+    def trunk_scale_type(self, tensor: CheckpointTensor, bits: int) -> str:
         """The same."""
         return "F16"
 
@@ -150,7 +150,7 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
             continue
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
         entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
-        trunk.append((name, SourceTensor(directory, entry)))
+        trunk.append((name, CheckpointTensor(directory, entry)))
     bits = BITS_PER_WEIGHT if architecture.is_mxfp4 else 16.0
     return ImaginedCheckpoint(directory, architecture, trunk, expert_bits=bits)
 

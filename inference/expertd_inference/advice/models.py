@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
+from expertd.packing.checkpoint_files import CONFIG_NAME
 from expertd.packing.plan import ExpertStep, PackPlan, TrunkStep, make_plan
 from expertd.packing.schemes import SCHEMES
-from expertd.packing.source import CONFIG_NAME
 from expertd.packing.synthetic import imagine
 from expertd_inference.advice.named import find_named
 from expertd_inference.advice.values import ExpertLayers, Need
