@@ -5,9 +5,9 @@ from collections.abc import Sequence as Tokens
 from itertools import pairwise
 from zlib import crc32
 
-from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.scheduler import Scheduler, StepPlan
-from expertd_inference.engine.sequence import Phase, Sequence
+from expertd_inference.engine.sequence import Sequence, SequencePhase
 from expertd_inference.execution.batch import Span, Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.kv.state import StateSlots
@@ -70,7 +70,9 @@ def recurrent_alone(prompt: Tokens[int], max_new: int) -> list[int]:
 class World:
     """A scheduler, the memory of its pool, and what each sequence has come to."""
 
-    def __init__(self, limits: Limits, num_blocks: int, num_slots: int | None = None) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, num_blocks: int, num_slots: int | None = None
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(num_blocks)
         self.slots = None if num_slots is None else StateSlots(num_slots)
@@ -87,7 +89,7 @@ class World:
         self.sequences[sequence.id] = sequence
 
     def cancel(self, id: int) -> None:  # noqa: A002
-        if self.sequences[id].phase is not Phase.FINISHED:
+        if self.sequences[id].phase is not SequencePhase.FINISHED:
             self.cancelled.add(id)
         self.scheduler.cancel(id)
 
@@ -107,7 +109,7 @@ class World:
         self.scheduler.done(chosen)
         for id in chosen:  # noqa: A001
             sequence = self.sequences[id]
-            if sequence.phase is Phase.FINISHED:
+            if sequence.phase is SequencePhase.FINISHED:
                 continue
             if sequence.tokens[-1] == END or sequence.num_new == sequence.max_new_tokens:
                 self.scheduler.finish(id)
@@ -197,7 +199,7 @@ class World:
     def check_texts(self) -> None:
         alone = text_alone if self.states is None else recurrent_alone
         for sequence in self.sequences.values():
-            assert sequence.phase is Phase.FINISHED
+            assert sequence.phase is SequencePhase.FINISHED
             new = sequence.tokens[sequence.num_prompt :]
             prompt = sequence.tokens[: sequence.num_prompt]
             expected = alone(prompt, sequence.max_new_tokens)
