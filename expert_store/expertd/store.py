@@ -32,7 +32,7 @@ from expertd.memory.description import Description, Origin, new_directory
 from expertd.memory.memfd import SharedMemory
 from expertd.settings.config import ServeConfig, check_model_name
 from expertd.settings.disk_io import DiskIo
-from expertd.settings.limits import NO_LIMITS, Limits, pinned_bytes
+from expertd.settings.limits import NO_LIMITS, ModelLimits, pinned_bytes
 from expertstore.errors import (
     CapacityError,
     ExpertdError,
@@ -135,7 +135,7 @@ class Store:
         name: str,
         path: Path,
         origin: Origin = Origin.ADMIN,
-        limits: Limits = NO_LIMITS,
+        limits: ModelLimits = NO_LIMITS,
         disk_io: DiskIo | None = None,
     ) -> HostedModel:
         """Opens the pack in ``path`` (absolute) under ``name``; records come when they are used.
@@ -166,7 +166,7 @@ class Store:
         self._start_pinning()
 
     async def _load(
-        self, name: str, path: Path, origin: Origin, limits: Limits, disk_io: DiskIo | None
+        self, name: str, path: Path, origin: Origin, limits: ModelLimits, disk_io: DiskIo | None
     ) -> HostedModel:
         async with self._admission:
             if name in self.models:
@@ -225,7 +225,7 @@ class Store:
         pack: Fingerprinted,
         opened: OpenPack,
         origin: Origin,
-        limits: Limits,
+        limits: ModelLimits,
         disk_io: DiskIo | None,
     ) -> HostedModel:
         """The model without any record, its directory in the fd store."""
@@ -245,7 +245,7 @@ class Store:
         return self._host(name, path, pack, opened, memory, limits)
 
     async def _inherit(
-        self, name: str, path: Path, pack: Fingerprinted, opened: OpenPack, limits: Limits
+        self, name: str, path: Path, pack: Fingerprinted, opened: OpenPack, limits: ModelLimits
     ) -> HostedModel | None:
         """The model as an earlier daemon left it, its records verified; None if it left none."""
         found = await self._inheritance.claim(self._fd_store, name, path, pack)
@@ -263,7 +263,7 @@ class Store:
         pack: Fingerprinted,
         opened: OpenPack,
         memory: SharedMemory,
-        limits: Limits,
+        limits: ModelLimits,
     ) -> HostedModel:
         policy = self.config.policy
         return HostedModel(name, path, pack, opened.files, memory, policy, limits, opened.disk)

@@ -15,7 +15,7 @@ from expertd.hosting.hosted_session import HostedSession
 from expertd.memory.arena import Arena
 from expertd.settings.config import ServeConfig
 from expertd.settings.disk_io import DiskIo
-from expertd.settings.limits import NO_LIMITS, Limits
+from expertd.settings.limits import NO_LIMITS, ModelLimits
 from expertd.store import Store
 from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
 from expertd_testing.handmade import PAGE, record
@@ -75,7 +75,7 @@ class Worker:
 async def storing(
     models: Mapping[str, Path],
     arena_bytes: int,
-    limits: Mapping[str, Limits] | None = None,
+    limits: Mapping[str, ModelLimits] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Store]:
     """A store that holds ``models``; all their files are :class:`FaultyFile`."""

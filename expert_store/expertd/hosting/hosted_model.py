@@ -21,7 +21,7 @@ from expertd.memory.extents import Extent
 from expertd.memory.memfd import SharedMemory
 from expertd.memory.reclaim import Reclaimer
 from expertd.residency import DEFAULT_POLICY, Entries, make_policy
-from expertd.settings.limits import NO_LIMITS, Limits, pinned_entries
+from expertd.settings.limits import NO_LIMITS, ModelLimits, pinned_entries
 from expertstore.errors import NotFoundError
 from expertstore.pack.manifest import Fingerprinted, Layer
 from expertstore.shared.directory import Directory, pack_word, unpack_word
@@ -116,7 +116,7 @@ class HostedModel:
         files: Sequence[RecordFile],
         memory: SharedMemory,
         policy: str = DEFAULT_POLICY,
-        limits: Limits = NO_LIMITS,
+        limits: ModelLimits = NO_LIMITS,
         disk: DiskChoice = DEFAULT_DISK,
     ) -> None:
         self.limits, self.disk = limits, disk

@@ -17,7 +17,7 @@ from expertd.hosting.touch_watch import MAX_WATCHERS, TouchWatch
 from expertd.serving.messages import model_response, model_summary, pack_place
 from expertd.serving.stats import collect_heat, collect_stats
 from expertd.settings.disk_io import parse_disk_io
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertd.store import Store
 from expertstore.errors import (
     ExpertdError,
@@ -75,7 +75,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             raise InvalidInputError(
                 f"{request.pack_path!r} is not an absolute path; the daemon has another directory."
             )
-        limits = Limits(request.min_bytes, request.max_bytes or None, tuple(request.pins))
+        limits = ModelLimits(request.min_bytes, request.max_bytes or None, tuple(request.pins))
         disk_io = parse_disk_io(request.disk_io) if request.disk_io else None
         model = await self._store.load_model(
             request.name, Path(request.pack_path), limits=limits, disk_io=disk_io

@@ -20,7 +20,7 @@ PROMPT_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """One step. ``sequences`` are those of the batch's spans, in their order.
 
     ``batch`` is None where there is nothing to compute. ``preempted`` are the ids of sequences
@@ -77,7 +77,7 @@ class Scheduler:
         self._all: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # in order of admission
         self._served: dict[int, int] = {}  # the number of the last plan that has it
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._num_plans = 0
         self._num_preemptions = 0
 
@@ -154,7 +154,7 @@ class Scheduler:
     finish = cancel
     """Ends a sequence that is complete."""
 
-    def plan(self, ms_per_row: float | None = None) -> Plan:
+    def plan(self, ms_per_row: float | None = None) -> StepPlan:
         """The next step; a plan before it that was not done is forgotten.
 
         ``ms_per_row`` is what a row of a prompt was measured to take.
@@ -173,7 +173,7 @@ class Scheduler:
         for sequence in sequences:
             self._served[sequence.id] = self._num_plans
         batch = Batch(tuple(spans)) if spans else None
-        self._plan = Plan(batch, sequences, tuple(preempted))
+        self._plan = StepPlan(batch, sequences, tuple(preempted))
         return self._plan
 
     def done(self, chosen: Mapping[int, int]) -> None:
