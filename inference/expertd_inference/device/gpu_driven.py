@@ -56,7 +56,7 @@ class GpuExperts:
     """Computes MoE layers whose records the device finds by itself.
 
     ``slots`` are [num_slots, slot_bytes] on ``device``; nobody else may use them meanwhile.
-    ``arena`` is the address at which the device sees the arena.
+    ``arena_address`` is where the device sees the arena.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GpuExperts:
         device: Device,
         slots: Tensor,
         layers: Sequence[LayerEntries],
-        arena: int,
+        arena_address: int,
         recorder: GraphRecorder,
         experts_per_token: int,
     ) -> None:
@@ -72,7 +72,7 @@ class GpuExperts:
         # Triton takes a second to import, and most workers have no GPU.
         from expertd_inference.kernels.gpu import triton_gather
 
-        self.arena = arena
+        self.arena_address = arena_address
         self._top_k = experts_per_token
         self._kernels = triton_gather
         self._device, self._slots, self._recorder = device, slots, recorder
@@ -109,7 +109,7 @@ class GpuExperts:
             self._kernels.gather(
                 self._resolution,
                 self._slots,
-                arena=self.arena,
+                arena=self.arena_address,
                 num_items=routed.index.numel(),
                 record_bytes=place.record_bytes,
             )

@@ -32,7 +32,7 @@ class SessionStore:
         self._first_layer = min(record_bytes)
 
     @property
-    def arena(self) -> int:
+    def arena_address(self) -> int:
         """Registered anew if the session has attached to another."""
         return self._runner.engine.device_address
 

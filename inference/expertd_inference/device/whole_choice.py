@@ -26,8 +26,8 @@ def whole_experts(
     """The experts of steps that ``recorder`` records; or why the host has to bring them."""
     if not source.directory_address:
         return "this session has copies of its own"
-    arena = runner.engine.device_address
-    if not arena:
+    arena_address = runner.engine.device_address
+    if not arena_address:
         return "its driver has not mapped the shared memory"
     record_bytes = {
         layer.layer: manifest.layouts[layer.layout].record_bytes for layer in manifest.layers
@@ -43,6 +43,6 @@ def whole_experts(
     )
     if layers is None:
         return "its cache has less than one token's experts of each layer"
-    gpu = GpuExperts(runner.device, runner.engine.slots, layers, arena, recorder, most)
+    gpu = GpuExperts(runner.device, runner.engine.slots, layers, arena_address, recorder, most)
     store = SessionStore(source, transaction, runner, stats, record_bytes, gpu.clear)
     return WholeExperts(gpu, store)
