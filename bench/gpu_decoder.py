@@ -241,7 +241,7 @@ class Decoder:
         warm_tokens = self._warm_tokens + (self._sweep_tokens if fits else 0)
         replay.counter.fill_(0 if fits else self._sweep_tokens)
         # By the modules, which ask for what recorded steps were recorded with.
-        with LaunchCount() as launches, group.step.whole():
+        with LaunchCount() as launches, group.transaction.forward_pass():
             replay.launches = launches
             model(input_ids=torch.zeros(1, num_sequences, dtype=torch.int64, device=where))
         replay.launches = None

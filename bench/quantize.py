@@ -90,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     schemes = options.scheme or ["8bit", "4bit", "paper-3bit", "paper-2bit"]
     scale = TINY if options.quick else 1
-    choice = choose_solver()
+    chosen = choose_solver()
     console = Console(stderr=True)
-    if choice.drawback:
-        console.print(choice.drawback)
+    if chosen.drawback:
+        console.print(chosen.drawback)
     matrices: list[MatrixRow] = []
     packs: list[PackRow] = []
     if options.only != "packs":
@@ -102,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             precision = SCHEMES[scheme].experts
             console.print(f"a matrix in {precision}")
             matrix = precision.matrix("m", *weight.shape)
-            matrices.append(measure_matrix(str(precision), weight, matrix, choice.solver))
+            matrices.append(measure_matrix(str(precision), weight, matrix, chosen.solver))
         del weight
     if options.only != "matrices":
         with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as name:
             packs += measure_packs(Path(name), schemes, scale, console)
-    solver, load = choice.solver.version, os.getloadavg()[0]
+    solver, load = chosen.solver.version, os.getloadavg()[0]
     if options.json:
         report = {
             "matrices": [asdict(row) for row in matrices],

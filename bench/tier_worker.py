@@ -80,7 +80,7 @@ class Guesses:
         self._recall, self._chance = recall, random.Random(place)
 
     def foreseen(self, _: Tensor) -> list[int]:
-        """As :meth:`expertd_inference.experts.routers.Router.foreseen`, of the token under way."""
+        """As :meth:`~expertd_inference.experts.routers.LayerRouter.foreseen`, of this token."""
         state, chance = self._state, self._chance
         if state.row is None:
             return []
@@ -93,11 +93,11 @@ class Guesses:
         return list(dict.fromkeys(guessed))
 
     def chosen(self, hidden: Tensor) -> Tensor:  # [1, k]
-        """As :meth:`expertd_inference.experts.routers.Router.chosen`."""
+        """As :meth:`expertd_inference.experts.routers.LayerRouter.chosen`."""
         return torch.tensor([self.foreseen(hidden)], dtype=torch.int64)
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:  # [num]
-        """As :meth:`expertd_inference.experts.routers.Router.likeliest`."""
+        """As :meth:`expertd_inference.experts.routers.LayerRouter.likeliest`."""
         return self.chosen(hidden)[0, :num]
 
 

@@ -12,7 +12,7 @@ from expertd_client.attachment import Attachment
 from expertd_client.base_session import check_directory
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.endpoint import Metadata
-from expertd_client.mapping import Mapping, State
+from expertd_client.mapping import HoldState, Mapping
 from expertd_client.model import ModelInfo
 from expertd_client.record_cache import RecordCache
 from expertstore.shared.greeting import DescriptorsError, Greeting, handshake
@@ -77,7 +77,7 @@ def attachment_for(
     if isinstance(reached, Attachment):
         check_directory(reached, model)
         return reached, model
-    if old is None or old.fingerprint != model.fingerprint or old.state is not State.IDLE:
+    if old is None or old.fingerprint != model.fingerprint or old.state is not HoldState.IDLE:
         old = RecordCache(model, default_cache_bytes(model) if cache_bytes is None else cache_bytes)
     model = replace(model, max_fetch_records=old.num_slots)
     return CopyAttachment(old, model.incarnation, reached), model

@@ -11,7 +11,7 @@ from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
 from expertd_client.attachment import Attachment
 from expertd_client.copy_attachment import CopyAttachment
 from expertd_client.lease import Lease
-from expertd_client.mapping import Mapping, State
+from expertd_client.mapping import HoldState, Mapping
 from expertd_client.model import ModelInfo
 from expertd_client.record_cache import CacheFill, RecordCache
 from expertstore.errors import (
@@ -275,7 +275,7 @@ class BaseSession:
     ) -> Lease | None:
         """A lease after a fetch of these experts was granted."""
         entries = self._entries_of(layer, experts)
-        words = self._mapping.try_hold(entries, State.FETCHING)
+        words = self._mapping.try_hold(entries, HoldState.FETCHING)
         if ABSENT in words:
             return None
         if copies := self._mapping.copies:
@@ -363,9 +363,9 @@ class BaseSession:
         Returns what is mapped: if the next session's arena is the same, it stays so.
         """
         state = self._mapping.state
-        if self._detached or state is State.FORKED:
+        if self._detached or state is HoldState.FORKED:
             self._mapping.check_attached()
-        if state in (State.HOLDING, State.FETCHING):
+        if state in (HoldState.HOLDING, HoldState.FETCHING):
             raise PreconditionError(
                 "Release the lease that this session holds or waits for, then reattach."
             )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from expertd_client.mapping import Mapping, State
+from expertd_client.mapping import HoldState, Mapping
 from expertd_client.record_cache import RecordCache
 from expertstore.errors import PreconditionError, SessionLostError
 from expertstore.shared.directory import PAGE_BYTES
@@ -82,7 +82,7 @@ class Lease:
         if self._released:
             raise PreconditionError("This lease is released; acquire the experts again.")
         if self._views is None:
-            if self._mapping.state is State.CLOSED:
+            if self._mapping.state is HoldState.CLOSED:
                 raise PreconditionError("The session of this lease is detached; attach again.")
             self._views = []
             if self.layer is not None:

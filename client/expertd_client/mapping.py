@@ -30,7 +30,7 @@ from expertstore.shared.directory import (
 from expertstore.shared.session_page import SessionPage
 
 
-class State(Enum):
+class HoldState(Enum):
     """What a session is doing with the arena."""
 
     IDLE = auto()
@@ -49,32 +49,32 @@ class State(Enum):
     """This is a child process, and the session is its parent's."""
 
 
-_IDLE, _FETCHING, _HOLDING = State.IDLE, State.FETCHING, State.HOLDING
-_OVER = frozenset({State.LOST, State.LEFT, State.CLOSED, State.FORKED})
+_IDLE, _FETCHING, _HOLDING = HoldState.IDLE, HoldState.FETCHING, HoldState.HOLDING
+_OVER = frozenset({HoldState.LOST, HoldState.LEFT, HoldState.CLOSED, HoldState.FORKED})
 
-_REFUSALS: dict[State, tuple[type[ExpertdError], str]] = {
-    State.FETCHING: (
+_REFUSALS: dict[HoldState, tuple[type[ExpertdError], str]] = {
+    HoldState.FETCHING: (
         PreconditionError,
         "This session is acquiring in another thread or task; it does one at a time, so "
         "attach once for each.",
     ),
-    State.HOLDING: (
+    HoldState.HOLDING: (
         PreconditionError,
         "This session already holds a lease; release it before acquiring the next.",
     ),
-    State.LOST: (
+    HoldState.LOST: (
         SessionLostError,
         "The daemon ended this session, because it held records for too long while others "
         "waited, because the model was unloaded, or because another daemon has taken over; throw "
         "away what was computed since the last release, reattach, and repeat.",
     ),
-    State.LEFT: (
+    HoldState.LEFT: (
         UnavailableError,
         "The daemon has gone, and this session has let go of its memory; reattach when one "
         "serves again.",
     ),
-    State.CLOSED: (PreconditionError, "This session is not attached any more; attach again."),
-    State.FORKED: (
+    HoldState.CLOSED: (PreconditionError, "This session is not attached any more; attach again."),
+    HoldState.FORKED: (
         PreconditionError,
         "This session belongs to the process that attached it, and this one was forked from "
         "it; attach in this process.",
@@ -113,7 +113,7 @@ class Mapping:
             raise ValueError("the directory has more entries than it has room for")
         self._page = SessionPage(memoryview(page))
         self._num_fetches = 0
-        self._state = State.IDLE
+        self._state = HoldState.IDLE
         self._mutex = threading.Lock()
 
     def __repr__(self) -> str:
@@ -177,7 +177,7 @@ class Mapping:
         return trailer is None or self._page.revoked or trailer.reused_by > self._adoption
 
     @property
-    def state(self) -> State:
+    def state(self) -> HoldState:
         """What the session is doing."""
         return self._state
 
@@ -186,7 +186,7 @@ class Mapping:
         if self._state in _OVER:
             raise state_error(self._state)
 
-    def try_hold(self, entries: Sequence[int], expected: State = _IDLE) -> list[int]:
+    def try_hold(self, entries: Sequence[int], expected: HoldState = _IDLE) -> list[int]:
         """Starts holding, if all ``entries`` are resident or copied; their directory words.
 
         If a word is ABSENT, nothing is held. ``expected`` is ``FETCHING`` after a fetch. Raises
@@ -307,8 +307,8 @@ class Mapping:
         if self.is_void:
             with self._mutex:
                 if self._state is _IDLE:
-                    self._state = State.LOST
-            raise state_error(State.LOST)
+                    self._state = HoldState.LOST
+            raise state_error(HoldState.LOST)
 
     def publish(self) -> None:
         """W4, unless the worker holds: tells the daemon which epoch it has left behind.
@@ -326,7 +326,7 @@ class Mapping:
         """Raises SessionLostError if the daemon has ended this session, noticed yet or not."""
         with self._mutex:
             if self._state not in _OVER and self.is_void:
-                raise state_error(State.LOST)
+                raise state_error(HoldState.LOST)
         self.check_attached()
 
     def disconnect(self) -> None:
@@ -338,12 +338,12 @@ class Mapping:
         with self._mutex:
             # A worker that holds learns it from release().
             if self._state in (_IDLE, _FETCHING) and self.is_void:
-                self._state = State.LOST
+                self._state = HoldState.LOST
 
     def close(self) -> None:
         """Lets go of the arena; views that were given out keep it mapped."""
         with self._mutex:
-            self._state = State.CLOSED
+            self._state = HoldState.CLOSED
             self._drop_arena()
 
     def leave(self) -> bool:
@@ -355,7 +355,7 @@ class Mapping:
             if self._state in (_HOLDING, _FETCHING):
                 return False
             if self._state not in _OVER:
-                self._state = State.LEFT
+                self._state = HoldState.LEFT
             self._drop_arena()
             return True
 
@@ -371,7 +371,7 @@ class Mapping:
         """After fork, in the child: this worker's epoch and touches are its parent's to write."""
         # The old one may have been locked by a thread that the child does not have.
         self._mutex = threading.Lock()
-        self._state = State.FORKED
+        self._state = HoldState.FORKED
 
     def _drop_copies(self) -> None:
         """Gives the annex's memory back: what is held in vain may be needed elsewhere."""
@@ -380,10 +380,10 @@ class Mapping:
         self._copied_bytes = 0
         self.copies.clear()
 
-    def _stop_holding(self, state: State = _IDLE) -> None:
+    def _stop_holding(self, state: HoldState = _IDLE) -> None:
         with self._mutex:
             if self._state is not _HOLDING:
-                if self._state is State.CLOSED:
+                if self._state is HoldState.CLOSED:
                     # The daemon took the end of the connection for the end of the reading.
                     raise SessionLostError(
                         "This session was detached while it held a lease; throw away what was "
@@ -393,7 +393,7 @@ class Mapping:
             self._state = state
 
 
-def state_error(state: State) -> ExpertdError:
+def state_error(state: HoldState) -> ExpertdError:
     """What a call raises that the state forbids."""
     kind, message = _REFUSALS[state]
     return kind(message)

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from expertd_client.arena_mapping import address_of
-from expertd_client.mapping import State, state_error
+from expertd_client.mapping import HoldState, state_error
 from expertd_client.model import ModelInfo, MoeLayer
 from expertd_client.record import RecordAssembler
 from expertstore.errors import CapacityError, InvalidInputError, PreconditionError, RecordLostError
@@ -18,7 +18,7 @@ from expertstore.shared.directory import ABSENT, PAGE_BYTES, pack_word
 from expertstore.sizes import format_bytes, size_to_give
 from expertstore.v1 import expert_store_pb2 as pb
 
-_OVER = (State.LOST, State.CLOSED, State.FORKED)
+_OVER = (HoldState.LOST, HoldState.CLOSED, HoldState.FORKED)
 
 
 class RecordCache:
@@ -50,13 +50,13 @@ class RecordCache:
         self._free = list(range(self.num_slots))
         self._before_unmapping: list[Callable[[], None]] = []
         self._num_fetches = 0
-        self._state = State.IDLE
+        self._state = HoldState.IDLE
 
     def __repr__(self) -> str:
         return f"<RecordCache {self._state.name.lower()} {len(self._slots)} of {self.num_slots}>"
 
     @property
-    def state(self) -> State:
+    def state(self) -> HoldState:
         """What the session is doing."""
         return self._state
 
@@ -69,18 +69,18 @@ class RecordCache:
         """As :meth:`check_attached`: nobody revokes what is ours."""
         self.check_attached()
 
-    def try_hold(self, entries: Sequence[int], expected: State = State.IDLE) -> list[int]:
+    def try_hold(self, entries: Sequence[int], expected: HoldState = HoldState.IDLE) -> list[int]:
         """Starts holding if all ``entries`` are here; directory words of where, or ABSENT."""
         if self._state is not expected:
             raise state_error(self._state)
         words = self._words(entries)
         if ABSENT not in words:
-            self._state = State.HOLDING
+            self._state = HoldState.HOLDING
         return words
 
     def look_up(self, entries: Sequence[int]) -> list[int]:
         """Further directory words while holding; ABSENT of those that are not here."""
-        if self._state is not State.HOLDING:
+        if self._state is not HoldState.HOLDING:
             self.check_attached()
             raise PreconditionError("This session holds no lease; hold one to look experts up.")
         return self._words(entries)
@@ -108,16 +108,16 @@ class RecordCache:
 
     def begin_fetch(self) -> int:
         """Before records are read."""
-        if self._state is not State.IDLE and self._state is not State.FETCHING:
+        if self._state is not HoldState.IDLE and self._state is not HoldState.FETCHING:
             raise state_error(self._state)
-        self._state = State.FETCHING
+        self._state = HoldState.FETCHING
         self._num_fetches += 1
         return self._num_fetches
 
     def abandon_fetch(self) -> None:
         """After reading failed."""
-        if self._state is State.FETCHING:
-            self._state = State.IDLE
+        if self._state is HoldState.FETCHING:
+            self._state = HoldState.IDLE
 
     def check_room(self, entries: Collection[int]) -> None:
         """Raises CapacityError if ``entries`` cannot be here all at once."""
@@ -143,15 +143,15 @@ class RecordCache:
 
     def release(self) -> None:
         """Ends a lease."""
-        if self._state is not State.HOLDING:
-            if self._state is State.CLOSED:
+        if self._state is not HoldState.HOLDING:
+            if self._state is HoldState.CLOSED:
                 return  # the bytes are still what they were: views keep them
             raise state_error(self._state)
-        self._state = State.IDLE
+        self._state = HoldState.IDLE
 
     def close(self) -> None:
         """Lets go of the memory; views that were given out keep it."""
-        self._state = State.CLOSED
+        self._state = HoldState.CLOSED
         while self._before_unmapping:
             self._before_unmapping.pop()()
         self._slots.clear()
@@ -160,7 +160,7 @@ class RecordCache:
 
     def abandon_in_child(self) -> None:
         """After fork, in the child: the session is its parent's."""
-        self._state = State.FORKED
+        self._state = HoldState.FORKED
 
 
 class CacheFill:

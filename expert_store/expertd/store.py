@@ -16,12 +16,12 @@ from expertd.disk.page_cache import PageCache
 from expertd.histogram import Histogram
 from expertd.hosting.budget import Budget
 from expertd.hosting.hosted_model import HostedModel, ModelState
+from expertd.hosting.hosted_session import Connection, HostedSession
 from expertd.hosting.peers import Peers
 from expertd.hosting.quotas import Quotas
 from expertd.hosting.read_ahead import ByteBudget
 from expertd.hosting.records import Records
 from expertd.hosting.scrubber import Scrubber
-from expertd.hosting.session import Connection, Session
 from expertd.hosting.slots import Slots
 from expertd.log import log, log_failure, log_warning
 from expertd.manager.adoption import adopt_records
@@ -32,7 +32,7 @@ from expertd.memory.description import Description, Origin, new_directory
 from expertd.memory.memfd import SharedMemory
 from expertd.settings.config import ServeConfig, check_model_name
 from expertd.settings.disk_io import DiskIo
-from expertd.settings.limits import NO_LIMITS, Limits, pinned_bytes
+from expertd.settings.limits import NO_LIMITS, ModelLimits, pinned_bytes
 from expertstore.errors import (
     CapacityError,
     ExpertdError,
@@ -68,7 +68,7 @@ class Store:
         self.started_at = time.monotonic()
         self.started_time = time.time()
         self.models: dict[str, HostedModel] = {}
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, HostedSession] = {}
         self.peers = Peers(config.tcp)
         self.read_budget = ByteBudget(config.read_buffer_bytes)
         self.warnings = list(arena.warnings)
@@ -135,7 +135,7 @@ class Store:
         name: str,
         path: Path,
         origin: Origin = Origin.ADMIN,
-        limits: Limits = NO_LIMITS,
+        limits: ModelLimits = NO_LIMITS,
         disk_io: DiskIo | None = None,
     ) -> HostedModel:
         """Opens the pack in ``path`` (absolute) under ``name``; records come when they are used.
@@ -166,7 +166,7 @@ class Store:
         self._start_pinning()
 
     async def _load(
-        self, name: str, path: Path, origin: Origin, limits: Limits, disk_io: DiskIo | None
+        self, name: str, path: Path, origin: Origin, limits: ModelLimits, disk_io: DiskIo | None
     ) -> HostedModel:
         async with self._admission:
             if name in self.models:
@@ -225,7 +225,7 @@ class Store:
         pack: Fingerprinted,
         opened: OpenPack,
         origin: Origin,
-        limits: Limits,
+        limits: ModelLimits,
         disk_io: DiskIo | None,
     ) -> HostedModel:
         """The model without any record, its directory in the fd store."""
@@ -245,7 +245,7 @@ class Store:
         return self._host(name, path, pack, opened, memory, limits)
 
     async def _inherit(
-        self, name: str, path: Path, pack: Fingerprinted, opened: OpenPack, limits: Limits
+        self, name: str, path: Path, pack: Fingerprinted, opened: OpenPack, limits: ModelLimits
     ) -> HostedModel | None:
         """The model as an earlier daemon left it, its records verified; None if it left none."""
         found = await self._inheritance.claim(self._fd_store, name, path, pack)
@@ -263,7 +263,7 @@ class Store:
         pack: Fingerprinted,
         opened: OpenPack,
         memory: SharedMemory,
-        limits: Limits,
+        limits: ModelLimits,
     ) -> HostedModel:
         policy = self.config.policy
         return HostedModel(name, path, pack, opened.files, memory, policy, limits, opened.disk)
@@ -284,7 +284,7 @@ class Store:
 
     def attach(
         self, role: Role, model_name: str, connection: Connection, pid: int, uid: int
-    ) -> Session:
+    ) -> HostedSession:
         """A new session. Raises :class:`NotFoundError`, :class:`CapacityError`."""
         # Not the administrator, who may have to make room.
         if len(self.sessions) >= self.config.max_sessions and role is not Role.ADMIN:
@@ -311,11 +311,11 @@ class Store:
                 raise PreconditionError(f"model {model_name!r} is being unloaded.")
         token = secrets.token_hex(16)
         kept = self.quotas.kept_by(uid)
-        session = Session(next(self._numbers), token, role, pid, uid, connection, model, kept)
+        session = HostedSession(next(self._numbers), token, role, pid, uid, connection, model, kept)
         self.sessions[token] = session
         return session
 
-    def detach(self, session: Session) -> None:
+    def detach(self, session: HostedSession) -> None:
         """Ends a session and frees what it held. Twice is harmless.
 
         Its process may live on and be reading, so it is told first that bytes may change.
@@ -325,7 +325,7 @@ class Store:
         self.sessions.pop(session.token, None)
         session.close()
 
-    def session(self, token: str, incarnation: str) -> Session:
+    def session(self, token: str, incarnation: str) -> HostedSession:
         """The session of a call.
 
         Raises :class:`UnauthenticatedError`, :class:`IncarnationError`.
@@ -406,13 +406,13 @@ class Store:
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    def _cut_off(self, session: Session) -> None:
+    def _cut_off(self, session: HostedSession) -> None:
         """Ends a session that stands still while others wait."""
         self.num_cut_off += 1
         log_warning("session cut off", session=session.id, pid=session.pid, lag=session.epoch_lag)
         self.detach(session)
 
-    def _sessions_of(self, model: HostedModel) -> list[Session]:
+    def _sessions_of(self, model: HostedModel) -> list[HostedSession]:
         return [
             session
             for session in self.sessions.values()

@@ -86,7 +86,7 @@ def generate(
         prompt = [{"role": "user", "content": prompt}]
     engine = worker.engine
     tokens = engine.encode(prompt)
-    count = _Counts(worker)
+    count = _CountsBefore(worker)
     ids: list[int] = []
     times: list[float] = []
     text = ""
@@ -118,7 +118,7 @@ def generate(
     return Generation(result, interrupted)
 
 
-class _Counts:
+class _CountsBefore:
     """What a worker had counted when this was made."""
 
     _OF_THE_SESSION = ("host_hits", "nvme_misses", "pack_reads", "remote_misses")

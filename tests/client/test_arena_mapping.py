@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertd_client.arena_mapping import ArenaMapping
-from expertd_client.mapping import Mapping, State
+from expertd_client.mapping import HoldState, Mapping
 from expertstore.errors import SessionLostError
 from expertstore.shared.arena_trailer import TRAILER_BYTES
 from expertstore.shared.directory import ABSENT
@@ -92,7 +92,7 @@ def test_a_next_daemon_that_reuses_bytes_voids_the_session(shared: SharedMemory)
     shared.trailer.begin_reuse()
     with pytest.raises(SessionLostError, match="another daemon has taken over"):
         mapping.release()
-    assert mapping.state is State.LOST
+    assert mapping.state is HoldState.LOST
 
 
 @pytest.mark.parametrize("holding", [False, True])
@@ -103,7 +103,7 @@ def test_a_session_that_hears_of_it_late(shared: SharedMemory, holding: bool) ->
         assert ABSENT not in mapping.try_hold([0])
     shared.trailer.retire()
     mapping.disconnect()
-    assert mapping.state is (State.HOLDING if holding else State.LOST)
+    assert mapping.state is (HoldState.HOLDING if holding else HoldState.LOST)
     with pytest.raises(SessionLostError):
         mapping.check_revoked()
     with pytest.raises(SessionLostError):

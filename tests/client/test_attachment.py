@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from expertd_client.attachment import Attachment
-from expertd_client.mapping import State
+from expertd_client.mapping import HoldState
 from expertstore.errors import PreconditionError, SessionLostError, UnavailableError
 from expertstore.shared.directory import ABSENT
 from expertstore.shared.handshake import NUDGE
@@ -58,14 +58,14 @@ def test_end_of_connection_is_noticed_at_once(
     assert attachment.connected
     theirs.close()
     eventually(lambda: not attachment.connected)
-    assert attachment.mapping.state is State.IDLE  # nobody moves the records
+    assert attachment.mapping.state is HoldState.IDLE  # nobody moves the records
 
 
 def test_cut_off(shared: SharedMemory, attached: tuple[Attachment, socket.socket]) -> None:
     attachment, theirs = attached
     shared.page.revoke()
     theirs.close()
-    eventually(lambda: attachment.mapping.state is State.LOST)
+    eventually(lambda: attachment.mapping.state is HoldState.LOST)
     with pytest.raises(SessionLostError):
         attachment.mapping.try_hold([0])
 
@@ -85,7 +85,7 @@ def test_the_arena_of_a_daemon_that_has_gone_is_let_go(
     assert arena() is not None, "a lease needs it"
     attachment.mapping.release()
     eventually(lambda: arena() is None)
-    assert attachment.mapping.state is State.LEFT
+    assert attachment.mapping.state is HoldState.LEFT
     with pytest.raises(UnavailableError, match="reattach"):
         attachment.mapping.try_hold([0])
     with pytest.raises(UnavailableError):
@@ -97,7 +97,7 @@ def test_the_arena_of_a_daemon_that_is_there_is_kept(
 ) -> None:
     monkeypatch.setattr("expertd_client.attachment.KEEP_SECONDS", 0.01)
     time.sleep(0.1)
-    assert attached[0].mapping.state is State.IDLE
+    assert attached[0].mapping.state is HoldState.IDLE
     assert attached[0].mapping.arena_mapping is not None
 
 

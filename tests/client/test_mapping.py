@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd_client.mapping import Mapping, State
+from expertd_client.mapping import HoldState, Mapping
 from expertstore.errors import PreconditionError, SessionLostError
 from expertstore.shared.directory import ABSENT, unpack_word
 from expertstore.shared.session_page import MISSED
@@ -27,7 +27,7 @@ def test_hold_finds_records_where_they_are(shared: SharedMemory) -> None:
     location = unpack_word(words[0])
     assert location is not None
     assert bytes(mapping.arena[location.offset :][:4]) == b"abcd"
-    assert mapping.state is State.HOLDING
+    assert mapping.state is HoldState.HOLDING
 
 
 def test_hold_of_absent_holds_nothing_and_publishes(shared: SharedMemory) -> None:
@@ -35,7 +35,7 @@ def test_hold_of_absent_holds_nothing_and_publishes(shared: SharedMemory) -> Non
     shared.publish(0, 1)
     epoch = shared.evict(1)
     assert ABSENT in mapping.try_hold([0, 1])
-    assert mapping.state is State.IDLE
+    assert mapping.state is HoldState.IDLE
     assert shared.page.epoch == epoch
 
 
@@ -66,17 +66,17 @@ def test_fetch_numbers_and_their_release(shared: SharedMemory) -> None:
     mapping = shared.mapping()
     shared.publish(0, 1)
     assert mapping.begin_fetch() == 1
-    assert ABSENT not in mapping.try_hold([0], State.FETCHING)
+    assert ABSENT not in mapping.try_hold([0], HoldState.FETCHING)
     assert shared.page.released_fetch == 0
     mapping.release()
     assert shared.page.released_fetch == 1
     assert mapping.begin_fetch() == 2
     mapping.abandon_fetch()
     assert shared.page.released_fetch == 2
-    assert mapping.state is State.IDLE
+    assert mapping.state is HoldState.IDLE
     # One that is repeated, since its records had gone again: the first is released.
     assert mapping.begin_fetch() == 3
-    assert ABSENT in mapping.try_hold([5], State.FETCHING)
+    assert ABSENT in mapping.try_hold([5], HoldState.FETCHING)
     assert mapping.begin_fetch() == 4
     assert shared.page.released_fetch == 3
 
@@ -248,7 +248,7 @@ class Step:
     def granted(self, entry: int) -> None:
         if self.fetching:
             self.shared.publish(entry, entry)
-            assert ABSENT not in self.mapping.try_hold([entry], State.FETCHING)
+            assert ABSENT not in self.mapping.try_hold([entry], HoldState.FETCHING)
             self.held, self.fetching = [entry], False
 
     def abandon(self, entry: int) -> None:
@@ -288,7 +288,7 @@ def test_any_order_keeps_the_epoch_rule(steps: list[tuple[str, int]]) -> None:
                 assert shared.page.epoch == shared.directory.epoch
             if step.held or step.fetching:
                 continue
-            assert step.mapping.state is State.IDLE
+            assert step.mapping.state is HoldState.IDLE
 
 
 class PausingDirectory:

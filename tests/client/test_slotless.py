@@ -23,7 +23,7 @@ from expertd_client import (
 from expertd_client.aio import AsyncClient
 from expertd_client.annex import PackFiles, PackPlace, PackUnreadableError
 from expertd_client.arena_mapping import ArenaMapping
-from expertd_client.mapping import Mapping, State
+from expertd_client.mapping import HoldState, Mapping
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.handmade import make_pack, record
 from expertstore.shared.directory import ABSENT
@@ -236,11 +236,11 @@ def test_copies_are_there_until_the_release(shared: SharedMemory) -> None:
     mapping = Mapping.map(shared.descriptors, adoption=0, annex_bytes=4 * PAGE, **shared.sizes)
     shared.publish(0, 3)
     mapping.begin_fetch()
-    assert ABSENT in mapping.try_hold([0, 1], State.FETCHING)
+    assert ABSENT in mapping.try_hold([0, 1], HoldState.FETCHING)
     assert mapping.copy(1, PAGE, lambda target: fill(target, b"1"))
     assert mapping.copy(2, 2 * PAGE, lambda target: fill(target, b"2"))
     assert not mapping.copy(3, 2 * PAGE, lambda target: fill(target, b"3")), "it is full"
-    words = mapping.try_hold([0, 1, 2], State.FETCHING)
+    words = mapping.try_hold([0, 1, 2], HoldState.FETCHING)
     offsets = [((word & 0xFFFF_FFFF) - 1) * PAGE for word in words]
     assert offsets[0] == 3 * PAGE
     assert bytes(mapping.arena[offsets[1] :][:PAGE]) == b"1" * PAGE
@@ -264,7 +264,7 @@ def test_a_copy_that_fails_is_none(shared: SharedMemory, tmp_path: Path) -> None
         mapping.copy(1, PAGE, lambda target: PackFiles(tmp_path).read(place, target))
     with pytest.raises(PackUnreadableError, match="truncated"):
         mapping.copy(1, 2 * PAGE, lambda target: PackFiles(tmp_path).read(place, target))
-    assert ABSENT in mapping.try_hold([1], State.FETCHING)
+    assert ABSENT in mapping.try_hold([1], HoldState.FETCHING)
     mapping.abandon_fetch()
     assert not any(mapping.arena[-4 * PAGE :]), "its memory was given back"
 

@@ -11,11 +11,11 @@ import pytest
 
 import expertd.disk.opening
 from expertd.hosting.hosted_model import HostedModel
-from expertd.hosting.session import Session
+from expertd.hosting.hosted_session import HostedSession
 from expertd.memory.arena import Arena
 from expertd.settings.config import ServeConfig
 from expertd.settings.disk_io import DiskIo
-from expertd.settings.limits import NO_LIMITS, Limits
+from expertd.settings.limits import NO_LIMITS, ModelLimits
 from expertd.store import Store
 from expertd_testing.faulty_disk import FaultyFile, FaultyMappedFile
 from expertd_testing.handmade import PAGE, record
@@ -32,7 +32,7 @@ class Worker:
         self.store, self.answers_nudges = store, answers_nudges
         self.holding = self.closed = False
         self.num_nudges = self.num_fetches = 0
-        self.session: Session = store.attach(Role.WORKER, model, self, pid=1, uid=uid)
+        self.session: HostedSession = store.attach(Role.WORKER, model, self, pid=1, uid=uid)
         self.session.has_called = True  # as after its first call by RPC
         self.model: HostedModel = self.session.model
         self.page, self.directory = self.session.page, self.model.directory
@@ -75,7 +75,7 @@ class Worker:
 async def storing(
     models: Mapping[str, Path],
     arena_bytes: int,
-    limits: Mapping[str, Limits] | None = None,
+    limits: Mapping[str, ModelLimits] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Store]:
     """A store that holds ``models``; all their files are :class:`FaultyFile`."""

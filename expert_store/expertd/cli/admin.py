@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertd.settings.disk_io import DiskIo, parse_disk_io
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertstore.errors import (
     ConfigError,
     DeadlineError,
@@ -144,7 +144,7 @@ def load(
 
     Example: `expertd load mixtral /packs/mixtral --min 2GiB --pin "0:*"`
     """
-    limits = Limits(_size("--min", min_) or 0, _size("--max", max_), tuple(pin or ()))
+    limits = ModelLimits(_size("--min", min_) or 0, _size("--max", max_), tuple(pin or ()))
     way = parse_disk_io(disk_io) if disk_io is not None else None
     with _daemon(socket) as daemon:
         row = daemon.load_model(

@@ -12,8 +12,8 @@ from expertstore.errors import ExpertdError
 from expertstore.socket_directory import may_serve, own_directory
 
 if TYPE_CHECKING:
-    from expertd.doctor.checks import Row
-    from expertd.doctor.host import Place
+    from expertd.doctor.checks import Finding
+    from expertd.doctor.host import DaemonPlace
 
 _EXIT_BAD = 1
 _STYLES = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -45,7 +45,7 @@ def doctor(
 
     Example: `expertd doctor --pack /packs/mixtral`
     """
-    from expertd.doctor.checks import State, examine
+    from expertd.doctor.checks import Health, examine
     from expertd.doctor.look import look
 
     rows = examine(look(pack, _place(socket)))
@@ -53,13 +53,13 @@ def doctor(
         typer.echo(json.dumps({"checks": [vars(row) for row in rows]}, indent=1))
     else:
         _print(rows)
-    if any(row.state is State.BAD for row in rows):
+    if any(row.state is Health.BAD for row in rows):
         raise typer.Exit(_EXIT_BAD)
 
 
-def _place(path: Path) -> "Place":
+def _place(path: Path) -> "DaemonPlace":
     """The socket directory, and whether a daemon answers there."""
-    from expertd.doctor.host import Place
+    from expertd.doctor.host import DaemonPlace
     from expertd_client import Client
 
     serves, other = may_serve(path), own_directory()
@@ -68,11 +68,11 @@ def _place(path: Path) -> "Place":
             serving = daemon.serves(timeout_seconds=HEALTH_SECONDS)
             answer = "serving" if serving else "not serving"
     except ExpertdError as error:
-        return Place(path, "", str(error), serves, other)
-    return Place(path, answer, "", serves, other)
+        return DaemonPlace(path, "", str(error), serves, other)
+    return DaemonPlace(path, answer, "", serves, other)
 
 
-def _print(rows: "Sequence[Row]") -> None:
+def _print(rows: "Sequence[Finding]") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -42,7 +42,7 @@ def record(
 
     Example: `expertd record --model mixtral --output t.csv --seconds 60`
     """
-    from expertd.traces.recorder import Recorder
+    from expertd.traces.recorder import TraceRecorder
     from expertd.traces.trace import TraceWriter
     from expertd_client import Client
 
@@ -56,7 +56,7 @@ def record(
         TraceWriter(output, _trace_model(daemon.get_model(model))) as writer,
         daemon.watch_touches(model, timeout_seconds=seconds) as stream,
     ):
-        recorder = Recorder(writer.model, writer.write)
+        recorder = TraceRecorder(writer.model, writer.write)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stream.stop())
         _note(f"recording {model} {f'for {seconds:g} s' if seconds else 'until Ctrl-C'}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from expertd.disk.mapped_file import MappedFile
 from expertd.disk.page_cache import PageCache
 from expertd.disk.record_file import RecordFile
-from expertd.disk.trial import NOT_TRIED, Sample, Trial, choose_samples, faster, try_both
+from expertd.disk.trial import NOT_TRIED, Trial, TrialRead, choose_reads, faster, try_both
 from expertd.log import log_warning
 from expertd.settings.disk_io import DiskIo
 from expertstore.errors import PackError
@@ -96,12 +96,12 @@ def _choose(
 ) -> tuple[list[RecordFile], DiskChoice]:
     """Tries both, and closes those of the slower way."""
     records = [
-        Sample(file, offset, manifest.layouts[layer.layout].record_bytes)
+        TrialRead(file, offset, manifest.layouts[layer.layout].record_bytes)
         for layer in manifest.layers
         for file, offset in zip(layer.files, layer.offsets, strict=True)
     ]
     keeps_cache = manifest.expert_bytes <= page_cache.max_bytes
-    trial = try_both(direct, mapped, choose_samples(records), keeps_cache=keeps_cache)
+    trial = try_both(direct, mapped, choose_reads(records), keeps_cache=keeps_cache)
     way = faster(trial, past_page_cache=choice.past_page_cache)
     is_mapped = way is DiskIo.MMAP
     for file in direct if is_mapped else mapped:

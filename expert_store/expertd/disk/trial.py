@@ -23,7 +23,7 @@ ADVANTAGE = 1.25
 """So many times as fast as direct reads mapped ones must be: they take RAM for a second copy."""
 
 
-class Sample(NamedTuple):
+class TrialRead(NamedTuple):
     """A record: the number of its file, and where it lies in there."""
 
     file: int
@@ -55,7 +55,7 @@ def faster(trial: Trial, *, past_page_cache: bool) -> DiskIo:
     return DiskIo.DIRECT
 
 
-def choose_samples(records: Sequence[Sample]) -> list[Sample]:
+def choose_reads(records: Sequence[TrialRead]) -> list[TrialRead]:
     """Some of the records, of all parts of the pack, in no order: as experts are asked for."""
     count = min(len(records), 2 * MAX_PAIRS)
     chosen = [records[i * len(records) // count] for i in range(count)]
@@ -66,7 +66,7 @@ def choose_samples(records: Sequence[Sample]) -> list[Sample]:
 def try_both(
     direct: Sequence[RecordFile],
     mapped: Sequence[RecordFile],
-    samples: Sequence[Sample],
+    samples: Sequence[TrialRead],
     *,
     keeps_cache: bool,
 ) -> Trial:
@@ -96,15 +96,15 @@ def try_both(
 
 
 def _in_turns(
-    direct: Sequence[RecordFile], mapped: Sequence[RecordFile], samples: Sequence[Sample]
-) -> Iterator[tuple[Sequence[RecordFile], Sample]]:
+    direct: Sequence[RecordFile], mapped: Sequence[RecordFile], samples: Sequence[TrialRead]
+) -> Iterator[tuple[Sequence[RecordFile], TrialRead]]:
     for first, second in zip(samples[::2], samples[1::2], strict=False):
         yield direct, first
         yield mapped, second
 
 
 def _rate(
-    file: RecordFile, sample: Sample, buffer: memoryview, *, keeps_cache: bool
+    file: RecordFile, sample: TrialRead, buffer: memoryview, *, keeps_cache: bool
 ) -> float | None:
     """Bytes per second; None if the record cannot be read."""
     target = buffer[: sample.num_bytes]

@@ -15,7 +15,7 @@ SLOW_DISK = 0.5e9
 _COMPUTE = ("torch", "transformers")
 
 
-class State(StrEnum):
+class Health(StrEnum):
     """How well something is."""
 
     OK = "ok"
@@ -26,70 +26,70 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True)
-class Row:
+class Finding:
     """One thing that was looked at, and what to do if it is not well."""
 
     name: str
-    state: State
+    state: Health
     found: str
     advice: str = ""
 
 
-def examine(host: Host) -> list[Row]:
+def examine(host: Host) -> list[Finding]:
     """All rows, in the order in which things matter."""
     return [row for check in CHECKS for row in check(host)]
 
 
-def _kernel(host: Host) -> Iterator[Row]:
+def _kernel(host: Host) -> Iterator[Finding]:
     kernel = host.kernel
     found = f"Linux {kernel.release}, {kernel.machine}"
     if not kernel.has_sealed_memfd:
-        yield Row(
+        yield Finding(
             "kernel",
-            State.BAD,
+            Health.BAD,
             f"{found}, without sealed shared memory (memfd_create)",
             "run Linux 3.17 or newer, and a sandbox that allows memfd_create.",
         )
     elif not kernel.has_populate:
-        yield Row(
+        yield Finding(
             "kernel",
-            State.NOTE,
+            Health.NOTE,
             f"{found}, without MADV_POPULATE",
             "Linux 5.14 or newer clears and maps the arena faster.",
         )
     else:
-        yield Row("kernel", State.OK, found)
+        yield Finding("kernel", Health.OK, found)
 
 
-def _huge_pages(host: Host) -> Iterator[Row]:
+def _huge_pages(host: Host) -> Iterator[Finding]:
     chosen = host.kernel.shmem_huge_pages
     if chosen is None:
-        yield Row(
+        yield Finding(
             "huge pages",
-            State.NOTE,
+            Health.NOTE,
             "this kernel has none for shared memory",
             "a newer kernel offers them; without, reading takes a few per cent longer.",
         )
     elif chosen in {"never", "deny"}:
-        yield Row(
+        yield Finding(
             "huge pages",
-            State.NOTE,
+            Health.NOTE,
             f"shmem_enabled is {chosen}",
             "as root, before the daemon starts: echo advise > "
             "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
         )
     else:
-        yield Row("huge pages", State.OK, f"shmem_enabled is {chosen}")
+        yield Finding("huge pages", Health.OK, f"shmem_enabled is {chosen}")
 
 
-def _locking(host: Host) -> Iterator[Row]:
+def _locking(host: Host) -> Iterator[Finding]:
     limit = host.memory.lock_bytes
     if limit is None:
-        yield Row("locked memory", State.OK, "unlimited")
+        yield Finding("locked memory", Health.OK, "unlimited")
     else:
-        yield Row(
+        yield Finding(
             "locked memory",
-            State.NOTE,
+            Health.NOTE,
             f"at most {format_bytes(limit)}",
             "what is not locked may be swapped out: `ulimit -l unlimited` in the daemon's "
             "shell, LimitMEMLOCK=infinity in its unit, or --ulimit memlock=-1 for its "
@@ -97,47 +97,47 @@ def _locking(host: Host) -> Iterator[Row]:
         )
 
 
-def _memory(host: Host) -> Iterator[Row]:
+def _memory(host: Host) -> Iterator[Finding]:
     memory, pack = host.memory, host.disk.pack
     found = f"{format_bytes(memory.available_bytes)} free of {format_bytes(memory.limit_bytes)}"
     if memory.limit_bytes < memory.host_bytes:
         found += f" (its control group's limit; the host has {format_bytes(memory.host_bytes)})"
     if pack is not None and pack.working_set_bytes > memory.available_bytes:
-        yield Row(
+        yield Finding(
             "memory",
-            State.BAD,
+            Health.BAD,
             f"{found}; one token of the pack uses {format_bytes(pack.working_set_bytes)}",
             "end what uses it, raise the control group's limit, or pack with fewer bits "
             "(--scheme paper-2bit).",
         )
     elif pack is not None and pack.expert_bytes > memory.available_bytes:
-        yield Row(
+        yield Finding(
             "memory",
-            State.NOTE,
+            Health.NOTE,
             f"{found}; the pack's experts take {format_bytes(pack.expert_bytes)}",
             "what does not fit is read from disk; `expert-run advise` says how fast that is.",
         )
     else:
-        yield Row("memory", State.OK, found)
+        yield Finding("memory", Health.OK, found)
 
 
-def _disk(host: Host) -> Iterator[Row]:
+def _disk(host: Host) -> Iterator[Finding]:
     disk = host.disk
     found = f"{disk.path}: {format_bytes(disk.free_bytes)} free"
     if disk.has_direct_io is False:
-        yield Row(
+        yield Finding(
             "disk",
-            State.NOTE,
+            Health.NOTE,
             f"{found}, cannot be read past the page cache (O_DIRECT)",
             "put packs on a local disk (ext4, xfs): here each record takes RAM twice until "
             "the page cache gives way.",
         )
     else:
-        yield Row("disk", State.OK, found + (", O_DIRECT" if disk.has_direct_io else ""))
+        yield Finding("disk", Health.OK, found + (", O_DIRECT" if disk.has_direct_io else ""))
     if disk.pack_error:
-        yield Row(
+        yield Finding(
             "pack",
-            State.BAD,
+            Health.BAD,
             disk.pack_error,
             "make it with `expertd pack`, or copy it again; `expertd verify` reads all of it.",
         )
@@ -145,38 +145,38 @@ def _disk(host: Host) -> Iterator[Row]:
         rate = disk.pack.read_rate
         size = format_bytes(disk.pack.expert_bytes)
         if rate is None:
-            yield Row(
+            yield Finding(
                 "pack",
-                State.BAD,
+                Health.BAD,
                 f"{size} of experts, which cannot be read",
                 f"see why: {command('expertd', 'verify', disk.path)}",
             )
         else:
             slow = rate < SLOW_DISK
-            yield Row(
+            yield Finding(
                 "pack",
-                State.NOTE if slow else State.OK,
+                Health.NOTE if slow else Health.OK,
                 f"{size} of experts, read at {rate / 1e9:.1f} GB/s",
                 "give RAM for all experts, or move the pack to an NVMe drive." * slow,
             )
 
 
-def _gpu(host: Host) -> Iterator[Row]:
+def _gpu(host: Host) -> Iterator[Finding]:
     driver = host.driver
     if driver is None:
-        yield Row("GPU", State.OK, "none; workers compute on the CPU")
-        yield Row("registration", State.OK, "none")
+        yield Finding("GPU", Health.OK, "none; workers compute on the CPU")
+        yield Finding("registration", Health.OK, "none")
         return
     if driver.error or not driver.gpus:
         said = driver.error or "it shows no GPU to this process"
-        yield Row(
+        yield Finding(
             "GPU",
-            State.NOTE,
+            Health.NOTE,
             f"driver for CUDA {driver.version}: {said}",
             "nvidia-smi and CUDA_VISIBLE_DEVICES say which there are; a container needs "
             "--gpus all. Workers on the CPU do without.",
         )
-        yield Row("registration", State.OK, "none")
+        yield Finding("registration", Health.OK, "none")
         return
     for number, gpu in enumerate(driver.gpus):
         major, minor = gpu.capability
@@ -185,42 +185,42 @@ def _gpu(host: Host) -> Iterator[Row]:
             f"driver for CUDA {driver.version}"
         )
         if gpu.capability < MIN_CAPABILITY:
-            yield Row(
+            yield Finding(
                 f"GPU {number}",
-                State.NOTE,
+                Health.NOTE,
                 found,
                 "bfloat16 needs 8.0 (Ampere) or newer: use --device cpu.",
             )
         else:
-            yield Row(f"GPU {number}", State.OK, found)
+            yield Finding(f"GPU {number}", Health.OK, found)
         if gpu.can_register_read_only:
-            yield Row("registration", State.OK, "the arena can be registered read-only")
+            yield Finding("registration", Health.OK, "the arena can be registered read-only")
         elif gpu.can_register:
-            yield Row(
+            yield Finding(
                 "registration",
-                State.NOTE,
+                Health.NOTE,
                 "of writable memory only, the driver says",
                 "if a worker says that it copies through a buffer, name its user in "
                 "writable_uids (docs/gpu-hosts.md says what that allows).",
             )
         else:
-            yield Row(
+            yield Finding(
                 "registration",
-                State.NOTE,
+                Health.NOTE,
                 "not possible, the driver says",
                 "experts are copied through a buffer, slower; a newer driver may do it.",
             )
 
 
-def _versions(host: Host) -> Iterator[Row]:
+def _versions(host: Host) -> Iterator[Finding]:
     missing = [name for name, version in host.versions.items() if version is None]
     for name, version in host.versions.items():
         wanted = host.wanted.get(name, "")
         if version is None:
             needed = name not in _COMPUTE
-            yield Row(
+            yield Finding(
                 name,
-                State.BAD if needed else State.NOTE,
+                Health.BAD if needed else Health.NOTE,
                 "not installed",
                 "pip install expertd brings it."
                 if needed
@@ -228,50 +228,50 @@ def _versions(host: Host) -> Iterator[Row]:
                 "pip install expertd where its dependencies may come along.",
             )
         elif not is_within(version, wanted):
-            yield Row(
+            yield Finding(
                 name,
-                State.NOTE,
+                Health.NOTE,
                 f"{version}; tested with {wanted}",
                 f"pip install {command(name + wanted)}",
             )
         else:
-            yield Row(name, State.OK, version)
+            yield Finding(name, Health.OK, version)
     if host.kernels.variant:
-        yield Row("native kernels", State.OK, host.kernels.variant)
+        yield Finding("native kernels", Health.OK, host.kernels.variant)
     elif not {*missing} & {*_COMPUTE}:
-        yield Row(
+        yield Finding(
             "native kernels",
-            State.NOTE,
+            Health.NOTE,
             f"none: {host.kernels.reason}",
             "workers on the CPU compute a hundred times slower: install a C++ compiler "
             "(GCC 9 or newer) and build them (make native).",
         )
 
 
-def _place(host: Host) -> Iterator[Row]:
+def _place(host: Host) -> Iterator[Finding]:
     place = host.place
     if place.answer == "serving":
-        yield Row("daemon", State.OK, f"serves at {place.path}")
+        yield Finding("daemon", Health.OK, f"serves at {place.path}")
     elif place.answer:
-        yield Row(
+        yield Finding(
             "daemon",
-            State.NOTE,
+            Health.NOTE,
             f"{place.answer} at {place.path}",
             "it is stopping: wait, or look at its log.",
         )
     elif not place.may_serve:
         other = command("--socket", place.other or "DIR")
-        yield Row(
+        yield Finding(
             "daemon",
-            State.BAD,
+            Health.BAD,
             f"none answers at {place.path}, nor may this user serve there",
             f"give {other} to every command, or ask the host's administrator for a daemon.",
         )
     else:
-        yield Row("daemon", State.OK, f"none answers at {place.path}, where one may serve")
+        yield Finding("daemon", Health.OK, f"none answers at {place.path}, where one may serve")
 
 
-CHECKS: tuple[Callable[[Host], Iterator[Row]], ...] = (
+CHECKS: tuple[Callable[[Host], Iterator[Finding]], ...] = (
     _kernel,
     _memory,
     _locking,

@@ -86,7 +86,7 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Place:
+class DaemonPlace:
     """The socket directory that the commands would use."""
 
     path: Path
@@ -114,4 +114,4 @@ class Host:
     wanted: Mapping[str, str] = field(default_factory=dict)
     """Their ranges, as expertd's own metadata give them."""
     kernels: Kernels = Kernels("")
-    place: Place = Place(Path(), "")
+    place: DaemonPlace = DaemonPlace(Path(), "")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from expertd.disk.record_file import RecordFile
 from expertd.doctor.gpu import find_driver
-from expertd.doctor.host import Disk, Host, Kernel, Kernels, Memory, PackOnDisk, Place
+from expertd.doctor.host import DaemonPlace, Disk, Host, Kernel, Kernels, Memory, PackOnDisk
 from expertd.settings.config import ServeConfig
 from expertstore.errors import PackError
 from expertstore.native import load
@@ -33,7 +33,7 @@ _READ_BYTES = 2 << 20
 _CAP_IPC_LOCK = 1 << 14
 
 
-def look(path: Path | None, place: Place) -> Host:
+def look(path: Path | None, place: DaemonPlace) -> Host:
     """At the host, and the pack or the disk at ``path`` (by default of the current directory)."""
     return Host(
         _kernel(),

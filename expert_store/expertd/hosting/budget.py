@@ -6,7 +6,7 @@ Only sums; where the bytes lie is :mod:`expertd.hosting.slots`' business.
 from collections.abc import Mapping, Sequence
 
 from expertd.hosting.hosted_model import HostedModel
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertstore.errors import CapacityError, ConfigError
 from expertstore.pack.manifest import Manifest
 from expertstore.sizes import format_bytes, parse_bytes, size_to_give
@@ -52,7 +52,7 @@ class Budget:
         most = model.limits.max_bytes
         return 0 if most is None else max(0, model.arena_bytes + num_bytes - most)
 
-    def check_model(self, name: str, manifest: Manifest, limits: Limits, pinned: int) -> None:
+    def check_model(self, name: str, manifest: Manifest, limits: ModelLimits, pinned: int) -> None:
         """Whether a model fits beside the others, if it has ``pinned`` bytes pinned.
 
         Raises :class:`ConfigError` too, for a minimum that the model cannot have.

@@ -21,7 +21,7 @@ from expertd.memory.extents import Extent
 from expertd.memory.memfd import SharedMemory
 from expertd.memory.reclaim import Reclaimer
 from expertd.residency import DEFAULT_POLICY, Entries, make_policy
-from expertd.settings.limits import NO_LIMITS, Limits, pinned_entries
+from expertd.settings.limits import NO_LIMITS, ModelLimits, pinned_entries
 from expertstore.errors import NotFoundError
 from expertstore.pack.manifest import Fingerprinted, Layer
 from expertstore.shared.directory import Directory, pack_word, unpack_word
@@ -38,7 +38,7 @@ class ModelState(Enum):
     UNLOADING = auto()
 
 
-class Place(NamedTuple):
+class DiskPlace(NamedTuple):
     """Where a record lies on disk."""
 
     file: RecordFile
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     checksum: str
 
 
-class Record(NamedTuple):
+class RecordKey(NamedTuple):
     """One expert's record of a model."""
 
     model: "HostedModel"
@@ -69,7 +69,7 @@ class Counters:
     """What happened to a model since it was loaded.
 
     All but ``host_hits`` only grow; that one may drop by a worker's last few accesses, when
-    their misses are seen later than they are (:meth:`expertd.hosting.session.Session.refresh`).
+    their misses are seen later than they are (:meth:`.hosted_session.HostedSession.refresh`).
     """
 
     host_hits: int = 0
@@ -116,7 +116,7 @@ class HostedModel:
         files: Sequence[RecordFile],
         memory: SharedMemory,
         policy: str = DEFAULT_POLICY,
-        limits: Limits = NO_LIMITS,
+        limits: ModelLimits = NO_LIMITS,
         disk: DiskChoice = DEFAULT_DISK,
     ) -> None:
         self.limits, self.disk = limits, disk
@@ -130,7 +130,7 @@ class HostedModel:
         self.watches: list[TouchWatch] = []
         self.num_reads = 0
         self._rows: dict[int, tuple[Layer, int]] = {}
-        self._places: list[Place] = []
+        self._places: list[DiskPlace] = []
         self._record_bytes: list[int] = []
         self._experts: list[tuple[int, int]] = []
         for layer in self.manifest.layers:
@@ -138,7 +138,7 @@ class HostedModel:
             size = self.manifest.layouts[layer.layout].record_bytes
             for expert in range(layer.num_experts):
                 file = files[layer.files[expert]]
-                place = Place(file, layer.offsets[expert], layer.checksums[expert])
+                place = DiskPlace(file, layer.offsets[expert], layer.checksums[expert])
                 self._places.append(place)
                 self._record_bytes.append(size)
                 self._experts.append((layer.layer, expert))
@@ -246,7 +246,7 @@ class HostedModel:
         """The (layer, expert) of an entry."""
         return self._experts[entry]
 
-    def place(self, entry: int) -> Place:
+    def place(self, entry: int) -> DiskPlace:
         """Where the entry's record lies on disk."""
         return self._places[entry]
 

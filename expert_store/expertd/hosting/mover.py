@@ -5,18 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from expertd.hosting.compaction import next_move
-from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.hosted_model import HostedModel, RecordKey
 from expertd.memory.extents import Extent, Extents
 
 
-class Kept(NamedTuple):
+class KeptRecord(NamedTuple):
     """A resident record that must not be evicted, but may move.
 
     ``num_holds``: how many holds do not hinder that. ``may_reload``: if it cannot be moved, it
     may be evicted and read again.
     """
 
-    record: Record
+    record: RecordKey
     num_holds: int
     may_reload: bool
 
@@ -38,13 +38,13 @@ class Mover:
         """Whether a thread is copying."""
         return bool(self._tasks)
 
-    async def step(self, kept: Sequence[Kept]) -> bool | Record:
+    async def step(self, kept: Sequence[KeptRecord]) -> bool | RecordKey:
         """Moves one record, or makes room for that; False if there is nothing to do but wait.
 
         Where none can be moved, one is evicted that may be read again: it is the result. Call it
         when all that lies in the arena is ``kept`` or can be evicted, and while nobody allocates.
         """
-        rows: list[tuple[Extent, Kept]] = []
+        rows: list[tuple[Extent, KeptRecord]] = []
         for each in kept:
             model, entry = each.record
             extent = model.extent(entry)
@@ -87,7 +87,7 @@ class Mover:
                 cleared = True
         return cleared
 
-    async def _move(self, kept: Kept, target: Extent) -> None:
+    async def _move(self, kept: KeptRecord, target: Extent) -> None:
         """Copies a record into ``target``, which is allocated, and shows it there."""
         model, entry = kept.record
         source = model.extent(entry)

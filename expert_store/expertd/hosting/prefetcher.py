@@ -9,7 +9,7 @@ from typing import Protocol
 
 from expertd.disk.loader import Loader
 from expertd.hosting.hosted_model import HostedModel, Load, ModelState
-from expertd.hosting.session import Session
+from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.slots import Slots
 from expertd.log import log_failure
 from expertd.memory.extents import Extent
@@ -29,7 +29,7 @@ class StartLoad(Protocol):
 
 @dataclass(eq=False)
 class _Hint:
-    session: Session
+    session: HostedSession
     priority: int
     entries: deque[int]
     num_failures: int = 0
@@ -45,9 +45,9 @@ class Prefetcher:
     def __init__(self, slots: Slots, start_load: StartLoad, loader: Loader, depth: int) -> None:
         self._slots, self._start_load, self._loader = slots, start_load, loader
         self._max_loads = 2 * depth
-        self._hints: dict[Session, _Hint] = {}
-        self._loads: dict[Load, Session] = {}
-        self._turns: dict[Session, int] = {}
+        self._hints: dict[HostedSession, _Hint] = {}
+        self._loads: dict[Load, HostedSession] = {}
+        self._turns: dict[HostedSession, int] = {}
         """Per session, the number of its last turn."""
         self._num_turns = 0
         self._to_spare: dict[HostedModel, int] = {}
@@ -55,7 +55,7 @@ class Prefetcher:
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
-    def hint(self, session: Session, entries: list[int], priority: int) -> int:
+    def hint(self, session: HostedSession, entries: list[int], priority: int) -> int:
         """Replaces the session's hint; returns how many of it are neither resident nor loading."""
         model = session.model
         self._supersede(session, set(entries))
@@ -67,7 +67,7 @@ class Prefetcher:
             self._wake.set()
         return len(absent)
 
-    def drop(self, session: Session) -> None:
+    def drop(self, session: HostedSession) -> None:
         """Forgets what the session hinted at and nobody has begun to read."""
         self._supersede(session, ())
         self._turns.pop(session, None)
@@ -78,7 +78,7 @@ class Prefetcher:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    def _supersede(self, session: Session, wanted: Collection[int]) -> None:
+    def _supersede(self, session: HostedSession, wanted: Collection[int]) -> None:
         self._hints.pop(session, None)
         for load in [load for load, owner in self._loads.items() if owner is session]:
             # A load that demand has joined is no longer a hint's to withdraw.

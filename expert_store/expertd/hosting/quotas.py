@@ -11,8 +11,8 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from expertd.hosting.hosted_model import Record
-from expertd.hosting.session import Kept, Session
+from expertd.hosting.hosted_model import RecordKey
+from expertd.hosting.hosted_session import HostedSession, UserTally
 from expertstore.errors import CapacityError, SessionLostError
 from expertstore.sizes import format_bytes
 
@@ -34,7 +34,7 @@ class Quotas:
         wait_seconds: float,
     ) -> None:
         self._quotas, self._default = quotas, default
-        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
+        self._kept: weakref.WeakValueDictionary[int, UserTally] = weakref.WeakValueDictionary()
         self._refresh = refresh
         self._wait_seconds = wait_seconds
         self._turns: dict[int, asyncio.Lock] = {}
@@ -43,19 +43,19 @@ class Quotas:
         """What that user may keep, in bytes."""
         return self._quotas.get(uid, self._default)
 
-    def kept_by(self, uid: int) -> Kept:
+    def kept_by(self, uid: int) -> UserTally:
         """What the sessions of that user keep; to be given to each of them."""
-        return self._kept.setdefault(uid, Kept())
+        return self._kept.setdefault(uid, UserTally())
 
     @asynccontextmanager
-    async def admitted(self, session: Session, entries: Sequence[int]) -> AsyncIterator[None]:
+    async def admitted(self, session: HostedSession, entries: Sequence[int]) -> AsyncIterator[None]:
         """Counts ``entries`` of the session's model as kept inside the ``with``.
 
         Waits until they may be. Raises :class:`CapacityError` if they never may, or not in time.
         """
         quota = self.of(session.uid)
         if quota is not None:
-            asked = {Record(session.model, entry) for entry in entries}
+            asked = {RecordKey(session.model, entry) for entry in entries}
             self._check(session, quota, asked)
             try:
                 async with (
@@ -68,7 +68,7 @@ class Quotas:
         with session.asks(entries):
             yield
 
-    async def _wait(self, session: Session, quota: int, asked: set[Record]) -> None:
+    async def _wait(self, session: HostedSession, quota: int, asked: set[RecordKey]) -> None:
         while self._exceeds(session, quota, asked):
             self._check(session, quota, asked)
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -76,13 +76,13 @@ class Quotas:
             if session.closed:
                 raise SessionLostError("the session ended while it waited.")
 
-    def _exceeds(self, session: Session, quota: int, asked: set[Record]) -> bool:
+    def _exceeds(self, session: HostedSession, quota: int, asked: set[RecordKey]) -> bool:
         kept = self.kept_by(session.uid).all
         new = [record for record in asked if record not in kept]
         return kept.num_bytes + _size(new) > quota
 
     def _check(
-        self, session: Session, quota: int, asked: set[Record], *, in_time: bool = False
+        self, session: HostedSession, quota: int, asked: set[RecordKey], *, in_time: bool = False
     ) -> None:
         """Raises if ``asked`` do not fit beside what no waiting will end.
 
@@ -113,5 +113,5 @@ class Quotas:
         )
 
 
-def _size(records: Collection[Record]) -> int:
+def _size(records: Collection[RecordKey]) -> int:
     return sum(model.record_bytes(entry) for model, entry in records)

@@ -17,10 +17,10 @@ from xxhash import xxh3_64_hexdigest
 
 from expertd.disk.loader import Loader, ReadJob, read_verified
 from expertd.hosting.hosted_model import HostedModel, Load, ModelState
+from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.patience import seconds_of_patience
 from expertd.hosting.prefetcher import Prefetcher
 from expertd.hosting.quotas import Quotas
-from expertd.hosting.session import Session
 from expertd.hosting.slots import NoSlotError, Slots
 from expertd.log import log, log_error
 from expertd.memory.arena import Arena
@@ -70,7 +70,7 @@ class Records:
 
     async def fetch(
         self,
-        session: Session,
+        session: HostedSession,
         entries: Sequence[int],
         number: int,
         max_in_pack: int = 0,
@@ -127,7 +127,7 @@ class Records:
         model.counters.fetch_seconds.observe(time.monotonic() - began)
         return fetched
 
-    async def pin(self, session: Session, entries: Sequence[int]) -> int:
+    async def pin(self, session: HostedSession, entries: Sequence[int]) -> int:
         """Makes records resident and keeps them so; returns how many are newly pinned."""
         pinned: list[int] = []
         try:
@@ -162,12 +162,12 @@ class Records:
         seconds = round(self._loop.time() - began, 1)
         log("pinned records read", model=model.name, records=len(model.pins), seconds=seconds)
 
-    def prefetch(self, session: Session, entries: Sequence[int], priority: int) -> int:
+    def prefetch(self, session: HostedSession, entries: Sequence[int], priority: int) -> int:
         """Takes a hint, in place of the session's last; returns how many reads it may start."""
         self._check_serving(session.model)
         return self._prefetcher.hint(session, list(dict.fromkeys(entries)), priority)
 
-    def expect(self, session: Session, entries: Sequence[int]) -> None:
+    def expect(self, session: HostedSession, entries: Sequence[int]) -> None:
         """Begins to read what the session is about to fetch, as far as there is room at once.
 
         Nothing is leased by it. The call that asks for them takes a millisecond or two to come,
@@ -193,7 +193,7 @@ class Records:
         # To its end, even if the caller goes away: a thread is at the model's bytes and files.
         return await asyncio.shield(asyncio.create_task(self._read(model, entry)))
 
-    def drop_hint(self, session: Session) -> None:
+    def drop_hint(self, session: HostedSession) -> None:
         """Forgets what the session hinted at."""
         self._prefetcher.drop(session)
 
@@ -267,7 +267,7 @@ class Records:
 
     async def _make_resident(
         self,
-        session: Session,
+        session: HostedSession,
         claim: Callable[[], Sequence[int]],
         *,
         to_pin: bool = False,
@@ -302,7 +302,7 @@ class Records:
         _check_open(session)
         return len(loads)
 
-    def _claim(self, session: Session, wanted: list[int], held: list[int]) -> list[int]:
+    def _claim(self, session: HostedSession, wanted: list[int], held: list[int]) -> list[int]:
         model = session.model
         budget = self._slots.budget
         count = sum(entry not in model.pinned for entry in wanted)
@@ -319,7 +319,9 @@ class Records:
         held += wanted
         return wanted
 
-    def _claim_pins(self, session: Session, entries: Sequence[int], pinned: list[int]) -> list[int]:
+    def _claim_pins(
+        self, session: HostedSession, entries: Sequence[int], pinned: list[int]
+    ) -> list[int]:
         model = session.model
         wanted = [entry for entry in dict.fromkeys(entries) if entry not in session.pins]
         new = [entry for entry in wanted if entry not in model.pinned]
@@ -411,6 +413,6 @@ class Records:
         )
 
 
-def _check_open(session: Session) -> None:
+def _check_open(session: HostedSession) -> None:
     if session.closed:
         raise SessionLostError("the session ended while it waited.")

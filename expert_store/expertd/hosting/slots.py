@@ -17,9 +17,9 @@ import numpy as np
 
 from expertd.hosting.budget import Budget
 from expertd.hosting.eviction import choose_victims
-from expertd.hosting.hosted_model import HostedModel, Record
-from expertd.hosting.mover import Kept, Mover
-from expertd.hosting.session import Session
+from expertd.hosting.hosted_model import HostedModel, RecordKey
+from expertd.hosting.hosted_session import HostedSession
+from expertd.hosting.mover import KeptRecord, Mover
 from expertd.memory.extents import Extent, Extents
 from expertd.residency import Entries
 
@@ -46,8 +46,8 @@ class Slots:
         budget: Budget,
         copy: Callable[[Extent, Extent], None],
         models: dict[str, HostedModel],
-        sessions: dict[str, Session],
-        cut_off: Callable[[Session], None],
+        sessions: dict[str, HostedSession],
+        cut_off: Callable[[HostedSession], None],
         stall_seconds: float,
     ) -> None:
         self.extents = Extents(budget.num_bytes)
@@ -102,7 +102,7 @@ class Slots:
         *,
         to_pin: bool = False,
         until: float | None = None,
-    ) -> list[tuple[Record, Extent]]:
+    ) -> list[tuple[RecordKey, Extent]]:
         """Extents for missing records of a model, evicting the coldest of all models for them.
 
         ``own`` says how often the caller holds what it wants of the model, besides pinning it.
@@ -115,7 +115,7 @@ class Slots:
         long as the caller lets it; cancelled, it leaves nothing allocated. Raises
         :class:`NoSlotError` where it would have to wait for them past ``until``.
         """
-        wanted = [Record(model, entry) for entry in missing]
+        wanted = [RecordKey(model, entry) for entry in missing]
         loop, spare = asyncio.get_running_loop(), list[int]()
         pause, seen, seen_at, on_its_way = _FIRST_PAUSE_SECONDS, (-1, -1, -1), 0.0, False
         while True:
@@ -142,7 +142,7 @@ class Slots:
                 continue  # no session could read them: no need to wait
             if not on_its_way and self._is_stuck():
                 step = await self.mover.step(self._kept(model, own or {}))
-                if isinstance(step, Record):
+                if isinstance(step, RecordKey):
                     wanted.append(step)
                 if step:
                     seen_at, pause = 0.0, _FIRST_PAUSE_SECONDS
@@ -245,7 +245,7 @@ class Slots:
         return self.extents.bytes_total - start >= self._largest_record_bytes
 
     def _allocate(
-        self, model: HostedModel, wanted: Sequence[Record], sizes: Sequence[int]
+        self, model: HostedModel, wanted: Sequence[RecordKey], sizes: Sequence[int]
     ) -> list[Extent] | None:
         if self.budget.over_max(model, _bytes_of(model, wanted)):
             return None
@@ -321,19 +321,19 @@ class Slots:
             candidates = model.heat.dispensable(candidates, 1 + model.num_sessions)
         return model.heat.coldest(candidates)
 
-    def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[Kept]:
+    def _kept(self, model: HostedModel, own: Mapping[int, int]) -> list[KeptRecord]:
         """What is in the way of a model's records: pinned, its caller's own, and guarded ones."""
-        kept: list[Kept] = []
+        kept: list[KeptRecord] = []
         for other in self._models.values():
             for entry in other.held().tolist():
-                record = Record(other, entry)
+                record = RecordKey(other, entry)
                 mine = own.get(entry) if other is model else None
                 num_holds = other.pinned.count(entry) + (mine or 0)
-                kept.append(Kept(record, num_holds, mine is not None and num_holds == 1))
+                kept.append(KeptRecord(record, num_holds, mine is not None and num_holds == 1))
             if other is not model:
                 coldest = self._coldest(other)
                 guarded = coldest[len(_beyond_minimum(other, coldest)) :]
-                kept += [Kept(Record(other, entry), 0, True) for entry in guarded.tolist()]
+                kept += [KeptRecord(RecordKey(other, entry), 0, True) for entry in guarded.tolist()]
         return kept
 
     def _share_time(self) -> None:
@@ -360,7 +360,7 @@ class Slots:
     def _epochs(self, model: HostedModel) -> Iterable[int]:
         return [session.page.epoch for session in self._readers(model)]
 
-    def _readers(self, model: HostedModel) -> list[Session]:
+    def _readers(self, model: HostedModel) -> list[HostedSession]:
         """Who may be reading. Not who has only attached, be it a thousand times."""
         return [
             session
@@ -368,7 +368,7 @@ class Slots:
             if session.is_worker and session.model is model and session.has_called
         ]
 
-    def _laggards(self) -> list[Session]:
+    def _laggards(self) -> list[HostedSession]:
         """Sessions that hold back retired records, or have fetched ones leased."""
         return [
             session
@@ -391,7 +391,7 @@ class Slots:
                 session.nudge()
 
 
-def _bytes_of(model: HostedModel, records: Iterable[Record]) -> int:
+def _bytes_of(model: HostedModel, records: Iterable[RecordKey]) -> int:
     return sum(other.record_bytes(entry) for other, entry in records if other is model)
 
 

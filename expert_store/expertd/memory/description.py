@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from expertd.memory.memfd import SharedMemory
 from expertd.settings.disk_io import DiskIo
-from expertd.settings.limits import NO_LIMITS, Limits
+from expertd.settings.limits import NO_LIMITS, ModelLimits
 from expertstore.errors import ConfigError
 from expertstore.shared.directory import PAGE_BYTES, Directory, DirectoryView, directory_bytes
 
@@ -38,7 +38,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     arena: int
     origin: Origin
-    limits: Limits = NO_LIMITS
+    limits: ModelLimits = NO_LIMITS
     """Those that it was loaded with; changes at run time last as long as the daemon."""
     disk_io: DiskIo | None = None
     """How it is to be read; None: as the configuration says."""

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertd.packing import fp8
+from expertd.packing.checkpoint_files import CONFIG_NAME, quantization_method, read_config
 from expertd.packing.mxfp4 import METHOD as MXFP4
-from expertd.packing.source import CONFIG_NAME, quantization_method, read_config
 from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import GateOrder
 

@@ -24,19 +24,19 @@ from transformers.core_model_loading import WeightConverter
 
 from expertd.packing import fp8
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
-from expertd.packing.mxfp4 import BITS_PER_WEIGHT, Mxfp4Weight
-from expertd.packing.quantizer import scale_type
-from expertd.packing.scratch import Scratch
-from expertd.packing.sorting import Sorter
-from expertd.packing.source import (
+from expertd.packing.checkpoint_files import (
     MXFP4_BLOCKS,
     MXFP4_SCALES,
-    SourceTensor,
+    CheckpointTensor,
     find_tensors,
     fingerprint,
     quantization_method,
     read_config,
 )
+from expertd.packing.mxfp4 import BITS_PER_WEIGHT, Mxfp4Weight
+from expertd.packing.quantizer import scale_type
+from expertd.packing.scratch import Scratch
+from expertd.packing.sorting import Sorter
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
@@ -113,14 +113,14 @@ class Checkpoint:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def read(self, tensor: SourceTensor, scratch: Scratch | None = None) -> Tensor:
+    def read(self, tensor: CheckpointTensor, scratch: Scratch | None = None) -> Tensor:
         """The whole tensor, of type :meth:`type_of`. Raises :class:`CheckpointError`."""
         buffer = (scratch or Scratch()).take(tensor.entry.num_bytes)
         values = self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
         scale = self._scales.get(tensor.name)
         return values if scale is None else self._dequantize(values, self.read(scale))
 
-    def type_of(self, tensor: SourceTensor) -> str:
+    def type_of(self, tensor: CheckpointTensor) -> str:
         """As what the tensor is read, in safetensors' names: FP8 as 16-bit weights."""
         return self.dtype if tensor.name in self._scales else tensor.entry.dtype
 
@@ -185,13 +185,13 @@ class Checkpoint:
         is_unusual = any(scale_type(median, bits) != "F16" for median in medians)
         return "BF16" if is_unusual else "F16"
 
-    def trunk_scale_type(self, tensor: SourceTensor, bits: int) -> str:
+    def trunk_scale_type(self, tensor: CheckpointTensor, bits: int) -> str:
         """The same for a matrix of the trunk."""
         if tensor.name in self._scales:
             return scale_type(_largest(self.read(tensor)), bits)
         return scale_type(self._sample(tensor, False, 0), bits)
 
-    def _sample(self, tensor: SourceTensor, is_fused: bool, expert: int) -> float:
+    def _sample(self, tensor: CheckpointTensor, is_fused: bool, expert: int) -> float:
         """The largest of the first weights of a tensor, or of an expert's in it."""
         num_bytes = tensor.entry.num_bytes // (tensor.entry.shape[0] if is_fused else 1)
         buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
@@ -201,7 +201,9 @@ class Checkpoint:
         """Whether both matrices of the module's experts come in MXFP4."""
         return all(self._parameters[name].is_mxfp4 for name in module.parameters()[:2])
 
-    def pieces(self, module: ExpertsModule, expert: int) -> Iterator[tuple[SourceTensor, Tensor]]:
+    def pieces(
+        self, module: ExpertsModule, expert: int
+    ) -> Iterator[tuple[CheckpointTensor, Tensor]]:
         """Each tensor that holds something of the expert, and what of it is the expert's.
 
         As the files have it: blocks, FP8 and the scales of these are tensors of their own.
@@ -215,11 +217,11 @@ class Checkpoint:
                     buffer = Scratch().take(num_bytes)
                     yield each, self._read_slice(each, expert * num_bytes * is_fused, buffer)
 
-    def is_scaled(self, tensor: SourceTensor) -> bool:
+    def is_scaled(self, tensor: CheckpointTensor) -> bool:
         """Whether it is in FP8, and read as what it is with its scales."""
         return tensor.name in self._scales
 
-    def trunk_pieces(self, source: SourceTensor) -> Iterator[tuple[SourceTensor, Tensor]]:
+    def trunk_pieces(self, source: CheckpointTensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
         """A tensor of the trunk, and that of its scales, as the files have them."""
         for each in (source, self._scales.get(source.name)):
             if each is not None:
@@ -268,7 +270,7 @@ class Checkpoint:
             result = self._convert(parameter.converter, name, slices)
         return result[0]
 
-    def _slice_fused(self, tensor: SourceTensor, expert: int, scratch: Scratch) -> Tensor:
+    def _slice_fused(self, tensor: CheckpointTensor, expert: int, scratch: Scratch) -> Tensor:
         """One expert's piece of a tensor of all experts, in the tensor's dtype."""
         shape = tensor.entry.shape
         num_bytes = tensor.entry.num_bytes // shape[0]
@@ -279,7 +281,7 @@ class Checkpoint:
             return values
         return self._dequantize(values, self._slice_fused(scale, expert, scratch))
 
-    def _read_stacked(self, pieces: Sequence[SourceTensor], scratch: Scratch) -> Tensor:
+    def _read_stacked(self, pieces: Sequence[CheckpointTensor], scratch: Scratch) -> Tensor:
         """Matrices of equal width and type, one below the other."""
         if pieces[0].name in self._scales:
             return torch.cat([self.read(piece, scratch) for piece in pieces])
@@ -307,7 +309,7 @@ class Checkpoint:
         fused: Tensor = result[0] if isinstance(result, list) else result
         return fused
 
-    def _read_slice(self, tensor: SourceTensor, begin: int, buffer: Tensor) -> Tensor:
+    def _read_slice(self, tensor: CheckpointTensor, begin: int, buffer: Tensor) -> Tensor:
         """``buffer`` (uint8), filled from the tensor's byte ``begin``, in its dtype."""
         dtype = TORCH_DTYPES.get(tensor.entry.dtype)
         if tensor.name in self._scales:

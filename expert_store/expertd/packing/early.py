@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from expertd.packing.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_config
 from expertd.packing.schemes import Precision, Scheme
-from expertd.packing.source import INDEX_NAME, SINGLE_NAME, read_config
 from expertstore.command_line import command
 from expertstore.errors import CheckpointError, ConfigError, PackError
 from expertstore.pack.layout import Encoding

@@ -10,7 +10,7 @@ from torch import Tensor
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.finite import flaw, flaws
 from expertd.packing.mxfp4 import Mxfp4Weight
-from expertd.packing.plan import ExpertStep, Step, TrunkStep
+from expertd.packing.plan import ExpertStep, PackingStep, TrunkStep
 from expertd.packing.quantizer import quantize_to
 from expertd.packing.scratch import Scratch
 from expertd.packing.solver import Solver
@@ -36,7 +36,7 @@ class Encoder:
     solver: Solver
     optimize: bool
 
-    def encode(self, step: Step, scratch: Scratch) -> Encoded:
+    def encode(self, step: PackingStep, scratch: Scratch) -> Encoded:
         """The bytes that a step writes, in ``scratch``: a padded record, or a tensor of the trunk.
 
         Raises :class:`CheckpointError`.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from expertd.packing.source import MXFP4_SCALES, SourceTensor
+from expertd.packing.checkpoint_files import MXFP4_SCALES, CheckpointTensor
 from expertstore.pack.codec import E8M0_NAN
 
 
@@ -34,7 +34,7 @@ def flaw(values: Tensor, dtype: torch.dtype) -> str:
 
 
 def flaws(
-    pieces: Iterable[tuple[SourceTensor, Tensor]], dtype: torch.dtype, expert: int = -1
+    pieces: Iterable[tuple[CheckpointTensor, Tensor]], dtype: torch.dtype, expert: int = -1
 ) -> list[str]:
     """A clause for each of ``pieces`` with a flaw, each a tensor of a file and values of it.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from expertd.packing.source import SourceTensor, read_json
+from expertd.packing.checkpoint_files import CheckpointTensor, read_json
 from expertstore.errors import CheckpointError
 
 FLOATS = {"BF16", "F16", "F32", "F64"}
@@ -57,7 +57,7 @@ def quantized_error(path: Path, what: str) -> CheckpointError:
 
 
 def type_error(
-    path: Path, config: Mapping[str, Any], names: Iterable[str], tensor: SourceTensor
+    path: Path, config: Mapping[str, Any], names: Iterable[str], tensor: CheckpointTensor
 ) -> CheckpointError:
     """The error for ``tensor``, one of those of ``names``, whose type is not one of weights."""
     names = list(names)

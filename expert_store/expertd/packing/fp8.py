@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertd.packing.source import SourceTensor, check_shape
+from expertd.packing.checkpoint_files import CheckpointTensor, check_shape
 from expertstore.errors import CheckpointError
 
 METHOD = "fp8"
@@ -43,8 +43,8 @@ def num_blocks(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 
 def find_scales(
-    path: Path, tensors: Sequence[SourceTensor], block: Block | None
-) -> dict[str, SourceTensor]:
+    path: Path, tensors: Sequence[CheckpointTensor], block: Block | None
+) -> dict[str, CheckpointTensor]:
     """By the name of each of ``tensors`` in FP8, the tensor of its scales; none without blocks.
 
     Raises :class:`CheckpointError` if one is missing or of another shape.

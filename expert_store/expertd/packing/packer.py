@@ -35,12 +35,12 @@ from expertd.packing.notices import Flawed, peculiarities
 from expertd.packing.pipeline import encode_ahead
 from expertd.packing.plan import (
     MAX_FILE_BYTES,
-    Plan,
+    PackPlan,
     make_manifest,
     make_plan,
 )
 from expertd.packing.schemes import PARTS, Scheme
-from expertd.packing.solver import Choice, Solver, choose_solver
+from expertd.packing.solver import ChosenSolver, Solver, choose_solver
 from expertstore.errors import CheckpointError, PackError
 from expertstore.pack.layout import Encoding
 from expertstore.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
@@ -104,11 +104,11 @@ def pack(
     ``on_notice`` gets sentences for the user: resumed, begun anew, tensors left out. Raises
     :class:`CheckpointError` and :class:`PackError`; ConfigError and PreconditionError for a device.
     """
-    choice = choose_solver(request.device)
+    chosen = choose_solver(request.device)
     try:
         side_files = _side_files(request.source)
         with Checkpoint(request.source) as checkpoint:
-            _pack(request, checkpoint, choice, side_files, on_progress, on_notice)
+            _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)
     except BrokenPipeError:  # of what on_notice writes to
         raise
     except OSError as error:
@@ -119,21 +119,21 @@ def pack(
 def _pack(
     request: Request,
     checkpoint: Checkpoint,
-    choice: Choice,
+    chosen: ChosenSolver,
     side_files: Sequence[Path],
     on_progress: Callable[[Progress], None],
     on_notice: Callable[[str], None],
 ) -> None:
     destination = request.destination
     partial = partial_of(destination)
-    key = _key(request, checkpoint, choice.solver)
+    key = _key(request, checkpoint, chosen.solver)
     if _was_completed(destination, partial, key):
         on_notice(f"{destination} was complete already.")
         shutil.rmtree(partial)
         return
     check_destination(destination, force=request.force)
-    if choice.drawback and request.optimize and _quantizes(request.scheme):
-        on_notice(choice.drawback)
+    if chosen.drawback and request.optimize and _quantizes(request.scheme):
+        on_notice(chosen.drawback)
     for sentence in peculiarities(checkpoint, request.scheme):
         on_notice(sentence)
     plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
@@ -149,7 +149,7 @@ def _pack(
         with Journal(partial / "journal", key) as journal:
             try:
                 _prepare(plan, partial, journal, on_notice)
-                encoder = Encoder(checkpoint, choice.solver, request.optimize)
+                encoder = Encoder(checkpoint, chosen.solver, request.optimize)
                 flawed = Flawed(request.force, on_notice)
                 _run_steps(plan, encoder, partial, journal, on_progress, flawed)
                 flawed.conclude()
@@ -216,7 +216,9 @@ def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
     ).decode()
 
 
-def _prepare(plan: Plan, partial: Path, journal: Journal, notice: Callable[[str], None]) -> None:
+def _prepare(
+    plan: PackPlan, partial: Path, journal: Journal, notice: Callable[[str], None]
+) -> None:
     """Leaves files of full size with their headers, and a journal that fits them."""
     folder = partial / "pack"
     if journal.matches and all(
@@ -240,7 +242,7 @@ def _prepare(plan: Plan, partial: Path, journal: Journal, notice: Callable[[str]
 
 
 def _run_steps(
-    plan: Plan,
+    plan: PackPlan,
     encoder: Encoder,
     partial: Path,
     journal: Journal,
@@ -302,7 +304,7 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _finish(
-    plan: Plan,
+    plan: PackPlan,
     checkpoint: Checkpoint,
     request: Request,
     side_files: Sequence[Path],
@@ -345,14 +347,14 @@ def _file_checksum(path: Path) -> str:
     return state.hexdigest()
 
 
-def _kept(journal: Journal, plan: Plan, partial: Path) -> str:
+def _kept(journal: Journal, plan: PackPlan, partial: Path) -> str:
     return (
         f"{len(journal.done)} of {len(plan.steps)} steps are done and kept in {partial}; the "
         "same command goes on there."
     )
 
 
-def _cannot_write(error: OSError, plan: Plan, partial: Path) -> str:
+def _cannot_write(error: OSError, plan: PackPlan, partial: Path) -> str:
     where = error.filename or partial
     if error.errno == errno.ENOSPC:
         return (

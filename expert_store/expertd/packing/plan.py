@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from expertd.packing.architecture import Architecture, ExpertsModule
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.checkpoint_files import CheckpointTensor
 from expertd.packing.schemes import Precision, Scheme
-from expertd.packing.source import SourceTensor
 from expertstore.errors import CheckpointError
 from expertstore.pack.layout import (
     DTYPE_BYTES,
@@ -61,7 +61,7 @@ class ExpertStep:
 class TrunkStep:
     """Writing one tensor of the trunk; ``matrix`` says how if it is to be quantized."""
 
-    source: SourceTensor
+    source: CheckpointTensor
     matrix: Matrix | None
     dtype: str
     stays_wide: bool
@@ -79,16 +79,16 @@ class TrunkStep:
         return matrix_parts(self.matrix, self.dtype, self.scales)
 
 
-Step = ExpertStep | TrunkStep
+PackingStep = ExpertStep | TrunkStep
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """All files of weights, the trunk's last, and the steps that fill them."""
 
     files: tuple[PlannedFile, ...]
     layouts: tuple[RecordLayout, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[PackingStep, ...]
     misfits: tuple[str, ...] = ()
     """Matrices of the trunk that stay in 16 bits since the scheme does not fit them, and why."""
 
@@ -98,7 +98,9 @@ class Plan:
         return sum(file.num_bytes for file in self.files)
 
 
-def make_plan(checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_FILE_BYTES) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_FILE_BYTES
+) -> PackPlan:
     """Raises :class:`CheckpointError` if the scheme does not fit the checkpoint's sizes."""
     layouts: list[RecordLayout] = []
     records: list[tuple[ExpertsModule, int, RecordLayout]] = []
@@ -108,7 +110,7 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_
             layouts.append(layout)
         records += [(module, expert, layout) for expert in range(module.num_experts)]
     files: list[PlannedFile] = []
-    steps: list[Step] = []
+    steps: list[PackingStep] = []
     for group in _split(records, max_file_bytes):
         header = build_header(
             [
@@ -124,11 +126,11 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_
             offset += layout.record_bytes
         files.append(PlannedFile(f"experts-{len(files):05d}.safetensors", header, offset))
     trunk, trunk_steps, misfits = _plan_trunk(checkpoint, scheme, len(files))
-    return Plan((*files, trunk), tuple(layouts), (*trunk_steps, *steps), tuple(misfits))
+    return PackPlan((*files, trunk), tuple(layouts), (*trunk_steps, *steps), tuple(misfits))
 
 
 def make_manifest(
-    plan: Plan, checkpoint: Checkpoint, scheme: Scheme, checksums: dict[int, str], trunk: str
+    plan: PackPlan, checkpoint: Checkpoint, scheme: Scheme, checksums: dict[int, str], trunk: str
 ) -> Manifest:
     """The finished pack's manifest; ``checksums`` by step, ``trunk`` that of the trunk's file."""
     records: dict[int, list[tuple[ExpertStep, str]]] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertd.packing.source import MXFP4_BLOCKS, find_tensors, read_config
+from expertd.packing.checkpoint_files import MXFP4_BLOCKS, find_tensors, read_config
 from expertstore.errors import CheckpointError, ConfigError
 from expertstore.pack.layout import (
     MXFP4_BITS,

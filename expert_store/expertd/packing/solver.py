@@ -49,14 +49,14 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSolver:
     """A solver, and in a sentence what is worse about it than about another; or empty."""
 
     solver: Solver
     drawback: str = ""
 
 
-def choose_solver(device: str = "cpu") -> Choice:
+def choose_solver(device: str = "cpu") -> ChosenSolver:
     """The fastest solver for ``device``: cpu, cuda, or cuda and a number.
 
     Raises :class:`ConfigError` for another device, :class:`PreconditionError` if it is not there.
@@ -68,10 +68,10 @@ def choose_solver(device: str = "cpu") -> Choice:
                 f"torch finds {torch.cuda.device_count()} CUDA devices, so there is no {device}; "
                 "quantize with --device cpu."
             )
-        return Choice(HqqSolver(device))
+        return ChosenSolver(HqqSolver(device))
     if device != "cpu":
         raise ConfigError(f"Weights cannot be quantized on {device!r}; give cpu, cuda or cuda:N.")
     found = NativeSolver.load()
     if isinstance(found, NativeSolver):
-        return Choice(found)
-    return Choice(HqqSolver(), f"{found}, so hqq's solver runs: it takes 50 times as long.")
+        return ChosenSolver(found)
+    return ChosenSolver(HqqSolver(), f"{found}, so hqq's solver runs: it takes 50 times as long.")

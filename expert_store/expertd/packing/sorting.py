@@ -23,14 +23,14 @@ from transformers.core_model_loading import (
 )
 
 from expertd.packing.architecture import Architecture, ExpertsModule
-from expertd.packing.foreign import FLOATS, find_format, is_evident, quantized_error, type_error
-from expertd.packing.source import (
+from expertd.packing.checkpoint_files import (
     MXFP4_BLOCKS,
     MXFP4_SCALES,
+    CheckpointTensor,
     Listing,
-    SourceTensor,
     check_shape,
 )
+from expertd.packing.foreign import FLOATS, find_format, is_evident, quantized_error, type_error
 from expertstore.errors import CheckpointError
 from expertstore.pack.layout import DTYPE_BYTES, MXFP4_GROUP_SIZE
 
@@ -43,7 +43,7 @@ class Parameter:
     shape: tuple[int, ...]
     """[num_experts, ...], as the model has it."""
     converter: WeightConverter | None = None
-    sources: dict[str, list[SourceTensor]] = field(default_factory=dict)
+    sources: dict[str, list[CheckpointTensor]] = field(default_factory=dict)
     """By the converter's source pattern; in the experts' order, or one tensor of all. Of what is
     MXFP4, by the ends of the tensors' names."""
 
@@ -57,7 +57,7 @@ class Parameter:
         sources = self.sources.get(pattern, [])
         return len(sources) == 1 and len(sources[0].entry.shape) == len(self.shape)
 
-    def of_expert(self, expert: int) -> list[tuple[SourceTensor, bool]]:
+    def of_expert(self, expert: int) -> list[tuple[CheckpointTensor, bool]]:
         """The tensors that the expert is made of, and whether each is one of all experts."""
         return [
             (sources[0], True)
@@ -66,7 +66,7 @@ class Parameter:
             for pattern, sources in self.sources.items()
         ]
 
-    def stacked(self, expert: int) -> list[SourceTensor]:
+    def stacked(self, expert: int) -> list[CheckpointTensor]:
         """The matrices that, one below the other, are the expert's; none if more is to be done.
 
         That is Mixtral's conversion and most others': experts are stacked, and then gate and up
@@ -97,7 +97,7 @@ class Sorted:
 
     experts: dict[str, Parameter]
     """By the model's name of the parameter."""
-    trunk: list[tuple[str, SourceTensor]]
+    trunk: list[tuple[str, CheckpointTensor]]
     """Each with the model's own name of the parameter it fills: one that is made of several or
     split into several comes with an empty name."""
     unused: list[str]
@@ -140,7 +140,7 @@ class Sorter:
                 name, pattern = rename_source_key(source, [], [], prefix, state)
             return name, pattern or ""
 
-        def place(tensor: SourceTensor) -> tuple[str, str, str]:
+        def place(tensor: CheckpointTensor) -> tuple[str, str, str]:
             stem, end = _split_end(tensor.name)
             if end:
                 name, pattern = rename(stem)
@@ -175,7 +175,7 @@ class Sorter:
         found.trunk.sort(key=lambda item: item[1].name)
         return found
 
-    def _can_be(self, tensor: SourceTensor, parameter: Tensor, end: str) -> bool:
+    def _can_be(self, tensor: CheckpointTensor, parameter: Tensor, end: str) -> bool:
         """Whether a tensor of that type holds the values of ``parameter``."""
         if end:
             return tensor.entry.dtype == "U8"
@@ -237,13 +237,13 @@ class Sorter:
             self._check_expert_shape(parameter, convert)
 
     def _check_each_expert(
-        self, sources: list[SourceTensor], module: ExpertsModule, pattern: str, listing: Listing
+        self, sources: list[CheckpointTensor], module: ExpertsModule, pattern: str, listing: Listing
     ) -> None:
         """Raises :class:`CheckpointError` unless there is one for each expert, all of a shape.
 
         transformers would stack what there is, and refuse a number or shapes that do not fit.
         """
-        found: dict[int, SourceTensor] = {}
+        found: dict[int, CheckpointTensor] = {}
         for source in sources:
             numbers = re.findall(r"\.(\d+)(?=\.)", source.name)  # layer, then expert
             expert = int(numbers[-1]) if numbers else -1

@@ -23,11 +23,18 @@ from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
+from expertd.packing.checkpoint_files import CONFIG_NAME, CheckpointTensor
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT
-from expertd.packing.plan import ExpertStep, Plan, PlannedFile, TrunkStep, make_manifest, make_plan
+from expertd.packing.plan import (
+    ExpertStep,
+    PackPlan,
+    PlannedFile,
+    TrunkStep,
+    make_manifest,
+    make_plan,
+)
 from expertd.packing.schemes import Scheme, choose_scheme
 from expertd.packing.shapes import shape_config
-from expertd.packing.source import CONFIG_NAME, SourceTensor
 from expertstore.pack.codec import TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
@@ -46,12 +53,12 @@ class ImaginedCheckpoint:
 
     path: Path
     architecture: Architecture
-    trunk: list[tuple[str, SourceTensor]]
+    trunk: list[tuple[str, CheckpointTensor]]
     dtype: str = _DTYPE
     is_float32: bool = False
     expert_bits: float = 16.0
 
-    def type_of(self, source: SourceTensor) -> str:
+    def type_of(self, source: CheckpointTensor) -> str:
         """What the tensor is read as."""
         return source.entry.dtype
 
@@ -59,7 +66,7 @@ class ImaginedCheckpoint:
         """The type of scales of weights of usual size."""
         return "F16"
 
-    def trunk_scale_type(self, tensor: SourceTensor, bits: int) -> str:
+    def trunk_scale_type(self, tensor: CheckpointTensor, bits: int) -> str:
         """The same."""
         return "F16"
 
@@ -120,7 +127,7 @@ def config_of(
     return config
 
 
-def plan_of(shape: str | Mapping[str, Any], scheme: Scheme) -> Plan:
+def plan_of(shape: str | Mapping[str, Any], scheme: Scheme) -> PackPlan:
     """How a pack of ``shape`` would be laid out; its last file is the trunk."""
     with tempfile.TemporaryDirectory(prefix="expertd-") as name:
         directory = Path(name)
@@ -143,12 +150,12 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
             continue
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
         entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
-        trunk.append((name, SourceTensor(directory, entry)))
+        trunk.append((name, CheckpointTensor(directory, entry)))
     bits = BITS_PER_WEIGHT if architecture.is_mxfp4 else 16.0
     return ImaginedCheckpoint(directory, architecture, trunk, expert_bits=bits)
 
 
-def _shared(plan: Plan, distinct_records: int) -> Plan:
+def _shared(plan: PackPlan, distinct_records: int) -> PackPlan:
     """The plan with all experts of a layout in a few records of one file."""
     places: dict[tuple[int, int], int] = {}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
@@ -168,11 +175,11 @@ def _shared(plan: Plan, distinct_records: int) -> Plan:
         else:
             steps.append(replace(step, file=1))
     records = PlannedFile("experts-00000.safetensors", header, len(header) + end)
-    return Plan((records, trunk), plan.layouts, tuple(steps))
+    return PackPlan((records, trunk), plan.layouts, tuple(steps))
 
 
 def _write_records(
-    directory: Path, plan: Plan, generator: torch.Generator, copies: int | None
+    directory: Path, plan: PackPlan, generator: torch.Generator, copies: int | None
 ) -> dict[int, str]:
     """Writes each place once, if ``copies`` one of so many records; the checksums by step."""
     done: dict[tuple[int, int], str] = {}
@@ -204,7 +211,7 @@ def _draw_record(layout: RecordLayout, generator: torch.Generator) -> bytearray:
     return record
 
 
-def _write_trunk(directory: Path, plan: Plan, generator: torch.Generator) -> str:
+def _write_trunk(directory: Path, plan: PackPlan, generator: torch.Generator) -> str:
     path = directory / plan.files[-1].name
     with path.open("r+b") as out:
         for step in plan.steps:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from expertd.hosting.session import Session
+from expertd.hosting.hosted_session import HostedSession
 from expertd.log import log, log_warning
 from expertd.serving.allow_list import AllowList, peer_of
 from expertd.store import Store
@@ -49,7 +49,7 @@ class AttachConnection:
     def __init__(self, server: "AttachServer", peer: socket.socket) -> None:
         self._server, self._socket = server, peer
         self.pid, self.uid, _ = peer_of(peer)
-        self.session: Session | None = None
+        self.session: HostedSession | None = None
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(_HELLO_SECONDS, self.close)
         loop.add_reader(peer, self._on_readable)
@@ -92,7 +92,7 @@ class AttachConnection:
         except OSError:
             return b""
 
-    def _hear(self, session: Session, packet: bytes) -> None:
+    def _hear(self, session: HostedSession, packet: bytes) -> None:
         """Takes a hint, the newest if several have come."""
         for _ in range(_MAX_STALE_HINTS):
             if not packet:
@@ -137,7 +137,7 @@ class AttachConnection:
             return os.dup(memory.fd)
         return memory.open_read_only()
 
-    def _welcome(self, session: Session) -> None:
+    def _welcome(self, session: HostedSession) -> None:
         store = self._server.store
         welcome = Welcome(session=session.id, token=session.token, incarnation=store.incarnation)
         descriptors: list[int] = []

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertd.hosting.hosted_model import HostedModel
+from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.peers import Peer
 from expertd.hosting.read_ahead import read_ahead
-from expertd.hosting.session import Session
 from expertd.hosting.touch_watch import MAX_WATCHERS, TouchWatch
 from expertd.serving.messages import model_response, model_summary, pack_place
 from expertd.serving.stats import collect_heat, collect_stats
 from expertd.settings.disk_io import parse_disk_io
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertd.store import Store
 from expertstore.errors import (
     ExpertdError,
@@ -75,7 +75,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
             raise InvalidInputError(
                 f"{request.pack_path!r} is not an absolute path; the daemon has another directory."
             )
-        limits = Limits(request.min_bytes, request.max_bytes or None, tuple(request.pins))
+        limits = ModelLimits(request.min_bytes, request.max_bytes or None, tuple(request.pins))
         disk_io = parse_disk_io(request.disk_io) if request.disk_io else None
         model = await self._store.load_model(
             request.name, Path(request.pack_path), limits=limits, disk_io=disk_io
@@ -179,7 +179,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
 
     def _reader(
         self, request: pb.ReadRequest, context: Context
-    ) -> tuple[Session | Peer, HostedModel]:
+    ) -> tuple[HostedSession | Peer, HostedModel]:
         """Who reads, and from which model."""
         peer = self._store.peers.of(context)
         if peer is None:
@@ -234,7 +234,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
         finally:
             model.watches.remove(watch)
 
-    def _session(self, context: Context) -> Session:
+    def _session(self, context: Context) -> HostedSession:
         if self._store.peers.of(context) is not None:
             raise PermissionDeniedError(
                 "this needs a session, which only the Unix socket on the daemon's own host gives; "

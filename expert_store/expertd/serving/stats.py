@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from expertd.hosting.hosted_model import HostedModel
+from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.peers import Peer
 from expertd.hosting.quotas import Quotas
-from expertd.hosting.session import Session
 from expertd.store import Store
 from expertstore.v1 import expert_store_pb2 as pb
 
@@ -104,7 +104,7 @@ def _model_stats(store: Store, model: HostedModel) -> pb.ModelStats:
 
 
 def _session_stats(
-    session: Session, quotas: Quotas, kept_bytes: Mapping[int, int]
+    session: HostedSession, quotas: Quotas, kept_bytes: Mapping[int, int]
 ) -> pb.SessionStats:
     return pb.SessionStats(
         id=session.id,

@@ -20,7 +20,7 @@ _PIN = re.compile(rf"\s*({_RANGE})\s*:\s*({_RANGE})\s*")
 
 
 @dataclass(frozen=True)
-class Limits:
+class ModelLimits:
     """Raises :class:`ConfigError` if they make no sense; the pack is another matter.
 
     ``min_bytes``: other models' needs leave it that much RAM, once it has it. ``max_bytes``: it
@@ -59,7 +59,7 @@ class Limits:
         return min(guarded, manifest.expert_bytes)
 
 
-NO_LIMITS = Limits()
+NO_LIMITS = ModelLimits()
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ModelConfig:
     """A pack to serve, within which limits, and how it is read."""
 
     path: Path
-    limits: Limits = NO_LIMITS
+    limits: ModelLimits = NO_LIMITS
     disk_io: DiskIo | None = None
     """None: as the others."""
 
@@ -94,7 +94,7 @@ class ModelConfig:
             raise ConfigError(f'models.{name}.pin is {pins!r}; give a list such as ["0:3", "5:*"].')
         try:
             smallest, largest = (_size(value[key]) if key in value else None for key in _SIZES)
-            limits = Limits(smallest or 0, largest, tuple(pins))
+            limits = ModelLimits(smallest or 0, largest, tuple(pins))
             disk_io = parse_disk_io(value["disk_io"]) if "disk_io" in value else None
             return cls(Path(path).absolute(), limits, disk_io)
         except (ConfigError, ValueError) as error:

@@ -17,7 +17,7 @@ from prometheus_client.core import (
 
 from expertd.histogram import BOUNDS_SECONDS, Histogram
 from expertd.hosting.hosted_model import HostedModel
-from expertd.hosting.session import Session
+from expertd.hosting.hosted_session import HostedSession
 from expertd.settings.disk_io import DiskIo
 from expertd.store import Store
 from expertstore import __version__
@@ -301,7 +301,7 @@ class StoreMetrics:
             sum(session.fetches_in_flight for session in self._store.sessions.values()),
         )
 
-    def _workers(self, model: HostedModel) -> list[Session]:
+    def _workers(self, model: HostedModel) -> list[HostedSession]:
         return [
             session
             for session in self._store.sessions.values()

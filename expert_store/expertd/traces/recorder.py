@@ -21,7 +21,7 @@ class _Step:
     rows: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
 
-class Recorder:
+class TraceRecorder:
     """Cuts each session's accesses into rows, and gives them to ``write``, step after step.
 
     What a worker asks for together stands together in its ring, but without an end. A row

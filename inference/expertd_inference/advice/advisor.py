@@ -11,10 +11,10 @@ import torch
 from expertd_inference.advice import host as hosts
 from expertd_inference.advice import probes
 from expertd_inference.advice.busy import busy_warning, read_cpu_times
-from expertd_inference.advice.choice import Choice, choose
 from expertd_inference.advice.kernel_times import KernelTimes, memory_bytes
 from expertd_inference.advice.models import Model
 from expertd_inference.advice.prediction import CONTEXT, Costs, Prediction, predict, predict_gpu
+from expertd_inference.advice.recommendation import Recommendation, recommend
 from expertd_inference.advice.twin import Twin, measure_twin
 from expertd_inference.advice.values import Gpu, Host, Need, Reading
 from expertstore.errors import InvalidInputError
@@ -52,7 +52,7 @@ class Advice:
     costs: dict[str, Costs]
     """By scheme."""
     rows: tuple[Prediction, ...]
-    choice: Choice
+    recommendation: Recommendation
     busy: str | None = None
     """What to be told if others used the host meanwhile."""
 
@@ -119,8 +119,8 @@ def advise(model: Model, question: Question, say: Callable[[str], None]) -> Advi
         ]
         if gpu is not None and (row := predict_gpu(need, host, gpu, worker_bytes)) is not None:
             rows.append(row)
-    choice = choose(model.name, rows, model.needs, host.ram_bytes)
-    return Advice(model, host, costs, tuple(rows), choice, measured.busy)
+    recommendation = recommend(model.name, rows, model.needs, host.ram_bytes)
+    return Advice(model, host, costs, tuple(rows), recommendation, measured.busy)
 
 
 def measure(

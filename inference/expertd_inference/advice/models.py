@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from expertd.packing.plan import ExpertStep, Plan, TrunkStep, make_plan
+from expertd.packing.checkpoint_files import CONFIG_NAME
+from expertd.packing.plan import ExpertStep, PackPlan, TrunkStep, make_plan
 from expertd.packing.schemes import SCHEMES
-from expertd.packing.source import CONFIG_NAME
 from expertd.packing.synthetic import imagine
 from expertd_inference.advice.named import find_named
 from expertd_inference.advice.values import ExpertLayers, Need
@@ -70,7 +70,7 @@ def _of_config(name: str, directory: Path) -> Model:
     )
 
 
-def _need_of_plan(scheme: str, plan: Plan) -> Need:
+def _need_of_plan(scheme: str, plan: PackPlan) -> Need:
     groups: Counter[tuple[int, int, int]] = Counter()
     seen: set[int] = set()
     linears: list[Matrix] = []

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import msgspec
 
+from expertd.packing.checkpoint_files import CONFIG_NAME, read_config
 from expertd.packing.shapes import shape_config
-from expertd.packing.source import CONFIG_NAME, read_config
 from expertstore.errors import InvalidInputError
 from expertstore.pack.manifest import MANIFEST_NAME
 

@@ -20,7 +20,7 @@ CONTEXT = 4096
 """Tokens whose keys and values are counted in a worker's memory."""
 
 
-class Place(StrEnum):
+class Processor(StrEnum):
     """Where experts are computed."""
 
     CPU = "cpu"
@@ -45,7 +45,7 @@ class Prediction:
     """One scheme with one budget. Tokens per second are of each worker."""
 
     scheme: str
-    place: Place
+    processor: Processor
     share: float
     """Of the experts that the budget holds."""
     budget_bytes: int
@@ -73,7 +73,7 @@ def predict(
     missed = need.working_set_bytes * (1 - hit_rate(share, Routing.TYPICAL))
     return Prediction(
         need.scheme,
-        Place.CPU,
+        Processor.CPU,
         share,
         budget,
         ram,
@@ -100,7 +100,7 @@ def predict_gpu(need: Need, host: Host, gpu: Gpu, worker_bytes: int) -> Predicti
     ram = need.expert_bytes + need.trunk_bytes + worker_bytes
     return Prediction(
         need.scheme,
-        Place.GPU,
+        Processor.GPU,
         share,
         cache,
         ram,

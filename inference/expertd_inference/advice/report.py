@@ -9,8 +9,8 @@ from rich.table import Table
 
 from expertd.settings.config import name_of_pack
 from expertd_inference.advice.advisor import Advice
-from expertd_inference.advice.choice import paper_perplexity
-from expertd_inference.advice.prediction import CONTEXT, Place, Prediction
+from expertd_inference.advice.prediction import CONTEXT, Prediction, Processor
+from expertd_inference.advice.recommendation import paper_perplexity
 from expertd_inference.advice.survey import Survey
 from expertd_inference.advice.values import Host
 from expertstore.command_line import command, serve_command
@@ -45,18 +45,18 @@ def show(advice: Advice, console: Console) -> None:
             row.scheme if row.scheme != scheme else "",
             _budget(row),
             format_bytes(row.ram_bytes),
-            f"{'at most ' if row.place is Place.GPU else ''}{row.typical:.3g}",
+            f"{'at most ' if row.processor is Processor.GPU else ''}{row.typical:.3g}",
             f"{row.worst:.3g}",
             "fits" if row.fits else "too large",
             *([f"{paper:.2f}" if paper and row.scheme != scheme else ""] * any(papers.values())),
-            style="bold" if row is advice.choice.row else None,
+            style="bold" if row is advice.recommendation.row else None,
         )
         scheme = row.scheme
     console.print(table)
     for line in notes(advice):
         console.print(line, soft_wrap=True, highlight=False)
     _show_warning(advice.busy, console)
-    console.print(f"\n{advice.choice.sentence}", soft_wrap=True, highlight=False)
+    console.print(f"\n{advice.recommendation.sentence}", soft_wrap=True, highlight=False)
     if commands := next_commands(advice):
         console.print("\nNext:", highlight=False)
         for command in commands:
@@ -125,8 +125,8 @@ def as_json(advice: Advice) -> dict[str, Any]:
             for need in advice.model.needs
         },
         "predictions": [_row(row) for row in advice.rows],
-        "choice": None if advice.choice.row is None else _row(advice.choice.row),
-        "why": advice.choice.sentence,
+        "choice": None if advice.recommendation.row is None else _row(advice.recommendation.row),
+        "why": advice.recommendation.sentence,
         "next": next_commands(advice),
     }
 
@@ -141,7 +141,7 @@ def notes(advice: Advice) -> list[str]:
             "Perplexity is the paper's, of Mixtral-8x7B on WikiText2 (arXiv 2312.17238), not "
             "measured here; lower is better."
         )
-    if any(row.place is Place.GPU for row in advice.rows):
+    if any(row.processor is Processor.GPU for row in advice.rows):
         found.append(
             "On the GPU: a bound by its link and memory, all experts in RAM; not a prediction."
         )
@@ -156,7 +156,7 @@ def notes(advice: Advice) -> list[str]:
 
 def next_commands(advice: Advice) -> list[str]:
     """What to run to have what was chosen; none if nothing was."""
-    row, model = advice.choice.row, advice.model
+    row, model = advice.recommendation.row, advice.model
     if row is None:
         return []
     short = model.name.rpartition("/")[2].lower()
@@ -210,14 +210,14 @@ def _host(host: Host) -> dict[str, Any]:
 
 
 def _budget(row: Prediction) -> str:
-    where = " in the GPU" if row.place is Place.GPU else ""
+    where = " in the GPU" if row.processor is Processor.GPU else ""
     return f"{format_bytes(row.budget_bytes)} ({row.share:.0%}){where}"
 
 
 def _row(row: Prediction) -> dict[str, Any]:
     return {
         "scheme": row.scheme,
-        "place": row.place.value,
+        "place": row.processor.value,
         "share": row.share,
         "budget_bytes": row.budget_bytes,
         "ram_bytes": row.ram_bytes,

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from expertd_inference.device.copy_engine import CopyEngine, SlotUpload
 from expertd_inference.device.cost import TYPICAL, Rates
 from expertd_inference.device.device import Device
-from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.experts.source import HeldSource
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.reference import DOWN
@@ -172,7 +172,7 @@ def _kernel(probe: Probe, experts: Sequence[int]) -> None:
     """Over the slots that :func:`_copy` has filled."""
     device = probe.device
     routed = _token(probe, experts, device.torch_device)
-    slot_of = SlotTable(device).upload(
+    slot_of = SlotUpload(device).upload(
         max(experts) + 1, [(expert, slot) for slot, expert in enumerate(experts)]
     )
     device.fill_slots_cached(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from expertd_inference.device.device import CopyMode
-from expertd_inference.device.registration import Piece, Registration
+from expertd_inference.device.registration import ArenaPiece, Registration
 from expertstore.sizes import format_bytes
 
 
@@ -39,10 +39,10 @@ class CudaMemory:
         """How it is read."""
         return self._mode
 
-    def pieces(self, offset: int, num_bytes: int) -> list[Piece]:
+    def pieces(self, offset: int, num_bytes: int) -> list[ArenaPiece]:
         """As :meth:`Registration.pieces`."""
         if self._registration is None:
-            return [Piece(offset, num_bytes, is_registered=False)]
+            return [ArenaPiece(offset, num_bytes, is_registered=False)]
         return self._registration.pieces(offset, num_bytes)
 
     def close(self) -> None:

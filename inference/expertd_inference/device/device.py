@@ -23,7 +23,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from expertd_inference.device.recorder import Recorder
+from expertd_inference.device.recorder import GraphRecorder
 from expertd_inference.kernels.wave import CachedWave, Routed
 from expertstore.errors import ExpertdError
 
@@ -137,7 +137,7 @@ class Device(Protocol):
         device.
         """
 
-    def recorder(self) -> Recorder:
+    def recorder(self) -> GraphRecorder:
         """A recorder of work on this device."""
 
     def in_step(self) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.device import Device
-from expertd_inference.device.recorder import Recorder
+from expertd_inference.device.recorder import GraphRecorder
 from expertd_inference.experts.call import ExpertsCall
 from expertd_inference.kernels.cpu.reference import sum_slots
 from expertd_inference.kernels.wave import CachedWave
@@ -56,7 +56,7 @@ class GpuExperts:
     """Computes MoE layers whose records the device finds by itself.
 
     ``slots`` are [num_slots, slot_bytes] on ``device``; nobody else may use them meanwhile.
-    ``arena`` is the address at which the device sees the arena.
+    ``arena_address`` is where the device sees the arena.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class GpuExperts:
         device: Device,
         slots: Tensor,
         layers: Sequence[LayerEntries],
-        arena: int,
-        recorder: Recorder,
+        arena_address: int,
+        recorder: GraphRecorder,
         experts_per_token: int,
     ) -> None:
         """``experts_per_token`` is the most of any layer."""
         # Triton takes a second to import, and most workers have no GPU.
         from expertd_inference.kernels.gpu import triton_gather
 
-        self.arena = arena
+        self.arena_address = arena_address
         self._top_k = experts_per_token
         self._kernels = triton_gather
         self._device, self._slots, self._recorder = device, slots, recorder
@@ -109,7 +109,7 @@ class GpuExperts:
             self._kernels.gather(
                 self._resolution,
                 self._slots,
-                arena=self.arena,
+                arena=self.arena_address,
                 num_items=routed.index.numel(),
                 record_bytes=place.record_bytes,
             )

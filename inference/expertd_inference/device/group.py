@@ -12,10 +12,10 @@ from expertd_inference.device.calibration import Probe, calibrated
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
 from expertd_inference.device.device import Device
 from expertd_inference.device.placement import cache_size, device_names, place_layers
-from expertd_inference.device.recorder import Recorder
+from expertd_inference.device.recorder import GraphRecorder
 from expertd_inference.device.runner import DeviceExpertsRunner, DeviceParts, FillSlots
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.device.step import Step
+from expertd_inference.device.transaction import StepTransaction
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.device.whole_choice import MIN_WHOLE_LINK, whole_experts
 from expertd_inference.experts.call import ExpertsSeat, seat_of, take_seat
@@ -97,7 +97,7 @@ class DeviceGroup:
         """
         self._stats = DeviceStats()
         self.devices = list({id(device): device for device in devices.values()}.values())
-        self.step = Step(source, recovery, self.devices)
+        self.transaction = StepTransaction(source, recovery, self.devices)
         self._runners: dict[int, DeviceExpertsRunner] = {}
         """By layer."""
         layouts = {layer.layer: manifest.layouts[layer.layout] for layer in manifest.layers}
@@ -124,7 +124,7 @@ class DeviceGroup:
                 fill,
             )
             runner = DeviceExpertsRunner(
-                parts, source, self.step, settings, self._stats, source.hint
+                parts, source, self.transaction, settings, self._stats, source.hint
             )
             self._runners.update(dict.fromkeys(own, runner))
         self._settings = settings
@@ -197,7 +197,7 @@ class DeviceGroup:
         """The steps until now do not count."""
         self.steps, self.num_replays = DecodeGraphsMode.OFF, 0
 
-    def whole_experts(self, recorder: Recorder) -> WholeExperts | None:
+    def whole_experts(self, recorder: GraphRecorder) -> WholeExperts | None:
         """The experts of steps that ``recorder`` is to record each as one; None: in segments."""
         mode, (runner,) = self._settings.decode_graphs, self.runners
         link = runner.cost.rates.link_bytes_per_second
@@ -206,7 +206,7 @@ class DeviceGroup:
         if mode is DecodeGraphsMode.AUTO and link < MIN_WHOLE_LINK:
             return None
         found = whole_experts(
-            self._manifest, runner, self._source, self.step, self._stats, recorder
+            self._manifest, runner, self._source, self.transaction, self._stats, recorder
         )
         if isinstance(found, WholeExperts):
             return found

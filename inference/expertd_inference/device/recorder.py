@@ -20,7 +20,7 @@ class Recording(Protocol):
         """Queues it again, on the current stream."""
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """Makes recordings that follow each other and share their memory: to be replayed in order."""
 
     def session(self) -> AbstractContextManager[None]:

@@ -51,7 +51,7 @@ class RefusedError(Exception):
     """The driver does not register this memory; the reason is its own, or what to do about it."""
 
 
-class Piece(NamedTuple):
+class ArenaPiece(NamedTuple):
     """A part of some memory that one copy may take."""
 
     offset: int
@@ -96,7 +96,7 @@ class Registration:
         """How much is registered, from the beginning."""
         return sum(self._sizes)
 
-    def pieces(self, offset: int, num_bytes: int) -> list[Piece]:
+    def pieces(self, offset: int, num_bytes: int) -> list[ArenaPiece]:
         """The part of the memory as pieces that lie in one range each, or in none.
 
         A copy from two ranges at once is an error to the driver.
@@ -105,11 +105,11 @@ class Registration:
         for size in self._sizes:
             if offset < min(end, start + size):
                 stop = min(end, start + size)
-                pieces.append(Piece(offset, stop - offset, is_registered=True))
+                pieces.append(ArenaPiece(offset, stop - offset, is_registered=True))
                 offset = stop
             start += size
         if offset < end:
-            pieces.append(Piece(offset, end - offset, is_registered=False))
+            pieces.append(ArenaPiece(offset, end - offset, is_registered=False))
         return pieces
 
     def device_address(self, index: int) -> int:

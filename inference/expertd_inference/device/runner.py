@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.cache import Found, Placed, SlotCache
+from expertd_inference.device.copy_engine import CopyEngine, SlotUpload
 from expertd_inference.device.cost import TYPICAL, CostModel
 from expertd_inference.device.device import Device, Event
-from expertd_inference.device.engine import CopyEngine, SlotTable
 from expertd_inference.device.stats import DeviceStats
-from expertd_inference.device.step import Step, StepLostError
+from expertd_inference.device.transaction import StepLostError, StepTransaction
 from expertd_inference.experts.call import ExpertsCall
 from expertd_inference.experts.recovery import SESSION_ENDED
 from expertd_inference.experts.source import HeldSource
@@ -40,8 +40,8 @@ MAX_CPU_TOKENS = 8
 """More tokens than this are computed where the GPU's matrix products are."""
 
 
-class Router(Protocol):
-    """What speculation asks: :class:`expertd_inference.experts.routers.Router`."""
+class ExpertGuesser(Protocol):
+    """What speculation asks: :class:`expertd_inference.experts.routers.LayerRouter`."""
 
     def likeliest(self, hidden: Tensor, num: int) -> Tensor:
         """Experts by falling probability, [num]."""
@@ -85,7 +85,7 @@ class DeviceExpertsRunner:
         self,
         parts: DeviceParts,
         source: HeldSource,
-        step: Step,
+        transaction: StepTransaction,
         settings: DeviceSettings,
         stats: DeviceStats,
         hint: Callable[[Sequence[tuple[int, int]]], None],
@@ -94,7 +94,7 @@ class DeviceExpertsRunner:
         self.device = parts.device
         self.cache = parts.cache
         self._source = source
-        self._step = step
+        self._transaction = transaction
         self._settings = settings
         self._stats = stats
         self._hint = hint
@@ -102,8 +102,8 @@ class DeviceExpertsRunner:
         self.cost = parts.cost
         self.fill_slots = parts.fill_slots
         self._engine = CopyEngine(parts.device, parts.slots, source)
-        self._table = SlotTable(parts.device)
-        self._routers: Mapping[int, Router] = {}
+        self._table = SlotUpload(parts.device)
+        self._routers: Mapping[int, ExpertGuesser] = {}
         self._runners: Mapping[int, DeviceExpertsRunner] = {}
         self._timed: tuple[Event, Event, int] | None = None
         self._closed = False
@@ -117,7 +117,7 @@ class DeviceExpertsRunner:
         return f"<DeviceExpertsRunner {self.device.name} {self.cache!r}>"
 
     def speculate(
-        self, routers: Mapping[int, Router], runners: Mapping[int, "DeviceExpertsRunner"]
+        self, routers: Mapping[int, ExpertGuesser], runners: Mapping[int, "DeviceExpertsRunner"]
     ) -> None:
         """From now on guesses for layers that have a router; ``runners`` are all, by layer."""
         self._routers, self._runners = routers, runners
@@ -141,13 +141,13 @@ class DeviceExpertsRunner:
         num_rows = max(1, MAX_SLOT_BYTES // row_bytes)
         while True:
             try:
-                with self._step.whole(), torch.no_grad():
+                with self._transaction.forward_pass(), torch.no_grad():
                     self.cache.begin_layer(call.layer)
                     blocks = [self._run_block(call.with_rows(x)) for x in routed.split(num_rows)]
                 return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
             except StepLostError:
                 # A layer that is called alone is a step, which changes nothing.
-                if self._step.is_inside:
+                if self._transaction.is_inside:
                     raise
 
     def prepare(self, call: ExpertsCall, /) -> ExpertsCall:
@@ -163,7 +163,7 @@ class DeviceExpertsRunner:
             wanted += [routed.rows, routed.weights]
         index, *rest = self.device.to_host(*wanted)
         # The host has waited for all that was computed before: so has it for its copies.
-        self._step.verify()
+        self._transaction.verify()
         self._learn()
         on_host = Routed(rest[-2], index, rest[-1]) if to_cpu else None
         # What is past the last expert means "none" where tokens are spread over devices.
@@ -200,7 +200,7 @@ class DeviceExpertsRunner:
                 if isinstance(error, StepLostError):
                     raise
                 # Bytes that were lost were used for this layer alone: it is computed again.
-                self._step.recover(error)
+                self._transaction.recover(error)
                 left = experts
                 continue
             done = set(wave)
@@ -209,7 +209,7 @@ class DeviceExpertsRunner:
     def _compute_wave(self, block: _Block, experts: Sequence[int]) -> None:
         layer, stats = block.layer, self._stats
         present, missing = self.cache.split(layer, experts)
-        found = self._step.hold.find(layer, missing) if missing else {}
+        found = self._transaction.hold.find(layer, missing) if missing else {}
         absent = [expert for expert in missing if expert not in found]
         on_cpu = self._choose_for_cpu(block, list(found))
         copied = [expert for expert in found if expert not in on_cpu]
@@ -259,7 +259,7 @@ class DeviceExpertsRunner:
     def _fetch(self, block: _Block, places: Sequence[Placed]) -> None:
         """What is not in RAM: the daemon reads it, and as much as fits there comes at once."""
         slot_of = {place.expert: place for place in places}
-        for offsets in self._step.hold.fetch(block.layer, list(slot_of)):
+        for offsets in self._transaction.hold.fetch(block.layer, list(slot_of)):
             lot = [slot_of[expert] for expert in offsets]
             for place in lot:
                 self._copy(block.layer, place, offsets[place.expert])
@@ -283,7 +283,7 @@ class DeviceExpertsRunner:
     def _copy(self, layer: int, place: Placed, offset: int) -> Event:
         expert, num_bytes = place.expert, self._record_bytes[layer]
         event = self._engine.copy(place.slot, offset, num_bytes)
-        self._step.hold.reads(event, lambda: self.cache.forget(layer, expert))
+        self._transaction.hold.reads(event, lambda: self.cache.forget(layer, expert))
         self._stats.copies += 1
         self._stats.bytes_copied += num_bytes
         return event
@@ -323,7 +323,7 @@ class DeviceExpertsRunner:
         if not missing:
             return []
         try:
-            found = self._step.hold.find(layer, missing)
+            found = self._transaction.hold.find(layer, missing)
         except SESSION_ENDED:
             return []  # Whoever needs records will find that out, and recover.
         for expert, offset in found.items():

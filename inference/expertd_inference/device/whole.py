@@ -17,7 +17,7 @@ class StepStore(Protocol):
     """The session, as a step needs it."""
 
     @property
-    def arena(self) -> int:
+    def arena_address(self) -> int:
         """Where the device sees the arena that is attached now; 0 if it does not."""
 
     def hold(self) -> int:
@@ -39,7 +39,7 @@ class WholeExperts:
     @property
     def valid(self) -> bool:
         """Whether the arena is where recorded kernels look for it."""
-        return self._store.arena == self._experts.arena
+        return self._store.arena_address == self._experts.arena_address
 
     def fits(self, num_rows: int) -> bool:
         """Whether a step of so many rows can be one recording."""

@@ -1,11 +1,11 @@
 """Whether a sequence can be computed at all."""
 
-from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
 from expertstore.errors import InvalidInputError, PromptTooLongError
 
 
-def check_sequence(sequence: Sequence, limits: Limits, max_tokens: int) -> None:
+def check_sequence(sequence: Sequence, limits: SchedulerLimits, max_tokens: int) -> None:
     """Checks a new sequence, of which the context and the KV memory take ``max_tokens``.
 
     Raises InvalidInputError for a prompt without tokens or a token that the model does not have,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
@@ -82,12 +82,12 @@ def budget_for(limits: EngineLimits, worker: "Served") -> Budget:
 
 def scheduler_limits(
     limits: EngineLimits, room: Room, executor: "Executor", worker: "Served"
-) -> Limits:
+) -> SchedulerLimits:
     """What a scheduler may plan for such an executor."""
     # What an executor keeps of a sequence beside blocks comes of its tokens in this very order.
     replays = not executor.shares_prefixes
     in_turns = replays and not executor.recurrent
-    return Limits(
+    return SchedulerLimits(
         max_running=room.num_sequences,
         max_rows=room.num_rows,
         max_spans=1 if in_turns else None,

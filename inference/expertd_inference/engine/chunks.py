@@ -1,19 +1,19 @@
 """Which rows of a sequence come next."""
 
-from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.execution.batch import Span, Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS
 
 
-def decodes(sequence: Sequence, limits: Limits) -> bool:
+def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
     """Whether its next span is one row after its prompt, rather than a chunk."""
     if limits.replays_rows and sequence.num_new:
         return sequence.num_computed >= sequence.num_prompt
     return sequence.is_decoding
 
 
-def chunk_end(sequence: Sequence, limits: Limits, num_rows: int, *, alone: bool) -> int:
+def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, alone: bool) -> int:
     """Where a chunk of at most ``num_rows`` rows ends; where it begins if there is to be none.
 
     It ends at the prompt's end or at a multiple of a block. Chunks of recurrent layers must end at

@@ -7,7 +7,7 @@ from expertstore.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SchedulerLimits:
     """What bounds a batch, the sequences that run, and the queue.
 
     ``max_running`` sequences have blocks at once; a batch has at most ``max_rows`` rows of at most

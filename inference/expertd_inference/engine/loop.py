@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from expertd_inference.device.step import StepLostError
+from expertd_inference.device.transaction import StepLostError
 from expertd_inference.engine.live import Live
 from expertd_inference.engine.pace import Pace
 from expertd_inference.engine.sampling import Chosen, choose, prompt_logprobs
-from expertd_inference.engine.scheduler import Plan, Scheduler, SchedulerStats
+from expertd_inference.engine.scheduler import Scheduler, SchedulerStats, StepPlan
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.engine.stops import TokenText
 from expertd_inference.engine.token import Token
@@ -95,7 +95,7 @@ class Loop:
             self._deliver(chosen)
         return True
 
-    def _schedule(self) -> Plan:
+    def _schedule(self) -> StepPlan:
         with self._lock:
             return self._scheduler.plan(self._pace.ms_per_row)
 
@@ -118,7 +118,7 @@ class Loop:
                 # A step changes nothing but what it appends, and the next one overwrites that.
                 continue
 
-    def _sample(self, plan: Plan, logits: Tensor) -> Choices:
+    def _sample(self, plan: StepPlan, logits: Tensor) -> Choices:
         lives = [self._live[sequence.id] for sequence in plan.choosing]
         chosen = choose(
             self._rows_that_choose(plan, logits),
@@ -127,7 +127,7 @@ class Loop:
         )
         return {live.sequence.id: new for live, new in zip(lives, chosen, strict=True)}
 
-    def _rows_that_choose(self, plan: Plan, logits: Tensor) -> Tensor:
+    def _rows_that_choose(self, plan: StepPlan, logits: Tensor) -> Tensor:
         """[sequences that choose, vocabulary]; the others are noted as those of prompts."""
         choosing = {sequence.id for sequence in plan.choosing}
         rows = []
@@ -159,7 +159,7 @@ class Loop:
             if token.finish_reason is not None:
                 self._end([live])
 
-    def _fail(self, plan: Plan, error: Exception) -> None:
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
         with self._lock:
             self._scheduler.abandon()
         if isinstance(error, STORE_GONE):

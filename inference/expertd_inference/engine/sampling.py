@@ -82,8 +82,8 @@ class Sampler:
         self.mask: Mask | None = None
         self._seed = seed
         self._num_prompt = len(prompt)
-        self._all = _Counts()
-        self._new = _Counts()
+        self._all = _TokenCounts()
+        self._new = _TokenCounts()
         self._num_counted = 0
 
     @property
@@ -159,7 +159,7 @@ class Sampler:
         scores[new] -= np.float32(wanted.presence_penalty)
 
 
-class _Counts:
+class _TokenCounts:
     """How often each token came."""
 
     def __init__(self) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from expertd_inference.engine.acceptance import check_sequence
 from expertd_inference.engine.chunks import chunk_end, decodes, span_of
-from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.prefix import Prefixes
-from expertd_inference.engine.sequence import Phase, Sequence
+from expertd_inference.engine.sequence import Sequence, SequencePhase
 from expertd_inference.engine.shared_work import SharedWork
 from expertd_inference.engine.waiting import Waiting
 from expertd_inference.execution.batch import Batch, Span
@@ -20,7 +20,7 @@ PROMPT_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """One step. ``sequences`` are those of the batch's spans, in their order.
 
     ``batch`` is None where there is nothing to compute. ``preempted`` are the ids of sequences
@@ -64,7 +64,9 @@ class Scheduler:
     (:class:`.Waiting`), so every sequence finishes whatever else comes.
     """
 
-    def __init__(self, limits: Limits, pool: BlockPool, slots: StateSlots | None = None) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, pool: BlockPool, slots: StateSlots | None = None
+    ) -> None:
         """``slots`` for a model with recurrent layers, which finds no prefixes."""
         self.limits = limits
         self._pool = pool
@@ -75,7 +77,7 @@ class Scheduler:
         self._all: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # in order of admission
         self._served: dict[int, int] = {}  # the number of the last plan that has it
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._num_plans = 0
         self._num_preemptions = 0
 
@@ -139,8 +141,8 @@ class Scheduler:
         sequence = self._all.pop(id, None)
         if sequence is None:
             return
-        was_running = sequence.phase is Phase.RUNNING
-        sequence.phase = Phase.FINISHED
+        was_running = sequence.phase is SequencePhase.RUNNING
+        sequence.phase = SequencePhase.FINISHED
         self._waiting.leave(sequence.user)
         self._served.pop(id, None)
         if was_running:
@@ -152,7 +154,7 @@ class Scheduler:
     finish = cancel
     """Ends a sequence that is complete."""
 
-    def plan(self, ms_per_row: float | None = None) -> Plan:
+    def plan(self, ms_per_row: float | None = None) -> StepPlan:
         """The next step; a plan before it that was not done is forgotten.
 
         ``ms_per_row`` is what a row of a prompt was measured to take.
@@ -171,7 +173,7 @@ class Scheduler:
         for sequence in sequences:
             self._served[sequence.id] = self._num_plans
         batch = Batch(tuple(spans)) if spans else None
-        self._plan = Plan(batch, sequences, tuple(preempted))
+        self._plan = StepPlan(batch, sequences, tuple(preempted))
         return self._plan
 
     def done(self, chosen: Mapping[int, int]) -> None:
@@ -183,7 +185,7 @@ class Scheduler:
         if plan is None or plan.batch is None:
             return
         for sequence, span in zip(plan.sequences, plan.batch.spans, strict=True):
-            if sequence.phase is Phase.FINISHED:
+            if sequence.phase is SequencePhase.FINISHED:
                 continue
             before = sequence.num_computed
             sequence.num_computed += span.num_rows
@@ -209,7 +211,9 @@ class Scheduler:
         most = self.limits.max_waiting_per_user
         if most is None:
             return
-        waiting = sum(one.user == user and one.phase is Phase.WAITING for one in self._all.values())
+        waiting = sum(
+            one.user == user and one.phase is SequencePhase.WAITING for one in self._all.values()
+        )
         if waiting >= most:
             raise BusyError(
                 f"{waiting} sequences of this user wait already, the most that may "
@@ -235,7 +239,7 @@ class Scheduler:
             self._waiting.remove(sequence)
             self._waiting.count_admission()
             self._work.promise(sequence.id, names)
-            sequence.phase = Phase.RUNNING
+            sequence.phase = SequencePhase.RUNNING
             sequence.num_computed = sequence.num_from_prefix = len(found) * BLOCK_TOKENS
             self._prefixes.count(sequence)
             self._running.append(sequence)
@@ -302,7 +306,7 @@ class Scheduler:
         return [
             span_of(sequence, sequence.num_computed + 1)
             for sequence in decoding
-            if sequence.phase is Phase.RUNNING and self._grow(sequence, preempted)
+            if sequence.phase is SequencePhase.RUNNING and self._grow(sequence, preempted)
         ]
 
     def _grow(self, sequence: Sequence, preempted: list[int]) -> bool:
@@ -323,7 +327,7 @@ class Scheduler:
         self._num_preemptions += 1
         self._running.remove(sequence)
         self._release(sequence)
-        sequence.phase = Phase.WAITING
+        sequence.phase = SequencePhase.WAITING
         self._waiting.add_preempted(sequence)
 
     def _prompt_chunks(self, prompts: list[Sequence], limit: int, *, alone: bool) -> list[Span]:
@@ -332,7 +336,7 @@ class Scheduler:
         for sequence in prompts:
             if len(spans) == self.limits.max_prompts:
                 break
-            if sequence.phase is not Phase.RUNNING:
+            if sequence.phase is not SequencePhase.RUNNING:
                 continue  # it has just given way
             end = chunk_end(sequence, self.limits, limit, alone=alone and not spans)
             if end == sequence.num_computed:

@@ -10,7 +10,7 @@ _SEEDS = 1 << 64
 _NEXT_CONTINUATION = 0x9E3779B97F4A7C15  # the golden ratio's 64 bits, as splitmix64 adds
 
 
-class Phase(Enum):
+class SequencePhase(Enum):
     """Where a sequence is in its life."""
 
     WAITING = "waiting"
@@ -53,7 +53,7 @@ class Sequence:
         """Of all that is drawn for it; the first continuation's is that of the settings."""
         self.max_new_tokens = settings.max_new_tokens
         """No more than the context and the pool take, once the scheduler has accepted it."""
-        self.phase = Phase.WAITING
+        self.phase = SequencePhase.WAITING
         self.num_computed = 0
         self.num_from_prefix = 0
         self.blocks: list[int] = []

@@ -26,7 +26,7 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """The text that is certain because of a token.
 
     ``stop`` is the token or the text at which the sequence stopped; None if it goes on, or if its
@@ -63,7 +63,7 @@ class TokenText:
         self._num_tokens = 0
         self._held = ""
 
-    def feed(self, token: int) -> Piece:
+    def feed(self, token: int) -> TextPiece:
         """Takes the next token, and says what it adds and whether it is the last."""
         self._num_tokens += 1
         may_stop = self._num_tokens >= self._settings.min_new_tokens
@@ -76,11 +76,11 @@ class TokenText:
             at, string = found
             text = self._held[: at + len(string) if self._settings.include_stop else at]
             self._held = ""
-            return Piece(text, FinishReason.STOP, string)
+            return TextPiece(text, FinishReason.STOP, string)
         if ends:
             reason = FinishReason.STOP if stops_here else FinishReason.LENGTH
-            return Piece(self._take(0), reason, token if stops_here else None)
-        return Piece(self._take(self._num_held() if self._strings else 0))
+            return TextPiece(self._take(0), reason, token if stops_here else None)
+        return TextPiece(self._take(self._num_held() if self._strings else 0))
 
     def finish(self) -> str:
         """The text that is still held back, of a sequence that ends here."""

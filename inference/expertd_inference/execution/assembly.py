@@ -6,8 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertd_inference.execution.parts import Attention, Experts, Layer, Model, Rotation
-from expertd_inference.execution.recognize import FeedForward, Linear, Norm
+from expertd_inference.execution.parts import (
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    RotationSpec,
+)
+from expertd_inference.execution.recognize import FeedForwardSpec, LinearSpec, NormSpec
 from expertd_inference.execution.segment import ExpertsRest, ModuleRest, Rest, Segment
 from expertd_inference.kernels.cpu.library import (
     TYPES,
@@ -37,7 +43,7 @@ _FIRST_POSITIONS = 1024
 class Angles:
     """The tables of one :class:`Rotation`, for as many positions as were asked for."""
 
-    def __init__(self, rotation: Rotation) -> None:
+    def __init__(self, rotation: RotationSpec) -> None:
         self._rotation = rotation
         self._tables: tuple[Tensor, Tensor] | None = None
         self._calls: list[RotateCall] = []
@@ -65,7 +71,7 @@ class Assembly:
     ``stream`` [most rows, H] is the residual stream.
     """
 
-    def __init__(self, model: Model, max_rows: int, max_wanted: int) -> None:
+    def __init__(self, model: ModelSpec, max_rows: int, max_wanted: int) -> None:
         """Of at most ``max_rows`` rows, of which ``max_wanted`` give logits at once."""
         self.dtype = model.embedding.dtype
         self._type = TYPES[self.dtype]
@@ -94,7 +100,7 @@ class Assembly:
         self._assemble_head(model, torch.empty(max_wanted, width, dtype=self.dtype))
 
     def segments(
-        self, layers: Sequence[Layer], first: RowsProgram
+        self, layers: Sequence[LayerSpec], first: RowsProgram
     ) -> tuple[list[Segment], RowsProgram]:
         """``layers`` after what ``first`` has: segments, and what is left after the last."""
         self._segments: list[Segment] = []
@@ -104,7 +110,7 @@ class Assembly:
             self._feed_forward(layer)
         return self._segments, self._program
 
-    def _assemble_head(self, model: Model, picked: Tensor) -> None:
+    def _assemble_head(self, model: ModelSpec, picked: Tensor) -> None:
         self._program = self.head
         self._keep.append(picked)
         row_bytes = picked.shape[1] * picked.element_size()
@@ -121,7 +127,7 @@ class Assembly:
                 wanted=True,
             )
 
-    def _attend(self, layer: Layer) -> None:
+    def _attend(self, layer: LayerSpec) -> None:
         part = layer.attention
         entered = self._normed(layer.before_attention)
         widths = part.heads * part.key_width, part.kv_heads * part.key_width
@@ -146,19 +152,19 @@ class Assembly:
         self._bias(part.output, projected)
         self._join(projected.data_ptr(), layer.after_attention, layer.multiplier)
 
-    def _feed_forward(self, layer: Layer) -> None:
+    def _feed_forward(self, layer: LayerSpec) -> None:
         entered = self._normed(layer.before_feed_forward)
         part = layer.feed_forward
         join = layer.after_feed_forward, layer.multiplier
-        if isinstance(part, FeedForward):
+        if isinstance(part, FeedForwardSpec):
             self._join(self._gated(part, entered, "projected").data_ptr(), *join)
-        elif isinstance(part, Experts):
+        elif isinstance(part, MoeSpec):
             self._experts(part, entered, join)
         else:
             self._stop(ModuleRest(part, entered))
             self._join(None, *join)
 
-    def _experts(self, part: Experts, entered: Tensor, join: tuple[Norm | None, float]) -> None:
+    def _experts(self, part: MoeSpec, entered: Tensor, join: tuple[NormSpec | None, float]) -> None:
         router, num = part.router, part.router.matrix.rows
         logits_dtype = torch.float32 if router.float_logits else self.dtype
         logits = self._rows("router logits", num, logits_dtype)
@@ -202,18 +208,18 @@ class Assembly:
             self._reads(add, "x")
             self._join(both.data_ptr(), *join)
 
-    def _gated(self, part: FeedForward, entered: Tensor, out: str) -> Tensor:
+    def _gated(self, part: FeedForwardSpec, entered: Tensor, out: str) -> Tensor:
         return self._down(part, self._gate_and_up(part, entered), out)
 
     def _gate_and_up(
-        self, part: FeedForward, entered: Tensor, *, beside: bool = False
+        self, part: FeedForwardSpec, entered: Tensor, *, beside: bool = False
     ) -> tuple[Tensor, Tensor]:
         gate, up = (self._rows(name, part.gate.matrix.rows) for name in ("gate", "up"))
         self._linear(part.gate, entered, gate, beside=beside)
         self._linear(part.up, entered, up, beside=True)
         return gate, up
 
-    def _down(self, part: FeedForward, parts: tuple[Tensor, Tensor], out: str) -> Tensor:
+    def _down(self, part: FeedForwardSpec, parts: tuple[Tensor, Tensor], out: str) -> Tensor:
         gate, up = parts
         self._bias(part.gate, gate)
         self._bias(part.up, up)
@@ -237,7 +243,7 @@ class Assembly:
         """``call`` reads by ``field`` what the last segment's rest gives."""
         self._segments[-1].reader, self._segments[-1].field = call, field
 
-    def _join(self, result: int | None, norm: Norm | None, multiplier: float) -> None:
+    def _join(self, result: int | None, norm: NormSpec | None, multiplier: float) -> None:
         """Adds to the stream what is at ``result``, or what the last segment's rest gives."""
         width = self.stream.shape[1]
         projected = self._rows("projected", width)
@@ -262,7 +268,7 @@ class Assembly:
         return projected.data_ptr()
 
     def _attention(
-        self, part: Attention, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+        self, part: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, out: Tensor
     ) -> None:
         sinks = 0 if part.sinks is None else self._weight(part.sinks)
         call = AttentionCall(
@@ -275,7 +281,7 @@ class Assembly:
         self._add(call)
         self.attention.append(call)
 
-    def _rotate(self, part: Attention, rows: Tensor, heads: int) -> None:
+    def _rotate(self, part: AttentionSpec, rows: Tensor, heads: int) -> None:
         rotation = part.rotation
         if rotation is None:
             return
@@ -287,7 +293,7 @@ class Assembly:
         angles.add(call)
         self._add(call)
 
-    def _normed(self, norm: Norm | None) -> Tensor:
+    def _normed(self, norm: NormSpec | None) -> Tensor:
         """The stream, normed if it is."""
         if norm is None:
             return self.stream
@@ -295,10 +301,10 @@ class Assembly:
         self._norm(norm, self.stream, normed)
         return normed
 
-    def _norm(self, norm: Norm, x: Tensor, out: Tensor, *, wanted: bool = False) -> None:
+    def _norm(self, norm: NormSpec, x: Tensor, out: Tensor, *, wanted: bool = False) -> None:
         self._add(self._norm_call(norm, x, out), wanted=wanted)
 
-    def _norm_call(self, norm: Norm, x: Tensor, out: Tensor) -> NormCall:
+    def _norm_call(self, norm: NormSpec, x: Tensor, out: Tensor) -> NormCall:
         n = len(norm.weight)
         return NormCall(
             *(x.data_ptr(), self._weight(norm.weight)),
@@ -307,7 +313,13 @@ class Assembly:
         )
 
     def _linear(
-        self, linear: Linear, x: Tensor, out: Tensor, *, beside: bool = False, wanted: bool = False
+        self,
+        linear: LinearSpec,
+        x: Tensor,
+        out: Tensor,
+        *,
+        beside: bool = False,
+        wanted: bool = False,
     ) -> None:
         """The product; see :meth:`_bias`."""
         self._keep.append(linear)
@@ -329,7 +341,7 @@ class Assembly:
         )
         self._add(call, beside=beside, wanted=wanted)
 
-    def _bias(self, linear: Linear, out: Tensor, *, wanted: bool = False) -> None:
+    def _bias(self, linear: LinearSpec, out: Tensor, *, wanted: bool = False) -> None:
         """That is added to the rounded product."""
         if linear.bias is not None:
             n = out.shape[1]

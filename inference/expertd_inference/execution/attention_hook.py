@@ -22,7 +22,7 @@ _NAMES = {"sdpa": "expertd-sdpa", "eager": "expertd-eager"}
 """Ours for each; models whose own ``eager`` does more than ``sdpa`` can have that one."""
 
 
-class Attention(Protocol):
+class AttentionBackend(Protocol):
     """Computes attention in the place of a model's own."""
 
     def attend(
@@ -42,14 +42,14 @@ class Attention(Protocol):
 
 
 class _Here(threading.local):
-    attention: Attention | None = None
+    attention: AttentionBackend | None = None
 
 
 _here = _Here()
 
 
 @contextmanager
-def attending(attention: Attention) -> Iterator[None]:
+def attending(attention: AttentionBackend) -> Iterator[None]:
     """While models that are ours compute with ``attention`` in this thread."""
     before = _here.attention
     _here.attention = attention

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from expertd_inference.execution.parts import (
-    Attention,
-    Experts,
-    Layer,
-    Model,
-    Rotation,
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    RotationSpec,
     UnknownPartError,
 )
 from expertd_inference.execution.recognize import (
-    FeedForward,
-    Linear,
-    Norm,
+    FeedForwardSpec,
+    LinearSpec,
+    NormSpec,
     recognize_feed_forward,
     recognize_linear,
     recognize_norm,
@@ -66,7 +66,7 @@ _NORMS: dict[frozenset[str], tuple[str | None, str | None, str | None, str | Non
 }
 
 
-def describe_model(model: Any) -> tuple[Model, Witness]:  # noqa: ANN401 - transformers is untyped
+def describe_model(model: Any) -> tuple[ModelSpec, Witness]:  # noqa: ANN401 - transformers is untyped
     """What ``model`` computes, and the run that was watched. Raises UnknownPartError."""
     body = model.model if hasattr(model, "model") else None
     if body is None or _children(model) != {"model", "lm_head"}:
@@ -87,7 +87,7 @@ def describe_model(model: Any) -> tuple[Model, Witness]:  # noqa: ANN401 - trans
         for number, (layer, seen) in enumerate(zip(body.layers, witness.layers, strict=True))
     )
     embedded = table[torch.tensor(witness.tokens)][None]
-    described = Model(
+    described = ModelSpec(
         embedding=table,
         embedding_scale=_ratio(
             embedded,
@@ -132,7 +132,7 @@ def _window_kind(config: Any, number: int) -> str | None:  # noqa: ANN401
     return kind
 
 
-def _describe_layer(layer: Any, seen: LayerSeen, witness: Witness, kind: str | None) -> Layer:  # noqa: ANN401
+def _describe_layer(layer: Any, seen: LayerSeen, witness: Witness, kind: str | None) -> LayerSpec:  # noqa: ANN401
     otherwise = UnknownPartError(f"its {type(layer).__name__} is built otherwise")
     children = _children(layer)
     rest = [name for name in _FEED_FORWARDS if name in children]
@@ -147,7 +147,7 @@ def _describe_layer(layer: Any, seen: LayerSeen, witness: Witness, kind: str | N
     before, after, before_rest, after_rest = (
         None if norm is None else _known_norm(norm) for norm in norms
     )
-    return Layer(
+    return LayerSpec(
         attention=attention,
         before_attention=before,
         after_attention=after,
@@ -163,7 +163,7 @@ def _describe_attention(
     entered: Tensor,  # [1, T, H]
     seen: LayerSeen,
     witness: Witness,
-) -> Attention:
+) -> AttentionSpec:
     otherwise = UnknownPartError(f"its {type(module).__name__} is built otherwise")
     children = _children(module)
     if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= children <= _ATTENTION:
@@ -188,7 +188,7 @@ def _describe_attention(
     window = call.options.get("sliding_window")
     parts = [_known_linear(getattr(module, f"{name}_proj")) for name in "qkvo"]
     query_norm, key_norm = (None if norm is None else _known_norm(norm) for norm in norms)
-    return Attention(
+    return AttentionSpec(
         query=parts[0],
         key=parts[1],
         value=parts[2],
@@ -222,7 +222,7 @@ def _find_rotation(
     call: Attended,
     seen: LayerSeen,
     witness: Witness,
-) -> Rotation | None:
+) -> RotationSpec | None:
     """What makes of these what attention was given. Raises UnknownPartError."""
     if _near(query, call.query) and _near(key, call.key):
         return None
@@ -238,8 +238,8 @@ def _find_rotation(
                     for before, after in ((query, call.query), (key, call.key))
                 ):
                     form = (id(result), turned, pairs)
-                    made = Rotation(_angles(module, args, kwargs, choose), turned, pairs)
-                    known: Rotation = witness.found.setdefault(form, made)
+                    made = RotationSpec(_angles(module, args, kwargs, choose), turned, pairs)
+                    known: RotationSpec = witness.found.setdefault(form, made)
                     return known
     raise UnknownPartError("its positions are told otherwise than by angles")
 
@@ -298,12 +298,12 @@ def _angles(
     return angles
 
 
-def _describe_feed_forward(block: nn.Module) -> FeedForward | Experts | nn.Module:
+def _describe_feed_forward(block: nn.Module) -> FeedForwardSpec | MoeSpec | nn.Module:
     """As parts, or the module itself."""
     return _as_parts(block) or block
 
 
-def _as_parts(block: Any) -> FeedForward | Experts | None:  # noqa: ANN401 - a module
+def _as_parts(block: Any) -> FeedForwardSpec | MoeSpec | None:  # noqa: ANN401 - a module
     children = _children(block)
     routers = [name for name in _ROUTERS if name in children]
     shared = [name for name in _SHARED if name in children]
@@ -317,17 +317,17 @@ def _as_parts(block: Any) -> FeedForward | Experts | None:  # noqa: ANN401 - a m
     gate = recognize_linear(block.shared_expert_gate) if gated else None
     if router is None or (beside is None) != (not shared) or (gate is None) != (not gated):
         return None
-    return Experts(router, block.experts, beside, gate)
+    return MoeSpec(router, block.experts, beside, gate)
 
 
-def _known_norm(module: Any) -> Norm:  # noqa: ANN401 - a module
+def _known_norm(module: Any) -> NormSpec:  # noqa: ANN401 - a module
     norm = recognize_norm(module)
     if norm is None:
         raise UnknownPartError(f"its {type(module).__name__} is none that is known")
     return norm
 
 
-def _known_linear(module: Any) -> Linear:  # noqa: ANN401 - a module
+def _known_linear(module: Any) -> LinearSpec:  # noqa: ANN401 - a module
     linear = recognize_linear(module)
     if linear is None:
         raise UnknownPartError(f"a {type(module).__name__} has no native kernel")

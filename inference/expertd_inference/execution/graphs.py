@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.device.group import DeviceGroup
-from expertd_inference.device.recorder import Recorder, Recording
+from expertd_inference.device.recorder import GraphRecorder, Recording
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
@@ -143,7 +143,7 @@ class GraphsExecutor:
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """[batch.num_wanted, vocabulary]."""
-        with self._group.step.whole():
+        with self._group.transaction.forward_pass():
             if self._whole is not None and not self._whole.valid:
                 self._record()  # The arena lies elsewhere since the daemon came back.
             step = self._step_for(batch.spans)
@@ -178,7 +178,7 @@ class GraphsExecutor:
         self._steps.clear()
         recorder = self._device.recorder()
         self._whole = None if self._segments else self._group.whole_experts(recorder)
-        with self._group.step.whole(), recorder.session():
+        with self._group.transaction.forward_pass(), recorder.session():
             for size in reversed(self._sizes):
                 whole = self._whole
                 if whole is not None and not whole.fits(size):
@@ -191,7 +191,7 @@ class GraphsExecutor:
                     self._record_step(step, recorder)
                     self._steps[size, width] = step
 
-    def _record_step(self, step: _Step, recorder: Recorder) -> None:
+    def _record_step(self, step: _Step, recorder: GraphRecorder) -> None:
         cuts = _Cuts(step, recorder)
         with self._asking(cuts):
             # What has to be compiled or allocated once is, by this one.
@@ -236,7 +236,7 @@ class _Cuts:
     Until ``recording`` is set nothing is recorded, and experts are not read.
     """
 
-    def __init__(self, step: _Step, recorder: Recorder) -> None:
+    def __init__(self, step: _Step, recorder: GraphRecorder) -> None:
         self._step, self._recorder = step, recorder
         self.recording = False
 

@@ -104,7 +104,7 @@ class HeldSegments:
 
     def _place(self, held: Held) -> None:
         """Puts in where the arena and the directory are, which another session may change."""
-        self._step.arena = held.arena
+        self._step.arena = held.arena_address
         if self._directory == held.directory:
             return
         self._directory = held.directory

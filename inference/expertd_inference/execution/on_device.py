@@ -27,7 +27,8 @@ def device_executor(
     No text has more than ``longest_tokens``. ``say`` is told what is not possible. With ``exact``
     the bits of a sequence's logits do not depend on what else is computed; no step is recorded.
     """
-    executor = choose_for(model, _with_scratch(room), say, exact=exact, around=group.step.whole)
+    around = group.transaction.forward_pass
+    executor = choose_for(model, _with_scratch(room), say, exact=exact, around=around)
     if (
         exact
         or not group.records

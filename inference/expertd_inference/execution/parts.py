@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expertd_inference.execution.recognize import FeedForward, Linear, Norm, Router
+from expertd_inference.execution.recognize import FeedForwardSpec, LinearSpec, NormSpec, RouterSpec
 
 
 class UnknownPartError(Exception):
@@ -14,7 +14,7 @@ class UnknownPartError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Rotation:
+class RotationSpec:
     """Rotary embedding of the first ``turned`` elements of each head."""
 
     angles: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -25,17 +25,17 @@ class Rotation:
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class AttentionSpec:
     """Attention of heads that may share keys, each row to its own sequence."""
 
-    query: Linear
-    key: Linear
-    value: Linear
-    output: Linear
-    query_norm: Norm | None
-    key_norm: Norm | None
+    query: LinearSpec
+    key: LinearSpec
+    value: LinearSpec
+    output: LinearSpec
+    query_norm: NormSpec | None
+    key_norm: NormSpec | None
     """Of each head, or of all that a row has."""
-    rotation: Rotation | None
+    rotation: RotationSpec | None
     heads: int
     kv_heads: int
     key_width: int
@@ -44,46 +44,46 @@ class Attention:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
-    gate: Linear | None = None
+    gate: LinearSpec | None = None
     """What enters the attention decides by its sigmoid how much of the result is kept."""
 
 
 @dataclass(frozen=True, eq=False)
-class Experts:
+class MoeSpec:
     """Routed experts, with what is beside them for all rows."""
 
-    router: Router
+    router: RouterSpec
     module: nn.Module
     """The experts: see :mod:`expertd_inference.experts.call`."""
-    shared: FeedForward | None
-    shared_gate: Linear | None
+    shared: FeedForwardSpec | None
+    shared_gate: LinearSpec | None
     """Its sigmoid, of one element, is what the shared expert's result is multiplied by."""
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class LayerSpec:
     """``x + m * after(part(before(x)))``, first of the attention, and then of the feed-forward."""
 
-    attention: Attention
-    before_attention: Norm | None
-    after_attention: Norm | None
-    feed_forward: FeedForward | Experts | nn.Module
+    attention: AttentionSpec
+    before_attention: NormSpec | None
+    after_attention: NormSpec | None
+    feed_forward: FeedForwardSpec | MoeSpec | nn.Module
     """A module is called as it is, for all rows as one sequence."""
-    before_feed_forward: Norm | None
-    after_feed_forward: Norm | None
+    before_feed_forward: NormSpec | None
+    after_feed_forward: NormSpec | None
     multiplier: float
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class ModelSpec:
     """A decoder."""
 
     embedding: Tensor
     """[vocabulary, H]."""
     embedding_scale: float
-    layers: tuple[Layer, ...]
-    norm: Norm
-    head: Linear
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec
+    head: LinearSpec
     logits_divisor: float
     model: Any
     """The transformers model, kept since all of this is of its memory."""

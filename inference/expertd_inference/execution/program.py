@@ -17,7 +17,7 @@ from expertd_inference.execution.assembly import Assembly
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.describe import describe_model
 from expertd_inference.execution.held import HeldSegments
-from expertd_inference.execution.parts import Model, UnknownPartError
+from expertd_inference.execution.parts import ModelSpec, UnknownPartError
 from expertd_inference.execution.program_check import check_program
 from expertd_inference.execution.step_rows import StepRows, use_memory
 from expertd_inference.kernels.cpu.library import EXACT
@@ -53,7 +53,7 @@ class ProgramExecutor:
     shares_prefixes = True
     recurrent = False
 
-    def __init__(self, model: Model, num_blocks: int, max_rows: int, flags: int = 0) -> None:
+    def __init__(self, model: ModelSpec, num_blocks: int, max_rows: int, flags: int = 0) -> None:
         """``num_blocks`` of keys and values, for steps of at most ``max_rows`` rows.
 
         ``flags`` are those of :mod:`expertd_inference.kernels.cpu.library`.

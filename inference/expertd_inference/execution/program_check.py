@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertd_inference.execution.assembly import Assembly
 from expertd_inference.execution.batch import Batch, Span, Wanted
-from expertd_inference.execution.parts import Model, UnknownPartError
+from expertd_inference.execution.parts import ModelSpec, UnknownPartError
 from expertd_inference.execution.step_rows import StepRows, use_memory
 from expertd_inference.execution.witness import NUM_TOKENS, Witness, experts_stood_in_for
 from expertd_inference.kernels.cpu.program import RowsProgram
@@ -25,7 +25,7 @@ _MAX_WRONG = 1 / 4
 
 
 @torch.no_grad()
-def check_program(model: Model, witness: Witness, flags: int = 0) -> None:
+def check_program(model: ModelSpec, witness: Witness, flags: int = 0) -> None:
     """Raises UnknownPartError, which names the part that is computed otherwise."""
     assembly = Assembly(model, _MAX_ROWS, _MAX_ROWS)
     layers = [layer.attention for layer in model.layers]
@@ -63,7 +63,7 @@ def check_program(model: Model, witness: Witness, flags: int = 0) -> None:
         _check_ends(assembly, rows, model, witness)
 
 
-def _check_ends(assembly: Assembly, rows: StepRows, model: Model, witness: Witness) -> None:
+def _check_ends(assembly: Assembly, rows: StepRows, model: ModelSpec, witness: Witness) -> None:
     """The embedding, which is the first layer's entry, and the head."""
     whole = Span(1, witness.tokens, 0, (1,), None, Wanted.ALL)
     rows.fill(Batch((whole,)), len(model.embedding))

@@ -27,7 +27,7 @@ _MAX_DIFFERING = 0.02
 
 
 @dataclass(frozen=True, eq=False)
-class Norm:
+class NormSpec:
     """Of rows of ``len(weight)``; weight and bias are float32."""
 
     weight: Tensor
@@ -37,7 +37,7 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class LinearSpec:
     """``bias`` is added after the product was rounded; a bias of the matrix before."""
 
     matrix: NativeMatrix
@@ -47,7 +47,7 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
-class Router:
+class RouterSpec:
     """How a layer's experts are chosen: the formula, and the logits' matrix."""
 
     matrix: NativeMatrix
@@ -64,16 +64,16 @@ class Router:
 
 
 @dataclass(frozen=True, eq=False)
-class FeedForward:
+class FeedForwardSpec:
     """``down(activation(gate(x)) * up(x))``."""
 
-    gate: Linear
-    up: Linear
-    down: Linear
+    gate: LinearSpec
+    up: LinearSpec
+    down: LinearSpec
     activation: Activation
 
 
-def recognize_linear(module: Any) -> Linear | None:  # noqa: ANN401 - a module
+def recognize_linear(module: Any) -> LinearSpec | None:  # noqa: ANN401 - a module
     """A linear layer whose weight a native kernel multiplies with, quantized or plain."""
     if isinstance(module, QuantizedLinear):
         weight = module.quantized
@@ -81,16 +81,16 @@ def recognize_linear(module: Any) -> Linear | None:  # noqa: ANN401 - a module
         bias = module.bias
         if matrix is None or not (bias is None or _plain(bias)):
             return None
-        return Linear(matrix, bias, (weight, bias))
+        return LinearSpec(matrix, bias, (weight, bias))
     if not isinstance(module, nn.Linear) or not _plain(module.weight):
         return None
     bias = module.bias
     if bias is not None and not (_plain(bias) and bias.dtype is module.weight.dtype):
         return None
-    return Linear(describe(module.weight, bias), None, (module.weight, bias))
+    return LinearSpec(describe(module.weight, bias), None, (module.weight, bias))
 
 
-def recognize_norm(module: Any) -> Norm | None:  # noqa: ANN401 - a module
+def recognize_norm(module: Any) -> NormSpec | None:  # noqa: ANN401 - a module
     """A norm over the last dimension: of squares, or of what differs from the mean."""
     weight: object = getattr(module, "weight", None)
     bias: object = getattr(module, "bias", None)
@@ -108,13 +108,13 @@ def recognize_norm(module: Any) -> Norm | None:  # noqa: ANN401 - a module
     wide = None if bias is None else bias.float()
     for kind in NormKind:
         for shift in (0.0, 1.0):
-            norm = Norm((weight.float() + shift).contiguous(), wide, float(eps), kind)
+            norm = NormSpec((weight.float() + shift).contiguous(), wide, float(eps), kind)
             if _agree(_norm(norm, x), expected):
                 return norm
     return None
 
 
-def _norm(norm: Norm, x: Tensor) -> Tensor:
+def _norm(norm: NormSpec, x: Tensor) -> Tensor:
     wide = x.float()
     if norm.kind is NormKind.LAYER:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -125,7 +125,7 @@ def _norm(norm: Norm, x: Tensor) -> Tensor:
     return (normed if norm.bias is None else normed + norm.bias).to(x.dtype)
 
 
-def recognize_router(module: Any, block: nn.Module) -> Router | None:  # noqa: ANN401 - a module
+def recognize_router(module: Any, block: nn.Module) -> RouterSpec | None:  # noqa: ANN401 - a module
     """The router of ``block``, by any of the kernels' formulas."""
     weight, k = getattr(module, "weight", None), getattr(module, "top_k", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not _plain(weight):
@@ -166,9 +166,10 @@ def _routers(
     bias: Tensor | None,
     k: int,
     dtype: torch.dtype,
-) -> Iterator[Router]:
+) -> Iterator[RouterSpec]:
     """All that it may be."""
-    made = Router(describe(weight, bias), (weight, bias), k, RouteKind.SOFTMAX, False, False, dtype)
+    matrix, kept = describe(weight, bias), (weight, bias)
+    made = RouterSpec(matrix, kept, k, RouteKind.SOFTMAX, False, False, dtype)
     yield made
     yield replace(made, normalize=True)
     yield replace(made, kind=RouteKind.TOP_SOFTMAX)
@@ -193,7 +194,7 @@ def _routers(
         )
 
 
-def route(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+def route(router: RouterSpec, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The formula of ``router`` in torch: weights and experts, [T, k] each."""
     wide = logits.float()
     if router.kind is RouteKind.SPARSE_MIXER:
@@ -220,7 +221,7 @@ def route(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(router.weights_dtype), index
 
 
-def _mix_sparsely(logits: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+def _mix_sparsely(logits: Tensor, router: RouterSpec) -> tuple[Tensor, Tensor]:
     weights, index, left = [], [], logits
     for _ in range(2):
         most, best = left.max(-1, keepdim=True)
@@ -242,7 +243,7 @@ def _same_choice(ours: Tensor, chosen: Tensor, weights: Tensor, index: Tensor) -
     return torch.allclose(pair[0].float(), pair[1].float(), rtol=0.02, atol=1e-4)
 
 
-def recognize_feed_forward(module: Any) -> FeedForward | None:  # noqa: ANN401 - a module
+def recognize_feed_forward(module: Any) -> FeedForwardSpec | None:  # noqa: ANN401 - a module
     """A gated feed-forward, by its three linear layers."""
     children = {name for name, _ in module.named_children()}
     if not {"gate_proj", "up_proj", "down_proj"} <= children or children - _FEED_FORWARD:
@@ -252,7 +253,7 @@ def recognize_feed_forward(module: Any) -> FeedForward | None:  # noqa: ANN401 -
     gate, up, down = parts
     if activation is None or gate is None or up is None or down is None:
         return None
-    return FeedForward(gate, up, down, activation)
+    return FeedForwardSpec(gate, up, down, activation)
 
 
 _FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}

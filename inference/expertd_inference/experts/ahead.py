@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expertd_inference.experts.foresight import Foresight
 from expertd_inference.experts.hints import HintBook, HintStats, Pair
-from expertd_inference.experts.routers import Router
+from expertd_inference.experts.routers import LayerRouter
 from expertstore.errors import ExpertdError
 
 WHOLE_SHARE = 0.75
@@ -50,7 +50,7 @@ class RouterAhead:
     def __init__(
         self,
         layers: Sequence[int],
-        routers: Mapping[int, Router],
+        routers: Mapping[int, LayerRouter],
         target: HintTarget,
         *,
         choices: Sequence[int],
@@ -153,7 +153,7 @@ class RouterAhead:
         self._misses = misses
         self._idle = not self._target.anything_absent()
 
-    def _foresee(self, router: Router, hidden: Tensor) -> Sequence[int]:
+    def _foresee(self, router: LayerRouter, hidden: Tensor) -> Sequence[int]:
         if len(hidden) > 1:
             return router.foreseen(hidden)
         likeliest = (

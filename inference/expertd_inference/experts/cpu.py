@@ -201,13 +201,13 @@ class Held:
 
     def __init__(
         self,
-        arena: int,
+        arena_address: int,
         source: DirectorySource,
         lease: DirectoryLease,
         lock: ExitStack,
         ended: Callable[[SessionLostError | None], None],
     ) -> None:
-        self.arena = arena
+        self.arena_address = arena_address
         """The address that records' offsets count from."""
         self._source = source
         self._lease = lease

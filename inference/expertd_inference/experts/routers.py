@@ -16,7 +16,7 @@ _NAMES = ("gate", "router")
 """What the attribute beside the experts is called that holds their router."""
 
 
-class Router:
+class LayerRouter:
     """The router of one MoE layer; may be asked while another thread runs the model."""
 
     def __init__(self, module: nn.Module, num_experts: int, extra: Iterable[object] = ()) -> None:
@@ -78,7 +78,7 @@ class Router:
         return logits, weights, chosen.long()
 
 
-def find_routers(model: nn.Module, experts: Mapping[int, nn.Module]) -> Mapping[int, Router]:
+def find_routers(model: nn.Module, experts: Mapping[int, nn.Module]) -> Mapping[int, LayerRouter]:
     """The router of each layer of ``experts``, which are modules of ``model`` by layer.
 
     A layer is left out if no router stands beside its experts or it does not answer as
@@ -95,14 +95,14 @@ def find_routers(model: nn.Module, experts: Mapping[int, nn.Module]) -> Mapping[
     return dict(sorted(routers.items()))
 
 
-def _router_beside(experts: Any, block: nn.Module) -> Router | None:  # noqa: ANN401 - untyped
+def _router_beside(experts: Any, block: nn.Module) -> LayerRouter | None:  # noqa: ANN401 - untyped
     for name in _NAMES:
         module = getattr(block, name, None)
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
             continue
         try:
-            router = Router(module, experts.num_experts, _extra_arguments(module, block))
+            router = LayerRouter(module, experts.num_experts, _extra_arguments(module, block))
             router.chosen(weight.new_zeros(1, weight.shape[1]))
         except (TypeError, ValueError, AttributeError, RuntimeError):
             continue  # Something else, or one that needs what only its block's forward knows.

@@ -8,7 +8,7 @@ import pytest
 
 from expertd.disk import trial
 from expertd.disk.record_file import RecordFile
-from expertd.disk.trial import NOT_TRIED, Sample, Trial, choose_samples, faster, try_both
+from expertd.disk.trial import NOT_TRIED, Trial, TrialRead, choose_reads, faster, try_both
 from expertd.settings.disk_io import DiskIo
 
 DIRECT, MMAP = DiskIo.DIRECT, DiskIo.MMAP
@@ -31,17 +31,18 @@ def test_the_faster_way(direct: float, mapped: float, past_page_cache: bool, way
 
 
 def test_samples_are_of_the_whole_pack_and_none_comes_twice() -> None:
-    records = [Sample(i // 500, i % 500, 4096) for i in range(3000)]
-    chosen = choose_samples(records)
+    records = [TrialRead(i // 500, i % 500, 4096) for i in range(3000)]
+    chosen = choose_reads(records)
     assert len(chosen) == len(set(chosen)) == 2 * trial.MAX_PAIRS
     assert {sample.file for sample in chosen} == set(range(6))
-    assert choose_samples(records[:5]) != records[:5]
-    assert sorted(choose_samples(records[:5])) == records[:5]
-    assert choose_samples([]) == []
+    assert choose_reads(records[:5]) != records[:5]
+    assert sorted(choose_reads(records[:5])) == records[:5]
+    assert choose_reads([]) == []
 
 
 def test_of_large_records_only_the_beginning_is_read() -> None:
-    assert choose_samples([Sample(0, 4096, 13 << 20)]) == [Sample(0, 4096, trial.MAX_PIECE_BYTES)]
+    (read,) = choose_reads([TrialRead(0, 4096, 13 << 20)])
+    assert read == TrialRead(0, 4096, trial.MAX_PIECE_BYTES)
 
 
 class File(RecordFile):
@@ -69,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-SAMPLES = [Sample(0, number, 4096) for number in range(64)]
+SAMPLES = [TrialRead(0, number, 4096) for number in range(64)]
 
 
 def test_both_ways_are_measured_in_turns(clock: SimpleNamespace) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from expertd.doctor.checks import Row, State, examine, is_within
+from expertd.doctor.checks import Finding, Health, examine, is_within
 from expertd.doctor.host import (
+    DaemonPlace,
     Disk,
     Driver,
     Gpu,
@@ -16,7 +17,6 @@ from expertd.doctor.host import (
     Kernels,
     Memory,
     PackOnDisk,
-    Place,
 )
 
 GIB = 1 << 30
@@ -25,7 +25,7 @@ MEMORY = Memory(64 * GIB, 64 * GIB, 60 * GIB, None)
 PACK = PackOnDisk(24 * GIB, GIB, 3e9)
 DISK = Disk(Path("/packs/my pack"), 100 * GIB, True, PACK)
 GPU = Gpu("NVIDIA H200", 139 * GIB, (9, 0), True, True)
-PLACE = Place(Path("/run/expertd"), "serving", other=Path("/home/alice/.expertd"))
+PLACE = DaemonPlace(Path("/run/expertd"), "serving", other=Path("/home/alice/.expertd"))
 VERSIONS = {"python": "3.11.2", "expertd": "0.1.0", "grpcio": "1.81.2", "torch": "2.13.0+cpu",
             "transformers": "5.23.0"}  # fmt: skip
 WELL = Host(
@@ -40,16 +40,16 @@ WELL = Host(
 )
 
 
-def rows(host: Host) -> dict[str, Row]:
+def rows(host: Host) -> dict[str, Finding]:
     return {row.name: row for row in examine(host)}
 
 
 def test_a_host_that_is_well_needs_no_advice() -> None:
-    assert all((row.state, row.advice) == (State.OK, "") for row in examine(WELL))
+    assert all((row.state, row.advice) == (Health.OK, "") for row in examine(WELL))
     assert "60.0 GiB free of 64.0 GiB" in rows(WELL)["memory"].found
     without = rows(replace(WELL, driver=None))
-    assert without["registration"] == Row("registration", State.OK, "none")
-    assert without["GPU"].state is State.OK
+    assert without["registration"] == Finding("registration", Health.OK, "none")
+    assert without["GPU"].state is Health.OK
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_what_is_not_well_and_what_to_do(host: Host, name: str, state: str, said
     row = rows(host)[name]
     assert row.state == state
     assert re.search(said, f"{row.found} {row.advice}"), row
-    assert bool(row.advice) == (row.state is not State.OK)
-    others = [each for each in examine(host) if each.name != name and each.state is not State.OK]
+    assert bool(row.advice) == (row.state is not Health.OK)
+    others = [each for each in examine(host) if each.name != name and each.state is not Health.OK]
     assert not others, "nothing else is blamed"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertd.store import Store
 from expertd_testing.handmade import PAGE, make_pack
 from expertd_testing.patience import HANG_SECONDS
@@ -48,7 +48,7 @@ async def use(worker: Worker, *entries: int) -> None:
 
 class TestMinimum:
     async def test_is_left_by_all_others(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(min_bytes=5 * PAGE)}
+        limits = {"a": ModelLimits(min_bytes=5 * PAGE)}
         async with storing(only(packs, "a", "b"), 12 * PAGE, limits) as store:
             quiet, busy = Worker(store, "a"), Worker(store, "b")
             await use(quiet, *range(8))
@@ -60,7 +60,7 @@ class TestMinimum:
             assert_consistent(store)
 
     async def test_keeps_the_hottest(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(min_bytes=3 * PAGE)}
+        limits = {"a": ModelLimits(min_bytes=3 * PAGE)}
         async with storing(only(packs, "a", "b"), 8 * PAGE, limits) as store:
             quiet, busy = Worker(store, "a"), Worker(store, "b")
             await use(quiet, *range(8))
@@ -70,7 +70,7 @@ class TestMinimum:
             assert {e for e in range(16) if quiet.model.is_resident(e)} == {1, 4, 6}
 
     async def test_does_not_hinder_its_own_model(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(min_bytes=6 * PAGE)}
+        limits = {"a": ModelLimits(min_bytes=6 * PAGE)}
         async with storing(only(packs, "a", "b"), 8 * PAGE, limits) as store:
             worker = Worker(store, "a")
             await use(worker, *range(8))
@@ -78,7 +78,7 @@ class TestMinimum:
             assert worker.model.num_resident == 8
 
     async def test_is_taken_back_when_it_is_wanted(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(min_bytes=6 * PAGE)}
+        limits = {"a": ModelLimits(min_bytes=6 * PAGE)}
         async with storing(only(packs, "a", "b"), 8 * PAGE, limits) as store:
             late, early = Worker(store, "a"), Worker(store, "b")
             await use(early, *range(2))
@@ -87,7 +87,7 @@ class TestMinimum:
 
     async def test_that_lies_scattered_moves(self, packs: dict[str, Path]) -> None:
         """Guarded records leave room by size for a larger one, but no gap."""
-        limits = {"a": Limits(min_bytes=6 * PAGE)}
+        limits = {"a": ModelLimits(min_bytes=6 * PAGE)}
         async with storing(only(packs, "a", "large"), 12 * PAGE, limits) as store:
             little, large = Worker(store, "a"), Worker(store, "large")
             await use(little, *range(12))
@@ -120,7 +120,7 @@ class TestMinimum:
 
 class TestMaximum:
     async def test_is_never_exceeded(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(max_bytes=5 * PAGE)}
+        limits = {"a": ModelLimits(max_bytes=5 * PAGE)}
         async with storing(only(packs, "a", "b"), 16 * PAGE, limits) as store:
             capped, other = Worker(store, "a"), Worker(store, "b")
             await use(other, *range(8))
@@ -136,7 +136,7 @@ class TestMaximum:
             assert_consistent(store)
 
     async def test_waits_for_those_who_read_its_own(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(max_bytes=5 * PAGE)}
+        limits = {"a": ModelLimits(max_bytes=5 * PAGE)}
         async with storing(only(packs, "a"), 16 * PAGE, limits) as store:
             reader, other = Worker(store, "a"), Worker(store, "a")
             await use(reader, *range(5))
@@ -157,7 +157,7 @@ class TestMaximum:
             assert await worker.fetch(*range(12)) == 8
 
     async def test_holds_what_is_pinned_and_a_token(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(max_bytes=5 * PAGE)}
+        limits = {"a": ModelLimits(max_bytes=5 * PAGE)}
         async with storing(only(packs, "a"), 16 * PAGE, limits) as store:
             worker = Worker(store, "a")
             with pytest.raises(CapacityError, match=r"within the maximum of a .* room for 3"):
@@ -169,7 +169,7 @@ class TestMaximum:
 
 class TestPins:
     async def test_are_read_after_loading_and_stay(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(pins=("0:*", "1:3"))}
+        limits = {"a": ModelLimits(pins=("0:*", "1:3"))}
         async with storing(only(packs, "a", "b"), 16 * PAGE, limits) as store:
             model, other = store.models["a"], Worker(store, "b")
             await until(lambda: model.num_resident == 9)
@@ -185,7 +185,7 @@ class TestPins:
 
     async def test_give_up_what_is_lost(self, packs: dict[str, Path]) -> None:
         async with storing({}, 16 * PAGE) as store:
-            model = await store.load_model("a", packs["a"], limits=Limits(pins=("0:0-3",)))
+            model = await store.load_model("a", packs["a"], limits=ModelLimits(pins=("0:0-3",)))
             disk(model).faults.flipped.add(PAGE)
             await until(lambda: model.num_resident == 3)
             await until(lambda: model.pins == {1, 2, 3})
@@ -194,7 +194,7 @@ class TestPins:
 
     async def test_unloading_does_not_wait_for_them(self, packs: dict[str, Path]) -> None:
         async with storing({}, 20 * PAGE) as store:
-            model = await store.load_model("a", packs["a"], limits=Limits(pins=("*:*",)))
+            model = await store.load_model("a", packs["a"], limits=ModelLimits(pins=("*:*",)))
             disk(model).faults.gate.clear()
             await until(lambda: model.loads)
             unload = asyncio.create_task(store.unload_model("a"))
@@ -206,18 +206,18 @@ class TestPins:
     async def test_of_experts_that_do_not_exist(self, packs: dict[str, Path]) -> None:
         async with storing({}, 20 * PAGE) as store:
             with pytest.raises(ConfigError, match="'a' has no expert 8 in layer 0"):
-                await store.load_model("a", packs["a"], limits=Limits(pins=("0:8",)))
+                await store.load_model("a", packs["a"], limits=ModelLimits(pins=("0:8",)))
             assert not store.models
 
 
 class TestAdmission:
     async def test_names_every_term(self, packs: dict[str, Path]) -> None:
-        limits = {"a": Limits(min_bytes=5 * PAGE, pins=("0:0-1",))}
+        limits = {"a": ModelLimits(min_bytes=5 * PAGE, pins=("0:0-1",))}
         async with storing(only(packs, "a", "b"), 12 * PAGE, limits) as store:
             worker = Worker(store, "b")
             await store.records.pin(worker.session, [0])
             with pytest.raises(CapacityError) as caught:
-                await store.load_model("large", packs["large"], limits=Limits(pins=("0:0",)))
+                await store.load_model("large", packs["large"], limits=ModelLimits(pins=("0:0",)))
             assert str(caught.value) == (
                 "the RAM budget of 48.0 KiB is too small for 'large': one token of 'large' uses "
                 "24.0 KiB of experts; 12.0 KiB pinned of 'large'; 20.0 KiB, the minimum of 'a'; "
@@ -229,7 +229,10 @@ class TestAdmission:
 
     async def test_what_is_advised_is_accepted(self, packs: dict[str, Path]) -> None:
         """Typed back as it is printed, and rounded up as that is."""
-        limits = {"a": Limits(min_bytes=9 * PAGE - 1), "large": Limits(min_bytes=13 * PAGE + 1)}
+        limits = {
+            "a": ModelLimits(min_bytes=9 * PAGE - 1),
+            "large": ModelLimits(min_bytes=13 * PAGE + 1),
+        }
         with pytest.raises(CapacityError) as caught:
             async with storing(only(packs, "a", "large"), 14 * PAGE, limits):
                 pass
@@ -247,16 +250,16 @@ class TestAdmission:
             r"the minimum of 'a' is 100\.0 GiB, and all its experts together take 64\.0 KiB "
             r"\(the RAM budget is 128\.0 KiB\); give --min 64KiB or less\."
         )
-        huge = Limits(min_bytes=100 << 30)
+        huge = ModelLimits(min_bytes=100 << 30)
         async with storing(only(packs, "a"), 32 * PAGE) as store:
             with pytest.raises(ConfigError, match=says):
                 await store.set_limits("a", huge.min_bytes, None)
-            assert store.models["a"].limits == Limits()
+            assert store.models["a"].limits == ModelLimits()
             await store.unload_model("a")
             with pytest.raises(ConfigError, match=says):
                 await store.load_model("a", packs["a"], limits=huge)
             assert not store.models
-            await store.load_model("a", packs["a"], limits=Limits(min_bytes=16 * PAGE))
+            await store.load_model("a", packs["a"], limits=ModelLimits(min_bytes=16 * PAGE))
 
     async def test_of_other_limits(self, packs: dict[str, Path]) -> None:
         async with storing(only(packs, "a", "b"), 12 * PAGE) as store:
@@ -281,7 +284,7 @@ def _advised(error: Exception, option: str, bound: str = "more") -> int:
 async def test_the_room_follows_the_heat(packs: dict[str, Path]) -> None:
     """Load moves from one model to the other; what the first keeps is its minimum."""
     draw = random.Random(3)
-    limits = {"a": Limits(min_bytes=3 * PAGE)}
+    limits = {"a": ModelLimits(min_bytes=3 * PAGE)}
     async with storing(only(packs, "a", "b"), 16 * PAGE, limits) as store:
         workers = {name: Worker(store, name) for name in "ab"}
 

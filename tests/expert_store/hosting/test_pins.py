@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertd.store import Store
 from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import CapacityError, RecordLostError
@@ -83,7 +83,7 @@ async def test_a_pin_that_fails_pins_nothing(store: Store) -> None:
 async def test_a_fetch_costs_the_same_however_much_is_pinned(
     tmp_path: Path, quota: int | None
 ) -> None:
-    limits = {"m": Limits(pins=("0:0-2",))}
+    limits = {"m": ModelLimits(pins=("0:0-2",))}
     settings = {"default_quota_bytes": quota}
     pack = make_pack(tmp_path / "pack")
     async with storing({"m": pack}, 24 * RECORD, limits, **settings) as store:

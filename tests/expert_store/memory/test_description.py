@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from expertd.memory.description import Description, Origin, new_directory, read_description
 from expertd.memory.memfd import SharedMemory
-from expertd.settings.limits import Limits
+from expertd.settings.limits import ModelLimits
 from expertstore.shared.directory import PAGE_BYTES, Directory, directory_bytes
 
 NUM_ENTRIES = 24
@@ -19,7 +19,7 @@ DESCRIPTION = Description(
     fingerprint="0123456789abcdef",
     arena=7,
     origin=Origin.CONFIG,
-    limits=Limits(4096, 1 << 40, ("0:*", "5:3")),
+    limits=ModelLimits(4096, 1 << 40, ("0:*", "5:3")),
 )
 
 
@@ -56,7 +56,7 @@ def test_limits_come_back(memory: SharedMemory) -> None:
 
 
 def test_limits_that_make_no_sense() -> None:
-    limits = Limits()
+    limits = ModelLimits()
     object.__setattr__(limits, "min_bytes", -1)  # as no daemon of ours writes it
     memory = new_directory(NUM_ENTRIES, msgspec.structs.replace(DESCRIPTION, limits=limits))
     with pytest.raises(ValueError, match="makes no sense"):

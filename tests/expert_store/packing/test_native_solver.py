@@ -215,17 +215,17 @@ def test_an_unknown_variant() -> None:
 
 def test_without_native_code_hqq_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
-    choice = choose_solver()
-    assert choice.solver.version.startswith("hqq 0.2")
-    assert choice.drawback.startswith("EXPERTD_NATIVE=0 turns native code off, so hqq's")
+    chosen = choose_solver()
+    assert chosen.solver.version.startswith("hqq 0.2")
+    assert chosen.drawback.startswith("EXPERTD_NATIVE=0 turns native code off, so hqq's")
 
 
 @needs_library
 def test_native_code_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
-    choice = choose_solver()
-    assert isinstance(choice.solver, NativeSolver)
-    assert not choice.drawback
+    chosen = choose_solver()
+    assert isinstance(chosen.solver, NativeSolver)
+    assert not chosen.drawback
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertd.packing.source import find_tensors, fingerprint, read_config
+from expertd.packing.checkpoint_files import find_tensors, fingerprint, read_config
 from expertstore.errors import CheckpointError
 from tests.expert_store.packing.editing import INDEX, WEIGHTS, save_file, write_shards
 

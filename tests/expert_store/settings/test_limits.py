@@ -6,7 +6,7 @@ import pytest
 
 from expertd.settings.config import ServeConfig, load_config
 from expertd.settings.disk_io import DiskIo
-from expertd.settings.limits import Limits, ModelConfig, pinned_entries
+from expertd.settings.limits import ModelConfig, ModelLimits, pinned_entries
 from expertd_testing.handmade import PAGE, make_pack
 from expertstore.errors import ConfigError
 from expertstore.pack.manifest import read_manifest
@@ -36,7 +36,9 @@ def test_a_model_is_a_path_or_a_table(tmp_path: Path) -> None:
     )
     assert config.models == {
         "plain": ModelConfig(Path("/packs/plain")),
-        "mixtral": ModelConfig(Path("/packs/mixtral"), Limits(2 << 30, 8 << 30, ("0:3", "5:*"))),
+        "mixtral": ModelConfig(
+            Path("/packs/mixtral"), ModelLimits(2 << 30, 8 << 30, ("0:3", "5:*"))
+        ),
         "gpt oss": ModelConfig(Path("/packs/gpt-oss"), disk_io=DiskIo.DIRECT),
     }
 
@@ -86,7 +88,7 @@ def test_pins_name_entries(tmp_path: Path) -> None:
 
 def test_minima_are_kept_in_whole_records(tmp_path: Path) -> None:
     manifest = read_manifest(make_pack(tmp_path / "pack", record_bytes=3 * PAGE)).manifest
-    assert Limits().guarded_bytes(manifest) == 0
-    assert Limits(1).guarded_bytes(manifest) == 3 * PAGE
-    assert Limits(6 * PAGE).guarded_bytes(manifest) == 6 * PAGE
-    assert Limits(1 << 40).guarded_bytes(manifest) == 24 * 3 * PAGE
+    assert ModelLimits().guarded_bytes(manifest) == 0
+    assert ModelLimits(1).guarded_bytes(manifest) == 3 * PAGE
+    assert ModelLimits(6 * PAGE).guarded_bytes(manifest) == 6 * PAGE
+    assert ModelLimits(1 << 40).guarded_bytes(manifest) == 24 * 3 * PAGE

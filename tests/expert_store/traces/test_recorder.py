@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.traces.recorder import Recorder
+from expertd.traces.recorder import TraceRecorder
 from expertd.traces.trace import Phase, Row, TraceModel
 
 LAYERS, EXPERTS = 3, 6
@@ -12,7 +12,7 @@ MODEL = TraceModel((EXPERTS,) * LAYERS, (2,) * LAYERS, tuple(range(LAYERS)))
 
 def record(*batches: tuple[int, list[int]], model: TraceModel = MODEL) -> list[Row]:
     rows: list[Row] = []
-    recorder = Recorder(model, rows.append)
+    recorder = TraceRecorder(model, rows.append)
     for session, entries in batches:
         recorder.take(session, entries)
     recorder.finish()
@@ -74,7 +74,7 @@ def test_a_prompt_in_waves_is_one_row_and_one_in_blocks_is_several() -> None:
 
 def test_after_a_gap_a_new_step_begins() -> None:
     rows: list[Row] = []
-    recorder = Recorder(MODEL, rows.append)
+    recorder = TraceRecorder(MODEL, rows.append)
     recorder.take(1, [0, 1])
     recorder.end(1)
     recorder.take(1, [6, 7])
@@ -89,6 +89,6 @@ def test_of_one_layer_rows_are_a_tokens() -> None:
 
 def test_a_layer_without_end_takes_no_memory() -> None:
     rows: list[Row] = []
-    recorder = Recorder(MODEL, rows.append)
+    recorder = TraceRecorder(MODEL, rows.append)
     recorder.take(1, [1, 1] * 1000)
     assert len(rows) > 1900

@@ -12,9 +12,9 @@ from expertd.packing.shapes import shape_config
 from expertd.settings.config import parse_model
 from expertd_inference.advice import report
 from expertd_inference.advice.advisor import Advice
-from expertd_inference.advice.choice import choose
 from expertd_inference.advice.models import Model
 from expertd_inference.advice.prediction import predict, predict_gpu
+from expertd_inference.advice.recommendation import recommend
 from expertd_inference.advice.values import Gpu
 from tests.inference.advice.test_prediction import COSTS, GIB, HOST, NEED
 
@@ -26,8 +26,8 @@ def advice(*, ram_bytes: int = GIB, pack: Path | None = None) -> Advice:
     row = predict_gpu(NEED, host, host.gpu or Gpu(0, 0.0, None), 100)
     assert row is not None
     rows.append(row)
-    choice = choose(model.name, rows, model.needs, ram_bytes)
-    return Advice(model, host, {"bf16": COSTS}, tuple(rows), choice)
+    recommendation = recommend(model.name, rows, model.needs, ram_bytes)
+    return Advice(model, host, {"bf16": COSTS}, tuple(rows), recommendation)
 
 
 def shown(what: Advice) -> str:

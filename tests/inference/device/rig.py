@@ -88,7 +88,7 @@ def make_rig(
         # The signature is what transformers looks at.
         @functools.wraps(forward)
         def step(*args: Any, **kwargs: Any) -> Any:
-            with group.step.whole():
+            with group.transaction.forward_pass():
                 return forward(*args, **kwargs)
 
         trunk.model.forward = step

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from expertd_inference.device.step import StepLostError
+from expertd_inference.device.transaction import StepLostError
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertd_inference.device import runner
-from expertd_inference.device.step import StepLostError
+from expertd_inference.device.transaction import StepLostError
 from expertd_inference.execution.on_device import device_executor
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import MAX_FUTILE_RECOVERIES, Recovery

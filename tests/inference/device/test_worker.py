@@ -163,7 +163,7 @@ def test_a_cut_off_worker_repeats_the_step(
         real, sessions = device.to_host, []
 
         def to_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            found = worker._runner.step.hold._lease is not None  # type: ignore[union-attr]
+            found = worker._runner.transaction.hold._lease is not None  # type: ignore[union-attr]
             if found and len(sessions) < 3:
                 sessions.append(worker.session.id)
                 for lease in other.waves(2, range(8), timeout_seconds=20, in_arena=True):

@@ -4,13 +4,13 @@ import pytest
 
 from expertd_inference import GenerationSettings
 from expertd_inference.engine.chunks import chunk_end, decodes
-from expertd_inference.engine.limits import Limits
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.engine.shared_work import MAX_TIMES, SharedWork
 
-PACKED = Limits()
-RECURRENT = Limits(mixed=False, replays_rows=True)
-WHOLE = Limits(max_spans=1, whole_prompts=True)
+PACKED = SchedulerLimits()
+RECURRENT = SchedulerLimits(mixed=False, replays_rows=True)
+WHOLE = SchedulerLimits(max_spans=1, whole_prompts=True)
 
 
 def sequence(num_prompt: int, num_new: int = 0, num_computed: int = 0) -> Sequence:
@@ -38,7 +38,7 @@ def sequence(num_prompt: int, num_new: int = 0, num_computed: int = 0) -> Sequen
     ],
 )
 def test_where_a_chunk_ends(
-    limits: Limits, num_prompt: int, num_new: int, begin: int, num_rows: int, end: int
+    limits: SchedulerLimits, num_prompt: int, num_new: int, begin: int, num_rows: int, end: int
 ) -> None:
     one = sequence(num_prompt, num_new, begin)
     assert chunk_end(one, limits, num_rows, alone=True) == end
@@ -59,7 +59,7 @@ def test_a_whole_prompt_waits_for_a_batch_of_its_own() -> None:
     ],
 )
 def test_what_is_decoding(
-    limits: Limits, num_new: int, num_computed: int, *, expected: bool
+    limits: SchedulerLimits, num_new: int, num_computed: int, *, expected: bool
 ) -> None:
     assert decodes(sequence(10, num_new, num_computed), limits) is expected
 

@@ -7,7 +7,7 @@ from hypothesis import settings as limited
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from expertd_inference.device.step import StepLostError
+from expertd_inference.device.transaction import StepLostError
 from expertd_inference.engine.budget import EngineLimits, scheduler_limits
 from expertd_inference.engine.channel import Channel
 from expertd_inference.engine.live import live_of

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd_inference import GenerationSettings
-from expertd_inference.engine.limits import Limits, rows_within
-from expertd_inference.engine.sequence import Phase, Sequence
+from expertd_inference.engine.limits import SchedulerLimits, rows_within
+from expertd_inference.engine.sequence import Sequence, SequencePhase
 from expertd_inference.execution.batch import Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.kv.state import StateSlots
@@ -66,7 +66,7 @@ MAX_WAIT_STEPS = 8_000  # twice what was seen
 def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) -> None:
     options, recurrent = KINDS[kind]
     running = data.draw(st.integers(1, 6))
-    limits = Limits(**{"max_running": running, "max_rows": 100, **options})  # type: ignore[arg-type]
+    limits = SchedulerLimits(**{"max_running": running, "max_rows": 100, **options})  # type: ignore[arg-type]
     num_slots = data.draw(st.integers(1, running)) if recurrent else None
     world = World(limits, data.draw(st.integers(5, 14)), num_slots)
     for _ in range(data.draw(st.integers(1, 25))):
@@ -120,14 +120,14 @@ def test_none_starves_whatever_comes_after_it(
 ) -> None:
     """A queue kept full by newer, higher or cancelled ones; its length alone bounds the wait."""
     chance = random.Random(seed)
-    limits = Limits(max_running=3, max_rows=64, max_waiting=8)
+    limits = SchedulerLimits(max_running=3, max_rows=64, max_waiting=8)
     world = World(limits, 8)
     prompt = chance.choices(range(NUM_TOKENS), k=150)
     old = make(0, prompt, 60, user="old")
     world.add(old)
     next_id = 1
     for _ in range(MAX_WAIT_STEPS):
-        if old.phase is Phase.FINISHED:
+        if old.phase is SequencePhase.FINISHED:
             break
         while world.scheduler.num_waiting < limits.max_waiting:
             length = chance.choice([1, 64, 150, 300])
@@ -147,18 +147,19 @@ def test_none_starves_whatever_comes_after_it(
             live = [
                 one.id
                 for one in world.sequences.values()
-                if one.phase is not Phase.FINISHED and one is not old
+                if one.phase is not SequencePhase.FINISHED and one is not old
             ]
             within = chance.choice(live)
         world.step(cancel_within=within)
-        for id in [x for x, one in world.sequences.items() if one.phase is Phase.FINISHED and x]:  # noqa: A001
-            del world.sequences[id]
-    assert old.phase is Phase.FINISHED, f"{old}, after {next_id} others"
+        over = [x for x, one in world.sequences.items() if one.phase is SequencePhase.FINISHED]
+        for number in filter(None, over):
+            del world.sequences[number]
+    assert old.phase is SequencePhase.FINISHED, f"{old}, after {next_id} others"
     assert old.tokens[150:] == text_alone(prompt, 60)
 
 
-def limits(**more: object) -> Limits:
-    return Limits(**{"max_running": 8, "max_rows": 512, **more})  # type: ignore[arg-type]
+def limits(**more: object) -> SchedulerLimits:
+    return SchedulerLimits(**{"max_running": 8, "max_rows": 512, **more})  # type: ignore[arg-type]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd_inference import GenerationSettings
-from expertd_inference.engine.stops import FinishReason, Piece, TokenText
+from expertd_inference.engine.stops import FinishReason, TextPiece, TokenText
 from expertd_testing.tiny_models import byte_tokenizer
 from expertstore.errors import InvalidInputError
 
@@ -29,7 +29,7 @@ def ids(text: str) -> list[int]:
 
 def feed(
     tokens: list[int], tokenizer: Any = TOKENIZER, max_new: int = 10_000, **wanted: Any
-) -> list[Piece]:
+) -> list[TextPiece]:
     asked = GenerationSettings(max_new_tokens=max_new, **wanted)
     text = TokenText(tokenizer, asked, frozenset([END]), max_new)
     pieces = []
@@ -37,10 +37,10 @@ def feed(
         pieces.append(text.feed(token))
         if pieces[-1].finish_reason is not None:
             return pieces
-    return [*pieces, Piece(text.finish())]
+    return [*pieces, TextPiece(text.finish())]
 
 
-def text_of(pieces: list[Piece]) -> str:
+def text_of(pieces: list[TextPiece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
@@ -76,7 +76,7 @@ def test_the_pieces_are_the_text_up_to_its_first_stop(
 def test_text_is_held_back_only_while_it_may_be_a_stop() -> None:
     pieces = feed(ids("a STOX STOP b"), stop=("STOP",))
     assert [piece.text for piece in pieces] == [*"a ", "", "", "", "STOX", " ", "", "", "", ""]
-    assert pieces[-1] == Piece("", FinishReason.STOP, "STOP")
+    assert pieces[-1] == TextPiece("", FinishReason.STOP, "STOP")
 
 
 def test_a_character_comes_with_its_last_byte_and_the_end_brings_what_is_left() -> None:

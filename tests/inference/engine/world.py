@@ -5,9 +5,9 @@ from collections.abc import Sequence as Tokens
 from itertools import pairwise
 from zlib import crc32
 
-from expertd_inference.engine.limits import Limits
-from expertd_inference.engine.scheduler import Plan, Scheduler
-from expertd_inference.engine.sequence import Phase, Sequence
+from expertd_inference.engine.limits import SchedulerLimits
+from expertd_inference.engine.scheduler import Scheduler, StepPlan
+from expertd_inference.engine.sequence import Sequence, SequencePhase
 from expertd_inference.execution.batch import Span, Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.kv.state import StateSlots
@@ -70,7 +70,9 @@ def recurrent_alone(prompt: Tokens[int], max_new: int) -> list[int]:
 class World:
     """A scheduler, the memory of its pool, and what each sequence has come to."""
 
-    def __init__(self, limits: Limits, num_blocks: int, num_slots: int | None = None) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, num_blocks: int, num_slots: int | None = None
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(num_blocks)
         self.slots = None if num_slots is None else StateSlots(num_slots)
@@ -87,17 +89,17 @@ class World:
         self.sequences[sequence.id] = sequence
 
     def cancel(self, id: int) -> None:  # noqa: A002
-        if self.sequences[id].phase is not Phase.FINISHED:
+        if self.sequences[id].phase is not SequencePhase.FINISHED:
             self.cancelled.add(id)
         self.scheduler.cancel(id)
 
-    def plan(self, ms_per_row: float | None = None) -> Plan:
+    def plan(self, ms_per_row: float | None = None) -> StepPlan:
         plan = self.scheduler.plan(ms_per_row)
         self._check_plan(plan)
         self.check_blocks()
         return plan
 
-    def step(self, ms_per_row: float | None = None, cancel_within: int | None = None) -> Plan:
+    def step(self, ms_per_row: float | None = None, cancel_within: int | None = None) -> StepPlan:
         """Plans, computes, chooses, finishes; ``cancel_within`` is cancelled while it computes."""
         self.num_steps += 1
         plan = self.plan(ms_per_row)
@@ -107,14 +109,14 @@ class World:
         self.scheduler.done(chosen)
         for id in chosen:  # noqa: A001
             sequence = self.sequences[id]
-            if sequence.phase is Phase.FINISHED:
+            if sequence.phase is SequencePhase.FINISHED:
                 continue
             if sequence.tokens[-1] == END or sequence.num_new == sequence.max_new_tokens:
                 self.scheduler.finish(id)
         self.check_blocks()
         return plan
 
-    def compute(self, plan: Plan) -> dict[int, int]:
+    def compute(self, plan: StepPlan) -> dict[int, int]:
         choosing = {one.id for one in plan.choosing}
         chosen = {}
         for span in plan.batch.spans if plan.batch else ():
@@ -139,7 +141,7 @@ class World:
     def _cell(self, span: Span, at: int) -> int:
         return self.cells[span.blocks[at // BLOCK_TOKENS]][at % BLOCK_TOKENS]
 
-    def _check_plan(self, plan: Plan) -> None:
+    def _check_plan(self, plan: StepPlan) -> None:
         if plan.batch is None:
             # An engine sleeps then, until a request comes.
             assert not self.scheduler.has_work, [*self.sequences.values()]
@@ -197,7 +199,7 @@ class World:
     def check_texts(self) -> None:
         alone = text_alone if self.states is None else recurrent_alone
         for sequence in self.sequences.values():
-            assert sequence.phase is Phase.FINISHED
+            assert sequence.phase is SequencePhase.FINISHED
             new = sequence.tokens[sequence.num_prompt :]
             prompt = sequence.tokens[: sequence.num_prompt]
             expected = alone(prompt, sequence.max_new_tokens)

@@ -205,16 +205,16 @@ def test_a_step_that_is_lost_is_repeated(
     # Fewer slots than a row needs over all layers: each step copies.
     rig = rig_of(pack, mode, num_slots=4)
     executor = executor_of(rig)
-    finish, ends, happened = rig.group.step._finish, iter(range(1000)), []
+    finish, ends, happened = rig.group.transaction._finish, iter(range(1000)), []
 
     def losing() -> None:
         if (number := next(ends)) in lost:
-            assert rig.group.step.hold._copies, "a step that copied nothing loses nothing"
+            assert rig.group.transaction.hold._copies, "a step that copied nothing loses nothing"
             rig.source.revoke()
             happened.append(number)
         finish()
 
-    rig.group.step._finish = losing  # type: ignore[method-assign]
+    rig.group.transaction._finish = losing  # type: ignore[method-assign]
     found = decode(executor, STEPS)
     assert happened == sorted(lost)
     assert next(ends) == 1 + len(STEPS) + len(lost), "a step more for each that was lost"

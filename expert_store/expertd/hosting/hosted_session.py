@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from expertd.hosting.hosted_model import HostedModel, Record
+from expertd.hosting.hosted_model import HostedModel, RecordKey
 from expertd.hosting.patience import GRACE_SECONDS
 from expertd.hosting.tally import Tally
 from expertd.memory.memfd import SharedMemory
@@ -33,16 +33,16 @@ class Connection(Protocol):
         """Hangs up; twice is harmless."""
 
 
-class Kept:
+class UserTally:
     """What the sessions of one user keep from being evicted, of all models."""
 
     def __init__(self) -> None:
-        self.pinned: Tally[Record] = Tally(_record_bytes)
-        self.all: Tally[Record] = Tally(_record_bytes)
+        self.pinned: Tally[RecordKey] = Tally(_record_bytes)
+        self.all: Tally[RecordKey] = Tally(_record_bytes)
         """Pins, leases, and what fetches and pins under way want."""
 
 
-class Session:
+class HostedSession:
     """Alive as long as its attach connection. Only a worker's has a model and a page."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Session:
         uid: int,
         connection: Connection,
         model: HostedModel | None,
-        kept: Kept | None = None,
+        kept: UserTally | None = None,
     ) -> None:
         """``kept`` is that of the session's user, of whom there may be other sessions."""
         self.id, self.token, self.role, self.pid, self.uid = number, token, role, pid, uid
@@ -66,7 +66,7 @@ class Session:
         self.pins: set[int] = set()
         self.fetches_in_flight = 0
         self._asked: list[Collection[int]] = []
-        self._kept = kept or Kept()
+        self._kept = kept or UserTally()
         self.bytes_read = 0
         self.records_in_pack = 0
         self._model = model
@@ -88,7 +88,7 @@ class Session:
 
     def __repr__(self) -> str:
         name = self._model.name if self._model else "-"
-        return f"Session({self.id}, {self.role}, pid {self.pid}, {name}, {self._leases})"
+        return f"HostedSession({self.id}, {self.role}, pid {self.pid}, {name}, {self._leases})"
 
     @property
     def model(self) -> HostedModel:
@@ -125,9 +125,9 @@ class Session:
         return max(0, self._model.directory.epoch - self.page.epoch)
 
     @property
-    def leased(self) -> set[Record]:
+    def leased(self) -> set[RecordKey]:
         """What is leased to it."""
-        return {Record(self.model, entry) for lease in self._leases.values() for entry in lease}
+        return {RecordKey(self.model, entry) for lease in self._leases.values() for entry in lease}
 
     @property
     def kept_bytes(self) -> int:
@@ -265,9 +265,9 @@ class Session:
         self.model.unhold(entries)
         self._kept.all.remove(self._records(entries))
 
-    def _records(self, entries: Iterable[int]) -> list[Record]:
+    def _records(self, entries: Iterable[int]) -> list[RecordKey]:
         model = self.model
-        return [Record(model, entry) for entry in entries]
+        return [RecordKey(model, entry) for entry in entries]
 
     def _drain_ring(self) -> None:
         # Misses first: the worker stores them last, so a write in between can only make
@@ -290,5 +290,5 @@ class Session:
         self.model.touched(entries, count, missed, self.id)
 
 
-def _record_bytes(record: Record) -> int:
+def _record_bytes(record: RecordKey) -> int:
     return record.model.record_bytes(record.entry)

@@ -96,7 +96,7 @@ class _Registered:
             self.memory.close()
 
 
-class SlotTable:
+class SlotUpload:
     """Makes the device's table of which expert of a layer is in which slot."""
 
     def __init__(self, device: Device) -> None:

@@ -24,7 +24,7 @@ class StepLostError(SessionLostError):
     """What this forward pass has computed so far is void; the session is attached again."""
 
 
-class Step:
+class StepTransaction:
     """The steps of one model, one at a time, over all of its devices."""
 
     def __init__(self, source: HeldSource, recovery: Recovery, devices: Sequence[Device]) -> None:
@@ -38,7 +38,7 @@ class Step:
         """Whose step is under way."""
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def forward_pass(self) -> Iterator[None]:
         """A forward pass; within another, nothing.
 
         Raises StepLostError, at its end too: then it is to be repeated. What torch says of a

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertd_inference.advice.prediction import Place, Prediction
+from expertd_inference.advice.prediction import Prediction, Processor
 from expertd_inference.advice.values import Need
 from expertstore.sizes import format_bytes
 
@@ -22,7 +22,7 @@ _PAPER_MODEL = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """What to do, and why; ``row`` is None if this host cannot serve the model."""
 
     row: Prediction | None
@@ -35,12 +35,15 @@ def paper_perplexity(config: Mapping[str, Any], scheme: str) -> float | None:
     return PAPER_PERPLEXITY.get(scheme) if is_it else None
 
 
-def choose(name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int) -> Choice:
+def recommend(
+    name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_bytes: int
+) -> Recommendation:
     """Of what fits into ``ram_bytes`` the most bits, unless fewer are worth it."""
-    fitting = [row for row in rows if row.fits and row.place is Place.CPU]
+    fitting = [row for row in rows if row.fits and row.processor is Processor.CPU]
     if not fitting:
-        least = min((row for row in rows if row.place is Place.CPU), key=lambda row: row.ram_bytes)
-        return Choice(
+        on_cpu = (row for row in rows if row.processor is Processor.CPU)
+        least = min(on_cpu, key=lambda row: row.ram_bytes)
+        return Recommendation(
             None,
             f"This host cannot serve {name}: it has {format_bytes(ram_bytes)} of RAM free, and "
             f"{least.scheme} with {least.share:.0%} of the experts in RAM takes "
@@ -51,7 +54,7 @@ def choose(name: str, rows: Sequence[Prediction], needs: Sequence[Need], ram_byt
     near = [row for row in fitting if row.typical * WORTH_IT >= fastest.typical]
     most = max(bits[row.scheme] for row in near)
     row = max((row for row in near if bits[row.scheme] == most), key=lambda row: row.typical)
-    return Choice(
+    return Recommendation(
         row, f"Choose {row.scheme} with {_budget(row)}: {_speed(row)}{_why(row, fastest)}."
     )
 

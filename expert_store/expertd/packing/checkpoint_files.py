@@ -32,7 +32,7 @@ MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 
 
 @dataclass(frozen=True)
-class SourceTensor:
+class CheckpointTensor:
     """A tensor of the checkpoint: where it is, and the file it is in."""
 
     file: Path
@@ -48,7 +48,7 @@ class SourceTensor:
 class Listing:
     """All tensors of a checkpoint."""
 
-    tensors: list[SourceTensor]
+    tensors: list[CheckpointTensor]
     absent: frozenset[str] = frozenset()
     """Names in the index that no file holds; transformers asks for them only if a model does."""
 
@@ -142,9 +142,9 @@ def _main_file(path: Path, config: Mapping[str, Any]) -> Path:
     raise CheckpointError(why_no_weights(path, SINGLE_NAME, INDEX_NAME))
 
 
-def _read_headers(path: Path, files: Sequence[Path]) -> dict[str, SourceTensor]:
+def _read_headers(path: Path, files: Sequence[Path]) -> dict[str, CheckpointTensor]:
     """The tensors of ``files``; of one that two of them hold, the later's, as in transformers."""
-    tensors: dict[str, SourceTensor] = {}
+    tensors: dict[str, CheckpointTensor] = {}
     for file in files:
         try:
             stat = file.stat()
@@ -164,11 +164,11 @@ def _read_headers(path: Path, files: Sequence[Path]) -> dict[str, SourceTensor]:
             raise CheckpointError(
                 f"{file} is truncated: it has {num_bytes} of {end} bytes; download it again."
             )
-        tensors |= {name: SourceTensor(file, entry) for name, entry in entries.items()}
+        tensors |= {name: CheckpointTensor(file, entry) for name, entry in entries.items()}
     return tensors
 
 
-def check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
+def check_shape(tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
     """Raises :class:`CheckpointError` unless ``tensor`` has that shape."""
     if tensor.entry.shape != shape:
         raise CheckpointError(
@@ -177,7 +177,7 @@ def check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def fingerprint(path: Path, tensors: Sequence[SourceTensor]) -> str:
+def fingerprint(path: Path, tensors: Sequence[CheckpointTensor]) -> str:
     """Changes when the configuration, or the size, time or header of a weight file does."""
     state = xxhash.xxh3_64((path / CONFIG_NAME).read_bytes())
     for file in sorted({tensor.file for tensor in tensors}):
