@@ -27,7 +27,7 @@ from expertd_inference.kernels.cpu.library import (
     LinearCall,
     native_library,
 )
-from expertd_inference.kernels.cpu.native import matrix_of
+from expertd_inference.kernels.cpu.native import isa, matrix_of
 from expertd_inference.kernels.weights import QuantizedWeight
 
 PRECISIONS = ("4g64", "8g128", "3g64m", "2g16m", "mxfp4")
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", action="append", type=int, help="may be repeated")
     parser.add_argument("--shape", choices=SHAPES, default="hot")
     parser.add_argument("--against", type=Path, help="a library of the same calls")
+    parser.add_argument("--isa", help="an instruction set other than this processor's best")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     libraries: dict[str, tuple[ctypes.CDLL, int]] = {
@@ -60,7 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         other = ctypes.CDLL(str(options.against))
         other.expertd_linear.argtypes = [ctypes.c_void_p]
         libraries["against"] = (other, 0)
-    table = Table("precision", "rows", *libraries, title=f"{options.shape}: GMAC/s, one core")
+    if options.isa:
+        for library, _ in libraries.values():
+            library.expertd_use_isa.restype = ctypes.c_char_p
+            if library.expertd_use_isa(options.isa.encode()) is None:
+                parser.error(f"this processor or library has no {options.isa}")
+    table = Table("precision", "rows", *libraries, title=f"{options.shape}: GMAC/s, one core, {isa()}")
     for precision in options.precision or PRECISIONS:
         weights = weights_of(precision, *SHAPES[options.shape], options.shape != "hot")
         for num_rows in options.rows or ROWS:

@@ -25,18 +25,6 @@ template <int32_t FORMAT> struct Words {
     }
 };
 
-// The bytes of a unit: of 3 bit the low plane's upper row, below it the lower one, and the high
-// plane.
-struct Places {
-    const uint8_t *low, *below, *high;
-};
-
-template <int32_t FORMAT> INLINE Places places(const Matrix& m, const uint8_t* base, int64_t unit) {
-    const uint8_t* low = base + m.weight + unit * m.columns;
-    if (FORMAT != HQQ3) return {low, nullptr, nullptr};
-    return {low, low + m.rows / 8 * m.columns, low + m.rows / 4 * m.columns};
-}
-
 // 64 bytes, kept in a register: without the assembly the compiler loads them again for each shift.
 INLINE __m512i load_bytes(const uint8_t* bytes, __mmask64 mask) {
     __m512i value = _mm512_maskz_loadu_epi8(mask, bytes);

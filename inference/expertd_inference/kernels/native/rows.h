@@ -1,7 +1,11 @@
 // Products of quantized matrices with any number of rows of activations: the driver.
 #pragma once
 
+#if defined(__AVX512VNNI__)
 #include "rows_dots.h"
+#else
+#include "avx2_dots.h"
+#endif
 
 namespace {
 
@@ -54,7 +58,7 @@ template <int32_t FORMAT>
 void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count,
                             const RowBlock* blocks, int64_t num_blocks) {
     constexpr int64_t AT_ONCE = vectors_at_once(FORMAT), TILES = tiles_per_vector(FORMAT);
-    alignas(64) __m512i tiles[registers_per_vector(FORMAT) * AT_ONCE];
+    alignas(64) Line tiles[registers_per_vector(FORMAT) * AT_ONCE];
     alignas(64) float scales[STRIP * floats_per_group<FORMAT>];
     uint8_t padded[3 * LANES * COLUMNS];
     StripMetas<FORMAT> metas;
@@ -120,8 +124,8 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
                     const int tile = place / FIELDS, field = place % FIELDS;
                     const int64_t at = (tile * block->kind->rows + n) * FIELDS + field;
                     const int64_t row = unit + row_of_field(FORMAT, tile, field) * units;
-                    _mm512_mask_storeu_ps(results[block->first + n] + row, first_lanes(count),
-                                          _mm512_load_ps(block->sums + at * LANES));
+                    memcpy(results[block->first + n] + row, block->sums + at * LANES,
+                           count * sizeof(float));
                 }
     }
 }

@@ -1,16 +1,4 @@
-#include "attention_tile.h"
-#include "generic.h"
+#include "fixed_variant.h"
 
 extern const Variant VARIANT_AVX2;
-const Variant VARIANT_AVX2 = {
-    generic::prepared_bytes,
-    generic::prepare,
-    generic::multiply,
-    generic::dequantize,
-    generic::activate,
-    widen,
-    narrow,
-    round_all,
-    tile::attend<tile::Generic>,
-    tile::fold_partials<tile::Generic>,
-};
+const Variant VARIANT_AVX2 = fixed::VARIANT;

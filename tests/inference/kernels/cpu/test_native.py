@@ -35,6 +35,8 @@ pytestmark = pytest.mark.skipif(
 FUSED_TOKENS = 32
 """More rows of an expert or a linear layer are multiplied by torch in :func:`switched`."""
 ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+WHOLE_NUMBERS = ["avx2", "avx512", "avx512bf16"]
+"""What multiplies bfloat16 activations as whole numbers."""
 PRECISIONS = ["16", "8g128", "8g64m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m"]
 PRECISIONS += ["2g64", "mxfp4"]
 
@@ -232,7 +234,37 @@ def test_bits_of_experts_do_not_depend_on_the_other_tokens(
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", ["avx512bf16"], indirect=True)
+@pytest.mark.parametrize("activations", [16, 8])
+@pytest.mark.parametrize("precision", [*SCHEMES, "8g16", "2g64", "3g128"])
+def test_instruction_sets_that_multiply_whole_numbers_agree(
+    activations: int, precision: str
+) -> None:
+    """They add up the same integers and then the same floats, each its own way."""
+    kernels = NativeKernels(activations=activations, exact=True)
+    # Units that no tile divides; groups that no strip of 16 does, and meta groups that cross rows.
+    for out, columns, size in ((72, 384, 1.0), (272, 128 * 19, 1.0), (128, 2048, 2.0**-24)):
+        weight = quantized(out, columns, precision, size)
+        x = inputs(9, columns, torch.bfloat16)
+        x[1, ::64] *= 1000
+        x[2] *= 0
+        x[3] *= 2.0**-120
+        x[4, 5] = float("inf")
+        results = {}
+        try:
+            for isa in WHOLE_NUMBERS:
+                if use_isa(isa) is not None:
+                    results[isa] = kernels.linear(x, weight)
+        finally:
+            use_isa(None)
+        if not results:
+            pytest.skip(f"none of {', '.join(WHOLE_NUMBERS)} here")
+        first = next(iter(results.values()))
+        assert first[4].isnan().all()
+        for result in results.values():
+            torch.testing.assert_close(result, first, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", WHOLE_NUMBERS, indirect=True)
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_the_error_of_one_plane_of_activations(isa: str, precision: str) -> None:
     weight = quantized(64, 1024, precision)
