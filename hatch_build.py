@@ -50,6 +50,11 @@ TARGETS = {
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mbmi2",
         *_FUSED,
     ],
+    "avx512vnni": [
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
+        "-mbmi2",
+        *_FUSED,
+    ],
     "avx512bf16": [
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2",
         "-mavx512bf16", "-mavx512vnni", "-mfma", "-mf16c", "-mbmi2",

@@ -11,9 +11,6 @@ constexpr int64_t STRIP = 16; // groups whose scales are decoded at a time
 template <int32_t FORMAT>
 constexpr int64_t floats_per_group = rows_per_unit(FORMAT) * 2 * LANES;
 
-// Nothing is kept from strip to strip.
-template <int32_t FORMAT> struct StripMetas {};
-
 // store(g, register) for g in 0 ... 7 of 16 rows of words, `stride` bytes apart: word i of the
 // register is word g of row i.
 template <class Store>
@@ -39,63 +36,194 @@ INLINE void transpose_words(const uint8_t* rows, int64_t stride, const Store& st
     });
 }
 
-// Eight groups' scales or zeros of 16 bits, times `times`, to out + g * floats_per_group.
+// 16 rows' elements from `rows` on, `stride` bytes apart, of which `count` rows of `bytes` are there:
+// use(rows, stride), of a copy with zeros if need be.
+template <int64_t BYTES, class Use>
+INLINE void padded(const uint8_t* rows, int64_t stride, int64_t count, int64_t bytes,
+                   const Use& use) {
+    if (count == LANES && bytes == BYTES) return use(rows, stride);
+    alignas(32) uint8_t copy[LANES][BYTES] = {};
+    for (int64_t i = 0; i < count; ++i) memcpy(copy[i], rows + i * stride, bytes);
+    use(copy[0], BYTES);
+}
+
+// Eight groups' scales or zeros that are fp16 or bfloat16, from `to` on.
 template <int32_t FORMAT>
-INLINE void decode_halves(const uint8_t* rows, int64_t stride, bool bfloat, float* out) {
+INLINE void decode_halves(const uint8_t* rows, int64_t stride, bool bfloat, float* to) {
     transpose_words(rows, stride, [&](int g, __m256i words) INLINE_LAMBDA {
-        const __m128i lower = _mm256_castsi256_si128(words);
-        const __m128i upper = _mm256_extracti128_si256(words, 1);
-        const auto widened = [&](__m128i eight) INLINE_LAMBDA {
-            if (!bfloat) return _mm256_cvtph_ps(eight);
-            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-        };
-        float* const to = out + g * floats_per_group<FORMAT>;
-        _mm256_store_ps(to, widened(lower));
-        _mm256_store_ps(to + 8, widened(upper));
+        each<2>([&](auto half) INLINE_LAMBDA {
+            const __m128i eight = _mm256_extracti128_si256(words, half);
+            const __m256 value =
+                bfloat ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16))
+                       : _mm256_cvtph_ps(eight);
+            _mm256_store_ps(to + g * floats_per_group<FORMAT> + half * 8, value);
+        });
     });
 }
 
-// Those of `num` groups from `group` on of one row of each of `count` units.
-template <int32_t FORMAT>
-void decode_row_of_units(const Matrix& m, const uint8_t* base, int64_t at, int64_t count,
-                         int64_t num, float* out) {
-    const int64_t groups = num_groups(m);
-    if (FORMAT != MXFP4 && !m.meta_group_size) {
-        const auto decode = [&](int64_t from, bool bfloat, float* to) INLINE_LAMBDA {
-            const uint8_t* rows = base + from + at * 2;
-            int64_t stride = groups * 2;
-            alignas(32) uint8_t padded[LANES][STRIP * 2];
-            if (count < LANES || num < STRIP) {
-                memset(padded, 0, sizeof padded);
-                for (int64_t i = 0; i < count; ++i) memcpy(padded[i], rows + i * stride, num * 2);
-                rows = padded[0], stride = sizeof padded[0];
-            }
-            decode_halves<FORMAT>(rows, stride, bfloat, to);
-            decode_halves<FORMAT>(rows + 16, stride, bfloat, to + 8 * floats_per_group<FORMAT>);
-        };
-        decode(m.scale, m.scale_format == BF16, out);
-        return decode(m.zero, false, out + LANES);
-    }
-    alignas(32) float scales[LANES][STRIP], zeros[LANES][STRIP];
-    for (int64_t i = 0; i < count; ++i)
-        generic::decode_groups(m, base, at + i * groups, num, scales[i], zeros[i]);
-    for (int64_t g = 0; g < STRIP; ++g)
-        for (int64_t i = 0; i < LANES; ++i) {
-            float* const to = out + g * floats_per_group<FORMAT>;
-            const bool there = i < count && g < num;
-            to[i] = !there ? 0 : FORMAT == MXFP4 ? scales[i][g] * 0.5f : scales[i][g];
-            to[LANES + i] = !there ? 0 : FORMAT == MXFP4 ? E2M1_ZERO : zeros[i][g];
-        }
+// Sixteen groups' scales or zeros that decode(g, half, bytes) makes of bytes, from `to` on.
+template <int32_t FORMAT, class Decode>
+INLINE void decode_bytes(const uint8_t* rows, int64_t stride, float* to, const Decode& decode) {
+    transpose_words(rows, stride, [&](int two, __m256i words) INLINE_LAMBDA {
+        each<4>([&](auto i) INLINE_LAMBDA {
+            constexpr int odd = i / 2, half = i % 2;
+            const __m256i bytes =
+                odd ? _mm256_srli_epi16(words, 8) : _mm256_and_si256(words, _mm256_set1_epi16(255));
+            const __m128i eight = _mm256_extracti128_si256(bytes, half);
+            const int g = two * 2 + odd;
+            _mm256_store_ps(to + g * floats_per_group<FORMAT> + half * 8,
+                            decode(g, half, _mm256_cvtepu16_epi32(eight)));
+        });
+    });
 }
 
-// Those of `count` units from `unit` on, `num` groups from `group` on; others are 0.
+INLINE __m256 decode_e8m0(__m256i exponent) {
+    const __m256i none = _mm256_cmpeq_epi32(exponent, _mm256_set1_epi32(255));
+    const __m256i least = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    __m256i bits = _mm256_slli_epi32(exponent, 23);
+    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x00400000), least);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), none));
+}
+
+// By what 16 units' scales or zeros of 8 bits are decoded, of the meta group that each is in.
+struct MetaLanes {
+    alignas(32) float factor[LANES], offset[LANES];
+
+    // Of the meta groups `index`.
+    void load(const uint8_t* base, int64_t factors, bool bfloat, int64_t offsets,
+              const int64_t* index) {
+        uint16_t values[LANES], zeros[LANES];
+        for (int64_t i = 0; i < LANES; ++i) {
+            memcpy(values + i, base + factors + index[i] * 2, 2);
+            memcpy(zeros + i, base + offsets + index[i] * 2, 2);
+        }
+        for (int64_t i = 0; i < LANES; ++i) {
+            factor[i] = bfloat ? from_bf16(values[i]) : from_f16(values[i]);
+            offset[i] = from_f16(zeros[i]);
+        }
+    }
+};
+
+// The meta groups of a strip's units, kept from strip to strip while they stay the same.
+template <int32_t FORMAT> struct StripMetas {
+    static constexpr int64_t META = 128;
+    struct Place {
+        MetaLanes scales, zeros, next_scales, next_zeros;
+        alignas(32) int32_t within[LANES]; // of a unit's first element in its meta group
+    } places[rows_per_unit(FORMAT)];
+    bool crossing; // some units' groups in the strip are of two meta groups
+    int64_t known = -1;
+
+    void load(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count, int64_t group) {
+        const int64_t groups = num_groups(m), last = (m.rows * groups - 1) / META;
+        crossing = groups % META && META % groups;
+        const int64_t key = crossing ? group : group / META;
+        if (known == key) return;
+        known = key;
+        const bool bfloat = m.scale_format == BF16;
+        for (int p = 0; p < rows_per_unit(FORMAT); ++p) {
+            Place& place = places[p];
+            int64_t here[LANES], next[LANES];
+            for (int64_t i = 0; i < LANES; ++i) {
+                const int64_t row = unit + std::min(i, count - 1) + p * num_units(m);
+                const int64_t at = row * groups + group;
+                here[i] = at / META;
+                next[i] = std::min(here[i] + 1, last);
+                place.within[i] = static_cast<int32_t>(at % META);
+            }
+            place.scales.load(base, m.scale_scale, bfloat, m.scale_zero, here);
+            place.zeros.load(base, m.zero_scale, false, m.zero_zero, here);
+            if (!crossing) continue;
+            place.next_scales.load(base, m.scale_scale, bfloat, m.scale_zero, next);
+            place.next_zeros.load(base, m.zero_scale, false, m.zero_zero, next);
+        }
+    }
+
+    // A decode for decode_bytes.
+    template <bool CROSSING>
+    static INLINE auto decode_with(const MetaLanes& here, const MetaLanes& next,
+                                   const int32_t* within) {
+        return [&here, &next, within](int g, int half, __m256i bytes) INLINE_LAMBDA {
+            __m256 factor = _mm256_load_ps(here.factor + half * 8);
+            __m256 offset = _mm256_load_ps(here.offset + half * 8);
+            if constexpr (CROSSING) {
+                const __m256i place =
+                    _mm256_load_si256(reinterpret_cast<const __m256i*>(within + half * 8));
+                const __m256 beyond = _mm256_castsi256_ps(
+                    _mm256_cmpgt_epi32(place, _mm256_set1_epi32(static_cast<int>(META) - 1 - g)));
+                factor = _mm256_blendv_ps(factor, _mm256_load_ps(next.factor + half * 8), beyond);
+                offset = _mm256_blendv_ps(offset, _mm256_load_ps(next.offset + half * 8), beyond);
+            }
+            return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(bytes), offset), factor);
+        };
+    }
+};
+
+// Those of `num` groups of one row of each of `count` units, from element `at` on.
+template <int32_t FORMAT>
+INLINE void decode_halves(const Matrix& m, const uint8_t* base, int64_t at, int64_t count,
+                          int64_t num, float* out) {
+    const int64_t stride = num_groups(m) * 2;
+    const auto decode = [&](int64_t from, bool bfloat, float* to) INLINE_LAMBDA {
+        padded<STRIP * 2>(base + from + at * 2, stride, count, num * 2,
+                          [&](const uint8_t* rows, int64_t apart) INLINE_LAMBDA {
+            decode_halves<FORMAT>(rows, apart, bfloat, to);
+            decode_halves<FORMAT>(rows + 16, apart, bfloat, to + 8 * floats_per_group<FORMAT>);
+        });
+    };
+    if (m.scale_format == BF16) decode(m.scale, true, out);
+    else decode(m.scale, false, out);
+    decode(m.zero, false, out + LANES);
+}
+
+// The same of scales of 8 bits.
+template <int32_t FORMAT, bool CROSSING>
+void decode_metas(const Matrix& m, const uint8_t* base, int64_t at, int64_t count, int64_t num,
+                  const typename StripMetas<FORMAT>::Place& place, float* out) {
+    const auto decode = [&](int64_t from, const MetaLanes& here, const MetaLanes& next, float* to)
+        INLINE_LAMBDA {
+            padded<STRIP>(base + from + at, num_groups(m), count, num,
+                          [&](const uint8_t* rows, int64_t apart) INLINE_LAMBDA {
+                decode_bytes<FORMAT>(rows, apart, to,
+                                     StripMetas<FORMAT>::template decode_with<CROSSING>(
+                                         here, next, place.within));
+            });
+        };
+    decode(m.scale, place.scales, place.next_scales, out);
+    decode(m.zero, place.zeros, place.next_zeros, out + LANES);
+}
+
+template <int32_t FORMAT>
+void decode_e8m0(const Matrix& m, const uint8_t* base, int64_t at, int64_t count, int64_t num,
+                 float* out) {
+    padded<STRIP>(base + m.scale + at, num_groups(m), count, num,
+                  [&](const uint8_t* rows, int64_t apart) INLINE_LAMBDA {
+        // Half, since the tiles have twice the values.
+        decode_bytes<FORMAT>(rows, apart, out, [](int, int, __m256i bytes) INLINE_LAMBDA {
+            return _mm256_mul_ps(decode_e8m0(bytes), _mm256_set1_ps(0.5f));
+        });
+    });
+    for (int64_t i = 0; i < STRIP * 2; ++i)
+        _mm256_store_ps(out + i / 2 * floats_per_group<FORMAT> + LANES + i % 2 * 8,
+                        _mm256_set1_ps(E2M1_ZERO));
+}
+
+// Those of `count` units from `unit` on, `num` groups from `group` on. Of others anything finite:
+// there activations are 0, and no result is stored.
 template <int32_t FORMAT>
 void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count, int64_t group,
-                  int64_t num, StripMetas<FORMAT>&, float* out) {
-    const int64_t units = num_units(m), groups = num_groups(m);
-    for (int row = 0; row < rows_per_unit(FORMAT); ++row)
-        decode_row_of_units<FORMAT>(m, base, (unit + row * units) * groups + group, count, num,
-                                    out + row * 2 * LANES);
+                  int64_t num, StripMetas<FORMAT>& metas, float* out) {
+    if (FORMAT != MXFP4 && m.meta_group_size) metas.load(m, base, unit, count, group);
+    for (int row = 0; row < rows_per_unit(FORMAT); ++row, out += 2 * LANES) {
+        const int64_t at = (unit + row * num_units(m)) * num_groups(m) + group;
+        if constexpr (FORMAT == MXFP4) decode_e8m0<FORMAT>(m, base, at, count, num, out);
+        else if (!m.meta_group_size) decode_halves<FORMAT>(m, base, at, count, num, out);
+        else {
+            const auto decode =
+                metas.crossing ? decode_metas<FORMAT, true> : decode_metas<FORMAT, false>;
+            decode(m, base, at, count, num, metas.places[row], out);
+        }
+    }
 }
 
 } // namespace

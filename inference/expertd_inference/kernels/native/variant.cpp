@@ -5,7 +5,8 @@
 
 #include "expertstore/cpp/isa.h"
 
-extern const Variant VARIANT_PORTABLE, VARIANT_AVX2, VARIANT_AVX512, VARIANT_AVX512BF16;
+extern const Variant VARIANT_PORTABLE, VARIANT_AVX2, VARIANT_AVX512, VARIANT_AVX512VNNI,
+    VARIANT_AVX512BF16;
 
 namespace {
 
@@ -18,6 +19,9 @@ struct Choice {
 constexpr Choice CHOICES[] = {
 #ifdef WITH_AVX512BF16
     {&VARIANT_AVX512BF16, Isa::AVX512BF16},
+#endif
+#ifdef WITH_AVX512VNNI
+    {&VARIANT_AVX512VNNI, Isa::AVX512VNNI},
 #endif
 #ifdef WITH_AVX512
     {&VARIANT_AVX512, Isa::AVX512},

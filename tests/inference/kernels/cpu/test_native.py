@@ -34,8 +34,8 @@ pytestmark = pytest.mark.skipif(
 
 FUSED_TOKENS = 32
 """More rows of an expert or a linear layer are multiplied by torch in :func:`switched`."""
-ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
-WHOLE_NUMBERS = ["avx2", "avx512", "avx512bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+WHOLE_NUMBERS = ["avx2", "avx512", "avx512vnni", "avx512bf16"]
 """What multiplies bfloat16 activations as whole numbers."""
 PRECISIONS = ["16", "8g128", "8g64m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m"]
 PRECISIONS += ["2g64", "mxfp4"]

@@ -12,7 +12,7 @@ from expertd_inference.kernels.cpu.step import StepKernels, describe, step_kerne
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native kernels")
 
-ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [  # outputs, columns
     (1, 1),  # less than a block of rows, and than a register
