@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             library.expertd_use_isa.restype = ctypes.c_char_p
             if library.expertd_use_isa(options.isa.encode()) is None:
                 parser.error(f"this processor or library has no {options.isa}")
-    table = Table("precision", "rows", *libraries, title=f"{options.shape}: GMAC/s, one core, {isa()}")
+    table = Table(
+        "precision", "rows", *libraries, title=f"{options.shape}: GMAC/s, one core, {isa()}"
+    )
     for precision in options.precision or PRECISIONS:
         weights = weights_of(precision, *SHAPES[options.shape], options.shape != "hot")
         for num_rows in options.rows or ROWS:
