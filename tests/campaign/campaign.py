@@ -226,13 +226,16 @@ class Campaign:
 
     # Checks
 
-    def _watch(self, doing: str) -> bool:
-        """Progress, and whether to go on."""
-        for row, process in self._workers:
+    def _look_at_ended(self) -> None:
+        """None ends by itself before it is told to."""
+        for row, process in [*self._workers]:
             if process.exitcode is not None:
                 self._workers.remove((row, process))
                 self._look_at(row, process)
-                break
+
+    def _watch(self, doing: str) -> bool:
+        """Progress, and whether to go on."""
+        self._look_at_ended()
         for problem in self._supervisor.problems():
             self._problem(problem)
         now = time.monotonic()
@@ -247,13 +250,14 @@ class Campaign:
 
     def _check_sessions(self) -> None:
         """The daemon's sessions are those of the workers that live."""
-        alive = {process.pid for _, process in self._workers}
 
         def settled() -> bool:
+            self._look_at_ended()
+            alive = {process.pid for _, process in self._workers}
             attached = {each["pid"] for each in self._stats()["sessions"] if each["model"]}
             return attached == alive
 
-        self._eventually(settled, f"the sessions are not those of the workers {alive}")
+        self._eventually(settled, "the sessions are not those of the workers")
 
     def _check_progress(self) -> None:
         """Workers find the daemon again, by themselves."""

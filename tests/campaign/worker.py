@@ -33,7 +33,10 @@ _OVER = (UnavailableError, IncarnationError, SessionLostError, UnauthenticatedEr
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker is told at its start; it works until it is killed or ``stop`` exists."""
+    """What a worker is told at its start; it works until it is killed or ``stop`` exists.
+
+    One that is not killed takes a step at least.
+    """
 
     directory: Path
     model: str
@@ -73,12 +76,14 @@ class _Worker:
     def run(self) -> None:
         with Client(self._orders.directory, timeout_seconds=CALL_SECONDS) as store:
             session = self._attach(store)
-            while not self._orders.stop.exists():
+            while True:
                 try:
                     self._step(store, session)
                 except _OVER:
                     session.reattach(ATTACH_SECONDS)
                     self._attached()
+                if self._orders.stop.exists():
+                    return
 
     def _attach(self, store: Client) -> Session:
         deadline = time.monotonic() + ATTACH_SECONDS

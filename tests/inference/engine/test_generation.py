@@ -26,6 +26,7 @@ from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]
 
+PROMPT = "Once upon a time"
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -78,12 +79,10 @@ def test_load_model_gives_a_transformers_model(daemon: Daemon, stock: Make) -> N
 
 def test_generate_counts(mixtral: Worker) -> None:
     pieces: list[str] = []
-    done = generate(
-        mixtral, "Once upon a time", GenerationSettings(max_new_tokens=16), on_text=pieces.append
-    )
+    done = generate(mixtral, PROMPT, GenerationSettings(max_new_tokens=16), on_text=pieces.append)
     result = done.result
     assert not done.interrupted
-    assert result.prompt_tokens == len("Once upon a time")
+    assert result.prompt_tokens == len(PROMPT)
     assert result.new_tokens == len(result.tokens) == 16
     assert "".join(pieces) == result.text == mixtral.tokenizer.decode(result.tokens)
     assert result.ttft_seconds is not None
@@ -93,6 +92,32 @@ def test_generate_counts(mixtral: Worker) -> None:
     # The prompt touches each of 8 experts of 3 layers once, each of 15 steps 2 of each.
     assert 15 * 2 * 3 < result.host_hits + result.nvme_misses <= (8 + 15 * 2) * 3
     assert result.peak_pss_bytes is None
+
+
+def test_greedy_text_is_that_of_transformers(daemon: Daemon, stock: Make) -> None:
+    settings = GenerationSettings(max_new_tokens=16)
+    with Worker(attach("mixtral", daemon.socket), dtype=torch.float32) as worker:
+        result = generate(worker, PROMPT, settings).result
+        prompt = worker.encode(PROMPT)
+    assert result.tokens == greedy(stock("mixtral", torch.float32), prompt, 16)
+    assert result.executor != "turns", "ours computed it"
+
+
+def test_greedy_text_in_16_bits_differs_by_rounding_alone(mixtral: Worker, stock: Make) -> None:
+    """The seventh token's two best scores differ by less than transformers' own rounding."""
+    ours = generate(mixtral, PROMPT, GenerationSettings(max_new_tokens=16)).result.tokens
+    prompt = mixtral.encode(PROMPT)
+    assert ours[:6] == greedy(stock("mixtral"), prompt, 16)[:6]
+    ids = torch.tensor([[*prompt, *ours[:-1]]])
+    with torch.no_grad():
+        wide, narrow = (
+            stock("mixtral", dtype)(ids).logits[0, len(prompt) - 1 :].float()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    behind = wide.amax(dim=1) - wide[range(16), ours]
+    # Each of two scores may be off by as much as transformers' in the same type.
+    assert (behind <= 2 * (narrow - wide).abs().amax(dim=1)).all(), behind
+    assert (behind == 0).sum() >= 14
 
 
 def test_memory_is_measured_for_whom_asks(mixtral: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
