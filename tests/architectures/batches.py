@@ -87,7 +87,9 @@ class Texts:
                     continue
                 n = span.sequence - 100
                 self._positions[n] += span.num_rows
-                self.logits[n] = part if not span.position else torch.cat((self.logits[n], part))
+                self.logits[n] = (
+                    torch.cat((self.logits[n], part)) if span.position else part.clone()
+                )
 
 
 def compare(model: Any) -> tuple[Executor, bool]:

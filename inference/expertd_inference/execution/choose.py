@@ -13,6 +13,8 @@ from expertd_inference.execution.parts import UnknownPartError
 from expertd_inference.execution.program import make_program
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.turns import TurnsExecutor
+from expertd_inference.experts.call import has_seat, seat_of
+from expertd_inference.experts.cpu import experts_modules
 from expertd_inference.kernels.cpu.library import EXACT
 from expertd_inference.kernels.cpu.native import NativeKernels
 
@@ -23,7 +25,12 @@ def choose_executor(worker: Any, room: Room) -> Executor:  # noqa: ANN401 - a Wo
     kernels = worker.kernels if isinstance(worker.kernels, NativeKernels) else None
     if worker.device_stats is not None:
         kernels = None
-    return choose_for(worker.model, room, worker.session.say, exact=exact, kernels=kernels)
+    say = worker.session.say
+    executor = choose_for(worker.model, room, say, exact=exact, kernels=kernels)
+    if exact and kernels is not None and (slow := _row_by_row(worker.model, kernels)):
+        executor.reason += f"; {slow}"
+        say(f"{slow}; without --exact it is faster.")
+    return executor
 
 
 def choose_for(
@@ -57,6 +64,18 @@ def choose_for(
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
         return TurnsExecutor(model, room, str(error), around)
+
+
+def _row_by_row(model: Any, kernels: NativeKernels) -> str:  # noqa: ANN401
+    """Which experts torch computes a row at a time, that bits not depend on rows; empty if none."""
+    seats = [seat_of(module) for module in experts_modules(model).values() if has_seat(module)]
+    unknown = sum(not kernels.knows(seat.spec, model.dtype) for seat in seats)
+    if not unknown:
+        return ""
+    return (
+        f"to be exact torch computes the experts of {unknown} layers one row at a time, as native "
+        "kernels do not know their activation or dtype"
+    )
 
 
 def _batched(

@@ -1,6 +1,8 @@
 """With ``exact`` the bits of a sequence's logits do not depend on what else is computed."""
 
+import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +11,14 @@ from torch import Tensor
 
 from expertd_inference.execution import check
 from expertd_inference.execution.batch import Batch
-from expertd_inference.execution.choose import choose_for
+from expertd_inference.execution.choose import choose_executor, choose_for
 from expertd_inference.execution.exact import make_exact
 from expertd_inference.execution.layers import watch_layers
 from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
+from expertd_inference.experts.call import seat_of
+from expertd_inference.experts.cpu import experts_modules
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import StepKernels, step_kernels
 from tests.architectures.batches import ROOM, Texts, batched_model
@@ -51,6 +55,37 @@ def test_alone_and_among_others(architecture: str, packed: Make, kernels: StepKe
             alone.step({n: num})
     for together, by_itself in zip(texts.logits, alone.logits, strict=True):
         assert torch.equal(together, by_itself)
+
+
+def test_experts_of_an_unknown_activation_are_asked_row_by_row(packed: Make) -> None:
+    exact = NativeKernels(exact=True)
+    model = load(packed("mixtral", "4bit-fast"), torch.float32, exact)
+    said: list[str] = []
+    worker = SimpleNamespace(
+        model=model,
+        kernels=exact,
+        exact=True,
+        device_stats=None,
+        session=SimpleNamespace(say=said.append),
+    )
+    assert "one row at a time" not in choose_executor(worker, ROOM).reason
+    for module in experts_modules(model).values():
+        seat = seat_of(module)
+        seat.spec = dataclasses.replace(seat.spec, activation=None)
+    executor = choose_executor(worker, ROOM)
+    why = f"experts of {len(experts_modules(model))} layers one row at a time"
+    assert why in executor.reason
+    assert len(said) == 1
+    assert why in said[0]
+    assert "without --exact" in said[0]
+    prompts = [prompt_of(length, seed=length) for length in (40, 9)]
+    together, by_itself = Texts(executor, prompts), Texts(executor, prompts)
+    together.step({0: 40, 1: 9})
+    by_itself.step({0: 40})
+    by_itself.step({1: 8})
+    by_itself.step({1: 1})
+    for ours, theirs in zip(together.logits, by_itself.logits, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_bits_that_depend_on_others_are_noticed() -> None:

@@ -52,7 +52,10 @@ MAX_SUMMED = 15
 
 
 class NativeKernels:
-    """The kernels of the library; what they do not know is computed by the reference."""
+    """The kernels of the library; what they do not know is computed by the reference.
+
+    With ``exact`` the reference computes that one row at a time, which is slow.
+    """
 
     name = "native"
 
@@ -71,6 +74,7 @@ class NativeKernels:
             raise PreconditionError(f"There are no native kernels: {loaded.reason}.")
         self._library: Any = loaded.library
         self.flags = flags_of(activations, exact=exact)
+        self._exact = exact
         # By id: a spec's hash is that of all its parts. The spec is kept, so its id stays its.
         self._layers: dict[int, tuple[ExpertsSpec, NativeLayer | None]] = {}
         self._matrices: WeakKeyDictionary[QuantizedWeight, NativeMatrix | None]
@@ -100,6 +104,10 @@ class NativeKernels:
         summed = self._run(slots, out, routed, wave)
         return out if summed and out is not None else sum_slots(slots, routed.rows.dtype)
 
+    def knows(self, spec: ExpertsSpec, dtype: torch.dtype) -> bool:
+        """Whether native code computes such experts for rows of ``dtype``."""
+        return self._layer(spec) is not None and dtype in TYPES
+
     def prepare(self, routed: Routed, spec: ExpertsSpec, /) -> "PreparedExperts | None":
         """The call for tensors that stay, or None if the layer or the tensors need another way."""
         layer = self._layer(spec)
@@ -124,7 +132,7 @@ class NativeKernels:
             matrix = self._matrices[weight] = matrix_of(weight)
         kind = TYPES.get(rows.dtype)
         if matrix is None or kind is None or not rows.is_cpu:
-            return reference.linear(rows, weight)
+            return reference.linear(rows, weight, row_by_row=self._exact)
         in_features = weight.matrix.in_features
         if rows.shape[-1] != in_features:
             raise RuntimeError(
@@ -145,7 +153,7 @@ class NativeKernels:
         layer = self._layer(wave.spec)
         types = _types(routed, slots)
         if layer is None or types is None or not slots.is_contiguous():
-            reference.fill_slots(slots, routed, wave)
+            reference.fill_slots(slots, routed, wave, row_by_row=self._exact)
             return False
         if routed.rows.shape[1] != layer.gate_up.columns or len(wave.experts) != len(wave.records):
             raise RuntimeError(f"hidden states of {routed.rows.shape[1]} do not fit the records")

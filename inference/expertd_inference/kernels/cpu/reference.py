@@ -26,16 +26,26 @@ GATE_UP = "gate_up"
 DOWN = "down"
 
 
-def fill_slots(slots: Tensor, routed: Routed, wave: Wave) -> None:
-    """Writes the weighted results of the wave's experts into ``slots`` [T, k, H], floating."""
+def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = False) -> None:
+    """Writes the weighted results of the wave's experts into ``slots`` [T, k, H], floating.
+
+    With ``row_by_row`` the bits of a row do not depend on the other rows, which torch rounds by.
+    """
     spec, arena, index = wave.spec, wave.arena, routed.index
     for expert, record in zip(wave.experts, wave.records, strict=True):
-        token, position = torch.where(index == expert)  # [n] each
-        gate_up = _linear(routed.rows[token], GATE_UP, record, arena, spec.layout)  # [n, 2I]
-        if spec.gate_order is GateOrder.INTERLEAVED:
-            gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
-        result = _linear(spec.apply_gate(gate_up), DOWN, record, arena, spec.layout)  # [n, H]
-        slots[token, position] = result * routed.weights[token, position, None]
+        gate_up, down = (
+            _Product(name, record, arena, spec.layout, routed.rows.dtype)
+            for name in (GATE_UP, DOWN)
+        )
+        tokens, positions = torch.where(index == expert)  # [n] each
+        num_at_once = 1 if row_by_row else max(1, len(tokens))
+        pairs = zip(tokens.split(num_at_once), positions.split(num_at_once), strict=True)
+        for token, position in pairs:
+            inner = gate_up(routed.rows[token])  # [n, 2I]
+            if spec.gate_order is GateOrder.INTERLEAVED:
+                inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
+            result = down(spec.apply_gate(inner))  # [n, H]
+            slots[token, position] = result * routed.weights[token, position, None]
 
 
 def sum_slots(slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,20 +53,34 @@ def sum_slots(slots: Tensor, dtype: torch.dtype) -> Tensor:
     return slots.sum(dim=1).to(dtype)
 
 
-def linear(rows: Tensor, weight: QuantizedWeight, /) -> Tensor:
-    """``rows`` [..., in] times the weight, dequantized for this call: [..., out]."""
-    return functional.linear(rows, dequantize(weight.matrix, weight.parts, rows.dtype))
+def linear(rows: Tensor, weight: QuantizedWeight, /, *, row_by_row: bool = False) -> Tensor:
+    """``rows`` [..., in] times the weight, dequantized for this call: [..., out].
+
+    ``row_by_row`` is that of :func:`fill_slots`.
+    """
+    plain = dequantize(weight.matrix, weight.parts, rows.dtype)
+    if not row_by_row:
+        return functional.linear(rows, plain)
+    out = rows.new_empty(*rows.shape[:-1], weight.matrix.out_features)
+    flat = out.view(-1, weight.matrix.out_features)
+    for number, row in enumerate(rows.reshape(-1, rows.shape[-1])):
+        flat[number] = functional.linear(row.clone()[None], plain)[0]
+    return out
 
 
-def _linear(
-    rows: Tensor, name: str, record: int, arena: ArenaTensors, layout: RecordLayout
-) -> Tensor:
-    """``rows`` [n, in] times the record's matrix ``name``, with its bias: [n, out]."""
-    result = functional.linear(rows, _weight(name, record, arena, layout, rows.dtype))
-    for part in layout.parts:
-        if part.name == f"{name}.bias":
-            return result + arena.part(record, part).to(rows.dtype)
-    return result
+class _Product:
+    """Rows [n, in] times a record's matrix ``name``, with its bias: [n, out]."""
+
+    def __init__(
+        self, name: str, record: int, arena: ArenaTensors, layout: RecordLayout, dtype: torch.dtype
+    ) -> None:
+        self._weight = _weight(name, record, arena, layout, dtype)
+        biases = [part for part in layout.parts if part.name == f"{name}.bias"]
+        self._bias = arena.part(record, biases[0]).to(dtype) if biases else None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        result = functional.linear(rows, self._weight)
+        return result if self._bias is None else result + self._bias
 
 
 def _weight(

@@ -264,6 +264,30 @@ def test_instruction_sets_that_multiply_whole_numbers_agree(
             torch.testing.assert_close(result, first, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_the_reference_computes_is_exact_too(dtype: torch.dtype) -> None:
+    """Of an activation or a dtype that native kernels do not know."""
+    layer = layer_of(4, 320, 192, "4g64", torch.float32)
+    spec = ExpertsSpec(layer.layout, layer.gate_order, layer.gate)
+    weight = quantized(96, 1024, "4g64")
+    hidden, x = inputs(80, 320, dtype), inputs(80, 1024, torch.float64)
+    index, weights = routed(80, 2, 4)
+
+    def computed(kernels: NativeKernels, first: int, last: int) -> list[Tensor]:
+        some = Routed(hidden[first:last], index[first:last], weights[first:last])
+        wave = Wave(range(4), layer.records, layer.arena, spec)
+        return [kernels.output(some, wave), kernels.linear(x[first:last], weight)]
+
+    exact, usual = NativeKernels(exact=True), NativeKernels()
+    assert not exact.knows(spec, dtype)
+    expected = computed(exact, 0, 80)
+    for ours, theirs in zip(expected, computed(usual, 0, 80), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    for first, last in ((0, 1), (79, 80), (3, 5), (10, 17), (20, 60)):
+        for ours, whole in zip(computed(exact, first, last), expected, strict=True):
+            assert torch.equal(ours, whole[first:last])
+
+
 @pytest.mark.parametrize("isa", WHOLE_NUMBERS, indirect=True)
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_the_error_of_one_plane_of_activations(isa: str, precision: str) -> None:
