@@ -24,10 +24,10 @@ from expertd_inference.kernels.cpu.library import (
     EIGHT_BIT_ACTIVATIONS,
     EXACT,
     TYPES,
-    LinearCall,
     native_library,
 )
 from expertd_inference.kernels.cpu.native import isa, matrix_of
+from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.weights import QuantizedWeight
 
 PRECISIONS = ("4g64", "8g128", "3g64m", "2g16m", "mxfp4")

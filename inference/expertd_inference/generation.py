@@ -1,7 +1,7 @@
 """Continues one prompt, streams its text, and counts what it took."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     share, and ``device`` is what moved to GPUs, null on the CPU; these count all that the worker
     computed meanwhile. ``kernels`` are those that the CPU computed with; ``executor`` computed the
     steps, ``reason`` says why that one, and ``rows_mean`` is how many rows a step had in the mean;
+    ``native_rows`` is that of EngineStats;
     ``hints`` is what became of hints to the daemon, null where none are given;
     ``peak_pss_bytes`` is null unless it was asked for.
     """
@@ -54,6 +55,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     executor: str = ""
     reason: str = ""
     rows_mean: float = 0.0
+    native_rows: Mapping[str, int | None] = {}
     hints: HintStats | None = None
 
 
@@ -141,6 +143,7 @@ class _CountsBefore:
             "executor": now.executor,
             "reason": now.reason,
             "rows_mean": (now.num_rows - before.num_rows) / num_steps if num_steps else 0.0,
+            "native_rows": now.native_rows,
         }
 
 

@@ -16,6 +16,7 @@ from expertd_inference.device.stats import DeviceStats
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.engine import Engine
 from expertd_inference.execution.choose import choose_executor
+from expertd_inference.execution.crossover import measure_crossover
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.on_device import device_executor
@@ -149,6 +150,11 @@ class Worker:
             undo.pop_all()
         self._tokenizer: Any = None
         self.exact = exact
+        self.native_rows: dict[str, int | None] = {}
+        """Up to how many rows native kernels multiply each form of large matrix, before torch does.
+
+        None: any number. Empty before an engine opens, on devices, and with ``exact``.
+        """
         self._limits = limits
         self._engine: Engine | None = None
         self._engine_lock = threading.Lock()
@@ -222,11 +228,15 @@ class Worker:
 
         Raises CapacityError if there is none.
         """
+        say = self.session.say or say_on_stderr
         if isinstance(self._runner, DeviceGroup):
             longest = self.context_tokens or CONTEXT_TOKENS
-            say = self.session.say or say_on_stderr
             return device_executor(self.model, self._runner, room, longest, say, exact=self.exact)
-        return choose_executor(self, room)
+        experts, linears = measure_crossover(self.model, self.kernels, say)
+        executor = choose_executor(self, room)
+        # A program multiplies any number of rows.
+        self.native_rows = experts if executor.name == "program" else experts | linears
+        return executor
 
     def before_close(self, call: Callable[[], None]) -> None:
         """Has ``call`` called when the worker is about to be closed."""

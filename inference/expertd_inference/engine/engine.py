@@ -56,6 +56,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     they began, and ``prefix_hits`` those that were found and not computed. ``num_preemptions``
     sequences had to give up their keys and values for others and computed them again.
     ``kv_tokens`` is how many tokens have room at once, and ``kv_why`` says why so many.
+    ``native_rows`` says, for each form of large matrix, up to how many rows native kernels
+    multiply it before torch does; None is any number.
     """
 
     executor: str
@@ -70,6 +72,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     kv_tokens: int
     kv_why: str
+    native_rows: Mapping[str, int | None]
 
 
 class Engine:
@@ -154,6 +157,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             kv_tokens=self._budget.room.num_blocks * BLOCK_TOKENS,
             kv_why=self._budget.why,
+            native_rows=self._worker.native_rows,
         )
 
     def encode(self, prompt: Prompt) -> Sequence[int]:

@@ -34,6 +34,10 @@ class Served(Protocol):
     def kv_bytes(self) -> int:
         """How much memory keys and values may take now."""
 
+    @property
+    def native_rows(self) -> Mapping[str, int | None]:
+        """Up to how many rows native kernels multiply each form of matrix; None: any number."""
+
     def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a text, or of a chat's messages.
 

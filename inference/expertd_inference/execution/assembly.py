@@ -15,16 +15,10 @@ from expertd_inference.execution.parts import (
 )
 from expertd_inference.execution.recognize import FeedForwardSpec, LinearSpec, NormSpec
 from expertd_inference.execution.segment import ExpertsRest, ModuleRest, Rest, Segment
-from expertd_inference.kernels.cpu.library import (
-    TYPES,
-    AttentionCall,
-    NativeMatrix,
-    native_activation,
-)
-from expertd_inference.kernels.cpu.program import (
+from expertd_inference.kernels.cpu.library import TYPES, native_activation
+from expertd_inference.kernels.cpu.operations import (
     ActivateCall,
     AddCall,
-    Call,
     EmbedCall,
     GateCall,
     GatherCall,
@@ -32,9 +26,10 @@ from expertd_inference.kernels.cpu.program import (
     ProductCall,
     RotateCall,
     RouteCall,
-    RowsProgram,
     ScaleCall,
 )
+from expertd_inference.kernels.cpu.program import Call, RowsProgram
+from expertd_inference.kernels.cpu.structures import AttentionCall, NativeMatrix
 from expertd_inference.kernels.wave import Routed
 
 _FIRST_POSITIONS = 1024

@@ -12,34 +12,14 @@ from torch import Tensor
 
 from expertd_inference.execution.segment import ExpertsRest, Segment
 from expertd_inference.experts.cpu import CpuExperts, Held
-from expertd_inference.kernels.cpu.library import (
-    TYPES,
-    NativeExpertsCall,
-    check_memory,
-    native_layer,
-    native_library,
-)
+from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_layer, native_library
 from expertd_inference.kernels.cpu.native import MAX_SUMMED
+from expertd_inference.kernels.cpu.operations import HeldSegment, HeldStep
+from expertd_inference.kernels.cpu.structures import NativeExpertsCall
 
 MAX_ROWS = 64
 """Of a step with a lease of its own: while it is held nothing that it might read is evicted, and
 with more rows a step takes long."""
-
-
-class _HeldSegment(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("program", "call", "words")),
-        *((name, ctypes.c_int64) for name in ("num_experts", "first_entry")),
-    )
-
-
-class _HeldStep(ctypes.Structure):
-    _fields_ = (
-        ("segments", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_segments", "first")),
-        *((name, ctypes.c_void_p) for name in ("step", "arena", "used")),
-        ("num_used", ctypes.c_int64),
-    )
 
 
 class HeldSegments:
@@ -62,12 +42,13 @@ class HeldSegments:
         self._slots: dict[tuple[object, ...], Tensor] = {}
         rows = rests[0].routed.rows
         self._out = torch.empty(self._max_rows, rows.shape[1], dtype=rows.dtype)
-        self._array = (_HeldSegment * len(segments))()
+        self._array = (HeldSegment * len(segments))()
         for entry, rest in zip(self._array, rests, strict=True):
             entry.call = ctypes.addressof(self._call(rest))
             entry.num_experts = rest.seat.num_experts
+            entry.most_rows = runner.most_rows(rest.seat.spec, rows.dtype)
         self._used = (ctypes.c_int64 * sum(rest.seat.num_experts for rest in rests))()
-        self._step = _HeldStep(segments=ctypes.addressof(self._array), num_segments=len(segments))
+        self._step = HeldStep(segments=ctypes.addressof(self._array), num_segments=len(segments))
         self._step.used = ctypes.addressof(self._used)
         self._address = ctypes.addressof(self._step)
         self._run = native_library().library.expertd_held_step  # type: ignore[union-attr]

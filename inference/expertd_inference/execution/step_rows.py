@@ -8,7 +8,7 @@ import torch
 from expertd_inference.execution.assembly import Assembly
 from expertd_inference.execution.batch import Batch, Wanted
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan
-from expertd_inference.kernels.cpu.program import StepCall
+from expertd_inference.kernels.cpu.operations import StepCall
 from expertd_inference.kv.memory import KvMemory
 
 

@@ -6,6 +6,7 @@ calls it with the experts module in place of that module's own ``forward``
 put there: what computes the model's experts, and which layer this is.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,8 @@ from expertd_inference.experts.source import DirectoryLease, DirectorySource, Ex
 from expertd_inference.kernels.activation import activation_of
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
-from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference.kernels.cpu.reference import GATE_UP, sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertstore.errors import PreconditionError, SessionLostError, UnavailableError
 from expertstore.pack.manifest import Manifest
@@ -87,6 +89,12 @@ class CpuExperts:
     def is_native(self) -> bool:
         """Whether native kernels compute."""
         return self._kernels.name == "native"
+
+    def most_rows(self, spec: ExpertsSpec, dtype: torch.dtype) -> int:
+        """Up to how many rows of ``dtype`` of one expert the kernels compute, native ones."""
+        assert isinstance(self._kernels, NativeKernels)
+        most = self._kernels.most_rows(spec.layout.matrix(GATE_UP), dtype)
+        return sys.maxsize if most is None else most
 
     def hold(self) -> "Held | None":
         """What is in RAM now stays there until the result is released; no other thread computes.

@@ -90,6 +90,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "finish_reason",
         "reason",
         "rows_mean",
+        "native_rows",
         "hints",
         "device",
     }

@@ -104,6 +104,7 @@ def test_what_was_done_is_counted(engine: Engine) -> None:
     assert (stats.prefix_queries, stats.prefix_hits) == (400, 192)
     assert (stats.kv_tokens, stats.kv_why) == (2048, "as told")
     assert (stats.num_running, stats.num_waiting, stats.num_preemptions) == (0, 0, 0)
+    assert stats.native_rows == {"a form": 32}
 
 
 def test_a_reader_that_stops_reading_stops_nothing(engine: Engine) -> None:

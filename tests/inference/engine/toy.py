@@ -6,7 +6,7 @@ dropped or overwritten wrongly changes the text.
 
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -98,6 +98,7 @@ class ToyWorker:
         self.tokenizer = _tokenizer()
         self.generation_config = GenerationConfig(eos_token_id=END)
         self.executor: ToyExecutor
+        self.native_rows: Mapping[str, int | None] = {"a form": 32}
         self.closing: list[Callable[[], None]] = []
         self._kind = kind
 

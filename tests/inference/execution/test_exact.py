@@ -57,6 +57,7 @@ def test_alone_and_among_others(architecture: str, packed: Make, kernels: StepKe
         assert torch.equal(together, by_itself)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_experts_of_an_unknown_activation_are_asked_row_by_row(packed: Make) -> None:
     exact = NativeKernels(exact=True)
     model = load(packed("mixtral", "4bit-fast"), torch.float32, exact)

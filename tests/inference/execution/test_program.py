@@ -22,7 +22,8 @@ from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu import program
 from expertd_inference.kernels.cpu.library import EXACT, TYPES, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.program import GateCall, RotateCall, RowsProgram, StepCall
+from expertd_inference.kernels.cpu.operations import GateCall, RotateCall, StepCall
+from expertd_inference.kernels.cpu.program import RowsProgram
 from expertd_inference.model.loading import load_trunk
 from expertd_testing.daemon import serving
 from expertd_testing.tiny_models import make_checkpoint
@@ -230,7 +231,7 @@ def test_a_block_of_another_kind_is_called(quantized: Make) -> None:
     torch.testing.assert_close(logits, expected_of(model, prompt_of(12)), rtol=0.01, atol=2e-3)
 
 
-def test_the_same_bits_whatever_is_in_ram(quantized: Make) -> None:
+def test_the_same_bits_whatever_is_in_ram(quantized: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = quantized("qwen3_moe")
     manifest = read_manifest(pack).manifest
     results, misses = [], []
@@ -238,12 +239,13 @@ def test_the_same_bits_whatever_is_in_ram(quantized: Make) -> None:
         with serving({"m": pack}, ram=ram) as daemon:
             model = load_model("m", socket=daemon.socket, kernels="native")
             try:
+                # Torch computes experts of more rows, which some have in the last step.
+                monkeypatch.setattr(model.expertd.kernels, "most_rows", lambda _, __: 3)
                 executor = make_program(model, NUM_BLOCKS, 16)
                 logits = step(executor, span(0, prompt_of(9)))
                 before = model.expertd.session.nvme_misses
                 for i in range(12):
                     logits += step(executor, span(0, [i], 9 + i), span(1, [i], i))
-                results.append(torch.cat(logits))
                 misses.append(model.expertd.session.nvme_misses - before)
                 assert executor._held is not None
                 if ram == manifest.expert_bytes:
@@ -255,6 +257,8 @@ def test_the_same_bits_whatever_is_in_ram(quantized: Make) -> None:
                     step(executor, span(0, [1], 21))
                     assert executor._held.num_done == len(manifest.layers)
                     assert model.expertd.session.host_hits == hits + 2 * len(manifest.layers)
+                logits += step(executor, span(2, prompt_of(9)))
+                results.append(torch.cat(logits))
             finally:
                 model.expertd.close()
     assert misses[1] > misses[0]
@@ -290,21 +294,3 @@ def test_gates_of_one_element_or_all(gates: int) -> None:
     call = GateCall(x.data_ptr(), by.data_ptr(), out.data_ptr(), 7, gates, TYPES[x.dtype])
     run_alone(call, 3)
     torch.testing.assert_close(out, x * torch.sigmoid(by))
-
-
-def test_structures_are_those_of_the_header() -> None:
-    """Sizes as the C++ compiler has them on 64-bit machines, without a hole."""
-    sizes = {
-        "EmbedCall": 24,
-        "GatherCall": 24,
-        "AddCall": 48,
-        "ScaleCall": 40,
-        "NormCall": 64,
-        "ProductCall": 32,
-        "RotateCall": 56,
-        "RouteCall": 88,
-        "ActivateCall": 48,
-        "GateCall": 48,
-        "StepCall": 56,
-    }
-    assert {name: ctypes.sizeof(getattr(program, name)) for name in sizes} == sizes

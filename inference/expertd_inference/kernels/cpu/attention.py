@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
-from expertd_inference.kernels.cpu.library import (
-    TYPES,
-    AttentionCall,
-    NativeAttentionPlan,
-    check_memory,
-    native_library,
-)
+from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
+from expertd_inference.kernels.cpu.structures import AttentionCall, NativeAttentionPlan
 
 
 class AttentionSpan(NamedTuple):

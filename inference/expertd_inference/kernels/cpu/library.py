@@ -1,8 +1,4 @@
-"""The native kernels' C interface, as ``native/kernels.h`` declares it.
-
-A matrix is described once, and a call is a structure of addresses and sizes: ctypes takes about
-two microseconds for it, however much the call computes.
-"""
+"""The native kernels' library, loaded once, and how matrices and layers are described to it."""
 
 import ctypes
 from collections.abc import Callable
@@ -13,7 +9,17 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.activation import Activation, ActivationKind
+from expertd_inference.kernels.cpu import operations
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
+from expertd_inference.kernels.cpu.structures import (
+    AttentionCall,
+    LinearCall,
+    NativeActivation,
+    NativeAttentionPlan,
+    NativeExpertsCall,
+    NativeLayer,
+    NativeMatrix,
+)
 from expertd_inference.kernels.wave import ExpertsSpec
 from expertstore.native import Loaded, load
 from expertstore.pack.layout import (
@@ -26,7 +32,7 @@ from expertstore.pack.layout import (
 )
 
 PATH = Path(__file__).parents[1] / "native" / "libexpertd_kernels.so"
-ABI = 4
+ABI = 5
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 
@@ -46,91 +52,7 @@ _ACTIVATIONS = {
 }
 
 
-class NativeMatrix(ctypes.Structure):
-    """``Matrix`` of kernels.h; -1 for what is not there."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "weight")),
-        *((name, ctypes.c_int64) for name in ("scale", "scale_scale", "scale_zero")),
-        *((name, ctypes.c_int64) for name in ("zero", "zero_scale", "zero_zero", "bias")),
-        *((name, ctypes.c_int32) for name in ("format", "group_size")),
-        *((name, ctypes.c_int32) for name in ("meta_group_size", "bias_format")),
-        *((name, ctypes.c_int32) for name in ("scale_format", "padding")),
-    )
-
-
-class NativeActivation(ctypes.Structure):
-    """``Activation`` of kernels.h."""
-
-    _fields_ = (
-        ("kind", ctypes.c_int32),
-        ("alpha", ctypes.c_float),
-        ("limit", ctypes.c_float),
-    )
-
-
-class NativeLayer(ctypes.Structure):
-    """``Layer`` of kernels.h."""
-
-    _fields_ = (
-        ("gate_up", NativeMatrix),
-        ("down", NativeMatrix),
-        ("activation", NativeActivation),
-        ("padding", ctypes.c_int32),
-    )
-
-
-class NativeExpertsCall(ctypes.Structure):
-    """``ExpertsCall`` of kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("layer", "arena", "experts", "records")),
-        *((name, ctypes.c_void_p) for name in ("hidden", "top_k_index", "top_k_weights")),
-        *((name, ctypes.c_void_p) for name in ("slots", "out")),
-        *((name, ctypes.c_int64) for name in ("num_experts", "tokens", "k")),
-        *((name, ctypes.c_int32) for name in ("type", "weights_type", "slots_type", "threads")),
-        *((name, ctypes.c_int32) for name in ("flags", "padding")),
-    )
-
-
-class LinearCall(ctypes.Structure):
-    """``LinearCall`` of kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("matrix", "x", "out")),
-        ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("type", "threads", "flags", "padding")),
-    )
-
-
-class NativeAttentionPlan(ctypes.Structure):
-    """``AttentionPlan`` of attention.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("positions", "first_rows", "first_blocks", "blocks")
-        ),
-        ("num_spans", ctypes.c_int64),
-    )
-
-
-class AttentionCall(ctypes.Structure):
-    """``AttentionCall`` of attention.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("plan", "query", "key", "value")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "out", "sinks")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "key_width", "value_width")),
-        *((name, ctypes.c_int64) for name in ("query_row", "query_head", "key_row", "key_head")),
-        *((name, ctypes.c_int64) for name in ("value_row", "value_head", "out_row", "out_head")),
-        ("window", ctypes.c_int64),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("type", "threads")),
-    )
-
-
-_STRUCTURES = {
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "Matrix": NativeMatrix,
     "Activation": NativeActivation,
     "Layer": NativeLayer,
@@ -138,8 +60,18 @@ _STRUCTURES = {
     "LinearCall": LinearCall,
     "AttentionPlan": NativeAttentionPlan,
     "AttentionCall": AttentionCall,
+    **{
+        each.__name__: each
+        for each in (
+            *(operations.EmbedCall, operations.GatherCall, operations.AddCall),
+            *(operations.ScaleCall, operations.NormCall, operations.ProductCall),
+            *(operations.RotateCall, operations.RouteCall, operations.ActivateCall),
+            *(operations.GateCall, operations.Operation, operations.StepCall),
+            *(operations.HeldSegment, operations.HeldStep),
+        )
+    },
 }
-"""By their names in native code."""
+"""All that cross the border, by their names in native code: sizes are compared at load."""
 _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
@@ -159,7 +91,7 @@ def check_memory(status: int) -> None:
 @cache
 def native_library() -> Loaded:
     """The library with its functions declared, or why it is not there. Loaded once."""
-    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS, structures=_STRUCTURES)
+    loaded = load(PATH, abi=ABI, functions=_FUNCTIONS, structures=STRUCTURES)
     library = loaded.library
     if library is not None:
         library.expertd_experts.argtypes = [ctypes.c_void_p]

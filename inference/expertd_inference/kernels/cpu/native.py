@@ -27,10 +27,6 @@ from expertd_inference.kernels.cpu.library import (
     EIGHT_BIT_ACTIVATIONS,
     EXACT,
     TYPES,
-    LinearCall,
-    NativeExpertsCall,
-    NativeLayer,
-    NativeMatrix,
     check_memory,
     describe,
     native_layer,
@@ -38,6 +34,12 @@ from expertd_inference.kernels.cpu.library import (
     native_matrix,
 )
 from expertd_inference.kernels.cpu.reference import sum_slots
+from expertd_inference.kernels.cpu.structures import (
+    LinearCall,
+    NativeExpertsCall,
+    NativeLayer,
+    NativeMatrix,
+)
 from expertd_inference.kernels.cpu.switching import LEAST, MostRows, Switching, any_number
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight

@@ -39,7 +39,7 @@ def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = 
         )
         tokens, positions = torch.where(index == expert)  # [n] each
         num_at_once = 1 if row_by_row else max(1, len(tokens))
-        pairs = zip(tokens.split(num_at_once), positions.split(num_at_once), strict=True)
+        pairs = zip(*(torch.split(x, num_at_once) for x in (tokens, positions)), strict=True)
         for token, position in pairs:
             inner = gate_up(routed.rows[token])  # [n, 2I]
             if spec.gate_order is GateOrder.INTERLEAVED:

@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.cpu.library import (
-    TYPES,
-    LinearCall,
-    NativeMatrix,
-    check_memory,
-    native_library,
-)
+from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
 from expertd_inference.kernels.cpu.library import describe as describe
 from expertd_inference.kernels.cpu.native import (
     flags_of,
@@ -27,6 +21,7 @@ from expertd_inference.kernels.cpu.native import (
     measured,
     multiply,
 )
+from expertd_inference.kernels.cpu.structures import LinearCall, NativeMatrix
 from expertd_inference.kernels.cpu.switching import LEAST, MostRows, any_number
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import Encoding, Matrix
@@ -75,7 +70,7 @@ class StepKernels:
         """Whether so many rows times a plain ``weight`` [out, in] are for these kernels."""
         if num_rows <= LEAST:
             return True
-        most = self.most_rows(Matrix("plain", Encoding.PLAIN, *weight.shape), weight.dtype)
+        most = self.most_rows(plain_matrix(weight), weight.dtype)
         return most is None or num_rows <= most
 
     def linear(self, rows: Tensor, weight: Tensor, described: NativeMatrix) -> Tensor:
@@ -177,6 +172,11 @@ class StepKernels:
         """The index of the largest of ``values``, which have no gaps: the first, as torch's."""
         index: int = self._argmax(values.data_ptr(), values.numel(), TYPES[values.dtype])
         return index
+
+
+def plain_matrix(weight: Tensor) -> Matrix:
+    """The form of a plain ``weight`` [out, in]."""
+    return Matrix("plain", Encoding.PLAIN, *weight.shape)
 
 
 def step_kernels(*, activations: int = 16, exact: bool = False) -> StepKernels | None:

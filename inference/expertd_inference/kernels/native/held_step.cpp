@@ -15,18 +15,20 @@ namespace {
 // expertstore/shared/directory.py: a word is 0, or has in its low half a page's number plus 1.
 constexpr int64_t PAGE_BYTES = 4096;
 
-// The experts that the routing names, in rising order, and their records; false if one is absent.
-bool find(const HeldSegment& segment, const ExpertsCall& call, std::vector<uint8_t>& named,
+// The experts that the routing names, in rising order, and their records; false if one is absent, or
+// has more rows than are computed here.
+bool find(const HeldSegment& segment, const ExpertsCall& call, std::vector<int64_t>& named,
           std::vector<int64_t>& experts, std::vector<int64_t>& records) {
     named.assign(segment.num_experts, 0);
     for (int64_t i = 0; i < call.tokens * call.k; ++i) {
         const int64_t expert = call.top_k_index[i];
-        if (expert >= 0 && expert < segment.num_experts) named[expert] = 1;
+        if (expert >= 0 && expert < segment.num_experts) ++named[expert];
     }
     experts.clear();
     records.clear();
     for (int64_t expert = 0; expert < segment.num_experts; ++expert) {
         if (!named[expert]) continue;
+        if (named[expert] > segment.most_rows) return false;
         const uint64_t word = __atomic_load_n(segment.words + expert, __ATOMIC_ACQUIRE);
         if (!word) return false;
         experts.push_back(expert);
@@ -36,8 +38,7 @@ bool find(const HeldSegment& segment, const ExpertsCall& call, std::vector<uint8
 }
 
 int64_t run(HeldStep& held) {
-    std::vector<uint8_t> named;
-    std::vector<int64_t> experts, records;
+    std::vector<int64_t> named, experts, records;
     for (int64_t i = held.first; i < held.num_segments; ++i) {
         const HeldSegment& segment = held.segments[i];
         if (expertd_program_run(segment.program, held.step)) return -1;
@@ -59,8 +60,11 @@ int64_t run(HeldStep& held) {
 
 } // namespace
 
+EXPERTD_STRUCTURE(HeldSegment)
+EXPERTD_STRUCTURE(HeldStep)
+
 // Runs segments from the first on. The number of that whose program ran and whose experts are not
-// all in RAM, of all if there is none, or -1 without memory.
+// all in RAM, or have too many rows; of all if there is none, or -1 without memory.
 EXPERTD_API int64_t expertd_held_step(HeldStep* held) {
     int64_t reached = -1;
     without_memory([&] { reached = run(*held); });

@@ -10,6 +10,7 @@ struct HeldSegment {
     const ExpertsCall* call;
     const uint64_t* words; // the directory's words of the layer, by expert
     int64_t num_experts, first_entry;
+    int64_t most_rows; // of an expert that is computed here; with more torch computes it
 };
 
 struct HeldStep {

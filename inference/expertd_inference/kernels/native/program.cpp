@@ -24,8 +24,6 @@ template <class Call> const Call& call_of(const Operation& operation) {
 // Rows of one task where there are many: their activations stay in the first cache.
 constexpr int64_t ROWS_PER_TASK = 8;
 
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 class Program final : public Job {
   public:
     Program(const Operation* first, int64_t count)
@@ -277,6 +275,19 @@ class Program final : public Job {
 };
 
 } // namespace
+
+EXPERTD_STRUCTURE(Operation)
+EXPERTD_STRUCTURE(EmbedCall)
+EXPERTD_STRUCTURE(GatherCall)
+EXPERTD_STRUCTURE(AddCall)
+EXPERTD_STRUCTURE(ScaleCall)
+EXPERTD_STRUCTURE(NormCall)
+EXPERTD_STRUCTURE(ProductCall)
+EXPERTD_STRUCTURE(RotateCall)
+EXPERTD_STRUCTURE(RouteCall)
+EXPERTD_STRUCTURE(ActivateCall)
+EXPERTD_STRUCTURE(GateCall)
+EXPERTD_STRUCTURE(StepCall)
 
 // A program of `count` operations; null without memory. Its structures must outlive it.
 EXPERTD_API void* expertd_program_make(const Operation* operations, int64_t count) {

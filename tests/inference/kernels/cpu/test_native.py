@@ -1,5 +1,6 @@
 """The native kernels against the reference, for every instruction set that this machine has."""
 
+import ctypes
 import os
 import shutil
 import signal
@@ -17,8 +18,8 @@ from torch.nn import functional
 from expertd.packing.quantizer import quantize
 from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu import reference
-from expertd_inference.kernels.cpu.library import PATH, native_library
+from expertd_inference.kernels.cpu import operations, reference, structures
+from expertd_inference.kernels.cpu.library import PATH, STRUCTURES, native_library
 from expertd_inference.kernels.cpu.native import MAX_SUMMED, NativeKernels, use_isa
 from expertd_inference.kernels.cpu.reference import sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
@@ -530,3 +531,22 @@ def layer_of(num_experts: int, h: int, i: int, precision: str, dtype: torch.dtyp
     if key not in _LAYERS:
         _LAYERS[key] = Layer(num_experts, h, i, precision=precision, dtype=dtype, bias=True)
     return _LAYERS[key]
+
+
+def test_sizes_of_all_structures_are_compared() -> None:
+    """Of those that native code exports, and of all that Python has."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    symbols = subprocess.run(["nm", "-D", PATH], capture_output=True, text=True, check=True).stdout
+    exported = {name for name in symbols.split() if name.startswith("expertd_size_of_")}
+    assert exported == {f"expertd_size_of_{name}" for name in STRUCTURES}
+    declared = {
+        each
+        for module in (operations, structures)
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, ctypes.Structure)
+    }
+    assert declared - {ctypes.Structure} == set(STRUCTURES.values())
+    sources = Path(operations.__file__).parents[2].rglob("*.py")
+    elsewhere = {path.name for path in sources if "(ctypes.Structure)" in path.read_text()}
+    assert elsewhere == {"operations.py", "structures.py"}

@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[4]
 SCRIPT = """
 import ctypes, sys
 import torch
-from expertd_inference.kernels.cpu.library import TYPES, LinearCall, native_library
+from expertd_inference.kernels.cpu.library import TYPES, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import StepKernels, describe
+from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.wave import Routed, Wave
 from tests.inference.kernels.cpu.test_native import layer_of, quantized, spec_of
 from tests.inference.kernels.cpu.test_reference import routed

@@ -1,6 +1,8 @@
 """Where torch's product begins to pay is measured once a host, and remembered."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.cpu import native
+from expertd_inference.kernels.cpu import switching as switching_module
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels, measured
 from expertd_inference.kernels.cpu.switching import (
@@ -18,7 +21,9 @@ from expertd_inference.kernels.cpu.switching import (
     Switching,
     any_number,
     default_path,
+    form_of,
 )
+from expertd_testing.patience import HANG_SECONDS
 from expertstore.pack.layout import Encoding, Matrix
 
 MATRIX = Matrix("w", Encoding.HQQ, 1024, 512, 4, 64)
@@ -87,7 +92,7 @@ def test_it_is_measured_once_for_a_host(tmp_path: Path) -> None:
 def test_a_damaged_file_is_measured_over(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "switching.json"
     path.write_bytes(content)
-    assert switching(path, lambda _: 0)(MATRIX, BF16) == LEAST
+    assert said_of(path) == [f"{path} could not be read (it is damaged), and is written anew."]
     assert switching(path, lambda _: 1e9)(MATRIX, BF16) == LEAST
 
 
@@ -98,14 +103,79 @@ def test_a_number_that_was_never_measured_is_not_believed(tmp_path: Path) -> Non
     assert switching(path, lambda _: 1e9)(MATRIX, BF16) is None
 
 
-def test_a_home_that_cannot_be_written_to_does_no_harm(tmp_path: Path) -> None:
+def said_of(path: Path) -> list[str]:
+    said: list[str] = []
+    found = switching(path, lambda _: 0)
+    # Of the lazy way nobody is told, and then once.
+    assert found(MATRIX, BF16) == LEAST
+    for _ in range(2):
+        assert found.measure([(MATRIX, BF16)], said.append) == {form_of(MATRIX, BF16): LEAST}
+    return said
+
+
+def test_a_home_that_cannot_be_written_to_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert switching(tmp_path / "file" / "switching.json", lambda _: 0)(MATRIX, BF16) == LEAST
+    path = tmp_path / "file" / "switching.json"
+    (said,) = said_of(path)
+    assert said.startswith(f"{path} cannot be written (")
+    assert said.endswith("make it writable, or set XDG_CACHE_HOME.")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert default_path() is None
+    clock = Clock()
+    found = Switching(clock.taking(lambda _: 1), clock.taking(lambda _: 0), "host", clock=clock)
+    said: list[str] = []
+    assert found.measure([(MATRIX, BF16)], said.append) == {form_of(MATRIX, BF16): LEAST}
+    assert said[0].startswith("There is no home directory, so each start measures anew")
+
+
+def test_nothing_is_said_of_a_file_that_is_new_or_known(tmp_path: Path) -> None:
+    assert said_of(tmp_path / "switching.json") == []
+    assert said_of(tmp_path / "switching.json") == []
+
+
+def test_workers_that_start_together_measure_once(tmp_path: Path) -> None:
+    path = tmp_path / "switching.json"
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(rows: int) -> float:
+        begun.set()
+        assert go_on.wait(HANG_SECONDS)
+        return 0
+
+    first, second = switching(path, slowly), switching(path, lambda _: 1e9)
+    forms = [(MATRIX, BF16), (Matrix("w", Encoding.PLAIN, SMALL // 64 - 1, 64), BF16)]
+    with ThreadPoolExecutor(2) as pool:
+        ours = pool.submit(first.measure, forms)
+        assert begun.wait(HANG_SECONDS)
+        theirs = pool.submit(second.measure, forms)
+        with pytest.raises(TimeoutError):
+            theirs.result(0.1)
+        go_on.set()
+        assert ours.result() == theirs.result() == {form_of(MATRIX, BF16): LEAST}
+
+
+def test_one_that_was_stopped_while_it_measured_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "switching.json"
+    with switching_module._alone(path):
+        monkeypatch.setattr(switching_module, "MAX_WAIT_SECONDS", 0)
+        assert switching(path, lambda _: 0)(MATRIX, BF16) == LEAST
+    assert switching(path, lambda _: 1e9)(MATRIX, BF16) == LEAST, "it is remembered all the same"
 
 
 @pytest.mark.skipif(native_library().library is None, reason="no native kernels")
 def test_real_products_of_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_path().parent.parent != Path.home() / ".cache", "tests have their own"
+    path = default_path()
+    assert path is not None
+    assert path.parent.parent != Path.home() / ".cache", "tests have their own"
     assert NativeKernels(exact=True).most_rows is any_number
     monkeypatch.setattr(native, "_some_weight", native._some_weight.__wrapped__)
     found = measured(16)
