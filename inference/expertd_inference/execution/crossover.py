@@ -6,8 +6,6 @@ Else the first long prompt would wait for it (:mod:`expertd_inference.kernels.cp
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-
 from expertd_inference.experts.call import has_seat, seat_of
 from expertd_inference.experts.cpu import experts_modules
 from expertd_inference.kernels.cpu.choice import CpuKernels
@@ -44,8 +42,9 @@ def _experts(model: Any) -> Iterator[Form]:  # noqa: ANN401
 
 
 def _linears(model: Any) -> Iterator[Form]:  # noqa: ANN401
+    """Of quantized ones, and of plain ones and routers that are lean."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             yield module.matrix, model.dtype
-        elif isinstance(module, nn.Linear) and hasattr(module, "expertd_prepared"):
+        elif hasattr(module, "expertd_prepared") or hasattr(module, "expertd_normalize"):
             yield plain_matrix(module.weight), module.weight.dtype

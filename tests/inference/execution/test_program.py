@@ -21,9 +21,17 @@ from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu import program
 from expertd_inference.kernels.cpu.library import EXACT, TYPES, native_library
-from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.operations import GateCall, RotateCall, StepCall
+from expertd_inference.kernels.cpu.native import NativeKernels, use_isa
+from expertd_inference.kernels.cpu.operations import (
+    GateCall,
+    NormCall,
+    NormKind,
+    RotateCall,
+    ScaleCall,
+    StepCall,
+)
 from expertd_inference.kernels.cpu.program import RowsProgram
+from expertd_inference.kernels.cpu.step import DTYPES, StepKernels
 from expertd_inference.model.loading import load_trunk
 from expertd_testing.daemon import serving
 from expertd_testing.tiny_models import make_checkpoint
@@ -32,6 +40,8 @@ from tests.inference.greedy import prompt_of
 from tests.inference.pack_source import PackSource
 
 Make = Callable[..., Any]
+
+ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native library")
 
@@ -294,3 +304,38 @@ def test_gates_of_one_element_or_all(gates: int) -> None:
     call = GateCall(x.data_ptr(), by.data_ptr(), out.data_ptr(), 7, gates, TYPES[x.dtype])
     run_alone(call, 3)
     torch.testing.assert_close(out, x * torch.sigmoid(by))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_small_operations_give_the_same_bits_on_every_instruction_set(dtype: torch.dtype) -> None:
+    n, kind = 300, TYPES[dtype]
+    x, by = torch.randn(2, 4, n).to(dtype)
+    weight, bias = torch.randn(2, n)
+    cos, sin = torch.randn(2, 8, n // 2)
+    positions = torch.tensor([5, 2, 0, 7])
+
+    def computed() -> list[Tensor]:
+        results = [torch.empty_like(x) for _ in range(6)]
+        addresses = [result.data_ptr() for result in results]
+        for norm, out in zip(NormKind, addresses[:3], strict=True):
+            places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out
+            run_alone(NormCall(*places, 1, n, 1e-6, norm, kind), 4)
+        run_alone(GateCall(x.data_ptr(), by.data_ptr(), addresses[3], n, n, kind), 4)
+        run_alone(ScaleCall(x.data_ptr(), addresses[4], n, 0.3, 0, kind), 4)
+        for pairs in (0, 1):
+            results.append(x.clone())
+            places = results[-1].data_ptr(), cos.data_ptr(), sin.data_ptr()
+            call = RotateCall(*places, 1, n, n, pairs, kind)
+            run_alone(call, 4, positions=positions.data_ptr())
+        results[5] = StepKernels(native_library().library).rms_norm(  # type: ignore[arg-type]
+            x, weight.to(dtype), 1e-6, round_first=False
+        )
+        return results
+
+    try:
+        found = [computed() for isa in ISAS if use_isa(isa) is not None]
+    finally:
+        use_isa(None)
+    for others in found[1:]:
+        for ours, portable in zip(others, found[0], strict=True):
+            assert torch.equal(ours, portable)

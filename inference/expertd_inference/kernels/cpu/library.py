@@ -76,7 +76,7 @@ _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
         *("experts", "linear", "dequantize", "use_isa", "isa", "read_probe"),
-        *("rms_norm", "attend_rows", "rotate", "route", "argmax"),
+        *("rms_norm", "attend_rows", "rotate", "route"),
         *("program_make", "program_free", "program_run", "held_step"),
     )
 )

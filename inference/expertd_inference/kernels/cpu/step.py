@@ -36,10 +36,9 @@ _SIGNATURES = {
     "expertd_route": [
         c_void_p, *[c_int64] * 3, c_int32, c_int32, c_void_p, c_void_p, c_int32,
     ],
-    "expertd_argmax": [c_void_p, c_int64, c_int32],
 }  # fmt: skip
 
-_RESULTS = {"expertd_route": c_int32, "expertd_argmax": c_int64}
+_RESULTS = {"expertd_route": c_int32}
 
 
 class PreparedCall:
@@ -61,7 +60,7 @@ class StepKernels:
         """How many rows of a plain matrix are multiplied here, and not by torch."""
         self._flags = flags_of(activations, exact=exact)
         self._library: Any = library
-        self._rms_norm, self._rotate, self._route, self._argmax = (
+        self._rms_norm, self._rotate, self._route = (
             _function(library, name) for name in _SIGNATURES
         )
         self._linear: Any = library.expertd_linear
@@ -167,11 +166,6 @@ class StepKernels:
         )
         check_memory(status)
         return weights, index
-
-    def argmax(self, values: Tensor) -> int:
-        """The index of the largest of ``values``, which have no gaps: the first, as torch's."""
-        index: int = self._argmax(values.data_ptr(), values.numel(), TYPES[values.dtype])
-        return index
 
 
 def plain_matrix(weight: Tensor) -> Matrix:

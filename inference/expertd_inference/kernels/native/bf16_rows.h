@@ -1,4 +1,4 @@
-// Activations as the bfloat16 products of variant_avx512bf16.cpp want them.
+// Activations as the products of variant_avx512bf16.cpp want them.
 #pragma once
 
 #include "fixed_rows.h"
@@ -10,13 +10,15 @@ namespace {
 constexpr int64_t AHEAD = 3072, SCALES_AHEAD = 512;
 
 bool is_fast(const Matrix& m, int32_t type) {
-    return type == BF16 && (m.format == BF16 || m.format >= HQQ8);
+    return m.format >= HQQ8 ? has_planes(type) : type == BF16 && m.format == BF16;
 }
 
-// Scales of weights of unusual size are not worth a copy of what one row by itself has.
-Form form_here(const Matrix& m, Form form) {
-    const bool other = m.format >= HQQ8 && m.format != MXFP4 && m.scale_format != F16;
-    return form == ONE_ROW && other ? TWO_PLANES : form;
+// Scales of weights of unusual size are not worth a copy of what one row by itself has, and it has
+// bfloat16s unless the integers of its weights meet planes.
+Form form_here(const Matrix& m, int32_t type, Form form) {
+    const bool unusual = m.format >= HQQ8 && m.format != MXFP4 && m.scale_format != F16;
+    const bool other = type != BF16 && !is_fixed(m.format);
+    return form == ONE_ROW && (unusual || other) ? TWO_PLANES : form;
 }
 
 // Where a field of row `k` lies in its word; see bf16_words.h.
@@ -82,7 +84,7 @@ void prepare(const Matrix& m, const float* row, int32_t type, Form form, uint8_t
         memset(out + m.columns, 0, (padded - m.columns) * 2);
         return;
     }
-    form = form_here(m, form);
+    form = form_here(m, type, form);
     if (form == ONE_PLANE) return prepare_fixed<1>(m, row, prepared);
     if (form == TWO_PLANES || is_fixed(m.format)) return prepare_fixed<2>(m, row, prepared);
     const int64_t step = num_registers(m.format) * 64;

@@ -34,6 +34,9 @@ int64_t num_vectors(const Matrix& m) { return (m.columns + COLUMNS - 1) / COLUMN
 
 int64_t num_groups(const Matrix& m) { return m.columns / m.group_size; }
 
+// Results of these types, rounded, do not show the digits that planes lack; those of float32 do.
+constexpr bool has_planes(int32_t type) { return type != F32; }
+
 constexpr bool is_fixed(int32_t format) { return format == HQQ8 || format == HQQ4; }
 
 // How far left of a byte's lowest bit the integers of row `k` lie.
@@ -56,8 +59,10 @@ template <int PLANES> inline Unit unit_of(uint32_t bits) {
         const float largest = from_bits(bits);
         return largest < 0x1p-120f ? Unit{0, 0} : Unit{largest / 127, 127 / largest};
     }
-    // Here they are multiples of a number that is no smaller than floats can be.
-    const int unit = std::max(static_cast<int>(bits >> 23) - 127 - 14, -126);
+    // Here they are multiples of a number that is no smaller than floats can be. What has more
+    // digits than bfloat16 may be so near to the next power of two that it would not fit.
+    const int above = (bits & 0x7fffff) > 0x7f0000;
+    const int unit = std::max(static_cast<int>(bits >> 23) - 127 - 14 + above, -126);
     return {power(unit), power(-unit)};
 }
 

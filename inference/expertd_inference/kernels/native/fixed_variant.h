@@ -10,8 +10,7 @@
 namespace {
 namespace fixed {
 
-// Activations of other types have more digits.
-bool is_fast(const Matrix& m, int32_t type) { return type == BF16 && m.format >= HQQ8; }
+bool is_fast(const Matrix& m, int32_t type) { return has_planes(type) && m.format >= HQQ8; }
 
 int64_t prepared_bytes(const Matrix& m, Form form) {
     const int64_t others = generic::prepared_bytes(m, form);

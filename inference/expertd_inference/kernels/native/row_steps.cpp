@@ -1,5 +1,4 @@
-// Rounded where torch rounds, and otherwise different by the order of float32 sums. A row's result
-// depends on that row alone, and on no instruction set: no product is fused with a sum.
+// What a program does with a row: that of one operation after the other.
 
 #include "row_steps.h"
 
@@ -7,141 +6,18 @@
 #include <cmath>
 #include <cstring>
 
+#include "steps.h"
+#include "tasks.h"
 #include "values.h"
-#include "variant.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int64_t LANES = 16;
-
-INLINE float get(const uint16_t* x, int64_t i) { return from_bf16(x[i]); }
-INLINE float get(const float* x, int64_t i) { return x[i]; }
-INLINE void put(uint16_t* x, int64_t i, float value) { x[i] = to_bf16(value); }
-INLINE void put(float* x, int64_t i, float value) { x[i] = value; }
-INLINE float rounded(const uint16_t*, float value) { return from_bf16(to_bf16(value)); }
-INLINE float rounded(const float*, float value) { return value; }
-
-// Always the same order of additions.
-INLINE float sum_lanes(float* lanes) {
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+const uint8_t* at(const void* x, int64_t elements, int32_t type) {
+    return static_cast<const uint8_t*>(x) + elements * size_of(type);
 }
-
-template <typename T> INLINE float sum_squares(const T* x, int64_t n, float mean) {
-    float lanes[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int64_t j = 0; j < LANES; ++j) {
-            const float value = get(x, i + j) - mean;
-            lanes[j] += value * value;
-        }
-    for (int64_t j = 0; i < n; ++i, ++j) {
-        const float value = get(x, i) - mean;
-        lanes[j] += value * value;
-    }
-    return sum_lanes(lanes);
+uint8_t* at(void* x, int64_t elements, int32_t type) {
+    return static_cast<uint8_t*>(x) + elements * size_of(type);
 }
-
-template <typename T> INLINE float sum_of(const T* x, int64_t n) {
-    float lanes[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int64_t j = 0; j < LANES; ++j) lanes[j] += get(x, i + j);
-    for (int64_t j = 0; i < n; ++i, ++j) lanes[j] += get(x, i);
-    return sum_lanes(lanes);
-}
-
-template <typename T>
-INLINE void norm(const NormCall& c, const T* x, T* out) {
-    const float *weight = c.weight, *bias = c.bias;
-    const int64_t n = c.n;
-    if (c.kind == LAYER) {
-        const float mean = sum_of(x, n) / float(n);
-        const float factor = 1.0f / std::sqrt(sum_squares(x, n, mean) / float(n) + c.eps);
-        if (bias)
-            for (int64_t i = 0; i < n; ++i)
-                put(out, i, (get(x, i) - mean) * factor * weight[i] + bias[i]);
-        else
-            for (int64_t i = 0; i < n; ++i) put(out, i, (get(x, i) - mean) * factor * weight[i]);
-        return;
-    }
-    const float factor = 1.0f / std::sqrt(sum_squares(x, n, 0.0f) / float(n) + c.eps);
-    if (c.kind == RMS_ROUND)
-        for (int64_t i = 0; i < n; ++i)
-            put(out, i, weight[i] * rounded(x, get(x, i) * factor));
-    else
-        for (int64_t i = 0; i < n; ++i) put(out, i, weight[i] * (get(x, i) * factor));
-}
-
-template <typename T> INLINE void add(const T* x, const T* y, T* out, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) put(out, i, get(x, i) + get(y, i));
-}
-
-template <typename T> INLINE void scale(const ScaleCall& c, const T* x, T* out) {
-    if (c.divide)
-        for (int64_t i = 0; i < c.n; ++i) put(out, i, get(x, i) / c.factor);
-    else
-        for (int64_t i = 0; i < c.n; ++i) put(out, i, get(x, i) * c.factor);
-}
-
-// Each product is rounded, and then their sum, as torch does it.
-template <typename T>
-INLINE void rotate(const RotateCall& c, const float* cos, const float* sin, T* x) {
-    const int64_t half = c.turned / 2;
-    for (int64_t head = 0; head < c.heads; ++head, x += c.d) {
-        if (c.pairs)
-            for (int64_t i = 0; i < half; ++i) {
-                const float a = get(x, 2 * i), b = get(x, 2 * i + 1);
-                put(x, 2 * i, rounded(x, a * cos[i]) + rounded(x, -b * sin[i]));
-                put(x, 2 * i + 1, rounded(x, b * cos[i]) + rounded(x, a * sin[i]));
-            }
-        else
-            for (int64_t i = 0; i < half; ++i) {
-                const float a = get(x, i), b = get(x, i + half);
-                put(x, i, rounded(x, a * cos[i]) + rounded(x, -b * sin[i]));
-                put(x, i + half, rounded(x, b * cos[i]) + rounded(x, a * sin[i]));
-            }
-    }
-}
-
-CLONES void norm_bf16(const NormCall& c, const uint16_t* x, uint16_t* out) { norm(c, x, out); }
-CLONES void norm_f32(const NormCall& c, const float* x, float* out) { norm(c, x, out); }
-CLONES void add_bf16(const uint16_t* x, const uint16_t* y, uint16_t* out, int64_t n) {
-    add(x, y, out, n);
-}
-CLONES void add_f32(const float* x, const float* y, float* out, int64_t n) { add(x, y, out, n); }
-CLONES void scale_bf16(const ScaleCall& c, const uint16_t* x, uint16_t* out) { scale(c, x, out); }
-CLONES void scale_f32(const ScaleCall& c, const float* x, float* out) { scale(c, x, out); }
-CLONES void rotate_bf16(const RotateCall& c, const float* cos, const float* sin, uint16_t* x) {
-    rotate(c, cos, sin, x);
-}
-CLONES void rotate_f32(const RotateCall& c, const float* cos, const float* sin, float* x) {
-    rotate(c, cos, sin, x);
-}
-
-template <typename T> void gate(const GateCall& c, const T* x, const T* by, T* out) {
-    for (int64_t i = 0; i < c.n; ++i) {
-        const float value = get(by, c.gate_n == 1 ? 0 : i);
-        put(out, i, get(x, i) * rounded(x, 1.0f / (1.0f + std::exp(-value))));
-    }
-}
-
-const uint16_t* halves(const void* x, int64_t elements) {
-    return static_cast<const uint16_t*>(x) + elements;
-}
-uint16_t* halves(void* x, int64_t elements) { return static_cast<uint16_t*>(x) + elements; }
-const float* floats(const void* x, int64_t elements) {
-    return static_cast<const float*>(x) + elements;
-}
-float* floats(void* x, int64_t elements) { return static_cast<float*>(x) + elements; }
 
 void copy_row(const void* from, int64_t row, void* to, int64_t to_row, int64_t bytes) {
     memcpy(static_cast<uint8_t*>(to) + to_row * bytes,
@@ -258,45 +134,41 @@ void run_embed(const EmbedCall& c, int64_t token, int64_t row) {
 
 void run_add(const AddCall& c, int64_t row) {
     const int64_t x = row * c.n, y = row * c.y_row;
-    if (c.type == BF16) add_bf16(halves(c.x, x), halves(c.y, y), halves(c.out, x), c.n);
-    else add_f32(floats(c.x, x), floats(c.y, y), floats(c.out, x), c.n);
+    steps().add(c, at(c.x, x, c.type), at(c.y, y, c.type), at(c.out, x, c.type));
 }
 
 void run_scale(const ScaleCall& c, int64_t row) {
     const int64_t x = row * c.n;
-    if (c.type == BF16) scale_bf16(c, halves(c.x, x), halves(c.out, x));
-    else scale_f32(c, floats(c.x, x), floats(c.out, x));
+    steps().scale(c, at(c.x, x, c.type), at(c.out, x, c.type));
 }
 
 void run_norm(const NormCall& c, int64_t row) {
     for (int64_t group = 0; group < c.groups; ++group) {
         const int64_t x = (row * c.groups + group) * c.n;
-        if (c.type == BF16) norm_bf16(c, halves(c.x, x), halves(c.out, x));
-        else norm_f32(c, floats(c.x, x), floats(c.out, x));
+        steps().norm(c, at(c.x, x, c.type), at(c.out, x, c.type));
     }
 }
 
 void run_rotate(const RotateCall& c, int64_t position, int64_t row) {
-    const int64_t x = row * c.heads * c.d, angle = position * (c.turned / 2);
-    const float *cos = floats(c.cos, angle), *sin = floats(c.sin, angle);
-    if (c.type == BF16) rotate_bf16(c, cos, sin, halves(c.x, x));
-    else rotate_f32(c, cos, sin, floats(c.x, x));
+    const int64_t angle = position * (c.turned / 2);
+    steps().rotate(c, static_cast<const float*>(c.cos) + angle,
+                   static_cast<const float*>(c.sin) + angle,
+                   at(c.x, row * c.heads * c.d, c.type));
 }
 
 void run_gate(const GateCall& c, int64_t row) {
-    const int64_t x = row * c.n, by = row * c.gate_n;
-    if (c.type == BF16) gate(c, halves(c.x, x), halves(c.gate, by), halves(c.out, x));
-    else gate(c, floats(c.x, x), floats(c.gate, by), floats(c.out, x));
+    const int64_t x = row * c.n;
+    steps().gate(c, at(c.x, x, c.type), at(c.gate, row * c.gate_n, c.type),
+                 at(c.out, x, c.type));
 }
 
 void run_activate(const ActivateCall& c, int64_t row) {
     constexpr int64_t BLOCK = 1024;
     float gate[BLOCK], up[BLOCK];
     const Variant& impl = variant();
-    const int64_t size = c.type == BF16 ? 2 : 4;
-    const auto* gates = static_cast<const uint8_t*>(c.gate) + row * c.n * size;
-    const auto* ups = static_cast<const uint8_t*>(c.up) + row * c.n * size;
-    auto* out = static_cast<uint8_t*>(c.out) + row * c.n * size;
+    const int64_t size = size_of(c.type);
+    const uint8_t *gates = at(c.gate, row * c.n, c.type), *ups = at(c.up, row * c.n, c.type);
+    uint8_t* out = at(c.out, row * c.n, c.type);
     for (int64_t i = 0; i < c.n; i += BLOCK) {
         const int64_t count = std::min(BLOCK, c.n - i);
         impl.widen(gates + i * size, c.type, count, gate);
@@ -314,11 +186,8 @@ void run_route(const RouteCall& c, int64_t row, float* scratch) {
     float *logits = scratch, *weights = logits + c.n;
     auto* choices = reinterpret_cast<Choice*>(reinterpret_cast<uint8_t*>(scratch) +
                                               round_up((c.n + c.k + 1) * 4, 8));
-    const int64_t size = c.type == BF16 ? 2 : 4;
-    widen(static_cast<const uint8_t*>(c.logits) + row * c.n * size, c.type, c.n, logits);
+    widen(at(c.logits, row * c.n, c.type), c.type, c.n, logits);
     route(c, logits, choices, weights);
     for (int64_t i = 0; i < c.k; ++i) c.index[row * c.k + i] = choices[i].index;
-    const int64_t weight_size = c.weights_type == BF16 ? 2 : 4;
-    narrow(weights, c.k, c.weights_type,
-           static_cast<uint8_t*>(c.weights) + row * c.k * weight_size);
+    narrow(weights, c.k, c.weights_type, at(c.weights, row * c.k, c.weights_type));
 }

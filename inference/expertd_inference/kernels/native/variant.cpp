@@ -4,32 +4,35 @@
 #include <iterator>
 
 #include "expertstore/cpp/isa.h"
+#include "steps.h"
 
 extern const Variant VARIANT_PORTABLE, VARIANT_AVX2, VARIANT_AVX512, VARIANT_AVX512VNNI,
     VARIANT_AVX512BF16;
+extern const Steps STEPS_PORTABLE, STEPS_AVX2, STEPS_AVX512;
 
 namespace {
 
 struct Choice {
     const Variant* variant;
+    const Steps* steps;
     Isa isa;
 };
 
 // The best first.
 constexpr Choice CHOICES[] = {
 #ifdef WITH_AVX512BF16
-    {&VARIANT_AVX512BF16, Isa::AVX512BF16},
+    {&VARIANT_AVX512BF16, &STEPS_AVX512, Isa::AVX512BF16},
 #endif
 #ifdef WITH_AVX512VNNI
-    {&VARIANT_AVX512VNNI, Isa::AVX512VNNI},
+    {&VARIANT_AVX512VNNI, &STEPS_AVX512, Isa::AVX512VNNI},
 #endif
 #ifdef WITH_AVX512
-    {&VARIANT_AVX512, Isa::AVX512},
+    {&VARIANT_AVX512, &STEPS_AVX512, Isa::AVX512},
 #endif
 #ifdef WITH_AVX2
-    {&VARIANT_AVX2, Isa::AVX2},
+    {&VARIANT_AVX2, &STEPS_AVX2, Isa::AVX2},
 #endif
-    {&VARIANT_PORTABLE, Isa::PORTABLE},
+    {&VARIANT_PORTABLE, &STEPS_PORTABLE, Isa::PORTABLE},
 };
 
 const Choice& choose() {
@@ -38,13 +41,18 @@ const Choice& choose() {
     return *std::prev(std::end(CHOICES));
 }
 
-Choice chosen = {nullptr, Isa::PORTABLE};
+Choice chosen = {nullptr, nullptr, Isa::PORTABLE};
 
 } // namespace
 
 const Variant& variant() {
     if (!chosen.variant) chosen = choose();
     return *chosen.variant;
+}
+
+const Steps& steps() {
+    variant();
+    return *chosen.steps;
 }
 
 // The name of the instruction set in use.

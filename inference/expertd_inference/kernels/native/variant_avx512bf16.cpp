@@ -306,7 +306,7 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
     if (m.format == BF16)
         return plain::multiply_with<plain::ByPairs>(m, base, first, last, prepared, results,
                                                     num_rows);
-    form = form_here(m, form);
+    form = form_here(m, type, form);
     if (form != ONE_ROW)
         return multiply_quantized_rows(m, base, first, last, prepared, results, num_rows,
                                        form == TWO_PLANES ? 2 : 1);

@@ -148,6 +148,18 @@ def test_linear(isa: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["8g64", "4g64", "3g64m", "2g16m", "mxfp4"])
+def test_float16_keeps_its_digits(isa: str, precision: str) -> None:
+    # A bfloat16 has three digits less, and so a result that is off by eight times as much.
+    weight = quantized(64, 1024, precision)
+    x = inputs(5, 1024, torch.float16)
+    exact = x.double() @ dequantize(weight.matrix, weight.parts, torch.float32).double().T
+    for rows in (1, 5):
+        error = (NativeKernels().linear(x[:rows], weight).double() - exact[:rows]).abs()
+        assert (error <= exact[:rows].abs() * 2**-11 + 2e-4).all()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("precision", ["8g64", "4g64", "4g16", "3g64", "2g16"])
 def test_small_activations_beside_large_ones(isa: str, precision: str) -> None:
     # Some kernels take a group's activations as multiples of a 32,768th of its largest.
@@ -195,9 +207,10 @@ SCHEMES = ["8g128", "8g16m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", 
 def test_bits_do_not_depend_on_the_number_of_rows(
     isa: str, activations: int, precision: str
 ) -> None:
-    for out, columns in ((72, 384), (272, 128)):  # units that no tile of 16 divides, and the other
+    # Units that no tile of 16 divides, and the other way round; each with a type of its own.
+    for out, columns, dtype in ((72, 384, torch.bfloat16), (272, 128, torch.float16)):
         weight = quantized(out, columns, precision)
-        x = inputs(max(ROW_COUNTS), columns, torch.bfloat16)
+        x = inputs(max(ROW_COUNTS), columns, dtype)
         exact = NativeKernels(activations=activations, exact=True)
         expected = exact.linear(x, weight)
         for count in ROW_COUNTS:
