@@ -6,6 +6,7 @@
 // bits and a sign, in two planes of signed bytes, 256 * high + low. Of bfloat16s, which have 8
 // bits, those larger than a 128th of the group's largest are exact, and none is off by more than a
 // 32,639th of that largest, where rounding to bfloat16 moves the largest itself by up to a 512th.
+// Of float16s the same holds of those larger than a 16th; of some groups, an 8th.
 //
 // Or they are in one plane, multiples of a 127th of the group's largest.
 #pragma once
