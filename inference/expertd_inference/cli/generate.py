@@ -258,8 +258,10 @@ def generate(
                 )
             # Modules and model stay to the end: no later collection need look at them.
             gc.freeze()
+        with status("Preparing the engine"):
+            engine = worker.engine
         if verbose or prompt_file is not None:
-            output.say(f"executor {worker.engine.executor}: {worker.engine.reason}")
+            output.say(f"executor {engine.executor}: {engine.reason}")
         interrupted = (
             _continue_one(worker, lines[0], output, json=json)
             if prompt_file is None

@@ -1,7 +1,8 @@
 """Segments in one native call, for as long as their experts are in RAM.
 
 While a lease is held native code may read the store's directory itself, so that nothing returns to
-Python between two layers. Where an expert is absent the call ends, and the layer is asked as ever.
+Python between two layers. Where an expert is absent, or has so many rows that torch multiplies
+them, the call ends, and the layer is asked as ever.
 """
 
 import ctypes

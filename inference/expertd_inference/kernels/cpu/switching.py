@@ -3,7 +3,7 @@
 Ours read a matrix once for all rows and decode it as they go; torch's want it dequantized, once
 for all rows, and then are at their best with many. Where that is more depends on the processor,
 its instruction sets, the number of threads and the matrix, so a host measures it when an engine
-opens, some milliseconds for each form, and remembers it in ``~/.cache/expertd/switching.json``.
+opens, a quarter of a second for each form, and remembers it in ``~/.cache/expertd/switching.json``.
 So all workers of a host, who share it, switch at the same number of rows.
 """
 
