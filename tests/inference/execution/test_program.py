@@ -41,7 +41,7 @@ from tests.inference.pack_source import PackSource
 
 Make = Callable[..., Any]
 
-ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
+ISAS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native library")
 
