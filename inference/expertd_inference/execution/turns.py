@@ -31,7 +31,7 @@ class TurnsExecutor:
     name = "turns"
     shares_prefixes = False
     recurrent = False
-    turning_point = None
+    turning_point: int | None = None
 
     def __init__(
         self,
