@@ -36,9 +36,11 @@ from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
 
 PART = "executors"
-SEQUENCES = (1, 8, 32)
+STEPS = {1: 8, 8: 3, 32: 1}
+"""Of a turn, by the number of sequences."""
+SEQUENCES = tuple(STEPS)
 CONTEXT = 64
-ROUNDS, STEPS = 5, 3
+ROUNDS = 5
 _BLOCKS = 4
 """Of each sequence: room for the context and all steps."""
 
@@ -218,7 +220,7 @@ def _take_turns(contestants: Mapping[str, Contestant], rounds: int) -> None:
     for number in range(rounds + 1):
         for sequences in SEQUENCES:
             for contestant in contestants.values():
-                rate = contestant.decode(sequences, STEPS)
+                rate = contestant.decode(sequences, STEPS[sequences])
                 if number:
                     contestant.rates.setdefault(sequences, []).append(rate)
 
