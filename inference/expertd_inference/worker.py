@@ -128,7 +128,7 @@ class Worker:
                     recovery,
                     settings,
                     devices,
-                    kv_bytes=kv_bytes(loaded.model.config, loaded.model.dtype.itemsize),
+                    kv_bytes=_kv_reserve(loaded.model, limits),
                     fill=self.kernels.fill_slots,
                 )
                 undo.callback(self._runner.close)
@@ -213,10 +213,12 @@ class Worker:
     def kv_bytes(self) -> int:
         """How much memory keys and values may take: a quarter of what is available.
 
-        On a GPU it is what its cache of experts has left room for.
+        On a GPU it is what the cache of experts, if nobody says how large that is, leaves for
+        them: room for as many tokens as the worker's ``limits`` say, or else for one sequence as
+        long as the model goes, to 8192 tokens.
         """
         if isinstance(self._runner, DeviceGroup):
-            return kv_bytes(self.model.config, self.model.dtype.itemsize)
+            return _kv_reserve(self.model, self._limits)
         return memory_available() // 4
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
@@ -323,6 +325,13 @@ def load_model(
     )
     worker.model.expertd = worker
     return worker.model
+
+
+def _kv_reserve(model: Any, limits: EngineLimits | None) -> int:  # noqa: ANN401 - transformers'
+    """Bytes on a GPU that its cache of experts leaves for keys and values."""
+    if limits is None or limits.kv_tokens is None:
+        return kv_bytes(model.config, model.dtype.itemsize)
+    return limits.kv_tokens * kv_bytes_per_token(model.config, model.dtype.itemsize)
 
 
 def _manifest_of(session: Session, pack: Path) -> Manifest:

@@ -13,7 +13,7 @@ measure disks give ``distinct_records=None``.
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
     architecture = read_architecture(directory)
     experts = {name for module in architecture.experts for name in module.parameters()}
     trunk = []
-    for name, parameter in architecture.model.named_parameters():
+    for name, parameter in _tensors(architecture.model):
         if name in experts:
             continue
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
@@ -153,6 +153,13 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
         trunk.append((name, CheckpointTensor(directory, entry)))
     bits = BITS_PER_WEIGHT if architecture.is_mxfp4 else 16.0
     return ImaginedCheckpoint(directory, architecture, trunk, expert_bits=bits)
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401 - transformers is untyped
+    """What a checkpoint of ``model`` has; tied parameters once."""
+    yield from model.named_parameters()
+    kept = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def _shared(plan: PackPlan, distinct_records: int) -> PackPlan:

@@ -97,5 +97,6 @@ def scheduler_limits(
         replays_rows=replays,
         context_tokens=worker.context_tokens,
         vocabulary=worker.vocabulary,
+        turning_point=executor.turning_point,
         max_waiting=limits.max_waiting,
     )

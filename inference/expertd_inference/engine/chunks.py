@@ -3,7 +3,7 @@
 from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.execution.batch import Span, Wanted
-from expertd_inference.kv.pool import BLOCK_TOKENS
+from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 
 
 def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
@@ -13,17 +13,24 @@ def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
     return sequence.is_decoding
 
 
-def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, alone: bool) -> int:
+def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, first: bool) -> int:
     """Where a chunk of at most ``num_rows`` rows ends; where it begins if there is to be none.
 
     It ends at the prompt's end or at a multiple of a block. Chunks of recurrent layers must end at
     the same places whatever else is computed, and those compute a row of its own in another way,
-    so that a last chunk has two rows or more. ``alone``: the batch has nothing else.
+    so that a last chunk has two rows or more. The ``first`` chunk of a batch may have more rows
+    where a prompt is to be whole, or a long text's chunk must end behind the turning point.
     """
     begin = sequence.num_computed
     last = sequence.num_prompt if limits.replays_rows else len(sequence.tokens)
     if limits.whole_prompts:
-        return last if alone else begin
+        return last if first else begin
+    behind = begin
+    if limits.turning_point is not None and sequence.is_long and begin <= limits.turning_point:
+        if not first:
+            return begin
+        behind = limits.turning_point
+        num_rows = max(num_rows, num_blocks_of(behind + 1) * BLOCK_TOKENS - begin)
     if last - begin <= num_rows:
         return last
     end = (begin + num_rows) // BLOCK_TOKENS * BLOCK_TOKENS
@@ -31,7 +38,7 @@ def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, alo
         # Too few rows for a block: what there is, but for recurrent layers.
         return begin if limits.replays_rows else begin + num_rows
     if last - end == 1:
-        if end - BLOCK_TOKENS > begin:
+        if end - BLOCK_TOKENS > behind:
             return end - BLOCK_TOKENS
         if limits.replays_rows:
             return last

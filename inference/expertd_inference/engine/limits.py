@@ -17,6 +17,9 @@ class SchedulerLimits:
     ``replays_rows`` generated tokens that a preemption has dropped are computed again a row a step,
     as they were the first time: recurrent layers compute other bits for a chunk.
 
+    A text of more than ``turning_point`` tokens has other keys from its first token on: when it
+    becomes so long it is computed anew, its first chunk ending behind that point.
+
     ``pause_ms`` is how long decoding sequences may wait for a chunk of a prompt; a chunk has a
     block of tokens at least. ``context_tokens`` is the model's context, ``vocabulary`` the number
     of its embeddings. More than ``max_waiting`` sequences, or ``max_waiting_per_user`` of one
@@ -33,13 +36,14 @@ class SchedulerLimits:
     pause_ms: float = 200.0
     context_tokens: int | None = None
     vocabulary: int | None = None
+    turning_point: int | None = None
     max_waiting: int = 1024
     max_waiting_per_user: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
             *("max_running", "max_rows", "max_spans", "max_prompts", "context_tokens"),
-            *("vocabulary", "max_waiting", "max_waiting_per_user"),
+            *("vocabulary", "turning_point", "max_waiting", "max_waiting_per_user"),
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidInputError(f"{name} is {value}; give at least 1.")

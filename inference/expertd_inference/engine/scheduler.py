@@ -129,6 +129,8 @@ class Scheduler:
         self._check_queue(sequence.user)
         room = self.max_tokens - sequence.num_prompt
         sequence.max_new_tokens = min(sequence.max_new_tokens, room)
+        if self._is_past_point(sequence):
+            sequence.become_long()
         self._all[sequence.id] = sequence
         self._waiting.arrive(sequence)
         self._waiting.add(sequence)
@@ -161,6 +163,7 @@ class Scheduler:
         """
         self.abandon()
         self._num_plans += 1
+        self._turn_long()
         self._admit()
         preempted: list[int] = []
         spans = self._spans(ms_per_row, preempted)
@@ -220,6 +223,17 @@ class Scheduler:
                 "(max_waiting_per_user); retry later."
             )
 
+    def _is_past_point(self, sequence: Sequence) -> bool:
+        point = self.limits.turning_point
+        return point is not None and len(sequence.tokens) > point
+
+    def _turn_long(self) -> None:
+        """Those that have just become too long for their keys begin anew."""
+        for sequence in [*self._running]:
+            if not sequence.is_long and self._is_past_point(sequence):
+                self._give_way(sequence)
+                sequence.become_long()
+
     def _admit(self) -> None:
         while len(self._running) < self.limits.max_running:
             sequence = self._waiting.next()
@@ -277,7 +291,7 @@ class Scheduler:
         if pauses and ms_per_row:
             paused = int(self.limits.pause_ms / ms_per_row) - len(spans)
             limit = min(limit, max(paused, BLOCK_TOKENS))
-        return spans + self._prompt_chunks(prompts, limit, alone=not spans)
+        return spans + self._prompt_chunks(prompts, limit)
 
     def _decodes(self, sequence: Sequence) -> bool:
         return decodes(sequence, self.limits)
@@ -317,31 +331,31 @@ class Scheduler:
                 sequence.blocks += blocks
                 continue
             victim = max(self._running, key=lambda one: one.rank)
-            self._preempt(victim)
+            self._give_way(victim)
+            self._num_preemptions += 1
             preempted.append(victim.id)
             if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._num_preemptions += 1
+    def _give_way(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
         sequence.phase = SequencePhase.WAITING
         self._waiting.add_preempted(sequence)
 
-    def _prompt_chunks(self, prompts: list[Sequence], limit: int, *, alone: bool) -> list[Span]:
-        """Chunks of prompts, of ``limit`` rows in all; ``alone`` if the batch has nothing else."""
+    def _prompt_chunks(self, prompts: list[Sequence], limit: int) -> list[Span]:
+        """Chunks of prompts, of ``limit`` rows in all."""
         spans: list[Span] = []
         for sequence in prompts:
             if len(spans) == self.limits.max_prompts:
                 break
             if sequence.phase is not SequencePhase.RUNNING:
                 continue  # it has just given way
-            end = chunk_end(sequence, self.limits, limit, alone=alone and not spans)
+            end = chunk_end(sequence, self.limits, limit, first=not spans)
             if end == sequence.num_computed:
                 break
-            limit -= end - sequence.num_computed
+            limit = max(0, limit - (end - sequence.num_computed))
             spans.append(span_of(sequence, end))
         return spans
 

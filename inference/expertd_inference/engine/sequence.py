@@ -48,6 +48,8 @@ class Sequence:
         self.user = user
         self.priority = priority
         self.salt = salt
+        self.is_long = False
+        """Whether it has more tokens than the model's turning point, and keys of its own."""
         seed = secrets.randbits(64) if settings.seed is None else settings.seed
         self.seed = (seed + continuation * _NEXT_CONTINUATION) % _SEEDS
         """Of all that is drawn for it; the first continuation's is that of the settings."""
@@ -62,6 +64,12 @@ class Sequence:
         """Of its full blocks, as far as they were asked for (:mod:`.prefix`)."""
         self.rank = (0, 0)
         """Its place among those who wait or run: the smallest is never preempted."""
+
+    def become_long(self) -> None:
+        """It shares no prefix with shorter ones from now on."""
+        self.is_long = True
+        self.salt += "\0long"
+        self.names = []
 
     @property
     def num_new(self) -> int:

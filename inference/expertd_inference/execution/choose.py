@@ -101,6 +101,8 @@ def _batched(
             continue
         finally:
             tried.close()
+        if alone and layers.turning_point is not None:
+            raise CannotBatchError(alone)
         if alone:
             say(f"{type(model).__name__} computes one sequence at a time to be exact: {alone}")
         return ModulesExecutor(

@@ -22,6 +22,11 @@ class Executor(Protocol):
     """Whether a sequence may go on from blocks that another one has filled."""
     recurrent: bool
     """Whether each span needs a slot of recurrent states."""
+    turning_point: int | None
+    """Texts of more tokens have other keys from their first token on; None where keys never change.
+
+    A span that ends behind it goes on from nothing, or from spans that ended behind it.
+    """
 
     def fits(self, batch: Batch) -> bool:
         """Whether :meth:`forward` takes this batch."""

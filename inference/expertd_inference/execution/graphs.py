@@ -96,6 +96,7 @@ class GraphsExecutor:
 
     name = "graphs"
     recurrent = False
+    turning_point: int | None = None
     shares_prefixes = True
 
     def __init__(

@@ -16,7 +16,7 @@ from expertd_inference.execution.attention_hook import attending, hook_attention
 from expertd_inference.execution.step_cache import StateName, StepCache, UnknownCacheError
 from expertd_inference.kv.memory import KvLayer
 from expertd_inference.kv.state_memory import StateShape
-from expertd_inference.model.pack_config import rope_kinds
+from expertd_inference.model.pack_config import rope_kinds, turning_points
 
 PROBE_TOKENS = 7
 
@@ -44,19 +44,25 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """By the module that calls attention; ``keys`` are those layers that append."""
+    """By the module that calls attention; ``keys`` are those layers that append.
+
+    A text of more than ``turning_point`` tokens has other keys from its first token on; None where
+    keys are the same however long a text becomes.
+    """
 
     attention: Mapping[nn.Module, AttentionLayer]
     keys: tuple[KvLayer, ...]
     states: Mapping[StateName, StateShape]
+    turning_point: int | None = None
 
 
 @torch.no_grad()
 def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is untyped
     """Lets ``model`` compute a few tokens. Raises CannotBatchError."""
-    for kind in rope_kinds(model.config.get_text_config()):
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            raise CannotBatchError("the angles of its positions depend on how long a text is")
+    text = model.config.get_text_config()
+    points = turning_points(text)
+    if len(points) > 1 or any(kind.get("rope_type") == "dynamic" for kind in rope_kinds(text)):
+        raise CannotBatchError("the angles of its positions depend on how long a text is")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise CannotBatchError("its layers lie on several devices")
     if not hook_attention(model):
@@ -80,7 +86,11 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
         name: StateShape(tuple(state.shape[1:]), state.dtype, state.device)
         for name, state in cache.states().items()
     }
-    return ModelLayers(watched.layers, tuple(watched.keys), states)
+    if states and points:
+        raise CannotBatchError("its states depend on how long a text becomes")
+    return ModelLayers(
+        watched.layers, tuple(watched.keys), states, turning_point=points[0] if points else None
+    )
 
 
 def longest_text(config: Any) -> int:  # noqa: ANN401 - transformers is untyped

@@ -4,9 +4,11 @@ Modules work on rows; only attention and recurrent layers know sequences. So row
 text, [1, rows], each with its own position, and attention (:mod:`.attention_hook`) appends each to
 the blocks of its sequence and looks at these alone. Where layers keep recurrent states, sequences
 that go on by one row are a batch, [sequences, 1], and other spans are computed one after another;
-states are written back when all of the step is done.
+states are written back when all of the step is done. Where the angles of positions depend on how
+long a text is, long texts have a forward pass of their own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -54,6 +56,7 @@ class ModulesExecutor:
             self.reason = f"its modules compute one sequence at a time, since {alone}"
         self.recurrent = bool(layers.states)
         self.shares_prefixes = not self.recurrent and not alone
+        self.turning_point = layers.turning_point
         self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype)
         """Keys and values, by the numbers of ``layers.keys``."""
         self.layers = layers
@@ -74,7 +77,7 @@ class ModulesExecutor:
         if self.recurrent:
             return self._recurrent(batch.spans)
         with self._around():
-            return self._rows(batch.spans)
+            return self._packed(batch.spans)
 
     def with_room(self, room: Room) -> "ModulesExecutor":
         """Another one, with memory of its own."""
@@ -90,6 +93,16 @@ class ModulesExecutor:
     def close(self) -> None:
         """Unmaps the blocks."""
         self.memory.close()
+
+    def _packed(self, spans: Sequence[Span]) -> Tensor:
+        """One forward pass, or one for long texts and one for others if those differ."""
+        point = math.inf if self.turning_point is None else self.turning_point
+        short = [span for span in spans if span.position + span.num_rows <= point]
+        long = [span for span in spans if span.position + span.num_rows > point]
+        if not short or not long:
+            return self._rows(spans)
+        logits = _by_sequence(short, self._rows(short)) | _by_sequence(long, self._rows(long))
+        return torch.cat([logits[span.sequence] for span in spans])
 
     def _recurrent(self, spans: Sequence[Span]) -> Tensor:
         """One forward pass for all that go on by a row, and one for each other span."""
@@ -118,8 +131,7 @@ class ModulesExecutor:
                 cache = StepCache(self._model.config, states)
                 rows.append(self._rows(piece, cache))
                 states = cache.states()
-            parts = torch.split(torch.cat(rows), [span.num_wanted for span in group])
-            logits |= zip((span.sequence for span in group), parts, strict=True)
+            logits |= _by_sequence(group, torch.cat(rows))
             done.append((slots, states))
         return logits, done
 
@@ -221,6 +233,12 @@ def _wanted(spans: Sequence[Span]) -> list[int]:
         wanted += range(last - span.num_wanted, last)
         first = last
     return wanted
+
+
+def _by_sequence(spans: Sequence[Span], logits: Tensor) -> dict[int, Tensor]:
+    """The logits of each."""
+    parts = torch.split(logits, [span.num_wanted for span in spans])
+    return {span.sequence: part for span, part in zip(spans, parts, strict=True)}
 
 
 def _slot(span: Span) -> int:

@@ -34,6 +34,7 @@ def device_executor(
         or not group.records
         or not isinstance(executor, ModulesExecutor)
         or executor.recurrent
+        or executor.turning_point is not None
     ):
         return executor
     try:

@@ -52,6 +52,7 @@ class ProgramExecutor:
     name = "program"
     shares_prefixes = True
     recurrent = False
+    turning_point: int | None = None
 
     def __init__(self, model: ModelSpec, num_blocks: int, max_rows: int, flags: int = 0) -> None:
         """``num_blocks`` of keys and values, for steps of at most ``max_rows`` rows.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.room import Room
-from expertd_inference.model.pack_config import rope_kinds
+from expertd_inference.model.pack_config import turning_points
 
 
 @dataclass
@@ -31,6 +31,7 @@ class TurnsExecutor:
     name = "turns"
     shares_prefixes = False
     recurrent = False
+    turning_point: int | None = None
 
     def __init__(
         self,
@@ -45,7 +46,9 @@ class TurnsExecutor:
         self._model = model
         self._num_texts = room.num_sequences
         self._texts: dict[int, _Text] = {}
-        self._turning_point = _turning_point(model.config)
+        points = turning_points(model.config.get_text_config())
+        # Longer texts have other angles from their first position on.
+        self._turning_point = min(points, default=float("inf"))
 
     def fits(self, batch: Batch) -> bool:
         """A span at a time."""
@@ -93,13 +96,3 @@ class TurnsExecutor:
         text.cache = out.past_key_values
         logits: Tensor = out.logits[0]
         return logits[: span.num_wanted]
-
-
-def _turning_point(config: Any) -> int | float:  # noqa: ANN401 - transformers is untyped
-    """Longer texts have other angles from their first position on; infinite if none do."""
-    points = [
-        kind["original_max_position_embeddings"]
-        for kind in rope_kinds(config.get_text_config())
-        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
-    ]
-    return min(points, default=float("inf"))

@@ -129,6 +129,20 @@ def rope_kinds(text: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - transformer
     return [rope, *(each for each in rope.values() if isinstance(each, dict))]
 
 
+def turning_points(text: Any) -> list[int]:  # noqa: ANN401 - transformers is untyped
+    """Numbers of tokens past which all positions of a text have other angles (``longrope``).
+
+    transformers chooses the angles by the largest position of a forward pass.
+    """
+    context = getattr(text, "max_position_embeddings", None)
+    points = {
+        kind["original_max_position_embeddings"]
+        for kind in rope_kinds(text)
+        if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
+    }
+    return sorted(point for point in points if context is None or point < context)
+
+
 def _is_positive(value: Any) -> bool:  # noqa: ANN401 - of a file
     return isinstance(value, int) and value >= 1
 

@@ -19,6 +19,7 @@ BILLIONS = {
     "qwen3-235b-a22b": 235.1,
     "qwen1.5-moe-a2.7b": 14.3,
     "qwen2-57b-a14b": 57.4,
+    "qwen3-next-80b-a3b": 79.7,
     "olmoe-1b-7b": 6.92,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 116.8,

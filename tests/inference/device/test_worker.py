@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertd_client import Client
-from expertd_inference import Worker
+from expertd_inference import EngineLimits, Worker
 from expertd_inference import worker as worker_module
 from expertd_inference.device import group
 from expertd_inference.process.attachment import attach
@@ -220,6 +220,17 @@ def test_a_device_that_vanishes_ends_the_session_alone(
             greedy(worker.model, PROMPT, 4)
         assert worker.session.connected
         assert greedy(other.model, PROMPT, 16) == expected
+
+
+def test_the_cache_leaves_room_for_keys_and_values(roomy: Daemon) -> None:
+    for limits, num_tokens in ((None, 512), (EngineLimits(kv_tokens=640), 640)):
+        with Worker(
+            attach("m", roomy.socket), device=DeviceSettings(device="fake"), limits=limits
+        ) as worker:
+            assert worker.kv_bytes == num_tokens * worker.kv_bytes_per_token
+    limits = EngineLimits(kv_tokens=1 << 40)  # more than the device has
+    with pytest.raises(InvalidInputError, match="are for keys and values"):
+        Worker(attach("m", roomy.socket), device=DeviceSettings(device="fake"), limits=limits)
 
 
 def test_a_budget_below_a_layer_s_need_is_refused_at_the_door(roomy: Daemon, pack: Path) -> None:

@@ -83,6 +83,19 @@ def test_those_that_equal_the_last_of_top_k_remain() -> None:
     assert candidates(scores, 1.0, top_k=2).tokens.tolist() == [1, 2, 3, 5]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("wanted", [{"top_p": 0.9}, {"top_k": 700, "top_p": 0.99}, {"min_p": 0.1}])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])  # flat, and with many within each distance
+def test_of_equals_the_first_comes_first(spread: float, wanted: dict[str, Any]) -> None:
+    """In the order of a stable sort, on which it depends what a seed draws."""
+    scores = (8 * scores_of(2, spread, 5000)[0]).round().numpy() / 8
+    drawn = candidates(scores, 1.0, **wanted)
+    assert drawn.tokens is not None
+    order = np.argsort(-scores, kind="stable")
+    assert drawn.tokens.tolist() == order[: len(drawn.tokens)].tolist()
+    below = scores[drawn.tokens] - scores.max()
+    np.testing.assert_allclose(drawn.weights, np.exp(below), rtol=1e-6)
+
+
 @pytest.mark.parametrize("wanted", [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}])
 def test_tokens_are_drawn_as_often_as_they_are_likely(wanted: dict[str, Any]) -> None:
     drawn = candidates(scores_of(1, 2.0)[0].numpy(), 1.0, **wanted)

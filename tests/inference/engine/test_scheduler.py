@@ -20,6 +20,8 @@ KINDS: dict[str, tuple[dict[str, object], bool]] = {
     "packed": ({}, False),
     "few rows": ({"max_rows": 7}, False),
     "one row": ({"max_rows": 1}, False),
+    "long texts are others": ({"turning_point": 100}, False),
+    "long texts are others, few rows": ({"turning_point": 127, "max_rows": 20}, False),
     "in turns": ({"max_spans": 1, "whole_prompts": True}, False),
     "hybrid": ({"max_prompts": 1, "mixed": False, "replays_rows": True, "max_rows": 65}, True),
     "hybrid, more rows": (

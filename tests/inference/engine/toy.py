@@ -34,6 +34,7 @@ class ToyExecutor:
     """Raises the next of ``faults`` once it has written a step's tokens."""
 
     name = "toy"
+    turning_point: int | None = None
     reason = "a test asked for it"
 
     def __init__(

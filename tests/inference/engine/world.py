@@ -20,21 +20,22 @@ def _mix(value: int, *more: int) -> int:
     return crc32(array("q", more).tobytes(), value)
 
 
-def text_alone(prompt: Tokens[int], max_new: int) -> list[int]:
-    """The naive model: what follows ``prompt`` if every cell is what its tokens make it."""
+def text_alone(prompt: Tokens[int], max_new: int, turning_point: int | None = None) -> list[int]:
+    """The naive model: what follows ``prompt`` if every cell is what its tokens make it.
+
+    Cells of a text of more tokens than ``turning_point`` are others, from the first on.
+    """
     tokens = list(prompt)
-    cells = []
-    value = 0
-    for token in tokens:
-        value = _mix(value, token)
-        cells.append(value)
-    new: list[int] = []
     while True:
-        new.append(_mix(7, *cells) % NUM_TOKENS)
-        if new[-1] == END or len(new) == max_new:
-            return new
-        value = _mix(value, new[-1])
-        cells.append(value)
+        value = _first(len(tokens), turning_point)
+        cells = [value := _mix(value, token) for token in tokens]
+        tokens.append(_mix(7, *cells) % NUM_TOKENS)
+        if tokens[-1] == END or len(tokens) == len(prompt) + max_new:
+            return tokens[len(prompt) :]
+
+
+def _first(num_tokens: int, turning_point: int | None) -> int:
+    return int(turning_point is not None and num_tokens > turning_point)
 
 
 class Recurrent:
@@ -131,7 +132,8 @@ class World:
             assert span.state is not None
             return self.states.compute(span.state, span.tokens, span.position) % NUM_TOKENS
         before = [self._cell(span, at) for at in range(span.position)]
-        value = before[-1] if before else 0
+        end = span.position + span.num_rows
+        value = before[-1] if before else _first(end, self.limits.turning_point)
         for at, token in enumerate(span.tokens, start=span.position):
             value = _mix(value, token)
             self.cells[span.blocks[at // BLOCK_TOKENS]][at % BLOCK_TOKENS] = value
@@ -149,7 +151,7 @@ class World:
         spans = plan.batch.spans
         assert len({span.sequence for span in spans}) == len(spans)
         assert all(span.num_rows for span in spans)
-        if not self.limits.whole_prompts:
+        if not self.limits.whole_prompts and self.limits.turning_point is None:
             assert plan.batch.num_rows <= self.limits.max_rows
         if self.limits.max_spans is not None:
             assert len(spans) <= self.limits.max_spans
@@ -197,7 +199,11 @@ class World:
         assert not self.scheduler.has_work, list(self.sequences.values())
 
     def check_texts(self) -> None:
-        alone = text_alone if self.states is None else recurrent_alone
+        def alone(prompt: list[int], max_new: int) -> list[int]:
+            if self.states is not None:
+                return recurrent_alone(prompt, max_new)
+            return text_alone(prompt, max_new, self.limits.turning_point)
+
         for sequence in self.sequences.values():
             assert sequence.phase is SequencePhase.FINISHED
             new = sequence.tokens[sequence.num_prompt :]

@@ -168,33 +168,6 @@ def test_in_turns_only_so_many_texts_are_kept() -> None:
         executor.forward(Batch((Span(0, [3], 2, [0], None, Wanted.LAST),)))
 
 
-def test_angles_that_change_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Phi-3.5-MoE: past its original context, all positions mean something else."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 16,
-        "long_factor": [4.0] * 16,
-        "short_mscale": 1.0,
-        "long_mscale": 1.2,
-        "original_max_position_embeddings": 16,
-    }
-    model = model_of("phimoe", rope_parameters=rope)
-    prompts = [prompt_of(24, seed=seed) for seed in (1, 2)]
-    expected = [[alone(model, prompt[: n + 1])[-1] for n in range(24)] for prompt in prompts]
-    executor = chosen(model)
-    assert executor.name == "turns"
-    assert "how long a text is" in executor.reason
-    texts = Texts(executor, prompts)
-    texts.step({0: 12})
-    for _ in range(12):
-        texts.step({0: 1, 1: 2})
-    for n in range(12, 24):
-        torch.testing.assert_close(texts.logits[0][n], expected[0][n], rtol=1e-3, atol=1e-3)
-    for n in range(1, 24, 2):  # the last of each two rows
-        torch.testing.assert_close(texts.logits[1][n], expected[1][n], rtol=1e-3, atol=1e-3)
-
-
 def test_a_model_on_several_devices() -> None:
     model = model_of("mixtral")
     model.model.norm.to("meta")
