@@ -10,7 +10,6 @@ Example: python -m bench.decode --shape olmoe-1b-7b --llama-python ~/llama/bin/p
 """
 
 import argparse
-import ctypes
 import json
 import os
 import tempfile
@@ -36,7 +35,6 @@ from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import GenerationSettings, Worker
 from expertd_inference.kernels.cpu.library import native_library
-from expertd_inference.kernels.cpu.step import StepKernels
 from expertd_inference.process.attachment import attach
 from expertd_testing.daemon import serving
 from expertstore.pack.manifest import read_manifest
@@ -79,8 +77,6 @@ class Ours:
         for layer in self.worker.manifest.layers:
             for lease in self.worker.session.waves(layer.layer, range(layer.num_experts)):
                 lease.release()
-        if self._clock is not None:
-            self._clock.watch(self.worker.step_kernels)
         self.kernels = f"{self.worker.kernels.name}, {self.worker.engine.executor}"
         self.overheads: list[float] = []
         """Seconds outside of kernels per second inside, of each :meth:`decode`."""
@@ -136,12 +132,6 @@ class _Clock:
     def __exit__(self, *_: object) -> None:
         for name, function in self._functions.items():
             setattr(self._library, name, function)
-
-    def watch(self, steps: StepKernels | None) -> None:
-        """Counts the small operations, too."""
-        for name, function in vars(steps).items():
-            if isinstance(function, ctypes._CFuncPtr):
-                setattr(steps, name, self._timed(function))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the function takes

@@ -24,7 +24,6 @@ from bench.mapped import MappedSource
 from expertd_inference import load_model
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.choose import choose_for
-from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, has_seat, seat_of
 from expertd_inference.experts.cpu import connect
@@ -34,6 +33,7 @@ from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_inference.model.loading import load_trunk
+from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.settings import DeviceSettings
 from expertstore.pack.manifest import read_manifest
 
@@ -123,8 +123,8 @@ class Decoder:
             connect(loaded.experts, self.manifest, self.source, recovery, kernels)
             self.model = loaded.model
             self.kernels = kernels
-            if native:
-                make_lean(self.model, step_kernels())
+            if native and (steps := step_kernels()) is not None:
+                use_native_linears(self.model, steps)
         else:
             settings = DeviceSettings(speculate_layers=job.get("speculate_layers", 0))
             self.model = load_model("m", socket=job["socket"], device=settings)

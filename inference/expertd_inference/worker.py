@@ -18,7 +18,6 @@ from expertd_inference.engine.engine import Engine
 from expertd_inference.execution.choose import choose_executor
 from expertd_inference.execution.crossover import measure_crossover
 from expertd_inference.execution.executor import Executor
-from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.on_device import device_executor
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.ahead import RouterAhead
@@ -30,6 +29,7 @@ from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
 from expertd_inference.model.loading import TrunkModel, load_trunk
+from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.model.prompts import encode, load_tokenizer
 from expertd_inference.process.attachment import (
@@ -141,11 +141,9 @@ class Worker:
                     loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
                 )
             self.model = loaded.model
-            self.step_kernels = (
-                step_kernels(activations=activations, exact=exact) if native else None
-            )
-            if self.step_kernels is not None:
-                make_lean(self.model, self.step_kernels)
+            steps = step_kernels(activations=activations, exact=exact) if native else None
+            if steps is not None:
+                use_native_linears(self.model, steps)
             refuse_in_forks(self.model)
             undo.pop_all()
         self._tokenizer: Any = None

@@ -12,10 +12,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.choose import choose_for
-from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.room import Room
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import step_kernels
+from expertd_inference.model.native_linear import NativeLinear, use_native_linears
+from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertd_testing.tiny_models import make_model
 from tests.architectures.parity import load
 from tests.inference.greedy import prompt_of
@@ -86,7 +87,7 @@ def test_another_model_notices_nothing(architecture: str, packed: Make) -> None:
     before = [compute(bystander, text) for text in texts]
     model = load(packed(architecture, "4bit-fast"), kernels=NativeKernels())
     if (kernels := step_kernels()) is not None:
-        make_lean(model, kernels)
+        use_native_linears(model, kernels)
     executor = choose_for(model, Room(2, 2, 16), say=lambda _: None)
     assert executor.name == "modules"
     executor.forward(Batch((Span(0, texts[1], 0, [0], 0, Wanted.LAST),)))
@@ -99,12 +100,30 @@ def test_another_model_notices_nothing(architecture: str, packed: Make) -> None:
         assert all(torch.equal(now_gradients[name], gradients[name]) for name in gradients)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_our_own_model_keeps_its_classes_and_gives_gradients(exact: bool, packed: Make) -> None:
+    model = load(packed("qwen3_moe", "4bit-fast"), kernels=NativeKernels(exact=exact))
+    names = list(model.state_dict())
+    if (kernels := step_kernels(exact=exact)) is not None:
+        use_native_linears(model, kernels)
+    executor = choose_for(model, Room(2, 2, 16), say=lambda _: None, exact=exact)
+    executor.forward(Batch((Span(0, [5], 0, [0], 0, Wanted.LAST),)))
+    assert {type(module) for module in model.modules() if ours(module)} <= {
+        QuantizedLinear,
+        NativeLinear,
+    }
+    assert list(model.state_dict()) == names
+    entered = model.get_input_embeddings()(torch.tensor([[5]])).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=entered).logits.sum(), entered)
+    assert gradient.count_nonzero() > gradient.numel() / 2
+
+
 def test_a_hook_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.mixtral import modeling_mixtral
 
-    monkeypatch.setattr(modeling_mixtral, "apply_rotary_pos_emb", make_lean)
-    monkeypatch.setattr(modeling_mixtral.MixtralModel, "forward", make_lean)
-    monkeypatch.setattr(torch.nn.Linear, "forward", make_lean)
+    monkeypatch.setattr(modeling_mixtral, "apply_rotary_pos_emb", use_native_linears)
+    monkeypatch.setattr(modeling_mixtral.MixtralModel, "forward", use_native_linears)
+    monkeypatch.setattr(torch.nn.Linear, "forward", use_native_linears)
     name = modeling_mixtral.__name__
     assert {
         f"{name}.apply_rotary_pos_emb",

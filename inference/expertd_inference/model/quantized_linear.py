@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from expertd_inference.kernels.gpu.choice import gpu_kernels
 from expertd_inference.kernels.weights import Linear, QuantizedWeight
@@ -78,7 +79,12 @@ class QuantizedLinear(nn.Module):
         self._settle()
 
     def forward(self, rows: Tensor) -> Tensor:
-        """``rows`` [..., in] to [..., out]; the bias is added after the product was rounded."""
+        """``rows`` [..., in] to [..., out]; the bias is added after the product was rounded.
+
+        Kernels give no gradients: for rows that want some torch multiplies by :attr:`weight`.
+        """
+        if rows.requires_grad and torch.is_grad_enabled():
+            return functional.linear(rows, self.weight.to(rows.dtype), self.bias)
         result = self._product(rows, self.quantized)
         return result if self.bias is None else result + self.bias
 

@@ -1,12 +1,19 @@
 """Linear layers of one native call give what torch gives, but for the order of sums."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from expertd_inference.execution.lean import make_lean
 from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, step_kernels
 from expertd_inference.kernels.cpu.switching import LEAST
+from expertd_inference.model.native_linear import NativeLinear, use_native_linears
+from tests.inference.greedy import greedy, prompt_of
+
+Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +28,12 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def lean(kernels: StepKernels, layer: nn.Linear) -> nn.Linear:
+def native(kernels: StepKernels, layer: nn.Linear) -> NativeLinear:
     model = nn.Sequential(layer.requires_grad_(requires_grad=False))
-    model.config = object()
-    make_lean(model, kernels)
-    assert type(layer) is not nn.Linear
-    return layer
+    use_native_linears(model, kernels)
+    (made,) = model
+    assert isinstance(made, NativeLinear)
+    return made
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
@@ -47,7 +54,7 @@ def test_a_plain_layer(
     layer.weight.data = noise(out, columns)
     if bias:
         layer.bias.data = noise(out, seed=1)
-    layer = lean(kernels, layer.to(dtype))
+    layer = native(kernels, layer.to(dtype))
     rows = noise(*shape, columns, dtype=dtype, seed=2)
     ours = layer(rows)
     exact = rows.double() @ layer.weight.double().T
@@ -65,7 +72,7 @@ def test_what_is_better_left_to_torch(
     layer = nn.Linear(64, 32, dtype=torch.bfloat16)
     many, wide = noise(LEAST + 1, 64, dtype=torch.bfloat16), noise(64)
     expected = layer(many)
-    lean(kernels, layer)
+    layer = native(kernels, layer)
     monkeypatch.setattr(kernels, "most_rows", lambda _, __: LEAST)
     assert torch.equal(layer(many), expected), "bit for bit"
     assert layer(many[:0]).shape == (0, 32)
@@ -78,7 +85,7 @@ def test_what_is_better_left_to_torch(
 
 
 def test_another_weight_or_bias_is_seen(kernels: StepKernels) -> None:
-    layer = lean(kernels, nn.Linear(64, 32, dtype=torch.bfloat16))
+    layer = native(kernels, nn.Linear(64, 32, dtype=torch.bfloat16))
     row = noise(64, dtype=torch.bfloat16)
     before = layer(row)
     layer.bias = nn.Parameter(layer.bias + 1, requires_grad=False)
@@ -90,8 +97,43 @@ def test_another_weight_or_bias_is_seen(kernels: StepKernels) -> None:
 
 
 def test_hooks_are_called(kernels: StepKernels) -> None:
-    layer = lean(kernels, nn.Linear(64, 32))
+    layer = native(kernels, nn.Linear(64, 32))
     seen: list[int] = []
     layer.register_forward_hook(lambda *_: seen.append(1))
     layer(noise(64))
     assert seen
+
+
+@pytest.mark.parametrize("wanted", ["rows", "weight"])
+def test_gradients_are_torch_s(kernels: StepKernels, wanted: str) -> None:
+    stock = nn.Linear(64, 32).requires_grad_(wanted == "weight")
+    ours = NativeLinear(stock, kernels)
+    rows = noise(2, 64).requires_grad_(wanted == "rows")
+    of = rows if wanted == "rows" else stock.weight
+    gradients = [torch.autograd.grad(layer(rows).square().sum(), of) for layer in (stock, ours)]
+    assert torch.equal(gradients[0][0], gradients[1][0])
+
+
+def test_the_model_is_what_it_was_but_for_that(kernels: StepKernels) -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([nn.Linear(8, 4, bias=False), shared])})
+    model.eval()
+    before = model.state_dict()
+    use_native_linears(model, kernels)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(after[name].data_ptr() == before[name].data_ptr() for name in before)
+    assert model["a"] is model["b"][1], "one layer in two places stays one"  # type: ignore[index]
+    assert not any(module.training for module in model.modules())
+    assert "in_features=8" in repr(model["a"])
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3"])
+def test_a_model_gives_the_same_text(architecture: str, stock: Make, kernels: StepKernels) -> None:
+    theirs = stock(architecture, torch.bfloat16)
+    ours = copy.deepcopy(theirs)
+    use_native_linears(ours, kernels)
+    assert type(ours.lm_head) is NativeLinear
+    prompt = prompt_of(20)
+    # One expert chosen otherwise changes everything after it, but not at once.
+    assert greedy(ours, prompt, 8) == greedy(theirs, prompt, 8)
