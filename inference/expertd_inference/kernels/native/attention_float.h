@@ -8,10 +8,17 @@
 namespace {
 namespace tile {
 
-// A later block, to be asked for while one is computed; null: none.
-struct Ahead {
-    const uint8_t* next = nullptr;
-};
+// Some place of a later block, into the second cache.
+TILE_INLINE void ask_for(const uint8_t* place) { __builtin_prefetch(place, 0, 2); }
+
+// A word of KEY_TOKENS keys is a pair of columns.
+inline void widen_words(const uint32_t* words, int32_t type, float* first, float* second) {
+    for (int i = 0; i < KEY_TOKENS; ++i) {
+        const auto low = static_cast<uint16_t>(words[i]), high = static_cast<uint16_t>(words[i] >> 16);
+        first[i] = type == BF16 ? from_bf16(low) : from_f16(low);
+        second[i] = type == BF16 ? from_bf16(high) : from_f16(high);
+    }
+}
 
 // Queries of a tile, and what they see. Number i is of row i / num_heads.
 struct View {
@@ -40,7 +47,7 @@ struct View {
 // Arithmetic in float32 of any type.
 struct Generic {
     static constexpr int AT_ONCE = LANES == 16 ? 8 : 4; // queries
-    static constexpr int FEW = 4; // up to which more is done for keys than with them
+    using Power = float;
 
     const View view;
     const AttentionCall& c;
@@ -65,15 +72,14 @@ struct Generic {
         return static_cast<const uint8_t*>(c.values) + view.slot(block) * c.value_width * size;
     }
 
-    // [key_width][BLOCK_TOKENS]
-    void load_keys(int64_t block, int64_t tokens, Ahead) const {
-        const uint8_t* from = key_block(block);
-        auto* to = reinterpret_cast<float*>(scratch.keys);
-        for (int64_t token = 0; token < tokens; ++token) {
-            float* row = scratch.values; // the block of values comes later
-            widen(from + token * c.key_width * size, c.type, c.key_width, row);
-            for (int64_t k = 0; k < c.key_width; ++k) to[k * BLOCK_TOKENS + token] = row[k];
-        }
+    // [BLOCK_TOKENS / KEY_TOKENS][key_width][KEY_TOKENS]
+    void load_keys(int64_t block, int64_t tokens) const {
+        if (c.type == F32) return;
+        const int64_t num_words = (tokens + KEY_TOKENS - 1) / KEY_TOKENS * c.key_width / 2;
+        const auto* words = reinterpret_cast<const uint32_t*>(key_block(block));
+        float* to = scratch.keys;
+        for (int64_t i = 0; i < num_words; ++i, words += KEY_TOKENS, to += 2 * KEY_TOKENS)
+            widen_words(words, c.type, to, to + KEY_TOKENS);
     }
 
     void load_values(int64_t block, int64_t tokens) const {
@@ -87,14 +93,20 @@ struct Generic {
     }
 
     // Scores of queries [first, first + Q) with tokens of the block that was loaded.
-    template <int Q> void dots(int64_t first, int64_t tokens, float* scores, Ahead) const {
-        const auto* keys = reinterpret_cast<const float*>(scratch.keys);
+    template <int Q>
+    void dots(int64_t block, int64_t first, int64_t tokens, float* scores, const uint8_t*) const {
+        const auto* keys =
+            c.type == F32 ? reinterpret_cast<const float*>(key_block(block)) : scratch.keys;
+        const auto at = [&](int64_t token) {
+            return keys + token / KEY_TOKENS * KEY_TOKENS * c.key_width + token % KEY_TOKENS;
+        };
         const float* queries = scratch.queries + first * c.key_width;
         for (int64_t token = 0; token < tokens; token += 2 * LANES) {
+            const float *low_at = at(token), *high_at = at(token + LANES);
             Lanes sums[Q][2] = {};
             for (int64_t k = 0; k < c.key_width; ++k) {
-                const Lanes low = load(keys + k * BLOCK_TOKENS + token);
-                const Lanes high = load(keys + k * BLOCK_TOKENS + token + LANES);
+                const Lanes low = load(low_at + k * KEY_TOKENS);
+                const Lanes high = load(high_at + k * KEY_TOKENS);
                 for (int q = 0; q < Q; ++q) {
                     const float x = queries[q * c.key_width + k];
                     sums[q][0] += low * x;
@@ -108,9 +120,21 @@ struct Generic {
         }
     }
 
+    // Of scores their powers, in the same place; their sum.
+    static TILE_INLINE float raise(float* scores, int64_t count, float base) {
+        Lanes sum = {};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Lanes p = power(load(scores + i) - base);
+            store(scores + i, p);
+            sum += p;
+        }
+        return sum_of(sum);
+    }
+
     // Adds the values of tokens [from, to) of the block, times powers, to Q rows of sums.
     template <int Q>
-    void mix(int64_t, int64_t from, int64_t to, const float* powers, float* sums, Ahead) const {
+    void mix(int64_t, int64_t from, int64_t to, const float* powers, float* sums,
+             const uint8_t*) const {
         const int64_t width = padded_width(c.value_width);
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             Lanes mixed[Q][2];

@@ -30,6 +30,7 @@ TILE_INLINE void cap_scores(float* scores, int64_t count, const AttentionCall& c
 }
 
 // Scores [0, count) of the tokens from `start` on become powers; what the query does not see, 0.
+template <class Ops>
 TILE_INLINE void soften(float* scores, int64_t start, int64_t count, int64_t before, int64_t seen,
                         const AttentionCall& c, float& largest, float& total) {
     float factor = c.scale * LOG2_E;
@@ -52,14 +53,7 @@ TILE_INLINE void soften(float* scores, int64_t start, int64_t count, int64_t bef
         most = greater(x, most);
     }
     largest = largest_of(most);
-    const float base = largest == -INFINITY ? 0 : largest;
-    Lanes sum = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        const Lanes p = power(load(scores + i) - base);
-        store(scores + i, p);
-        sum += p;
-    }
-    total = sum_of(sum);
+    total = Ops::raise(scores, count, largest == -INFINITY ? 0 : largest);
 }
 
 // What was computed of more tokens, `more`, joins `all`.

@@ -1,8 +1,8 @@
 // Attention of one tile, for the instruction set of the file that includes this.
 //
 // A piece of the sequence at a time: all its scores, their softmax, then the sum of its values.
-// Keys of a block are transposed, so that the lanes of a register are tokens, whose scores need no
-// sum over lanes; of values the lanes are columns. Either way a query's arithmetic is one chain in
+// Of keys the lanes of a register are tokens, whose scores need no sum over lanes; of values the
+// lanes are columns. Either way a query's arithmetic is one chain in
 // one order, whatever other queries are computed beside it.
 #pragma once
 
@@ -54,31 +54,34 @@ TILE_ONCE void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piec
     const int64_t begin = first_block * BLOCK_TOKENS;
     float* scores = t.scratch.scores; // of the tokens from `begin` on
     for (int64_t block = first_block; block < last_block; ++block) {
-        const Ahead next = {after(block - first_block)};
-        ops.load_keys(block, in_block(end, block), num > Ops::FEW ? Ahead() : next);
+        const uint8_t* next = after(block - first_block);
+        ops.load_keys(block, in_block(end, block));
         in_groups<Ops::AT_ONCE>(0, num, [&](int64_t q, auto count) {
             const int64_t needed = in_block(view.seen(q + count - 1), block);
             if (!needed) return;
             float* to = scores + q * SCORE_STRIDE + block * BLOCK_TOKENS - begin;
-            const bool last = num > Ops::FEW && q + count == num;
-            ops.template dots<count>(q, needed, to, last ? next : Ahead());
+            const bool last = next && q + count == num;
+            ops.template dots<count>(block, q, needed, to, last ? next : ops.key_block(block));
         });
     }
-    const int64_t length = (end - begin + LANES - 1) / LANES * LANES;
+    const int64_t length = (end - begin + 31) / 32 * 32;
     for (int64_t q = 0; q < num; ++q)
-        soften(scores + q * SCORE_STRIDE, begin, length, view.before(q), view.seen(q), ops.c,
+        soften<Ops>(scores + q * SCORE_STRIDE, begin, length, view.before(q), view.seen(q), ops.c,
                result.largest[q], result.totals[q]);
     memset(result.sums, 0, num * width * sizeof(float));
     for (int64_t block = first_block; block < last_block; ++block) {
         ops.load_values(block, in_block(end, block));
-        const Ahead next = {after(num_blocks + block - first_block)};
+        const uint8_t* next = after(num_blocks + block - first_block);
         in_groups<Ops::AT_ONCE>(0, num, [&](int64_t q, auto count) {
             const int64_t from = in_block(view.before(q), block);
             const int64_t to = in_block(view.seen(q + count - 1), block);
-            const float* powers = scores + q * SCORE_STRIDE + block * BLOCK_TOKENS - begin;
+            const auto* powers =
+                reinterpret_cast<const typename Ops::Power*>(scores + q * SCORE_STRIDE) +
+                block * BLOCK_TOKENS - begin;
+            const bool last = next && q + count == num;
             if (from < to)
                 ops.template mix<count>(block, from, to, powers, result.sums + q * width,
-                                        q + count == num ? next : Ahead());
+                                        last ? next : ops.value_block(block));
         });
     }
 }
