@@ -1,10 +1,11 @@
 // Attention to bfloat16 keys and values on processors that multiply bfloat16.
 //
-// Scores are sums of vdpbf16ps, whose lanes are tokens: a word of keys is a pair of columns. Results
-// are sums of it, too, whose lanes are columns and whose pairs are two tokens: so powers are rounded
-// to bfloat16, and a query's total is that of the rounded ones. Twice as many products at a time as
-// in float32 are what keeps pace with memory: see docs/kernels.md.
+// Scores are sums of vdpbf16ps, whose lanes are tokens: a word of keys is a pair of columns. So are
+// results, whose lanes are columns and whose pairs are two tokens: powers are rounded to bfloat16,
+// and a query's total is the sum of the rounded ones. docs/kernels.md says what float32 would cost.
 #pragma once
+
+#include "unroll.h" // before the intrinsics: see there
 
 #include <immintrin.h>
 
@@ -46,9 +47,8 @@ struct Bf16 : Generic {
         for (int64_t word = 0; word < words; ++word) {
             __m512i key[GROUPS];
             for (int g = 0; g < GROUPS; ++g) {
-                const int64_t place = (g * words + word) * 64;
-                key[g] = _mm512_load_si512(keys + place);
-                ask_for(ahead + place);
+                key[g] = _mm512_load_si512(keys + (g * words + word) * 64);
+                ask_for(ahead + (g * words + word) * 64);
             }
             for (int q = 0; q < Q; ++q) {
                 const __m512i x = pair(queries[q] + 2 * word);
@@ -87,7 +87,8 @@ struct Bf16 : Generic {
         return sum_of((Lanes)sum);
     }
 
-    // Adds to VECTORS vectors of columns the values of tokens [from, to), two at a time.
+    // Adds to VECTORS times 32 columns the values of tokens [from, to), two at a time. A later
+    // block is asked for line by line, so that the processor sees a stream of its own.
     template <int Q, int VECTORS, bool MASKED>
     TILE_INLINE void mix_columns(const uint8_t* values, const uint8_t* ahead, __mmask32 mask,
                                  int64_t from, int64_t to, const Power* powers,
@@ -103,14 +104,15 @@ struct Bf16 : Generic {
             const uint8_t* row = values + token * stride + 64 * v;
             return MASKED ? _mm512_maskz_loadu_epi16(mask, row) : _mm512_loadu_si512(row);
         };
-        const auto add = [&](int64_t token, const auto& second_of) __attribute__((always_inline)) {
+        const auto add = [&](int64_t token, bool first, bool second) INLINE_LAMBDA {
             __m512i left[VECTORS], right[VECTORS];
             for (int v = 0; v < VECTORS; ++v) {
-                const __m512i one = row_of(token, v), other = second_of(v);
+                const __m512i one = first ? row_of(token, v) : _mm512_setzero_si512();
+                const __m512i other = second ? row_of(token + 1, v) : _mm512_setzero_si512();
                 left[v] = _mm512_unpacklo_epi16(one, other);
                 right[v] = _mm512_unpackhi_epi16(one, other);
-                ask_for(ahead + token * stride + 64 * v);
-                ask_for(ahead + (token + 1) * stride + 64 * v);
+                ask_for(ahead + (token * VECTORS + 2 * v) * 64);
+                ask_for(ahead + (token * VECTORS + 2 * v + 1) * 64);
             }
             for (int q = 0; q < Q; ++q) {
                 const __m512i two = pair(powers + q * 2 * SCORE_STRIDE + token);
@@ -120,11 +122,11 @@ struct Bf16 : Generic {
                 }
             }
         };
-        int64_t token = from / 2 * 2;
-        for (; token + 1 < to; token += 2)
-            add(token, [&](int v) { return row_of(token + 1, v); });
-        // What comes after the last token may be anything.
-        if (token < to) add(token, [](int) { return _mm512_setzero_si512(); });
+        // What no query sees may be anything: it is not read.
+        int64_t token = from;
+        if (token % 2) add(token++ - 1, false, true);
+        for (; token + 1 < to; token += 2) add(token, true, true);
+        if (token < to) add(token, true, false);
         for (int q = 0; q < Q; ++q)
             for (int v = 0; v < VECTORS; ++v) {
                 _mm512_storeu_ps(sums + q * width + 32 * v, low[q][v]);
@@ -137,29 +139,38 @@ struct Bf16 : Generic {
              const uint8_t* ahead) const {
         constexpr int VECTORS = Q > 4 ? 1 : Q > 2 ? 2 : 4;
         const uint8_t* values = value_block(block);
+        const auto ahead_of = [&](int64_t column) { return ahead + column * 2 * BLOCK_TOKENS; };
         int64_t column = 0;
         for (; column + 32 * VECTORS <= c.value_width; column += 32 * VECTORS)
-            mix_columns<Q, VECTORS, false>(values + 2 * column, ahead + 2 * column, 0, from, to,
+            mix_columns<Q, VECTORS, false>(values + 2 * column, ahead_of(column), 0, from, to,
                                            powers, sums + column);
-        for (; column < c.value_width; column += 32) {
-            const int64_t left = std::min<int64_t>(32, c.value_width - column);
-            const auto mask = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-            mix_columns<Q, 1, true>(values + 2 * column, ahead + 2 * column, mask, from, to, powers,
-                                    sums + column);
-        }
+        for (; column < c.value_width; column += 32)
+            mix_columns<Q, 1, true>(values + 2 * column, ahead_of(column), mask_of(column), from,
+                                    to, powers, sums + column);
+    }
+
+    // Which of 32 columns there are.
+    __mmask32 mask_of(int64_t column) const {
+        const int64_t left = std::min<int64_t>(32, c.value_width - column);
+        return static_cast<__mmask32>((uint64_t{1} << left) - 1);
     }
 
     // Sums come sixteen of each eight columns' first four, then sixteen of the others.
     void write(int64_t query, float* sums, float factor) const {
         auto* out = static_cast<uint16_t*>(c.out) + view.out(query);
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
+                                                23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
         for (int64_t column = 0; column < c.value_width; column += 32) {
-            float values[32];
-            for (int i = 0; i < 16; ++i) {
-                const int place = i / 4 * 8 + i % 4;
-                values[place] = sums[column + i] * factor + 0.0f; // -0 becomes 0: see attend()
-                values[place + 4] = sums[column + 16 + i] * factor + 0.0f;
-            }
-            narrow(values, std::min<int64_t>(32, c.value_width - column), BF16, out + column);
+            const auto scaled = [&](int64_t i) {
+                // -0 becomes 0: see attend()
+                return (__m512)(load(sums + column + i) * factor + 0.0f);
+            };
+            const __m512 low = scaled(0), high = scaled(16);
+            const __m512 left = _mm512_permutex2var_ps(low, first, high);
+            const __m512 right = _mm512_permutex2var_ps(low, second, high);
+            const auto both = (__m512i)_mm512_cvtne2ps_pbh(right, left);
+            _mm512_mask_storeu_epi16(out + column, mask_of(column), both);
         }
     }
 };

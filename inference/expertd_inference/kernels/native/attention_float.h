@@ -14,7 +14,8 @@ TILE_INLINE void ask_for(const uint8_t* place) { __builtin_prefetch(place, 0, 2)
 // A word of KEY_TOKENS keys is a pair of columns.
 inline void widen_words(const uint32_t* words, int32_t type, float* first, float* second) {
     for (int i = 0; i < KEY_TOKENS; ++i) {
-        const auto low = static_cast<uint16_t>(words[i]), high = static_cast<uint16_t>(words[i] >> 16);
+        const auto low = static_cast<uint16_t>(words[i]);
+        const auto high = static_cast<uint16_t>(words[i] >> 16);
         first[i] = type == BF16 ? from_bf16(low) : from_f16(low);
         second[i] = type == BF16 ? from_bf16(high) : from_f16(high);
     }

@@ -29,10 +29,10 @@ TILE_INLINE void cap_scores(float* scores, int64_t count, const AttentionCall& c
     }
 }
 
-// Scores [0, count) of the tokens from `start` on become powers; what the query does not see, 0.
-template <class Ops>
-TILE_INLINE void soften(float* scores, int64_t start, int64_t count, int64_t before, int64_t seen,
-                        const AttentionCall& c, float& largest, float& total) {
+// Scores [0, count) of the tokens from `start` on become logarithms to base 2, and -infinity where
+// the query does not see the token; the largest.
+TILE_INLINE float scale_scores(float* scores, int64_t start, int64_t count, int64_t before,
+                               int64_t seen, const AttentionCall& c) {
     float factor = c.scale * LOG2_E;
     if (c.softcap != 0) {
         cap_scores(scores, count, c);
@@ -52,8 +52,7 @@ TILE_INLINE void soften(float* scores, int64_t start, int64_t count, int64_t bef
         store(scores + i, x);
         most = greater(x, most);
     }
-    largest = largest_of(most);
-    total = Ops::raise(scores, count, largest == -INFINITY ? 0 : largest);
+    return largest_of(most);
 }
 
 // What was computed of more tokens, `more`, joins `all`.

@@ -65,9 +65,16 @@ TILE_ONCE void attend_piece(const AttentionTile& t, const Ops& ops, int64_t piec
         });
     }
     const int64_t length = (end - begin + 31) / 32 * 32;
-    for (int64_t q = 0; q < num; ++q)
-        soften<Ops>(scores + q * SCORE_STRIDE, begin, length, view.before(q), view.seen(q), ops.c,
-               result.largest[q], result.totals[q]);
+    // Sums over lanes are slow: those of several queries are under way at a time.
+    in_groups<Ops::AT_ONCE>(0, num, [&](int64_t first, auto count) {
+        for (int64_t q = first; q < first + count; ++q)
+            result.largest[q] = scale_scores(scores + q * SCORE_STRIDE, begin, length,
+                                             view.before(q), view.seen(q), ops.c);
+        for (int64_t q = first; q < first + count; ++q) {
+            const float base = result.largest[q] == -INFINITY ? 0 : result.largest[q];
+            result.totals[q] = Ops::raise(scores + q * SCORE_STRIDE, length, base);
+        }
+    });
     memset(result.sums, 0, num * width * sizeof(float));
     for (int64_t block = first_block; block < last_block; ++block) {
         ops.load_values(block, in_block(end, block));
