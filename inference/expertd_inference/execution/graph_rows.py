@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from expertd_inference.execution.batch import Span
 from expertd_inference.execution.layers import AttentionLayer
-from expertd_inference.kernels.blocks import BLOCK_TOKENS
+from expertd_inference.kernels.blocks import BLOCK_TOKENS, put_keys, take_keys
 from expertd_inference.kv.memory import KvMemory
 
 _TOKEN, _POSITION, _REAL, _TABLE = range(4)
@@ -91,7 +91,7 @@ class GraphAttention:
         keys, values = self._memory.keys[layer.number], self._memory.values[layer.number]
         if layer.appends:
             block, offset = self._places()
-            keys[block, :, offset] = key[0].transpose(0, 1)
+            put_keys(keys, block, offset, key[0].transpose(0, 1))
             values[block, :, offset] = value[0].transpose(0, 1)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         # Heads that share keys are rows of one head.
@@ -99,8 +99,8 @@ class GraphAttention:
         grouped = query[0].transpose(0, 1).reshape(size, kv_heads, heads // kv_heads, width)
         attended = _attend(
             grouped,
-            self._gathered(keys),
-            self._gathered(values),
+            self._gathered(take_keys(keys, self._rows.tables.flatten())),
+            self._gathered(values.index_select(0, self._rows.tables.flatten())),
             self._sees(layer.window),
             scale,
             others.get("s_aux"),
@@ -135,10 +135,9 @@ class GraphAttention:
             self._visible[window] = visible
         return visible
 
-    def _gathered(self, blocks: Tensor) -> Tensor:  # [size, kv_heads, tokens, d]
-        """The keys or values of all rows' tables; 0 past a row, where others may have left NaN."""
-        found = blocks.index_select(0, self._rows.tables.flatten())
-        found = found.view(self._rows.size, self._rows.width, *blocks.shape[1:])
+    def _gathered(self, found: Tensor) -> Tensor:  # [size, kv_heads, tokens, d]
+        """Of the blocks of all rows' tables; 0 past a row, where others may have left NaN."""
+        found = found.unflatten(0, (self._rows.size, self._rows.width))  # type: ignore[no-untyped-call]
         found = found.transpose(1, 2).flatten(2, 3)
         return found.masked_fill(~self._sees(None).transpose(2, 3), 0)
 

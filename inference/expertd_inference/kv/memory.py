@@ -44,7 +44,8 @@ class KvMemory:
     """
 
     keys: list[Tensor]
-    """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, key_width], without gaps."""
+    """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, key_width], without gaps; in which order,
+    :mod:`..kernels.blocks` says."""
     values: list[Tensor]
     """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, value_width], without gaps."""
 

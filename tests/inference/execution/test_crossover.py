@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from expertd_inference.execution.lean import make_lean
 from torch import Tensor
 
 from expertd_inference import Worker
 from expertd_inference.execution import choose
 from expertd_inference.execution.crossover import measure_crossover
-from expertd_inference.execution.lean import make_lean
 from expertd_inference.execution.parts import UnknownPartError
 from expertd_inference.kernels.cpu import switching
 from expertd_inference.kernels.cpu.library import native_library

@@ -1,9 +1,10 @@
 """Attention of a batch of sequences, whose keys and values lie in blocks.
 
 Each row's key and value is appended to its sequence's blocks; then it attends to its sequence up
-to itself. Heads that share keys are computed together over one reading of them. Scores and their
-powers are float32. The bits of a row depend on its own sequence only, not on the other rows, on
-how a prompt was divided, or on threads.
+to itself. Heads that share keys are computed together over one reading of them. Scores are float32,
+and so are their powers, except where the processor multiplies powers as bfloat16. The bits of a
+row depend on its own sequence only, not on the other rows, on how a prompt was divided, or on
+threads.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.blocks import BLOCK_TOKENS
+from expertd_inference.kernels.blocks import BLOCK_TOKENS, put_keys, take_keys
 from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
 from expertd_inference.kernels.cpu.structures import AttentionCall, NativeAttentionPlan
 
@@ -88,7 +89,8 @@ def attend(
     Args:
         plan: The rows' sequences.
         keys: A layer's blocks: [num_blocks, kv_heads, 64, key_width], without gaps; written to.
-        values: The same of values: [num_blocks, kv_heads, 64, value_width].
+            In which order, :mod:`..blocks` says.
+        values: The same of values: [num_blocks, kv_heads, 64, value_width], in this order.
         query: [rows, heads, key_width]; rows and heads may lie anywhere, a head has no gaps. All
             tensors are of its dtype: bfloat16, float16 or float32.
         key: [rows, kv_heads, key_width]; None with ``value``: nothing is appended.
@@ -206,7 +208,7 @@ def append(
             blocks.append(table[token // BLOCK_TOKENS])
             offsets.append(token % BLOCK_TOKENS)
     block, offset = (torch.tensor(numbers, device=keys.device) for numbers in (blocks, offsets))
-    keys[block, :, offset] = key
+    put_keys(keys, block, offset, key)
     values[block, :, offset] = value
 
 
@@ -228,12 +230,12 @@ def attend_slowly(
         length = position + num_rows
         needed = torch.tensor(table[: -(-length // BLOCK_TOKENS)], device=keys.device)
 
-        def gathered(blocks: Tensor, needed: Tensor = needed, length: int = length) -> Tensor:
-            tokens = blocks[needed].transpose(0, 1).flatten(1, 2)[:, :length]
+        def gathered(blocks: Tensor, length: int = length) -> Tensor:
+            tokens = blocks.transpose(0, 1).flatten(1, 2)[:, :length]
             return tokens.float().repeat_interleave(group, 0)  # [heads, length, width]
 
         rows = query[first : first + num_rows].transpose(0, 1).float()
-        scores = rows @ gathered(keys).transpose(1, 2) * scale
+        scores = rows @ gathered(take_keys(keys, needed)).transpose(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         token = torch.arange(length, device=keys.device)
@@ -246,6 +248,6 @@ def attend_slowly(
             column = sinks.float()[:, None, None].expand(-1, num_rows, 1)
             scores = torch.cat([scores, column], -1)
         weights = scores.softmax(-1)[..., :length]
-        results.append((weights @ gathered(values)).transpose(0, 1))
+        results.append((weights @ gathered(values[needed])).transpose(0, 1))
         first += num_rows
     return torch.cat(results).to(query.dtype)

@@ -45,11 +45,7 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
     if (!call.key) return;
     const AttentionPlan& plan = *call.plan;
     const int64_t size = size_of(call.type);
-    const auto copy = [&](void* blocks, const void* rows, int64_t slot, int64_t from,
-                          int64_t width) {
-        memcpy(static_cast<uint8_t*>(blocks) + slot * width * size,
-               static_cast<const uint8_t*>(rows) + from * size, width * size);
-    };
+    const int64_t key_bytes = call.key_width * size, value_bytes = call.value_width * size;
     const int64_t* after =
         std::upper_bound(plan.first_rows, plan.first_rows + plan.num_spans + 1, first_row);
     int64_t span = after - plan.first_rows - 1;
@@ -58,12 +54,19 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
         const int64_t token = plan.positions[span] + row - plan.first_rows[span];
         const int64_t block = plan.blocks[plan.first_blocks[span] + token / BLOCK_TOKENS];
         for (int64_t kv = 0; kv < call.kv_heads; ++kv) {
-            const int64_t slot =
-                (block * call.kv_heads + kv) * BLOCK_TOKENS + token % BLOCK_TOKENS;
-            copy(call.keys, call.key, slot, row * call.key_row + kv * call.key_head,
-                 call.key_width);
-            copy(call.values, call.value, slot, row * call.value_row + kv * call.value_head,
-                 call.value_width);
+            const int64_t slot = (block * call.kv_heads + kv) * BLOCK_TOKENS;
+            const int64_t in_block = token % BLOCK_TOKENS;
+            const uint8_t* key = static_cast<const uint8_t*>(call.key) +
+                                 (row * call.key_row + kv * call.key_head) * size;
+            uint8_t* keys = static_cast<uint8_t*>(call.keys) + slot * key_bytes +
+                            in_block / KEY_TOKENS * KEY_TOKENS * key_bytes +
+                            in_block % KEY_TOKENS * 4;
+            for (int64_t at = 0; at < key_bytes; at += 4)
+                memcpy(keys + at * KEY_TOKENS, key + at, 4);
+            memcpy(static_cast<uint8_t*>(call.values) + (slot + in_block) * value_bytes,
+                   static_cast<const uint8_t*>(call.value) +
+                       (row * call.value_row + kv * call.value_head) * size,
+                   value_bytes);
         }
     }
 }
@@ -126,7 +129,7 @@ struct Sizes {
     int64_t keys, values, queries, scores, partial;
 
     Sizes(const AttentionCall& call, int64_t num_queries)
-        : keys(pad((call.key_width + 31) / 32 * 32 * BLOCK_TOKENS * 4)),
+        : keys(pad(call.key_width * BLOCK_TOKENS * 4)),
           values(pad(padded_width(call.value_width) * BLOCK_TOKENS * 4)),
           queries(pad(num_queries * call.key_width * 4)),
           scores(pad(num_queries * SCORE_STRIDE * 4)),
@@ -151,7 +154,7 @@ TileScratch Attend::scratch_of(int64_t slot) const {
     };
     const auto floats = [&next](int64_t bytes) { return reinterpret_cast<float*>(next(bytes)); };
     TileScratch scratch;
-    scratch.keys = next(sizes.keys);
+    scratch.keys = floats(sizes.keys);
     scratch.values = floats(sizes.values);
     scratch.queries = floats(sizes.queries);
     scratch.scores = floats(sizes.scores);

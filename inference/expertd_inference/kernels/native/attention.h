@@ -16,6 +16,11 @@
 constexpr int64_t BLOCK_TOKENS = 64; // kernels/blocks.py has the same number
 constexpr int64_t PIECE_TOKENS = 512;
 
+// Keys are written once and read for each later token, so they lie as they are read: a block is
+// [BLOCK_TOKENS / KEY_TOKENS][words][KEY_TOKENS] words of 4 bytes, a float32 or a pair of columns.
+// kernels/blocks.py has the same.
+constexpr int64_t KEY_TOKENS = 16;
+
 // The spans of a batch, for all layers. A span is consecutive rows of one sequence.
 struct AttentionPlan {
     const int64_t* positions;    // [num_spans], of a span's first row in its sequence
@@ -31,7 +36,7 @@ struct AttentionCall {
     const void* query; // [rows, heads, key_width]
     const void* key;   // [rows, kv_heads, key_width], or null: nothing is appended
     const void* value; // [rows, kv_heads, value_width], or null
-    void* keys;        // [num_blocks, kv_heads, BLOCK_TOKENS, key_width]
+    void* keys;        // [num_blocks, kv_heads], blocks of BLOCK_TOKENS * key_width: see KEY_TOKENS
     void* values;      // [num_blocks, kv_heads, BLOCK_TOKENS, value_width]
     void* out;         // [rows, heads, value_width]
     const float* sinks; // [heads]: logits that join the softmax's denominator; or null
@@ -44,7 +49,7 @@ struct AttentionCall {
 
 // Memory of one task at a time. Sizes are for the plan's largest tile; see Attend.
 struct TileScratch {
-    uint8_t* keys;   // a block, transposed
+    float* keys;     // a block, widened
     float* values;   // a block, widened
     float* queries;  // widened
     float* scores;   // [queries][SCORE_STRIDE]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.blocks import BLOCK_TOKENS
+from expertd_inference.kernels.blocks import BLOCK_TOKENS, take_keys
 from expertd_inference.kernels.cpu.attention import (
     AttentionCall,
     AttentionPlan,
@@ -240,6 +240,37 @@ def test_heads_and_rows_may_lie_anywhere() -> None:
         *(blocks.keys, blocks.values, sequence.query[69:], None, None, form.scale),
     )
     assert torch.equal(again, result[69:])
+
+
+@native
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_torch_finds_keys_where_native_code_puts_them(dtype: torch.dtype) -> None:
+    form = Form(key_width=6, value_width=4, dtype=dtype)
+    sequence = History(form, 130, seed=0)
+    ours, theirs = Blocks(form, 3), Blocks(form, 3)
+    table = ours.table(130)
+    run(form, ours, [(sequence, table, 0, 130)])
+    plan = AttentionPlan([AttentionSpan(0, 130, table)])
+    append(plan, theirs.keys, theirs.values, sequence.key, sequence.value)
+    for blocks in (ours, theirs):
+        found = take_keys(blocks.keys, torch.tensor(table)).transpose(1, 2).flatten(0, 1)
+        assert torch.equal(found[:130], sequence.key)
+        assert found[130:].isnan().all()
+        assert torch.equal(blocks.values[table].transpose(1, 2).flatten(0, 1)[:130], sequence.value)
+
+
+@native
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_a_row_does_not_see_may_be_anything(isa: str) -> None:
+    use_isa(isa)
+    form = Form(window=5, dtype=torch.bfloat16)
+    sequence, blocks, table = History(form, 12, seed=0), Blocks(form, 1), [0]
+    run(form, blocks, [(sequence, table, 0, 8)])
+    blocks.values[0, :, :4] = torch.nan  # the window of row 8 begins with token 4, of row 9 with 5
+    for row in (8, 9):
+        result = run(form, blocks, [(sequence, table, row, row + 1)])[0]
+        assert_near(result[0], sequence.expected(form)[row])
+        blocks.values[0, :, 4] = torch.nan
 
 
 @native

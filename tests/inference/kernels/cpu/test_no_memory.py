@@ -29,12 +29,14 @@ from expertd_inference.execution.held import HeldSegments
 from expertd_inference.execution.program import make_program
 from expertd_inference.experts.call import seat_of
 from expertd_inference.experts.cpu import experts_modules
+from expertd_inference.kernels.cpu import attention
 from expertd_inference.kernels.cpu.library import TYPES, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.operations import HeldStep
 from expertd_inference.kernels.cpu.step import StepKernels, describe
 from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.wave import Routed, Wave
+from expertstore.native import Loaded
 from tests.architectures.parity import load
 from tests.inference.kernels.cpu.test_native import layer_of, quantized, spec_of
 from tests.inference.kernels.cpu.test_reference import routed
@@ -88,15 +90,28 @@ class Library:
         return getattr(library, name)
 
 
+class WithoutMemory:
+    "The library, where attention has no memory at all."
+
+    @staticmethod
+    def expertd_attend_rows(call):
+        allocator.fail_after(0)
+        status = library.expertd_attend_rows(call)
+        allocator.stop_failing()
+        return status
+
+
 CHECKED = {
     f"expertd_{name}"
-    for name in "experts linear dequantize route program_make program_run held_step".split()
+    for name in "experts linear dequantize route attend_rows".split()
+    + "program_make program_run held_step".split()
 }
 FAILED = {"expertd_program_make": None, "expertd_held_step": -1}
 tiled = lambda matrix, dtype: 100
 kernels, steps = NativeKernels(most_rows=tiled), StepKernels(library)
 failing_kernels, failing_steps = NativeKernels(most_rows=tiled), StepKernels(Library())
 failing_kernels._library = Library()
+libraries = {failing_steps: Loaded(Library()), steps: Loaded(library)}
 
 
 def same(run):
@@ -128,6 +143,25 @@ for tokens in (1, 3, 20):
     same(lambda kernels, steps: [kernels.output(routing, wave)])
 logits = torch.randn(2, 4096)
 same(lambda kernels, steps: steps.route(logits, 4, normalize=True, float_weights=True))
+# One row, and so many that two threads share them.
+for num_rows in (1, 700):
+    plan = attention.AttentionPlan([(0, num_rows, range(11))])
+    query = torch.randn(num_rows, 4, 16)
+    key, value = torch.randn(2, num_rows, 2, 16)
+
+    def attended(kernels, steps):
+        attention.native_library = lambda: libraries[steps]
+        blocks = torch.zeros(2, 11, 2, 64, 16)
+        return [attention.attend(plan, *blocks, query, key, value, 0.25)]
+
+    same(attended)
+attention.native_library = lambda: Loaded(WithoutMemory)
+try:
+    attention.attend(plan, *torch.zeros(2, 11, 2, 64, 16), query, key, value, 0.25)
+except MemoryError:
+    pass
+else:
+    raise AssertionError("attention without memory has a result")
 
 # A whole model by a program: layer by layer, and in one call.
 class Resident:
