@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from expertd_inference.execution.lean import make_lean
 from torch import Tensor
 
 from expertd_inference import Worker
@@ -19,6 +18,7 @@ from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.kernels.cpu.switching import Switching
+from expertd_inference.model.native_linear import use_native_linears
 from expertstore.pack.layout import Matrix
 from tests.architectures.batches import ROOM
 from tests.architectures.parity import load, logits
@@ -51,7 +51,7 @@ def test_it_is_measured_when_an_engine_opens(
     steps = step_kernels()
     assert steps is not None
     steps.most_rows = found
-    make_lean(model, steps)
+    use_native_linears(model, steps)
     said: list[str] = []
     experts, linears = measure_crossover(model, kernels, said.append)
     assert experts.keys() == EXPERTS
@@ -76,7 +76,7 @@ def test_it_is_measured_when_an_engine_opens(
     assert not measured
     assert not said
     plain = load(packed("mixtral"), torch.bfloat16, kernels)
-    make_lean(plain, steps)
+    use_native_linears(plain, steps)
     experts, linears = measure_crossover(plain, kernels, said.append)
     assert experts.keys() == {form.replace("hqq 4 64", "plain 0 0") for form in EXPERTS}
     assert HEAD.replace("hqq 8 128", "plain 0 0") in linears
