@@ -2,8 +2,8 @@
 
 The order and the bounds are those of transformers' warpers, without a sort of the vocabulary: only
 the tokens within a distance of the likeliest are sorted, and if those are too few to say which
-tokens remain, more are. Scores and tokens are sorted as one integer each, which takes an eighth of
-the time of a stable sort of scores and is the same order.
+tokens remain, more are. For top-p a histogram of the weights says how far to go. Score and token
+are sorted as one integer, in half the time of a stable sort of the scores and in the same order.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float32]
 
 _DISTANCES: tuple[float, ...] = (8.0, 16.0, inf)
-"""How far below the likeliest, in units of the scaled scores, tokens are looked at."""
+"""How far below the likeliest, in units of the scaled scores, tokens are looked at for top-k."""
+
+_BINS, _BIN = 256, 1 / 16
+"""So many distances are tried for a nucleus, each so much further than the one before."""
 
 
 _COLDEST = 1e-30
 """A float32 that can be divided by."""
 
-
-_SURELY = 1 - 1e-4
-"""A float32 sum below so much of a bound is below it however it is rounded."""
 
 _PART = 2048
 """The weights that are added up at once."""
@@ -75,9 +75,14 @@ def candidates(
         top_k = 0
     if not top_k and top_p >= 1 and min_p <= 0:
         return Candidates(None, np.exp(below))
-    # The sum over all is needed where the nucleus is one of all.
-    total = 0.0 if top_k or top_p >= 1 else float(np.exp(below).sum(dtype=np.float64))
-    distances = _DISTANCES if top_k or top_p < 1 else (-log(min_p) + 1e-3,)
+    total, distances = 0.0, _DISTANCES
+    if not top_k and top_p < 1:
+        all_weights = np.exp(below)
+        # The sum over all is needed where the nucleus is one of all.
+        total = float(all_weights.sum(dtype=np.float64))
+        distances = (_distance_of(below, all_weights, top_p * total), inf)
+    elif not top_k:
+        distances = (-log(min_p) + 1e-3,)
     for distance in distances:
         tokens = np.flatnonzero(below >= -distance)
         if len(tokens) < top_k and distance < inf:
@@ -86,8 +91,6 @@ def candidates(
             # Those that equal the last of them remain as well.
             near = below[tokens]
             tokens = tokens[near >= np.partition(near, -top_k)[-top_k]]
-        elif top_p < 1 and distance < inf and np.exp(below[tokens]).sum() < top_p * total * _SURELY:
-            continue
         tokens, ordered = _descending(below, tokens)
         weights = np.exp(ordered)
         if top_p < 1:
@@ -101,6 +104,14 @@ def candidates(
     if min_p > 0:
         weights = weights[: max(1, int(np.count_nonzero(weights >= min_p * weights[0])))]
     return Candidates(tokens[: len(weights)], weights)
+
+
+def _distance_of(below: Scores, weights: NDArray[np.float32], mass: float) -> float:
+    """A distance within which the weights come to ``mass``, rounding apart."""
+    bins = np.minimum(below * np.float32(-1 / _BIN), _BINS).astype(np.intp)
+    sums = np.cumsum(np.bincount(bins, weights, minlength=_BINS + 1))
+    last = int(np.searchsorted(sums, mass * (1 + 1e-9)))
+    return (last + 1) * _BIN if last < _BINS else inf
 
 
 def _descending(below: Scores, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], Scores]:

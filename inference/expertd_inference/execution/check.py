@@ -30,6 +30,12 @@ _STEPS: _Steps = (
     (("c", 1), ("b", 1), ("a", 1)),
 )
 """For each step the texts and how many rows of them."""
+# Where each prompt and each chunk that goes on is a forward pass of its own: one of each kind.
+_RECURRENT_STEPS: _Steps = (
+    (("a", 5), ("b", 3)),
+    (("b", 4), ("a", 1)),
+    (("b", 1), ("a", 1)),
+)
 # So many that kernels for few rows give way to those for many.
 _LONG_STEPS: _Steps = (
     (("a", 5),),
@@ -51,8 +57,9 @@ class MismatchError(Exception):
 def check(executor: Executor, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
     """Computes some steps. Raises MismatchError; leaves blocks and states 0 to 2 overwritten."""
     with without_experts(model):
-        theirs = torch.cat([_plain(model, text) for text in _texts(model, _STEPS).values()])
-        ours = _steps(executor, model, _STEPS)
+        steps = _RECURRENT_STEPS if executor.recurrent else _STEPS
+        theirs = torch.cat([_plain(model, text) for text in _texts(model, steps).values()])
+        ours = _steps(executor, model, steps)
     error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
     if not error <= _TOLERANCES.get(model.dtype, 0.1):  # nor if it is not a number
         raise MismatchError(f"its logits are off by {error:.2g}")
@@ -138,7 +145,8 @@ def _texts(model: Any, steps: _Steps) -> dict[str, list[int]]:  # noqa: ANN401
     num_tokens = model.get_input_embeddings().weight.shape[0]
     texts = {}
     for number, name in enumerate("abc"):
-        length = sum(dict(step).get(name, 0) for step in steps)
+        if not (length := sum(dict(step).get(name, 0) for step in steps)):
+            continue
         generator = torch.Generator().manual_seed(number)
         texts[name] = torch.randint(0, num_tokens, (length,), generator=generator).tolist()
     return texts
