@@ -15,7 +15,7 @@ constexpr int64_t TASKS_PER_THREAD = 6;
 // Below so many products of queries and keys, times 64, a second thread would come too late.
 constexpr int64_t MIN_SHARED_PRODUCTS = 1 << 11;
 
-constexpr int64_t APPEND_ROWS = 64; // of a task
+constexpr int64_t APPEND_ROWS = 8; // of a task: few, since a row's keys are as many lines as words
 
 int64_t pad(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
