@@ -34,11 +34,9 @@ class EngineLimits:
     chunk_rows: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "chunk_rows"):
+        for name in ("max_sequences", "max_waiting", "chunk_rows"):
             if (value := getattr(self, name)) < 1:
                 raise InvalidInputError(f"{name} is {value}; give at least 1.")
-        if self.max_waiting < 0:
-            raise InvalidInputError(f"max_waiting is {self.max_waiting}; give 0 or more.")
         if self.kv_tokens is not None and self.kv_tokens < BLOCK_TOKENS:
             raise InvalidInputError(
                 f"kv_tokens is {self.kv_tokens}, too few for one sequence; give at least "

@@ -5,9 +5,8 @@
     from expertd_inference import Engine, GenerationSettings, Worker
 
     with Engine(worker) as engine:
-        streams = [engine.submit(prompt, GenerationSettings(max_new_tokens=32)) for prompt in many]
-        for stream in streams:
-            print("".join(token.text for token in stream))
+        for done in engine.generate(prompts, GenerationSettings(max_new_tokens=32)):
+            print(done.text, done.finish_reason)
 
 One thread plans a batch, computes it, samples and delivers; :meth:`Engine.submit` never waits for
 it.
@@ -29,6 +28,7 @@ import torch
 
 from expertd_inference.engine.budget import EngineLimits, budget_for, scheduler_limits
 from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.completion import Completion, complete_all
 from expertd_inference.engine.live import live_of
 from expertd_inference.engine.loop import Loop
 from expertd_inference.engine.sampling import Sampling
@@ -180,6 +180,16 @@ class Engine:
         tokens = self.encode(prompt)
         wishes = resolve(settings, self._worker, tokens)
         return self.begin(tokens, settings, wishes.sampling, wishes.end_tokens, wishes.stop)
+
+    def generate(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None
+    ) -> list[Completion]:
+        """Continues all ``prompts`` by the same settings, and waits for them.
+
+        What becomes of each, in their order; there may be more than :meth:`submit` would let
+        wait. Raises as that, and what ends a sequence: then the others are cancelled.
+        """
+        return complete_all(lambda prompt: self.submit(prompt, settings), prompts)
 
     def begin(
         self,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertd_client import Client
-from expertd_inference import EngineLimits, Worker
+from expertd_inference import Engine, EngineLimits, GenerationSettings, Worker
 from expertd_inference import worker as worker_module
 from expertd_inference.device import group
 from expertd_inference.process.attachment import attach
@@ -114,6 +114,30 @@ def test_tokens_of_stock_where_no_slot_is_to_be_had(
             assert greedy(worker.model, PROMPT, 16) == expected
             assert worker.session.pack_reads > 0
         assert holder.connected
+
+
+@pytest.mark.parametrize("mode", [DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.OFF])
+def test_many_sequences_share_an_engine(mode: DecodeGraphsMode, pack: Path, stock: Make) -> None:
+    """With too few blocks for all and half of the experts in RAM, each has its text alone."""
+    size = record_bytes(pack)
+    settings = DeviceSettings(
+        device="fake", cache_bytes=9 * size, on_miss=OnMiss.COPY, decode_graphs=mode
+    )
+    prompts = [prompt_of(length, seed=length) for length in (62, 63, 30)]
+    with (
+        serving({"m": pack}, ram=12 * size) as daemon,
+        Worker(attach("m", daemon.socket), device=settings, dtype=torch.float32) as worker,
+        Engine(worker, EngineLimits(max_sequences=4, kv_tokens=3 * 64)) as engine,
+    ):
+        wanted = GenerationSettings(max_new_tokens=12, ignore_eos=True)
+        done = engine.generate(prompts, wanted)
+        stats = engine.stats
+    model = stock("mixtral", torch.float32)
+    for prompt, one in zip(prompts, done, strict=True):
+        assert [token.id for token in one.tokens] == greedy(model, prompt, 12)
+    assert stats.executor == ("modules" if mode is DecodeGraphsMode.OFF else "graphs")
+    assert stats.rows_mean > 1.5
+    assert stats.num_preemptions > 0
 
 
 def test_what_moved_is_in_the_result(roomy: Daemon, pack: Path) -> None:

@@ -94,6 +94,35 @@ async def test_async_readers_share_steps(engine: Engine) -> None:
     assert engine.stats.rows_mean > 1
 
 
+def test_all_prompts_at_once(worker: ToyWorker) -> None:
+    prompts = [f"prompt {number}" for number in range(9)]
+    # More than may wait.
+    with Engine(worker, EngineLimits(max_sequences=2, max_waiting=2, kv_tokens=512)) as engine:
+        done = engine.generate(prompts, SHORT)
+        alone = [list(engine.submit(prompt, SHORT)) for prompt in prompts]
+        assert engine.generate([worker.encode("prompt 3")], SHORT) == [done[3]]
+        assert engine.generate([]) == []
+        assert engine.stats.rows_mean > 1
+    assert [list(one.tokens) for one in done] == alone
+    assert [one.text for one in done] == ["".join(x.text for x in tokens) for tokens in alone]
+    assert {(one.finish_reason, one.num_prompt_tokens) for one in done} == {("length", 8)}
+    assert done[0].prompt_logprobs is None
+
+
+def test_one_of_all_prompts_that_fails_cancels_the_others(engine: Engine, gate: Gate) -> None:
+    gate.let(10_000)
+    with pytest.raises(InvalidInputError, match="prompt is empty"):
+        engine.generate(["a", "b", []], LONG)
+    assert len(ids(engine.submit("c", SHORT))) == 5
+    assert engine.stats.num_running == 0
+
+
+@pytest.mark.parametrize("prompts", ["one", [1, 2], [{"role": "user", "content": "one"}]])
+def test_a_prompt_is_no_list_of_prompts(engine: Engine, prompts: Any) -> None:
+    with pytest.raises(InvalidInputError, match="put a single one in a list"):
+        engine.generate(prompts)
+
+
 def test_what_was_done_is_counted(engine: Engine) -> None:
     list(engine.submit("x" * 200, SHORT))
     list(engine.submit("x" * 200, SHORT))
@@ -286,7 +315,7 @@ def test_a_fork_has_no_engine(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"max_sequences": 0}, {"max_waiting": -1}, {"kv_tokens": 63}, {"chunk_rows": 0}],
+    [{"max_sequences": 0}, {"max_waiting": 0}, {"kv_tokens": 63}, {"chunk_rows": 0}],
 )
 def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(limits))):

@@ -106,7 +106,10 @@ def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) 
     world.check_texts()
     assert world.pool.num_free == world.pool.num_blocks
     assert world.scheduler.num_waiting == world.scheduler.num_running == 0
-    assert not world.scheduler._waiting._rows  # nothing is kept of users that have gone
+    # Nothing is kept of users and sequences that have gone.
+    assert not world.scheduler._waiting._rows
+    assert not world.scheduler._served
+    assert not any(vars(world.scheduler._work).values())
 
 
 @settings(max_examples=30, deadline=None, phases=[hypothesis.Phase.generate])
@@ -336,6 +339,17 @@ def test_a_sequence_gives_way_and_finds_its_prefix_again() -> None:
     # The other one took the last of its blocks, none of those before.
     assert world.sequences[1].num_from_prefix == 64
     world.check_texts()
+
+
+def test_a_sequence_is_admitted_once_each_running_one_has_a_block_left() -> None:
+    world = World(limits(), 3)
+    world.add(make(0, going_on(60, 9), 9))
+    world.step()
+    world.add(make(1, prompt(100), 1))  # two blocks
+    world.step()
+    assert world.scheduler.num_waiting == 1
+    world.drain(20)
+    assert world.scheduler.stats.num_preemptions == 0
 
 
 def test_logits_of_a_prompt_are_wanted_once_and_for_all_its_rows() -> None:

@@ -149,6 +149,7 @@ class World:
             assert not self.scheduler.has_work, [*self.sequences.values()]
             return
         spans = plan.batch.spans
+        assert self.scheduler.num_running <= self.limits.max_running
         assert len({span.sequence for span in spans}) == len(spans)
         assert all(span.num_rows for span in spans)
         if not self.limits.whole_prompts and self.limits.turning_point is None:
