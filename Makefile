@@ -12,6 +12,7 @@
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-attention  the same of attention, and prompts beside torch's
 #   make bench-rows  how fast quantized weights meet several rows of activations, beside one
+#   make bench-activations  perplexity of the example model with activations of 16 and 8 bits (minutes)
 #   make bench-store  what the store costs on this host, beside its limits (minutes)
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above,
@@ -36,7 +37,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -132,6 +133,9 @@ gpu-bench: $(if $(FAKE_GPU),setup native)
 
 bench-rows: setup native
 	@$(BIN)/python -m bench.rows
+
+bench-activations: setup native
+	@$(BIN)/python -m bench.activations
 
 bench-kernels: setup native
 	@$(BIN)/python -m bench.kernels

@@ -1,8 +1,9 @@
 """How fast quantized matrices are multiplied with several rows of activations: ``make bench-rows``.
 
 One core, by the time that its thread had, in thousand millions of products a second: two planes of
-activations and one, beside the library of another build (``--against``), in turns. ``hot``: one
-matrix, which stays in the cache; otherwise as many as no cache holds, one after the other.
+activations and one, beside the library of another build (``--against``), in turns. A hot shape is
+one matrix, which stays in the cache; of the others there are as many as no cache holds, one after
+the other.
 
 Example: python -m bench.rows --precision 4g64 --rows 8 --against old/libexpertd_kernels.so
 """
@@ -32,7 +33,12 @@ from expertd_inference.kernels.weights import QuantizedWeight
 
 PRECISIONS = ("4g64", "8g128", "3g64m", "2g16m", "mxfp4")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
-SHAPES = {"hot": (2048, 2048), "trunk": (4096, 2048), "wide": (2048, 14336)}  # out, in
+SHAPES = {  # out, in
+    "hot": (2048, 2048),
+    "hot-wide": (512, 14336),
+    "trunk": (4096, 2048),
+    "wide": (2048, 14336),
+}
 COLD_BYTES = 96 << 20
 
 
@@ -52,10 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--isa", help="an instruction set other than this processor's best")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
+    loaded = native_library()
+    if loaded.library is None:
+        parser.error(f"there are no native kernels: {loaded.reason}")
     libraries: dict[str, tuple[ctypes.CDLL, int]] = {
-        "alone": (native_library().library, 0),
-        "two planes": (native_library().library, EXACT),
-        "one plane": (native_library().library, EXACT | EIGHT_BIT_ACTIVATIONS),
+        "alone": (loaded.library, 0),
+        "two planes": (loaded.library, EXACT),
+        "one plane": (loaded.library, EXACT | EIGHT_BIT_ACTIVATIONS),
     }
     if options.against:
         other = ctypes.CDLL(str(options.against))
@@ -70,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "precision", "rows", *libraries, title=f"{options.shape}: GMAC/s, one core, {isa()}"
     )
     for precision in options.precision or PRECISIONS:
-        weights = weights_of(precision, *SHAPES[options.shape], options.shape != "hot")
+        weights = weights_of(precision, *SHAPES[options.shape], not options.shape.startswith("hot"))
         for num_rows in options.rows or ROWS:
             rates = measure(weights, num_rows, list(libraries.values()), options.rounds)
             table.add_row(precision, str(num_rows), *(f"{rate:.1f}" for rate in rates))

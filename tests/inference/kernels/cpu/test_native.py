@@ -257,13 +257,17 @@ def test_instruction_sets_that_multiply_whole_numbers_agree(
     """They add up the same integers and then the same floats, each its own way."""
     kernels = NativeKernels(activations=activations, exact=True)
     # Units that no tile divides; groups that no strip of 16 does, and meta groups that cross rows.
-    for out, columns, size in ((72, 384, 1.0), (272, 128 * 19, 1.0), (128, 2048, 2.0**-24)):
-        weight = quantized(out, columns, precision, size)
+    largest = quantized(72, 384, precision)
+    largest.parts["w.q"].fill_(0x77 if precision == "mxfp4" else 0xFF)  # of E2M1, 6
+    shapes = ((72, 384, 1.0), (272, 128 * 19, 1.0), (128, 2048, 2.0**-24))
+    for weight in (largest, *(quantized(*shape[:2], precision, shape[2]) for shape in shapes)):
+        columns = weight.matrix.in_features
         x = inputs(9, columns, torch.bfloat16)
         x[1, ::64] *= 1000
         x[2] *= 0
         x[3] *= 2.0**-120
         x[4, 5] = float("inf")
+        x[5], x[6] = 1, -1  # all of them a group's largest
         results = {}
         try:
             for isa in WHOLE_NUMBERS:
