@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(__AVX512VNNI__)
-#include "rows_dots.h"
+#include "rows_few.h"
 #else
 #include "avx2_dots.h"
 #endif
@@ -67,6 +67,7 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
     for (int64_t group = 0; group < groups; group += STRIP) {
         const int64_t num = std::min(STRIP, groups - group);
         decode_strip<FORMAT>(m, base, unit, count, group, num, metas, scales);
+        prefetch_strip<FORMAT>(m, base, unit, group, num);
         const int64_t end = std::min(vectors, (group + STRIP) * steps / 16);
         for (int64_t vector = group * steps / 16; vector < end; vector += AT_ONCE) {
             const int64_t at_once = std::min(AT_ONCE, end - vector);
@@ -97,10 +98,10 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
                    const uint8_t* const* prepared, float* const* results, int64_t num_rows,
                    int planes) {
     constexpr int R = rows_per_unit(FORMAT), FIELDS = num_fields(FORMAT);
-    constexpr int64_t MOST_BLOCKS = ROWS_AT_ONCE / MOST_ROWS;
+    constexpr int64_t MOST = most_rows(fields_of(FORMAT)), MOST_BLOCKS = ROWS_AT_ONCE / MOST;
     alignas(64) float sums[ROWS_AT_ONCE * R * LANES];
     RowBlock blocks[MOST_BLOCKS];
-    const int64_t num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t num_blocks = (num_rows + MOST - 1) / MOST;
     for (int64_t b = 0; b < num_blocks; ++b) {
         RowBlock& block = blocks[b];
         block.first = num_rows * b / num_blocks;
@@ -108,16 +109,20 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
         const auto kind_of_rows =
             planes == 2 ? kind_of<fields_of(FORMAT), 2> : kind_of<fields_of(FORMAT), 1>;
         block.kind = &kind_of_rows(block.count);
-        block.sums = sums + b * MOST_ROWS * R * LANES;
+        block.sums = sums + b * MOST * R * LANES;
         for (int64_t n = 0; n < block.kind->rows; ++n)
             block.rows[n] = fixed_row_of(
                 m, prepared[block.first + std::min(n, block.count - 1)], planes);
     }
     const int64_t units = num_units(m);
+    const MultiplyFew few = planes == 2 ? few_of<FORMAT, 2>(m, num_rows) : few_of<FORMAT, 1>(m, num_rows);
     for (int64_t unit = first; unit < last; unit += LANES) {
         const int64_t count = std::min(LANES, last - unit);
-        memset(sums, 0, num_blocks * MOST_ROWS * R * LANES * sizeof(float));
-        multiply_units_of_tile<FORMAT>(m, base, unit, count, blocks, num_blocks);
+        if (few && count == LANES) few(m, base, unit, blocks->rows, blocks->sums);
+        else {
+            memset(sums, 0, num_blocks * MOST * R * LANES * sizeof(float));
+            multiply_units_of_tile<FORMAT>(m, base, unit, count, blocks, num_blocks);
+        }
         for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block)
             for (int64_t n = 0; n < block->count; ++n)
                 for (int place = 0; place < R; ++place) {

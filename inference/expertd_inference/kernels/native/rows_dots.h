@@ -19,12 +19,19 @@ struct Piece {
                               // of two bytes
 };
 
-// Four products more in each lane, with the double word at `columns`.
-INLINE void add_products(__m512i& sum, __m512i weights, const uint8_t* columns) {
-    // By assembly: with the intrinsic GCC 12 copies sums around, and spills them.
-    asm("vpdpbusd %2%{1to16%}, %1, %0"
-        : "+v"(sum)
-        : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(columns)));
+// Four products more in each lane of each field's sum, with the double word at `columns`.
+template <Fields FIELDS>
+INLINE void add_products(__m512i* sums, __m512i weights, __m512i second, const uint8_t* columns) {
+    // By assembly: with the intrinsic GCC 12 copies sums around, and spills them. Loads are what
+    // there is least room for, so two products share one.
+    const auto& four = *reinterpret_cast<const int32_t*>(columns);
+    if constexpr (FIELDS == WHOLE_BYTE) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[0]) : "v"(weights), "m"(four));
+    } else {
+        const __m512i spread = _mm512_set1_epi32(four);
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums[0]) : "v"(weights), "v"(spread));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums[1]) : "v"(second), "v"(spread));
+    }
 }
 
 template <Fields FIELDS, int R> struct Integers {
@@ -68,10 +75,8 @@ INLINE void multiply_steps(const __m512i* tile, int64_t apart, int64_t steps,
             if constexpr (FIELDS == TWO_BYTES) second = tile[apart + k];
             each<R>([&](auto r) INLINE_LAMBDA {
                 each<P>([&](auto plane) INLINE_LAMBDA {
-                    const uint8_t* here = columns[r] + at + plane * COLUMNS + k * 4;
-                    auto& to = sums[plane][k % S].of[r];
-                    add_products(to[0], weights, here);
-                    if constexpr (FIELDS != WHOLE_BYTE) add_products(to[1], second, here);
+                    add_products<FIELDS>(sums[plane][k % S].of[r], weights, second,
+                                         columns[r] + at + plane * COLUMNS + k * 4);
                 });
             });
         });
@@ -86,7 +91,7 @@ INLINE Integers<FIELDS, R> multiply_group(const __m512i* tile, int64_t apart, in
     // Of a few rows there are more sums than one for each, since a sum waits for the one before:
     // the planes have their own, and if need be several in turn.
     constexpr int COUNT = R * num_fields(FIELDS);
-    constexpr int OWN = COUNT < 8 ? PLANES : 1;
+    constexpr int OWN = COUNT <= 8 ? PLANES : 1;
     constexpr int TURNS = COUNT * OWN >= 4 ? 1 : 4 / (COUNT * OWN);
     Integers<FIELDS, R> sums[OWN][TURNS];
     each<OWN * TURNS>([&](auto i) INLINE_LAMBDA { sums[i / TURNS][i % TURNS].clear(); });
@@ -177,14 +182,20 @@ struct BlockKind {
     MultiplyPiece multiply;
 };
 
+// Of so many rows the integer sums of both planes stay in registers, too.
+constexpr int most_rows(Fields fields) { return fields == WHOLE_BYTE ? 8 : 4; }
 constexpr int MOST_ROWS = 8;
 
-// The smallest kind that takes so many rows, at most MOST_ROWS.
+// The smallest kind that takes so many rows, at most most_rows.
 template <Fields FIELDS, int PLANES> const BlockKind& kind_of(int64_t num_rows) {
+    constexpr int MANY = most_rows(FIELDS);
     static constexpr BlockKind KINDS[] = {
-        {1, multiply_piece<FIELDS, PLANES, 1>}, {2, multiply_piece<FIELDS, PLANES, 2>},
-        {3, multiply_piece<FIELDS, PLANES, 3>}, {4, multiply_piece<FIELDS, PLANES, 4>},
-        {6, multiply_piece<FIELDS, PLANES, 6>}, {8, multiply_piece<FIELDS, PLANES, 8>}};
+        {1, multiply_piece<FIELDS, PLANES, 1>},
+        {2, multiply_piece<FIELDS, PLANES, 2>},
+        {3, multiply_piece<FIELDS, PLANES, 3>},
+        {4, multiply_piece<FIELDS, PLANES, 4>},
+        {MANY * 3 / 4, multiply_piece<FIELDS, PLANES, MANY * 3 / 4>},
+        {MANY, multiply_piece<FIELDS, PLANES, MANY>}};
     const BlockKind* kind = KINDS;
     while (kind->rows < num_rows) ++kind;
     return *kind;
