@@ -115,7 +115,9 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
                 m, prepared[block.first + std::min(n, block.count - 1)], planes);
     }
     const int64_t units = num_units(m);
-    const MultiplyFew few = planes == 2 ? few_of<FORMAT, 2>(m, num_rows) : few_of<FORMAT, 1>(m, num_rows);
+    MultiplyFew few = nullptr;
+    if (num_blocks == 1)
+        few = (planes == 2 ? few_of<FORMAT, 2> : few_of<FORMAT, 1>)(m, *blocks->kind);
     for (int64_t unit = first; unit < last; unit += LANES) {
         const int64_t count = std::min(LANES, last - unit);
         if (few && count == LANES) few(m, base, unit, blocks->rows, blocks->sums);

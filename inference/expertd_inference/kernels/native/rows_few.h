@@ -13,8 +13,6 @@ constexpr bool has_few(int32_t format) {
     return format == HQQ8 || format == HQQ4 || format == MXFP4;
 }
 
-constexpr int MOST_FEW = 4;
-
 // Half a vector, 32 columns of 16 units, times R rows.
 template <int32_t FORMAT, int PLANES, int R>
 INLINE void multiply_half(const uint8_t* from, int64_t stride, const uint8_t* const* columns,
@@ -27,9 +25,8 @@ INLINE void multiply_half(const uint8_t* from, int64_t stride, const uint8_t* co
             __m512i weights = value, second = value;
             if constexpr (FIELDS == NIBBLES) second = _mm512_and_si512(value, low_bits);
             if constexpr (FIELDS == TWO_BYTES) {
-                const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(value, 4), low_bits);
-                weights = doubled_e2m1(upper);
-                second = doubled_e2m1(_mm512_and_si512(value, low_bits));
+                weights = doubled_e2m1(_mm512_srli_epi16(value, 4));
+                second = doubled_e2m1(value);
             }
             each<R>([&](auto r) INLINE_LAMBDA {
                 each<PLANES>([&](auto plane) INLINE_LAMBDA {
@@ -97,15 +94,19 @@ __attribute__((noinline)) void multiply_few(const Matrix& m, const uint8_t* base
 
 using MultiplyFew = void (*)(const Matrix&, const uint8_t*, int64_t, const Row*, float*);
 
-// What multiplies so many rows; null if that is not done here.
-template <int32_t FORMAT, int PLANES> MultiplyFew few_of(const Matrix& m, int64_t num_rows) {
-    if constexpr (!has_few(FORMAT)) return nullptr;
-    else {
+// What multiplies rows as a block of that kind does; null if that is not done here.
+template <int32_t FORMAT, int PLANES>
+MultiplyFew few_of(const Matrix& m, const BlockKind& kind) {
+    if constexpr (has_few(FORMAT)) {
+        constexpr int MANY = most_rows(fields_of(FORMAT));
         static constexpr MultiplyFew FEW[] = {
             multiply_few<FORMAT, PLANES, 1>, multiply_few<FORMAT, PLANES, 2>,
-            multiply_few<FORMAT, PLANES, 3>, multiply_few<FORMAT, PLANES, 4>};
-        return num_rows > MOST_FEW || m.group_size < COLUMNS / 2 ? nullptr : FEW[num_rows - 1];
+            multiply_few<FORMAT, PLANES, 3>, multiply_few<FORMAT, PLANES, 4>,
+            multiply_few<FORMAT, PLANES, MANY * 3 / 4>, multiply_few<FORMAT, PLANES, MANY>};
+        if (m.group_size >= COLUMNS / 2)
+            return FEW[kind.rows <= 4 ? kind.rows - 1 : kind.rows / 2 + 1];
     }
+    return nullptr;
 }
 
 } // namespace
