@@ -39,20 +39,6 @@ Places pad(const Places& from, int64_t stride, int64_t count, int64_t columns, u
     return {to, to + BYTES, to + 2 * BYTES};
 }
 
-// The bytes of 16 units, LANES further on, which are read in the order of memory: so many at each
-// of `num_vectors` steps as a step uses up.
-template <int32_t FORMAT> INLINE void prefetch_units(const Places& from, int64_t columns,
-                                                     int64_t vector) {
-    const int64_t at = LANES * columns + vector * LANES * COLUMNS;
-    each<LANES>([&](auto i) INLINE_LAMBDA {
-        __builtin_prefetch(from.low + at + i * 64, 0, 2);
-        if (FORMAT == HQQ3) {
-            __builtin_prefetch(from.below + at + i * 64, 0, 2);
-            __builtin_prefetch(from.high + at + i * 64, 0, 2);
-        }
-    });
-}
-
 // Units [unit, unit + count), at most 16: added to the blocks' sums.
 template <int32_t FORMAT>
 void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count,
@@ -74,7 +60,6 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
             for (int64_t i = 0; i < at_once; ++i) {
                 const int64_t column = (vector + i) * COLUMNS;
                 const Places here = {from.low + column, from.below + column, from.high + column};
-                prefetch_units<FORMAT>(from, m.columns, vector + i);
                 const int64_t columns = std::min(COLUMNS, m.columns - column);
                 if (count == LANES && columns == COLUMNS)
                     make_tiles<FORMAT>(here, m.columns, tiles + i * 16, AT_ONCE * 16);
@@ -85,9 +70,15 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
             }
             const int64_t first = vector * 16 / steps;
             const float* scale = scales + (first - group) * floats_per_group<FORMAT>;
-            for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block)
+            // The next 16 units, in the order of memory: as much of them as is used up here.
+            Ahead ahead = {from.low + LANES * (m.columns + vector * COLUMNS),
+                           FORMAT == HQQ3 ? from.below - from.low : 0,
+                           FORMAT == HQQ3 ? from.high - from.low : 0, LANES * steps / 16 / TILES};
+            for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block) {
                 block->kind->multiply({tiles, scale, block->rows, block->sums, vector, at_once,
-                                       first, steps, TILES, AT_ONCE * 16});
+                                       first, steps, TILES, AT_ONCE * 16, ahead});
+                ahead.lines = 0;
+            }
         }
     }
 }

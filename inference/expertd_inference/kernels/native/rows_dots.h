@@ -7,6 +7,23 @@
 
 namespace {
 
+// What is asked of memory meanwhile, in equal shares: more lines at once than the processor can have
+// under way hold up what comes after them.
+struct Ahead {
+    const uint8_t* from;
+    int64_t below, high; // of 3 bit, how far behind it the other planes are; else 0
+    int64_t lines;       // with every group of a tile
+
+    INLINE void advance() {
+        for (const uint8_t* end = from + lines * 64; from != end; from += 64) {
+            __builtin_prefetch(from, 0, 2);
+            if (!high) continue;
+            __builtin_prefetch(from + below, 0, 2);
+            __builtin_prefetch(from + high, 0, 2);
+        }
+    }
+};
+
 // Some vectors of 16 units, and the rows that they are multiplied with.
 struct Piece {
     const __m512i* tiles; // [tile][vector][16]
@@ -17,6 +34,7 @@ struct Piece {
     int64_t steps;            // registers of a group: 4, 8, 16, or 32 of two vectors
     int64_t num_tiles, apart; // of a vector; registers from one tile to the next, or to the second
                               // of two bytes
+    Ahead ahead;
 };
 
 // Four products more in each lane of each field's sum, with the double word at `columns`.
@@ -150,6 +168,7 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
         columns[r] = reinterpret_cast<const uint8_t*>(rows[r].columns) + piece.vector * VECTOR;
     });
     const int64_t steps = piece.steps, end = piece.num_vectors * 16;
+    Ahead ahead = piece.ahead;
     for (int64_t t = 0; t < piece.num_tiles; ++t) {
         const __m512i* tile = piece.tiles + t * piece.apart;
         const float* scales = piece.scales + t * F * 2 * LANES;
@@ -161,6 +180,7 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
                 const auto integers = multiply_group<FIELDS, PLANES, R>(
                     tile + step, piece.apart, steps, columns, at);
                 add_group(integers, scales, rows, group, sums);
+                ahead.advance();
                 scales += piece.num_tiles * F * 2 * LANES;
             }
         };
