@@ -73,7 +73,7 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
             // The next 16 units, in the order of memory: as much of them as is used up here.
             Ahead ahead = {from.low + LANES * (m.columns + vector * COLUMNS),
                            FORMAT == HQQ3 ? from.below - from.low : 0,
-                           FORMAT == HQQ3 ? from.high - from.low : 0, LANES * steps / 16 / TILES};
+                           FORMAT == HQQ3 ? from.high - from.low : 0, std::max<int64_t>(1, LANES * steps / 16 / TILES)};
             for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block) {
                 block->kind->multiply({tiles, scale, block->rows, block->sums, vector, at_once,
                                        first, steps, TILES, AT_ONCE * 16, ahead});

@@ -3,26 +3,10 @@
 // chain of operations, whatever is computed beside it.
 #pragma once
 
+#include "rows_ahead.h"
 #include "rows_scales.h"
 
 namespace {
-
-// What is asked of memory meanwhile, in equal shares: more lines at once than the processor can have
-// under way hold up what comes after them.
-struct Ahead {
-    const uint8_t* from;
-    int64_t below, high; // of 3 bit, how far behind it the other planes are; else 0
-    int64_t lines;       // with every group of a tile
-
-    INLINE void advance() {
-        for (const uint8_t* end = from + lines * 64; from != end; from += 64) {
-            __builtin_prefetch(from, 0, 2);
-            if (!high) continue;
-            __builtin_prefetch(from + below, 0, 2);
-            __builtin_prefetch(from + high, 0, 2);
-        }
-    }
-};
 
 // Some vectors of 16 units, and the rows that they are multiplied with.
 struct Piece {

@@ -255,19 +255,4 @@ void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t co
     }
 }
 
-// The next tile's scales, in the order of memory: as much as strip [group, group + num) has here.
-template <int32_t FORMAT>
-INLINE void prefetch_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
-                           int64_t num) {
-    const int64_t size = m.meta_group_size || FORMAT == MXFP4 ? 1 : 2;
-    const int64_t units = num_units(m), groups = num_groups(m);
-    each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
-        const int64_t begin = ((unit + LANES + k * units) * groups + group * LANES) * size;
-        for (int64_t at = begin; at < begin + num * LANES * size; at += 64) {
-            __builtin_prefetch(base + m.scale + at, 0, 2);
-            if (FORMAT != MXFP4) __builtin_prefetch(base + m.zero + at, 0, 2);
-        }
-    });
-}
-
 } // namespace

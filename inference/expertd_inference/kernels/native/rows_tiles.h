@@ -90,10 +90,13 @@ INLINE void transpose(const uint8_t* rows, int64_t stride, const Store& store) {
 
 // Twice the values of each byte's low four bits, plus 12.
 INLINE __m512i doubled_e2m1(__m512i bytes) {
-    // vpermb looks at the lowest six bits; the table has all values four times.
     const __m512i table = _mm512_broadcast_i32x4(
         _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+#if defined(__AVX512VBMI__) // which looks at the lowest six bits; the table has all values four times
     return _mm512_permutexvar_epi8(bytes, table);
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, _mm512_set1_epi8(0x0f)));
+#endif
 }
 
 // The tiles of 16 units, 64 columns of them: tile t, or the second row of MXFP4, begins at
