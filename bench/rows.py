@@ -1,9 +1,9 @@
 """How fast quantized matrices are multiplied with several rows of activations: ``make bench-rows``.
 
 One core, by the time that its thread had, in thousand millions of products a second: two planes of
-activations and one, beside the library of another build (``--against``), in turns. A hot shape is
-one matrix, which stays in the cache; of the others there are as many as no cache holds, one after
-the other.
+activations and one, beside the library of another build (``--against``), in turns. ``cache`` and
+``hot``: one matrix, which stays in the second or third cache; of the other shapes there are as many
+matrices as no cache holds, one after the other.
 
 Example: python -m bench.rows --precision 4g64 --rows 8 --against old/libexpertd_kernels.so
 """
@@ -34,11 +34,13 @@ from expertd_inference.kernels.weights import QuantizedWeight
 PRECISIONS = ("4g64", "8g128", "3g64m", "2g16m", "mxfp4")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 SHAPES = {  # out, in
+    "cache": (512, 2048),
     "hot": (2048, 2048),
     "hot-wide": (512, 14336),
     "trunk": (4096, 2048),
     "wide": (2048, 14336),
 }
+HOT = ("cache", "hot", "hot-wide")
 COLD_BYTES = 96 << 20
 
 
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "precision", "rows", *libraries, title=f"{options.shape}: GMAC/s, one core, {isa()}"
     )
     for precision in options.precision or PRECISIONS:
-        weights = weights_of(precision, *SHAPES[options.shape], not options.shape.startswith("hot"))
+        weights = weights_of(precision, *SHAPES[options.shape], options.shape not in HOT)
         for num_rows in options.rows or ROWS:
             rates = measure(weights, num_rows, list(libraries.values()), options.rounds)
             table.add_row(precision, str(num_rows), *(f"{rate:.1f}" for rate in rates))

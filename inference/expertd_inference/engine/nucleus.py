@@ -2,8 +2,8 @@
 
 The order and the bounds are those of transformers' warpers, without a sort of the vocabulary: only
 the tokens within a distance of the likeliest are sorted, and if those are too few to say which
-tokens remain, more are. For top-p a histogram of the weights says how far to go. Score and token
-are sorted as one integer, in half the time of a stable sort of the scores and in the same order.
+tokens remain, more are. Where many are near, a histogram of the weights says how far top-p goes.
+Score and token are sorted as one integer, in half the time of a stable sort of the scores and in the same order.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float32]
 
 _DISTANCES: tuple[float, ...] = (8.0, 16.0, inf)
-"""How far below the likeliest, in units of the scaled scores, tokens are looked at for top-k."""
+"""How far below the likeliest, in units of the scaled scores, tokens are looked at."""
+
+_MANY = 8192
+"""From so many tokens within the first distance on a histogram costs less than their sort."""
 
 _BINS, _BIN = 256, 1 / 16
 """So many distances are tried for a nucleus, each so much further than the one before."""
@@ -80,7 +83,8 @@ def candidates(
         all_weights = np.exp(below)
         # The sum over all is needed where the nucleus is one of all.
         total = float(all_weights.sum(dtype=np.float64))
-        distances = (_distance_of(below, all_weights, top_p * total), inf)
+        if np.count_nonzero(below >= -_DISTANCES[0]) >= _MANY:
+            distances = (_distance_of(below, all_weights, top_p * total), inf)
     elif not top_k:
         distances = (-log(min_p) + 1e-3,)
     for distance in distances:

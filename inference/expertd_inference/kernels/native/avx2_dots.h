@@ -8,6 +8,7 @@
 #pragma once
 
 #include "avx2_scales.h"
+#include "rows_ahead.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ struct Piece {
     int64_t vector, num_vectors, group;
     int64_t steps;            // lines of a group: 4, 8, 16, or 32 of two vectors
     int64_t num_tiles, apart; // of a vector; lines from one tile to the next
+    Ahead ahead;
 };
 
 // Sums of 16 units for each of some rows.
@@ -124,6 +126,7 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
                      piece.vector * 16 * STEP;
     });
     const int64_t steps = piece.steps, end = piece.num_vectors * 16;
+    Ahead ahead = piece.ahead;
     for (int64_t t = 0; t < piece.num_tiles; ++t) {
         const Line* const tile = piece.tiles + t * piece.apart;
         const float* scales = piece.scales + t * 2 * LANES;
@@ -134,6 +137,7 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
             if constexpr (WORDS) multiply_words<R>(tile + step, steps, columns, step * STEP, sums);
             else multiply_bytes<LARGEST, R>(tile + step, steps, columns, step * STEP, sums);
             add_group<R>(sums, scales, piece.rows, group, piece.sums + t * R * LANES);
+            ahead.advance();
             scales += piece.num_tiles * 2 * LANES;
         }
     }
@@ -148,6 +152,7 @@ struct BlockKind {
 };
 
 constexpr int MOST_ROWS = 4;
+constexpr int most_rows(Fields) { return MOST_ROWS; }
 
 // The kind for so many rows, at most MOST_ROWS.
 template <Fields LARGEST, int PLANES> const BlockKind& kind_of(int64_t num_rows) {
@@ -157,6 +162,12 @@ template <Fields LARGEST, int PLANES> const BlockKind& kind_of(int64_t num_rows)
         {1, multiply_piece<FIELDS, WORDS, 1>}, {2, multiply_piece<FIELDS, WORDS, 2>},
         {3, multiply_piece<FIELDS, WORDS, 3>}, {4, multiply_piece<FIELDS, WORDS, 4>}};
     return KINDS[num_rows - 1];
+}
+
+// As rows_few.h's: there is none, since sums take half of the registers that it would need.
+using MultiplyFew = void (*)(const Matrix&, const uint8_t*, int64_t, const Row*, float*);
+template <int32_t FORMAT, int PLANES> MultiplyFew few_of(const Matrix&, const BlockKind&) {
+    return nullptr;
 }
 
 } // namespace

@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(__AVX512VNNI__)
-#include "rows_dots.h"
+#include "rows_few.h"
 #else
 #include "avx2_dots.h"
 #endif
@@ -39,20 +39,6 @@ Places pad(const Places& from, int64_t stride, int64_t count, int64_t columns, u
     return {to, to + BYTES, to + 2 * BYTES};
 }
 
-// The bytes of 16 units, LANES further on, which are read in the order of memory: so many at each
-// of `num_vectors` steps as a step uses up.
-template <int32_t FORMAT> INLINE void prefetch_units(const Places& from, int64_t columns,
-                                                     int64_t vector) {
-    const int64_t at = LANES * columns + vector * LANES * COLUMNS;
-    each<LANES>([&](auto i) INLINE_LAMBDA {
-        __builtin_prefetch(from.low + at + i * 64, 0, 2);
-        if (FORMAT == HQQ3) {
-            __builtin_prefetch(from.below + at + i * 64, 0, 2);
-            __builtin_prefetch(from.high + at + i * 64, 0, 2);
-        }
-    });
-}
-
 // Units [unit, unit + count), at most 16: added to the blocks' sums.
 template <int32_t FORMAT>
 void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count,
@@ -67,13 +53,13 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
     for (int64_t group = 0; group < groups; group += STRIP) {
         const int64_t num = std::min(STRIP, groups - group);
         decode_strip<FORMAT>(m, base, unit, count, group, num, metas, scales);
+        prefetch_strip<FORMAT>(m, base, unit, group, num);
         const int64_t end = std::min(vectors, (group + STRIP) * steps / 16);
         for (int64_t vector = group * steps / 16; vector < end; vector += AT_ONCE) {
             const int64_t at_once = std::min(AT_ONCE, end - vector);
             for (int64_t i = 0; i < at_once; ++i) {
                 const int64_t column = (vector + i) * COLUMNS;
                 const Places here = {from.low + column, from.below + column, from.high + column};
-                prefetch_units<FORMAT>(from, m.columns, vector + i);
                 const int64_t columns = std::min(COLUMNS, m.columns - column);
                 if (count == LANES && columns == COLUMNS)
                     make_tiles<FORMAT>(here, m.columns, tiles + i * 16, AT_ONCE * 16);
@@ -84,9 +70,15 @@ void multiply_units_of_tile(const Matrix& m, const uint8_t* base, int64_t unit, 
             }
             const int64_t first = vector * 16 / steps;
             const float* scale = scales + (first - group) * floats_per_group<FORMAT>;
-            for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block)
+            // The next 16 units, in the order of memory: as much of them as is used up here.
+            Ahead ahead = {from.low + LANES * (m.columns + vector * COLUMNS),
+                           FORMAT == HQQ3 ? from.below - from.low : 0,
+                           FORMAT == HQQ3 ? from.high - from.low : 0, std::max<int64_t>(1, LANES * steps / 16 / TILES)};
+            for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block) {
                 block->kind->multiply({tiles, scale, block->rows, block->sums, vector, at_once,
-                                       first, steps, TILES, AT_ONCE * 16});
+                                       first, steps, TILES, AT_ONCE * 16, ahead});
+                ahead.lines = 0;
+            }
         }
     }
 }
@@ -97,10 +89,10 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
                    const uint8_t* const* prepared, float* const* results, int64_t num_rows,
                    int planes) {
     constexpr int R = rows_per_unit(FORMAT), FIELDS = num_fields(FORMAT);
-    constexpr int64_t MOST_BLOCKS = ROWS_AT_ONCE / MOST_ROWS;
+    constexpr int64_t MOST = most_rows(fields_of(FORMAT)), MOST_BLOCKS = ROWS_AT_ONCE / MOST;
     alignas(64) float sums[ROWS_AT_ONCE * R * LANES];
     RowBlock blocks[MOST_BLOCKS];
-    const int64_t num_blocks = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t num_blocks = (num_rows + MOST - 1) / MOST;
     for (int64_t b = 0; b < num_blocks; ++b) {
         RowBlock& block = blocks[b];
         block.first = num_rows * b / num_blocks;
@@ -108,16 +100,22 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
         const auto kind_of_rows =
             planes == 2 ? kind_of<fields_of(FORMAT), 2> : kind_of<fields_of(FORMAT), 1>;
         block.kind = &kind_of_rows(block.count);
-        block.sums = sums + b * MOST_ROWS * R * LANES;
+        block.sums = sums + b * MOST * R * LANES;
         for (int64_t n = 0; n < block.kind->rows; ++n)
             block.rows[n] = fixed_row_of(
                 m, prepared[block.first + std::min(n, block.count - 1)], planes);
     }
     const int64_t units = num_units(m);
+    MultiplyFew few = nullptr;
+    if (num_blocks == 1)
+        few = (planes == 2 ? few_of<FORMAT, 2> : few_of<FORMAT, 1>)(m, *blocks->kind);
     for (int64_t unit = first; unit < last; unit += LANES) {
         const int64_t count = std::min(LANES, last - unit);
-        memset(sums, 0, num_blocks * MOST_ROWS * R * LANES * sizeof(float));
-        multiply_units_of_tile<FORMAT>(m, base, unit, count, blocks, num_blocks);
+        if (few && count == LANES) few(m, base, unit, blocks->rows, blocks->sums);
+        else {
+            memset(sums, 0, num_blocks * MOST * R * LANES * sizeof(float));
+            multiply_units_of_tile<FORMAT>(m, base, unit, count, blocks, num_blocks);
+        }
         for (const RowBlock* block = blocks; block != blocks + num_blocks; ++block)
             for (int64_t n = 0; n < block->count; ++n)
                 for (int place = 0; place < R; ++place) {

@@ -3,6 +3,7 @@
 // chain of operations, whatever is computed beside it.
 #pragma once
 
+#include "rows_ahead.h"
 #include "rows_scales.h"
 
 namespace {
@@ -17,14 +18,22 @@ struct Piece {
     int64_t steps;            // registers of a group: 4, 8, 16, or 32 of two vectors
     int64_t num_tiles, apart; // of a vector; registers from one tile to the next, or to the second
                               // of two bytes
+    Ahead ahead;
 };
 
-// Four products more in each lane, with the double word at `columns`.
-INLINE void add_products(__m512i& sum, __m512i weights, const uint8_t* columns) {
-    // By assembly: with the intrinsic GCC 12 copies sums around, and spills them.
-    asm("vpdpbusd %2%{1to16%}, %1, %0"
-        : "+v"(sum)
-        : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(columns)));
+// Four products more in each lane of each field's sum, with the double word at `columns`.
+template <Fields FIELDS>
+INLINE void add_products(__m512i* sums, __m512i weights, __m512i second, const uint8_t* columns) {
+    // By assembly: with the intrinsic GCC 12 copies sums around, and spills them. Loads are what
+    // there is least room for, so two products share one.
+    const auto& four = *reinterpret_cast<const int32_t*>(columns);
+    if constexpr (FIELDS == WHOLE_BYTE) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums[0]) : "v"(weights), "m"(four));
+    } else {
+        const __m512i spread = _mm512_set1_epi32(four);
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums[0]) : "v"(weights), "v"(spread));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums[1]) : "v"(second), "v"(spread));
+    }
 }
 
 template <Fields FIELDS, int R> struct Integers {
@@ -68,10 +77,8 @@ INLINE void multiply_steps(const __m512i* tile, int64_t apart, int64_t steps,
             if constexpr (FIELDS == TWO_BYTES) second = tile[apart + k];
             each<R>([&](auto r) INLINE_LAMBDA {
                 each<P>([&](auto plane) INLINE_LAMBDA {
-                    const uint8_t* here = columns[r] + at + plane * COLUMNS + k * 4;
-                    auto& to = sums[plane][k % S].of[r];
-                    add_products(to[0], weights, here);
-                    if constexpr (FIELDS != WHOLE_BYTE) add_products(to[1], second, here);
+                    add_products<FIELDS>(sums[plane][k % S].of[r], weights, second,
+                                         columns[r] + at + plane * COLUMNS + k * 4);
                 });
             });
         });
@@ -86,7 +93,7 @@ INLINE Integers<FIELDS, R> multiply_group(const __m512i* tile, int64_t apart, in
     // Of a few rows there are more sums than one for each, since a sum waits for the one before:
     // the planes have their own, and if need be several in turn.
     constexpr int COUNT = R * num_fields(FIELDS);
-    constexpr int OWN = COUNT < 8 ? PLANES : 1;
+    constexpr int OWN = COUNT <= 8 ? PLANES : 1;
     constexpr int TURNS = COUNT * OWN >= 4 ? 1 : 4 / (COUNT * OWN);
     Integers<FIELDS, R> sums[OWN][TURNS];
     each<OWN * TURNS>([&](auto i) INLINE_LAMBDA { sums[i / TURNS][i % TURNS].clear(); });
@@ -145,6 +152,7 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
         columns[r] = reinterpret_cast<const uint8_t*>(rows[r].columns) + piece.vector * VECTOR;
     });
     const int64_t steps = piece.steps, end = piece.num_vectors * 16;
+    Ahead ahead = piece.ahead;
     for (int64_t t = 0; t < piece.num_tiles; ++t) {
         const __m512i* tile = piece.tiles + t * piece.apart;
         const float* scales = piece.scales + t * F * 2 * LANES;
@@ -156,6 +164,7 @@ __attribute__((noinline)) void multiply_piece(const Piece& piece) {
                 const auto integers = multiply_group<FIELDS, PLANES, R>(
                     tile + step, piece.apart, steps, columns, at);
                 add_group(integers, scales, rows, group, sums);
+                ahead.advance();
                 scales += piece.num_tiles * F * 2 * LANES;
             }
         };
@@ -177,14 +186,20 @@ struct BlockKind {
     MultiplyPiece multiply;
 };
 
+// Of so many rows the integer sums of both planes stay in registers, too.
+constexpr int most_rows(Fields fields) { return fields == WHOLE_BYTE ? 8 : 4; }
 constexpr int MOST_ROWS = 8;
 
-// The smallest kind that takes so many rows, at most MOST_ROWS.
+// The smallest kind that takes so many rows, at most most_rows.
 template <Fields FIELDS, int PLANES> const BlockKind& kind_of(int64_t num_rows) {
+    constexpr int MANY = most_rows(FIELDS);
     static constexpr BlockKind KINDS[] = {
-        {1, multiply_piece<FIELDS, PLANES, 1>}, {2, multiply_piece<FIELDS, PLANES, 2>},
-        {3, multiply_piece<FIELDS, PLANES, 3>}, {4, multiply_piece<FIELDS, PLANES, 4>},
-        {6, multiply_piece<FIELDS, PLANES, 6>}, {8, multiply_piece<FIELDS, PLANES, 8>}};
+        {1, multiply_piece<FIELDS, PLANES, 1>},
+        {2, multiply_piece<FIELDS, PLANES, 2>},
+        {3, multiply_piece<FIELDS, PLANES, 3>},
+        {4, multiply_piece<FIELDS, PLANES, 4>},
+        {MANY * 3 / 4, multiply_piece<FIELDS, PLANES, MANY * 3 / 4>},
+        {MANY, multiply_piece<FIELDS, PLANES, MANY>}};
     const BlockKind* kind = KINDS;
     while (kind->rows < num_rows) ++kind;
     return *kind;

@@ -29,6 +29,10 @@ void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int6
     const int64_t units = num_units(m), groups = num_groups(m);
     const bool bfloat = m.scale_format == BF16;
     const __mmask16 mask = first_lanes(num);
+    alignas(64) static constexpr uint16_t EVEN_WORDS_FIRST[32] = {
+        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const __m512i even_words_first = _mm512_load_si512(EVEN_WORDS_FIRST);
     each<rows_per_unit(FORMAT)>([&](auto place) INLINE_LAMBDA {
         constexpr float above = too_much<FORMAT>(place);
         const int64_t at = (unit + row_of_place<FORMAT>(place) * units) * groups + group;
@@ -51,8 +55,9 @@ void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int6
                         even = _mm512_castsi512_ps(_mm512_slli_epi32(two, 16));
                         odd = _mm512_castsi512_ps(_mm512_and_si512(two, upper_half));
                     } else {
-                        even = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(two));
-                        odd = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(two, 16)));
+                        const __m512i apart = _mm512_permutexvar_epi16(even_words_first, two);
+                        even = _mm512_cvtph_ps(_mm512_castsi512_si256(apart));
+                        odd = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(apart, 1));
                     }
                     float* const group0 = here + 2 * j * floats_per_group<FORMAT>;
                     _mm512_store_ps(group0, _mm512_mul_ps(even, factor));

@@ -88,23 +88,26 @@ INLINE void transpose(const uint8_t* rows, int64_t stride, const Store& store) {
     });
 }
 
-// Twice the values of nibbles, plus 12.
-INLINE __m512i doubled_e2m1(__m512i nibbles) {
+// Twice the values of each byte's low four bits, plus 12.
+INLINE __m512i doubled_e2m1(__m512i bytes) {
     const __m512i table = _mm512_broadcast_i32x4(
         _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    return _mm512_shuffle_epi8(table, nibbles);
+#if defined(__AVX512VBMI__) // which looks at the lowest six bits; the table has all values four times
+    return _mm512_permutexvar_epi8(bytes, table);
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, _mm512_set1_epi8(0x0f)));
+#endif
 }
 
 // The tiles of 16 units, 64 columns of them: tile t, or the second row of MXFP4, begins at
 // tiles + t * apart. A unit's bytes are `stride` apart from the next one's.
 template <int32_t FORMAT>
 INLINE void make_tiles(const Places& from, int64_t stride, __m512i* tiles, int64_t apart) {
-    const __m512i low_bits = _mm512_set1_epi8(0x0f), pairs = _mm512_set1_epi8(0x33);
+    const __m512i pairs = _mm512_set1_epi8(0x33);
     transpose(from.low, stride, [&](int k, __m512i value) INLINE_LAMBDA {
         if constexpr (FORMAT == MXFP4) {
-            const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(value, 4), low_bits);
-            tiles[k] = doubled_e2m1(upper);
-            tiles[apart + k] = doubled_e2m1(_mm512_and_si512(value, low_bits));
+            tiles[k] = doubled_e2m1(_mm512_srli_epi16(value, 4));
+            tiles[apart + k] = doubled_e2m1(value);
         } else if constexpr (FORMAT == HQQ2) {
             tiles[k] = _mm512_and_si512(_mm512_srli_epi16(value, 2), pairs);
             tiles[apart + k] = _mm512_and_si512(value, pairs);
