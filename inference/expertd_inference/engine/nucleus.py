@@ -3,7 +3,8 @@
 The order and the bounds are those of transformers' warpers, without a sort of the vocabulary: only
 the tokens within a distance of the likeliest are sorted, and if those are too few to say which
 tokens remain, more are. Where many are near, a histogram of the weights says how far top-p goes.
-Score and token are sorted as one integer, in half the time of a stable sort of the scores and in the same order.
+Score and token are sorted as one integer, in half the time of a stable sort of the scores and in
+the same order.
 """
 
 from dataclasses import dataclass
