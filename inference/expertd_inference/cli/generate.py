@@ -3,9 +3,7 @@
 import gc
 import signal
 import sys
-import time
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +14,9 @@ import typer
 import expertd_inference
 from expertd_client import TlsFiles
 from expertd_inference.cli import options
-from expertd_inference.cli.prompt_file import PromptLine, read_prompt_file
-from expertd_inference.cli.text_output import TextOutput, progress, status
+from expertd_inference.cli.prompt_file import PromptLine
+from expertd_inference.cli.prompts import lines_of
+from expertd_inference.cli.text_output import TextOutput, status
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.process.attachment import DEFAULT_REATTACH_SECONDS, attach
 from expertd_inference.process.embedded import EmbeddedDaemon
@@ -28,7 +27,6 @@ from expertd_inference.settings import (
     DeviceSettings,
     GenerationSettings,
     KernelsName,
-    check_prompt,
 )
 from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.interrupts import exit_code, importing, interruptible
@@ -36,7 +34,6 @@ from expertstore.interrupts import exit_code, importing, interruptible
 if TYPE_CHECKING:
     import torch
 
-    from expertd_inference.cli.many import PromptResult
     from expertd_inference.worker import Worker
 
 _LIMITS = EngineLimits()
@@ -211,7 +208,7 @@ def generate(
       expert-run generate --model mixtral --prompt-file questions.jsonl > answers.jsonl
     """
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
-    lines = _lines_of(prompt, prompt_file, settings, chat=chat)
+    lines = lines_of(prompt, prompt_file, settings, chat=chat)
     limits = EngineLimits(max_sequences=max_sequences, kv_tokens=kv_tokens)
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
@@ -262,35 +259,14 @@ def generate(
             engine = worker.engine
         if verbose or prompt_file is not None:
             output.say(f"executor {engine.executor}: {engine.reason}")
-        interrupted = (
-            _continue_one(worker, lines[0], output, json=json)
-            if prompt_file is None
-            else _continue_many(worker, lines, output, json=json)
-        )
+        if prompt_file is None:
+            interrupted = _continue_one(worker, lines[0], output, json=json)
+        else:
+            from expertd_inference.cli.many import continue_many
+
+            interrupted = continue_many(engine, lines, output, json=json)
     if interrupted:
         sys.exit(exit_code(signal.SIGINT))
-
-
-def _lines_of(
-    prompt: str | None, file: Path | None, settings: GenerationSettings, *, chat: bool
-) -> list[PromptLine]:
-    """What is to be continued; with ``chat`` a text is a user's message."""
-    if (prompt is None) == (file is None):
-        raise InvalidInputError("Give one of --prompt and --prompt-file.")
-    if file is not None:
-        lines = read_prompt_file(file, settings)
-    else:
-        text = _read_stdin() if prompt == "-" else prompt or ""
-        check_prompt(text)
-        lines = [PromptLine(1, text, settings)]
-    if not chat:
-        return lines
-    return [
-        replace(line, prompt=[{"role": "user", "content": line.prompt}])
-        if isinstance(line.prompt, str)
-        else line
-        for line in lines
-    ]
 
 
 def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, json: bool) -> bool:
@@ -305,55 +281,12 @@ def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, jso
     return generation.interrupted
 
 
-def _continue_many(
-    worker: "Worker", lines: list[PromptLine], output: TextOutput, *, json: bool
-) -> bool:
-    """Whether it was interrupted."""
-    from expertd_inference.cli.many import Totals, continue_all
-
-    totals = Totals()
-    began = time.perf_counter()
-    interrupted = False
-
-    with progress(len(lines)) as advance:
-
-        def done(result: "PromptResult") -> None:
-            totals.count(result)
-            output.end(msgspec.json.encode(result))
-            advance()
-
-        try:
-            continue_all(worker.engine, lines, done)
-        except KeyboardInterrupt:
-            interrupted = True
-    totals.end(time.perf_counter() - began, worker.engine.stats)
-    if json:
-        output.end(msgspec.json.encode(totals))
-    if totals.num_failed:
-        raise PreconditionError(
-            f"{totals.num_failed} of {len(lines)} prompts failed; their lines say why (error)."
-        )
-    return interrupted
-
-
 def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
     if ca is None and certificate is None and key is None:
         return None
     if ca is None or certificate is None or key is None:
         raise InvalidInputError("--tls-ca, --tls-cert and --tls-key belong together; give all.")
     return TlsFiles(ca, certificate, key)
-
-
-def _read_stdin() -> str:
-    """The prompt from a pipe. Raises InvalidInputError if it is not text or cannot be read."""
-    try:
-        return sys.stdin.buffer.read().decode()
-    except OSError as error:
-        raise InvalidInputError(
-            f"The prompt cannot be read from stdin: {error.strerror}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"The prompt on stdin is not UTF-8 text: {error}.") from error
 
 
 def _import_worker() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from expertd_inference.cli.prompt_file import PromptLine
+from expertd_inference.cli.text_output import TextOutput, progress
 from expertd_inference.engine.engine import Engine, EngineStats
 from expertd_inference.engine.sampling import Likely
 from expertd_inference.engine.stream import TokenStream
@@ -16,6 +17,7 @@ from expertstore.errors import (
     ExpertdError,
     IncarnationError,
     NotFoundError,
+    PreconditionError,
     SessionLostError,
     UnavailableError,
 )
@@ -72,6 +74,38 @@ class Totals(msgspec.Struct, kw_only=True):
         self.num_failed += result.error is not None
         self.prompt_tokens += result.prompt_tokens
         self.new_tokens += result.new_tokens
+
+
+def continue_many(
+    engine: Engine, lines: Sequence[PromptLine], output: TextOutput, *, json: bool
+) -> bool:
+    """Writes a line for each prompt, with ``json`` one of totals, too; whether it was interrupted.
+
+    Raises PreconditionError if some failed.
+    """
+    totals = Totals()
+    began = time.perf_counter()
+    interrupted = False
+
+    with progress(len(lines)) as advance:
+
+        def done(result: PromptResult) -> None:
+            totals.count(result)
+            output.end(msgspec.json.encode(result))
+            advance()
+
+        try:
+            continue_all(engine, lines, done)
+        except KeyboardInterrupt:
+            interrupted = True
+    totals.end(time.perf_counter() - began, engine.stats)
+    if json:
+        output.end(msgspec.json.encode(totals))
+    if totals.num_failed:
+        raise PreconditionError(
+            f"{totals.num_failed} of {len(lines)} prompts failed; their lines say why (error)."
+        )
+    return interrupted
 
 
 def continue_all(
