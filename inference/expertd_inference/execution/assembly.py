@@ -11,10 +11,11 @@ from expertd_inference.execution.parts import (
     LayerSpec,
     ModelSpec,
     MoeSpec,
-    RotationSpec,
 )
 from expertd_inference.execution.recognize import FeedForwardSpec, LinearSpec, NormSpec
-from expertd_inference.execution.segment import ExpertsRest, ModuleRest, Rest, Segment
+from expertd_inference.execution.rotation import Angles
+from expertd_inference.execution.segment import ExpertsRest, ModuleRest, ProgramSegment, Rest
+from expertd_inference.experts.call import seat_of
 from expertd_inference.kernels.cpu.library import TYPES, native_activation
 from expertd_inference.kernels.cpu.operations import (
     ActivateCall,
@@ -31,33 +32,6 @@ from expertd_inference.kernels.cpu.operations import (
 from expertd_inference.kernels.cpu.program import Call, RowsProgram
 from expertd_inference.kernels.cpu.structures import AttentionCall, NativeMatrix
 from expertd_inference.kernels.wave import Routed
-
-_FIRST_POSITIONS = 1024
-
-
-class Angles:
-    """The tables of one :class:`Rotation`, for as many positions as were asked for."""
-
-    def __init__(self, rotation: RotationSpec) -> None:
-        self._rotation = rotation
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._calls: list[RotateCall] = []
-        self.num_positions = 0
-
-    def add(self, call: RotateCall) -> None:
-        """``call`` is given the tables from now on."""
-        self._calls.append(call)
-
-    def reserve(self, num_positions: int) -> None:
-        """Makes tables of at least so many positions."""
-        if num_positions <= self.num_positions:
-            return
-        num_positions = max(_FIRST_POSITIONS, 2 * num_positions)
-        positions = torch.arange(num_positions)[None]
-        cos, sin = (part[0].float().contiguous() for part in self._rotation.angles(positions))
-        self._tables, self.num_positions = (cos, sin), num_positions
-        for call in self._calls:
-            call.cos, call.sin = cos.data_ptr(), sin.data_ptr()
 
 
 class Assembly:
@@ -95,11 +69,14 @@ class Assembly:
         self._assemble_head(model, torch.empty(max_wanted, width, dtype=self.dtype))
 
     def segments(
-        self, layers: Sequence[LayerSpec], first: RowsProgram
-    ) -> tuple[list[Segment], RowsProgram]:
-        """``layers`` after what ``first`` has: segments, and what is left after the last."""
-        self._segments: list[Segment] = []
-        self._program = first
+        self, layers: Sequence[LayerSpec], first: RowsProgram, step: int
+    ) -> tuple[list[ProgramSegment], RowsProgram]:
+        """``layers`` after what ``first`` has: segments, and what is left after the last.
+
+        ``step`` is the address of the :class:`.StepCall` that all of them compute.
+        """
+        self._segments: list[ProgramSegment] = []
+        self._program, self._step = first, step
         for layer in layers:
             self._attend(layer)
             self._feed_forward(layer)
@@ -191,7 +168,7 @@ class Assembly:
                         *(shared.shape[1], gate.shape[1], self._type, 0),
                     )
                 )
-        self._stop(ExpertsRest(part.module, Routed(entered, index, weights)))
+        self._stop(ExpertsRest(seat_of(part.module), Routed(entered, index, weights)))
         if shared is None:
             self._join(None, *join)
         else:
@@ -231,7 +208,7 @@ class Assembly:
         return result
 
     def _stop(self, rest: Rest) -> None:
-        self._segments.append(Segment(self._program, rest))
+        self._segments.append(ProgramSegment(self._program, rest, self._step))
         self._program = RowsProgram()
 
     def _reads(self, call: ctypes.Structure, field: str) -> None:

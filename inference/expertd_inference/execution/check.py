@@ -13,8 +13,7 @@ from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.executor import Executor
-from expertd_inference.experts.call import ExpertsCall, has_seat, seat_of
-from expertd_inference.experts.cpu import experts_modules
+from expertd_inference.experts.call import ExpertsCall, experts_asked_of
 
 NUM_SEQUENCES = 3
 """What a checked executor needs room for, each with one block."""
@@ -101,7 +100,7 @@ def batches(executor: Executor, spans: Sequence[Span]) -> list[Batch]:
     return [whole] if executor.fits(whole) else [Batch((span,)) for span in spans]
 
 
-class _Standin:
+class _SmoothExperts:
     """Answers in the place of a layer's runner."""
 
     def run(self, call: ExpertsCall) -> Tensor:
@@ -116,15 +115,8 @@ class _Standin:
 @contextmanager
 def without_experts(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers is untyped
     """While ``model`` computes without reading experts."""
-    seats = [seat_of(module) for module in experts_modules(model).values() if has_seat(module)]
-    runners = [seat.runner for seat in seats]
-    for seat in seats:
-        seat.runner = _Standin()
-    try:
+    with experts_asked_of(model, lambda _: _SmoothExperts()):
         yield
-    finally:
-        for seat, runner in zip(seats, runners, strict=True):
-            seat.runner = runner
 
 
 def _plain(model: Any, text: list[int]) -> Tensor:  # noqa: ANN401

@@ -6,7 +6,6 @@ Neither is a proof: whoever makes a program of it holds the results against the 
 (:mod:`.check`).
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from expertd_inference.execution.parts import (
     LayerSpec,
     ModelSpec,
     MoeSpec,
-    RotationSpec,
     UnknownPartError,
 )
 from expertd_inference.execution.recognize import (
@@ -29,7 +27,8 @@ from expertd_inference.execution.recognize import (
     recognize_norm,
     recognize_router,
 )
-from expertd_inference.execution.witness import Attended, LayerSeen, Witness, watch
+from expertd_inference.execution.rotation import find_rotation, near
+from expertd_inference.execution.witness import LayerSeen, Witness, watch
 from expertd_inference.experts.call import has_seat
 from expertd_inference.kernels.cpu.step import DTYPES
 from expertd_inference.model.pack_config import rope_kinds
@@ -181,9 +180,9 @@ def _describe_attention(
         for norm, rows in zip(norms, (query, key), strict=True)
     )
     query, key = (rows.unflatten(-1, (-1, key_width)).transpose(1, 2) for rows in (query, key))
-    if not _near(value.unflatten(-1, (-1, value_width)).transpose(1, 2), call.value):
+    if not near(value.unflatten(-1, (-1, value_width)).transpose(1, 2), call.value):
         raise otherwise
-    rotation = _find_rotation(query, key, call, seen, witness)
+    rotation = find_rotation(query, key, call, seen, witness)
     sinks = call.options.get("s_aux")
     window = call.options.get("sliding_window")
     parts = [_known_linear(getattr(module, f"{name}_proj")) for name in "qkvo"]
@@ -214,88 +213,6 @@ def _normed(norm: Any, rows: Tensor, width: int) -> Tensor:  # noqa: ANN401 - a 
     else:
         result = norm(rows)
     return result
-
-
-def _find_rotation(
-    query: Tensor,  # [1, heads, T, d], normed
-    key: Tensor,
-    call: Attended,
-    seen: LayerSeen,
-    witness: Witness,
-) -> RotationSpec | None:
-    """What makes of these what attention was given. Raises UnknownPartError."""
-    if _near(query, call.query) and _near(key, call.key):
-        return None
-    given = seen.arguments.get("position_embeddings")
-    for module, args, kwargs, result in witness.rotations:
-        if given is None or not isinstance(result, tuple) or result[0] is not given[0]:
-            continue
-        for turned, choose in _angle_forms(given[0], query.shape[-1]):
-            for pairs in (False, True):
-                cos, sin = (choose(part) for part in given)
-                if all(
-                    _near(rotate(before, cos, sin, turned, pairs=pairs), after)
-                    for before, after in ((query, call.query), (key, call.key))
-                ):
-                    form = (id(result), turned, pairs)
-                    made = RotationSpec(_angles(module, args, kwargs, choose), turned, pairs)
-                    known: RotationSpec = witness.found.setdefault(form, made)
-                    return known
-    raise UnknownPartError("its positions are told otherwise than by angles")
-
-
-def rotate(
-    x: Tensor,  # [1, heads, T, d]
-    cos: Tensor,  # [1, T, turned / 2]
-    sin: Tensor,
-    turned: int,
-    *,
-    pairs: bool,
-) -> Tensor:
-    """Rotary embedding of the first ``turned`` elements."""
-    cos, sin = cos[:, None], sin[:, None]
-    part, rest = x[..., :turned], x[..., turned:]
-    a, b = (part[..., ::2], part[..., 1::2]) if pairs else part.chunk(2, -1)
-    first, second = a * cos - b * sin, b * cos + a * sin
-    new = torch.stack((first, second), -1).flatten(-2) if pairs else torch.cat((first, second), -1)
-    return torch.cat((new.to(x.dtype), rest), -1)
-
-
-_Choose = Callable[[Tensor], Tensor]
-
-
-def _angle_forms(cos: Tensor, width: int) -> list[tuple[int, _Choose]]:
-    """How many elements may be turned by such cosines, and which of these there is one of each."""
-    num = cos.shape[-1]
-    forms: list[tuple[int, _Choose]] = []
-    if num <= width and num % 2 == 0:
-        half = num // 2
-        if torch.equal(cos[..., :half], cos[..., half:]):
-            forms.append((num, lambda part: part[..., :half]))
-        if torch.equal(cos[..., ::2], cos[..., 1::2]):
-            forms.append((num, lambda part: part[..., ::2]))
-    if 2 * num <= width:
-        forms.append((2 * num, lambda part: part))
-    return forms
-
-
-def _angles(
-    module: Any,  # noqa: ANN401 - a module
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    choose: _Choose,
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Calls ``module`` as the model does, for other positions."""
-
-    def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            if "position_ids" in kwargs:
-                cos, sin = module(*args, **{**kwargs, "position_ids": positions})
-            else:
-                cos, sin = module(args[0], positions, *args[2:], **kwargs)
-        return choose(cos), choose(sin)
-
-    return angles
 
 
 def _describe_feed_forward(block: nn.Module) -> FeedForwardSpec | MoeSpec | nn.Module:
@@ -341,14 +258,6 @@ def _ratio(x: Tensor, y: Tensor, guess: float) -> float:
             return float(factor)
     wide = x.double()
     return float((wide * y.double()).sum() / wide.square().sum())
-
-
-def _near(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal but for roundings."""
-    if ours.shape != theirs.shape:
-        return False
-    difference = (ours.float() - theirs.float()).norm()
-    return bool(difference <= 0.01 * theirs.float().norm())
 
 
 def _children(module: nn.Module) -> set[str]:

@@ -12,9 +12,8 @@ recorded, as CUDA graphs, and repeated on the same memory (:mod:`.graph_rows`). 
 Prompts, and batches that no recording fits, are computed by the modules, over the same blocks.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,16 +27,15 @@ from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.graph_rows import GraphAttention, GraphRows
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
+from expertd_inference.execution.segment import ExpertsRest, Segment
 from expertd_inference.execution.step_cache import StepCache
 from expertd_inference.experts.call import (
     ExpertsCall,
     ExpertsRunner,
     ExpertsSeat,
-    has_seat,
-    seat_of,
+    experts_asked_of,
 )
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
-from expertd_inference.kernels.wave import Routed
 from expertd_inference.settings import DecodeGraphsMode
 
 SEGMENTS, WHOLE = DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE
@@ -52,30 +50,30 @@ MAX_GATHERED_BYTES = 128 << 20
 a step that would copy more of a layer than this is not recorded."""
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Recorded work, then the experts of one layer, whose result the next segment reads."""
+class GraphSegment(Segment):
+    """A segment whose piece is recorded; the experts of rows that a step lacks are not asked."""
 
-    recording: Recording
-    seat: ExpertsSeat
-    routed: Routed
-    result: Tensor  # [size, H]
+    def __init__(self, recording: Recording, rest: ExpertsRest, result: Tensor) -> None:
+        """The next recording reads ``result`` [size, H]."""
+        super().__init__(rest)
+        self._recording, self._result = recording, result
 
-    def run(self, num_rows: int) -> None:
-        """For the first ``num_rows`` rows; the others' experts are not asked."""
-        self.recording.replay()
-        routed = self.routed
-        call = self.seat.call(*(x[:num_rows] for x in (routed.rows, routed.index, routed.weights)))
-        self.result[:num_rows].copy_(self.seat.runner.run(call))
+    def run_piece(self) -> None:
+        """As :class:`.segment.Segment`."""
+        self._recording.replay()
+
+    def read(self, result: Tensor) -> None:
+        """As :class:`.segment.Segment`."""
+        self._result[: len(result)].copy_(result)
 
 
-class _Step:
+class _RecordedStep:
     """A recorded step: segments, of which a whole one has none, and a last piece."""
 
     def __init__(self, rows: GraphRows, whole: WholeExperts | None) -> None:
         self.rows = rows
         self.whole = whole
-        self.segments: list[_Segment] = []
+        self.segments: list[GraphSegment] = []
         self.last: Recording | None = None
         self.logits = torch.empty(0)  # [size, vocabulary] once it is recorded
 
@@ -124,7 +122,7 @@ class GraphsExecutor:
         self._sizes = _sizes(min(room.num_sequences, MAX_SIZE))
         memory = modules.memory
         self._block_bytes = max(x[0].nbytes for x in (*memory.keys, *memory.values))
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[tuple[int, int], _RecordedStep] = {}
         self._whole: WholeExperts | None = None
         self._record()
         self.reason = (
@@ -164,7 +162,7 @@ class GraphsExecutor:
         self._whole = None
         self._modules.close()
 
-    def _step_for(self, spans: Sequence[Span]) -> _Step | None:
+    def _step_for(self, spans: Sequence[Span]) -> _RecordedStep | None:
         """The smallest recorded one that these spans fit; None if they fit none."""
         if not spans or any(span.num_rows > 1 for span in spans):
             return None
@@ -188,13 +186,13 @@ class GraphsExecutor:
                     if size * width * self._block_bytes > MAX_GATHERED_BYTES:
                         continue
                     rows = GraphRows(size, width, self._scratch, self._device.torch_device)
-                    step = _Step(rows, whole)
+                    step = _RecordedStep(rows, whole)
                     self._record_step(step, recorder)
                     self._steps[size, width] = step
 
-    def _record_step(self, step: _Step, recorder: GraphRecorder) -> None:
+    def _record_step(self, step: _RecordedStep, recorder: GraphRecorder) -> None:
         cuts = _Cuts(step, recorder)
-        with self._asking(cuts):
+        with experts_asked_of(self._model, lambda seat: _Cut(cuts, seat)):
             # What has to be compiled or allocated once is, by this one.
             if step.whole is not None:
                 step.whole.begin_trial()
@@ -217,19 +215,6 @@ class GraphsExecutor:
             ).logits
         return logits[0]
 
-    @contextmanager
-    def _asking(self, cuts: "_Cuts") -> Iterator[None]:
-        """While the model's experts are asked of ``cuts``."""
-        seats = [seat_of(module) for module in self._model.modules() if has_seat(module)]
-        runners = [seat.runner for seat in seats]
-        for seat in seats:
-            seat.runner = _Cut(cuts, seat)
-        try:
-            yield
-        finally:
-            for seat, runner in zip(seats, runners, strict=True):
-                seat.runner = runner
-
 
 class _Cuts:
     """Where the recording of ``step`` is cut: wherever the model asks for experts.
@@ -237,7 +222,7 @@ class _Cuts:
     Until ``recording`` is set nothing is recorded, and experts are not read.
     """
 
-    def __init__(self, step: _Step, recorder: GraphRecorder) -> None:
+    def __init__(self, step: _RecordedStep, recorder: GraphRecorder) -> None:
         self._step, self._recorder = step, recorder
         self.recording = False
 
@@ -252,7 +237,8 @@ class _Cuts:
         recording = self._recorder.end()
         # Outside of the recordings' memory: theirs may be used again by later segments.
         result = torch.zeros_like(routed.rows)
-        self._step.segments.append(_Segment(recording, seat, routed, result))
+        rest = ExpertsRest(seat, routed)
+        self._step.segments.append(GraphSegment(recording, rest, result))
         self._recorder.begin()
         return result
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertd_inference.execution.segment import ExpertsRest, Segment
+from expertd_inference.execution.segment import ExpertsRest, ProgramSegment
 from expertd_inference.experts.cpu import CpuExperts, Held
 from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_layer, native_library
 from expertd_inference.kernels.cpu.native import MAX_SUMMED
@@ -26,7 +26,7 @@ with more rows a step takes long."""
 class HeldSegments:
     """The segments of a model, all of which end with experts that native kernels compute."""
 
-    def __init__(self, segments: Sequence[Segment], max_rows: int) -> None:
+    def __init__(self, segments: Sequence[ProgramSegment], max_rows: int) -> None:
         """Raises ValueError if there is one of another kind."""
         rests = [segment.rest for segment in segments if isinstance(segment.rest, ExpertsRest)]
         runners = {id(rest.seat.runner): rest.seat.runner for rest in rests}

@@ -64,7 +64,10 @@ class ProgramExecutor:
         self.reason = REASON
         assembly = Assembly(model, max_rows, min(max_rows, MAX_WANTED))
         self._assembly = assembly
-        self._segments, self._last = assembly.segments(model.layers, assembly.entry)
+        self._rows = StepRows(max_rows, flags)
+        self._segments, self._last = assembly.segments(
+            model.layers, assembly.entry, self._rows.address
+        )
         self._angles = list(assembly.angles.values())
         self._num_tokens = len(model.embedding)
         self._max_rows = max_rows
@@ -75,7 +78,6 @@ class ProgramExecutor:
             assembly.dtype,
         )
         use_memory(assembly, self.memory)
-        self._rows = StepRows(max_rows, flags)
         self._held: HeldSegments | None = None
         with suppress(ValueError):
             self._held = HeldSegments(self._segments, max_rows)
@@ -101,7 +103,7 @@ class ProgramExecutor:
             self._segments[done].finish(num_rows)
             done += 1
         for segment in self._segments[done:]:
-            segment.run(step, num_rows)
+            segment.run(num_rows)
         self._last.run(step)
         logits = self._assembly.logits
         if num_wanted <= len(logits):

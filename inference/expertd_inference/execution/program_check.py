@@ -31,11 +31,13 @@ def check_program(model: ModelSpec, witness: Witness, flags: int = 0) -> None:
     layers = [layer.attention for layer in model.layers]
     kv = [KvLayer(each.kv_heads, each.key_width, each.value_width) for each in layers]
     with KvMemory(kv, 2, assembly.dtype) as memory, experts_stood_in_for(model.model):
-        programs = [assembly.segments([layer], RowsProgram()) for layer in model.layers]
+        rows = StepRows(_MAX_ROWS, flags)
+        programs = [
+            assembly.segments([layer], RowsProgram(), rows.address) for layer in model.layers
+        ]
         use_memory(assembly, memory)
         for angles in assembly.angles.values():
             angles.reserve(NUM_TOKENS)
-        rows = StepRows(_MAX_ROWS, flags)
         tokens = witness.tokens
         first = Span(0, tokens[:_FIRST_CHUNK], 0, (0,), None, Wanted.NONE)
         rest = Span(0, tokens[_FIRST_CHUNK:], _FIRST_CHUNK, (0,), None, Wanted.ALL)
@@ -50,7 +52,7 @@ def check_program(model: ModelSpec, witness: Witness, flags: int = 0) -> None:
                 seen = witness.layers[number]
                 assembly.stream[: len(places)] = seen.entered[0, places]
                 for segment in segments:
-                    segment.run(rows.address, len(places))
+                    segment.run(len(places))
                 last.run(rows.address)
                 results[number].append(assembly.stream[: len(places)].clone())
         for number, parts in enumerate(results):

@@ -1,12 +1,12 @@
 """A compiled piece of a step, and then what the model computes of one layer: its experts."""
 
 import ctypes
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from expertd_inference.experts.call import ExpertsCall, seat_of
+from expertd_inference.experts.call import ExpertsCall, ExpertsSeat
 from expertd_inference.kernels.cpu.program import RowsProgram
 from expertd_inference.kernels.wave import Routed
 
@@ -21,9 +21,9 @@ class Rest(Protocol):
 class ExpertsRest:
     """The experts of one layer, asked through its seat."""
 
-    def __init__(self, module: nn.Module, routed: Routed) -> None:
+    def __init__(self, seat: ExpertsSeat, routed: Routed) -> None:
         """``routed`` is memory of the most rows, which the piece before writes."""
-        self.seat = seat_of(module)
+        self.seat = seat
         self.routed = routed
         self._one = self.seat.prepare(*(each[:1] for each in self._tensors))
         self._last: tuple[int, ExpertsCall] = 1, self._one
@@ -57,29 +57,53 @@ class ModuleRest:
         return rows.to(self._rows.dtype).contiguous()
 
 
-@dataclass(slots=True)
-class Segment:
-    """One native call, then the rest of a layer; the next segment reads the rest's result."""
+class Segment(ABC):
+    """One compiled piece, then the rest of a layer; the next segment reads the rest's result.
 
-    program: RowsProgram
-    rest: Rest
-    reader: ctypes.Structure | None = None
-    """The operation of the next segment that reads the result, and by which field."""
-    field: str = ""
-    result: Tensor | None = None
-    """The last one: kept since the next segment reads it."""
+    The piece is a native program on the CPU, and a recorded graph on a GPU.
+    """
 
-    def run(self, step: int, num_rows: int) -> None:
-        """``step`` is the address of a :class:`.StepCall` of so many rows."""
-        self.program.run(step)
+    def __init__(self, rest: Rest) -> None:
+        self.rest = rest
+
+    def run(self, num_rows: int) -> None:
+        """All of it, for the first rows of its memory. Raises what the rest does."""
+        self.run_piece()
         self.finish(num_rows)
 
     def finish(self, num_rows: int) -> None:
         """What is left once the piece has run."""
         self.read(self.rest.compute(num_rows))
 
+    @abstractmethod
+    def run_piece(self) -> None:
+        """Computes up to the rest."""
+
+    @abstractmethod
     def read(self, result: Tensor) -> None:
-        """The next segment reads ``result``."""
+        """The next segment reads ``result``, [num_rows, H]."""
+
+
+class ProgramSegment(Segment):
+    """A segment whose piece is one native call."""
+
+    def __init__(self, program: RowsProgram, rest: Rest, step: int) -> None:
+        """``step`` is the address of the :class:`.StepCall` that is under way."""
+        super().__init__(rest)
+        self.program = program
+        self.reader: ctypes.Structure | None = None
+        """The operation of the next segment that reads the result, and by which field."""
+        self.field = ""
+        self.result: Tensor | None = None
+        """The last one: kept since the next segment reads it."""
+        self._step = step
+
+    def run_piece(self) -> None:
+        """As :class:`Segment`."""
+        self.program.run(self._step)
+
+    def read(self, result: Tensor) -> None:
+        """As :class:`Segment`."""
         if result is not self.result:
             self.result = result
             setattr(self.reader, self.field, result.data_ptr())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from expertd_inference.experts.call import ExpertsCall, has_seat, seat_of
+from expertd_inference.experts.call import ExpertsCall, experts_asked_of
 
 NUM_TOKENS = 12
 """Few: a layer's weights are read once for all of them, and that is what takes time."""
@@ -110,15 +110,8 @@ class StandIn:
 @contextmanager
 def experts_stood_in_for(model: nn.Module) -> Iterator[None]:
     """While the experts of ``model`` are those of :class:`StandIn`."""
-    seats = [seat_of(module) for module in model.modules() if has_seat(module)]
-    runners = [seat.runner for seat in seats]
-    for seat in seats:
-        seat.runner = StandIn()
-    try:
+    with experts_asked_of(model, lambda _: StandIn()):
         yield
-    finally:
-        for seat, runner in zip(seats, runners, strict=True):
-            seat.runner = runner
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What a model asks of its experts, in one form, wherever they are computed."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -86,3 +88,19 @@ def has_seat(module: Any) -> bool:  # noqa: ANN401 - whatever a model has there
 def leave_seat(module: nn.Module) -> None:
     """The module is computed by nothing of ours any more."""
     module.__dict__.pop(_ATTRIBUTE, None)
+
+
+@contextmanager
+def experts_asked_of(
+    model: nn.Module, runner_of: Callable[[ExpertsSeat], ExpertsRunner]
+) -> Iterator[None]:
+    """While each layer's experts are computed by what ``runner_of`` gives for its seat."""
+    seats = [seat_of(module) for module in model.modules() if has_seat(module)]
+    runners = [seat.runner for seat in seats]
+    for seat in seats:
+        seat.runner = runner_of(seat)
+    try:
+        yield
+    finally:
+        for seat, runner in zip(seats, runners, strict=True):
+            seat.runner = runner

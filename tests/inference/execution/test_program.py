@@ -13,7 +13,7 @@ from torch import Tensor
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import load_model
-from expertd_inference.execution import describe
+from expertd_inference.execution import describe, rotation
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.parts import UnknownPartError
 from expertd_inference.execution.program import ProgramExecutor, make_program
@@ -288,7 +288,7 @@ def test_rotation_of_halves_and_pairs(pairs: bool) -> None:
     angles = torch.rand(8, 3)
     cos, sin = angles.cos(), angles.sin()
     positions = torch.tensor([5, 2])
-    expected = describe.rotate(
+    expected = rotation.rotate(
         heads.transpose(0, 1)[None], cos[positions][None], sin[positions][None], 6, pairs=pairs
     )
     call = RotateCall(
