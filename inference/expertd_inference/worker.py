@@ -118,6 +118,9 @@ class Worker:
                 placed=placed or None,
                 say=say or say_on_stderr,
             )
+            steps = step_kernels(activations=activations, exact=exact) if native else None
+            if steps is not None:
+                use_native_linears(loaded.model, steps)  # before anything holds its modules
             recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
             self._runner: CpuExperts | DeviceGroup
             self._ahead: RouterAhead | None = None
@@ -141,9 +144,6 @@ class Worker:
                     loaded.experts, self.manifest, session, recovery, self.kernels, self._ahead
                 )
             self.model = loaded.model
-            steps = step_kernels(activations=activations, exact=exact) if native else None
-            if steps is not None:
-                use_native_linears(self.model, steps)
             refuse_in_forks(self.model)
             undo.pop_all()
         self._tokenizer: Any = None
