@@ -14,6 +14,7 @@ from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.reference import GATE_UP
 from expertd_inference.kernels.cpu.step import plain_matrix
 from expertd_inference.kernels.cpu.switching import Form, Switching
+from expertd_inference.model.native_linear import NativeLinear
 from expertd_inference.model.quantized_linear import QuantizedLinear
 
 Rows = dict[str, int | None]
@@ -42,9 +43,9 @@ def _experts(model: Any) -> Iterator[Form]:  # noqa: ANN401
 
 
 def _linears(model: Any) -> Iterator[Form]:  # noqa: ANN401
-    """Of quantized ones, and of plain ones and routers that are lean."""
+    """Of quantized ones and of plain ones."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             yield module.matrix, model.dtype
-        elif hasattr(module, "expertd_prepared") or hasattr(module, "expertd_normalize"):
+        elif isinstance(module, NativeLinear):
             yield plain_matrix(module.weight), module.weight.dtype
