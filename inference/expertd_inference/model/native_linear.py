@@ -39,7 +39,7 @@ class NativeLinear(nn.Linear):
             or not rows.is_cpu
             or (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
             or not self._kernels.takes(rows.numel() // self.in_features, weight)
-            or (call := self.expertd_prepared()) is None
+            or (call := self._prepare()) is None
         ):
             return super().forward(rows)
         rows = rows.contiguous()
@@ -47,7 +47,7 @@ class NativeLinear(nn.Linear):
         self._kernels.multiply(call, rows, out, rows.numel() // self.in_features)
         return out
 
-    def expertd_prepared(self) -> PreparedCall | None:
+    def _prepare(self) -> PreparedCall | None:
         """The product with the bias; None if no kernel knows it. Made anew for another weight."""
         weight, bias = self.weight, self.bias
         where = weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.dtype
