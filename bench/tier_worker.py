@@ -29,8 +29,8 @@ from expertd_inference.experts.call import ExpertsCall, ExpertsRunner, has_seat,
 from expertd_inference.experts.cpu import connect
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
+from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_inference.model.loading import load_trunk
 from expertd_inference.model.native_linear import use_native_linears
@@ -123,7 +123,7 @@ class Decoder:
             connect(loaded.experts, self.manifest, self.source, recovery, kernels)
             self.model = loaded.model
             self.kernels = kernels
-            if native and (steps := step_kernels()) is not None:
+            if native and (steps := linear_kernels()) is not None:
                 use_native_linears(self.model, steps)
         else:
             settings = DeviceSettings(speculate_layers=job.get("speculate_layers", 0))

@@ -26,7 +26,7 @@ from expertd_inference.experts.hints import HintStats, pays_for_prompts
 from expertd_inference.experts.recovery import Recovery, say_on_stderr
 from expertd_inference.experts.routers import find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
-from expertd_inference.kernels.cpu.step import step_kernels
+from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
@@ -118,7 +118,7 @@ class Worker:
                 placed=placed or None,
                 say=say or say_on_stderr,
             )
-            steps = step_kernels(activations=activations, exact=exact) if native else None
+            steps = linear_kernels(activations=activations, exact=exact) if native else None
             if steps is not None:
                 use_native_linears(loaded.model, steps)  # before anything holds its modules
             recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)

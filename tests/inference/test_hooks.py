@@ -13,8 +13,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.choose import choose_for
 from expertd_inference.execution.room import Room
+from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.model.native_linear import NativeLinear, use_native_linears
 from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertd_testing.tiny_models import make_model
@@ -86,7 +86,7 @@ def test_another_model_notices_nothing(architecture: str, packed: Make) -> None:
     texts = [[5], prompt_of(9)]
     before = [compute(bystander, text) for text in texts]
     model = load(packed(architecture, "4bit-fast"), kernels=NativeKernels())
-    if (kernels := step_kernels()) is not None:
+    if (kernels := linear_kernels()) is not None:
         use_native_linears(model, kernels)
     executor = choose_for(model, Room(2, 2, 16), say=lambda _: None)
     assert executor.name == "modules"
@@ -104,7 +104,7 @@ def test_another_model_notices_nothing(architecture: str, packed: Make) -> None:
 def test_our_own_model_keeps_its_classes_and_gives_gradients(exact: bool, packed: Make) -> None:
     model = load(packed("qwen3_moe", "4bit-fast"), kernels=NativeKernels(exact=exact))
     names = list(model.state_dict())
-    if (kernels := step_kernels(exact=exact)) is not None:
+    if (kernels := linear_kernels(exact=exact)) is not None:
         use_native_linears(model, kernels)
     executor = choose_for(model, Room(2, 2, 16), say=lambda _: None, exact=exact)
     executor.forward(Batch((Span(0, [5], 0, [0], 0, Wanted.LAST),)))

@@ -20,8 +20,8 @@ from expertd_inference.advice.values import Need, matrix_bytes
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
 from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.linear import PreparedCall, describe, linear_kernels
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.step import PreparedCall, describe, step_kernels
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import PAGE_BYTES, Encoding, Matrix, RecordLayout, record_layout
@@ -135,7 +135,7 @@ class KernelTimes:
         arena = self._memory.arena
         if matrix.encoding is Encoding.PLAIN:
             tensors = [arena.part(at, layout.parts[0]).to(torch.bfloat16) for at in places]
-            steps = step_kernels() if native and self._native is not None else None
+            steps = linear_kernels() if native and self._native is not None else None
             if steps is None:
                 run: Callable[[int], object] = lambda number: functional.linear(  # noqa: E731
                     hidden, tensors[number % len(tensors)]

@@ -10,9 +10,9 @@ from expertd_inference.experts.call import has_seat, seat_of
 from expertd_inference.experts.cpu import experts_modules
 from expertd_inference.kernels.cpu.choice import CpuKernels
 from expertd_inference.kernels.cpu.library import TYPES
+from expertd_inference.kernels.cpu.linear import plain_matrix
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.reference import GATE_UP
-from expertd_inference.kernels.cpu.step import plain_matrix
 from expertd_inference.kernels.cpu.switching import Form, Switching
 from expertd_inference.model.native_linear import NativeLinear
 from expertd_inference.model.quantized_linear import QuantizedLinear

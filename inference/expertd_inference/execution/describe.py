@@ -30,7 +30,7 @@ from expertd_inference.execution.recognize import (
 from expertd_inference.execution.rotation import find_rotation, near
 from expertd_inference.execution.witness import LayerSeen, Witness, watch
 from expertd_inference.experts.call import has_seat
-from expertd_inference.kernels.cpu.step import DTYPES
+from expertd_inference.kernels.cpu.linear import DTYPES
 from expertd_inference.model.pack_config import rope_kinds
 
 _BODY = {"embed_tokens", "layers", "norm"}

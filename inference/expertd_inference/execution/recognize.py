@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertd_inference.kernels.activation import Activation, activation_of_function
+from expertd_inference.kernels.cpu.linear import DTYPES, describe
 from expertd_inference.kernels.cpu.native import matrix_of
 from expertd_inference.kernels.cpu.operations import NormKind, RouteKind
-from expertd_inference.kernels.cpu.step import DTYPES, describe
 from expertd_inference.kernels.cpu.structures import NativeMatrix
 from expertd_inference.model.quantized_linear import QuantizedLinear
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertd_inference.kernels.cpu.step import DTYPES, PreparedCall, StepKernels, describe
+from expertd_inference.kernels.cpu.linear import DTYPES, LinearKernels, PreparedCall, describe
 
 
 class NativeLinear(nn.Linear):
@@ -21,7 +21,7 @@ class NativeLinear(nn.Linear):
     wanted of.
     """
 
-    def __init__(self, linear: nn.Linear, kernels: StepKernels) -> None:
+    def __init__(self, linear: nn.Linear, kernels: LinearKernels) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -61,7 +61,7 @@ class NativeLinear(nn.Linear):
         return self._prepared[1]
 
 
-def use_native_linears(model: Any, kernels: StepKernels) -> None:  # noqa: ANN401 - untyped
+def use_native_linears(model: Any, kernels: LinearKernels) -> None:  # noqa: ANN401 - untyped
     """Puts a :class:`NativeLinear` in the place of each ``nn.Linear`` in ``model``."""
     made: dict[nn.Module, NativeLinear] = {}
     for module in list(model.modules()):

@@ -15,8 +15,8 @@ from expertd_inference.execution.crossover import measure_crossover
 from expertd_inference.execution.parts import UnknownPartError
 from expertd_inference.kernels.cpu import switching
 from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.step import step_kernels
 from expertd_inference.kernels.cpu.switching import Switching
 from expertd_inference.model.native_linear import use_native_linears
 from expertstore.pack.layout import Matrix
@@ -48,7 +48,7 @@ def test_it_is_measured_when_an_engine_opens(
     found = Switching(product, product, "host", path=tmp_path / "file")
     kernels = NativeKernels(most_rows=found)
     model = load(packed("mixtral", "4bit-fast"), torch.bfloat16, kernels)
-    steps = step_kernels()
+    steps = linear_kernels()
     assert steps is not None
     steps.most_rows = found
     use_native_linears(model, steps)

@@ -18,8 +18,8 @@ from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.call import seat_of
 from expertd_inference.experts.cpu import experts_modules
+from expertd_inference.kernels.cpu.linear import LinearKernels, linear_kernels
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.step import StepKernels, step_kernels
 from expertd_inference.model.native_linear import use_native_linears
 from tests.architectures.batches import ROOM, Texts, batched_model
 from tests.architectures.parity import load
@@ -29,15 +29,15 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> StepKernels:
-    found = step_kernels(exact=True)
+def kernels() -> LinearKernels:
+    found = linear_kernels(exact=True)
     if found is None:
         pytest.skip("native code is not built here")
     return found
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe"])
-def test_alone_and_among_others(architecture: str, packed: Make, kernels: StepKernels) -> None:
+def test_alone_and_among_others(architecture: str, packed: Make, kernels: LinearKernels) -> None:
     model = load(packed(architecture, "4bit-fast"), torch.bfloat16, NativeKernels(exact=True))
     use_native_linears(model, kernels)
     said: list[str] = []

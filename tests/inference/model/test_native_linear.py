@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expertd_inference.kernels.cpu.step import DTYPES, StepKernels, step_kernels
+from expertd_inference.kernels.cpu.linear import DTYPES, LinearKernels, linear_kernels
 from expertd_inference.kernels.cpu.switching import LEAST
 from expertd_inference.model.native_linear import NativeLinear, use_native_linears
 from tests.inference.greedy import greedy, prompt_of
@@ -17,8 +17,8 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> StepKernels:
-    found = step_kernels()
+def kernels() -> LinearKernels:
+    found = linear_kernels()
     if found is None:
         pytest.skip("native code is not built here")
     return found
@@ -28,7 +28,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def native(kernels: StepKernels, layer: nn.Linear) -> NativeLinear:
+def native(kernels: LinearKernels, layer: nn.Linear) -> NativeLinear:
     model = nn.Sequential(layer.requires_grad_(requires_grad=False))
     use_native_linears(model, kernels)
     (made,) = model
@@ -43,7 +43,7 @@ def native(kernels: StepKernels, layer: nn.Linear) -> NativeLinear:
 # one row; rows at once and a rest; more
 @pytest.mark.parametrize("shape", [(), (1, 5), (3 * LEAST,)])
 def test_a_plain_layer(
-    kernels: StepKernels,
+    kernels: LinearKernels,
     dtype: torch.dtype,
     bias: bool,
     out: int,
@@ -67,7 +67,7 @@ def test_a_plain_layer(
 
 
 def test_what_is_better_left_to_torch(
-    kernels: StepKernels, monkeypatch: pytest.MonkeyPatch
+    kernels: LinearKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = nn.Linear(64, 32, dtype=torch.bfloat16)
     many, wide = noise(LEAST + 1, 64, dtype=torch.bfloat16), noise(64)
@@ -84,7 +84,7 @@ def test_what_is_better_left_to_torch(
     torch.testing.assert_close(layer(strided), layer(strided.contiguous()), rtol=0, atol=0)
 
 
-def test_another_weight_or_bias_is_seen(kernels: StepKernels) -> None:
+def test_another_weight_or_bias_is_seen(kernels: LinearKernels) -> None:
     layer = native(kernels, nn.Linear(64, 32, dtype=torch.bfloat16))
     row = noise(64, dtype=torch.bfloat16)
     before = layer(row)
@@ -96,7 +96,7 @@ def test_another_weight_or_bias_is_seen(kernels: StepKernels) -> None:
     assert torch.equal(layer(row.float()), layer.bias)
 
 
-def test_hooks_are_called(kernels: StepKernels) -> None:
+def test_hooks_are_called(kernels: LinearKernels) -> None:
     layer = native(kernels, nn.Linear(64, 32))
     seen: list[int] = []
     layer.register_forward_hook(lambda *_: seen.append(1))
@@ -105,7 +105,7 @@ def test_hooks_are_called(kernels: StepKernels) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["rows", "weight"])
-def test_gradients_are_torch_s(kernels: StepKernels, wanted: str) -> None:
+def test_gradients_are_torch_s(kernels: LinearKernels, wanted: str) -> None:
     stock = nn.Linear(64, 32).requires_grad_(wanted == "weight")
     ours = NativeLinear(stock, kernels)
     rows = noise(2, 64).requires_grad_(wanted == "rows")
@@ -114,7 +114,7 @@ def test_gradients_are_torch_s(kernels: StepKernels, wanted: str) -> None:
     assert torch.equal(gradients[0][0], gradients[1][0])
 
 
-def test_the_model_is_what_it_was_but_for_that(kernels: StepKernels) -> None:
+def test_the_model_is_what_it_was_but_for_that(kernels: LinearKernels) -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleList([nn.Linear(8, 4, bias=False), shared])})
     model.eval()
@@ -129,7 +129,9 @@ def test_the_model_is_what_it_was_but_for_that(kernels: StepKernels) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "gpt_oss", "deepseek_v3"])
-def test_a_model_gives_the_same_text(architecture: str, stock: Make, kernels: StepKernels) -> None:
+def test_a_model_gives_the_same_text(
+    architecture: str, stock: Make, kernels: LinearKernels
+) -> None:
     theirs = stock(architecture, torch.bfloat16)
     ours = copy.deepcopy(theirs)
     use_native_linears(ours, kernels)

@@ -75,8 +75,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
 _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
-        *("experts", "linear", "dequantize", "use_isa", "isa", "read_probe"),
-        *("rms_norm", "attend_rows", "rotate", "route"),
+        *("experts", "linear", "dequantize", "attend_rows", "use_isa", "isa", "read_probe"),
         *("program_make", "program_free", "program_run", "held_step"),
     )
 )

@@ -98,14 +98,6 @@ void norm(const NormCall& c, const void* x, void* out) {
     }, x, out);
 }
 
-void rms_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t n, float eps,
-              bool round_first, int32_t type) {
-    typed(type, [&](const auto* x, const auto* weight, auto* out) INLINE_LAMBDA {
-        for (int64_t row = 0; row < rows; ++row)
-            norm_by_root(x + row * n, weight, out + row * n, n, eps, round_first);
-    }, x, weight, out);
-}
-
 void add(const AddCall& c, const void* x, const void* y, void* out) {
     typed(c.type, [&](const auto* x, const auto* y, auto* out) INLINE_LAMBDA {
         for (int64_t i = 0; i < c.n; ++i) put(out, i, get(x, i) + get(y, i));
@@ -151,24 +143,7 @@ void rotate(const RotateCall& c, const float* cos, const float* sin, void* x) {
     }, x);
 }
 
-void rotate_heads(const void* x, int64_t stride, int64_t heads, int64_t d, const void* cos,
-                  const void* sin, void* out, int32_t type) {
-    const int64_t half = d / 2;
-    typed(type, [&](const auto* x, const auto* cos, const auto* sin, auto* out) INLINE_LAMBDA {
-        for (int64_t head = 0; head < heads; ++head, x += stride, out += d) {
-            for (int64_t i = 0; i < half; ++i)
-                put(out, i, rounded(x, get(x, i) * get(cos, i)) +
-                                rounded(x, -get(x, i + half) * get(sin, i)));
-            for (int64_t i = half; i < d; ++i)
-                put(out, i, rounded(x, get(x, i) * get(cos, i)) +
-                                rounded(x, get(x, i - half) * get(sin, i)));
-        }
-    }, x, cos, sin, out);
-}
-
 } // namespace loops
 } // namespace
 
-#define STEPS_OF_THIS_FILE                                                                         \
-    {loops::norm, loops::add, loops::scale, loops::gate, loops::rotate, loops::rms_norm,           \
-     loops::rotate_heads}
+#define STEPS_OF_THIS_FILE {loops::norm, loops::add, loops::scale, loops::gate, loops::rotate}

@@ -33,7 +33,7 @@ from expertd_inference.kernels.cpu import attention
 from expertd_inference.kernels.cpu.library import TYPES, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.operations import HeldStep
-from expertd_inference.kernels.cpu.step import StepKernels, describe
+from expertd_inference.kernels.cpu.linear import LinearKernels, describe
 from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.wave import Routed, Wave
 from expertstore.native import Loaded
@@ -103,13 +103,13 @@ class WithoutMemory:
 
 CHECKED = {
     f"expertd_{name}"
-    for name in "experts linear dequantize route attend_rows".split()
+    for name in "experts linear dequantize attend_rows".split()
     + "program_make program_run held_step".split()
 }
 FAILED = {"expertd_program_make": None, "expertd_held_step": -1}
 tiled = lambda matrix, dtype: 100
-kernels, steps = NativeKernels(most_rows=tiled), StepKernels(library)
-failing_kernels, failing_steps = NativeKernels(most_rows=tiled), StepKernels(Library())
+kernels, steps = NativeKernels(most_rows=tiled), LinearKernels(library)
+failing_kernels, failing_steps = NativeKernels(most_rows=tiled), LinearKernels(Library())
 failing_kernels._library = Library()
 libraries = {failing_steps: Loaded(Library()), steps: Loaded(library)}
 
@@ -141,8 +141,6 @@ for tokens in (1, 3, 20):
     routing = Routed(hidden, index, weights)
     wave = Wave(list(range(8)), layer.records, layer.arena, spec_of(layer))
     same(lambda kernels, steps: [kernels.output(routing, wave)])
-logits = torch.randn(2, 4096)
-same(lambda kernels, steps: steps.route(logits, 4, normalize=True, float_weights=True))
 # One row, and so many that two threads share them.
 for num_rows in (1, 700):
     plan = attention.AttentionPlan([(0, num_rows, range(11))])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.linear import LinearKernels, describe, linear_kernels
 from expertd_inference.kernels.cpu.native import use_isa
-from expertd_inference.kernels.cpu.step import StepKernels, describe, step_kernels
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native kernels")
 
@@ -33,8 +33,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     use_isa(None)
 
 
-def kernels() -> StepKernels:
-    found = step_kernels()
+def kernels() -> LinearKernels:
+    found = linear_kernels()
     assert found is not None
     return found
 
