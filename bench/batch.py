@@ -49,10 +49,11 @@ LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 8}
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 PRIVATE, SHARED, IK = "llama.cpp, private", "llama.cpp, shared", "ik_llama.cpp, private"
 GOALS = {
-    16: {PRIVATE: {1: 1.1, 8: 1.2, 16: 1.5, 32: 1.5, 64: 1.5}, SHARED: {1: 1.7}},
-    8: {PRIVATE: {8: 1.2, 16: 2.0, 32: 2.0, 64: 2.0}},
+    (16, PRIVATE): {1: 1.1, 8: 1.2, 16: 1.5, 32: 1.5, 64: 1.5},
+    (16, SHARED): {1: 1.7},
+    (8, PRIVATE): {8: 1.2, 16: 2.0, 32: 2.0, 64: 2.0},
 }
-"""At least so many times a peer's rate, by bits of the activations, peer and sequences."""
+"""At least so many times a peer's rate by sequences, for bits of our activations and a peer."""
 PROMPT_TOKENS, PROMPT_GOAL = 512, 1.5
 
 
@@ -131,7 +132,10 @@ def measure(bench: Bench) -> Iterator[Figure | str]:
     arguments = ["--llama-python", bench.llama_python] if bench.llama_python else []
     arguments += ["--ik-bench", bench.ik_bench] if bench.ik_bench else []
     arguments += ["--quick", "--steps", "2", "--rounds", "1"] if bench.quick else []
-    yield from _measure(_parser().parse_args(arguments), bench.folder, bench.say)
+    try:
+        yield from _measure(_parser().parse_args(arguments), bench.folder, bench.say)
+    except PeerError as error:
+        yield str(error)
 
 
 def _measure(
@@ -170,31 +174,35 @@ def _shape(
         stack.enter_context(peer)
     for peer in peers.values():
         peer.wait_ready()
-    theirs = {name: Theirs(peer) for name, peer in peers.items()}
+    theirs: dict[str, Contestant] = {name: Theirs(peer) for name, peer in peers.items()}
+    ours: dict[int, Contestant] = {}
     for activations in options.activations or (16, 8):
-        ours = Ours(daemon.socket, activations)
-        try:
-            what = f"{shape}, {layers} layers, {activations}-bit activations, {ours.executor}"
-            for sequences in options.sequences or SEQUENCES:
-                say(f"batch: {what}, {sequences} sequences")
-                wanted = {
-                    name: goal.get(sequences) for name, goal in GOALS.get(activations, {}).items()
-                }
-                # One copy for all processes is slower at every count: once is enough.
-                them = {
-                    name: one for name, one in theirs.items() if name != SHARED or sequences == 1
-                }
-                decode = methodcaller("decode", options.steps, sequences)
-                yield from _turns(
-                    f"{what}, {sequences} sequences", options.rounds, wanted, decode, ours, them
-                )
-            say(f"batch: {what}, prompts")
-            them = {name: one for name, one in theirs.items() if name != SHARED}
-            prompt = methodcaller("prompt", PROMPT_TOKENS)
-            what += f", a prompt of {PROMPT_TOKENS}"
-            yield from _turns(what, options.rounds, {PRIVATE: PROMPT_GOAL}, prompt, ours, them)
-        finally:
-            ours.close()
+        one = Ours(daemon.socket, activations)
+        stack.callback(one.close)
+        ours[activations] = one
+    say(f"batch: {shape}, warming up")
+    for contestant in (*ours.values(), *theirs.values()):
+        contestant.decode(options.steps, 4)
+    what = f"{shape}, {layers} layers, {one.executor}"
+    for sequences in options.sequences or SEQUENCES:
+        say(f"batch: {what}, {sequences} sequences")
+        # One copy for all processes is slower at every count: once is enough.
+        them = {name: one for name, one in theirs.items() if name != SHARED or sequences == 1}
+        goals = {
+            (activations, name): goal[sequences]
+            for (activations, name), goal in GOALS.items()
+            if sequences in goal
+        }
+        decode = methodcaller("decode", options.steps, sequences)
+        yield from _turns(
+            f"{what}, {sequences} sequences", options.rounds, goals, decode, ours, them
+        )
+    say(f"batch: {what}, prompts")
+    them = {name: one for name, one in theirs.items() if name != SHARED}
+    goals = {(16, PRIVATE): PROMPT_GOAL}
+    prompt = methodcaller("prompt", PROMPT_TOKENS)
+    what += f", a prompt of {PROMPT_TOKENS}"
+    yield from _turns(what, options.rounds, goals, prompt, ours, them)
 
 
 def _peers(options: argparse.Namespace, path: Path, config: dict[str, Any]) -> dict[str, Peer]:
@@ -219,22 +227,27 @@ def _peers(options: argparse.Namespace, path: Path, config: dict[str, Any]) -> d
 def _turns(
     what: str,
     rounds: int,
-    goals: Mapping[str, float | None],
+    goals: Mapping[tuple[int, str], float],
     measure: Callable[[Contestant], float],
-    ours: Contestant,
+    ours: Mapping[int, Contestant],
     theirs: Mapping[str, Contestant],
 ) -> Iterator[Figure]:
-    """One round more than asked for: the first warms up."""
+    """All of ours and of theirs in each round."""
     turns = [
-        (measure(ours), {name: measure(one) for name, one in theirs.items()})
-        for _ in range(rounds + 1)
-    ][1:]
-    if not theirs:
-        yield counted("batch", what, "tokens/s", [rate for rate, _ in turns])
-    for name in theirs:
-        pairs = [(rate, rates[name]) for rate, rates in turns]
-        goal = goals.get(name)
-        yield compared("batch", f"{what}: ours / {name}", "tokens/s", pairs, at_least=goal)
+        (
+            {bits: measure(one) for bits, one in ours.items()},
+            {name: measure(one) for name, one in theirs.items()},
+        )
+        for _ in range(rounds)
+    ]
+    for bits in ours:
+        one = f"{what}: {bits}-bit activations"
+        if not theirs:
+            yield counted("batch", one, "tokens/s", [rates[bits] for rates, _ in turns])
+        for name in theirs:
+            pairs = [(rates[bits], others[name]) for rates, others in turns]
+            goal = goals.get((bits, name))
+            yield compared("batch", f"{one} / {name}", "tokens/s", pairs, at_least=goal)
 
 
 def _parser() -> argparse.ArgumentParser:
