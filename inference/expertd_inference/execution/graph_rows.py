@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from expertd_inference.execution.batch import Span
 from expertd_inference.execution.layers import AttentionLayer
-from expertd_inference.kernels.blocks import BLOCK_TOKENS, put_keys, take_keys
+from expertd_inference.kernels.block_keys import put_keys, take_keys
+from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kv.memory import KvMemory
 
 _TOKEN, _POSITION, _REAL, _TABLE = range(4)

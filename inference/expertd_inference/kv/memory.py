@@ -45,7 +45,7 @@ class KvMemory:
 
     keys: list[Tensor]
     """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, key_width], without gaps; in which order,
-    :mod:`..kernels.blocks` says."""
+    :mod:`..kernels.block_keys` says."""
     values: list[Tensor]
     """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, value_width], without gaps."""
 

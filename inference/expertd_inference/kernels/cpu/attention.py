@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.blocks import BLOCK_TOKENS, put_keys, take_keys
+from expertd_inference.kernels.block_keys import put_keys, take_keys
+from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
 from expertd_inference.kernels.cpu.structures import AttentionCall, NativeAttentionPlan
 

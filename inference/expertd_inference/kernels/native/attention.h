@@ -18,7 +18,7 @@ constexpr int64_t PIECE_TOKENS = 512;
 
 // Keys are written once and read for each later token, so they lie as they are read: a block is
 // [BLOCK_TOKENS / KEY_TOKENS][words][KEY_TOKENS] words of 4 bytes, a float32 or a pair of columns.
-// kernels/blocks.py has the same.
+// kernels/block_keys.py has the same.
 constexpr int64_t KEY_TOKENS = 16;
 
 // The spans of a batch, for all layers. A span is consecutive rows of one sequence.

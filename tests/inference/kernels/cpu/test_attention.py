@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.blocks import BLOCK_TOKENS, take_keys
+from expertd_inference.kernels.block_keys import take_keys
+from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kernels.cpu.attention import (
     AttentionCall,
     AttentionPlan,
