@@ -160,7 +160,7 @@ def _shape(
     folder: Path,
     stack: ExitStack,
     say: Callable[[str], None],
-) -> Iterator[Figure]:
+) -> Iterator[Figure | str]:
     layers = options.layers or LAYERS[shape]
     overrides = TINY if options.quick else None
     precision = "4g64"
@@ -170,20 +170,26 @@ def _shape(
     daemon = stack.enter_context(serving({"m": pack}, ram=ram, socket=folder / "s"))
     config = {**SHAPES[shape], **(overrides or {}), "num_hidden_layers": layers}
     peers = _peers(options, folder / "model.gguf", config)
-    for peer in peers.values():
-        stack.enter_context(peer)
-    for peer in peers.values():
-        peer.wait_ready()
-    theirs: dict[str, Contestant] = {name: Theirs(peer) for name, peer in peers.items()}
+    for process in peers.values():
+        stack.enter_context(process)
+    for process in peers.values():
+        process.wait_ready()
+    theirs: dict[str, Contestant] = {name: Theirs(one) for name, one in peers.items()}
     ours: dict[int, Contestant] = {}
     for activations in options.activations or (16, 8):
-        one = Ours(daemon.socket, activations)
-        stack.callback(one.close)
-        ours[activations] = one
+        engine = Ours(daemon.socket, activations)
+        stack.callback(engine.close)
+        ours[activations], executor = engine, engine.executor
     say(f"batch: {shape}, warming up")
-    for contestant in (*ours.values(), *theirs.values()):
-        contestant.decode(options.steps, 4)
-    what = f"{shape}, {layers} layers, {one.executor}"
+    for one in ours.values():
+        one.decode(options.steps, 4)
+    for name, peer in [*theirs.items()]:
+        try:
+            peer.decode(options.steps, 4)
+        except PeerError as error:
+            yield f"{shape}: {error}"
+            del theirs[name]
+    what = f"{shape}, {layers} layers, {executor}"
     for sequences in options.sequences or SEQUENCES:
         say(f"batch: {what}, {sequences} sequences")
         # One copy for all processes is slower at every count: once is enough.

@@ -159,15 +159,21 @@ def run(path: str, load: str, threads: int, context: int, vocab: int, sequences:
     else:
         options.use_mmap = shared
     model = lib.llama_load_model_from_file(path.encode(), options)
-    settings = lib.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch = context, 512, 512
-    settings.n_threads = settings.n_threads_batch = threads
-    settings.n_seq_max = sequences
-    # One memory for all: a single sequence may have all of it.
-    settings.kv_unified = True
-    session = lib.llama_init_from_model(model, settings) if model else None
-    if not session:
-        raise SystemExit(f"llama.cpp cannot load {path}")
+
+    def open_session(num_sequences: int) -> Any:  # noqa: ANN401 - ctypes
+        settings = lib.llama_context_default_params()
+        settings.n_batch, settings.n_ubatch = 512, 512
+        # Each sequence has a memory of its own, so that it attends to that alone: llama.cpp's
+        # fastest. One sequence may have all of it, for a long prompt.
+        settings.n_ctx = context // sequences * num_sequences if num_sequences > 1 else context
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.n_seq_max, settings.kv_unified = num_sequences, False
+        session = lib.llama_init_from_model(model, settings) if model else None
+        if not session:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        return session
+
+    num_sequences, session = 1, open_session(1)
     random = np.random.default_rng(0)
     print(json.dumps({"ready": load}), flush=True)
     for line in sys.stdin:
@@ -175,6 +181,12 @@ def run(path: str, load: str, threads: int, context: int, vocab: int, sequences:
         tokens = random.integers(10, vocab - 10, int(count))
         if what == "clear":
             lib.llama_memory_clear(lib.llama_get_memory(session), True)
+        if what != "batch":
+            more = ["1"]
+        if int(more[0]) != num_sequences:
+            lib.llama_free(session)
+            num_sequences = int(more[0])
+            session = open_session(num_sequences)
         if what == "batch":
             _begin(lib, session, int(more[1]), int(more[0]), vocab)
         began = time.perf_counter()

@@ -41,11 +41,11 @@ def test_where_a_chunk_ends(
     limits: SchedulerLimits, num_prompt: int, num_new: int, begin: int, num_rows: int, end: int
 ) -> None:
     one = sequence(num_prompt, num_new, begin)
-    assert chunk_end(one, limits, num_rows, alone=True) == end
+    assert chunk_end(one, limits, num_rows, first=True) == end
 
 
 def test_a_whole_prompt_waits_for_a_batch_of_its_own() -> None:
-    assert chunk_end(sequence(10), WHOLE, 64, alone=False) == 0
+    assert chunk_end(sequence(10), WHOLE, 64, first=False) == 0
 
 
 @pytest.mark.parametrize(

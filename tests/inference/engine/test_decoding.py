@@ -38,6 +38,14 @@ def mixtral(daemon: Daemon) -> Iterator[Any]:
     model.expertd.close()
 
 
+@pytest.fixture(scope="module")
+def exact_mixtral(daemon: Daemon) -> Iterator[Any]:
+    """In float32: rounded otherwise, two scores may be so near that tokens differ."""
+    model = load_model("mixtral", socket=daemon.socket, dtype=torch.float32)
+    yield model
+    model.expertd.close()
+
+
 class Recorder(BaseStreamer):  # type: ignore[misc] # transformers is untyped
     def __init__(self, stop_after: int | None = None) -> None:
         self.pieces: list[list[int]] = []
@@ -110,9 +118,9 @@ def test_greedy_tokens_are_the_same(prompt_tokens: int, daemon: Daemon) -> None:
     ],
     ids=str,
 )
-def test_settings_mean_the_same(arguments: dict[str, Any], mixtral: Any) -> None:
+def test_settings_mean_the_same(arguments: dict[str, Any], exact_mixtral: Any) -> None:
     arguments = {"do_sample": False, "max_new_tokens": 16} | arguments
-    ours, theirs = both(mixtral, torch.tensor([prompt_of(9)]), **arguments)
+    ours, theirs = both(exact_mixtral, torch.tensor([prompt_of(9)]), **arguments)
     assert ours.tolist() == theirs.tolist()
 
 
@@ -206,13 +214,13 @@ def test_a_text_that_outgrows_the_original_context(long_rope: Path, tmp_path: Pa
     assert len(prompt) == 56
     with (
         serving({"m": tmp_path / "pack"}) as daemon,
-        Worker(attach("m", daemon.socket), say=lambda _: None) as worker,
+        Worker(attach("m", daemon.socket), dtype=torch.float32, say=lambda _: None) as worker,
     ):
         result = generate(worker, prompt, GenerationSettings(max_new_tokens=40)).result
-    stock = AutoModelForCausalLM.from_pretrained(long_rope, dtype=torch.bfloat16)
+    stock = AutoModelForCausalLM.from_pretrained(long_rope, dtype=torch.float32)
     ids = byte_tokenizer()(prompt).input_ids
     assert result.tokens == greedy(stock, ids, 40)
-    assert result.executor == "turns"
+    assert result.executor == "modules"
 
 
 @pytest.mark.parametrize("sample", [True, False])
