@@ -5,7 +5,8 @@ together. llama.cpp and ik_llama.cpp have the same shape at the same bits per we
 decode as many sequences in each of their steps: *private* from a copy that is repacked for their
 kernels, *shared* from the page cache, one copy for all processes, as ours is. Each count of
 sequences is measured in turns; the figures are all sequences' tokens per second after a context of
-64 tokens. ik_llama.cpp runs its own ``llama-batched-bench``.
+64 tokens. ik_llama.cpp runs its own ``llama-batched-bench``, with one
+sequence.
 
 Example: python -m bench.batch --shape olmoe-1b-7b --llama-python ~/llama/bin/python --json
          python -m bench.batch --shape qwen3-30b-a3b --layers 8 --activations 8
@@ -48,6 +49,10 @@ LAYERS = {"olmoe-1b-7b": 16, "qwen3-30b-a3b": 8}
 """What is measured, and how much of it."""
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 PRIVATE, SHARED, IK = "llama.cpp, private", "llama.cpp, shared", "ik_llama.cpp, private"
+ALONE = {SHARED, IK}
+"""Measured with one sequence only. One copy for all processes is slower at every count. And
+llama-batched-bench gives all sequences and all of a prompt the same token, so that all rows of a
+step ask the same experts, and far fewer weights are read than for texts."""
 GOALS = {
     (16, PRIVATE): {1: 1.1, 8: 1.2, 16: 1.5, 32: 1.5, 64: 1.5},
     (16, SHARED): {1: 1.7},
@@ -192,8 +197,7 @@ def _shape(
     what = f"{shape}, {layers} layers, {executor}"
     for sequences in options.sequences or SEQUENCES:
         say(f"batch: {what}, {sequences} sequences")
-        # One copy for all processes is slower at every count: once is enough.
-        them = {name: one for name, one in theirs.items() if name != SHARED or sequences == 1}
+        them = {name: one for name, one in theirs.items() if name not in ALONE or sequences == 1}
         goals = {
             (activations, name): goal[sequences]
             for (activations, name), goal in GOALS.items()
@@ -204,7 +208,7 @@ def _shape(
             f"{what}, {sequences} sequences", options.rounds, goals, decode, ours, them
         )
     say(f"batch: {what}, prompts")
-    them = {name: one for name, one in theirs.items() if name != SHARED}
+    them = {name: one for name, one in theirs.items() if name not in ALONE}
     goals = {(16, PRIVATE): PROMPT_GOAL}
     prompt = methodcaller("prompt", PROMPT_TOKENS)
     what += f", a prompt of {PROMPT_TOKENS}"
