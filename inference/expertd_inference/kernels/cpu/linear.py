@@ -1,6 +1,6 @@
-"""Products of linear layers as native calls, of plain matrices and of quantized ones.
+"""Products of plain linear layers as native calls.
 
-A call is described once and then made for each product: torch takes a microsecond or three for
+A matrix is described once and then multiplied many times: torch takes a microsecond or three for
 every operation, which is much of a small product with one row.
 """
 
@@ -14,13 +14,11 @@ from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_li
 from expertd_inference.kernels.cpu.library import describe as describe
 from expertd_inference.kernels.cpu.native import (
     flags_of,
-    matrix_of,
     measured,
     multiply,
 )
 from expertd_inference.kernels.cpu.structures import LinearCall, NativeMatrix
 from expertd_inference.kernels.cpu.switching import LEAST, MostRows, any_number
-from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.layout import Encoding, Matrix
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -28,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 class PreparedCall:
-    """A matrix as the kernels take it."""
+    """A matrix and its address, for :meth:`LinearKernels.multiply`."""
 
     __slots__ = ("address", "matrix")
 
@@ -38,7 +36,7 @@ class PreparedCall:
 
 
 class LinearKernels:
-    """The native functions. Tensors are on the CPU, of one dtype of :data:`DTYPES`."""
+    """Native products of rows and plain matrices on the CPU, of one dtype of :data:`DTYPES`."""
 
     def __init__(self, library: ctypes.CDLL, *, activations: int = 16, exact: bool = False) -> None:
         """As :class:`.native.NativeKernels`, whose flags these are."""
@@ -61,11 +59,6 @@ class LinearKernels:
         ``described`` is :func:`describe`'s of the weight.
         """
         return multiply(self._library, rows, described, self._flags)
-
-    def prepare(self, weight: QuantizedWeight) -> PreparedCall | None:
-        """A call for one row times ``weight``, or None if no kernel knows it."""
-        matrix = matrix_of(weight)
-        return None if matrix is None else PreparedCall(matrix)
 
     def multiply(
         self, prepared: PreparedCall, rows: Tensor, out: Tensor, num_rows: int = 1
