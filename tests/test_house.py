@@ -56,6 +56,7 @@ FLOORS = {
         "engine",
         "worker",
         "generation",
+        "server",
         "advice",
         "cli",
     ],
@@ -96,6 +97,12 @@ def test_only_packing_and_inference_know_torch() -> None:
         for file in PACKAGES[package].rglob("*.py"):
             if "packing" not in file.parts and file.name != "codec.py":
                 assert not imports_of(file) & TORCH, f"{file} imports torch or what needs it"
+
+
+def test_the_front_knows_no_torch() -> None:
+    for file in (PACKAGES["expertd_inference"] / "server").rglob("*.py"):
+        if file.name != "engine_child.py":
+            assert not imports_of(file) & TORCH, f"{file} imports torch or what needs it"
 
 
 @pytest.mark.parametrize(

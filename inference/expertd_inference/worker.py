@@ -31,7 +31,8 @@ from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_tok
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.model.pack_config import context_tokens
-from expertd_inference.model.prompts import encode, load_tokenizer
+from expertd_inference.model.prompts import encode
+from expertd_inference.model.tokenizer import load_tokenizer
 from expertd_inference.process.attachment import (
     DEFAULT_REATTACH_SECONDS,
     ModelAttachment,

@@ -12,7 +12,6 @@ import msgspec
 import typer
 
 import expertd_inference
-from expertd_client import TlsFiles
 from expertd_inference.cli import options
 from expertd_inference.cli.prompt_file import PromptLine
 from expertd_inference.cli.prompts import lines_of
@@ -54,14 +53,7 @@ def generate(
             readable=False,
         ),
     ] = None,
-    socket: Annotated[
-        str | None,
-        typer.Option(
-            help="The directory that the daemon serves in, or tcp://HOST:PORT. Default: "
-            "$XDG_RUNTIME_DIR/expertd if a daemon of yours is there, else /run/expertd.",
-            metavar="DIR",
-        ),
-    ] = None,
+    socket: options.Socket = None,
     model: Annotated[
         str | None,
         typer.Option(help="A model that it serves; not needed if it is the only one."),
@@ -74,44 +66,12 @@ def generate(
             readable=False,
         ),
     ] = None,
-    ram: Annotated[
-        str | None,
-        typer.Option(
-            help="With --embedded: memory for experts, as in 8GiB. Default: all of "
-            "them, or half of the free memory.",
-            metavar="SIZE",
-        ),
-    ] = None,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="With tcp://: who signed the daemon's certificate.", metavar="PEM", readable=False
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(help="With tcp://: this client's certificate.", metavar="PEM", readable=False),
-    ] = None,
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(help="With tcp://: its private key.", metavar="PEM", readable=False),
-    ] = None,
-    pack: Annotated[
-        Path | None,
-        typer.Option(
-            help="With tcp://: this host's copy of the pack, whose experts-* may be left out.",
-            metavar="PACK",
-            readable=False,
-        ),
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the daemon's memory cannot be shared: memory for copies of experts, as in "
-            "8GiB. Default: all of them, or half of the free memory.",
-            metavar="SIZE",
-        ),
-    ] = None,
+    ram: options.Ram = None,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    pack: options.Pack = None,
+    cache: options.Cache = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0, max=100, help="0 takes the likeliest token each time.")
@@ -133,46 +93,15 @@ def generate(
     stream: Annotated[
         bool, typer.Option("--stream", help="With --json: the text to stderr while it comes.")
     ] = False,
-    dtype: Annotated[
-        ComputeDtype | None,
-        typer.Option(help="Compute in this. Default: what the checkpoint is in."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")
-    ] = None,
-    kernels: Annotated[
-        KernelsName,
-        typer.Option(
-            help="What computes on the CPU. auto: native, but for packs of 16-bit experts, whose "
-            "reference computes them as stock transformers does."
-        ),
-    ] = KernelsName.AUTO,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact",
-            help="The very same text, whatever else is computed beside it: slower for one "
-            "sequence.",
-        ),
-    ] = False,
-    activations: Annotated[
-        Activations,
-        typer.Option(
-            help="Bits of what meets quantized weights, where a step has several rows: 8 is "
-            "faster, and rounds."
-        ),
-    ] = Activations.BITS_16,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    kernels: options.Kernels = KernelsName.AUTO,
+    exact: options.Exact = False,
+    activations: options.ActivationsOption = Activations.BITS_16,
     max_sequences: Annotated[
         int, typer.Option(min=1, help="With --prompt-file: how many are computed together.")
     ] = _LIMITS.max_sequences,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="How many tokens of all sequences the keys and values have room for. Default: "
-            "what the sequences need, or a quarter of the free memory.",
-            min=1,
-        ),
-    ] = None,
+    kv_tokens: options.KvTokens = None,
     device: options.Device = options.DEFAULTS.device,
     cache_bytes: options.CacheBytes = None,
     cache_policy: options.Policy = options.DEFAULTS.cache_policy,
@@ -181,9 +110,7 @@ def generate(
     staging_slots: options.StagingSlots = options.DEFAULTS.staging_slots,
     on_miss: options.OnMissOption = options.DEFAULTS.on_miss,
     decode_graphs: options.DecodeGraphs = options.DEFAULTS.decode_graphs,
-    reattach_seconds: Annotated[
-        float, typer.Option(min=0, help="Wait so long for a new daemon if this one ends.")
-    ] = DEFAULT_REATTACH_SECONDS,
+    reattach_seconds: options.ReattachSeconds = DEFAULT_REATTACH_SECONDS,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show what transformers has to say.")
     ] = False,
@@ -212,7 +139,7 @@ def generate(
     limits = EngineLimits(max_sequences=max_sequences, kv_tokens=kv_tokens)
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
-    tls = _tls_files(tls_ca, tls_cert, tls_key)
+    tls = options.tls_files(tls_ca, tls_cert, tls_key)
     copies_bytes = options.size_of("--cache", cache)
     devices = DeviceSettings(
         device,
@@ -279,14 +206,6 @@ def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, jso
         output.end_line()
     output.end(msgspec.json.encode(generation.result) if json else None)
     return generation.interrupted
-
-
-def _tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
-    if ca is None and certificate is None and key is None:
-        return None
-    if ca is None or certificate is None or key is None:
-        raise InvalidInputError("--tls-ca, --tls-cert and --tls-key belong together; give all.")
-    return TlsFiles(ca, certificate, key)
 
 
 def _import_worker() -> None:

@@ -8,10 +8,10 @@ import msgspec
 
 from expertd_inference.cli.prompt_file import PromptLine
 from expertd_inference.cli.text_output import TextOutput, progress
-from expertd_inference.engine.engine import Engine, EngineStats
-from expertd_inference.engine.sampling import Likely
+from expertd_inference.engine.engine import Engine
+from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stream import TokenStream
-from expertd_inference.engine.token import Token
+from expertd_inference.engine.token import Likely, Token
 from expertstore.errors import (
     DeviceError,
     ExpertdError,
@@ -45,7 +45,7 @@ class PromptResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     finish_reason: str | None = None
     logprobs: list[float | None] | None = None
     top_logprobs: list[tuple[tuple[int, float], ...]] | None = None
-    prompt_logprobs: list[Likely] | None = None
+    prompt_logprobs: tuple[Likely, ...] | None = None
     error: str | None = None
 
 

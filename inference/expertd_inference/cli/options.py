@@ -1,10 +1,20 @@
-"""The options of ``expert-run`` that say where experts are computed; they make DeviceSettings."""
+"""The options that commands of ``expert-run`` share: where a model is, and how it is computed."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from expertd_inference.settings import CachePolicy, DecodeGraphsMode, DeviceSettings, OnMiss
+from expertd_client import TlsFiles
+from expertd_inference.settings import (
+    Activations,
+    CachePolicy,
+    ComputeDtype,
+    DecodeGraphsMode,
+    DeviceSettings,
+    KernelsName,
+    OnMiss,
+)
 from expertstore.errors import InvalidInputError
 from expertstore.sizes import parse_bytes
 
@@ -74,12 +84,121 @@ DecodeGraphs = Annotated[
 ]
 
 
+Socket = Annotated[
+    str | None,
+    typer.Option(
+        help="The directory that the daemon serves in, or tcp://HOST:PORT. Default: "
+        "$XDG_RUNTIME_DIR/expertd if a daemon of yours is there, else /run/expertd.",
+        metavar="DIR",
+    ),
+]
+
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        help="With --embedded: memory for experts, as in 8GiB. Default: all of "
+        "them, or half of the free memory.",
+        metavar="SIZE",
+    ),
+]
+
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        help="With tcp://: who signed the daemon's certificate.", metavar="PEM", readable=False
+    ),
+]
+
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(help="With tcp://: this client's certificate.", metavar="PEM", readable=False),
+]
+
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(help="With tcp://: its private key.", metavar="PEM", readable=False),
+]
+
+Pack = Annotated[
+    Path | None,
+    typer.Option(
+        help="With tcp://: this host's copy of the pack, whose experts-* may be left out.",
+        metavar="PACK",
+        readable=False,
+    ),
+]
+
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the daemon's memory cannot be shared: memory for copies of experts, as in "
+        "8GiB. Default: all of them, or half of the free memory.",
+        metavar="SIZE",
+    ),
+]
+
+Dtype = Annotated[
+    ComputeDtype | None,
+    typer.Option(help="Compute in this. Default: what the checkpoint is in."),
+]
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads to compute with. Default: all cores.")
+]
+
+Kernels = Annotated[
+    KernelsName,
+    typer.Option(
+        help="What computes on the CPU. auto: native, but for packs of 16-bit experts, whose "
+        "reference computes them as stock transformers does."
+    ),
+]
+
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="The very same text, whatever else is computed beside it: slower for one sequence.",
+    ),
+]
+
+ActivationsOption = Annotated[
+    Activations,
+    typer.Option(
+        help="Bits of what meets quantized weights, where a step has several rows: 8 is "
+        "faster, and rounds."
+    ),
+]
+
+KvTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="How many tokens of all sequences the keys and values have room for. Default: "
+        "what the sequences need, or a quarter of the free memory.",
+        min=1,
+    ),
+]
+
+ReattachSeconds = Annotated[
+    float, typer.Option(min=0, help="Wait so long for a new daemon if this one ends.")
+]
+
+
 def size_of(option: str, value: str | None) -> int | None:
     """Bytes of a size as in 8GiB. Raises InvalidInputError that names the option."""
     try:
         return None if value is None else parse_bytes(value)
     except ValueError as error:
         raise InvalidInputError(f"{option}: {error}.") from error
+
+
+def tls_files(ca: Path | None, certificate: Path | None, key: Path | None) -> TlsFiles | None:
+    """What is given together. Raises InvalidInputError if some are missing."""
+    if ca is None and certificate is None and key is None:
+        return None
+    if ca is None or certificate is None or key is None:
+        raise InvalidInputError("--tls-ca, --tls-cert and --tls-key belong together; give all.")
+    return TlsFiles(ca, certificate, key)
 
 
 DEFAULTS = DeviceSettings()

@@ -4,11 +4,22 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from expertstore.errors import PreconditionError
 
 Item = TypeVar("Item")
+Sent = TypeVar("Sent", contravariant=True)
+
+
+class Outlet(Protocol[Sent]):
+    """Where one sequence's tokens go; the engine's thread calls it, and it never waits."""
+
+    def send(self, items: Sequence[Sent]) -> None:
+        """Some that came."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more comes; after the last token, or because of ``error``."""
 
 
 class Channel(Generic[Item]):

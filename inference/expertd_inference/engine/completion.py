@@ -6,10 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from expertd_inference.engine.sampling import Likely
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.stream import TokenStream
-from expertd_inference.engine.token import Token
+from expertd_inference.engine.token import Likely, Token
 from expertstore.errors import BusyError, InvalidInputError
 
 Prompt = TypeVar("Prompt")
@@ -27,7 +26,7 @@ class Completion:
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None
     num_prompt_tokens: int
-    prompt_logprobs: list[Likely] | None = None
+    prompt_logprobs: tuple[Likely, ...] | None = None
 
 
 def complete_all(

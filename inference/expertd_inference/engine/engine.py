@@ -16,28 +16,29 @@ import atexit
 import itertools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self, TypeGuard, cast
 
-import msgspec
 import torch
 
 from expertd_inference.engine.budget import EngineLimits, budget_for, scheduler_limits
-from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.channel import Channel, Outlet
 from expertd_inference.engine.completion import Completion, complete_all
 from expertd_inference.engine.live import live_of
 from expertd_inference.engine.loop import Loop
 from expertd_inference.engine.sampling import Sampling
 from expertd_inference.engine.scheduler import Scheduler
+from expertd_inference.engine.sequence import ORIGIN, Origin
 from expertd_inference.engine.sequence import Sequence as LiveSequence
 from expertd_inference.engine.served import Served
+from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
-from expertd_inference.engine.wishes import resolve
+from expertd_inference.engine.wishes import Wishes, resolve
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.kv.state import StateSlots
 from expertd_inference.settings import GenerationSettings
@@ -45,34 +46,6 @@ from expertstore.errors import PreconditionError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine has done until now.
-
-    ``executor`` computes its steps, and ``reason`` says why that one. ``num_steps`` steps had
-    ``num_rows`` rows, ``rows_mean`` each in the mean (a row is one token of one sequence).
-    ``prefix_queries`` are the tokens of sequences that were looked up among earlier ones' when
-    they began, and ``prefix_hits`` those that were found and not computed. ``num_preemptions``
-    sequences had to give up their keys and values for others and computed them again.
-    ``kv_tokens`` is how many tokens have room at once, and ``kv_why`` says why so many.
-    ``native_rows`` says, for each form of large matrix, up to how many rows native kernels
-    multiply it before torch does; None is any number.
-    """
-
-    executor: str
-    reason: str
-    num_steps: int
-    num_rows: int
-    rows_mean: float
-    num_running: int
-    num_waiting: int
-    prefix_queries: int
-    prefix_hits: int
-    num_preemptions: int
-    kv_tokens: int
-    kv_why: str
-    native_rows: Mapping[str, int | None]
 
 
 class Engine:
@@ -88,14 +61,21 @@ class Engine:
     new sequences are computed. The worker's ``close`` closes the engine, too.
     """
 
-    def __init__(self, worker: Served, limits: EngineLimits | None = None) -> None:
+    def __init__(
+        self,
+        worker: Served,
+        limits: EngineLimits | None = None,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
         """Takes memory for keys and values, and starts the thread.
 
-        Raises InvalidInputError if there is no memory for one sequence, and what the worker's
-        executor raises.
+        ``after_step`` is called by that thread once outlets have what came of a step. Raises
+        InvalidInputError if there is no memory for one sequence, and what the worker's executor
+        raises.
         """
         self._worker = worker
         self._limits = limits or EngineLimits()
+        self._after_step = after_step
         self._budget = budget_for(self._limits, worker)
         self._executor = worker.open_executor(self._budget.room)
         room = self._budget.room
@@ -200,23 +180,24 @@ class Engine:
         stop: tuple[str, ...] = (),
     ) -> TokenStream:
         """As :meth:`submit`, where the caller says how tokens are chosen and what ends the text."""
-        self._check_usable()
-        sequence = LiveSequence(next(self._ids), tokens, settings)
         channel: Channel[Token] = Channel()
-        live = self._loop.add(
-            sequence,
-            lambda: live_of(sequence, channel, self._worker.tokenizer, sampling, end_tokens, stop),
-        )
-        self._orders.put(None)
-        if self._closed:
-            # It was closed meanwhile, and the thread may not have seen the sequence.
-            channel.end(_closed())
-        return TokenStream(
-            channel,
-            partial(self._orders.put, sequence.id),
-            num_prompt_tokens=sequence.num_prompt,
-            prompt_logprobs=None if settings.prompt_logprobs is None else live.prompt_logprobs,
-        )
+        wishes = Wishes(sampling, end_tokens, stop)
+        cancel = self._begin(channel, tokens, settings, wishes, ORIGIN)
+        return TokenStream(channel, cancel, num_prompt_tokens=len(tokens))
+
+    def relay(
+        self,
+        outlet: Outlet[Token],
+        tokens: Sequence[int],
+        settings: GenerationSettings,
+        origin: Origin = ORIGIN,
+    ) -> Callable[[], None]:
+        """As :meth:`submit`, for tokens that go on to another process: ``outlet`` gets them.
+
+        Returns what cancels the sequence, safe to call at any time. Raises as :meth:`submit`.
+        """
+        wishes = resolve(settings, self._worker, tokens)
+        return self._begin(outlet, tokens, settings, wishes, origin)
 
     def cancel(self, stream: TokenStream) -> None:
         """As :meth:`TokenStream.cancel`."""
@@ -243,12 +224,40 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _begin(
+        self,
+        outlet: Outlet[Token],
+        tokens: Sequence[int],
+        settings: GenerationSettings,
+        wishes: Wishes,
+        origin: Origin,
+    ) -> Callable[[], None]:
+        self._check_usable()
+        sequence = LiveSequence(next(self._ids), tokens, settings, origin)
+        self._loop.add(
+            sequence,
+            lambda: live_of(
+                sequence,
+                outlet,
+                self._worker.tokenizer,
+                wishes.sampling,
+                wishes.end_tokens,
+                wishes.stop,
+            ),
+        )
+        self._orders.put(None)
+        if self._closed:
+            # It was closed meanwhile, and the thread may not have seen the sequence.
+            outlet.end(_closed())
+        return partial(self._orders.put, sequence.id)
+
     def _run(self) -> None:
         error: BaseException = _closed()
         try:
             with torch.no_grad():
                 while self._take_orders():
                     self._computing = self._loop.step()
+                    self._after_step()
         except BaseException as fault:
             # A fault of the engine itself: nothing that it holds is to be believed.
             error = fault
@@ -256,6 +265,7 @@ class Engine:
         finally:
             self._closed = True
             self._loop.end_all(error)
+            self._after_step()
             self._executor.close()
 
     def _take_orders(self) -> bool:

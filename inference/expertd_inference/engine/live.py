@@ -3,37 +3,37 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertd_inference.engine.channel import Channel
-from expertd_inference.engine.sampling import Likely, Sampler, Sampling
+from expertd_inference.engine.channel import Outlet
+from expertd_inference.engine.sampling import Sampler, Sampling
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.engine.stops import TokenText
-from expertd_inference.engine.token import Token
+from expertd_inference.engine.token import Likely, Token
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Live:
     """A sequence that is not complete, and what becomes of its tokens."""
 
     sequence: Sequence
     sampler: Sampler
     text: TokenText
-    channel: Channel[Token]
+    outlet: Outlet[Token]
     prompt_logprobs: list[Likely] = field(default_factory=list)
     """Of the prompt's tokens from the second on, as far as they are computed and asked for."""
+    has_opened: bool = False
+    """Whether a token was delivered."""
 
 
 def live_of(
     sequence: Sequence,
-    channel: Channel[Token],
+    outlet: Outlet[Token],
     tokenizer: Any,  # noqa: ANN401 - transformers is untyped
     sampling: Sampling,
     end_tokens: frozenset[int],
     stop: tuple[str, ...] = (),
 ) -> Live:
     """For a sequence that the scheduler has accepted; ``stop`` are the pack's own stop strings."""
-    return Live(
-        sequence,
-        Sampler(sampling, sequence.seed, sequence.tokens),
-        TokenText(tokenizer, sequence.settings, end_tokens, sequence.max_new_tokens, stop),
-        channel,
-    )
+    text = TokenText(tokenizer, sequence.settings, end_tokens, sequence.max_new_tokens, stop)
+    for token in sequence.tokens[sequence.num_prompt :]:
+        text.feed(token)  # Whoever has the token has had its text.
+    return Live(sequence, Sampler(sampling, sequence.seed, sequence.num_prompt), text, outlet)

@@ -13,8 +13,7 @@ from expertd_inference.engine.pace import Pace
 from expertd_inference.engine.sampling import Chosen, choose, prompt_logprobs
 from expertd_inference.engine.scheduler import Scheduler, SchedulerStats, StepPlan
 from expertd_inference.engine.sequence import Sequence
-from expertd_inference.engine.stops import TokenText
-from expertd_inference.engine.token import Token
+from expertd_inference.engine.token import Opening, Token
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.executor import Executor
 from expertd_inference.experts.recovery import SESSION_ENDED
@@ -151,11 +150,11 @@ class Loop:
                 self._end([live], new)
                 continue
             try:
-                token = _token(live.text, new)
+                token = _token(live, new)
             except Exception as error:
                 self._end([live], _unforeseen(error))
                 continue
-            live.channel.send([token])
+            live.outlet.send([token])
             if token.finish_reason is not None:
                 self._end([live])
 
@@ -174,12 +173,19 @@ class Loop:
             with self._lock:
                 self._scheduler.finish(live.sequence.id)
                 del self._live[live.sequence.id]
-            live.channel.end(error)
+            live.outlet.end(error)
 
 
-def _token(text: TokenText, new: Chosen) -> Token:
-    piece = text.feed(new.token)
-    return Token(new.token, piece.text, new.logprob, new.top_logprobs, piece.finish_reason)
+def _token(live: Live, new: Chosen) -> Token:
+    piece = live.text.feed(new.token)
+    opening = None
+    if not live.has_opened:
+        live.has_opened = True
+        asked = live.sequence.settings.prompt_logprobs is not None
+        opening = Opening(
+            live.sequence.num_from_prefix, tuple(live.prompt_logprobs) if asked else None
+        )
+    return Token(new.token, piece.text, new.logprob, new.top_logprobs, piece.finish_reason, opening)
 
 
 def _note_prompt(live: Live, span: Span, logits: Tensor) -> None:

@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd_inference.engine.nucleus import Scores, candidates
+from expertd_inference.engine.token import Likely
 from expertd_inference.process.reasons import reason_of
 from expertstore.errors import PreconditionError
-
-Likely = tuple[float, tuple[tuple[int, float], ...]]
-"""A token's log-probability, and the likeliest tokens, the likeliest first, with theirs."""
 
 Mask = Callable[[Sequence[int]], "NDArray[np.bool_] | None"]
 """Of a grammar: the generated tokens -> which tokens of the vocabulary may follow, None for all."""
@@ -77,11 +75,11 @@ class Chosen:
 class Sampler:
     """Chooses the tokens of one sequence."""
 
-    def __init__(self, sampling: Sampling, seed: int, prompt: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, seed: int, num_prompt: int) -> None:
         self.sampling = sampling
         self.mask: Mask | None = None
         self._seed = seed
-        self._num_prompt = len(prompt)
+        self._num_prompt = num_prompt
         self._all = _TokenCounts()
         self._new = _TokenCounts()
         self._num_counted = 0

@@ -2,6 +2,7 @@
 
 import secrets
 from collections import abc
+from dataclasses import dataclass
 from enum import Enum
 
 from expertd_inference.settings import GenerationSettings
@@ -21,13 +22,33 @@ class SequencePhase(Enum):
     """Complete or cancelled: its blocks are given back."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Whose sequence it is, and what of it exists already.
+
+    ``user`` shares fairly with other users; of those who wait a higher ``priority`` goes first. A
+    prefix is shared only among equal ``salt``. ``continuation`` numbers those of one prompt and
+    seed. ``generated`` are tokens that another engine has chosen: this one goes on after them, as
+    if they were its own.
+    """
+
+    user: str = ""
+    priority: int = 0
+    salt: str = ""
+    continuation: int = 0
+    generated: tuple[int, ...] = ()
+
+
+ORIGIN = Origin()
+"""Nobody in particular, from the beginning."""
+
+
 class Sequence:
     """What the scheduler knows of a sequence; the scheduler alone changes it.
 
     ``tokens`` are the prompt's and those generated; the keys and values of the first
     ``num_computed`` of them are in ``blocks``, the first ``num_from_prefix`` of which were found
-    there. ``user`` shares fairly with other users; of those who wait a higher ``priority`` goes
-    first. A prefix is shared only among equal ``salt``.
+    there. :class:`Origin` says the rest.
     """
 
     def __init__(
@@ -35,23 +56,19 @@ class Sequence:
         id: int,  # noqa: A002 - its name everywhere
         prompt: abc.Sequence[int],
         settings: GenerationSettings,
-        *,
-        user: str = "",
-        priority: int = 0,
-        salt: str = "",
-        continuation: int = 0,
+        origin: Origin = ORIGIN,
     ) -> None:
         self.id = id
-        self.tokens = list(prompt)
-        self.num_prompt = len(self.tokens)
+        self.tokens = [*prompt, *origin.generated]
+        self.num_prompt = len(prompt)
         self.settings = settings
-        self.user = user
-        self.priority = priority
-        self.salt = salt
+        self.user = origin.user
+        self.priority = origin.priority
+        self.salt = origin.salt
         self.is_long = False
         """Whether it has more tokens than the model's turning point, and keys of its own."""
         seed = secrets.randbits(64) if settings.seed is None else settings.seed
-        self.seed = (seed + continuation * _NEXT_CONTINUATION) % _SEEDS
+        self.seed = (seed + origin.continuation * _NEXT_CONTINUATION) % _SEEDS
         """Of all that is drawn for it; the first continuation's is that of the settings."""
         self.max_new_tokens = settings.max_new_tokens
         """No more than the context and the pool take, once the scheduler has accepted it."""

@@ -7,9 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from expertd_inference.engine.channel import Channel
-from expertd_inference.engine.sampling import Likely
 from expertd_inference.engine.stops import FinishReason
-from expertd_inference.engine.token import Token
+from expertd_inference.engine.token import Likely, Token
 
 
 class TokenStream:
@@ -32,7 +31,6 @@ class TokenStream:
         cancel: Callable[[], None],
         *,
         num_prompt_tokens: int,
-        prompt_logprobs: list[Likely] | None,
     ) -> None:
         """``cancel`` is safe to call at any time, even during garbage collection."""
         self._channel = channel
@@ -40,8 +38,10 @@ class TokenStream:
         self._cancel.atexit = False
         self.num_prompt_tokens = num_prompt_tokens
         """How many tokens the prompt has."""
-        self.prompt_logprobs = prompt_logprobs
-        """Of the prompt's tokens from the second on, complete once the first new token is read.
+        self.num_cached_tokens: int | None = None
+        """How many of them were found as a prefix; None before the first new token is read."""
+        self.prompt_logprobs: tuple[Likely, ...] | None = None
+        """Of the prompt's tokens from the second on, once the first new token is read.
 
         None unless asked for by ``GenerationSettings.prompt_logprobs``.
         """
@@ -113,6 +113,9 @@ class TokenStream:
             self._channel.end(drop=True)
 
     def _received(self, token: Token) -> Token:
+        if token.opening is not None:
+            self.num_cached_tokens = token.opening.num_cached_tokens
+            self.prompt_logprobs = token.opening.prompt_logprobs
         if token.finish_reason is not None:
             self.finish_reason = token.finish_reason
             self._cancel.detach()

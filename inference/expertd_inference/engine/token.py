@@ -1,8 +1,23 @@
-"""One generated token, as a client of the engine sees it."""
+"""One generated token, as a client of the engine sees it; needs no torch."""
 
 from dataclasses import dataclass
 
 from expertd_inference.engine.stops import FinishReason
+
+Likely = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log-probability, and the likeliest tokens, the likeliest first, with theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What is known of a sequence once its prompt is computed.
+
+    ``num_cached_tokens`` of its tokens were found as a prefix and not computed.
+    ``prompt_logprobs`` are those of the prompt's tokens from the second on, None unless asked for.
+    """
+
+    num_cached_tokens: int
+    prompt_logprobs: tuple[Likely, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +28,8 @@ class Token:
     it ends within a character, is a special token, or may be the beginning of a stop string.
     ``logprob`` is the natural logarithm of the token's probability, and ``top_logprobs`` are the
     likeliest tokens and theirs, the likeliest first; None and empty unless asked for by
-    ``GenerationSettings.logprobs``. The last token has a ``finish_reason``.
+    ``GenerationSettings.logprobs``. The first token of a stream has an ``opening``, and the last
+    one a ``finish_reason``.
     """
 
     id: int
@@ -21,3 +37,4 @@ class Token:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    opening: Opening | None = None

@@ -61,6 +61,15 @@ def prepare_environment(*, verbose: bool = False, device: str | None = None) -> 
         quicken_models_scan()
 
 
+def prepare_front() -> None:
+    """Of a process that uses transformers for tokenizers alone: torch is as if not installed.
+
+    To be called before anything imports transformers: a second and 200 MB less.
+    """
+    prepare_environment(device="cpu")
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 @contextmanager
 def garbage_kept() -> Iterator[None]:
     """No garbage collection in the block, which is to make much that stays, as imports do.

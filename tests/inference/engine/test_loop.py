@@ -1,6 +1,6 @@
 """The engine's step: a sequence's text is the same alone and among others, whatever happens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from hypothesis import settings as limited
@@ -14,7 +14,7 @@ from expertd_inference.engine.live import live_of
 from expertd_inference.engine.loop import Loop
 from expertd_inference.engine.scheduler import Scheduler
 from expertd_inference.engine.sequence import Sequence
-from expertd_inference.engine.token import Token
+from expertd_inference.engine.token import Opening, Token
 from expertd_inference.engine.wishes import resolve
 from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BlockPool
@@ -79,23 +79,27 @@ class Rig:
         self.num_clients += 1
         channel: Channel[Token] = Channel()
         wishes = resolve(settings, self.worker, prompt)
-        live = self.loop.add(
+        self.loop.add(
             sequence,
             lambda: live_of(
                 sequence, channel, self.worker.tokenizer, wishes.sampling, wishes.end_tokens
             ),
         )
-        return Client(sequence, channel, live.prompt_logprobs)
+        return Client(sequence, channel)
 
 
 @dataclass
 class Client:
     sequence: Sequence
     channel: Channel[Token]
-    prompt_logprobs: list[Any]
     tokens: list[Token] = field(default_factory=list)
+    opening: Opening | None = None
     cancelled: bool = False
     error: ExpertdError | None = None
+
+    @property
+    def prompt_logprobs(self) -> Any:
+        return None if self.opening is None else self.opening.prompt_logprobs
 
     @property
     def ended(self) -> bool:
@@ -108,7 +112,9 @@ class Client:
                 token = self.channel.receive()
                 if token is None:
                     return
-                self.tokens.append(token)
+                self.opening = token.opening or self.opening
+                # A prefix is found or not: that alone depends on the others.
+                self.tokens.append(replace(token, opening=None))
         except ExpertdError as error:
             self.error = error
 

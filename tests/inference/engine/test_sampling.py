@@ -122,7 +122,7 @@ def test_nothing_is_drawn_that_cannot_be() -> None:
 
 
 def edited(sampling: Sampling, scores: torch.Tensor, tokens: list[int], num_prompt: int) -> Any:
-    sampler = Sampler(sampling, 0, tokens[:num_prompt])
+    sampler = Sampler(sampling, 0, num_prompt)
     for end in range(num_prompt, len(tokens)):  # as it is asked in the course of a text
         sampler._edited(scores[0].numpy(), tokens[:end])
     return sampler._edited(scores[0].numpy(), tokens)
@@ -174,7 +174,7 @@ def test_what_must_not_come() -> None:
     sampling = Sampling(
         banned_tokens=(0,), end_tokens=(1, 99), min_new_tokens=2, allowed_tokens=(0, 1, 3, 4)
     )
-    sampler = Sampler(sampling, 0, [7])
+    sampler = Sampler(sampling, 0, 1)
     texts = [[7], [7, 3], [7, 3, 3]]
     chosen = [choose(scores, [sampler], [tokens])[0] for tokens in texts]
     assert [one.token for one in chosen if isinstance(one, Chosen)] == [3, 3, 1]
@@ -201,10 +201,7 @@ def test_a_choice_depends_on_no_neighbour(dtype: torch.dtype) -> None:
     tokens = [chance.choices(range(5000), k=chance.randint(1, 50)) for _ in range(num_rows)]
 
     def samplers() -> list[Sampler]:
-        return [
-            Sampler(SAMPLINGS[at % len(SAMPLINGS)], at % 5, tokens[at][:1])
-            for at in range(num_rows)
-        ]
+        return [Sampler(SAMPLINGS[at % len(SAMPLINGS)], at % 5, 1) for at in range(num_rows)]
 
     together = choose(logits, samplers(), tokens)
     alone = [
@@ -222,7 +219,7 @@ def test_seeds_and_positions_draw_on_their_own() -> None:
     flat = torch.zeros(1, 50_000)
     wanted = Sampling(temperature=1.0)
     drawn = {
-        choose(flat, [Sampler(wanted, seed, [0])], [[0] * position])[0]
+        choose(flat, [Sampler(wanted, seed, 1)], [[0] * position])[0]
         for seed in (0, 1, 2**64 - 1)
         for position in range(1, 30)
     }
@@ -233,7 +230,7 @@ def test_the_first_of_equals_is_chosen() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         row = torch.zeros(1, 300, dtype=dtype)
         row[0, [70, 200, 299]] = 4.0
-        assert choose(row, [Sampler(Sampling(), 0, [1])], [[1]]) == [Chosen(70)]
+        assert choose(row, [Sampler(Sampling(), 0, 1)], [[1]]) == [Chosen(70)]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -241,7 +238,7 @@ def test_the_first_of_equals_is_chosen() -> None:
 def test_scores_that_say_nothing_are_that_sequences_error(value: float, sampling: Sampling) -> None:
     logits = torch.randn(3, 500, dtype=torch.bfloat16)
     logits[1, 300] = value
-    results = choose(logits, [Sampler(sampling, 0, [1]) for _ in range(3)], [[1]] * 3)
+    results = choose(logits, [Sampler(sampling, 0, 1) for _ in range(3)], [[1]] * 3)
     assert [type(one) for one in results] == [Chosen, PreconditionError, Chosen]
     assert "--dtype float32" in str(results[1])
 
@@ -250,14 +247,14 @@ def test_what_is_masked_by_the_model_is_no_error() -> None:
     row = torch.full((1, 50), -torch.inf)
     row[0, 9] = -3.0
     for sampling in SAMPLINGS:
-        assert choose(row, [Sampler(sampling, 0, [1])], [[1]])[0].token == 9  # type: ignore[union-attr]
+        assert choose(row, [Sampler(sampling, 0, 1)], [[1]])[0].token == 9  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(logprobs=4), Sampling(temperature=2.0, logprobs=4)])
 def test_logprobs_are_by_the_models_own_scores(sampling: Sampling) -> None:
     logits = scores_of(5, 2.0)
     expected = logits.double().log_softmax(-1)[0]
-    chosen = choose(logits, [Sampler(sampling, 3, [1])], [[1]])[0]
+    chosen = choose(logits, [Sampler(sampling, 3, 1)], [[1]])[0]
     assert isinstance(chosen, Chosen)
     assert chosen.logprob == pytest.approx(expected[chosen.token].item(), abs=1e-5)
     values, tokens = expected.topk(4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from expertd_inference import GenerationSettings
 from expertd_inference.engine.limits import SchedulerLimits, rows_within
-from expertd_inference.engine.sequence import Sequence, SequencePhase
+from expertd_inference.engine.sequence import Origin, Sequence, SequencePhase
 from expertd_inference.execution.batch import Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.kv.state import StateSlots
@@ -41,7 +41,7 @@ def make(
     **more: object,
 ) -> Sequence:
     wanted = GenerationSettings(max_new_tokens=max_new, **more)  # type: ignore[arg-type]
-    return Sequence(id, prompt, wanted, user=user, priority=priority)
+    return Sequence(id, prompt, wanted, Origin(user=user, priority=priority))
 
 
 def prompts() -> st.SearchStrategy[list[int]]:
@@ -306,7 +306,7 @@ def test_another_salt_shares_nothing() -> None:
     world = World(limits(), 10)
     asked = GenerationSettings(max_new_tokens=1)
     for id, salt in enumerate(["", "other", "other", "x" * 1000, "x" * 999 + "y"]):  # noqa: A001
-        world.add(Sequence(id, prompt(100), asked, salt=salt))
+        world.add(Sequence(id, prompt(100), asked, Origin(salt=salt)))
         world.drain(9)
     assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 64, 0, 0]
 
@@ -395,7 +395,7 @@ def test_rows_whose_experts_have_room() -> None:
 def test_the_seed_alone_says_how_a_continuation_goes() -> None:
     asked = GenerationSettings(seed=7)
     assert Sequence(0, [1], asked).seed == Sequence(5, [2], asked).seed == 7
-    assert Sequence(0, [1], asked, continuation=1).seed != 7
+    assert Sequence(0, [1], asked, Origin(continuation=1)).seed != 7
     unasked = GenerationSettings()
     assert Sequence(0, [1], unasked).seed != Sequence(1, [1], unasked).seed
 

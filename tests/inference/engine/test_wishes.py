@@ -45,7 +45,7 @@ def generated(model: Any, config: GenerationConfig, **settings: Any) -> list[int
     """As an engine does it, one token after another."""
     asked = GenerationSettings(max_new_tokens=LENGTH, **settings)
     wishes = resolve(asked, worker_of(model, config), PROMPT)
-    sampler = Sampler(wishes.sampling, asked.seed or 0, PROMPT)
+    sampler = Sampler(wishes.sampling, asked.seed or 0, len(PROMPT))
     text = TokenText(TOKENIZER, asked, wishes.end_tokens, LENGTH, wishes.stop)
     tokens = list(PROMPT)
     while True:
@@ -177,7 +177,7 @@ def test_a_sampler_that_fails_fails_alone(model: Any) -> None:
         raise IndexError("no such row")
 
     wishes = resolve(GenerationSettings(), worker_of(model, config_of()), PROMPT)
-    good, bad = (Sampler(wishes.sampling, 0, PROMPT) for _ in range(2))
+    good, bad = (Sampler(wishes.sampling, 0, len(PROMPT)) for _ in range(2))
     bad.mask = fail
     first, second = choose(torch.zeros(2, END + 1), [good, bad], [PROMPT, PROMPT])
     assert isinstance(first, Chosen)

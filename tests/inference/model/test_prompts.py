@@ -10,7 +10,8 @@ import pytest
 from torch import nn
 from transformers import MixtralConfig
 
-from expertd_inference.model.prompts import encode, load_tokenizer
+from expertd_inference.model.prompts import encode
+from expertd_inference.model.tokenizer import load_tokenizer
 from expertd_testing.tiny_models import VOCAB, byte_tokenizer
 from expertstore.errors import InvalidInputError, PackError
 

@@ -1,0 +1,170 @@
+"""``expert-run serve``: an OpenAI-compatible server."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertd_inference.cli import options
+from expertd_inference.cli.text_output import complain, status
+from expertd_inference.engine.budget import EngineLimits
+from expertd_inference.process.attachment import DEFAULT_REATTACH_SECONDS
+from expertd_inference.process.embedded import EmbeddedDaemon
+from expertd_inference.process.environment import prepare_front
+from expertd_inference.settings import Activations, DeviceSettings, KernelsName
+from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.interrupts import interruptible
+
+_LIMITS = EngineLimits()
+
+
+def serve(
+    socket: options.Socket = None,
+    embedded: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without a daemon: start one for this pack, and stop it at the end.",
+            metavar="PACK",
+            readable=False,
+        ),
+    ] = None,
+    ram: options.Ram = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")
+    ] = 8080,
+    preload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load this model at the start; may be repeated. Default: on the first request, "
+            "or at once if there is only one.",
+            metavar="NAME",
+        ),
+    ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="Serve a model under another name, too.", metavar="ALIAS=NAME"),
+    ] = None,
+    idle_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="End a model's engine after so long without requests; the next one starts it "
+            "again. Default: never.",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Jinja file in place of the checkpoint's chat template.",
+            metavar="FILE",
+            readable=False,
+        ),
+    ] = None,
+    drain_seconds: Annotated[
+        int, typer.Option(min=0, help="At the end, wait so long for answers to be complete.")
+    ] = 60,
+    tls_ca: options.TlsCa = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    pack: options.Pack = None,
+    cache: options.Cache = None,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="How many sequences a model computes together.")
+    ] = _LIMITS.max_sequences,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="How many more may wait; others are told to come later.")
+    ] = _LIMITS.max_waiting,
+    kv_tokens: options.KvTokens = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    kernels: options.Kernels = KernelsName.AUTO,
+    exact: options.Exact = False,
+    activations: options.ActivationsOption = Activations.BITS_16,
+    device: options.Device = options.DEFAULTS.device,
+    cache_bytes: options.CacheBytes = None,
+    cache_policy: options.Policy = options.DEFAULTS.cache_policy,
+    speculate_layers: options.SpeculateLayers = options.DEFAULTS.speculate_layers,
+    speculate_experts: options.SpeculateExperts = options.DEFAULTS.speculate_experts,
+    staging_slots: options.StagingSlots = options.DEFAULTS.staging_slots,
+    on_miss: options.OnMissOption = options.DEFAULTS.on_miss,
+    decode_graphs: options.DecodeGraphs = options.DEFAULTS.decode_graphs,
+    reattach_seconds: options.ReattachSeconds = DEFAULT_REATTACH_SECONDS,
+) -> None:
+    """Serve models by OpenAI's interface, to any number of clients at once.
+
+    [bold]Examples[/bold]
+
+      expert-run serve --embedded ./mixtral-pack
+
+      expert-run serve --socket /run/expertd --preload mixtral
+
+      curl http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json'
+      -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+    """
+    prepare_front()
+    try:
+        from expertd_inference.server.hosting.engine_child import EngineSpec
+        from expertd_inference.server.serve import ServerSettings, run_server
+    except ModuleNotFoundError as error:
+        raise PreconditionError(
+            f"expert-run serve needs {error.name}, which is not installed: "
+            "pip install 'expertd[serve]'."
+        ) from error
+    if embedded is None and ram is not None:
+        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    if embedded is not None and socket is not None:
+        raise InvalidInputError("Choose one of --embedded and --socket.")
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        preload=tuple(preload or ()),
+        aliases=_aliases(alias or []),
+        chat_template=chat_template,
+        idle_seconds=idle_seconds,
+        drain_seconds=drain_seconds,
+    )
+    devices = DeviceSettings(
+        device,
+        options.size_of("--cache-bytes", cache_bytes),
+        cache_policy,
+        speculate_layers,
+        speculate_experts,
+        staging_slots,
+        on_miss,
+        decode_graphs,
+    )
+    with interruptible(), ExitStack() as stack:
+        if embedded is not None:
+            with status("Starting a daemon"):
+                daemon = stack.enter_context(EmbeddedDaemon(embedded, ram=ram))
+            socket = str(daemon.socket)
+        spec = EngineSpec(
+            model="",
+            socket=socket,
+            tls=options.tls_files(tls_ca, tls_cert, tls_key),
+            pack=pack,
+            copies_bytes=options.size_of("--cache", cache),
+            device=devices,
+            dtype=dtype,
+            kernels=kernels,
+            exact=exact,
+            activations=int(activations),
+            threads=threads,
+            limits=EngineLimits(
+                max_sequences=max_sequences, max_waiting=max_waiting, kv_tokens=kv_tokens
+            ),
+            reattach_seconds=reattach_seconds,
+        )
+        run_server(settings, spec, complain)
+
+
+def _aliases(pairs: list[str]) -> dict[str, str]:
+    aliases = {}
+    for pair in pairs:
+        alias, found, name = pair.partition("=")
+        if not (found and alias and name):
+            raise InvalidInputError(f"--alias {pair!r} is not ALIAS=NAME.")
+        aliases[alias] = name
+    return aliases

@@ -1,0 +1,234 @@
+"""``/v1/chat/completions``: the next message of a chat."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from expertd_inference.engine.stream import TokenStream
+from expertd_inference.engine.token import Token
+from expertd_inference.server.api.continuing import Counter, Usage, interleaved, read_all
+from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.logprobs import ChatLogprobs, chat_logprob
+from expertd_inference.server.api.requests import read_body, unless_gone
+from expertd_inference.server.api.sampling_fields import NO_LIMIT, SamplingFields
+from expertd_inference.server.api.sse import DONE, event, stream_events
+from expertd_inference.server.chat.messages import for_template
+from expertd_inference.server.front import front_of, new_id, now, user_of
+from expertd_inference.server.hosting.catalog import Entry
+from expertd_inference.server.hosting.model_text import ModelText
+
+
+class ChatRequest(SamplingFields, kw_only=True):
+    """The body of a request."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    echo: bool = False
+    modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+
+
+class AnswerMessage(msgspec.Struct):
+    """What the model says."""
+
+    role: str
+    content: str | None
+    refusal: str | None = None
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    """A piece of it."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChunkChoice(msgspec.Struct):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatAnswer(msgspec.Struct):
+    """All answers, or a piece of one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[ChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    system_fingerprint: str = "b1-expertd"
+
+
+async def chat(request: Request) -> Response:
+    """The route."""
+    front = front_of(request)
+    body = await read_body(request, ChatRequest, front.say)
+    entry, text = await front.model(body.model)
+    answering = _Chat(entry, text, body)
+    user = user_of(request)
+    if body.stream:
+        return await stream_events(answering.events(user))
+    answer = await unless_gone(request, answering.answer(user))
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def prompt_of(body: ChatRequest, text: ModelText) -> list[int]:
+    """The tokens of the chat in the model's template. Raises ApiError, InvalidInputError."""
+    if body.continue_final_message and body.add_generation_prompt:
+        raise ApiError(
+            400,
+            "continue_final_message and add_generation_prompt exclude each other; set the "
+            "latter to false.",
+            param="continue_final_message",
+        )
+    if body.modalities and set(body.modalities) - {"text"}:
+        raise unsupported("modalities", "may only be text.")
+    arguments = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        arguments.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":
+            arguments.setdefault("enable_thinking", False)
+    rendered = text.render(
+        for_template(body.messages),
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template=body.chat_template,
+        arguments=arguments,
+    )
+    # The template has written what begins a text.
+    return body.cut(text.encode(rendered, special=False))
+
+
+class _Chat:
+    """One request."""
+
+    def __init__(self, entry: Entry, text: ModelText, body: ChatRequest) -> None:
+        self._entry = entry
+        self._text = text
+        self._body = body
+        self._num_choices = body.num_choices
+        self._id = new_id("chatcmpl-")
+        self._created = now()
+        if body.echo:
+            raise unsupported("echo", "is not supported for chats.")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
+        self._prompt = prompt_of(body, text)
+        most = body.max_completion_tokens
+        most = body.max_tokens if most is None else most
+        self._settings = body.settings(
+            text,
+            NO_LIMIT if most is None else most,
+            body.top_logprobs or 0 if body.logprobs else None,
+        )
+        self._counter = Counter([self._prompt])
+
+    def _begin(self, user: str) -> list[TokenStream]:
+        return [
+            self._entry.hosted.submit(self._prompt, self._settings, self._body.origin(user, number))
+            for number in range(self._num_choices)
+        ]
+
+    async def answer(self, user: str) -> ChatAnswer:
+        """All at once."""
+        choices = []
+        for index, tokens in enumerate(await read_all(self._begin(user))):
+            for token in tokens:
+                self._counter.count(token)
+            reason = tokens[-1].finish_reason
+            choices.append(
+                ChatChoice(
+                    index,
+                    AnswerMessage("assistant", "".join(token.text for token in tokens)),
+                    self._logprobs(tokens),
+                    None if reason is None else reason.value,
+                    self._ids(tokens),
+                )
+            )
+        return ChatAnswer(
+            self._id,
+            "chat.completion",
+            self._created,
+            self._entry.name,
+            choices,
+            self._counter.usage,
+        )
+
+    async def events(self, user: str) -> AsyncGenerator[bytes]:
+        """A token each; the first has the role as well."""
+        wanted = self._body.usage
+        begun: set[int] = set()
+        async with aclosing(interleaved(self._begin(user))) as tokens:
+            async for index, token in tokens:
+                self._counter.count(token)
+                if index not in begun:
+                    begun.add(index)
+                    yield self._chunk(index, Delta("assistant", ""))
+                yield self._chunk(index, Delta(content=token.text), [token])
+                if token.finish_reason is not None:
+                    yield self._chunk(index, Delta(), reason=token.finish_reason.value)
+        if wanted.include_usage:
+            yield event(self._answer([], self._counter.usage))
+        yield DONE
+
+    def _chunk(
+        self, index: int, delta: Delta, tokens: list[Token] | None = None, reason: str | None = None
+    ) -> bytes:
+        wanted = self._body.usage
+        usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+        if wanted.continuous_usage_stats:
+            usage = self._counter.usage
+        elif wanted.include_usage:
+            usage = None
+        logprobs = None if tokens is None else self._logprobs(tokens)
+        ids = msgspec.UNSET if tokens is None else self._ids(tokens)
+        return event(self._answer([ChunkChoice(index, delta, logprobs, reason, ids)], usage))
+
+    def _answer(
+        self, choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None
+    ) -> ChatAnswer:
+        return ChatAnswer(
+            self._id, "chat.completion.chunk", self._created, self._entry.name, choices, usage
+        )
+
+    def _logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return ChatLogprobs(
+            [
+                chat_logprob(self._text, token.id, (token.logprob, token.top_logprobs))
+                for token in tokens
+                if token.logprob is not None
+            ]
+        )
+
+    def _ids(self, tokens: list[Token]) -> list[int] | msgspec.UnsetType:
+        return [token.id for token in tokens] if self._body.return_token_ids else msgspec.UNSET

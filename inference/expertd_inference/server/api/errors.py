@@ -1,0 +1,138 @@
+"""What a client is told when something is wrong, in the form of the interface that it uses."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from expertstore.errors import (
+    BusyError,
+    DeadlineError,
+    ExpertdError,
+    InvalidInputError,
+    NotFoundError,
+    PackError,
+    PreconditionError,
+    PromptTooLongError,
+    StepFailedError,
+    UnavailableError,
+)
+
+RETRY_AFTER_SECONDS = 1
+
+
+class ApiError(Exception):
+    """A request cannot be answered: an HTTP ``status``, and OpenAI's fields of an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        **more: Any,  # noqa: ANN401 - further fields of the body
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.more = more
+
+    def openai(self) -> dict[str, Any]:
+        """The body as OpenAI has it."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+                **self.more,
+            }
+        }
+
+    def anthropic(self) -> dict[str, Any]:
+        """The body as Anthropic has it."""
+        kinds = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            413: "request_too_large",
+            429: "rate_limit_error",
+            503: "overloaded_error",
+        }
+        kind = kinds.get(self.status, "api_error" if self.status >= 500 else self.kind)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def ollama(self) -> dict[str, Any]:
+        """The body as Ollama has it."""
+        return {"error": self.message}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The body in the form of the interface that serves ``path``."""
+        if path.startswith("/v1/messages"):
+            return self.anthropic()
+        if path.startswith("/api/"):
+            return self.ollama()
+        return self.openai()
+
+
+def unsupported(param: str, why: str) -> ApiError:
+    """A field asks for something that is not done here."""
+    return ApiError(400, f"{param} {why}", code="unsupported_parameter", param=param)
+
+
+def api_error_of(error: BaseException) -> ApiError:
+    """What an expected failure is to a client."""
+    message = str(error)
+    match error:
+        case ApiError():
+            return error
+        case PromptTooLongError():
+            return ApiError(
+                400,
+                f"This model's maximum context length is {error.limit} tokens. However, you "
+                f"requested {error.num_tokens + 1} tokens ({error.num_tokens} in the prompt, and "
+                "at least 1 in the completion). Please reduce the length of the prompt.",
+                code="context_length_exceeded",
+                param="messages",
+                n_prompt_tokens=error.num_tokens,
+                n_ctx=error.limit,
+            )
+        case PackError():
+            return ApiError(500, message, kind="server_error", code="model_unusable")
+        case InvalidInputError():
+            return ApiError(400, message)
+        case NotFoundError():
+            return ApiError(404, message, code="model_not_found", param="model")
+        case BusyError():
+            return ApiError(429, message, kind="rate_limit_error", code="queue_full")
+        case UnavailableError() | DeadlineError() | asyncio.TimeoutError() | PreconditionError():
+            return ApiError(503, message, kind="server_error", code="unavailable")
+        case StepFailedError() | ExpertdError():
+            return ApiError(500, message, kind="server_error", code="engine_failed")
+    return ApiError(
+        500,
+        "The server met an error that it did not expect; its log has it.",
+        kind="server_error",
+        code="internal_error",
+    )
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """For starlette: the response to a request that raised ``error``."""
+    failed = api_error_of(error)
+    headers = {}
+    if failed.status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return Response(
+        msgspec.json.encode(failed.body_for(request.url.path)),
+        failed.status,
+        headers,
+        "application/json",
+    )

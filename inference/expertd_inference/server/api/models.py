@@ -1,0 +1,60 @@
+"""``/v1/models``, ``/health`` and ``/version``: what there is."""
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+import expertstore
+from expertd_inference.server.front import Front, front_of
+from expertd_inference.server.hosting.catalog import Entry
+
+
+async def list_models(request: Request) -> Response:
+    """``GET /v1/models``: all, aliases too."""
+    front = front_of(request)
+    entries = await front.catalog.entries()
+    data = [one for entry in entries for one in _described(front, entry)]
+    return _json({"object": "list", "data": data})
+
+
+async def get_model(request: Request) -> Response:
+    """``GET /v1/models/{name}``."""
+    front = front_of(request)
+    name = request.path_params["name"]
+    entry = await front.catalog.find(name)
+    return _json(_one(entry, name))
+
+
+async def health(request: Request) -> Response:
+    """``GET /health``: 200 once it can answer."""
+    if front_of(request).stopping:
+        return _json({"status": "stopping"}, 503)
+    return _json({"status": "ok"})
+
+
+async def version(_: Request) -> Response:
+    """``GET /version``."""
+    return _json({"version": expertstore.__version__})
+
+
+def _described(front: Front, entry: Entry) -> list[dict[str, Any]]:
+    names = [entry.name, *front.catalog.aliases_of(entry.name)]
+    return [_one(entry, name) for name in names]
+
+
+def _one(entry: Entry, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": entry.created,
+        "owned_by": "expertd",
+        "root": entry.name,
+        "parent": None if name == entry.name else entry.name,
+        "max_model_len": entry.hosted.max_tokens,
+    }
+
+
+def _json(value: Any, status: int = 200) -> Response:  # noqa: ANN401
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -1,0 +1,165 @@
+"""How a client asks for tokens: OpenAI's fields and vLLM's, for completions and chats alike."""
+
+import msgspec
+
+from expertd_inference.engine.sequence import Origin
+from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.settings import GenerationSettings
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+NO_LIMIT = 1 << 40
+"""Of new tokens: the engine cuts it to what the context takes."""
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """What a stream tells beside its text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """Fields of a request that say how tokens are chosen, and when to stop."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool = False
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    # These change nothing here, and are no surprise.
+    user: str | None = None
+    metadata: dict[str, object] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    request_id: str | None = None
+    cache_prompt: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    spaces_between_special_tokens: bool | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """How many continuations of each prompt. Raises ApiError."""
+        num = 1 if self.n is None else self.n
+        if not 1 <= num <= MAX_CHOICES:
+            raise ApiError(400, f"n is {num}; give 1 to {MAX_CHOICES}.", param="n")
+        if self.best_of is not None and self.best_of != num:
+            raise unsupported("best_of", "is not supported where it is not n; rank them yourself.")
+        if self.use_beam_search:
+            raise unsupported("use_beam_search", "is not supported; sample instead.")
+        return num
+
+    @property
+    def usage(self) -> StreamOptions:
+        """What a stream tells beside its text."""
+        return self.stream_options or StreamOptions()
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings. Raises ApiError if there are too many."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > MAX_STOPS:
+            raise ApiError(
+                400, f"stop has {len(stops)} texts; give at most {MAX_STOPS}.", param="stop"
+            )
+        return stops
+
+    def settings(
+        self, text: ModelText, max_new_tokens: int, logprobs: int | None
+    ) -> GenerationSettings:
+        """As the engine has them. Raises InvalidInputError and ApiError."""
+        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+            raise ApiError(
+                400,
+                f"{logprobs} log-probabilities were asked for with each token; ask for 0 to "
+                f"{MAX_LOGPROBS}.",
+                param="logprobs",
+            )
+        if max_new_tokens < 1:
+            raise ApiError(
+                400, f"max_tokens is {max_new_tokens}; give at least 1.", param="max_tokens"
+            )
+        temperature = text.temperature if self.temperature is None else self.temperature
+        return GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=self.top_p,
+            seed=None if self.seed is None else self.seed % (1 << 64),
+            top_k=None if self.top_k is None else max(0, self.top_k),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=_biases(self.logit_bias or {}),
+            allowed_tokens=None if self.allowed_token_ids is None else (*self.allowed_token_ids,),
+            bad_words=tuple(
+                tuple(text.encode(word, special=False)) for word in self.bad_words or ()
+            ),
+            stop=self.stops,
+            stop_tokens=tuple(self.stop_token_ids or ()),
+            min_new_tokens=min(self.min_tokens or 0, max_new_tokens),
+            ignore_eos=self.ignore_eos,
+            include_stop=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+    def origin(self, user: str, continuation: int) -> Origin:
+        """Whose it is, and which of several continuations."""
+        return Origin(
+            user=user,
+            priority=self.priority,
+            salt=self.cache_salt or "",
+            continuation=continuation,
+        )
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """A prompt's last tokens, if so many are wanted."""
+        most = self.truncate_prompt_tokens
+        if most is None or most == -1:
+            return tokens
+        if most < 1:
+            raise ApiError(
+                400,
+                f"truncate_prompt_tokens is {most}; give at least 1.",
+                param="truncate_prompt_tokens",
+            )
+        return tokens[-most:]
+
+
+def _biases(biases: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in biases.items()}
+    except ValueError as error:
+        raise ApiError(
+            400, f"logit_bias has a key that is no token: {error}.", param="logit_bias"
+        ) from error

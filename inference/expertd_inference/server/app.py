@@ -1,0 +1,55 @@
+"""The application: which function answers which path."""
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from expertd_inference.server.api.chat import chat
+from expertd_inference.server.api.completions import complete
+from expertd_inference.server.api.errors import ApiError, answer_error
+from expertd_inference.server.api.models import get_model, health, list_models, version
+from expertd_inference.server.front import Front
+from expertstore.errors import ExpertdError
+
+
+def make_app(front: Front) -> Starlette:
+    """An ASGI application that answers from ``front``."""
+    routes: list[BaseRoute] = [
+        Route("/health", health),
+        Route("/ping", health),
+        Route("/version", version),
+        *_both("/models", list_models, "GET"),
+        *_both("/models/{name:path}", get_model, "GET"),
+        *_both("/completions", complete, "POST"),
+        *_both("/chat/completions", chat, "POST"),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={
+            ApiError: answer_error,
+            ExpertdError: answer_error,
+            HTTPException: _answer_http_error,
+            Exception: answer_error,
+        },
+    )
+    app.state.front = front
+    return app
+
+
+def _both(path: str, function: object, method: str) -> list[BaseRoute]:
+    """With and without ``/v1``, as clients differ in what they take for the base."""
+    return [Route(f"{prefix}{path}", function, methods=[method]) for prefix in ("/v1", "")]  # type: ignore[arg-type]
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404:
+        message = f"There is nothing at {path}; docs/serving.md lists the paths."
+    elif error.status_code == 405:
+        message = f"{path} does not take {request.method}."
+    else:
+        message = str(error.detail)
+    return await answer_error(request, ApiError(error.status_code, message))

@@ -1,0 +1,1 @@
+"""Chats: templates, and what an answer is made of."""

@@ -1,0 +1,78 @@
+"""OpenAI's messages, as chat templates have them."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from expertd_inference.server.api.errors import ApiError
+
+ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+_TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
+
+
+def for_template(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with contents of one text and arguments of tool calls as objects.
+
+    Raises ApiError for a message that is none, and for one of images or sounds.
+    """
+    if not messages:
+        raise ApiError(400, "messages is empty; give at least one.", param="messages")
+    return [_one(f"messages[{at}]", message) for at, message in enumerate(messages)]
+
+
+def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in ROLES:
+        raise ApiError(
+            400, f"{where}.role is {role!r}; give one of {', '.join(sorted(ROLES))}.", param=where
+        )
+    result = {**message, "content": _text(f"{where}.content", message.get("content"))}
+    if role == "developer":
+        # Which is what models were trained to know it by.
+        result["role"] = "system"
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(reasoning, str):
+        result["reasoning_content"] = result["reasoning"] = reasoning
+    if calls := message.get("tool_calls"):
+        result["tool_calls"] = [_call(f"{where}.tool_calls[{at}]", one)
+                                for at, one in enumerate(calls)]  # fmt: skip
+    return result
+
+
+def _text(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where} is no text and no list of parts.", param=where)
+    texts = []
+    for at, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif kind in _TEXT_PARTS:
+            text = part.get("text", part.get("refusal"))
+            if not isinstance(text, str):
+                raise ApiError(400, f"{where}[{at}].text is no text.", param=where)
+            texts.append(text)
+        else:
+            raise ApiError(
+                400,
+                f"{where}[{at}] is of type {kind!r}, and this server takes text only.",
+                code="unsupported_content",
+                param=where,
+            )
+    return "\n".join(texts)
+
+
+def _call(where: str, call: Any) -> dict[str, Any]:  # noqa: ANN401 - of any JSON
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(400, f"{where} has no function with a name.", param=where)
+    arguments = function.get("arguments", "")
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # As the model wrote it; the template shows it so.
+            arguments = json.loads(arguments or "{}")
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,51 @@
+"""What all routes share."""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from expertd_inference.server.hosting.catalog import Catalog, Entry
+from expertd_inference.server.hosting.model_text import ModelText
+
+MAX_BODY_BYTES = 32 << 20
+
+
+@dataclass
+class Front:
+    """The models, and the limits of a request. ``say`` writes a line of the log."""
+
+    catalog: Catalog
+    say: Callable[[str], None]
+    max_body_bytes: int = MAX_BODY_BYTES
+    stopping: bool = False
+    """Whether it only lets what was begun end."""
+
+    async def model(self, name: str | None) -> tuple[Entry, ModelText]:
+        """The model that a request names, and its tokenizer. Raises ExpertdError."""
+        entry = await self.catalog.find(name)
+        return entry, await self.catalog.text(entry)
+
+
+def front_of(request: Request) -> Front:
+    """That of the application which got the request."""
+    front: Front = request.app.state.front
+    return front
+
+
+def user_of(request: Request) -> str:
+    """Whose request it is, to share fairly: the key's name, else the host that it came from."""
+    name: str | None = getattr(request.state, "user", None)
+    return name or (request.client.host if request.client else "")
+
+
+def new_id(prefix: str) -> str:
+    """Of one answer."""
+    return f"{prefix}{secrets.token_hex(16)}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())

@@ -1,0 +1,121 @@
+"""Which models there are, by name."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from expertd_client.aio import AsyncClient
+from expertd_inference.server.hosting.engine_child import EngineSpec
+from expertd_inference.server.hosting.hosted_model import HostedModel
+from expertd_inference.server.hosting.model_text import ModelText
+from expertstore.errors import ExpertdError, NotFoundError
+
+LIST_SECONDS = 1.0
+"""For how long a list of the daemon's models is believed."""
+
+
+@dataclass
+class Entry:
+    """A model that can be asked for. Its tokenizer is loaded when it is first used."""
+
+    name: str
+    pack: Path
+    hosted: HostedModel
+    created: int = field(default_factory=lambda: int(time.time()))
+    _text: "asyncio.Task[ModelText] | None" = None
+
+    async def text(self, template: str | None) -> ModelText:
+        """Raises PackError if the pack has no usable tokenizer."""
+        if self._text is None or (self._text.done() and self._text.exception() is not None):
+            load = asyncio.to_thread(ModelText, self.name, self.pack, template)
+            self._text = asyncio.create_task(load)
+        return await asyncio.shield(self._text)
+
+
+class Catalog:
+    """The models of one daemon, under their names and ``aliases``."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        aliases: Mapping[str, str],
+        template: str | None,
+        idle_seconds: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """``spec`` is every model's but for its name, and so is the chat ``template``."""
+        self._spec = spec
+        self._aliases = aliases
+        self._template = template
+        self._idle_seconds = idle_seconds
+        self._say = say
+        self._client = AsyncClient(spec.socket, tls=spec.tls)
+        self._entries: dict[str, Entry] = {}
+        self._listed = 0.0
+        self._listing = asyncio.Lock()
+
+    @property
+    def loaded(self) -> list[HostedModel]:
+        """Those that were asked for."""
+        return [entry.hosted for entry in self._entries.values()]
+
+    async def entries(self) -> list[Entry]:
+        """All that the daemon serves, in order of their names. Raises as an AsyncClient does."""
+        await self._list()
+        return [self._entries[name] for name in sorted(self._entries)]
+
+    async def find(self, name: str | None) -> Entry:
+        """The model that a request names; without a name the only one there is.
+
+        Raises NotFoundError if there is no such model, or several and no name.
+        """
+        entry = self._known(name)
+        if entry is None or time.monotonic() - self._listed > LIST_SECONDS:
+            try:
+                await self._list()
+            except ExpertdError:
+                if entry is None:
+                    raise
+                # The daemon is away for a moment; its models will be there again.
+                return entry
+            entry = self._known(name)
+        if entry is None:
+            names = ", ".join(sorted([*self._entries, *self._aliases])) or "none"
+            what = "Several models are served" if name is None else f"There is no model {name!r}"
+            raise NotFoundError(f"{what}; name one of: {names}.")
+        return entry
+
+    async def text(self, entry: Entry) -> ModelText:
+        """The tokenizer and chat template. Raises PackError if the pack has none to use."""
+        return await entry.text(self._template)
+
+    def aliases_of(self, name: str) -> list[str]:
+        """Other names of a model."""
+        return sorted(alias for alias, model in self._aliases.items() if model == name)
+
+    async def close(self) -> None:
+        """Ends all engines."""
+        await asyncio.gather(*(entry.hosted.close() for entry in self._entries.values()))
+        await self._client.close()
+
+    def _known(self, name: str | None) -> Entry | None:
+        if name is None:
+            return next(iter(self._entries.values())) if len(self._entries) == 1 else None
+        return self._entries.get(self._aliases.get(name, name))
+
+    async def _list(self) -> None:
+        async with self._listing:
+            summaries = {model.name: model for model in await self._client.list_models()}
+            self._listed = time.monotonic()
+            for name in self._entries.keys() - summaries.keys():
+                if not self._entries[name].hosted.num_sequences:
+                    await self._entries.pop(name).hosted.close()
+            for name in summaries.keys() - self._entries.keys():
+                hosted = HostedModel(
+                    replace(self._spec, model=name), idle_seconds=self._idle_seconds, say=self._say
+                )
+                pack = self._spec.pack or summaries[name].pack_path
+                self._entries[name] = Entry(name, pack, hosted)

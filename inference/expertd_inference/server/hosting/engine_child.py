@@ -1,0 +1,195 @@
+"""An engine in a process of its own: the worker of one model, and what it says to the front.
+
+The process ends when its socket does: however the front ends, no engine stays behind.
+"""
+
+import gc
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertd_client import TlsFiles
+from expertd_inference.engine.budget import EngineLimits
+from expertd_inference.engine.token import Token
+from expertd_inference.process.attachment import attach
+from expertd_inference.process.environment import garbage_kept, prepare_environment
+from expertd_inference.server.hosting.link import BlockingLink
+from expertd_inference.server.hosting.messages import (
+    Begin,
+    Cancel,
+    Failure,
+    Progress,
+    Ready,
+    Refused,
+    ToEngine,
+)
+from expertd_inference.settings import ComputeDtype, DeviceSettings, KernelsName
+from expertstore.errors import ExpertdError
+
+if TYPE_CHECKING:
+    from expertd_inference.engine.engine import Engine
+
+STATS_SECONDS = 0.25
+"""How often an engine says at most how it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """Which model an engine loads, and how it computes; as a Worker's arguments."""
+
+    model: str
+    socket: str | None
+    tls: TlsFiles | None = None
+    pack: Path | None = None
+    copies_bytes: int | None = None
+    device: DeviceSettings = field(default_factory=DeviceSettings)
+    dtype: ComputeDtype | None = None
+    kernels: KernelsName = KernelsName.AUTO
+    exact: bool = False
+    activations: int = 16
+    threads: int | None = None
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    reattach_seconds: float = 30.0
+
+
+def run(end: socket.socket, spec: EngineSpec) -> None:
+    """Loads the model, says so, and computes until the front's end of the socket is closed."""
+    # Ctrl-C and a service's end are for the front, which lets its clients' texts end first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    link: BlockingLink[ToEngine] = BlockingLink(end, ToEngine)
+    with ExitStack() as stack:
+        try:
+            engine, outbox = _open(link, spec, stack)
+        except ExpertdError as error:
+            link.send(Refused(Failure.of(error)))
+            return
+        while (messages := link.receive()) is not None:
+            for message in messages:
+                _obey(message, engine, outbox)
+
+
+class Outbox:
+    """What the engine's thread has for the front: one message a step."""
+
+    def __init__(self, link: BlockingLink[ToEngine]) -> None:
+        self._link = link
+        self._tokens: list[tuple[int, Token]] = []
+        self._ended: list[tuple[int, Failure | None]] = []
+        self._said = 0.0
+        self.engine: Engine | None = None
+        self.relays: dict[int, Relay] = {}
+        """Of the sequences that have not ended."""
+
+    def flush(self) -> None:
+        """Sends what there is."""
+        if not self._tokens and not self._ended:
+            return
+        tokens, self._tokens = self._tokens, []
+        ended, self._ended = self._ended, []
+        now = time.monotonic()
+        stats = None
+        if self.engine is not None and (ended or now - self._said >= STATS_SECONDS):
+            self._said, stats = now, self.engine.stats
+        self._send(Progress(tokens, ended, stats))
+
+    def refuse(self, id_: int, error: ExpertdError) -> None:
+        """Says from any thread that a sequence did not begin."""
+        self.relays.pop(id_, None)
+        self._send(Progress([], [(id_, Failure.of(error))]))
+
+    def add(self, id_: int, tokens: Sequence[Token]) -> None:
+        """For the next message."""
+        self._tokens += [(id_, token) for token in tokens]
+
+    def end(self, id_: int, error: BaseException | None) -> None:
+        """For the next message."""
+        self.relays.pop(id_, None)
+        self._ended.append((id_, None if error is None else Failure.of(error)))
+
+    def _send(self, message: Progress) -> None:
+        with suppress(OSError):  # The front is gone: so is this process, soon.
+            self._link.send(message)
+
+
+class Relay:
+    """An engine's outlet for one sequence of the front."""
+
+    def __init__(self, outbox: Outbox, id_: int) -> None:
+        self._outbox = outbox
+        self._id = id_
+        self.cancel: Callable[[], None] = lambda: None
+
+    def send(self, items: Sequence[Token]) -> None:
+        """Some that came."""
+        self._outbox.add(self._id, items)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more comes."""
+        self._outbox.end(self._id, error)
+
+
+def _open(
+    link: BlockingLink[ToEngine], spec: EngineSpec, stack: ExitStack
+) -> tuple["Engine", Outbox]:
+    attachment = stack.enter_context(
+        attach(spec.model, spec.socket, tls=spec.tls, cache_bytes=spec.copies_bytes)
+    )
+    prepare_environment(device=spec.device.device)
+    with garbage_kept():
+        import torch
+
+        from expertd_inference.engine.engine import Engine
+        from expertd_inference.worker import Worker
+
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        worker = stack.enter_context(
+            Worker(
+                attachment,
+                pack=spec.pack,
+                dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
+                kernels=spec.kernels,
+                reattach_seconds=spec.reattach_seconds,
+                device=spec.device,
+                exact=spec.exact,
+                activations=spec.activations,
+                limits=spec.limits,
+            )
+        )
+        # Modules and model stay to the end: no later collection need look at them.
+        gc.freeze()
+    outbox = Outbox(link)
+    engine = stack.enter_context(Engine(worker, spec.limits, outbox.flush))
+    stats = engine.stats
+    link.send(
+        Ready(
+            engine.executor,
+            engine.reason,
+            worker.kernels.name,
+            worker.vocabulary,
+            min(stats.kv_tokens, worker.context_tokens or stats.kv_tokens),
+            stats,
+        )
+    )
+    outbox.engine = engine
+    return engine, outbox
+
+
+def _obey(message: ToEngine, engine: "Engine", outbox: Outbox) -> None:
+    match message:
+        case Begin(id_, tokens, settings, origin):
+            # Before it begins, which may be its end as well.
+            outbox.relays[id_] = relay = Relay(outbox, id_)
+            try:
+                relay.cancel = engine.relay(relay, tokens, settings, origin)
+            except ExpertdError as error:
+                outbox.refuse(id_, error)
+        case Cancel(id_):
+            if (relay_or_none := outbox.relays.get(id_)) is not None:
+                relay_or_none.cancel()

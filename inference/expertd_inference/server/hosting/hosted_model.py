@@ -1,0 +1,249 @@
+"""A model as the front has it: its engine starts when somebody asks, and may die unnoticed."""
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.sequence import ORIGIN, Origin
+from expertd_inference.engine.stats import EngineStats
+from expertd_inference.engine.stream import TokenStream
+from expertd_inference.engine.token import Token
+from expertd_inference.server.hosting.engine_child import EngineSpec
+from expertd_inference.server.hosting.engine_process import EngineProcess
+from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
+from expertd_inference.settings import GenerationSettings
+from expertstore.errors import (
+    DeviceLostError,
+    ExpertdError,
+    IncarnationError,
+    NotFoundError,
+    PreconditionError,
+    SessionLostError,
+    StepFailedError,
+    UnavailableError,
+)
+
+MAX_DEATHS = 8
+"""A sequence during which so many engines end, without a token between, is given up."""
+RETRY_SECONDS = 0.5
+_LOST = {
+    *(DeviceLostError, IncarnationError, NotFoundError, PreconditionError),
+    *(SessionLostError, StepFailedError, UnavailableError),
+}
+"""Errors of an engine that the next one may not have: its store or device is gone."""
+
+
+@dataclass
+class _Asked:
+    """A sequence that is not complete: all that another engine needs to go on with it."""
+
+    begin: Begin
+    channel: Channel[Token]
+    generated: list[int] = field(default_factory=list)
+    num_deaths: int = 0
+
+    def again(self) -> Begin:
+        origin = replace(self.begin.origin, generated=tuple(self.generated))
+        return Begin(self.begin.id, self.begin.tokens, self.begin.settings, origin)
+
+
+class HostedModel:
+    """Sequences of one model, by an engine that starts at the first and ends when idle.
+
+    An engine that ends before its sequences, killed or without its store, costs them a pause:
+    another one goes on after the tokens that were delivered. If no engine can be had for
+    ``spec.reattach_seconds``, they end with the error. Everything is for one event loop.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        idle_seconds: float | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.spec = spec
+        self.name = spec.model
+        self.num_deaths = 0
+        """Engines that ended before they were told to."""
+        self.stats: EngineStats | None = None
+        """What the engine said last; None if there never was one."""
+        self._idle_seconds = idle_seconds
+        self._say = say
+        self._ids = itertools.count()
+        self._asked: dict[int, _Asked] = {}
+        self._engine: EngineProcess | None = None
+        self._wanted = asyncio.Event()
+        self._failing_since: float | None = None
+        self._max_tokens: int | None = None
+        self._last_used = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._task = self._loop.create_task(self._keep_engine())
+
+    def __repr__(self) -> str:
+        state = "no engine" if self._engine is None else f"engine {self._engine.pid}"
+        return f"<HostedModel {self.name}: {state}, {len(self._asked)} sequences>"
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Of its engine, None if there is none."""
+        return None if self._engine is None else self._engine.pid
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that fits; None before an engine has said so."""
+        return self._max_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Which are not complete."""
+        return len(self._asked)
+
+    async def ready(self) -> Ready:
+        """Starts an engine if there is none, and waits for it. Raises what loading raises."""
+        self._wanted.set()
+        self._last_used = time.monotonic()
+        return await asyncio.shield(self._ready)
+
+    def submit(
+        self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
+    ) -> TokenStream:
+        """As :meth:`Engine.submit` for tokens, but errors of the request come by the stream."""
+        if settings.seed is None:
+            # The next engine must draw what this one would have.
+            settings = replace(settings, seed=secrets.randbits(64))
+        id_ = next(self._ids)
+        channel: Channel[Token] = Channel()
+        asked = _Asked(Begin(id_, [*tokens], settings, origin), channel)
+        self._asked[id_] = asked
+        self._wanted.set()
+        if self._engine is not None:
+            self._engine.send(asked.begin)
+        return TokenStream(channel, partial(self._cancel_soon, id_), num_prompt_tokens=len(tokens))
+
+    async def close(self) -> None:
+        """Ends its engine; streams that are not complete raise PreconditionError."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.close()
+        self._fail_all(PreconditionError("The server is stopping."))
+
+    def _cancel_soon(self, id_: int) -> None:
+        """As :meth:`_cancel`, from any thread, a garbage collection included."""
+        with suppress(RuntimeError):  # The loop is closed, and all are cancelled.
+            self._loop.call_soon_threadsafe(self._cancel, id_)
+
+    def _cancel(self, id_: int) -> None:
+        if self._asked.pop(id_, None) is not None:
+            self._last_used = time.monotonic()
+            if self._engine is not None:
+                self._engine.send(Cancel(id_))
+
+    async def _keep_engine(self) -> None:
+        while True:
+            await self._wanted.wait()
+            try:
+                engine = await EngineProcess.start(self.spec, self._progress)
+            except ExpertdError as error:
+                await self._failed_to_start(error)
+                continue
+            self._engine = engine
+            self._failing_since = None
+            self.stats = engine.ready.stats
+            self._max_tokens = engine.ready.max_tokens
+            self._last_used = time.monotonic()
+            if not self._ready.done():
+                self._ready.set_result(engine.ready)
+            for asked in self._asked.values():
+                engine.send(asked.again())
+            told = await self._until_end(engine)
+            self._engine = None
+            self._ready = self._loop.create_future()
+            self._wanted.clear()
+            await engine.close()
+            if not told:
+                self._count_death()
+            if self._asked:
+                self._wanted.set()
+
+    async def _until_end(self, engine: EngineProcess) -> bool:
+        """Waits for the engine's end; whether it was idle and told to."""
+        while not engine.ended.is_set():
+            try:
+                await asyncio.wait_for(engine.ended.wait(), self._seconds_to_idle())
+            except TimeoutError:
+                if not self._asked and self._seconds_to_idle() == 0:
+                    return True
+        return False
+
+    def _seconds_to_idle(self) -> float | None:
+        if self._idle_seconds is None:
+            return None
+        if self._asked:
+            return self._idle_seconds
+        return max(0.0, self._last_used + self._idle_seconds - time.monotonic())
+
+    async def _failed_to_start(self, error: ExpertdError) -> None:
+        """Tries again in a moment, or tells those who wait."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        passes = type(error) in _LOST
+        if passes and now - self._failing_since < self.spec.reattach_seconds:
+            await asyncio.sleep(RETRY_SECONDS)
+            return
+        self._failing_since = None
+        self._wanted.clear()
+        ready, self._ready = self._ready, self._loop.create_future()
+        ready.set_exception(error)
+        ready.exception()  # Whoever waits gets it; there may be nobody.
+        self._fail_all(error)
+
+    def _count_death(self) -> None:
+        self.num_deaths += 1
+        self._say(
+            f"the engine of {self.name} ended; another one goes on with {len(self._asked)} "
+            "sequences"
+        )
+        for id_, asked in [*self._asked.items()]:
+            asked.num_deaths += 1
+            if asked.num_deaths >= MAX_DEATHS:
+                self._end(
+                    id_,
+                    StepFailedError(
+                        f"{MAX_DEATHS} engines ended while they computed this sequence; the "
+                        "server's log may say why."
+                    ),
+                )
+
+    def _progress(self, progress: Progress) -> None:
+        for id_, token in progress.tokens:
+            if (asked := self._asked.get(id_)) is not None:
+                asked.generated.append(token.id)
+                asked.num_deaths = 0
+                asked.channel.send([token])
+        for id_, failure in progress.ended:
+            error = None if failure is None else failure.error()
+            if type(error) in _LOST and self._engine is not None:
+                # Its sequences go on with the next engine.
+                self._engine.abandon()
+                break
+            self._end(id_, error)
+        if progress.stats is not None:
+            self.stats = progress.stats
+
+    def _end(self, id_: int, error: ExpertdError | None) -> None:
+        if (asked := self._asked.pop(id_, None)) is not None:
+            self._last_used = time.monotonic()
+            asked.channel.end(error)
+
+    def _fail_all(self, error: ExpertdError) -> None:
+        for id_ in [*self._asked]:
+            self._end(id_, error)

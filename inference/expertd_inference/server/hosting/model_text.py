@@ -1,0 +1,123 @@
+"""A model's tokenizer and chat template, as the front uses them: its engine knows only tokens."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expertd_inference.model.tokenizer import load_tokenizer
+from expertd_inference.process.reasons import reason_of
+from expertd_inference.settings import check_prompt
+from expertstore.errors import InvalidInputError, PackError
+
+GENERATION_CONFIG = "generation_config.json"
+_BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+"""How SentencePiece names the bytes of what it has no token for."""
+
+
+class ModelText:
+    """Text to tokens and back, for the model called ``name``, whose pack is in a directory."""
+
+    def __init__(self, name: str, pack: Path, template: str | None = None) -> None:
+        """``template`` is a chat template in place of the pack's. Raises PackError."""
+        self.name = name
+        self.tokenizer = load_tokenizer(pack)
+        if template is not None:
+            self.tokenizer.chat_template = template
+        self.temperature = _wished_temperature(pack)
+        """What the pack wishes where a request does not say; 1 unless it does."""
+        self._byte_of_character = _byte_level(self.tokenizer)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of a text, with those that begin one if ``special``. Raises InvalidInputError."""
+        check_prompt(text)
+        try:
+            tokens: list[int] = self.tokenizer(text, add_special_tokens=special).input_ids
+        except Exception as error:  # the tokenizers library has none but Exception
+            raise PackError(
+                f"The tokenizer of {self.name} fails: {reason_of(error)}; copy its files again."
+            ) from error
+        return tokens
+
+    def decode(self, tokens: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of tokens."""
+        text: str = self.tokenizer.decode([*tokens], skip_special_tokens=skip_special)
+        return text
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a chat, in the model's template; ``arguments`` are for the template.
+
+        Raises InvalidInputError if there is no template, or none that takes the messages.
+        """
+        if not (template or self.tokenizer.chat_template):
+            raise InvalidInputError(
+                f"The model {self.name} has no chat template; ask for a completion, or start the "
+                "server with --chat-template FILE."
+            )
+        for message in messages:
+            if isinstance(message.get("content"), str):
+                check_prompt(message["content"])
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                documents=None if documents is None else [dict(one) for one in documents],
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=template,
+                tokenize=False,
+                **(arguments or {}),
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise InvalidInputError(
+                f"The chat template of {self.name} does not take these messages: "
+                f"{reason_of(error)}; send what it takes, or start the server with another "
+                "(--chat-template FILE)."
+            ) from error
+        return text
+
+    def token_text(self, token: int) -> str:
+        """One token by itself; bytes that are no character are replaced."""
+        return self.decode([token])
+
+    def token_bytes(self, token: int) -> bytes:
+        """One token by itself, which may be a part of a character."""
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if piece in _BYTE_TOKENS:
+            return _BYTE_TOKENS[piece]
+        if self._byte_of_character and all(one in self._byte_of_character for one in piece):
+            return bytes(self._byte_of_character[one] for one in piece)
+        return self.token_text(token).encode()
+
+
+def _wished_temperature(pack: Path) -> float:
+    try:
+        wished = json.loads((pack / GENERATION_CONFIG).read_bytes()).get("temperature")
+    except (OSError, ValueError, AttributeError):
+        return 1.0  # The engine says what is wrong with the file.
+    return float(wished) if isinstance(wished, (int, float)) and wished >= 0 else 1.0
+
+
+def _byte_level(tokenizer: Any) -> dict[str, int]:  # noqa: ANN401 - transformers is untyped
+    """GPT-2's names of bytes, if the tokenizer's tokens are made of them; else nothing."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or "ByteLevel" not in repr(backend.decoder):
+        return {}
+    # The printable ones are themselves, the others follow from 256 on (GPT-2's encoder.py).
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {
+        chr(256 + at): byte for at, byte in enumerate(others)
+    }

@@ -1,0 +1,154 @@
+"""The server's life: sockets, models, requests, and a quiet end."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from expertd_inference.server.app import make_app
+from expertd_inference.server.front import Front
+from expertd_inference.server.hosting.catalog import Catalog
+from expertd_inference.server.hosting.engine_child import EngineSpec
+from expertstore.errors import InvalidInputError
+
+BACKLOG = 2048
+_FIRST_PASSED_FD = 3
+"""Where systemd's sockets begin (sd_listen_fds(3))."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Where a server listens, and what it serves.
+
+    ``port`` 0 takes a free one. ``preload`` names models whose engines start at once; the only
+    model of a daemon does anyway. An engine without requests for ``idle_seconds`` ends; None keeps
+    it. On its end the server waits for ``drain_seconds`` until answers are complete.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    preload: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    chat_template: Path | None = None
+    idle_seconds: float | None = None
+    drain_seconds: int = 60
+
+
+def run_server(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT; ``say`` writes a line of the log.
+
+    Raises InvalidInputError if it cannot listen, and what loading the first models raises.
+    """
+    uvloop.run(_serve(settings, spec, say))
+
+
+async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
+    listening = passed_socket() or bound_socket(settings.host, settings.port)
+    catalog = Catalog(
+        spec,
+        aliases=settings.aliases,
+        template=_template(settings.chat_template),
+        idle_seconds=settings.idle_seconds,
+        say=say,
+    )
+    with listening:
+        try:
+            serves = await _preload(catalog, settings.preload)
+            front = Front(catalog, say)
+            server = _Server(
+                uvicorn.Config(
+                    make_app(front),
+                    log_level="warning",
+                    access_log=False,
+                    lifespan="off",
+                    ws="none",
+                    server_header=False,
+                    backlog=BACKLOG,
+                    timeout_graceful_shutdown=settings.drain_seconds,
+                )
+            )
+            listening.listen(BACKLOG)
+            print(f"serving {serves}, listening on {url_of(listening)}", flush=True)  # noqa: T201
+            await server.serve([listening])
+        finally:
+            await catalog.close()
+
+
+class _Server(uvicorn.Server):
+    """One that a signal ends in order, and whose process then ends well."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Of uvicorn, which would raise the signal again at the end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet. Raises InvalidInputError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise InvalidInputError(
+            f"The server cannot listen on {host}:{port}: {error.strerror}; choose another with "
+            "--host and --port."
+        ) from error
+    return bound
+
+
+def passed_socket() -> socket.socket | None:
+    """The one that systemd has made for this process, if it has."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    return socket.socket(fileno=_FIRST_PASSED_FD)
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where clients find it."""
+    if listening.family == socket.AF_UNIX:
+        return f"unix:{listening.getsockname()}"
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:
+    """Starts engines; what is served, in a phrase."""
+    entries = await catalog.entries()
+    first = [await catalog.find(name) for name in names]
+    if len(entries) == 1:
+        first = entries
+    parts = []
+    for entry in first:
+        ready = await entry.hosted.ready()
+        await catalog.text(entry)
+        parts.append(
+            f"{entry.name} (executor {ready.executor}, room for {ready.stats.kv_tokens} tokens)"
+        )
+    others = [entry.name for entry in entries if entry not in first]
+    if others:
+        parts.append(f"{', '.join(others)} when asked for")
+    return ", ".join(parts) or "no model yet"
+
+
+def _template(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"The chat template {path} cannot be read: {error}.") from error

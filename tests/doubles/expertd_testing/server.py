@@ -1,0 +1,115 @@
+"""A real ``expert-run serve`` for tests, in a process of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+_LISTENS = re.compile(r"listening on (http\S+)")
+
+
+class Server:
+    """One ``expert-run serve`` process, at ``url``."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [Path(sys.executable).with_name("expert-run"), "serve", "--port", "0", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        self.url = ""
+        self.greeting = ""
+        """The line that says what is served, and where."""
+        self._settled = threading.Event()
+        self._reader = threading.Thread(target=self._read_stdout, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the front."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def log(self) -> str:
+        """What it has said on stderr."""
+        size = os.fstat(self._stderr.fileno()).st_size
+        return os.pread(self._stderr.fileno(), size, 0).decode(errors="replace")
+
+    @property
+    def engines(self) -> list[int]:
+        """The processes of its engines: what its children forked."""
+        return [pid for child in _children(self.pid) for pid in _children(child)]
+
+    def wait_ready(self) -> None:
+        """Until it listens. Raises RuntimeError with its log if it does not."""
+        if not self._settled.wait(START_SECONDS) or not self.url:
+            self._process.kill()
+            raise RuntimeError(f"expert-run serve did not start:\n{self.log}")
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the front."""
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        return self._process.wait(STOP_SECONDS)
+
+    def close(self) -> None:
+        """Ends it in order if it will."""
+        if self.returncode is None:
+            self.signal(signal.SIGTERM)
+        try:
+            self.wait()
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise RuntimeError(f"expert-run serve did not stop:\n{self.log}") from None
+        finally:
+            self._reader.join()
+            self._stderr.close()
+
+    def _read_stdout(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as stream:
+            for line in stream:
+                if (found := _LISTENS.search(line)) is not None:
+                    self.greeting, self.url = line.strip(), found[1]
+                    self._settled.set()
+        self._settled.set()
+
+
+@contextmanager
+def serving_http(*arguments: str | Path) -> Iterator[Server]:
+    """``expert-run serve`` with these arguments, on a free port, until the block ends."""
+    server = Server([str(argument) for argument in arguments])
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.close()
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, task.read_text().split())
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,39 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from expertd_testing.server import Server, serving_http
+from tests.inference.conftest import Make
+
+TEMPLATE = """\
+{%- for message in messages -%}
+<{{ message.role }}>{{ message.content }}</{{ message.role }}>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<assistant>{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a chat template; the example model has none."""
+    path = tmp_path_factory.mktemp("template") / "chat.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(packed: Make, template: Path) -> Iterator[Server]:
+    """The example model, served from its own daemon under the names example and alias."""
+    arguments = ["--embedded", packed("example", "4bit"), "--chat-template", template]
+    arguments += ["--alias", "alias=example", "--exact", "--kv-tokens", "16384"]
+    with serving_http(*arguments) as started:
+        yield started
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx2.Client]:
+    """Talks to it."""
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+        yield client
