@@ -4,6 +4,7 @@ A command is started as its user starts it, but says when its first instruction 
 it is Python itself that the signal meets.
 """
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from expertd_testing.daemon import serving
 from expertd_testing.handmade import make_pack
 from expertd_testing.watching import eventually
-from expertstore.interrupts import end_at_once, importing, interruptible
+from expertstore.interrupts import between_callbacks, end_at_once, importing, interruptible
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/tiny-mixtral"
@@ -147,6 +148,37 @@ def test_what_was_begun_is_put_away(number: signal.Signals) -> None:
         work()
     assert ended.value.code == 128 + number
     assert put_away == [signal.SIG_DFL], "a second one ends it at once"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_event_loop_takes_signals_between_callbacks(number: signal.Signals) -> None:
+    steps: list[object] = []
+
+    async def work() -> None:
+        with between_callbacks(asyncio.get_running_loop()):
+            try:
+                signal.raise_signal(number)
+                steps.append("went on")
+                await asyncio.sleep(60)
+            finally:
+                steps.append(signal.getsignal(number) is signal.SIG_DFL)
+
+    with pytest.raises(SystemExit) as ended, interruptible():
+        asyncio.run(work())
+    assert ended.value.code == 128 + number
+    # asyncio's own handler of SIGINT is not there: the command has one already.
+    assert steps == ["went on", True], "a second one ends it at once"
+
+
+def test_an_event_loop_gives_signals_back() -> None:
+    async def work() -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with between_callbacks(asyncio.get_running_loop()):
+            assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    with interruptible():
+        asyncio.run(work())
 
 
 def test_other_errors_are_what_they_are() -> None:

@@ -4,7 +4,8 @@ From a command's first instruction on (:func:`end_at_once`), and whenever it imp
 (:func:`importing`), they end the process by their default action: there is nothing to put away,
 and an exception in the midst of an import would be a traceback or, inside torch's C++, an abort.
 Where a command has begun something (:func:`interruptible`), they are exceptions, so that it is put
-away; a second signal ends the process at once.
+away; a second signal ends the process at once. An event loop would lose a callback to an exception
+in its own code, so it calls the handlers itself (:func:`between_callbacks`).
 """
 
 import os
@@ -13,6 +14,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which takes longer than what comes before end_at_once may
+    from asyncio import AbstractEventLoop
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _Handler = Callable[[int, FrameType | None], object] | int | None
@@ -48,6 +53,26 @@ def interruptible() -> Iterator[None]:
         raise
     finally:
         _restore(before)
+
+
+@contextmanager
+def between_callbacks(loop: "AbstractEventLoop") -> Iterator[None]:
+    """In the block ``loop``, which runs, calls the handlers of these signals like its callbacks.
+
+    What a handler raises ends the loop's run, while no task is in the midst of anything.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    taken = {number: handler for number, handler in before.items() if callable(handler)}
+    for number, handler in taken.items():
+        loop.add_signal_handler(number, handler, number, None)
+    inside = {number: signal.getsignal(number) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            now = signal.getsignal(number)
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler if now is inside[number] else now)
 
 
 @contextmanager

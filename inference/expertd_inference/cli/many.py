@@ -21,6 +21,7 @@ from expertstore.errors import (
     SessionLostError,
     UnavailableError,
 )
+from expertstore.interrupts import between_callbacks
 
 _ENDS_ALL = (DeviceError, IncarnationError, NotFoundError, SessionLostError, UnavailableError)
 """Errors that the other prompts would meet as well."""
@@ -133,13 +134,14 @@ async def _continue_all(
         for line in lines:
             done(await _continue(engine, line))
 
-    tasks = [asyncio.create_task(one_after_the_other()) for _ in range(at_once)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with between_callbacks(asyncio.get_running_loop()):
+        tasks = [asyncio.create_task(one_after_the_other()) for _ in range(at_once)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _continue(engine: Engine, line: PromptLine) -> PromptResult:

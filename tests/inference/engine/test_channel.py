@@ -1,7 +1,11 @@
 """Tokens on their way to a reader, in a thread or in an event loop."""
 
 import asyncio
+import itertools
+import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -108,3 +112,40 @@ def test_an_event_loop_that_ended_is_no_trouble() -> None:
     channel.send([1])
     assert channel.receive() == 1
     waiting._log_destroy_pending = False  # type: ignore[attr-defined] # it never ends
+
+
+def interrupted_at(place: int, channel: Channel[int]) -> bool:
+    """Receives, with KeyboardInterrupt at so many instructions; False if it took fewer."""
+    num = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal num
+        frame.f_trace_opcodes = True
+        num += event == "opcode"
+        if num > place:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        channel.receive()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupted_reader_keeps_no_lock() -> None:
+    for place in itertools.count():
+        channel: Channel[int] = Channel()
+        channel.send([1])
+        if not interrupted_at(place, channel):
+            break
+        sender = threading.Thread(target=channel.send, args=([2],), daemon=True)
+        sender.start()
+        sender.join(HANG_SECONDS)
+        assert not sender.is_alive(), f"the engine waits for a reader interrupted at {place}"
+    assert place > 5
