@@ -39,7 +39,6 @@ from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
 from expertd_inference.engine.wishes import resolve
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
-from expertd_inference.kv.state import StateSlots
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import PreconditionError
 
@@ -104,7 +103,6 @@ class Engine:
             Scheduler(
                 scheduler_limits(self._limits, room, self._executor, worker),
                 BlockPool(room.num_blocks),
-                None if self._executor.shares_prefixes else StateSlots(room.num_sequences),
             ),
         )
         self._ids = itertools.count()

@@ -64,19 +64,16 @@ class Scheduler:
     (:class:`.Waiting`), so every sequence finishes whatever else comes.
     """
 
-    def __init__(
-        self, limits: SchedulerLimits, pool: BlockPool, slots: StateSlots | None = None
-    ) -> None:
-        """``slots`` for a model with recurrent layers, which finds no prefixes."""
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self.limits = limits
         self._pool = pool
-        self._slots = slots
+        self._slots = StateSlots(limits.max_running) if limits.replays_rows else None
         self._prefixes = Prefixes(pool)
         self._work = SharedWork()
         self._waiting = Waiting()
         self._all: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # in order of admission
-        self._served: dict[int, int] = {}  # the number of the last plan that has it
+        self._served: dict[int, int] = {}  # by the last plan that has it, or before its admission
         self._plan: StepPlan | None = None
         self._num_plans = 0
         self._num_preemptions = 0
@@ -257,11 +254,11 @@ class Scheduler:
             sequence.num_computed = sequence.num_from_prefix = len(found) * BLOCK_TOKENS
             self._prefixes.count(sequence)
             self._running.append(sequence)
+            # Else those that come would go before those that run, for as long as some come.
+            self._served[sequence.id] = self._num_plans - 1
 
     def _give_blocks(self, sequence: Sequence, found: list[int]) -> bool:
-        """Blocks for all its tokens, and a slot if need be; or nothing, if there are too few."""
-        if self._slots is not None and not self._slots.num_free:
-            return False
+        """Blocks for all its tokens, and a slot if need be; or nothing, if blocks are too few."""
         num_new = num_blocks_of(len(sequence.tokens)) - len(found)
         reserve = len(self._running)
         self._pool.retain(found)
@@ -297,7 +294,7 @@ class Scheduler:
         return decodes(sequence, self.limits)
 
     def _last_served(self, sequence: Sequence) -> int:
-        return self._served.get(sequence.id, 0)
+        return self._served[sequence.id]
 
     def _turn(self) -> list[Sequence]:
         """The running sequences that may be in this batch, in order of rank."""

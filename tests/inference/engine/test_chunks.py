@@ -6,7 +6,6 @@ from expertd_inference import GenerationSettings
 from expertd_inference.engine.chunks import chunk_end, decodes
 from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
-from expertd_inference.engine.shared_work import MAX_TIMES, SharedWork
 
 PACKED = SchedulerLimits()
 RECURRENT = SchedulerLimits(mixed=False, replays_rows=True)
@@ -62,14 +61,3 @@ def test_what_is_decoding(
     limits: SchedulerLimits, num_new: int, num_computed: int, *, expected: bool
 ) -> None:
     assert decodes(sequence(10, num_new, num_computed), limits) is expected
-
-
-def test_none_waits_for_others_without_end() -> None:
-    work, one = SharedWork(), sequence(10)
-    for leader in range(MAX_TIMES):
-        work.promise(leader, [b"a", b"b"])
-        assert work.follow(one, [b"a", b"b", b"c"])
-        assert work.computed([b"a"]) == []  # it waits for the last that is coming
-        assert work.withdraw(leader) == [one]
-    work.promise(99, [b"a"])
-    assert not work.follow(one, [b"a"])
