@@ -355,6 +355,14 @@ def test_another_salt_shares_nothing() -> None:
     assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 64, 0, 0, 0]
 
 
+def test_a_prompt_past_the_turning_point_is_never_computed_as_a_short_one() -> None:
+    world = World(limits(max_rows=64, turning_point=100), 10)
+    world.add(make(0, prompt(150), 1))
+    rows = [world.step().batch.num_rows for _ in range(2)]  # type: ignore[union-attr]
+    assert rows == [128, 22]
+    world.check_texts()
+
+
 def test_a_prompt_waits_for_no_longer_than_the_pause() -> None:
     world = World(limits(pause_ms=300.0), 60)
     world.add(make(0, [1, 2], 50))
