@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Self, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import msgspec
 import torch
@@ -40,6 +39,7 @@ from expertd_inference.engine.token import Token
 from expertd_inference.engine.wishes import resolve
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.settings import GenerationSettings
+from expertstore.closing import Closing
 from expertstore.errors import PreconditionError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -74,7 +74,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     native_rows: Mapping[str, int | None]
 
 
-class Engine:
+class Engine(Closing):
     """Computes many sequences of ``worker``'s model at a time, until :meth:`close`.
 
     It is safe to use from several threads, and from an event loop. A sequence's tokens depend on
@@ -229,17 +229,6 @@ class Engine:
         self._orders.put(None)
         self._thread.join()
         atexit.unregister(self.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(self) -> None:
         error: BaseException = _closed()

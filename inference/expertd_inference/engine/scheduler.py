@@ -158,7 +158,6 @@ class Scheduler:
 
         ``ms_per_row`` is what a row of a prompt was measured to take.
         """
-        self.abandon()
         self._num_plans += 1
         self._turn_long()
         self._admit()
