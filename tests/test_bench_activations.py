@@ -15,8 +15,8 @@ def test_the_ways_differ_and_are_near_one_another() -> None:
     torchs, two, one = activations.measure("4g64m", heldout)
     for nats in (torchs, two, one):
         assert nats.shape == (2,)
-        # It was trained on such text: far better than a guess among its tokens.
-        assert heldout.perplexity(nats) < 50
+        # It was trained on such text: far better than a guess among thousands of tokens.
+        assert heldout.perplexity(nats) < 200
     np.testing.assert_allclose(two, torchs, rtol=0.02)
     np.testing.assert_allclose(one, two, rtol=0.05)
     assert (torchs != two).any()

@@ -154,8 +154,9 @@ class Scheduler:
     """Ends a sequence that is complete."""
 
     def plan(self, ms_per_row: float | None = None) -> StepPlan:
-        """The next step; a plan before it that was not done is forgotten.
+        """The next step; a plan before it that was not done is forgotten: none of it counts.
 
+        Not if an executor completed the step: it has moved the recurrent states on.
         ``ms_per_row`` is what a row of a prompt was measured to take.
         """
         self._num_plans += 1
@@ -193,13 +194,6 @@ class Scheduler:
                 self._wait_again(self._work.computed(self._prefixes.keep(sequence, before)))
             if sequence.id in chosen:
                 sequence.tokens.append(chosen[sequence.id])
-
-    def abandon(self) -> None:
-        """Forgets the last plan, whose step was lost: nothing of it counts as computed.
-
-        Not for a step that an executor completed: it has moved the recurrent states on.
-        """
-        self._plan = None
 
     def _check_queue(self, user: str) -> None:
         if self.num_waiting >= self.limits.max_waiting:

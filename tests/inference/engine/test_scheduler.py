@@ -310,6 +310,35 @@ def test_equal_blocks_that_two_computed_are_kept_once() -> None:
     assert first[2] != second[2]
 
 
+@pytest.mark.parametrize(("length", "num_steps"), [(200, 3), (192, 2)])
+def test_a_follower_waits_for_the_blocks_that_it_can_use(length: int, num_steps: int) -> None:
+    """Never for the last one if its last token is in that, since it computes that in any case."""
+    world = World(limits(max_rows=64), 10)
+    for id in range(2):  # noqa: A001
+        world.add(make(id, prompt(length), 2))
+    for _ in range(num_steps):
+        assert world.step().sequences == (world.sequences[0],)
+    world.step()
+    assert world.sequences[1].num_from_prefix == 64 * num_steps
+
+
+def test_what_shares_no_prefix_waits_for_none() -> None:
+    world = World(KINDS["hybrid"].limits(2), 10)
+    for id in range(2):  # noqa: A001
+        world.add(make(id, prompt(200), 2))
+    world.step()
+    assert world.scheduler.num_running == 2
+
+
+def test_prompts_and_decoding_rows_that_do_not_mix_take_turns() -> None:
+    world = World(KINDS["hybrid"].limits(4), 20)
+    world.add(make(0, going_on(10, 30, recurrent_alone), 30))
+    world.step()
+    world.add(make(1, going_on(200, 30, recurrent_alone), 30))  # four chunks
+    order = [[one.id for one in world.step().sequences] for _ in range(9)]
+    assert order == [[0], [1], [0], [1], [0], [1], [0], [1], [0, 1]]
+
+
 def test_a_finished_sequence_is_a_prefix_until_its_room_is_needed() -> None:
     world = World(limits(), 6)
     text = prompt(130)
