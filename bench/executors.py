@@ -203,7 +203,7 @@ def _contestants(bench: Bench, case: Case, stack: ExitStack) -> tuple[str, dict[
     try_each = [
         partial(choose_executor, worker, room),
         partial(choose_for, model, room, lambda _: None),
-        partial(TurnsExecutor, model, room, "for comparison"),
+        partial(TurnsExecutor, model, "for comparison"),
     ]
     contestants: dict[str, Contestant] = {}
     for make in try_each:

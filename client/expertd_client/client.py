@@ -15,12 +15,13 @@ from expertd_client.record import Record, RecordAssembler
 from expertd_client.rpc import Rpc
 from expertd_client.session import Session
 from expertd_client.touches import TouchStream
+from expertstore.closing import Closing
 from expertstore.shared.greeting import handshake
 from expertstore.shared.handshake import Role
 from expertstore.v1 import expert_store_pb2 as pb
 
 
-class Client:
+class Client(Closing):
     """Talks to the daemon that serves in the directory ``socket``, or at ``tcp://HOST:PORT``.
 
     Without ``socket``: the one in ``$XDG_RUNTIME_DIR/expertd`` or in ``/run/expertd``.
@@ -46,12 +47,6 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client {self._address} sessions={len(self._sessions)}>"
-
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def list_models(self) -> list[ModelSummary]:
         """The models that the daemon holds."""

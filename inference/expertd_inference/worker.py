@@ -4,8 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -40,12 +39,13 @@ from expertd_inference.process.attachment import (
 )
 from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
+from expertstore.closing import Closing
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest, read_manifest
 from expertstore.shared.host_memory import memory_available
 
 
-class Worker:
+class Worker(Closing):
     """A model whose experts are computed from the daemon's memory, until :meth:`close`.
 
     ``model`` is a transformers model like any other: ``generate``, streamers and caches
@@ -251,17 +251,6 @@ class Worker:
             self._runner.close()
         finally:
             self._attachment.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _look_ahead(
         self, loaded: TrunkModel, settings: DeviceSettings, say: Callable[[str], None]

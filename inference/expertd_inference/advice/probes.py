@@ -18,8 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from expertd_inference.device.device import Device
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import read_memory
+from expertstore.closing import Closing
 from expertstore.errors import DeviceError, InvalidInputError, PackError
 from expertstore.pack.layout import PAGE_BYTES
 from expertstore.pack.manifest import MANIFEST_NAME, read_manifest
@@ -64,7 +63,7 @@ def _warn(message: str) -> None:
     sys.stderr.write(f"expertd: {message}\n")
 
 
-class MemoryProbe:
+class MemoryProbe(Closing):
     """Shared memory, mapped read-only as a worker maps the arena, to be read by ``threads``.
 
     By the native read loop, in the form that is fastest here; without the native library by
@@ -102,17 +101,6 @@ class MemoryProbe:
 
     def __repr__(self) -> str:
         return f"<MemoryProbe {self.threads} threads, {format_bytes(self.num_bytes)}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def rate(self, seconds: float = 0.0) -> float:
         """Bytes per second: the median of the reads that begin within ``seconds``, at least 5."""
@@ -161,7 +149,7 @@ def memory_read_rate(threads: int, seconds: float = 0.3, *, say: Say = _warn) ->
         return probe.rate(seconds)
 
 
-class StorageProbe:
+class StorageProbe(Closing):
     """A file on the disk in question, read past the page cache as the daemon's loader reads.
 
     ``path`` is a file of some size, a pack (of which the largest file of experts is read), or
@@ -212,17 +200,6 @@ class StorageProbe:
 
     def __repr__(self) -> str:
         return f"<StorageProbe {self._file.path}, {format_bytes(self.piece_bytes)} a read>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def path(self) -> Path:

@@ -1,12 +1,10 @@
 """What the cost model starts from: link, CPU kernel and device kernel, measured on this host.
 
 It takes about a second, so a host remembers it, in ``~/.cache/expertd/calibration.json``, by what
-it depends on. Whatever is wrong with that file, it is measured anew.
+it depends on.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from expertd_inference.experts.source import HeldSource
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.reference import DOWN
 from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed, Wave
+from expertd_inference.process.measured import MeasuredOnce, cache_file
 
 MAX_RUNS = 5
 MAX_SECONDS = 0.25
@@ -83,35 +82,17 @@ def measure(probe: Probe) -> Rates:
     )
 
 
-def calibrated(probe: Probe, path: Path | None = None) -> Rates:
-    """What this host remembers of the probe's key, or else measures and then remembers."""
-    path = path or default_path()
+def calibration(path: Path | None = None) -> MeasuredOnce[Rates]:
+    """What this host remembers, in ``calibration.json`` of the user's cache directory."""
+    path = path or cache_file("calibration.json")
+    decoder = msgspec.json.Decoder(dict[str, Rates])
+    return MeasuredOnce(path, decoder, "how fast link, CPU and GPU are", _is_sane)
+
+
+def calibrated(probe: Probe, remembered: MeasuredOnce[Rates]) -> Rates:
+    """What is remembered of the probe's key, or else measured now. Raises as :func:`measure`."""
     probe.engine.attach()
-    known = _read(path)
-    rates = known.get(probe.key)
-    if rates is None:
-        rates = known[probe.key] = measure(probe)
-        # A home that cannot be written to costs a second at each start.
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f"{path.name}.{os.getpid()}")
-            beside.write_bytes(msgspec.json.encode(known))
-            beside.replace(path)
-    return rates
-
-
-def default_path() -> Path:
-    """``calibration.json`` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "expertd" / "calibration.json"
-
-
-def _read(path: Path) -> dict[str, Rates]:
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Rates])
-    except (OSError, ValueError):
-        return {}
-    return {key: rates for key, rates in found.items() if _is_sane(rates)}
+    return remembered.values([probe.key], lambda _: measure(probe))[probe.key]
 
 
 def _is_sane(rates: Rates) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from expertd_inference.device.cache import SlotCache
-from expertd_inference.device.calibration import Probe, calibrated
+from expertd_inference.device.calibration import Probe, calibrated, calibration
 from expertd_inference.device.cost import TYPICAL, CostModel, Rates
 from expertd_inference.device.device import Device
 from expertd_inference.device.placement import cache_size, device_names, place_layers
@@ -182,7 +182,7 @@ class DeviceGroup:
             for runner in self.runners:
                 runner.speculate(routers, self._runners)
         if self._measures:
-            self._calibrate(experts, manifest, model.dtype)
+            self._calibrate(experts, manifest, model.dtype, say)
         self._say = say
         asked = self._settings.decode_graphs in (DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE)
         if asked and len(self.runners) > 1:
@@ -220,8 +220,10 @@ class DeviceGroup:
         experts: Mapping[int, nn.Module],
         manifest: Manifest,
         dtype: torch.dtype,
+        say: Callable[[str], None],
     ) -> None:
         """What this host's link and kernels take, for each device's first layer."""
+        remembered = calibration()
         for runner in self.runners:
             first = next(layer for layer in manifest.layers if self._runners[layer.layer] is runner)
             num = min(max(2, first.experts_per_token), runner.cache.num_slots, first.num_experts)
@@ -237,7 +239,8 @@ class DeviceGroup:
             )
             # Who has lost the session here attaches again with the first step.
             with suppress(*SESSION_ENDED):
-                runner.cost = CostModel(calibrated(probe))
+                runner.cost = CostModel(calibrated(probe, remembered))
+        remembered.say_trouble(say)
 
     def close(self) -> None:
         """From now on the model refuses to be called; the devices have all their memory back.

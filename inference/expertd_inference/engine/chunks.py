@@ -8,7 +8,7 @@ from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 
 def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
     """Whether its next span is one row after its prompt, rather than a chunk."""
-    if limits.replays_rows and sequence.num_new:
+    if limits.replays_rows:
         return sequence.num_computed >= sequence.num_prompt
     return sequence.is_decoding
 

@@ -20,8 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Self, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 
@@ -40,15 +39,15 @@ from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
 from expertd_inference.engine.wishes import Wishes, resolve
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
-from expertd_inference.kv.state import StateSlots
 from expertd_inference.settings import GenerationSettings
+from expertstore.closing import Closing
 from expertstore.errors import PreconditionError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
 
 
-class Engine:
+class Engine(Closing):
     """Computes many sequences of ``worker``'s model at a time, until :meth:`close`.
 
     It is safe to use from several threads, and from an event loop. A sequence's tokens depend on
@@ -84,7 +83,6 @@ class Engine:
             Scheduler(
                 scheduler_limits(self._limits, room, self._executor, worker),
                 BlockPool(room.num_blocks),
-                None if self._executor.shares_prefixes else StateSlots(room.num_sequences),
             ),
         )
         self._ids = itertools.count()
@@ -212,17 +210,6 @@ class Engine:
         self._orders.put(None)
         self._thread.join()
         atexit.unregister(self.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _begin(
         self,

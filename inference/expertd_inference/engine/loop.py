@@ -159,8 +159,6 @@ class Loop:
                 self._end([live])
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
-        with self._lock:
-            self._scheduler.abandon()
         if isinstance(error, STORE_GONE):
             self.end_all(error)
             return

@@ -56,7 +56,7 @@ class Prefixes:
             known = self._pool.find(name)
             if known is None:
                 self._pool.keep(block, name)
-            elif known != block:
+            else:
                 self._pool.retain([known])
                 self._pool.release([block])
                 sequence.blocks[index] = known

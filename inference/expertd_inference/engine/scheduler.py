@@ -64,19 +64,16 @@ class Scheduler:
     (:class:`.Waiting`), so every sequence finishes whatever else comes.
     """
 
-    def __init__(
-        self, limits: SchedulerLimits, pool: BlockPool, slots: StateSlots | None = None
-    ) -> None:
-        """``slots`` for a model with recurrent layers, which finds no prefixes."""
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self.limits = limits
         self._pool = pool
-        self._slots = slots
+        self._slots = StateSlots(limits.max_running) if limits.replays_rows else None
         self._prefixes = Prefixes(pool)
         self._work = SharedWork()
         self._waiting = Waiting()
         self._all: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # in order of admission
-        self._served: dict[int, int] = {}  # the number of the last plan that has it
+        self._served: dict[int, int] = {}  # by the last plan that has it, or before its admission
         self._plan: StepPlan | None = None
         self._num_plans = 0
         self._num_preemptions = 0
@@ -157,11 +154,11 @@ class Scheduler:
     """Ends a sequence that is complete."""
 
     def plan(self, ms_per_row: float | None = None) -> StepPlan:
-        """The next step; a plan before it that was not done is forgotten.
+        """The next step; a plan before it that was not done is forgotten: none of it counts.
 
+        Not if an executor completed the step: it has moved the recurrent states on.
         ``ms_per_row`` is what a row of a prompt was measured to take.
         """
-        self.abandon()
         self._num_plans += 1
         self._turn_long()
         self._admit()
@@ -197,13 +194,6 @@ class Scheduler:
                 self._wait_again(self._work.computed(self._prefixes.keep(sequence, before)))
             if sequence.id in chosen:
                 sequence.tokens.append(chosen[sequence.id])
-
-    def abandon(self) -> None:
-        """Forgets the last plan, whose step was lost: nothing of it counts as computed.
-
-        Not for a step that an executor completed: it has moved the recurrent states on.
-        """
-        self._plan = None
 
     def _check_queue(self, user: str) -> None:
         if self.num_waiting >= self.limits.max_waiting:
@@ -257,11 +247,11 @@ class Scheduler:
             sequence.num_computed = sequence.num_from_prefix = len(found) * BLOCK_TOKENS
             self._prefixes.count(sequence)
             self._running.append(sequence)
+            # Else those that come would go before those that run, for as long as some come.
+            self._served[sequence.id] = self._num_plans - 1
 
     def _give_blocks(self, sequence: Sequence, found: list[int]) -> bool:
-        """Blocks for all its tokens, and a slot if need be; or nothing, if there are too few."""
-        if self._slots is not None and not self._slots.num_free:
-            return False
+        """Blocks for all its tokens, and a slot if need be; or nothing, if blocks are too few."""
         num_new = num_blocks_of(len(sequence.tokens)) - len(found)
         reserve = len(self._running)
         self._pool.retain(found)
@@ -297,7 +287,7 @@ class Scheduler:
         return decodes(sequence, self.limits)
 
     def _last_served(self, sequence: Sequence) -> int:
-        return self._served.get(sequence.id, 0)
+        return self._served[sequence.id]
 
     def _turn(self) -> list[Sequence]:
         """The running sequences that may be in this batch, in order of rank."""

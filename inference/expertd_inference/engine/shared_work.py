@@ -54,10 +54,8 @@ class SharedWork:
     def forget(self, sequence: Sequence) -> bool:
         """Of one that has finished: whether it waited here."""
         self._num_times.pop(sequence.id, None)
-        for name, followers in self._followers.items():
+        for followers in self._followers.values():
             if sequence in followers:
                 followers.remove(sequence)
-                if not followers:
-                    del self._followers[name]
                 return True
         return False

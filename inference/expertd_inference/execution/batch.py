@@ -20,7 +20,7 @@ class Span:
     ``sequence`` is its id, unique while the engine lives; ``tokens`` are the rows' own;
     ``position`` is that of the first row, so the keys and values of so many tokens are in the
     sequence's blocks already. ``blocks`` is its table of KV blocks, with room for ``position`` and
-    these rows; ``state`` its slot of recurrent states, None where the model has no such layers.
+    these rows; ``state`` its slot for what the model keeps beside keys and values, None if nothing.
     """
 
     sequence: int

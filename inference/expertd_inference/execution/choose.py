@@ -63,7 +63,7 @@ def choose_for(
         return executor
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
-        return TurnsExecutor(model, room, str(error), around)
+        return TurnsExecutor(model, str(error), around)
 
 
 def _row_by_row(model: Any, kernels: NativeKernels) -> str:  # noqa: ANN401

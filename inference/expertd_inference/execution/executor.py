@@ -21,7 +21,7 @@ class Executor(Protocol):
     shares_prefixes: bool
     """Whether a sequence may go on from blocks that another one has filled."""
     recurrent: bool
-    """Whether each span needs a slot of recurrent states."""
+    """Whether there are recurrent states, in a span's slot."""
     turning_point: int | None
     """Texts of more tokens have other keys from their first token on; None where keys never change.
 

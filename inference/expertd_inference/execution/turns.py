@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
-from expertd_inference.execution.room import Room
 from expertd_inference.model.pack_config import turning_points
 
 
@@ -36,7 +35,6 @@ class TurnsExecutor:
     def __init__(
         self,
         model: Any,  # noqa: ANN401 - transformers is untyped
-        room: Room,
         reason: str,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -44,8 +42,7 @@ class TurnsExecutor:
         self.reason = reason
         self._around = around
         self._model = model
-        self._num_texts = room.num_sequences
-        self._texts: dict[int, _Text] = {}
+        self._texts: dict[int | None, _Text] = {}  # by slot
         points = turning_points(model.config.get_text_config())
         # Longer texts have other angles from their first position on.
         self._turning_point = min(points, default=float("inf"))
@@ -64,7 +61,7 @@ class TurnsExecutor:
         self._texts.clear()
 
     def _span(self, span: Span) -> Tensor:
-        text = self._texts.pop(span.sequence, _Text())
+        text = self._texts.get(span.state, _Text())
         if len(text.tokens) < span.position:
             raise ValueError(f"sequence {span.sequence} goes on from rows that were not computed")
         end = span.position + span.num_rows
@@ -72,14 +69,12 @@ class TurnsExecutor:
             # It begins anew, or a step was lost, or positions change their meaning.
             text = _Text(text.tokens[: span.position])
         # If the step is lost, what its cache has is not used again.
-        self._texts[span.sequence] = _Text(text.tokens[: span.position])
+        self._texts[span.state] = _Text(text.tokens[: span.position])
         fresh = [*([] if text.cache is not None else text.tokens), *span.tokens]
         with self._around():
             logits = self._forward(text, fresh, span)
         text.tokens += span.tokens
-        self._texts[span.sequence] = text
-        while len(self._texts) > self._num_texts:
-            del self._texts[next(iter(self._texts))]
+        self._texts[span.state] = text
         return logits
 
     def _forward(self, text: _Text, tokens: list[int], span: Span) -> Tensor:

@@ -7,13 +7,12 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
+from expertstore.closing import Closing
 from expertstore.errors import CapacityError, InvalidInputError
 from expertstore.sizes import format_bytes
 
@@ -34,7 +33,7 @@ class KvLayer:
     device: torch.device = _CPU
 
 
-class KvMemory:
+class KvMemory(Closing):
     """``num_blocks`` blocks of :data:`.BLOCK_TOKENS` tokens of each layer.
 
     On the CPU it is one anonymous mapping. A page takes memory from the first time it is written
@@ -96,17 +95,6 @@ class KvMemory:
         if self._mapping is not None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
             self._mapping = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _map(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE

@@ -1,7 +1,5 @@
 """Which slots for the states of recurrent layers are free."""
 
-from expertstore.errors import InvalidInputError
-
 
 class StateSlots:
     """Slots that hold what recurrent layers keep of a sequence, one sequence each.
@@ -11,11 +9,6 @@ class StateSlots:
     """
 
     def __init__(self, num_slots: int) -> None:
-        """Raises InvalidInputError if there is not one slot."""
-        if num_slots < 1:
-            raise InvalidInputError(
-                f"There are {num_slots} slots for recurrent states; give memory for at least one."
-            )
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -23,9 +16,9 @@ class StateSlots:
         """Slots that no sequence has."""
         return len(self._free)
 
-    def take(self) -> int | None:
-        """A slot, whose contents are anyone's; None if all are taken."""
-        return self._free.pop() if self._free else None
+    def take(self) -> int:
+        """A slot, whose contents are anyone's; there must be a free one."""
+        return self._free.pop()
 
     def give_back(self, slot: int) -> None:
         """Frees a slot that was taken."""

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from expertd_client import Client, Session, TlsFiles
+from expertstore.closing import Closing
 from expertstore.errors import NotFoundError
 from expertstore.socket_directory import find_daemon
 
@@ -13,7 +12,7 @@ DEFAULT_REATTACH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class ModelAttachment:
+class ModelAttachment(Closing):
     """A session for one model, and the client that it needs as long as it lasts."""
 
     client: Client
@@ -22,17 +21,6 @@ class ModelAttachment:
     def close(self) -> None:
         """Ends both; a second call does nothing."""
         self.client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def attach(

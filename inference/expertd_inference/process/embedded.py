@@ -15,11 +15,10 @@ import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from expertd.manager.systemd import VARIABLES
 from expertd.settings.config import name_of_pack
+from expertstore.closing import Closing
 from expertstore.errors import UnavailableError
 from expertstore.pack.manifest import read_manifest
 from expertstore.shared.handshake import ATTACH_SOCKET, MAX_SOCKET_PATH_BYTES
@@ -31,7 +30,7 @@ READY_PREFIX = "expertd"
 """How the line begins that the daemon prints once it serves."""
 
 
-class EmbeddedDaemon:
+class EmbeddedDaemon(Closing):
     """Serves the pack in directory ``pack`` on a private socket while the block runs.
 
     ``ram`` is the budget, as for ``expertd serve``; by default all experts, or half of the
@@ -74,17 +73,6 @@ class EmbeddedDaemon:
                 if stream is not None:
                     stream.close()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _start(self) -> None:
         command = [

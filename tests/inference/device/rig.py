@@ -1,7 +1,7 @@
 """A model on fake devices, over a source without a daemon."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,15 +55,17 @@ def make_rig(
     source: HeldPackSource,
     *devices: FakeDevice,
     num_slots: int | None = None,
-    rates: Rates = RATES,
+    rates: Rates | None = RATES,
     dtype: torch.dtype = torch.bfloat16,
     reattach_seconds: float = 1.0,
     stepped: bool = True,
+    say: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Rig:
     """``num_slots`` are those of each device, with its staging slots.
 
-    A call of the model is a step if it is to be ``stepped``; else each of its layers is one.
+    A call of the model is a step if it is to be ``stepped``; else each of its layers is one. What
+    the group says when it connects goes to ``say``.
     """
     devices = devices or (FakeDevice(),)
     if num_slots is not None:
@@ -81,7 +83,7 @@ def make_rig(
         fill=fill_slots,
     )
 
-    group.connect(trunk.model, trunk.experts, source.manifest)
+    group.connect(trunk.model, trunk.experts, source.manifest, say)
     if stepped:
         forward = trunk.model.forward
 

@@ -87,18 +87,19 @@ def test_measured_on_a_device_whose_speed_is_known(packed: Make, tmp_path: Path)
     probe = calibration.Probe(
         device, runner.engine, rig.source, 0, range(4), seat_of(module).spec, runner.fill_slots
     )
-    rates = calibration.calibrated(probe, tmp_path / "c" / "calibration.json")
+    remembered = calibration.calibration(tmp_path / "c" / "calibration.json")
+    rates = calibration.calibrated(probe, remembered)
     assert rates.link_bytes_per_second == pytest.approx(1e9, rel=0.01)
     assert rates.copy_seconds == pytest.approx(1e-4, rel=0.05)
     assert rates.device_bytes_per_second == pytest.approx(1e10, rel=0.01)
     assert rig.source.lease is None
     # Remembered: nothing is copied again, by whichever process.
     num_copies = len(device.log)
-    assert calibration.calibrated(probe, tmp_path / "c" / "calibration.json") == rates
+    assert calibration.calibrated(probe, remembered) == rates
     assert len(device.log) == num_copies
     # Of something else it knows nothing.
     device.hardware = "another"
-    calibration.calibrated(probe, tmp_path / "c" / "calibration.json")
+    calibration.calibrated(probe, remembered)
     assert len(device.log) > num_copies
 
 
@@ -127,9 +128,10 @@ def test_what_is_wrong_with_the_file_is_measured_anew(
     )
     probe.engine.attach()
     path.write_bytes(content.replace(b"KEY", probe.key.encode()))
-    rates = calibration.calibrated(probe, path)
+    remembered = calibration.calibration(path)
+    rates = calibration.calibrated(probe, remembered)
     assert rates.device_bytes_per_second >= rates.link_bytes_per_second > 0
-    assert calibration.calibrated(probe, path) == rates, "what was measured anew is remembered"
+    assert calibration.calibrated(probe, calibration.calibration(path)) == rates
 
 
 def test_what_only_its_launch_takes_is_not_slower_than_the_link(packed: Make) -> None:
@@ -144,13 +146,31 @@ def test_what_only_its_launch_takes_is_not_slower_than_the_link(packed: Make) ->
     assert rates.device_bytes_per_second == rates.link_bytes_per_second
 
 
-def test_a_home_that_cannot_be_written_to(packed: Make, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    rig = make_rig(HeldPackSource(packed("mixtral")), on_miss=OnMiss.COPY, num_slots=9)
-    (runner,) = rig.group.runners
-    module = rig.model.model.layers[0].mlp.experts
-    probe = calibration.Probe(
-        rig.device, runner.engine, rig.source, 0, range(2), seat_of(module).spec, runner.fill_slots
-    )
-    rates = calibration.calibrated(probe, tmp_path / "file" / "calibration.json")
-    assert rates.link_bytes_per_second > 0
+@pytest.mark.parametrize("trouble", ["no home", "not writable", "damaged", "none"])
+def test_what_is_wrong_with_its_file_a_group_says_once(
+    trouble: str, packed: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "expertd" / "calibration.json"
+    words = f"{path} could not be read (it is damaged), and is written anew."
+    if trouble == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # nor in the system's list
+        words = "There is no home directory, so each start measures anew how fast link"
+    elif trouble == "not writable":
+        path.parent.write_text("")
+        words = f"{path} cannot be written ("
+    elif trouble == "damaged":
+        path.parent.mkdir()
+        path.write_text("{")
+    said: list[str] = []
+    source = HeldPackSource(packed("mixtral"))
+    rig = make_rig(source, rates=None, say=said.append, on_miss=OnMiss.AUTO, num_slots=9)
+    assert rig.group.runners[0].cost.rates.link_bytes_per_second > 0
+    if trouble == "none":
+        assert said == []
+        assert path.exists()
+    else:
+        (sentence,) = said
+        assert sentence.startswith(words)

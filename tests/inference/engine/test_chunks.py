@@ -6,11 +6,14 @@ from expertd_inference import GenerationSettings
 from expertd_inference.engine.chunks import chunk_end, decodes
 from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
-from expertd_inference.engine.shared_work import MAX_TIMES, SharedWork
 
 PACKED = SchedulerLimits()
 RECURRENT = SchedulerLimits(mixed=False, replays_rows=True)
 WHOLE = SchedulerLimits(max_spans=1, whole_prompts=True)
+
+
+def turning(point: int) -> SchedulerLimits:
+    return SchedulerLimits(turning_point=point)
 
 
 def sequence(num_prompt: int, num_new: int = 0, num_computed: int = 0) -> Sequence:
@@ -18,6 +21,12 @@ def sequence(num_prompt: int, num_new: int = 0, num_computed: int = 0) -> Sequen
     made.tokens += [2] * num_new
     made.num_computed = num_computed
     return made
+
+
+def long_or_not(one: Sequence, limits: SchedulerLimits) -> Sequence:
+    if limits.turning_point is not None and len(one.tokens) > limits.turning_point:
+        one.become_long()
+    return one
 
 
 @pytest.mark.parametrize(
@@ -35,17 +44,30 @@ def sequence(num_prompt: int, num_new: int = 0, num_computed: int = 0) -> Sequen
         (RECURRENT, 200, 0, 64, 40, 64),  # none rather than another place
         (RECURRENT, 100, 30, 0, 200, 100),  # what was generated comes a row a step
         (WHOLE, 1000, 0, 0, 64, 1000),
+        # A long text's chunk ends behind the turning point, however few rows there are.
+        (turning(100), 300, 0, 0, 20, 128),
+        (turning(100), 300, 0, 64, 20, 128),
+        (turning(126), 300, 0, 0, 20, 128),
+        (turning(127), 300, 0, 0, 20, 128),
+        (turning(128), 300, 0, 0, 20, 192),
+        (turning(100), 300, 0, 128, 20, 148),
+        (turning(100), 90, 0, 0, 20, 20),  # not a long text
+        (turning(64), 129, 0, 0, 128, 128),  # a last chunk of one row: else it ended before
     ],
 )
 def test_where_a_chunk_ends(
     limits: SchedulerLimits, num_prompt: int, num_new: int, begin: int, num_rows: int, end: int
 ) -> None:
-    one = sequence(num_prompt, num_new, begin)
+    one = long_or_not(sequence(num_prompt, num_new, begin), limits)
     assert chunk_end(one, limits, num_rows, first=True) == end
 
 
-def test_a_whole_prompt_waits_for_a_batch_of_its_own() -> None:
+def test_what_takes_more_rows_waits_to_be_the_first_of_a_batch() -> None:
     assert chunk_end(sequence(10), WHOLE, 64, first=False) == 0
+    limits = turning(100)
+    assert chunk_end(long_or_not(sequence(300), limits), limits, 64, first=False) == 0
+    further = long_or_not(sequence(300, num_computed=128), limits)
+    assert chunk_end(further, limits, 64, first=False) == 192
 
 
 @pytest.mark.parametrize(
@@ -62,14 +84,3 @@ def test_what_is_decoding(
     limits: SchedulerLimits, num_new: int, num_computed: int, *, expected: bool
 ) -> None:
     assert decodes(sequence(10, num_new, num_computed), limits) is expected
-
-
-def test_none_waits_for_others_without_end() -> None:
-    work, one = SharedWork(), sequence(10)
-    for leader in range(MAX_TIMES):
-        work.promise(leader, [b"a", b"b"])
-        assert work.follow(one, [b"a", b"b", b"c"])
-        assert work.computed([b"a"]) == []  # it waits for the last that is coming
-        assert work.withdraw(leader) == [one]
-    work.promise(99, [b"a"])
-    assert not work.follow(one, [b"a"])

@@ -13,7 +13,7 @@ from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.turns import TurnsExecutor
 from expertd_testing.tiny_models import make_model
-from tests.architectures.batches import ROOM, Texts, alone, batched_model, chosen
+from tests.architectures.batches import Texts, alone, batched_model, chosen
 from tests.inference.engine.toy import ToyWorker
 from tests.inference.greedy import prompt_of
 
@@ -56,7 +56,7 @@ def test_long_and_short_texts_in_one_step(model: Any) -> None:
 def test_in_turns(model: Any) -> None:
     """Where they are computed so, the executor computes a text anew by itself."""
     prompts = [prompt_of(POINT + 4, seed=seed) for seed in (1, 2)]
-    texts = Texts(TurnsExecutor(model, ROOM, "a test asked for it"), prompts)
+    texts = Texts(TurnsExecutor(model, "a test asked for it"), prompts)
     texts.step({0: POINT - 2, 1: POINT - 1})
     for _ in range(5):
         texts.step({0: 1, 1: 1})

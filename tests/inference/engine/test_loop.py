@@ -18,7 +18,6 @@ from expertd_inference.engine.token import Opening, Token
 from expertd_inference.engine.wishes import resolve
 from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BlockPool
-from expertd_inference.kv.state import StateSlots
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import (
     ExpertdError,
@@ -67,11 +66,10 @@ class Rig:
         self.worker = ToyWorker(**kind)
         self.executor = self.worker.open_executor(room)
         self.pool = BlockPool(room.num_blocks)
-        slots = None if self.executor.shares_prefixes else StateSlots(room.num_sequences)
         limits = scheduler_limits(
             EngineLimits(max_waiting=max_waiting), room, self.executor, self.worker
         )
-        self.loop = Loop(self.executor, Scheduler(limits, self.pool, slots))
+        self.loop = Loop(self.executor, Scheduler(limits, self.pool))
         self.num_clients = 0
 
     def submit(self, prompt: list[int], settings: GenerationSettings) -> "Client":

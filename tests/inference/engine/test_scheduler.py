@@ -1,6 +1,10 @@
 """Whatever comes, is cancelled or preempted: the same texts, blocks counted, none starves."""
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
 
 import hypothesis
 import pytest
@@ -8,26 +12,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertd_inference import GenerationSettings
+from expertd_inference.engine.budget import EngineLimits, scheduler_limits
 from expertd_inference.engine.limits import SchedulerLimits, rows_within
 from expertd_inference.engine.sequence import Origin, Sequence, SequencePhase
 from expertd_inference.execution.batch import Wanted
+from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
-from expertd_inference.kv.state import StateSlots
 from expertstore.errors import BusyError, InvalidInputError, PromptTooLongError
-from tests.inference.engine.world import NUM_TOKENS, World, text_alone
+from tests.inference.engine.world import NUM_TOKENS, World, recurrent_alone, text_alone
 
-KINDS: dict[str, tuple[dict[str, object], bool]] = {
-    "packed": ({}, False),
-    "few rows": ({"max_rows": 7}, False),
-    "one row": ({"max_rows": 1}, False),
-    "long texts are others": ({"turning_point": 100}, False),
-    "long texts are others, few rows": ({"turning_point": 127, "max_rows": 20}, False),
-    "in turns": ({"max_spans": 1, "whole_prompts": True}, False),
-    "hybrid": ({"max_prompts": 1, "mixed": False, "replays_rows": True, "max_rows": 65}, True),
-    "hybrid, more rows": (
-        {"max_prompts": 1, "mixed": False, "replays_rows": True, "max_rows": 200},
-        True,
-    ),
+
+@dataclass(frozen=True)
+class Kind:
+    """What an executor says of itself."""
+
+    max_rows: int = 100
+    shares_prefixes: bool = True
+    recurrent: bool = False
+    turning_point: int | None = None
+
+    def limits(self, max_running: int, **more: int) -> SchedulerLimits:
+        """Those that the product plans with."""
+        room = Room(num_blocks=1, num_sequences=max_running, num_rows=self.max_rows)
+        worker = SimpleNamespace(context_tokens=None, vocabulary=NUM_TOKENS)
+        return scheduler_limits(EngineLimits(**more), room, cast("Any", self), cast("Any", worker))
+
+
+KINDS = {
+    "packed": Kind(),
+    "few rows": Kind(max_rows=7),
+    "one row": Kind(max_rows=1),
+    "long texts are others": Kind(turning_point=100),
+    "long texts are others, few rows": Kind(turning_point=127, max_rows=20),
+    "in turns": Kind(shares_prefixes=False),
+    "hybrid": Kind(max_rows=65, shares_prefixes=False, recurrent=True),
+    "hybrid, more rows": Kind(max_rows=200, shares_prefixes=False, recurrent=True),
 }
 
 
@@ -58,7 +77,6 @@ def prompts() -> st.SearchStrategy[list[int]]:
     )
 
 
-ACTS = ["add", "add", "step", "steps", "cancel", "within", "plan"]
 MAX_WAIT_STEPS = 8_000  # twice what was seen
 
 
@@ -66,11 +84,7 @@ MAX_WAIT_STEPS = 8_000  # twice what was seen
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) -> None:
-    options, recurrent = KINDS[kind]
-    running = data.draw(st.integers(1, 6))
-    limits = SchedulerLimits(**{"max_running": running, "max_rows": 100, **options})  # type: ignore[arg-type]
-    num_slots = data.draw(st.integers(1, running)) if recurrent else None
-    world = World(limits, data.draw(st.integers(5, 14)), num_slots)
+    world = World(KINDS[kind].limits(data.draw(st.integers(1, 6))), data.draw(st.integers(5, 14)))
     for _ in range(data.draw(st.integers(1, 25))):
         ids = list(world.sequences)
         act = data.draw(
@@ -91,7 +105,7 @@ def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) 
             world.cancel(data.draw(st.sampled_from(ids)))
         elif act == "plan":
             plan = world.plan()
-            if not recurrent:  # an executor writes states at the end of a step, which is not lost
+            if world.states is None:  # those are written at the end of a step, which is not lost
                 world.compute(plan)
         elif act == "within" and ids:
             world.step(
@@ -112,6 +126,7 @@ def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) 
     assert not any(vars(world.scheduler._work).values())
 
 
+@pytest.mark.parametrize("kind", ["packed", "in turns", "hybrid"])
 @settings(max_examples=30, deadline=None, phases=[hypothesis.Phase.generate])
 @given(
     seed=st.integers(0, 1 << 32),
@@ -119,13 +134,21 @@ def test_texts_are_those_of_each_sequence_alone(kind: str, data: st.DataObject) 
     is_cancelled=st.booleans(),
     priority=st.integers(0, 1),
     same_prompt=st.booleans(),
+    most_new=st.sampled_from([1, 40]),
 )
 def test_none_starves_whatever_comes_after_it(
-    seed: int, num_users: int, *, is_cancelled: bool, priority: int, same_prompt: bool
+    kind: str,
+    seed: int,
+    num_users: int,
+    *,
+    is_cancelled: bool,
+    priority: int,
+    same_prompt: bool,
+    most_new: int,
 ) -> None:
     """A queue kept full by newer, higher or cancelled ones; its length alone bounds the wait."""
     chance = random.Random(seed)
-    limits = SchedulerLimits(max_running=3, max_rows=64, max_waiting=8)
+    limits = KINDS[kind].limits(3, max_waiting=8)
     world = World(limits, 8)
     prompt = chance.choices(range(NUM_TOKENS), k=150)
     old = make(0, prompt, 60, user="old")
@@ -141,7 +164,7 @@ def test_none_starves_whatever_comes_after_it(
                 make(
                     next_id,
                     new,
-                    chance.choice([1, 40]),
+                    chance.choice([1, most_new]),
                     user=f"{next_id % num_users}",
                     priority=priority,
                 )
@@ -160,7 +183,7 @@ def test_none_starves_whatever_comes_after_it(
         for number in filter(None, over):
             del world.sequences[number]
     assert old.phase is SequencePhase.FINISHED, f"{old}, after {next_id} others"
-    assert old.tokens[150:] == text_alone(prompt, 60)
+    assert old.tokens[150:] == world.text_alone(prompt, 60)
 
 
 def limits(**more: object) -> SchedulerLimits:
@@ -171,10 +194,12 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, NUM_TOKENS), k=length)
 
 
-def going_on(length: int, max_new: int) -> list[int]:
+def going_on(
+    length: int, max_new: int, alone: Callable[[list[int], int], list[int]] = text_alone
+) -> list[int]:
     """A prompt whose text does not end before ``max_new`` tokens."""
     prompts = (prompt(length, seed) for seed in range(1000))
-    return next(one for one in prompts if len(text_alone(one, max_new)) == max_new)
+    return next(one for one in prompts if len(alone(one, max_new)) == max_new)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +291,54 @@ def test_continuations_go_on_without_the_one_that_computed_their_prompt() -> Non
     world.check_texts()
 
 
+def test_all_full_blocks_are_found_but_for_the_last_token() -> None:
+    """Whichever chunk computed them."""
+    world = World(limits(max_rows=70), 10)
+    for id, length in enumerate([200, 193, 192]):  # noqa: A001
+        world.add(make(id, prompt(200)[:length], 1))
+        world.drain(9)
+    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 192, 128]
+
+
+def test_equal_blocks_that_two_computed_are_kept_once() -> None:
+    world = World(limits(), 10)
+    for id in range(2):  # noqa: A001
+        world.add(make(id, going_on(130, 5), 5, prompt_logprobs=0))  # finds no prefix
+    world.step()
+    first, second = (world.sequences[id].blocks for id in range(2))  # noqa: A001
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
+
+
+@pytest.mark.parametrize(("length", "num_steps"), [(200, 3), (192, 2)])
+def test_a_follower_waits_for_the_blocks_that_it_can_use(length: int, num_steps: int) -> None:
+    """Never for the last one if its last token is in that, since it computes that in any case."""
+    world = World(limits(max_rows=64), 10)
+    for id in range(2):  # noqa: A001
+        world.add(make(id, prompt(length), 2))
+    for _ in range(num_steps):
+        assert world.step().sequences == (world.sequences[0],)
+    world.step()
+    assert world.sequences[1].num_from_prefix == 64 * num_steps
+
+
+def test_what_shares_no_prefix_waits_for_none() -> None:
+    world = World(KINDS["hybrid"].limits(2), 10)
+    for id in range(2):  # noqa: A001
+        world.add(make(id, prompt(200), 2))
+    world.step()
+    assert world.scheduler.num_running == 2
+
+
+def test_prompts_and_decoding_rows_that_do_not_mix_take_turns() -> None:
+    world = World(KINDS["hybrid"].limits(4), 20)
+    world.add(make(0, going_on(10, 30, recurrent_alone), 30))
+    world.step()
+    world.add(make(1, going_on(200, 30, recurrent_alone), 30))  # four chunks
+    order = [[one.id for one in world.step().sequences] for _ in range(9)]
+    assert order == [[0], [1], [0], [1], [0], [1], [0], [1], [0, 1]]
+
+
 def test_a_finished_sequence_is_a_prefix_until_its_room_is_needed() -> None:
     world = World(limits(), 6)
     text = prompt(130)
@@ -305,10 +378,18 @@ def test_equal_blocks_after_other_beginnings_are_others() -> None:
 def test_another_salt_shares_nothing() -> None:
     world = World(limits(), 10)
     asked = GenerationSettings(max_new_tokens=1)
-    for id, salt in enumerate(["", "other", "other", "x" * 1000, "x" * 999 + "y"]):  # noqa: A001
+    for id, salt in enumerate(["", "other", "other", "x" * 1000, "x" * 999 + "y", "x" * 65]):  # noqa: A001
         world.add(Sequence(id, prompt(100), asked, Origin(salt=salt)))
         world.drain(9)
-    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 64, 0, 0]
+    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 64, 0, 0, 0]
+
+
+def test_a_prompt_past_the_turning_point_is_never_computed_as_a_short_one() -> None:
+    world = World(limits(max_rows=64, turning_point=100), 10)
+    world.add(make(0, prompt(150), 1))
+    rows = [world.step().batch.num_rows for _ in range(2)]  # type: ignore[union-attr]
+    assert rows == [128, 22]
+    world.check_texts()
 
 
 def test_a_prompt_waits_for_no_longer_than_the_pause() -> None:
@@ -379,11 +460,9 @@ def test_limits_that_make_no_sense(values: dict[str, object], words: str) -> Non
         limits(**values)
 
 
-def test_no_pool_without_blocks_and_no_slots_without_one() -> None:
+def test_no_pool_without_blocks() -> None:
     with pytest.raises(InvalidInputError, match="at least one"):
         BlockPool(0)
-    with pytest.raises(InvalidInputError, match="at least one"):
-        StateSlots(0)
 
 
 def test_rows_whose_experts_have_room() -> None:
@@ -402,9 +481,9 @@ def test_the_seed_alone_says_how_a_continuation_goes() -> None:
 
 def test_a_turn_of_a_sequence_that_gives_way_goes_to_another() -> None:
     """The only span of a step in turns may be of the sequence that is preempted for a block."""
-    world = World(limits(max_spans=1, whole_prompts=True), 4)
-    world.add(make(0, going_on(40, 50), 50))
-    world.add(make(1, going_on(100, 60), 60))
+    world = World(KINDS["in turns"].limits(8), 4)
+    world.add(make(0, going_on(40, 50, recurrent_alone), 50))
+    world.add(make(1, going_on(100, 60, recurrent_alone), 60))
     world.drain(1000)
     world.check_texts()
     assert world.scheduler.stats.num_preemptions

@@ -10,7 +10,6 @@ from expertd_inference.engine.scheduler import Scheduler, StepPlan
 from expertd_inference.engine.sequence import Sequence, SequencePhase
 from expertd_inference.execution.batch import Span, Wanted
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
-from expertd_inference.kv.state import StateSlots
 
 NUM_TOKENS = 40
 END = 0
@@ -71,15 +70,11 @@ def recurrent_alone(prompt: Tokens[int], max_new: int) -> list[int]:
 class World:
     """A scheduler, the memory of its pool, and what each sequence has come to."""
 
-    def __init__(
-        self, limits: SchedulerLimits, num_blocks: int, num_slots: int | None = None
-    ) -> None:
+    def __init__(self, limits: SchedulerLimits, num_blocks: int) -> None:
         self.limits = limits
         self.pool = BlockPool(num_blocks)
-        self.slots = None if num_slots is None else StateSlots(num_slots)
-        self.num_slots = num_slots
-        self.states = None if num_slots is None else Recurrent(num_slots)
-        self.scheduler = Scheduler(limits, self.pool, self.slots)
+        self.states = Recurrent(limits.max_running) if limits.replays_rows else None
+        self.scheduler = Scheduler(limits, self.pool)
         self.cells = [[0] * BLOCK_TOKENS for _ in range(num_blocks)]
         self.sequences: dict[int, Sequence] = {}
         self.cancelled: set[int] = set()
@@ -122,7 +117,8 @@ class World:
         chosen = {}
         for span in plan.batch.spans if plan.batch else ():
             token = self._compute(span)
-            assert (span.sequence in choosing) <= (span.wanted is not Wanted.NONE)
+            if span.wanted is not Wanted.ALL:
+                assert (span.sequence in choosing) == (span.wanted is Wanted.LAST)
             if span.sequence in choosing:
                 chosen[span.sequence] = token
         return chosen
@@ -186,10 +182,11 @@ class World:
             for before, name in pairwise(sequence.names):
                 if self.pool.find(name) is not None:
                     assert self.pool.find(before) is not None, "a prefix without its beginning"
-        if self.slots is not None and self.num_slots is not None:
-            taken = [one.state for one in self.sequences.values() if one.state is not None]
-            assert len(set(taken)) == len(taken)
-            assert self.slots.num_free == self.num_slots - len(taken)
+        taken = [one.state for one in self.sequences.values() if one.state is not None]
+        assert len(set(taken)) == len(taken)
+        if (slots := self.scheduler._slots) is not None:
+            assert len(taken) == self.scheduler.num_running
+            assert slots.num_free == self.limits.max_running - len(taken)
 
     def drain(self, max_steps: int) -> None:
         """Runs until nothing is left; the bound is the test."""
@@ -199,17 +196,18 @@ class World:
             self.step()
         assert not self.scheduler.has_work, list(self.sequences.values())
 
-    def check_texts(self) -> None:
-        def alone(prompt: list[int], max_new: int) -> list[int]:
-            if self.states is not None:
-                return recurrent_alone(prompt, max_new)
-            return text_alone(prompt, max_new, self.limits.turning_point)
+    def text_alone(self, prompt: list[int], max_new: int) -> list[int]:
+        """By the naive model of this kind."""
+        if self.states is not None:
+            return recurrent_alone(prompt, max_new)
+        return text_alone(prompt, max_new, self.limits.turning_point)
 
+    def check_texts(self) -> None:
         for sequence in self.sequences.values():
             assert sequence.phase is SequencePhase.FINISHED
             new = sequence.tokens[sequence.num_prompt :]
             prompt = sequence.tokens[: sequence.num_prompt]
-            expected = alone(prompt, sequence.max_new_tokens)
+            expected = self.text_alone(prompt, sequence.max_new_tokens)
             if sequence.id in self.cancelled:
                 assert new == expected[: len(new)]
             else:

@@ -8,7 +8,6 @@ import torch
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.modules import ModulesExecutor
-from expertd_inference.execution.room import Room
 from expertd_testing.tiny_models import CONFIGS, make_model
 from tests.architectures.batches import WINDOW, Texts, alone, batched_model, chosen, compare
 from tests.architectures.tiny_configs import language_model_type
@@ -159,13 +158,19 @@ def test_a_span_at_position_0_begins_anew() -> None:
         torch.testing.assert_close(again.logits[0], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_in_turns_only_so_many_texts_are_kept() -> None:
-    executor = chosen(model_of("inkling"), Room(4, 2, 16))
-    for sequence in range(3):
-        executor.forward(Batch((Span(sequence, [1, 2], 0, [0], None, Wanted.LAST),)))
-    executor.forward(Batch((Span(1, [3], 2, [0], None, Wanted.LAST),)))
-    with pytest.raises(ValueError, match="sequence 0 goes on from rows that were not computed"):
-        executor.forward(Batch((Span(0, [3], 2, [0], None, Wanted.LAST),)))
+def test_in_turns_a_slot_keeps_the_text_of_the_last_that_had_it() -> None:
+    executor = chosen(model_of("inkling"))
+
+    def step(sequence: int, slot: int, tokens: list[int], position: int) -> None:
+        executor.forward(Batch((Span(sequence, tokens, position, [0], slot, Wanted.LAST),)))
+
+    step(0, 0, [1, 2, 3], 0)
+    step(1, 1, [1, 2], 0)
+    for sequence in range(2, 9):  # however many come and go beside it
+        step(sequence, 1, [1, 2], 0)
+    step(0, 0, [4], 3)
+    with pytest.raises(ValueError, match="sequence 1 goes on from rows that were not computed"):
+        step(1, 1, [5], 3)
 
 
 def test_a_model_on_several_devices() -> None:

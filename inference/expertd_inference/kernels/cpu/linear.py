@@ -12,11 +12,7 @@ from torch import Tensor
 
 from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
 from expertd_inference.kernels.cpu.library import describe as describe
-from expertd_inference.kernels.cpu.native import (
-    flags_of,
-    measured,
-    multiply,
-)
+from expertd_inference.kernels.cpu.native import flags_of, measured
 from expertd_inference.kernels.cpu.structures import LinearCall, NativeMatrix
 from expertd_inference.kernels.cpu.switching import LEAST, MostRows, any_number
 from expertstore.pack.layout import Encoding, Matrix
@@ -43,7 +39,6 @@ class LinearKernels:
         self.most_rows: MostRows = any_number if exact else measured(activations)
         """How many rows of a plain matrix are multiplied here, and not by torch."""
         self._flags = flags_of(activations, exact=exact)
-        self._library: Any = library
         self._linear: Any = library.expertd_linear
 
     def takes(self, num_rows: int, weight: Tensor) -> bool:
@@ -52,13 +47,6 @@ class LinearKernels:
             return True
         most = self.most_rows(plain_matrix(weight), weight.dtype)
         return most is None or num_rows <= most
-
-    def linear(self, rows: Tensor, weight: Tensor, described: NativeMatrix) -> Tensor:
-        """Contiguous ``rows`` [n, in] times ``weight`` [out, in], of one dtype: [n, out].
-
-        ``described`` is :func:`describe`'s of the weight.
-        """
-        return multiply(self._library, rows, described, self._flags)
 
     def multiply(
         self, prepared: PreparedCall, rows: Tensor, out: Tensor, num_rows: int = 1

@@ -7,17 +7,15 @@ opens, a quarter of a second for each form, and remembers it in ``~/.cache/exper
 So all workers of a host, who share it, switch at the same number of rows.
 """
 
-import fcntl
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
 from torch import Tensor
 
+from expertd_inference.process.measured import MeasuredOnce, cache_file
 from expertstore.pack.layout import Matrix
 
 MostRows = Callable[[Matrix, torch.dtype], int | None]
@@ -37,11 +35,8 @@ SMALL = 1 << 18
 """Of matrices with fewer weights ours are always taken: there is little to gain."""
 MARGIN = 0.9
 """Torch's must take less than so much of our time: what is near is decided by noise."""
-MAX_WAIT_SECONDS = 20.0
-"""For another worker that measures; one that was stopped meanwhile holds up no other for longer."""
 _OUTPUTS_PER_THREAD = 256
 _RUNS = 2
-_POLL_SECONDS = 0.02
 
 
 def any_number(_: Matrix, __: torch.dtype) -> int | None:
@@ -63,11 +58,14 @@ class Switching:
     ) -> None:
         """``host`` names what the result depends on besides matrix, dtype and threads."""
         self._ours, self._torchs, self._host = ours, torchs, host
-        self._path = path or default_path()
         self._clock = clock
         self._known: dict[str, int | None] = {}
-        self._trouble = ""
-        """What is wrong with the file, in a sentence, until it was said."""
+        self._remembered = MeasuredOnce(
+            path or cache_file("switching.json"),
+            msgspec.json.Decoder(dict[str, int | None]),
+            "from how many rows on torch multiplies",
+            lambda most: most is None or most in (LEAST, *STEPS),
+        )
 
     def __call__(self, matrix: Matrix, dtype: torch.dtype) -> int | None:
         """Up to how many rows of ``dtype`` ours are faster."""
@@ -88,57 +86,15 @@ class Switching:
         """
         wanted = {form_of(*form): form for form in forms if _is_large(form[0])}
         self._learn({name: form for name, form in wanted.items() if name not in self._known})
-        if self._trouble:
-            say(self._trouble)
-            self._trouble = ""
+        self._remembered.say_trouble(say)
         return {name: self._known[name] for name in sorted(wanted)}
 
     def _learn(self, wanted: Mapping[str, Form]) -> None:
         if not wanted:
             return
-        keys = {name: f"{self._host} {name}" for name in wanted}
-        found = self._read()
-        if not set(keys.values()) <= found.keys():
-            with _alone(self._path):
-                # Another worker may have measured meanwhile.
-                found = self._read()
-                for name, key in keys.items():
-                    if key not in found:
-                        found[key] = self._measure(*wanted[name])
-                self._write(found)
-        self._known |= {name: found[key] for name, key in keys.items()}
-
-    def _read(self) -> dict[str, int | None]:
-        """What is remembered; whatever is wrong with the file, nothing."""
-        if self._path is None:
-            return {}
-        try:
-            found = msgspec.json.decode(self._path.read_bytes(), type=dict[str, int | None])
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it is damaged"
-            self._trouble = f"{self._path} could not be read ({why}), and is written anew."
-            return {}
-        return {key: most for key, most in found.items() if most is None or most in (LEAST, *STEPS)}
-
-    def _write(self, found: Mapping[str, int | None]) -> None:
-        each_start = "so each start measures anew from how many rows on torch multiplies"
-        if self._path is None:
-            self._trouble = f"There is no home directory, {each_start}; set XDG_CACHE_HOME."
-            return
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(msgspec.json.encode(found))
-            beside.replace(self._path)
-        except OSError as error:
-            self._trouble = (
-                f"{self._path} cannot be written ({error.strerror}), {each_start}; make it "
-                "writable, or set XDG_CACHE_HOME."
-            )
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
+        form_by = {f"{self._host} {name}": form for name, form in wanted.items()}
+        found = self._remembered.values(form_by, lambda key: self._measure(*form_by[key]))
+        self._known |= dict(zip(wanted, found.values(), strict=True))
 
     def _measure(self, matrix: Matrix, dtype: torch.dtype) -> int | None:
         # Of many outputs some, a multiple of what shares bytes and meta groups.
@@ -173,47 +129,3 @@ def form_of(matrix: Matrix, dtype: torch.dtype) -> str:
     rows = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     return f"{matrix.out_features} x {matrix.in_features} {own} by {rows} on {threads} threads"
-
-
-def default_path() -> Path | None:
-    """``switching.json`` in the user's cache directory; None for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "expertd" / "switching.json"
-    except RuntimeError:
-        return None
-
-
-@contextmanager
-def _alone(path: Path | None) -> Iterator[None]:
-    """While no other worker measures for the file at ``path``, where that can have a lock."""
-    lock = None if path is None else _open_lock(path.with_name(f"{path.name}.lock"))
-    if lock is None:
-        yield
-        return
-    try:
-        deadline = time.monotonic() + MAX_WAIT_SECONDS
-        while _is_locked_by_another(lock) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _open_lock(path: Path) -> int | None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return None
-
-
-def _is_locked_by_another(descriptor: int) -> bool:
-    """Else it is ours now, or its file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -33,7 +33,7 @@ from expertd_inference.kernels.cpu import attention
 from expertd_inference.kernels.cpu.library import TYPES, native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.cpu.operations import HeldStep
-from expertd_inference.kernels.cpu.linear import LinearKernels, describe
+from expertd_inference.kernels.cpu.linear import LinearKernels, PreparedCall, describe
 from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.wave import Routed, Wave
 from expertstore.native import Loaded
@@ -129,7 +129,13 @@ call = LinearCall(ctypes.addressof(matrix), rows.data_ptr(), 0, 1 << 44, TYPES[r
 assert library.expertd_linear(ctypes.addressof(call)) == 1
 for num_rows in (1, 4, 300):
     x = torch.randn(num_rows, 64)
-    same(lambda kernels, steps: [steps.linear(x, weight, matrix)])
+
+    def product(kernels, steps):
+        out = torch.empty(num_rows, 64)
+        steps.multiply(PreparedCall(matrix), x, out, num_rows)
+        return [out]
+
+    same(product)
 packed = quantized(1024, 256, "4g64")
 for num_rows in (1, 2, 40, 200):
     x = torch.randn(num_rows, 256).bfloat16()

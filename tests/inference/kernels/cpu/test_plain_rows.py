@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.cpu.library import native_library
-from expertd_inference.kernels.cpu.linear import LinearKernels, describe, linear_kernels
+from expertd_inference.kernels.cpu.linear import PreparedCall, describe, linear_kernels
 from expertd_inference.kernels.cpu.native import use_isa
 
 pytestmark = pytest.mark.skipif(native_library().library is None, reason="no native kernels")
@@ -33,10 +33,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     use_isa(None)
 
 
-def kernels() -> LinearKernels:
-    found = linear_kernels()
-    assert found is not None
-    return found
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    kernels = linear_kernels()
+    assert kernels is not None
+    out = rows.new_empty(len(rows), len(weight))
+    kernels.multiply(PreparedCall(describe(weight, bias)), rows, out, len(rows))
+    return out
 
 
 def noise(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -50,15 +52,14 @@ def noise(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def test_products(isa: str, dtype: torch.dtype, activations: torch.dtype) -> None:
     for outputs, columns in SHAPES:
         weight, bias = noise(outputs, columns, dtype), noise(1, outputs, dtype, 1)[0]
-        matrix = describe(weight, bias)
         x = noise(max(ROWS), columns, activations, 2)
-        single = torch.cat([kernels().linear(x[n : n + 1], weight, matrix) for n in range(len(x))])
+        single = torch.cat([product(x[n : n + 1], weight, bias) for n in range(len(x))])
         exact = x.double() @ weight.double().T + bias.double()
         # Sums in float32 of up to 1,056 products of size 1, then one rounding.
         unit = torch.finfo(activations).eps
         assert ((single.double() - exact).abs() <= exact.abs() * unit + 2e-5 * columns**0.5).all()
         for rows in ROWS:
-            assert torch.equal(kernels().linear(x[:rows], weight, matrix), single[:rows])
+            assert torch.equal(product(x[:rows], weight, bias), single[:rows])
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -70,8 +71,7 @@ def test_numbers_of_every_kind(isa: str, dtype: torch.dtype) -> None:
     weight = torch.tensor([[number] for number in [*numbers, torch.nan]], dtype=dtype)
     x = torch.ones(3, 1, dtype=torch.float32)
     expected = weight.T.float().expand(3, -1)
-    ours = kernels().linear(x, weight, describe(weight))
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(product(x, weight), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -80,4 +80,4 @@ def test_columns_past_the_end_are_not_read_as_weights(isa: str) -> None:
     memory = torch.full((6, 50), torch.nan, dtype=torch.bfloat16)
     memory[:3] = noise(3, 50, torch.bfloat16)
     x = noise(5, 50, torch.bfloat16)
-    assert not kernels().linear(x, memory[:3], describe(memory[:3])).isnan().any()
+    assert not product(x, memory[:3]).isnan().any()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from expertd_inference.kernels.cpu import native
-from expertd_inference.kernels.cpu import switching as switching_module
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels, measured
 from expertd_inference.kernels.cpu.switching import (
@@ -20,9 +19,10 @@ from expertd_inference.kernels.cpu.switching import (
     Product,
     Switching,
     any_number,
-    default_path,
     form_of,
 )
+from expertd_inference.process import measured as measured_module
+from expertd_inference.process.measured import cache_file
 from expertd_testing.patience import HANG_SECONDS
 from expertstore.pack.layout import Encoding, Matrix
 
@@ -127,7 +127,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", home)
-    assert default_path() is None
+    assert cache_file("switching.json") is None
     clock = Clock()
     found = Switching(clock.taking(lambda _: 1), clock.taking(lambda _: 0), "host", clock=clock)
     said: list[str] = []
@@ -165,15 +165,15 @@ def test_one_that_was_stopped_while_it_measured_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "switching.json"
-    with switching_module._alone(path):
-        monkeypatch.setattr(switching_module, "MAX_WAIT_SECONDS", 0)
+    with measured_module._alone(path):
+        monkeypatch.setattr(measured_module, "MAX_WAIT_SECONDS", 0)
         assert switching(path, lambda _: 0)(MATRIX, BF16) == LEAST
     assert switching(path, lambda _: 1e9)(MATRIX, BF16) == LEAST, "it is remembered all the same"
 
 
 @pytest.mark.skipif(native_library().library is None, reason="no native kernels")
 def test_real_products_of_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = default_path()
+    path = cache_file("switching.json")
     assert path is not None
     assert path.parent.parent != Path.home() / ".cache", "tests have their own"
     assert NativeKernels(exact=True).most_rows is any_number
