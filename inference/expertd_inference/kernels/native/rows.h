@@ -122,8 +122,11 @@ void multiply_rows(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
                     const int tile = place / FIELDS, field = place % FIELDS;
                     const int64_t at = (tile * block->kind->rows + n) * FIELDS + field;
                     const int64_t row = unit + row_of_field(FORMAT, tile, field) * units;
-                    memcpy(results[block->first + n] + row, block->sums + at * LANES,
-                           count * sizeof(float));
+                    float* const result = results[block->first + n] + row;
+                    const float* const values = block->sums + at * LANES;
+                    // Of a known size it is a register or two, and no call.
+                    if (count == LANES) memcpy(result, values, LANES * sizeof(float));
+                    else memcpy(result, values, count * sizeof(float));
                 }
     }
 }
