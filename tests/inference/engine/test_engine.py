@@ -182,6 +182,30 @@ def test_the_end_of_a_block_cancels(engine: Engine, gate: Gate) -> None:
     assert sum(0 in ids for ids in gate.sequences()) <= 3
 
 
+async def test_the_end_of_an_async_block_cancels(engine: Engine, gate: Gate) -> None:
+    gate.let(2)
+    async with engine.submit("a", LONG) as stream:
+        await anext(stream)
+    gate.let(10_000)
+    assert len(await asyncio.to_thread(ids, engine.submit("b", SHORT))) == 5
+    assert sum(0 in ids for ids in gate.sequences()) <= 3
+
+
+def test_a_reader_that_is_interrupted_cancels(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    stream = engine.submit("a", LONG)
+    monkeypatch.setattr(stream._channel, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    gate.let(10_000)
+    assert len(ids(engine.submit("b", SHORT))) == 5
+    assert sum(0 in ids for ids in gate.sequences()) <= 2
+
+
 async def test_a_cancelled_task_cancels(engine: Engine, gate: Gate) -> None:
     stream = engine.submit("a", LONG)
 
