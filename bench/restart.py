@@ -11,17 +11,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 from xxhash import xxh3_64_intdigest
 
 from bench.figures import Bench, Figure, compared, timed
+from expertd.packing.packer import Request, pack
+from expertd.packing.schemes import choose_scheme
 from expertd_client import Client
 from expertd_testing.daemon import serving
 from expertd_testing.handmade import make_pack
 from expertd_testing.supervised import Supervised, supervised
+from expertd_testing.tiny_models import _COMMON, CONFIGS, byte_tokenizer
 
 _RECORD_BYTES = 1728 << 10
 _ADOPTED = re.compile(r"model adopted model=m records=(\d+) bytes=(\d+) .*?seconds=([\d.]+)")
@@ -44,28 +49,6 @@ _QUICK_SHAPE = {
     "num_key_value_heads": 2,
     "vocab_size": 257,
 }
-
-_MAKE = """
-import json, sys
-from pathlib import Path
-import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
-from expertd.packing.packer import Request, pack
-from expertd.packing.schemes import choose_scheme
-from expertd_testing.tiny_models import CONFIGS, _COMMON, byte_tokenizer
-
-folder, shape = Path(sys.argv[1]), json.loads(sys.argv[2])
-config = MixtralConfig(**{**_COMMON, **CONFIGS["mixtral"][1], **shape})
-with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-model = model.to_empty(device="cpu")
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.uniform_(-0.03, 0.03)
-model.save_pretrained(folder / "checkpoint")
-byte_tokenizer().save_pretrained(folder / "checkpoint")
-pack(Request(folder / "checkpoint", folder / "pack", choose_scheme("bf16", None, None)))
-"""
 
 _LOAD = """
 import json, sys, time
@@ -97,15 +80,15 @@ def _daemon(bench: Bench) -> Iterator[Figure]:
     experts = max(8, bench.pack_bytes // 4 // _RECORD_BYTES)
     num_bytes = 4 * experts * _RECORD_BYTES
     bench.say("restart: making a pack")
-    pack = make_pack(
+    handmade = make_pack(
         bench.folder / "handmade", layers=4, experts=experts, record_bytes=_RECORD_BYTES
     )
     os.sync()
     turns, rates = [], []
     direct = ["--disk-io", "direct"]
     with (
-        supervised({"m": pack}, ram=num_bytes) as warm,
-        supervised({"m": pack}, ram=num_bytes, max_stored=0, arguments=direct) as cold,
+        supervised({"m": handmade}, ram=num_bytes) as warm,
+        supervised({"m": handmade}, ram=num_bytes, max_stored=0, arguments=direct) as cold,
     ):
         for service in (warm, cold):
             _use_all(service)
@@ -148,12 +131,12 @@ def _plain_rate(num_bytes: int) -> float:
 def _worker(bench: Bench) -> Iterator[Figure]:
     quick = bench.pack_bytes < _QUICK_BYTES
     bench.say("restart: making a checkpoint and its pack")
-    _run(_MAKE, bench.folder, json.dumps(_QUICK_SHAPE if quick else _SHAPE))
-    checkpoint, pack = bench.folder / "checkpoint", bench.folder / "pack"
-    experts = _num_bytes(pack, "experts-*")
-    share = _num_bytes(pack, "trunk.*") / _num_bytes(checkpoint, "*.safetensors")
+    checkpoint, packed = bench.folder / "checkpoint", bench.folder / "pack"
+    _make(checkpoint, packed, _QUICK_SHAPE if quick else _SHAPE)
+    experts = _num_bytes(packed, "experts-*")
+    share = _num_bytes(packed, "trunk.*") / _num_bytes(checkpoint, "*.safetensors")
     loads, tokens = [], []
-    with serving({"m": pack}, ram=experts, socket=bench.folder / "s") as daemon:
+    with serving({"m": packed}, ram=experts, socket=bench.folder / "s") as daemon:
         with Client(daemon.socket) as store, store.attach("m") as session:
             for layer in session.model.layers.values():
                 session.acquire(layer.layer, range(layer.num_experts)).release()
@@ -166,6 +149,20 @@ def _worker(bench: Bench) -> Iterator[Figure]:
     of = f" (trunk: {100 * share:.0f} % of the bytes)"
     yield compared("restart", f"worker's load_model / from_pretrained{of}", "s", loads)
     yield compared("restart", "worker's load and first token / stock", "s", tokens)
+
+
+def _make(checkpoint: Path, folder: Path, shape: Mapping[str, int]) -> None:
+    """Of random weights, and without tensors beside the model's own."""
+    config = MixtralConfig(**{**_COMMON, **CONFIGS["mixtral"][1], **shape})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.03, 0.03)
+    model.save_pretrained(checkpoint)
+    byte_tokenizer().save_pretrained(checkpoint)
+    pack(Request(checkpoint, folder, choose_scheme("bf16", None, None)))
 
 
 def _num_bytes(folder: Path, pattern: str) -> int:

@@ -46,7 +46,7 @@ def hints(other: Path) -> dict[str, st.SearchStrategy[Any]]:
     }
 
 
-@bounded(600)
+@bounded(300)
 @given(data=st.data())
 def test_every_rpc(
     data: st.DataObject, scene: tuple[Target, Culprit], channel: grpc.Channel

@@ -75,17 +75,11 @@ class TokenText:
         if may_stop and (found := self._find()):
             at, string = found
             text = self._held[: at + len(string) if self._settings.include_stop else at]
-            self._held = ""
             return TextPiece(text, FinishReason.STOP, string)
         if ends:
             reason = FinishReason.STOP if stops_here else FinishReason.LENGTH
             return TextPiece(self._take(0), reason, token if stops_here else None)
         return TextPiece(self._take(self._num_held() if self._strings else 0))
-
-    def finish(self) -> str:
-        """The text that is still held back, of a sequence that ends here."""
-        self._held += self._decoder.flush()
-        return self._take(0)
 
     def _take(self, num_held: int) -> str:
         cut = len(self._held) - num_held

@@ -75,6 +75,18 @@ async def test_a_reader_in_an_event_loop() -> None:
     thread.join()
 
 
+async def test_a_reader_waits_as_often_as_it_must() -> None:
+    await wait_thrice(Channel())
+
+
+async def wait_thrice(channel: Channel[int]) -> None:
+    for number in range(3):
+        reader = asyncio.create_task(channel.receive_async())
+        await asyncio.sleep(0)  # it waits
+        channel.send([number])
+        assert await asyncio.wait_for(reader, HANG_SECONDS) == number
+
+
 async def received_from(channel: Channel[int]) -> list[int]:
     items = []
     while (item := await channel.receive_async()) is not None:
@@ -111,6 +123,8 @@ def test_an_event_loop_that_ended_is_no_trouble() -> None:
     loop.close()
     channel.send([1])
     assert channel.receive() == 1
+    # Another loop's reader may wait.
+    asyncio.run(wait_thrice(channel))
     waiting._log_destroy_pending = False  # type: ignore[attr-defined] # it never ends
 
 

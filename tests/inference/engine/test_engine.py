@@ -14,6 +14,8 @@ from expertd_inference.engine.engine import Engine
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.room import Room
+from expertd_inference.kv.pool import num_blocks_of
+from expertd_inference.kv.size import CONTEXT_TOKENS
 from expertd_inference.settings import GenerationSettings
 from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import (
@@ -182,6 +184,30 @@ def test_the_end_of_a_block_cancels(engine: Engine, gate: Gate) -> None:
     assert sum(0 in ids for ids in gate.sequences()) <= 3
 
 
+async def test_the_end_of_an_async_block_cancels(engine: Engine, gate: Gate) -> None:
+    gate.let(2)
+    async with engine.submit("a", LONG) as stream:
+        await anext(stream)
+    gate.let(10_000)
+    assert len(await asyncio.to_thread(ids, engine.submit("b", SHORT))) == 5
+    assert sum(0 in ids for ids in gate.sequences()) <= 3
+
+
+def test_a_reader_that_is_interrupted_cancels(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    stream = engine.submit("a", LONG)
+    monkeypatch.setattr(stream._channel, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    gate.let(10_000)
+    assert len(ids(engine.submit("b", SHORT))) == 5
+    assert sum(0 in ids for ids in gate.sequences()) <= 2
+
+
 async def test_a_cancelled_task_cancels(engine: Engine, gate: Gate) -> None:
     stream = engine.submit("a", LONG)
 
@@ -331,5 +357,11 @@ def test_room_for_keys_and_values(worker: ToyWorker) -> None:
     assert room(1 << 40, max_sequences=3) == (Room(24, 3, 512), "3 sequences of 512 tokens")
     assert room(5 << 16) == (Room(5, 64, 512), "320.0 KiB of memory for keys and values")
     assert room(0, kv_tokens=200, chunk_rows=1) == (Room(3, 64, 128), "as told")
+    # One block is enough.
+    assert room(64_000)[0].num_blocks == room(0, kv_tokens=64)[0].num_blocks == 1
+    worker.context_tokens = None
+    num_blocks = 2 * num_blocks_of(CONTEXT_TOKENS)
+    assert room(1 << 40, max_sequences=2)[0].num_blocks == num_blocks
+    worker.context_tokens = 512
     with pytest.raises(InvalidInputError, match=r"64 tokens need 62\.5 KiB: free some memory"):
         room(1000)

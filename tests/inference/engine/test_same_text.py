@@ -38,7 +38,7 @@ class Request:
 def requests() -> Iterator[Request]:
     """Prompts of one row and of many, some with a common beginning; greedy, and sampled."""
     begin = prompt_of(130)
-    for number, length in enumerate((1, 40, 65)):
+    for number, length in enumerate((1, 65)):
         prompt = prompt_of(length, seed=number + 1)
         for temperature in (0.0, 1.0):
             # So long that each needs blocks twice: more than the pool has for all.

@@ -83,6 +83,41 @@ def test_those_that_equal_the_last_of_top_k_remain() -> None:
     assert candidates(scores, 1.0, top_k=2).tokens.tolist() == [1, 2, 3, 5]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "token"),
+    [
+        ({}, 0),
+        ({"end_tokens": (0,)}, 0),
+        ({"min_new_tokens": 5}, 0),
+        ({"logit_bias": {0: -9.0}}, 1),
+        ({"repetition_penalty": 9.0}, 1),
+        ({"presence_penalty": 2.0}, 1),
+        ({"frequency_penalty": 2.0}, 1),
+        ({"allowed_tokens": (1, 2)}, 1),
+        ({"banned_tokens": (0,)}, 1),
+        ({"bad_words": ((0,),)}, 1),
+        ({"end_tokens": (0,), "min_new_tokens": 5}, 1),
+    ],
+    ids=str,
+)
+def test_each_wish_counts_alone(wanted: dict[str, Any], token: int) -> None:
+    sampling = Sampling(**wanted)
+    # Token 0 is the likeliest, and was generated already.
+    (chosen,) = choose(torch.tensor([[3.0, 2.0, 1.0]]), [Sampler(sampling, 0, 1)], [[2, 0]])
+    assert isinstance(chosen, Chosen)
+    assert chosen.token == token
+    assert sampling.edits is (token != 0)
+
+
+@pytest.mark.parametrize(("top_p", "num"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_as_many_as_just_come_to_top_p(top_p: float, num: int) -> None:
+    """Of equal ones the first."""
+    for top_k in (0, 4):
+        drawn = candidates(np.zeros(4, np.float32), 1.0, top_k, top_p)
+        assert drawn.tokens is not None
+        assert drawn.tokens.tolist() == [*range(num)]
+
+
 @pytest.mark.parametrize("wanted", [{"top_p": 0.9}, {"top_k": 700, "top_p": 0.99}, {"min_p": 0.1}])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])  # flat, and with many within each distance
 def test_of_equals_the_first_comes_first(spread: float, wanted: dict[str, Any]) -> None:

@@ -28,16 +28,18 @@ def ids(text: str) -> list[int]:
 
 
 def feed(
-    tokens: list[int], tokenizer: Any = TOKENIZER, max_new: int = 10_000, **wanted: Any
+    tokens: list[int], tokenizer: Any = TOKENIZER, max_new: int | None = None, **wanted: Any
 ) -> list[TextPiece]:
+    """Up to a piece with a finish reason, which the last token's has in any case."""
+    max_new = max_new or len(tokens)
     asked = GenerationSettings(max_new_tokens=max_new, **wanted)
     text = TokenText(tokenizer, asked, frozenset([END]), max_new)
     pieces = []
     for token in tokens:
         pieces.append(text.feed(token))
         if pieces[-1].finish_reason is not None:
-            return pieces
-    return [*pieces, TextPiece(text.finish())]
+            break
+    return pieces
 
 
 def text_of(pieces: list[TextPiece]) -> str:
@@ -46,8 +48,8 @@ def text_of(pieces: list[TextPiece]) -> str:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    text=st.text(st.sampled_from("abé🎉 "), max_size=25),
-    cut=st.integers(0, 5),
+    text=st.text(st.sampled_from("abé🎉 "), min_size=2, max_size=25),
+    cut=st.integers(0, 1),
     stops=st.lists(st.text(st.sampled_from("abé🎉 "), min_size=1, max_size=4), max_size=3),
     include=st.booleans(),
     slow=st.booleans(),
@@ -70,7 +72,7 @@ def test_the_pieces_are_the_text_up_to_its_first_stop(
             break
     assert text_of(pieces) == expected
     assert pieces[-1].stop == stop
-    assert pieces[-1].finish_reason == (None if stop is None else FinishReason.STOP)
+    assert pieces[-1].finish_reason == (FinishReason.LENGTH if stop is None else FinishReason.STOP)
 
 
 def test_text_is_held_back_only_while_it_may_be_a_stop() -> None:
@@ -81,21 +83,43 @@ def test_text_is_held_back_only_while_it_may_be_a_stop() -> None:
 
 def test_a_character_comes_with_its_last_byte_and_the_end_brings_what_is_left() -> None:
     tokens = ids("é🎉")
-    assert [piece.text for piece in feed(tokens)] == ["", "é", "", "", "", "🎉", ""]
-    assert text_of(feed(tokens[:-1])) == TOKENIZER.decode(tokens[:-1]) != "é"
-    assert text_of(feed(tokens, max_new=5)) == TOKENIZER.decode(tokens[:5])
+    assert [piece.text for piece in feed(tokens)] == ["", "é", "", "", "", "🎉"]
+    for tokenizer in (TOKENIZER, Slow()):
+        assert text_of(feed(tokens[:-1], tokenizer)) == TOKENIZER.decode(tokens[:-1]) != "é"
+        assert text_of(feed(tokens, tokenizer, max_new=5)) == TOKENIZER.decode(tokens[:5])
+
+
+@pytest.mark.parametrize(
+    ("stops", "num_at_once", "expected"),
+    [
+        (("c", "b"), 1, "b"),  # the first to come
+        (("b", "ab"), 1, "ab"),  # of two that end with one token the first to begin
+        (("a", "abc", "ab"), 3, "abc"),  # of several at one place the longest
+    ],
+)
+def test_which_of_several_stops_it_was(
+    stops: tuple[str, ...], num_at_once: int, expected: str
+) -> None:
+    pieces = feed(ids("abcd"), stop=stops, min_new_tokens=num_at_once)
+    assert pieces[-1].stop == expected
+    assert text_of(pieces) == "abcd"[: "abcd".index(expected)]
 
 
 @pytest.mark.parametrize(
     ("wanted", "reason", "stop", "text"),
     [
         ({}, FinishReason.STOP, END, "ab"),
-        ({"ignore_eos": True}, None, None, "abcd"),
-        ({"ignore_eos": True, "skip_special_tokens": False}, None, None, "ab<|end|>cd"),
+        ({"ignore_eos": True}, FinishReason.LENGTH, None, "abcd"),
+        (
+            {"ignore_eos": True, "skip_special_tokens": False},
+            FinishReason.LENGTH,
+            None,
+            "ab<|end|>cd",
+        ),
         ({"max_new": 2}, FinishReason.LENGTH, None, "ab"),
         ({"max_new": 3}, FinishReason.STOP, END, "ab"),
         ({"stop_tokens": tuple(ids("b"))}, FinishReason.STOP, ids("b")[0], "ab"),
-        ({"min_new_tokens": 4}, None, None, "abcd"),
+        ({"min_new_tokens": 4}, FinishReason.LENGTH, None, "abcd"),
         ({"min_new_tokens": 3}, FinishReason.STOP, END, "ab"),
         ({"stop": ("a",), "min_new_tokens": 2}, FinishReason.STOP, END, "ab"),
         ({"stop": ("b",), "min_new_tokens": 2}, FinishReason.STOP, "b", "a"),

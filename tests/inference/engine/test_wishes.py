@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from expertd_inference import GenerationSettings
-from expertd_inference.engine.sampling import Chosen, Sampler, choose
+from expertd_inference.engine.sampling import Chosen, Sampler, Sampling, choose
 from expertd_inference.engine.stops import TokenText
 from expertd_inference.engine.wishes import resolve
 from expertd_testing.tiny_models import byte_tokenizer
@@ -137,6 +137,41 @@ def test_sampling_is_by_the_pack_unless_told(model: Any) -> None:
         assert generated(model, config_of(), **hot, **settings) == likeliest, settings
     assert generated(model, config_of(top_p=1e-6, top_k=-1), **hot, top_p=1.0) != likeliest
     assert generated(model, config_of(top_k=1), **hot, top_k=0) != likeliest
+
+
+def resolved(config: GenerationConfig, model: Any = None, **settings: Any) -> Sampling:
+    asked = GenerationSettings(max_new_tokens=LENGTH, **settings)
+    return resolve(asked, worker_of(model, config), PROMPT).sampling
+
+
+def test_without_wishes_nothing_is_changed() -> None:
+    """And nothing is done by transformers, which is slow."""
+    plain = resolved(config_of(), temperature=1.0)
+    assert plain == Sampling(temperature=1.0, end_tokens=(END,))
+    for fields in ({"renormalize_logits": False}, {"typical_p": None}, {"top_k": None}):
+        assert resolved(config_of(**fields), temperature=1.0) == plain
+
+
+def test_what_wishes_come_to(model: Any) -> None:
+    found = resolved(config_of(top_k=3, top_p=1.0, min_p=0.0, min_length=35), temperature=1.0)
+    assert (found.top_k, found.top_p, found.min_p) == (3, 1.0, 0.0)
+    assert found.min_new_tokens == 35 - len(PROMPT)
+    assert resolved(config_of(renormalize_logits=True), model).processors is not None
+    for fields in ({"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.1}):
+        with pytest.raises(PackError, match="it must be"):
+            resolved(config_of(**fields), temperature=1.0)
+
+
+def test_the_context_may_be_the_end_that_is_forced(model: Any) -> None:
+    worker = worker_of(model, config_of(forced_eos_token_id=65))
+    worker.context_tokens = len(PROMPT) + 3
+    sampling = resolve(GenerationSettings(max_new_tokens=LENGTH), worker, PROMPT).sampling
+    sampler, tokens = Sampler(sampling, 0, len(PROMPT)), list(PROMPT)
+    for _ in range(3):
+        (chosen,) = choose(torch.zeros(1, END + 1), [sampler], [tokens])
+        assert isinstance(chosen, Chosen)
+        tokens.append(chosen.token)
+    assert [token == 65 for token in tokens[len(PROMPT) :]] == [False, False, True]
 
 
 def test_a_setting_goes_before_the_packs_wish(model: Any) -> None:
