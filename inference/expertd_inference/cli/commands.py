@@ -13,6 +13,7 @@ import typer
 import expertstore
 from expertd_inference.cli.advise import advise
 from expertd_inference.cli.generate import generate
+from expertd_inference.cli.key import key
 from expertd_inference.cli.serve import serve
 from expertd_inference.cli.text_output import complain, discard, prepare_streams
 from expertstore.errors import ExpertdError
@@ -78,4 +79,5 @@ def _root(
 
 app.command()(generate)
 app.command()(serve)
+app.command()(key)
 app.command()(advise)

@@ -65,6 +65,34 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="At the end, wait so long for answers to be complete.")
     ] = 60,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer only who sends a key of this file; `expert-run key` makes entries.",
+            metavar="FILE",
+            readable=False,
+        ),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let anybody who reaches --host ask.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let pages of this site ask, as in https://chat.lab; may be repeated, * is all.",
+            metavar="ORIGIN",
+        ),
+    ] = None,
+    https_cert: Annotated[
+        Path | None,
+        typer.Option(help="Serve HTTPS with this certificate.", metavar="PEM", readable=False),
+    ] = None,
+    https_key: Annotated[
+        Path | None, typer.Option(help="Its private key.", metavar="PEM", readable=False)
+    ] = None,
+    max_body: Annotated[
+        str, typer.Option(help="The largest request, as in 32MiB.", metavar="SIZE")
+    ] = "32MiB",
     tls_ca: options.TlsCa = None,
     tls_cert: options.TlsCert = None,
     tls_key: options.TlsKey = None,
@@ -124,6 +152,12 @@ def serve(
         chat_template=chat_template,
         idle_seconds=idle_seconds,
         drain_seconds=drain_seconds,
+        keys=keys,
+        no_auth=no_auth,
+        cors_origins=tuple(cors_origin or ()),
+        https_cert=https_cert,
+        https_key=https_key,
+        max_body_bytes=options.size_of("--max-body", max_body) or 0,
     )
     devices = DeviceSettings(
         device,

@@ -139,6 +139,7 @@ class Engine(Closing):
             num_preemptions=scheduler.num_preemptions,
             kv_tokens=self._budget.room.num_blocks * BLOCK_TOKENS,
             kv_why=self._budget.why,
+            kv_used=scheduler.kv_used,
             native_rows=self._worker.native_rows,
         )
 

@@ -1,5 +1,6 @@
 """A sequence in the engine: how its tokens are chosen, and what becomes of them."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,10 @@ class Live:
     outlet: Outlet[Token]
     prompt_logprobs: list[Likely] = field(default_factory=list)
     """Of the prompt's tokens from the second on, as far as they are computed and asked for."""
+    added: float = field(default_factory=time.monotonic)
+    """When the scheduler accepted it."""
+    begun: float | None = None
+    """When it was first in a step."""
     has_opened: bool = False
     """Whether a token was delivered."""
 

@@ -89,6 +89,7 @@ class Loop:
         plan = self._schedule()
         if plan.batch is None:
             return False
+        self._note_begun(plan)
         try:
             logits = self._forward(plan.batch)
             chosen = self._sample(plan, logits)
@@ -101,6 +102,12 @@ class Loop:
     def _schedule(self) -> StepPlan:
         with self._lock:
             return self._scheduler.plan(self._pace.ms_per_row)
+
+    def _note_begun(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        for sequence in plan.sequences:
+            live = self._live[sequence.id]
+            live.begun = live.begun or now
 
     def _forward(self, batch: Batch) -> Tensor:  # [batch.num_wanted, vocabulary]
         began = time.perf_counter()
@@ -185,7 +192,9 @@ def _token(live: Live, new: Chosen) -> Token:
         live.has_opened = True
         asked = live.sequence.settings.prompt_logprobs is not None
         opening = Opening(
-            live.sequence.num_from_prefix, tuple(live.prompt_logprobs) if asked else None
+            live.sequence.num_from_prefix,
+            (live.begun or live.added) - live.added,
+            tuple(live.prompt_logprobs) if asked else None,
         )
     return Token(new.token, piece.text, new.logprob, new.top_logprobs, piece.finish_reason, opening)
 

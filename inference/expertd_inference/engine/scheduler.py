@@ -49,6 +49,7 @@ class SchedulerStats:
     num_waiting: int
     num_running: int
     num_preemptions: int
+    kv_used: float
     prefix_queries: int
     prefix_hits: int
 
@@ -111,6 +112,7 @@ class Scheduler:
             num_waiting=self.num_waiting,
             num_running=self.num_running,
             num_preemptions=self._num_preemptions,
+            kv_used=1 - self._pool.num_free / self._pool.num_blocks,
             prefix_queries=self._prefixes.num_queried,
             prefix_hits=self._prefixes.num_hit,
         )

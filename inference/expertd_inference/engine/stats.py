@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import msgspec
+from msgspec import structs
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -13,7 +14,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     ``prefix_queries`` are the tokens of sequences that were looked up among earlier ones' when
     they began, and ``prefix_hits`` those that were found and not computed. ``num_preemptions``
     sequences had to give up their keys and values for others and computed them again.
-    ``kv_tokens`` is how many tokens have room at once, and ``kv_why`` says why so many.
+    ``kv_tokens`` is how many tokens have room at once, ``kv_why`` says why so many, and
+    ``kv_used`` is the share of that room, 0 to 1, that is taken.
     ``native_rows`` says, for each form of large matrix, up to how many rows native kernels
     multiply it before torch does; None is any number.
     """
@@ -30,4 +32,21 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     kv_tokens: int
     kv_why: str
+    kv_used: float
     native_rows: Mapping[str, int | None]
+
+    def after(self, earlier: "EngineStats | None") -> "EngineStats":
+        """With what an ``earlier`` engine of the same model has done counted, too."""
+        if earlier is None:
+            return self
+        num_steps = self.num_steps + earlier.num_steps
+        num_rows = self.num_rows + earlier.num_rows
+        return structs.replace(
+            self,
+            num_steps=num_steps,
+            num_rows=num_rows,
+            rows_mean=num_rows / num_steps if num_steps else 0.0,
+            prefix_queries=self.prefix_queries + earlier.prefix_queries,
+            prefix_hits=self.prefix_hits + earlier.prefix_hits,
+            num_preemptions=self.num_preemptions + earlier.num_preemptions,
+        )

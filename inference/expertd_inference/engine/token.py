@@ -1,6 +1,6 @@
 """One generated token, as a client of the engine sees it; needs no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from expertd_inference.engine.stops import FinishReason
 
@@ -13,10 +13,12 @@ class Opening:
     """What is known of a sequence once its prompt is computed.
 
     ``num_cached_tokens`` of its tokens were found as a prefix and not computed.
-    ``prompt_logprobs`` are those of the prompt's tokens from the second on, None unless asked for.
+    ``queued_seconds`` it waited for its turn. ``prompt_logprobs`` are those of the prompt's tokens
+    from the second on, None unless asked for.
     """
 
     num_cached_tokens: int
+    queued_seconds: float
     prompt_logprobs: tuple[Likely, ...] | None = None
 
 
@@ -28,8 +30,8 @@ class Token:
     it ends within a character, is a special token, or may be the beginning of a stop string.
     ``logprob`` is the natural logarithm of the token's probability, and ``top_logprobs`` are the
     likeliest tokens and theirs, the likeliest first; None and empty unless asked for by
-    ``GenerationSettings.logprobs``. The first token of a stream has an ``opening``, and the last
-    one a ``finish_reason``.
+    ``GenerationSettings.logprobs``. The first token of a stream has an ``opening``, which tells
+    of the run and is not compared; the last one has a ``finish_reason``.
     """
 
     id: int
@@ -37,4 +39,4 @@ class Token:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
-    opening: Opening | None = None
+    opening: Opening | None = field(default=None, compare=False)

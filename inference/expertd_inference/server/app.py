@@ -9,7 +9,13 @@ from starlette.routing import BaseRoute, Route
 from expertd_inference.server.api.chat import chat
 from expertd_inference.server.api.completions import complete
 from expertd_inference.server.api.errors import ApiError, answer_error
-from expertd_inference.server.api.models import get_model, health, list_models, version
+from expertd_inference.server.api.models import (
+    get_model,
+    health,
+    list_models,
+    metrics,
+    version,
+)
 from expertd_inference.server.front import Front
 from expertstore.errors import ExpertdError
 
@@ -20,6 +26,7 @@ def make_app(front: Front) -> Starlette:
         Route("/health", health),
         Route("/ping", health),
         Route("/version", version),
+        Route("/metrics", metrics),
         *_both("/models", list_models, "GET"),
         *_both("/models/{name:path}", get_model, "GET"),
         *_both("/completions", complete, "POST"),

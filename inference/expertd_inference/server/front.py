@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from expertd_inference.server.hosting.catalog import Catalog, Entry
 from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.server.metrics import ServerMetrics
 
 MAX_BODY_BYTES = 32 << 20
 
@@ -18,6 +19,7 @@ class Front:
     """The models, and the limits of a request. ``say`` writes a line of the log."""
 
     catalog: Catalog
+    metrics: ServerMetrics
     say: Callable[[str], None]
     max_body_bytes: int = MAX_BODY_BYTES
     stopping: bool = False

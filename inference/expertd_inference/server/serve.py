@@ -2,20 +2,29 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 
+from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.app import make_app
-from expertd_inference.server.front import Front
+from expertd_inference.server.front import MAX_BODY_BYTES, Front
+from expertd_inference.server.guard import Guard
 from expertd_inference.server.hosting.catalog import Catalog
 from expertd_inference.server.hosting.engine_child import EngineSpec
+from expertd_inference.server.keys import Keys
+from expertd_inference.server.metrics import ServerMetrics
+from expertd_inference.server.patient_protocol import PatientProtocol
 from expertstore.errors import InvalidInputError
 
 BACKLOG = 2048
@@ -30,6 +39,9 @@ class ServerSettings:
     ``port`` 0 takes a free one. ``preload`` names models whose engines start at once; the only
     model of a daemon does anyway. An engine without requests for ``idle_seconds`` ends; None keeps
     it. On its end the server waits for ``drain_seconds`` until answers are complete.
+    ``keys`` is a file of users (:mod:`.keys`); without it, and without ``no_auth``, it listens to
+    this host only. Pages of ``cors_origins`` may use it. Raises InvalidInputError if that does
+    not fit.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +51,21 @@ class ServerSettings:
     chat_template: Path | None = None
     idle_seconds: float | None = None
     drain_seconds: int = 60
+    keys: Path | None = None
+    no_auth: bool = False
+    cors_origins: tuple[str, ...] = ()
+    https_cert: Path | None = None
+    https_key: Path | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+
+    def __post_init__(self) -> None:
+        if self.keys is None and not self.no_auth and not _is_loopback(self.host):
+            raise InvalidInputError(
+                f"--host {self.host} is open to other hosts: give --keys FILE, so that only whom "
+                "you gave a key may ask, or --no-auth if anybody may."
+            )
+        if (self.https_cert is None) != (self.https_key is None):
+            raise InvalidInputError("--https-cert and --https-key belong together; give both.")
 
 
 def run_server(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
@@ -50,21 +77,34 @@ def run_server(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], 
 
 
 async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
+    keys = None if settings.keys is None else Keys(settings.keys)
+    accounts, metrics = Accounts(), ServerMetrics()
     listening = passed_socket() or bound_socket(settings.host, settings.port)
+    _raise_file_limit()
     catalog = Catalog(
         spec,
         aliases=settings.aliases,
         template=_template(settings.chat_template),
         idle_seconds=settings.idle_seconds,
+        accounts=accounts,
+        metrics=metrics,
         say=say,
     )
     with listening:
         try:
             serves = await _preload(catalog, settings.preload)
-            front = Front(catalog, say)
+            front = Front(catalog, metrics, say, settings.max_body_bytes)
+            app = Guard(
+                _with_cors(make_app(front), settings.cors_origins),
+                keys=keys,
+                accounts=accounts,
+                origins=settings.cors_origins,
+                say=say,
+            )
             server = _Server(
                 uvicorn.Config(
-                    make_app(front),
+                    app,
+                    http=PatientProtocol,
                     log_level="warning",
                     access_log=False,
                     lifespan="off",
@@ -72,10 +112,12 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
                     server_header=False,
                     backlog=BACKLOG,
                     timeout_graceful_shutdown=settings.drain_seconds,
+                    ssl_certfile=settings.https_cert,
+                    ssl_keyfile=settings.https_key,
                 )
             )
             listening.listen(BACKLOG)
-            print(f"serving {serves}, listening on {url_of(listening)}", flush=True)  # noqa: T201
+            print(f"serving {serves}, listening on {url_of(listening, settings)}", flush=True)  # noqa: T201
             await server.serve([listening])
         finally:
             await catalog.close()
@@ -120,12 +162,32 @@ def passed_socket() -> socket.socket | None:
     return socket.socket(fileno=_FIRST_PASSED_FD)
 
 
-def url_of(listening: socket.socket) -> str:
+def url_of(listening: socket.socket, settings: ServerSettings) -> str:
     """Where clients find it."""
     if listening.family == socket.AF_UNIX:
         return f"unix:{listening.getsockname()}"
     host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if settings.https_cert is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _raise_file_limit() -> None:
+    """To what this process may have: each connection takes a descriptor."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _with_cors(app: Starlette, origins: tuple[str, ...]) -> Starlette | CORSMiddleware:
+    if not origins:
+        return app
+    return CORSMiddleware(app, allow_origins=origins, allow_methods=("*",), allow_headers=("*",))
 
 
 async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:

@@ -1,6 +1,6 @@
 """The engine's step: a sequence's text is the same alone and among others, whatever happens."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hypothesis import settings as limited
@@ -111,8 +111,7 @@ class Client:
                 if token is None:
                     return
                 self.opening = token.opening or self.opening
-                # A prefix is found or not: that alone depends on the others.
-                self.tokens.append(replace(token, opening=None))
+                self.tokens.append(token)
         except ExpertdError as error:
             self.error = error
 

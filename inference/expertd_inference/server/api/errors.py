@@ -129,7 +129,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     failed = api_error_of(error)
     headers = {}
     if failed.status in (429, 503):
-        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        headers["Retry-After"] = str(failed.more.get("retry_after", RETRY_AFTER_SECONDS))
     return Response(
         msgspec.json.encode(failed.body_for(request.url.path)),
         failed.status,

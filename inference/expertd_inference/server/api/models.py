@@ -1,4 +1,4 @@
-"""``/v1/models``, ``/health`` and ``/version``: what there is."""
+"""``/v1/models``, ``/health``, ``/version`` and ``/metrics``: what there is."""
 
 from typing import Any
 
@@ -32,6 +32,12 @@ async def health(request: Request) -> Response:
     if front_of(request).stopping:
         return _json({"status": "stopping"}, 503)
     return _json({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    """``GET /metrics``, as Prometheus reads it."""
+    content, kind = front_of(request).metrics.text()
+    return Response(content, media_type=kind)
 
 
 async def version(_: Request) -> Response:

@@ -11,6 +11,8 @@ from expertd_inference.server.api.errors import ApiError
 
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 ResultT = TypeVar("ResultT")
+BODY_SECONDS = 60.0
+"""In which a request's body must be there."""
 _named: set[tuple[str, str]] = set()
 """Unknown fields that the log has already, by path."""
 
@@ -26,10 +28,15 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
         raise _too_large(most)
     body = bytearray()
     try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > most:
-                raise _too_large(most)
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise _too_large(most)
+    except TimeoutError as late:
+        raise ApiError(
+            408, f"The request was not complete after {BODY_SECONDS:g} s.", code="timeout"
+        ) from late
     except ClientDisconnect as gone:
         raise ApiError(400, "The client left before its request was complete.") from gone
     try:

@@ -137,7 +137,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         """Whose it is, and which of several continuations."""
         return Origin(
             user=user,
-            priority=self.priority,
+            priority=-self.priority,  # vLLM's smaller number goes first
             salt=self.cache_salt or "",
             continuation=continuation,
         )

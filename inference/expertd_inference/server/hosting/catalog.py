@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from expertd_client.aio import AsyncClient
+from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.server.metrics import ServerMetrics
 from expertstore.errors import ExpertdError, NotFoundError
 
 LIST_SECONDS = 1.0
@@ -44,6 +46,8 @@ class Catalog:
         aliases: Mapping[str, str],
         template: str | None,
         idle_seconds: float | None,
+        accounts: Accounts,
+        metrics: ServerMetrics,
         say: Callable[[str], None],
     ) -> None:
         """``spec`` is every model's but for its name, and so is the chat ``template``."""
@@ -51,6 +55,8 @@ class Catalog:
         self._aliases = aliases
         self._template = template
         self._idle_seconds = idle_seconds
+        self._accounts = accounts
+        self._metrics = metrics
         self._say = say
         self._client = AsyncClient(spec.socket, tls=spec.tls)
         self._entries: dict[str, Entry] = {}
@@ -115,7 +121,11 @@ class Catalog:
                     await self._entries.pop(name).hosted.close()
             for name in summaries.keys() - self._entries.keys():
                 hosted = HostedModel(
-                    replace(self._spec, model=name), idle_seconds=self._idle_seconds, say=self._say
+                    replace(self._spec, model=name),
+                    accounts=self._accounts,
+                    metrics=self._metrics,
+                    idle_seconds=self._idle_seconds,
+                    say=self._say,
                 )
                 pack = self._spec.pack or summaries[name].pack_path
                 self._entries[name] = Entry(name, pack, hosted)

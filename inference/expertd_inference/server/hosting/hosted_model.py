@@ -9,14 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from msgspec import structs
+
 from expertd_inference.engine.channel import Channel
 from expertd_inference.engine.sequence import ORIGIN, Origin
 from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
+from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.engine_process import EngineProcess
 from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
+from expertd_inference.server.metrics import ServerMetrics, Times
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import (
     DeviceLostError,
@@ -45,8 +49,10 @@ class _Asked:
 
     begin: Begin
     channel: Channel[Token]
+    times: Times
     generated: list[int] = field(default_factory=list)
     num_deaths: int = 0
+    reason: str = "abort"
 
     def again(self) -> Begin:
         origin = replace(self.begin.origin, generated=tuple(self.generated))
@@ -65,6 +71,8 @@ class HostedModel:
         self,
         spec: EngineSpec,
         *,
+        accounts: Accounts,
+        metrics: ServerMetrics,
         idle_seconds: float | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -72,8 +80,11 @@ class HostedModel:
         self.name = spec.model
         self.num_deaths = 0
         """Engines that ended before they were told to."""
-        self.stats: EngineStats | None = None
-        """What the engine said last; None if there never was one."""
+        self._stats: EngineStats | None = None
+        self._stats_before: EngineStats | None = None
+        self._accounts = accounts
+        self._metrics = metrics
+        metrics.models.append(self)
         self._idle_seconds = idle_seconds
         self._say = say
         self._ids = itertools.count()
@@ -97,6 +108,11 @@ class HostedModel:
         return None if self._engine is None else self._engine.pid
 
     @property
+    def total_stats(self) -> EngineStats | None:
+        """What its engine said last, with what earlier ones did; None if there never was one."""
+        return None if self._stats is None else self._stats.after(self._stats_before)
+
+    @property
     def max_tokens(self) -> int | None:
         """The longest sequence that fits; None before an engine has said so."""
         return self._max_tokens
@@ -115,13 +131,21 @@ class HostedModel:
     def submit(
         self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
     ) -> TokenStream:
-        """As :meth:`Engine.submit` for tokens, but errors of the request come by the stream."""
+        """As :meth:`Engine.submit` for tokens, but most errors of the request come by the stream.
+
+        Raises BusyError if the origin's user has as many sequences as it may.
+        """
         if settings.seed is None:
             # The next engine must draw what this one would have.
             settings = replace(settings, seed=secrets.randbits(64))
+        self._accounts.begin(origin.user)
+        now = time.monotonic()
+        self._accounts.take_tokens(origin.user, len(tokens), now)
+        self._metrics.began(self.name, len(tokens))
+        origin = replace(origin, priority=self._accounts.priority_of(origin.user, origin.priority))
         id_ = next(self._ids)
         channel: Channel[Token] = Channel()
-        asked = _Asked(Begin(id_, [*tokens], settings, origin), channel)
+        asked = _Asked(Begin(id_, [*tokens], settings, origin), channel, Times(now))
         self._asked[id_] = asked
         self._wanted.set()
         if self._engine is not None:
@@ -142,8 +166,9 @@ class HostedModel:
             self._loop.call_soon_threadsafe(self._cancel, id_)
 
     def _cancel(self, id_: int) -> None:
-        if self._asked.pop(id_, None) is not None:
-            self._last_used = time.monotonic()
+        if (asked := self._asked.pop(id_, None)) is not None:
+            self._leave(asked)
+            self._metrics.ended(self.name, asked.times, self._last_used, "abort")
             if self._engine is not None:
                 self._engine.send(Cancel(id_))
 
@@ -157,7 +182,7 @@ class HostedModel:
                 continue
             self._engine = engine
             self._failing_since = None
-            self.stats = engine.ready.stats
+            self._stats = engine.ready.stats
             self._max_tokens = engine.ready.max_tokens
             self._last_used = time.monotonic()
             if not self._ready.done():
@@ -166,6 +191,7 @@ class HostedModel:
                 engine.send(asked.again())
             told = await self._until_end(engine)
             self._engine = None
+            self._stats_before, self._stats = self.total_stats, _at_rest(engine.ready.stats)
             self._ready = self._loop.create_future()
             self._wanted.clear()
             await engine.close()
@@ -208,6 +234,7 @@ class HostedModel:
 
     def _count_death(self) -> None:
         self.num_deaths += 1
+        self._metrics.engine_died(self.name)
         self._say(
             f"the engine of {self.name} ended; another one goes on with {len(self._asked)} "
             "sequences"
@@ -224,10 +251,16 @@ class HostedModel:
                 )
 
     def _progress(self, progress: Progress) -> None:
+        now = time.monotonic()
         for id_, token in progress.tokens:
             if (asked := self._asked.get(id_)) is not None:
                 asked.generated.append(token.id)
                 asked.num_deaths = 0
+                queued = None if token.opening is None else token.opening.queued_seconds
+                self._metrics.token(self.name, asked.times, now, queued)
+                self._accounts.take_tokens(asked.begin.origin.user, 1, now)
+                if token.finish_reason is not None:
+                    asked.reason = token.finish_reason.value
                 asked.channel.send([token])
         for id_, failure in progress.ended:
             error = None if failure is None else failure.error()
@@ -237,13 +270,36 @@ class HostedModel:
                 break
             self._end(id_, error)
         if progress.stats is not None:
-            self.stats = progress.stats
+            self._stats = progress.stats
 
     def _end(self, id_: int, error: ExpertdError | None) -> None:
         if (asked := self._asked.pop(id_, None)) is not None:
-            self._last_used = time.monotonic()
+            self._leave(asked)
+            if error is None:
+                self._metrics.ended(self.name, asked.times, self._last_used, asked.reason)
+            else:
+                self._metrics.failed(self.name, type(error).__name__)
             asked.channel.end(error)
+
+    def _leave(self, asked: _Asked) -> None:
+        self._last_used = time.monotonic()
+        self._accounts.end(asked.begin.origin.user)
 
     def _fail_all(self, error: ExpertdError) -> None:
         for id_ in [*self._asked]:
             self._end(id_, error)
+
+
+def _at_rest(stats: EngineStats) -> EngineStats:
+    """Of a model without an engine: nothing runs, and nothing was done since the last."""
+    return structs.replace(
+        stats,
+        num_steps=0,
+        num_rows=0,
+        num_running=0,
+        num_waiting=0,
+        prefix_queries=0,
+        prefix_hits=0,
+        num_preemptions=0,
+        kv_used=0.0,
+    )

@@ -1,0 +1,141 @@
+"""What stands before all routes: keys, other sites' pages, clients that do not read."""
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from expertd_inference.server.accounts import Accounts
+from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.keys import Keys
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = {"/health", "/ping", "/version"}
+"""What needs no key: it tells nothing about anybody."""
+WRITE_SECONDS = 60.0
+"""A client that reads nothing for so long is cut off."""
+REQUEST_ID = b"x-request-id"
+
+
+class Guard:
+    """An ASGI application around another: lets requests through, or answers them itself."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: Keys | None,
+        accounts: Accounts,
+        origins: tuple[str, ...],
+        say: Callable[[str], None],
+    ) -> None:
+        """``origins`` are sites whose pages may ask, beside this server's own; ``*`` is all."""
+        self._app = app
+        self._keys = keys
+        self._accounts = accounts
+        self._origins = origins
+        self._say = say
+        self._complained: str | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Of ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        wanted = headers.get(REQUEST_ID, b"")[:128]
+        identity = wanted if wanted.isascii() and wanted else secrets.token_hex(8).encode()
+        sending = _sending(send, identity)
+        try:
+            self._check_origin(scope, headers)
+            self._check_key(scope, headers)
+        except ApiError as error:
+            await _refuse(error, scope["path"], sending)
+            return
+        await self._app(scope, receive, sending)
+
+    def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Refuses what a page of another site asks for: it has no business here unless told."""
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if not origin or "*" in self._origins or origin in self._origins:
+            return
+        if urlsplit(origin).netloc == headers.get(b"host", b"").decode("latin-1"):
+            return
+        raise ApiError(
+            403,
+            f"Pages of {origin[:200]!r} may not use this server; --cors-origin lets them.",
+            code="origin_not_allowed",
+        )
+
+    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if self._keys is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return
+        found = self._keys.find(_key_of(headers))
+        if self._keys.complaint != self._complained:
+            self._complained = self._keys.complaint
+            if self._complained is not None:
+                self._say(f"{self._complained} The keys that were read before still count.")
+        if found is None:
+            raise ApiError(
+                401,
+                "There is no such API key here; send yours as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+            )
+        name, limits = found
+        state = scope.setdefault("state", {})
+        state["user"], state["limits"] = name, limits
+        if scope["method"] != "POST":
+            return
+        wait = self._accounts.seconds_until_request(name, limits, time.monotonic())
+        if wait:
+            raise ApiError(
+                429,
+                f"{name} has used up its requests or tokens of this minute; retry in "
+                f"{math.ceil(wait)} s.",
+                kind="rate_limit_error",
+                code="rate_limit_exceeded",
+                retry_after=math.ceil(wait),
+            )
+
+
+def _key_of(headers: dict[bytes, bytes]) -> str:
+    bearer = headers.get(b"authorization", b"").decode("latin-1")
+    scheme, _, key = bearer.partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1")
+
+
+def _sending(send: Send, identity: bytes) -> Send:
+    """``send`` with the request's id in the head, which gives up on a client that reads nothing."""
+
+    async def sending(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, identity)]
+        async with asyncio.timeout(WRITE_SECONDS):
+            await send(message)
+
+    return sending
+
+
+async def _refuse(error: ApiError, path: str, send: Send) -> None:
+    body = msgspec.json.encode(error.body_for(path))
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if (wait := error.more.get("retry_after")) is not None:
+        headers.append((b"retry-after", str(wait).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

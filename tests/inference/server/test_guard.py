@@ -1,0 +1,163 @@
+"""What stands before all routes."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from expertd_inference.server import guard, patient_protocol
+from expertd_inference.server.accounts import Accounts
+from expertd_inference.server.front import user_of
+from expertd_inference.server.guard import Guard
+from expertd_inference.server.keys import Keys, digest
+from expertd_testing.patience import HANG_SECONDS
+
+KEY = "ek-alice"
+Ask = Callable[..., Awaitable[httpx2.Response]]
+
+
+async def _who(request: Request) -> Response:
+    return PlainTextResponse(user_of(request))
+
+
+async def _flood(_: Request) -> Response:
+    async def pieces() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * (1 << 20)
+
+    return StreamingResponse(pieces())
+
+
+def make(keys: Keys | None = None, origins: tuple[str, ...] = ()) -> Guard:
+    routes = [
+        Route("/v1/messages", _who, methods=["GET", "POST"]),
+        Route("/who", _who, methods=["GET", "POST"]),
+        Route("/health", _who),
+        Route("/flood", _flood),
+    ]
+    return Guard(
+        Starlette(routes=routes),
+        keys=keys,
+        accounts=Accounts(),
+        origins=origins,
+        say=lambda _: None,
+    )
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[keys.alice]\nsha256 = "{digest(KEY)}"\nrequests_per_minute = 2\n')
+    return Keys(path)
+
+
+async def ask(app: Guard, method: str, path: str, **headers: str) -> httpx2.Response:
+    transport = httpx2.ASGITransport(app=app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+        return await client.request(
+            method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+        )
+
+
+async def test_keys(keys: Keys) -> None:
+    app = make(keys)
+    refused = await ask(app, "GET", "/who")
+    assert refused.status_code == 401
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert (await ask(app, "GET", "/who", authorization=f"Bearer {KEY}")).text == "alice"
+    assert (await ask(app, "GET", "/who", x_api_key=KEY)).text == "alice"
+    assert (await ask(app, "GET", "/who", authorization="Bearer ek-bob")).status_code == 401
+    assert (await ask(app, "GET", "/health")).status_code == 200
+    assert (await ask(app, "GET", "/v1/messages")).json()["type"] == "error"
+
+
+async def test_limits(keys: Keys) -> None:
+    app = make(keys)
+    bearer = f"Bearer {KEY}"
+    codes = [(await ask(app, "POST", "/who", authorization=bearer)).status_code for _ in range(2)]
+    refused = await ask(app, "POST", "/who", authorization=bearer)
+    assert [*codes, refused.status_code] == [200, 200, 429]
+    assert 0 < int(refused.headers["retry-after"]) <= 30
+    assert "alice has used up" in refused.json()["error"]["message"]
+
+
+async def test_pages_of_other_sites() -> None:
+    app = make(origins=("https://chat.lab",))
+    for origin, status in (
+        ("http://here", 200),
+        ("https://chat.lab", 200),
+        ("https://evil.example", 403),
+        ("null", 403),
+    ):
+        assert (await ask(app, "POST", "/who", origin=origin)).status_code == status
+    assert (await ask(make(origins=("*",)), "POST", "/who", origin="null")).status_code == 200
+
+
+async def test_a_request_s_id_comes_back() -> None:
+    app = make()
+    assert (await ask(app, "GET", "/who", x_request_id="mine")).headers["x-request-id"] == "mine"
+    assert len((await ask(app, "GET", "/who")).headers["x-request-id"]) == 16
+
+
+@asynccontextmanager
+async def listening(app: Guard) -> AsyncIterator[tuple[str, int]]:
+    config = uvicorn.Config(
+        app, port=0, http=patient_protocol.PatientProtocol, lifespan="off", log_level="critical"
+    )
+    bound = config.bind_socket()
+    server = uvicorn.Server(config)
+    bound.listen()
+    serving = asyncio.create_task(server.serve([bound]))
+    try:
+        yield bound.getsockname()[:2]
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+async def test_a_head_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient_protocol, "HEAD_SECONDS", 0.3)
+    async with listening(make()) as address:
+        slow = [await asyncio.open_connection(*address) for _ in range(20)]
+        for _, writer in slow:
+            writer.write(b"GET /who HTTP/1.1\r\nX-Slow: ")
+        async with httpx2.AsyncClient() as client:
+            answered = await client.get(f"http://{address[0]}:{address[1]}/who")
+            assert answered.status_code == 200
+        for reader, writer in slow:
+            assert await asyncio.wait_for(reader.read(), HANG_SECONDS) == b""
+            writer.close()
+
+
+async def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "WRITE_SECONDS", 0.3)
+    async with listening(make()) as address:
+        deaf = socket.create_connection(address)
+        deaf.sendall(b"GET /flood HTTP/1.1\r\nHost: here\r\n\r\n")
+        deaf.setblocking(False)
+        await asyncio.sleep(0.6)
+        loop, received = asyncio.get_running_loop(), 0
+        deadline = time.monotonic() + HANG_SECONDS
+        # What was on its way is there; then the connection ends, though the answer has no end.
+        while True:
+            assert time.monotonic() < deadline
+            try:
+                data: Any = await loop.sock_recv(deaf, 1 << 20)
+            except ConnectionError:
+                break
+            if not data:
+                break
+            received += len(data)
+        deaf.close()
