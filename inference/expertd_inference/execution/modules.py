@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.delta_hook import stepping
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_cache import StateName, StepCache
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
+from expertd_inference.kernels.cpu.delta import Places
 from expertd_inference.kv.memory import KvMemory
 from expertd_inference.kv.state_memory import StateMemory
 
@@ -70,7 +72,8 @@ class ModulesExecutor:
         self._alone = alone
         self._around = around
         self._states = StateMemory(layers.states, room.num_sequences)
-        largest = max((state.num_bytes for state in layers.states.values()), default=1)
+        copied = [layers.states[name] for name in layers.states.keys() - layers.in_place]
+        largest = max((state.num_bytes for state in copied), default=1)
         self._most = max(1, _TOGETHER_BYTES // largest)
 
     def fits(self, batch: Batch) -> bool:
@@ -127,14 +130,20 @@ class ModulesExecutor:
         """The logits of one span, or of several that go on by a row."""
         slots = [_slot(span) for span in group]
         states: dict[StateName, Tensor] = {}
+        in_place: Mapping[StateName, Tensor] = {}
+        if group[0].position and group[0].num_rows == 1:
+            in_place = {name: self._states.states[name] for name in self.layers.in_place}
         if group[0].position:
-            states = self._states.gather(slots, self.layers.states)
+            states = self._states.gather(slots, self.layers.states.keys() - in_place.keys())
+        places = Places(self._states.now(slots), self._states.next(slots)) if in_place else None
         rows = []
         for piece in self._pieces(group):
-            cache = StepCache(self._model.config, states)
-            rows.append(self._rows(piece, cache))
+            cache = StepCache(self._model.config, {**states, **in_place})
+            with stepping(places):
+                rows.append(self._rows(piece, cache))
             states = cache.states()
-        self._states.scatter(slots, states)
+        gathered = states.keys() - in_place.keys()
+        self._states.scatter(slots, {name: states[name] for name in gathered})
         return torch.cat(rows)
 
     def _pieces(self, group: list[Span]) -> Iterator[list[Span]]:
