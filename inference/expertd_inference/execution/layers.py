@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending, hook_attention
+from expertd_inference.execution.delta_hook import hook_delta
 from expertd_inference.execution.step_cache import StateName, StepCache, UnknownCacheError
 from expertd_inference.kv.memory import KvLayer
 from expertd_inference.kv.state_memory import StateShape
@@ -54,6 +55,8 @@ class ModelLayers:
     keys: tuple[KvLayer, ...]
     states: Mapping[StateName, StateShape]
     turning_point: int | None = None
+    in_place: frozenset[StateName] = frozenset()
+    """Of the states those that layers change where they lie (:mod:`.delta_hook`)."""
 
 
 @torch.no_grad()
@@ -89,7 +92,11 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     if states and points:
         raise CannotBatchError("its states depend on how long a text becomes")
     return ModelLayers(
-        watched.layers, tuple(watched.keys), states, turning_point=points[0] if points else None
+        watched.layers,
+        tuple(watched.keys),
+        states,
+        turning_point=points[0] if points else None,
+        in_place=hook_delta(model, states),
     )
 
 

@@ -19,12 +19,18 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.delta_hook import stepping
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_cache import StateName, StepCache
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
+from expertd_inference.kernels.cpu.delta import Places
 from expertd_inference.kv.memory import KvMemory
 from expertd_inference.kv.state_memory import StateMemory
+
+_TOGETHER_BYTES = 4 << 20
+"""Of one layer's state, of all sequences that a forward pass computes: torch makes several copies
+of them, and copies that leave the cache cost more than what sequences share."""
 
 
 class ModulesExecutor:
@@ -65,7 +71,10 @@ class ModulesExecutor:
         self._continues = continues
         self._alone = alone
         self._around = around
-        self._states = StateMemory(tuple(layers.states.values()), room.num_sequences)
+        self._states = StateMemory(layers.states, room.num_sequences)
+        copied = [layers.states[name] for name in layers.states.keys() - layers.in_place]
+        largest = max((state.num_bytes for state in copied), default=1)
+        self._most = max(1, _TOGETHER_BYTES // largest)
 
     def fits(self, batch: Batch) -> bool:
         """Any batch, or one span if sequences are to be alone."""
@@ -105,35 +114,37 @@ class ModulesExecutor:
         return torch.cat([logits[span.sequence] for span in spans])
 
     def _recurrent(self, spans: Sequence[Span]) -> Tensor:
-        """One forward pass for all that go on by a row, and one for each other span."""
+        """Those that go on by a row together, a few at a time; each other alone."""
         together = [span for span in spans if span.position and span.num_rows == 1]
         groups = [[span] for span in spans if span not in together]
+        groups += [together[i : i + self._most] for i in range(0, len(together), self._most)]
+        logits: dict[int, Tensor] = {}
         with self._around():
-            logits, done = self._grouped([*groups, together] if together else groups)
+            for group in groups:
+                logits |= _by_sequence(group, self._group(group))
         # Only now: a step that is lost has changed nothing.
-        for slots, states in done:
-            self._states.scatter(slots, [states[name] for name in self.layers.states])
+        self._states.keep([_slot(span) for span in spans])
         return torch.cat([logits[span.sequence] for span in spans])
 
-    def _grouped(
-        self, groups: Sequence[list[Span]]
-    ) -> tuple[dict[int, Tensor], list[tuple[list[int], dict[StateName, Tensor]]]]:
-        """The logits of each sequence; of each group the slots, and the states to go there."""
-        logits: dict[int, Tensor] = {}
-        done = []
-        for group in groups:
-            slots = [_slot(span) for span in group]
-            states: dict[StateName, Tensor] = {}
-            if group[0].position:
-                states |= zip(self.layers.states, self._states.gather(slots), strict=True)
-            rows = []
-            for piece in self._pieces(group):
-                cache = StepCache(self._model.config, states)
+    def _group(self, group: list[Span]) -> Tensor:
+        """The logits of one span, or of several that go on by a row."""
+        slots = [_slot(span) for span in group]
+        states: dict[StateName, Tensor] = {}
+        in_place: Mapping[StateName, Tensor] = {}
+        if group[0].position and group[0].num_rows == 1:
+            in_place = {name: self._states.states[name] for name in self.layers.in_place}
+        if group[0].position:
+            states = self._states.gather(slots, self.layers.states.keys() - in_place.keys())
+        places = Places(self._states.now(slots), self._states.next(slots)) if in_place else None
+        rows = []
+        for piece in self._pieces(group):
+            cache = StepCache(self._model.config, {**states, **in_place})
+            with stepping(places):
                 rows.append(self._rows(piece, cache))
-                states = cache.states()
-            logits |= _by_sequence(group, torch.cat(rows))
-            done.append((slots, states))
-        return logits, done
+            states = cache.states()
+        gathered = states.keys() - in_place.keys()
+        self._states.scatter(slots, {name: states[name] for name in gathered})
+        return torch.cat(rows)
 
     def _pieces(self, group: list[Span]) -> Iterator[list[Span]]:
         """What of ``group`` one forward pass computes, in order."""

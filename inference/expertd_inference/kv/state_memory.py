@@ -1,12 +1,15 @@
 """The states of recurrent layers, of all sequences: a slot each."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 _CPU = torch.device("cpu")
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,27 +20,49 @@ class StateShape:
     dtype: torch.dtype
     device: torch.device = _CPU
 
-
-class StateMemory:
-    """For each state a tensor [num_slots, *shape]."""
-
-    def __init__(self, shapes: Sequence[StateShape], num_slots: int) -> None:
-        self.shapes = tuple(shapes)
-        self._states = [
-            torch.empty(num_slots, *each.shape, dtype=each.dtype, device=each.device)
-            for each in self.shapes
-        ]
-
     @property
     def num_bytes(self) -> int:
-        """Of all slots."""
-        return sum(state.numel() * state.element_size() for state in self._states)
+        """Of one sequence."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
-    def gather(self, slots: Sequence[int]) -> list[Tensor]:
-        """Copies of the states in ``slots``, each [len(slots), *shape]."""
-        return [state[list(slots)] for state in self._states]
 
-    def scatter(self, slots: Sequence[int], states: Sequence[Tensor]) -> None:
-        """Puts ``states``, as :meth:`gather` gives them, into ``slots``."""
-        for here, state in zip(self._states, states, strict=True):
-            here[list(slots)] = state
+class StateMemory(Generic[Name]):
+    """For each state a tensor with two places for each slot.
+
+    A step reads a slot's one place and writes the other, and :meth:`keep` makes the latter the one
+    that counts. So a step that is lost has changed nothing.
+    """
+
+    states: dict[Name, Tensor]
+    """[2 * num_slots, *shape] each. A page takes memory from the first time it is written to."""
+
+    def __init__(self, shapes: Mapping[Name, StateShape], num_slots: int) -> None:
+        self.states = {
+            name: torch.empty(2 * num_slots, *each.shape, dtype=each.dtype, device=each.device)
+            for name, each in shapes.items()
+        }
+        self._now = [2 * slot for slot in range(num_slots)]
+
+    def now(self, slots: Sequence[int]) -> list[int]:
+        """The places that count."""
+        return [self._now[slot] for slot in slots]
+
+    def next(self, slots: Sequence[int]) -> list[int]:
+        """The places that a step writes to."""
+        return [self._now[slot] ^ 1 for slot in slots]
+
+    def gather(self, slots: Sequence[int], names: Collection[Name]) -> dict[Name, Tensor]:
+        """Copies of the states of those ``names`` in ``slots``, each [len(slots), *shape]."""
+        places = self.now(slots)
+        return {name: self.states[name][places] for name in names}
+
+    def scatter(self, slots: Sequence[int], states: Mapping[Name, Tensor]) -> None:
+        """Puts ``states``, as :meth:`gather` gives them, where ``slots`` are written to."""
+        places = self.next(slots)
+        for name, state in states.items():
+            self.states[name][places] = state
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Makes what was written to ``slots`` the states that count."""
+        for slot in slots:
+            self._now[slot] ^= 1

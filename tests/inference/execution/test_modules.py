@@ -13,7 +13,7 @@ from tests.architectures.batches import WINDOW, Texts, alone, batched_model, cho
 from tests.architectures.tiny_configs import language_model_type
 from tests.inference.greedy import prompt_of
 
-RECURRENT = ["granitemoehybrid", "jamba", "lfm2_moe", "minimax", "zaya"]
+RECURRENT = ["granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "qwen3_next", "zaya"]
 TURNS = {
     "deepseek_v32": "DynamicIndexedLayer keeps more than keys and values",
     "inkling": "its attention asks for position bias",

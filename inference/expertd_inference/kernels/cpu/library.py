@@ -13,6 +13,7 @@ from expertd_inference.kernels.cpu import operations
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.cpu.structures import (
     AttentionCall,
+    DeltaCall,
     LinearCall,
     NativeActivation,
     NativeAttentionPlan,
@@ -32,7 +33,7 @@ from expertstore.pack.layout import (
 )
 
 PATH = Path(__file__).parents[1] / "native" / "libexpertd_kernels.so"
-ABI = 5
+ABI = 6
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 
@@ -60,6 +61,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "LinearCall": LinearCall,
     "AttentionPlan": NativeAttentionPlan,
     "AttentionCall": AttentionCall,
+    "DeltaCall": DeltaCall,
     **{
         each.__name__: each
         for each in (
@@ -76,7 +78,7 @@ _FUNCTIONS = tuple(
     f"expertd_{name}"
     for name in (
         *("experts", "linear", "dequantize", "attend_rows", "use_isa", "isa", "read_probe"),
-        *("program_make", "program_free", "program_run", "held_step"),
+        *("program_make", "program_free", "program_run", "held_step", "delta"),
     )
 )
 
@@ -102,6 +104,7 @@ def native_library() -> Loaded:
         library.expertd_read_probe.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
         ]
+        library.expertd_delta.argtypes = [ctypes.c_void_p]
         library.expertd_attend_rows.argtypes = [ctypes.c_void_p]
         library.expertd_program_make.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         library.expertd_program_make.restype = ctypes.c_void_p

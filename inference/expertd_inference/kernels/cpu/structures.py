@@ -89,3 +89,15 @@ class AttentionCall(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("type", "threads")),
     )
+
+
+class DeltaCall(ctypes.Structure):
+    """``DeltaCall`` of delta.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("states", "from_places", "to_places", "query")),
+        *((name, ctypes.c_void_p) for name in ("key", "value", "beta", "decay", "out")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "key_heads")),
+        *((name, ctypes.c_int64) for name in ("keys", "values", "decays")),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
+    )

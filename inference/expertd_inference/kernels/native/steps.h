@@ -1,6 +1,7 @@
 // The small operations of a step for one instruction set: steps_loops.h. `type` is BF16 or F32.
 #pragma once
 
+#include "delta.h"
 #include "program.h"
 
 struct Steps {
@@ -12,6 +13,8 @@ struct Steps {
     void (*gate)(const GateCall& call, const void* x, const void* by, void* out);
     // A row in place, by its position's row of the tables.
     void (*rotate)(const RotateCall& call, const float* cos, const float* sin, void* x);
+    // A head of a sequence, all of its state.
+    void (*delta)(const DeltaCall& call, int64_t sequence, int64_t head);
 };
 
 // Those of the instruction set in use.

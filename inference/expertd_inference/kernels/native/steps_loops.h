@@ -145,5 +145,3 @@ void rotate(const RotateCall& c, const float* cos, const float* sin, void* x) {
 
 } // namespace loops
 } // namespace
-
-#define STEPS_OF_THIS_FILE {loops::norm, loops::add, loops::scale, loops::gate, loops::rotate}

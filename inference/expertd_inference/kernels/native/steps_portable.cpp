@@ -1,4 +1,4 @@
-#include "steps_loops.h"
+#include "delta_loops.h"
 
 extern const Steps STEPS_PORTABLE;
 const Steps STEPS_PORTABLE = STEPS_OF_THIS_FILE;
