@@ -16,10 +16,16 @@
 constexpr int64_t BLOCK_TOKENS = 64; // kernels/blocks.py has the same number
 constexpr int64_t PIECE_TOKENS = 512;
 
-// Keys are written once and read for each later token, so they lie as they are read: a block is
-// [BLOCK_TOKENS / KEY_TOKENS][words][KEY_TOKENS] words of 4 bytes, a float32 or a pair of columns.
-// kernels/block_keys.py has the same.
-constexpr int64_t KEY_TOKENS = 16;
+// Keys and values are written once and read for each later token, so they lie as they are read: in
+// words of 4 bytes, line after line. A block of keys is [BLOCK_TOKENS / KEY_TOKENS][words]
+// [KEY_TOKENS] words, a float32 or two columns of a token. One of values is
+// [value_width / columns][words][columns] words, a float32 or a column of two tokens, with as many
+// columns as value_columns() says. kernels/block_order.py has the same.
+constexpr int64_t KEY_TOKENS = 32;
+constexpr int64_t VALUE_COLUMNS = 32;
+inline int64_t value_columns(int64_t value_width) {
+    return value_width % VALUE_COLUMNS ? value_width : VALUE_COLUMNS;
+}
 
 // The spans of a batch, for all layers. A span is consecutive rows of one sequence.
 struct AttentionPlan {
@@ -37,7 +43,7 @@ struct AttentionCall {
     const void* key;   // [rows, kv_heads, key_width], or null: nothing is appended
     const void* value; // [rows, kv_heads, value_width], or null
     void* keys;        // [num_blocks, kv_heads], blocks of BLOCK_TOKENS * key_width: see KEY_TOKENS
-    void* values;      // [num_blocks, kv_heads, BLOCK_TOKENS, value_width]
+    void* values;      // the same of value_width: see VALUE_COLUMNS
     void* out;         // [rows, heads, value_width]
     const float* sinks; // [heads]: logits that join the softmax's denominator; or null
     int64_t heads, kv_heads, key_width, value_width; // widths are even
@@ -50,7 +56,7 @@ struct AttentionCall {
 // Memory of one task at a time. Sizes are for the plan's largest tile; see Attend.
 struct TileScratch {
     float* keys;     // a block, widened
-    float* values;   // a block, widened
+    float* values;   // a block, widened: [padded width / VALUE_COLUMNS][tokens][VALUE_COLUMNS]
     float* queries;  // widened
     float* scores;   // [queries][SCORE_STRIDE]
     float* piece;    // a partial result
@@ -97,7 +103,7 @@ class Attend {
   public:
     Attend(const AttentionCall& call, int32_t threads);
 
-    int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()); }
+    int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()) - 1; }
     int64_t scratch_bytes() const;
     void use_scratch(uint8_t* bytes) { memory = bytes; } // 64-byte aligned
     void run(int64_t task);
@@ -106,21 +112,24 @@ class Attend {
     int64_t num_products() const { return products; }
 
   private:
-    struct Task {
+    struct Part {
         int64_t tile, first_piece, last_piece;
     };
-    struct Shared { // a tile of several tasks, the last of which folds what they computed
+    struct Shared { // a tile of several parts, the last of which folds what they computed
         int64_t first_piece, last_piece, partials;
         std::atomic<int64_t> left;
     };
 
     void add_tiles(int64_t span);
     TileScratch scratch_of(int64_t slot) const;
+    AttentionTile tile_of(const Part& part) const;
+    void run(const Part& part, const AttentionTile* following, const TileScratch& scratch);
 
     const AttentionCall& call;
     const int32_t threads;
     std::vector<AttentionTile> tiles;
-    std::vector<Task> tasks;
+    std::vector<Part> parts;
+    std::vector<int64_t> tasks; // the first part of each, and the number of parts
     std::unique_ptr<Shared[]> shared; // per tile
     std::unique_ptr<std::atomic<bool>[]> taken; // slots of scratch, one for each thread
     int64_t products = 0, most_queries = 1, partials_floats = 0;
