@@ -1,7 +1,7 @@
 """Whose turn it is, of those that wait."""
 
 from expertd_inference import GenerationSettings
-from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.sequence import Origin, Sequence
 from expertd_inference.engine.waiting import OLDEST_EVERY, PRIORITY_ARRIVALS, Waiting
 
 
@@ -13,7 +13,7 @@ class Queue:
         self.num = 0
 
     def add(self, user: str = "", priority: int = 0) -> Sequence:
-        one = Sequence(self.num, [1], GenerationSettings(), user=user, priority=priority)
+        one = Sequence(self.num, [1], GenerationSettings(), Origin(user=user, priority=priority))
         self.num += 1
         self.waiting.arrive(one)
         self.waiting.add(one)
