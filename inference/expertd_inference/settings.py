@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import isfinite
 
+from expertd_inference.field_types import check_types
 from expertstore.errors import InvalidInputError
 
 
@@ -34,6 +34,9 @@ class Activations(StrEnum):
 
 MAX_LOGPROBS = 20
 """How many of the likeliest tokens may be asked for with each token."""
+
+MAX_BIAS = 10**9
+"""Far more than any score, and finite in float32 whatever penalties come to it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class GenerationSettings:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise InvalidInputError(f"stop is a text, {self.stop!r}; give a tuple of texts.")
+        check_types(self)
         if self.max_new_tokens < 1:
             raise InvalidInputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -104,14 +110,14 @@ class GenerationSettings:
             if not abs(value := getattr(self, name)) <= 100:
                 raise InvalidInputError(f"{name} is {value}; give -100 to 100; 0 is none.")
         for token, bias in self.logit_bias.items():
-            if not isfinite(bias):
-                raise InvalidInputError(f"logit_bias of token {token} is {bias}; give a number.")
+            if not abs(bias) <= MAX_BIAS:
+                raise InvalidInputError(
+                    f"logit_bias of token {token} is {bias}; give {-MAX_BIAS} to {MAX_BIAS}."
+                )
         if self.allowed_tokens is not None and not self.allowed_tokens:
             raise InvalidInputError("allowed_tokens has no token; give at least one, or None.")
         if not all(self.bad_words):
             raise InvalidInputError("bad_words has one without tokens; leave it out.")
-        if isinstance(self.stop, str):
-            raise InvalidInputError(f"stop is a text, {self.stop!r}; give a tuple of texts.")
         if not all(self.stop):
             raise InvalidInputError("stop has an empty text, which is everywhere; leave it out.")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:

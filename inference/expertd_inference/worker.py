@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ class Worker(Closing):
         self._limits = limits
         self._engine: Engine | None = None
         self._engine_lock = threading.Lock()
-        self._before_close: list[Callable[[], None]] = []
+        self._before_close: dict[object, Callable[[], None]] = {}
 
     @property
     def engine(self) -> Engine:
@@ -239,13 +240,15 @@ class Worker(Closing):
         self.native_rows = experts if executor.name == "program" else experts | linears
         return executor
 
-    def before_close(self, call: Callable[[], None]) -> None:
-        """Has ``call`` called when the worker is about to be closed."""
-        self._before_close.append(call)
+    def before_close(self, call: Callable[[], None]) -> Callable[[], object]:
+        """Has ``call`` called when the worker is about to be closed; the result forgets it."""
+        key = object()
+        self._before_close[key] = call
+        return partial(self._before_close.pop, key, None)
 
     def close(self) -> None:
         """Ends its engines, and the session; its leases are free at once."""
-        for call in self._before_close:
+        for call in [*self._before_close.values()]:
             call()
         try:
             self._runner.close()

@@ -136,7 +136,13 @@ def generate(
     """
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     lines = lines_of(prompt, prompt_file, settings, chat=chat)
-    limits = EngineLimits(max_sequences=max_sequences, kv_tokens=kv_tokens)
+    if stream and prompt_file is not None:
+        raise InvalidInputError("--stream shows one text; with --prompt-file, leave it out.")
+    limits = EngineLimits(
+        max_sequences=max_sequences,
+        max_waiting=max(_LIMITS.max_waiting, 2 * max_sequences),
+        kv_tokens=kv_tokens,
+    )
     if embedded is None and ram is not None:
         raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
     tls = options.tls_files(tls_ca, tls_cert, tls_key)

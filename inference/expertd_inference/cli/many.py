@@ -120,7 +120,7 @@ def continue_all(
     gone, a model that was unloaded, a device that failed.
     """
     # Twice as many as are computed together: the next is ready when one is complete.
-    at_once = min(len(lines), 2 * engine.limits.max_sequences)
+    at_once = min(len(lines), 2 * engine.limits.max_sequences, engine.limits.max_waiting)
     asyncio.run(_continue_all(engine, iter(lines), at_once, done))
 
 

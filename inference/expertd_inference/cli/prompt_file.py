@@ -1,5 +1,6 @@
 """The prompts of ``expert-run generate --prompt-file``: one JSON object a line."""
 
+import codecs
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,13 +51,15 @@ def read_prompt_file(path: Path, defaults: GenerationSettings) -> list[PromptLin
     Raises InvalidInputError that names the file and the line.
     """
     lines = []
-    for number, text in enumerate(_read(path).splitlines(), start=1):
+    content = _read(path).removeprefix(codecs.BOM_UTF8)
+    for number, text in enumerate(content.splitlines(), start=1):
         if text.strip():
             try:
                 lines.append(_prompt_line(number, text, defaults))
-            except (InvalidInputError, msgspec.DecodeError) as error:
-                reason = str(error).removesuffix(".")
-                raise InvalidInputError(f"{_name(path)}, line {number}: {reason}.") from error
+            except (InvalidInputError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise InvalidInputError(
+                    f"{_name(path)}, line {number}: {_reason(error)}."
+                ) from error
     if not lines:
         raise InvalidInputError(f"{_name(path)} has no prompt; give one JSON object a line.")
     return lines
@@ -76,6 +79,14 @@ def _prompt_line(number: int, text: bytes, defaults: GenerationSettings) -> Prom
     elif prompts == ["messages"]:
         prompt = [msgspec.structs.asdict(message) for message in prompt]
     return PromptLine(number, prompt, replace(defaults, **given))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text ({error.reason})"
+    reason = str(error).removesuffix(".")
+    is_json = isinstance(error, (InvalidInputError, msgspec.ValidationError))
+    return reason if is_json else f"{reason}; give one JSON object a line"
 
 
 def _read(path: Path) -> bytes:

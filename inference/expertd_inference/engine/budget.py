@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.execution.room import Room
+from expertd_inference.field_types import check_types
 from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
 from expertstore.errors import InvalidInputError
@@ -34,6 +35,7 @@ class EngineLimits:
     chunk_rows: int = 512
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_sequences", "max_waiting", "chunk_rows"):
             if (value := getattr(self, name)) < 1:
                 raise InvalidInputError(f"{name} is {value}; give at least 1.")

@@ -1,7 +1,7 @@
 """Prompts in, whole texts out: the blocking form of the engine."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,7 +37,10 @@ def complete_all(
     Where the queue is full the next is submitted once the first is complete. Raises what
     ``submit`` and the streams raise; BusyError only where others have filled the queue.
     """
-    if isinstance(prompts, str) or not all(isinstance(one, Sequence) for one in prompts):
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise InvalidInputError("generate takes a list of prompts; put a single one in a list.")
+    prompts = list(prompts)
+    if any(isinstance(one, int | Mapping) for one in prompts):
         raise InvalidInputError("generate takes a list of prompts; put a single one in a list.")
     done: list[Completion] = []
     unread: deque[TokenStream] = deque()

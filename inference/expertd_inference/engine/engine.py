@@ -14,7 +14,9 @@ it.
 
 import atexit
 import itertools
+import operator
 import os
+import reprlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -38,10 +40,12 @@ from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
 from expertd_inference.engine.wishes import Wishes, resolve
+from expertd_inference.execution.executor import Executor
+from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 from expertd_inference.settings import GenerationSettings
 from expertstore.closing import Closing
-from expertstore.errors import PreconditionError
+from expertstore.errors import InvalidInputError, PreconditionError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
@@ -69,15 +73,15 @@ class Engine(Closing):
         """Takes memory for keys and values, and starts the thread.
 
         ``after_step`` is called by that thread once outlets have what came of a step. Raises
-        InvalidInputError if there is no memory for one sequence, and what the worker's executor
-        raises.
+        InvalidInputError if there is no memory for one sequence or for a step of so many rows, and
+        what the worker's executor raises.
         """
         self._worker = worker
         self._limits = limits or EngineLimits()
         self._after_step = after_step
         self._budget = budget_for(self._limits, worker)
-        self._executor = worker.open_executor(self._budget.room)
         room = self._budget.room
+        self._executor = _opened(worker, room)
         self._loop = Loop(
             self._executor,
             Scheduler(
@@ -95,7 +99,7 @@ class Engine(Closing):
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-        worker.before_close(self.close)
+        self._forget = worker.before_close(self.close)
         # A thread that computes while Python ends may crash it.
         atexit.register(self.close)
 
@@ -142,7 +146,7 @@ class Engine(Closing):
         """The tokens of a prompt, as :meth:`submit` takes it. Raises as that."""
         if isinstance(prompt, str) or _is_chat(prompt):
             return self._worker.encode(prompt)
-        return cast("Sequence[int]", prompt)
+        return _token_ids(cast("Sequence[int]", prompt))
 
     def submit(self, prompt: Prompt, settings: GenerationSettings | None = None) -> TokenStream:
         """Begins to continue ``prompt``: a text, token ids, or a chat's messages.
@@ -154,7 +158,12 @@ class Engine(Closing):
         ``max_waiting`` sequences wait already, and PreconditionError after :meth:`close` and in a
         fork of the process.
         """
-        settings = settings or GenerationSettings()
+        if settings is None:
+            settings = GenerationSettings()
+        elif not isinstance(settings, GenerationSettings):
+            raise InvalidInputError(
+                f"The settings are of type {type(settings).__name__}; give GenerationSettings."
+            )
         tokens = self.encode(prompt)
         wishes = resolve(settings, self._worker, tokens)
         return self.begin(tokens, settings, wishes.sampling, wishes.end_tokens, wishes.stop)
@@ -209,6 +218,7 @@ class Engine(Closing):
         self._closed = True
         self._orders.put(None)
         self._thread.join()
+        self._forget()
         atexit.unregister(self.close)
 
     def _begin(
@@ -278,10 +288,34 @@ class Engine(Closing):
             raise _closed()
 
 
+def _opened(worker: Served, room: Room) -> Executor:
+    try:
+        return worker.open_executor(room)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's words, in an error of no own type
+            raise
+        raise InvalidInputError(
+            f"There is no memory for steps of {room.num_rows} rows and {room.num_sequences} "
+            "sequences; ask for fewer (max_sequences, chunk_rows)."
+        ) from error
+
+
 def _is_chat(
     prompt: Sequence[int] | Sequence[Mapping[str, str]],
 ) -> TypeGuard[Sequence[Mapping[str, str]]]:
-    return bool(prompt) and isinstance(prompt[0], Mapping)
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise InvalidInputError(
+            "A prompt is a text, a list of token ids, or a list of a chat's messages; this one is "
+            f"{reprlib.repr(prompt)} ({type(prompt).__name__})."
+        ) from None
 
 
 def _closed() -> PreconditionError:

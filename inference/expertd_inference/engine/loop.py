@@ -62,11 +62,15 @@ class Loop:
     def add(self, sequence: Sequence, live: Callable[[], Live]) -> Live:
         """Takes on a sequence; ``live`` is asked once the scheduler has accepted it.
 
-        Raises as :meth:`Scheduler.add` does.
+        Raises as :meth:`Scheduler.add` and ``live`` do; then there is no such sequence.
         """
         with self._lock:
             self._scheduler.add(sequence)
-            self._live[sequence.id] = made = live()
+            try:
+                self._live[sequence.id] = made = live()
+            except BaseException:
+                self._scheduler.cancel(sequence.id)
+                raise
             return made
 
     def cancel(self, sequence: int) -> None:

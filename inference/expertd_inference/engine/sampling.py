@@ -92,7 +92,7 @@ class Sampler:
     def choose(self, row: Scores, tokens: Sequence[int]) -> int | None:
         """The token after ``tokens``, by the model's scores ``row`` [vocabulary], left as they are.
 
-        None if the scores say nothing, since the largest is not finite.
+        None if no score is finite: the model's own say nothing, or the settings leave no token.
         """
         scores = self._edited(row, tokens)
         if not isfinite(scores.max()):
@@ -203,7 +203,8 @@ def choose(
             results.append(_unforeseen(error))
             continue
         if token is None:
-            results.append(not_finite(logits.dtype))
+            nothing_left = isfinite(row.max())
+            results.append(_nothing_left() if nothing_left else not_finite(logits.dtype))
         elif num_top is None:
             results.append(Chosen(token))
         else:
@@ -275,6 +276,13 @@ def _unforeseen(error: Exception) -> PreconditionError:
     )
     failed.__cause__ = error
     return failed
+
+
+def _nothing_left() -> PreconditionError:
+    return PreconditionError(
+        "No token may come next: allowed_tokens, bad_words, min_new_tokens and what the pack's "
+        "generation_config.json forbids exclude all together; allow more."
+    )
 
 
 def not_finite(dtype: torch.dtype) -> PreconditionError:

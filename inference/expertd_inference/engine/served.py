@@ -47,5 +47,5 @@ class Served(Protocol):
     def open_executor(self, room: Room) -> Executor:
         """What computes this model's steps, with memory for so many sequences."""
 
-    def before_close(self, call: Callable[[], None]) -> None:
-        """Has ``call`` called when the model is about to be closed."""
+    def before_close(self, call: Callable[[], None]) -> Callable[[], object]:
+        """Has ``call`` called when the model is about to be closed; the result forgets it."""

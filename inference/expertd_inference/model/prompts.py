@@ -1,10 +1,10 @@
 """A prompt's way to tokens: the pack's tokenizer, its chat template, and the model's embeddings."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.process.reasons import reason_of
 from expertd_inference.settings import check_prompt
 from expertstore.errors import InvalidInputError, PackError
@@ -18,15 +18,15 @@ def encode(
     """The tokens of a text, or of a chat's messages in the tokenizer's chat template.
 
     A message has a ``role`` and its ``content``. Raises InvalidInputError for a prompt that is no
-    text, has no tokens, fills the model's context or has tokens that the model does not, and for
-    messages if there is no template, or none that takes them.
+    text, has no tokens or has tokens that the model does not, and for messages if there is no
+    template, or none that takes them.
     """
     if isinstance(prompt, str):
         check_prompt(prompt)
         ids = _ids(model, tokenizer, prompt)
     else:
         for message in prompt:
-            check_prompt(message["content"])
+            _check_message(message)
         ids = _in_template(model, tokenizer, prompt)
     if not ids:
         raise InvalidInputError("The prompt is empty; this model needs at least one token.")
@@ -38,13 +38,18 @@ def encode(
             f"embeddings for 0 to {rows - 1}: the tokenizer of {model.name_or_path} has tokens "
             "that the model does not know; leave that one out."
         )
-    context = context_tokens(model.config)
-    if context is not None and len(ids) >= context:
-        raise InvalidInputError(
-            f"The prompt has {len(ids)} tokens, which leaves no room in the model's context "
-            f"of {context}; shorten it."
-        )
     return ids
+
+
+def _check_message(message: object) -> None:
+    if not isinstance(message, Mapping) or not all(
+        isinstance(message.get(name), str) for name in ("role", "content")
+    ):
+        raise InvalidInputError(
+            "A message of a chat has a role and its content, which are texts; this one is "
+            f"{reprlib.repr(message)}."
+        )
+    check_prompt(message["content"])
 
 
 def _text_of(tokenizer: Any, token: int) -> str:  # noqa: ANN401
@@ -72,7 +77,8 @@ def _in_template(
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidInputError(
-            f"The model {Path(model.name_or_path).name} has no chat template; leave out --chat."
+            f"The model {Path(model.name_or_path).name} has no chat template, which messages and "
+            "--chat need; give the prompt as a text."
         )
     try:
         ids: list[int] = tokenizer.apply_chat_template(

@@ -46,7 +46,8 @@ def test_what_a_line_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "Input data was truncated"),
+        ("{", "Input data was truncated; give one JSON object a line."),
+        ('{"prompt": "a", "temperature": NaN}', "invalid character (byte 31); give one JSON"),
         ("[]", "Expected `object`, got `array`"),
         ("{}", "it has no prompt; give one of prompt, messages, tokens"),
         ('{"prompt": "a", "tokens": [1]}', "it has prompt and tokens; give one"),
@@ -72,10 +73,16 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read(tmp_path, "\n \n")
     with pytest.raises(InvalidInputError, match="cannot be read: Is a directory"):
         read_prompt_file(tmp_path, DEFAULTS)
-    stdin = SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "a"}\n\xff\n'))
-    monkeypatch.setattr("sys.stdin", stdin)
-    with pytest.raises(InvalidInputError, match="stdin, line 2: "):
-        read_prompt_file(Path("-"), DEFAULTS)
+    for line in (b"\xff", b'{"prompt": "caf\xe9"}'):
+        stdin = SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "a"}\n' + line + b"\n"))
+        monkeypatch.setattr("sys.stdin", stdin)
+        with pytest.raises(InvalidInputError, match="stdin, line 2: "):
+            read_prompt_file(Path("-"), DEFAULTS)
+
+
+def test_files_of_other_systems(tmp_path: Path) -> None:
+    one, two = read(tmp_path, '\ufeff{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert [one.prompt, two.prompt] == ["a", "b"]
 
 
 @pytest.fixture
@@ -115,6 +122,13 @@ def test_each_line_is_answered(engine: Engine, worker: ToyWorker) -> None:
     assert max(worker.executor.num_rows) == 3, "computed together"
 
 
+def test_no_line_fails_since_others_wait(worker: ToyWorker) -> None:
+    results: list[PromptResult] = []
+    with Engine(worker, EngineLimits(max_sequences=3, max_waiting=2, kv_tokens=512)) as engine:
+        continue_all(engine, lines(*"abcdefgh", max_new_tokens=4), results.append)
+    assert [result.error for result in results] == [None] * 8
+
+
 def test_a_line_that_fails_does_not_end_the_others(engine: Engine, worker: ToyWorker) -> None:
     results: list[PromptResult] = []
     totals = Totals()
@@ -135,7 +149,7 @@ def test_a_line_that_fails_does_not_end_the_others(engine: Engine, worker: ToyWo
 
 
 def test_what_would_end_all_ends_all(engine: Engine, worker: ToyWorker) -> None:
-    worker.executor.faults = [UnavailableError("The daemon is gone.")]
+    worker.executor.faults = [UnavailableError("The daemon is gone.")] * 100
     results: list[PromptResult] = []
     with pytest.raises(UnavailableError):
         continue_all(engine, lines(*"abcdefghijkl", max_new_tokens=4), results.append)

@@ -7,7 +7,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from expertd_inference.engine.budget import EngineLimits, budget_for
 from expertd_inference.engine.engine import Engine
@@ -19,12 +21,13 @@ from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import (
     BusyError,
     InvalidInputError,
+    PackError,
     PreconditionError,
     PromptTooLongError,
     StepFailedError,
     UnavailableError,
 )
-from tests.inference.engine.toy import ToyWorker
+from tests.inference.engine.toy import ToyExecutor, ToyWorker
 
 LONG = GenerationSettings(max_new_tokens=400, ignore_eos=True)
 SHORT = GenerationSettings(max_new_tokens=5, ignore_eos=True)
@@ -117,7 +120,52 @@ def test_one_of_all_prompts_that_fails_cancels_the_others(engine: Engine, gate: 
     assert engine.stats.num_running == 0
 
 
-@pytest.mark.parametrize("prompts", ["one", [1, 2], [{"role": "user", "content": "one"}]])
+def test_token_ids_of_other_kinds(engine: Engine) -> None:
+    expected = engine.generate([[1, 2, 3]], SHORT)
+    for prompt in ((1, 2, 3), range(1, 4), np.array([1, 2, 3]), torch.tensor([1, 2, 3])):
+        assert engine.generate([prompt], SHORT) == expected  # type: ignore[list-item]
+    assert engine.generate((one for one in ([1, 2, 3],)), SHORT) == expected  # type: ignore[arg-type]
+
+
+def test_settings_that_are_none(engine: Engine) -> None:
+    with pytest.raises(
+        InvalidInputError, match="settings are of type dict; give GenerationSettings"
+    ):
+        engine.submit("a", {"temperature": 1})  # type: ignore[arg-type]
+
+
+def test_no_memory_for_so_many_rows() -> None:
+    class Small(ToyWorker):
+        def open_executor(self, room: Room) -> ToyExecutor:
+            torch.empty(1 << 62, dtype=torch.int8)
+            raise AssertionError("so much memory")
+
+    with pytest.raises(InvalidInputError, match=r"steps of 512 rows and 64 sequences; ask for"):
+        Engine(Small())
+
+
+def test_a_pack_without_a_tokenizer(worker: ToyWorker, engine: Engine) -> None:
+    class NoTokenizer:
+        @property
+        def backend_tokenizer(self) -> None:
+            raise PackError("It has no usable tokenizer.")
+
+    tokenizer, worker.tokenizer = worker.tokenizer, NoTokenizer()
+    with pytest.raises(PackError, match="no usable tokenizer"):
+        engine.submit([1, 2], SHORT)
+    assert engine.stats.num_waiting == 0
+    worker.tokenizer = tokenizer
+    assert len(ids(engine.submit([1, 2], SHORT))) == 5
+
+
+def test_a_closed_engine_is_forgotten(worker: ToyWorker) -> None:
+    for _ in range(2):
+        with Engine(worker):
+            assert worker.closing
+        assert not worker.closing
+
+
+@pytest.mark.parametrize("prompts", [None, "one", [1, 2], [{"role": "user", "content": "one"}]])
 def test_a_prompt_is_no_list_of_prompts(engine: Engine, prompts: Any) -> None:
     with pytest.raises(InvalidInputError, match="put a single one in a list"):
         engine.generate(prompts)
@@ -242,10 +290,18 @@ def test_too_many(worker: ToyWorker) -> None:
         ([1, 5000], InvalidInputError, "token 5000, and the model has 0 to 256"),
         ([1, -1], InvalidInputError, "token -1"),
         ([1] * 512, PromptTooLongError, "512 tokens, which leaves no room in the model's context"),
+        ("x" * 512, PromptTooLongError, "512 tokens"),
+        (None, InvalidInputError, r"this one is None \(NoneType\)"),
+        (5, InvalidInputError, r"5 \(int\)"),
+        (b"abc", InvalidInputError, r"\(bytes\)"),
+        ([1.5], InvalidInputError, r"\[1.5\] \(list\)"),
+        (["a"], InvalidInputError, r"\(list\)"),
+        (torch.tensor([[1, 2]]), InvalidInputError, r"\(Tensor\)"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_prompts_that_cannot_be_continued(
-    engine: Engine, prompt: list[int], error: type[Exception], message: str
+    engine: Engine, prompt: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         engine.submit(prompt)
@@ -315,9 +371,13 @@ def test_a_fork_has_no_engine(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"max_sequences": 0}, {"max_waiting": 0}, {"kv_tokens": 63}, {"chunk_rows": 0}],
+    [
+        *({"max_sequences": 0}, {"max_waiting": 0}, {"kv_tokens": 63}, {"chunk_rows": 0}),
+        *({"max_sequences": 1.5}, {"kv_tokens": float("nan")}, {"chunk_rows": "4"}),
+    ],
+    ids=str,
 )
-def test_limits_that_make_no_sense(limits: dict[str, int]) -> None:
+def test_limits_that_make_no_sense(limits: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(limits))):
         EngineLimits(**limits)
 

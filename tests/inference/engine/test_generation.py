@@ -21,7 +21,13 @@ from expertd_inference.process import memory
 from expertd_inference.process.attachment import attach
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.tiny_models import byte_tokenizer, make_model
-from expertstore.errors import InvalidInputError, NotFoundError, PackError, PreconditionError
+from expertstore.errors import (
+    InvalidInputError,
+    NotFoundError,
+    PackError,
+    PreconditionError,
+    PromptTooLongError,
+)
 from tests.inference.greedy import greedy, prompt_of
 
 Make = Callable[..., Any]
@@ -259,7 +265,7 @@ def test_empty_prompt(mixtral: Worker) -> None:
 
 
 def test_prompt_that_fills_the_context(mixtral: Worker) -> None:
-    with pytest.raises(InvalidInputError, match=r"512 tokens, which leaves no room.* 512"):
+    with pytest.raises(PromptTooLongError, match=r"512 tokens, which leaves no room.* 512"):
         generate(mixtral, "x" * 512)
     result = generate(mixtral, "x" * 508, GenerationSettings(max_new_tokens=100)).result
     assert result.new_tokens <= 4

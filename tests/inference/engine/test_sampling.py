@@ -243,6 +243,15 @@ def test_scores_that_say_nothing_are_that_sequences_error(value: float, sampling
     assert "--dtype float32" in str(results[1])
 
 
+def test_settings_that_leave_no_token_are_that_sequences_error() -> None:
+    nothing = Sampling(allowed_tokens=(5,), bad_words=((5,),))
+    results = choose(
+        torch.randn(2, 50), [Sampler(one, 0, [1]) for one in (nothing, Sampling())], [[1]] * 2
+    )
+    assert "No token may come next" in str(results[0])
+    assert isinstance(results[1], Chosen)
+
+
 def test_what_is_masked_by_the_model_is_no_error() -> None:
     row = torch.full((1, 50), -torch.inf)
     row[0, 9] = -3.0

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,14 +129,38 @@ def test_the_packs_own_stops_count_as_well() -> None:
         ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
         ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
         ({"logit_bias": {5: float("nan")}}, "token 5 is nan"),
+        ({"logit_bias": {5: 1e308}}, r"token 5 is 1e\+308; give -1000000000 to"),
         ({"allowed_tokens": ()}, "no token"),
         ({"bad_words": ((1,), ())}, "without tokens"),
         ({"min_new_tokens": 200}, "min_new_tokens is 200"),
         ({"logprobs": 21}, "logprobs is 21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+        ({"temperature": "hot"}, r"temperature is 'hot' \(str\); give float"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens is 2.5 \(float\); give int"),
+        ({"max_new_tokens": True}, r"max_new_tokens is True \(bool\); give int"),
+        ({"top_k": float("nan")}, r"top_k is nan \(float\); give int \| None"),
+        ({"stop": (1,)}, r"stop is \(1,\) \(tuple\); give tuple\[str, \.\.\.\]"),
+        ({"stop": None}, "stop is None"),
+        ({"stop_tokens": 5}, "stop_tokens is 5"),
+        ({"bad_words": (1,)}, "bad_words is"),
+        ({"logit_bias": [1]}, "logit_bias is"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias is"),
     ],
     ids=str,
 )
 def test_settings_that_make_no_sense(values: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInputError, match=words):
         GenerationSettings(**values)
+
+
+def test_lists_and_numbers_of_numpy_do_as_settings() -> None:
+    wanted = GenerationSettings(
+        stop=["a"],  # type: ignore[arg-type]
+        bad_words=[[1]],  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        max_new_tokens=np.int64(3),  # type: ignore[arg-type]
+    )
+    assert wanted == GenerationSettings(
+        stop=("a",), bad_words=((1,),), temperature=0.5, max_new_tokens=3
+    )
+    assert type(wanted.max_new_tokens) is int

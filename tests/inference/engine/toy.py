@@ -113,13 +113,14 @@ class ToyWorker:
         self.executor = ToyExecutor(room, **self._kind)
         return self.executor
 
-    def before_close(self, call: Callable[[], None]) -> None:
-        """As a worker's."""
-        self.closing.append(call)
+    def before_close(self, call: Callable[[], None]) -> Callable[[], object]:
+        """As a worker's, of one engine."""
+        self.closing = [call]
+        return self.closing.clear
 
     def close(self) -> None:
         """As a worker's."""
-        for call in self.closing:
+        for call in [*self.closing]:
             call()
 
 

@@ -169,11 +169,12 @@ def test_bytes_that_are_no_text() -> None:
         encode(model_of(), byte_tokenizer(), prompt)
 
 
-def test_lengths() -> None:
-    ids = byte_tokenizer()("x" * 63).input_ids
-    assert encode(model_of(), byte_tokenizer(), "x" * 63) == ids
-    with pytest.raises(InvalidInputError, match="64 tokens, which leaves no room"):
-        encode(model_of(), byte_tokenizer(), "x" * 64)
+@pytest.mark.parametrize(
+    "message", [{"role": "user"}, {"content": "Hi"}, {"role": "user", "content": ["Hi"]}, 3]
+)
+def test_messages_that_are_none(message: Any) -> None:
+    with pytest.raises(InvalidInputError, match="A message of a chat has a role and its content"):
+        encode(model_of(), template("x"), [*user("Hi"), message])
 
 
 def test_messages_of_several_speakers() -> None:
