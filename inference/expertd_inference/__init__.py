@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from expertd_inference.engine.budget import EngineLimits
     from expertd_inference.engine.completion import Completion
     from expertd_inference.engine.decoding import Decoding
-    from expertd_inference.engine.engine import Engine, EngineStats
+    from expertd_inference.engine.engine import Engine
+    from expertd_inference.engine.stats import EngineStats
     from expertd_inference.engine.stops import FinishReason
     from expertd_inference.engine.stream import TokenStream
     from expertd_inference.engine.token import Token
@@ -56,7 +57,7 @@ _MODULES = {
     "EmbeddedDaemon": "process.embedded",
     "Engine": "engine.engine",
     "EngineLimits": "engine.budget",
-    "EngineStats": "engine.engine",
+    "EngineStats": "engine.stats",
     "FinishReason": "engine.stops",
     "GenerationResult": "generation",
     "GenerationSettings": "settings",
