@@ -17,32 +17,55 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertd_inference.engine.budget import EngineLimits
+    from expertd_inference.engine.completion import Completion
+    from expertd_inference.engine.decoding import Decoding
     from expertd_inference.engine.engine import Engine
+    from expertd_inference.engine.stats import EngineStats
+    from expertd_inference.engine.stops import FinishReason
+    from expertd_inference.engine.stream import TokenStream
+    from expertd_inference.engine.token import Token
     from expertd_inference.generation import GenerationResult, generate
+    from expertd_inference.process.attachment import ModelAttachment, attach
     from expertd_inference.process.embedded import EmbeddedDaemon
     from expertd_inference.process.environment import prepare_environment
     from expertd_inference.settings import GenerationSettings
     from expertd_inference.worker import Worker, load_model
 
 __all__ = [
+    "Completion",
+    "Decoding",
     "EmbeddedDaemon",
     "Engine",
     "EngineLimits",
+    "EngineStats",
+    "FinishReason",
     "GenerationResult",
     "GenerationSettings",
+    "ModelAttachment",
+    "Token",
+    "TokenStream",
     "Worker",
+    "attach",
     "generate",
     "load_model",
     "prepare_environment",
 ]
 
 _MODULES = {
+    "Completion": "engine.completion",
+    "Decoding": "engine.decoding",
     "EmbeddedDaemon": "process.embedded",
     "Engine": "engine.engine",
     "EngineLimits": "engine.budget",
+    "EngineStats": "engine.stats",
+    "FinishReason": "engine.stops",
     "GenerationResult": "generation",
     "GenerationSettings": "settings",
+    "ModelAttachment": "process.attachment",
+    "Token": "engine.token",
+    "TokenStream": "engine.stream",
     "Worker": "worker",
+    "attach": "process.attachment",
     "generate": "generation",
     "load_model": "worker",
     "prepare_environment": "process.environment",

@@ -88,7 +88,12 @@ def generate(
         bool, typer.Option("--chat", help="Answer the prompt in the model's chat template.")
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with text, tokens and figures.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object with text, tokens and figures; with --prompt-file, a last "
+            "line with the figures of all.",
+        ),
     ] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="With --json: the text to stderr while it comes.")
@@ -134,10 +139,10 @@ def generate(
 
       expert-run generate --model mixtral --prompt-file questions.jsonl > answers.jsonl
     """
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
-    lines = lines_of(prompt, prompt_file, settings, chat=chat)
     if stream and prompt_file is not None:
         raise InvalidInputError("--stream shows one text; with --prompt-file, leave it out.")
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
+    lines = lines_of(prompt, prompt_file, settings, chat=chat)
     limits = EngineLimits(
         max_sequences=max_sequences,
         max_waiting=max(_LIMITS.max_waiting, 2 * max_sequences),

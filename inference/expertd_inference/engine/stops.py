@@ -21,8 +21,6 @@ class FinishReason(StrEnum):
     """It came to the end of its text, a stop token or a stop string."""
     LENGTH = "length"
     """It has as many tokens as were asked for, or as there is room for."""
-    CANCELLED = "cancelled"
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

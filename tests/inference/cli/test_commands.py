@@ -205,6 +205,7 @@ def test_unknown_model(daemon: Daemon) -> None:
         (("--top-p", "0"), "top_p"),
         (("--seed", "-1"), "seed"),
         (("--prompt-file", "x"), "Give one of --prompt and --prompt-file"),
+        (("--stream", "--prompt-file", "x"), "--stream shows one text; with --prompt-file, leave"),
         (("--kv-tokens", "10"), "kv_tokens is 10, too few for one sequence; give at least 64"),
         (("--exact", "--kernels", "reference", "--embedded", "/tmp"), "is not a pack"),
         (("--socket", "/" + "x" * 120, "--model", "m"), "at most 107"),

@@ -351,3 +351,28 @@ def test_the_example_of_many_sequences_runs(
     ends = [line[-1] for line in lines if line[-1] in ("length", "stop")]
     assert len(ends) == 2
     assert sum(line[-1] == "None" for line in lines) >= 2
+
+
+SAMPLES = [
+    sample
+    for sample in re.findall(
+        r"^```python\n(.*?)^```",
+        (Path(__file__).parents[3] / "docs/generating.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    if "EmbeddedDaemon(" in sample
+]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=["generate", "engine"])
+def test_samples_of_the_page_run(
+    sample: str,
+    packed: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mixtral").symlink_to(packed("example"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(sample.replace("24GiB", "16MiB"), "docs/generating.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 100

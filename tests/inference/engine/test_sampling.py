@@ -281,7 +281,7 @@ def test_scores_that_say_nothing_are_that_sequences_error(value: float, sampling
 def test_settings_that_leave_no_token_are_that_sequences_error() -> None:
     nothing = Sampling(allowed_tokens=(5,), bad_words=((5,),))
     results = choose(
-        torch.randn(2, 50), [Sampler(one, 0, [1]) for one in (nothing, Sampling())], [[1]] * 2
+        torch.randn(2, 50), [Sampler(one, 0, 1) for one in (nothing, Sampling())], [[1]] * 2
     )
     assert "No token may come next" in str(results[0])
     assert isinstance(results[1], Chosen)
