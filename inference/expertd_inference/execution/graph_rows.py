@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from expertd_inference.execution.batch import Span
 from expertd_inference.execution.layers import AttentionLayer
-from expertd_inference.kernels.block_keys import put_keys, take_keys
+from expertd_inference.kernels.block_order import put_keys, put_values, take_keys, take_values
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kv.memory import KvMemory
 
@@ -93,7 +93,7 @@ class GraphAttention:
         if layer.appends:
             block, offset = self._places()
             put_keys(keys, block, offset, key[0].transpose(0, 1))
-            values[block, :, offset] = value[0].transpose(0, 1)
+            put_values(values, block, offset, value[0].transpose(0, 1))
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         # Heads that share keys are rows of one head.
         kv_heads, (_, heads, size, width) = keys.shape[1], query.shape
@@ -101,7 +101,7 @@ class GraphAttention:
         attended = _attend(
             grouped,
             self._gathered(take_keys(keys, self._rows.tables.flatten())),
-            self._gathered(values.index_select(0, self._rows.tables.flatten())),
+            self._gathered(take_values(values, self._rows.tables.flatten())),
             self._sees(layer.window),
             scale,
             others.get("s_aux"),

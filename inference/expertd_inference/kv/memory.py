@@ -44,9 +44,9 @@ class KvMemory(Closing):
 
     keys: list[Tensor]
     """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, key_width], without gaps; in which order,
-    :mod:`..kernels.block_keys` says."""
+    :mod:`..kernels.block_order` says."""
     values: list[Tensor]
-    """Of a layer: [num_blocks, num_heads, BLOCK_TOKENS, value_width], without gaps."""
+    """The same of values: [num_blocks, num_heads, BLOCK_TOKENS, value_width]."""
 
     def __init__(
         self,

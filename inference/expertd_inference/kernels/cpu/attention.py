@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.block_keys import put_keys, take_keys
+from expertd_inference.kernels.block_order import put_keys, put_values, take_keys, take_values
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kernels.cpu.library import TYPES, check_memory, native_library
 from expertd_inference.kernels.cpu.structures import AttentionCall, NativeAttentionPlan
@@ -90,8 +90,8 @@ def attend(
     Args:
         plan: The rows' sequences.
         keys: A layer's blocks: [num_blocks, kv_heads, 64, key_width], without gaps; written to.
-            In which order, :mod:`..blocks` says.
-        values: The same of values: [num_blocks, kv_heads, 64, value_width], in this order.
+            In which order, :mod:`..block_order` says.
+        values: The same of values: [num_blocks, kv_heads, 64, value_width].
         query: [rows, heads, key_width]; rows and heads may lie anywhere, a head has no gaps. All
             tensors are of its dtype: bfloat16, float16 or float32.
         key: [rows, kv_heads, key_width]; None with ``value``: nothing is appended.
@@ -210,7 +210,7 @@ def append(
             offsets.append(token % BLOCK_TOKENS)
     block, offset = (torch.tensor(numbers, device=keys.device) for numbers in (blocks, offsets))
     put_keys(keys, block, offset, key)
-    values[block, :, offset] = value
+    put_values(values, block, offset, value)
 
 
 def attend_slowly(
@@ -249,6 +249,6 @@ def attend_slowly(
             column = sinks.float()[:, None, None].expand(-1, num_rows, 1)
             scores = torch.cat([scores, column], -1)
         weights = scores.softmax(-1)[..., :length]
-        results.append((weights @ gathered(values[needed])).transpose(0, 1))
+        results.append((weights @ gathered(take_values(values, needed))).transpose(0, 1))
         first += num_rows
     return torch.cat(results).to(query.dtype)

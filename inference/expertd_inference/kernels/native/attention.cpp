@@ -37,6 +37,16 @@ int64_t num_tiles(const AttentionCall& call) {
     return count * call.kv_heads * ((shares.group + shares.heads - 1) / shares.heads);
 }
 
+// To a block of values, that of a token. T is as wide as a number.
+template <class T>
+void append_value(const T* value, int64_t value_width, int64_t token, T* block) {
+    constexpr int64_t TOKENS = 4 / sizeof(T); // of a word
+    const int64_t columns = value_columns(value_width);
+    T* to = block + token / TOKENS * TOKENS * columns + token % TOKENS;
+    for (int64_t first = 0; first < value_width; first += columns, to += BLOCK_TOKENS * columns)
+        for (int64_t i = 0; i < columns; ++i) to[i * TOKENS] = value[first + i];
+}
+
 int64_t pieces_of(int64_t tokens) { return (tokens + PIECE_TOKENS - 1) / PIECE_TOKENS; }
 
 } // namespace
@@ -45,7 +55,7 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
     if (!call.key) return;
     const AttentionPlan& plan = *call.plan;
     const int64_t size = size_of(call.type);
-    const int64_t key_bytes = call.key_width * size, value_bytes = call.value_width * size;
+    const int64_t key_bytes = call.key_width * size;
     const int64_t* after =
         std::upper_bound(plan.first_rows, plan.first_rows + plan.num_spans + 1, first_row);
     int64_t span = after - plan.first_rows - 1;
@@ -63,10 +73,14 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
                             in_block % KEY_TOKENS * 4;
             for (int64_t at = 0; at < key_bytes; at += 4)
                 memcpy(keys + at * KEY_TOKENS, key + at, 4);
-            memcpy(static_cast<uint8_t*>(call.values) + (slot + in_block) * value_bytes,
-                   static_cast<const uint8_t*>(call.value) +
-                       (row * call.value_row + kv * call.value_head) * size,
-                   value_bytes);
+            const int64_t value = row * call.value_row + kv * call.value_head;
+            const int64_t values = slot * call.value_width;
+            if (call.type == F32)
+                append_value(static_cast<const uint32_t*>(call.value) + value, call.value_width,
+                             in_block, static_cast<uint32_t*>(call.values) + values);
+            else
+                append_value(static_cast<const uint16_t*>(call.value) + value, call.value_width,
+                             in_block, static_cast<uint16_t*>(call.values) + values);
         }
     }
 }

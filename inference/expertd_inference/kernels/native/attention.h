@@ -16,10 +16,16 @@
 constexpr int64_t BLOCK_TOKENS = 64; // kernels/blocks.py has the same number
 constexpr int64_t PIECE_TOKENS = 512;
 
-// Keys are written once and read for each later token, so they lie as they are read: a block is
-// [BLOCK_TOKENS / KEY_TOKENS][words][KEY_TOKENS] words of 4 bytes, a float32 or a pair of columns.
-// kernels/block_keys.py has the same.
-constexpr int64_t KEY_TOKENS = 16;
+// Keys and values are written once and read for each later token, so they lie as they are read: in
+// words of 4 bytes, line after line. A block of keys is [BLOCK_TOKENS / KEY_TOKENS][words]
+// [KEY_TOKENS] words, a float32 or two columns of a token. One of values is
+// [value_width / columns][words][columns] words, a float32 or a column of two tokens, with as many
+// columns as value_columns() says. kernels/block_order.py has the same.
+constexpr int64_t KEY_TOKENS = 32;
+constexpr int64_t VALUE_COLUMNS = 32;
+inline int64_t value_columns(int64_t value_width) {
+    return value_width % VALUE_COLUMNS ? value_width : VALUE_COLUMNS;
+}
 
 // The spans of a batch, for all layers. A span is consecutive rows of one sequence.
 struct AttentionPlan {
@@ -37,7 +43,7 @@ struct AttentionCall {
     const void* key;   // [rows, kv_heads, key_width], or null: nothing is appended
     const void* value; // [rows, kv_heads, value_width], or null
     void* keys;        // [num_blocks, kv_heads], blocks of BLOCK_TOKENS * key_width: see KEY_TOKENS
-    void* values;      // [num_blocks, kv_heads, BLOCK_TOKENS, value_width]
+    void* values;      // the same of value_width: see VALUE_COLUMNS
     void* out;         // [rows, heads, value_width]
     const float* sinks; // [heads]: logits that join the softmax's denominator; or null
     int64_t heads, kv_heads, key_width, value_width; // widths are even
@@ -50,7 +56,7 @@ struct AttentionCall {
 // Memory of one task at a time. Sizes are for the plan's largest tile; see Attend.
 struct TileScratch {
     float* keys;     // a block, widened
-    float* values;   // a block, widened
+    float* values;   // a block, widened: [padded width / VALUE_COLUMNS][tokens][VALUE_COLUMNS]
     float* queries;  // widened
     float* scores;   // [queries][SCORE_STRIDE]
     float* piece;    // a partial result

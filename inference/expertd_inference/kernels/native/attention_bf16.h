@@ -1,8 +1,9 @@
 // Attention to bfloat16 keys and values on processors that multiply bfloat16.
 //
 // Scores are sums of vdpbf16ps, whose lanes are tokens: a word of keys is a pair of columns. So are
-// results, whose lanes are columns and whose pairs are two tokens: powers are rounded to bfloat16,
+// results, whose lanes are columns and whose words are two tokens: powers are rounded to bfloat16,
 // and a query's total is the sum of the rounded ones. docs/kernels.md says what float32 would cost.
+// Either way a block is read, and a later one asked for, line after line.
 #pragma once
 
 #include "unroll.h" // before the intrinsics: see there
@@ -36,40 +37,38 @@ struct Bf16 : Generic {
         return _mm512_set1_epi32(two);
     }
 
-    // Scores of Q queries with the tokens of GROUPS groups of keys.
-    template <int Q, int GROUPS>
-    TILE_INLINE void dots_with(const uint16_t* const* queries, const uint8_t* keys,
-                               const uint8_t* ahead, float* scores) const {
-        const int64_t words = c.key_width / 2;
-        __m512 sums[Q][GROUPS];
-        for (int q = 0; q < Q; ++q)
-            for (int g = 0; g < GROUPS; ++g) sums[q][g] = _mm512_setzero_ps();
-        for (int64_t word = 0; word < words; ++word) {
-            __m512i key[GROUPS];
-            for (int g = 0; g < GROUPS; ++g) {
-                key[g] = _mm512_load_si512(keys + (g * words + word) * 64);
-                ask_for(ahead + (g * words + word) * 64);
-            }
-            for (int q = 0; q < Q; ++q) {
-                const __m512i x = pair(queries[q] + 2 * word);
-                for (int g = 0; g < GROUPS; ++g) sums[q][g] = add_products(sums[q][g], x, key[g]);
-            }
+    // Adds to Q pairs of registers the products of a line of 32 words with a word of each query,
+    // and asks for a line of a later block.
+    template <int Q>
+    static TILE_INLINE void add_line(__m512 (&sums)[Q][2], __m512i low, __m512i high,
+                                     const uint16_t* const* factors, int64_t at,
+                                     const uint8_t* ahead) {
+        ask_for(ahead);
+        ask_for(ahead + 64);
+        for (int q = 0; q < Q; ++q) {
+            const __m512i x = pair(factors[q] + at);
+            sums[q][0] = add_products(sums[q][0], x, low);
+            sums[q][1] = add_products(sums[q][1], x, high);
         }
-        for (int q = 0; q < Q; ++q)
-            for (int g = 0; g < GROUPS; ++g)
-                _mm512_storeu_ps(scores + q * SCORE_STRIDE + 16 * g, sums[q][g]);
     }
 
     template <int Q>
     void dots(int64_t block, int64_t first, int64_t tokens, float* scores,
               const uint8_t* ahead) const {
-        constexpr int GROUPS = Q > 4 ? 2 : 4;
         const uint16_t* queries[Q];
         for (int q = 0; q < Q; ++q) queries[q] = view.query<uint16_t>(first + q);
-        const uint8_t* keys = key_block(block);
-        for (int64_t token = 0; token < tokens; token += KEY_TOKENS * GROUPS) {
-            const int64_t place = token * c.key_width * 2;
-            dots_with<Q, GROUPS>(queries, keys + place, ahead + place, scores + token);
+        const int64_t words = c.key_width / 2;
+        const uint8_t* line = key_block(block);
+        for (int64_t token = 0; token < tokens; token += KEY_TOKENS) {
+            __m512 sums[Q][2];
+            for (int q = 0; q < Q; ++q) sums[q][0] = sums[q][1] = _mm512_setzero_ps();
+            for (int64_t word = 0; word < words; ++word, line += 128, ahead += 128)
+                add_line<Q>(sums, _mm512_load_si512(line), _mm512_load_si512(line + 64), queries,
+                            2 * word, ahead);
+            for (int q = 0; q < Q; ++q) {
+                _mm512_storeu_ps(scores + q * SCORE_STRIDE + token, sums[q][0]);
+                _mm512_storeu_ps(scores + q * SCORE_STRIDE + token + 16, sums[q][1]);
+            }
         }
     }
 
@@ -87,66 +86,54 @@ struct Bf16 : Generic {
         return sum_of((Lanes)sum);
     }
 
-    // Adds to VECTORS times 32 columns the values of tokens [from, to), two at a time. A later
-    // block is asked for line by line, so that the processor sees a stream of its own.
-    template <int Q, int VECTORS, bool MASKED>
-    TILE_INLINE void mix_columns(const uint8_t* values, const uint8_t* ahead, __mmask32 mask,
-                                 int64_t from, int64_t to, const Power* powers,
-                                 float* sums) const {
-        const int64_t width = padded_width(c.value_width), stride = c.value_width * 2;
-        __m512 low[Q][VECTORS], high[Q][VECTORS]; // of each eight columns four
+    // Adds to 32 columns, or those of the mask, the values of tokens [from, to), two at a time.
+    template <int Q, bool MASKED>
+    TILE_INLINE void mix_columns(const uint8_t* lines, int64_t line_bytes, __mmask32 mask,
+                                 int64_t from, int64_t to, const Power* powers, float* sums,
+                                 const uint8_t* ahead) const {
+        const int64_t width = padded_width(c.value_width);
+        const Power* factors[Q];
+        for (int q = 0; q < Q; ++q) factors[q] = powers + q * 2 * SCORE_STRIDE;
+        __m512 mixed[Q][2];
         for (int q = 0; q < Q; ++q)
-            for (int v = 0; v < VECTORS; ++v) {
-                low[q][v] = _mm512_loadu_ps(sums + q * width + 32 * v);
-                high[q][v] = _mm512_loadu_ps(sums + q * width + 32 * v + 16);
-            }
-        const auto row_of = [&](int64_t token, int v) {
-            const uint8_t* row = values + token * stride + 64 * v;
-            return MASKED ? _mm512_maskz_loadu_epi16(mask, row) : _mm512_loadu_si512(row);
-        };
-        const auto add = [&](int64_t token, bool first, bool second) INLINE_LAMBDA {
-            __m512i left[VECTORS], right[VECTORS];
-            for (int v = 0; v < VECTORS; ++v) {
-                const __m512i one = first ? row_of(token, v) : _mm512_setzero_si512();
-                const __m512i other = second ? row_of(token + 1, v) : _mm512_setzero_si512();
-                left[v] = _mm512_unpacklo_epi16(one, other);
-                right[v] = _mm512_unpackhi_epi16(one, other);
-                ask_for(ahead + (token * VECTORS + 2 * v) * 64);
-                ask_for(ahead + (token * VECTORS + 2 * v + 1) * 64);
-            }
-            for (int q = 0; q < Q; ++q) {
-                const __m512i two = pair(powers + q * 2 * SCORE_STRIDE + token);
-                for (int v = 0; v < VECTORS; ++v) {
-                    low[q][v] = add_products(low[q][v], two, left[v]);
-                    high[q][v] = add_products(high[q][v], two, right[v]);
-                }
-            }
+            for (int half = 0; half < 2; ++half)
+                mixed[q][half] = _mm512_loadu_ps(sums + q * width + 16 * half);
+        // Of a word, `seen` is what may be read.
+        const auto add = [&](int64_t token, int32_t seen) INLINE_LAMBDA {
+            const uint8_t* line = lines + token / 2 * line_bytes;
+            const auto half = [&](int i) INLINE_LAMBDA {
+                const auto there = static_cast<__mmask16>(mask >> 16 * i);
+                const __m512i words = MASKED ? _mm512_maskz_loadu_epi32(there, line + 64 * i)
+                                             : _mm512_loadu_si512(line + 64 * i);
+                return _mm512_and_si512(words, _mm512_set1_epi32(seen));
+            };
+            add_line<Q>(mixed, half(0), half(1), factors, token, ahead + token * 64);
         };
         // What no query sees may be anything: it is not read.
-        int64_t token = from;
-        if (token % 2) add(token++ - 1, false, true);
-        for (; token + 1 < to; token += 2) add(token, true, true);
-        if (token < to) add(token, true, false);
+        int64_t token = from / 2 * 2;
+        if (from % 2) add(token, static_cast<int32_t>(0xffff0000)), token += 2;
+        for (; token + 1 < to; token += 2) add(token, -1);
+        if (token < to) add(token, 0xffff);
         for (int q = 0; q < Q; ++q)
-            for (int v = 0; v < VECTORS; ++v) {
-                _mm512_storeu_ps(sums + q * width + 32 * v, low[q][v]);
-                _mm512_storeu_ps(sums + q * width + 32 * v + 16, high[q][v]);
-            }
+            for (int half = 0; half < 2; ++half)
+                _mm512_storeu_ps(sums + q * width + 16 * half, mixed[q][half]);
     }
 
     template <int Q>
     void mix(int64_t block, int64_t from, int64_t to, const Power* powers, float* sums,
              const uint8_t* ahead) const {
-        constexpr int VECTORS = Q > 4 ? 1 : Q > 2 ? 2 : 4;
-        const uint8_t* values = value_block(block);
-        const auto ahead_of = [&](int64_t column) { return ahead + column * 2 * BLOCK_TOKENS; };
-        int64_t column = 0;
-        for (; column + 32 * VECTORS <= c.value_width; column += 32 * VECTORS)
-            mix_columns<Q, VECTORS, false>(values + 2 * column, ahead_of(column), 0, from, to,
-                                           powers, sums + column);
-        for (; column < c.value_width; column += 32)
-            mix_columns<Q, 1, true>(values + 2 * column, ahead_of(column), mask_of(column), from,
-                                    to, powers, sums + column);
+        const int64_t columns = value_columns(c.value_width), line_bytes = 4 * columns;
+        for (int64_t column = 0; column < c.value_width; column += 32) {
+            const uint8_t* lines = value_block(block) +
+                                   column / columns * (BLOCK_TOKENS / 2) * line_bytes +
+                                   column % columns * 4;
+            const uint8_t* later = ahead + column * 2 * BLOCK_TOKENS;
+            if (column + 32 <= c.value_width)
+                mix_columns<Q, false>(lines, line_bytes, 0, from, to, powers, sums + column, later);
+            else
+                mix_columns<Q, true>(lines, line_bytes, mask_of(column), from, to, powers,
+                                     sums + column, later);
+        }
     }
 
     // Which of 32 columns there are.
@@ -155,21 +142,14 @@ struct Bf16 : Generic {
         return static_cast<__mmask32>((uint64_t{1} << left) - 1);
     }
 
-    // Sums come sixteen of each eight columns' first four, then sixteen of the others.
     void write(int64_t query, float* sums, float factor) const {
         auto* out = static_cast<uint16_t*>(c.out) + view.out(query);
-        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
-                                                23);
-        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
         for (int64_t column = 0; column < c.value_width; column += 32) {
             const auto scaled = [&](int64_t i) {
                 // -0 becomes 0: see attend()
                 return (__m512)(load(sums + column + i) * factor + 0.0f);
             };
-            const __m512 low = scaled(0), high = scaled(16);
-            const __m512 left = _mm512_permutex2var_ps(low, first, high);
-            const __m512 right = _mm512_permutex2var_ps(low, second, high);
-            const auto both = (__m512i)_mm512_cvtne2ps_pbh(right, left);
+            const auto both = (__m512i)_mm512_cvtne2ps_pbh(scaled(16), scaled(0));
             _mm512_mask_storeu_epi16(out + column, mask_of(column), both);
         }
     }

@@ -11,13 +11,14 @@ namespace tile {
 // Some place of a later block, into the second cache.
 TILE_INLINE void ask_for(const uint8_t* place) { __builtin_prefetch(place, 0, 2); }
 
-// A word of KEY_TOKENS keys is a pair of columns.
-inline void widen_words(const uint32_t* words, int32_t type, float* first, float* second) {
-    for (int i = 0; i < KEY_TOKENS; ++i) {
-        const auto low = static_cast<uint16_t>(words[i]);
-        const auto high = static_cast<uint16_t>(words[i] >> 16);
-        first[i] = type == BF16 ? from_bf16(low) : from_f16(low);
-        second[i] = type == BF16 ? from_bf16(high) : from_f16(high);
+// Of words the numbers in their low halves, and those in their high halves.
+inline void widen_words(const uint32_t* words, int64_t count, int32_t type, float* low,
+                        float* high) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto one = static_cast<uint16_t>(words[i]);
+        const auto other = static_cast<uint16_t>(words[i] >> 16);
+        low[i] = type == BF16 ? from_bf16(one) : from_f16(one);
+        high[i] = type == BF16 ? from_bf16(other) : from_f16(other);
     }
 }
 
@@ -73,24 +74,37 @@ struct Generic {
         return static_cast<const uint8_t*>(c.values) + view.slot(block) * c.value_width * size;
     }
 
-    // [BLOCK_TOKENS / KEY_TOKENS][key_width][KEY_TOKENS]
+    // [BLOCK_TOKENS / KEY_TOKENS][key_width][KEY_TOKENS] numbers
     void load_keys(int64_t block, int64_t tokens) const {
         if (c.type == F32) return;
         const int64_t num_words = (tokens + KEY_TOKENS - 1) / KEY_TOKENS * c.key_width / 2;
         const auto* words = reinterpret_cast<const uint32_t*>(key_block(block));
         float* to = scratch.keys;
         for (int64_t i = 0; i < num_words; ++i, words += KEY_TOKENS, to += 2 * KEY_TOKENS)
-            widen_words(words, c.type, to, to + KEY_TOKENS);
+            widen_words(words, KEY_TOKENS, c.type, to, to + KEY_TOKENS);
     }
 
     void load_values(int64_t block, int64_t tokens) const {
-        const int64_t width = padded_width(c.value_width);
-        const uint8_t* from = value_block(block);
-        for (int64_t token = 0; token < tokens; ++token) {
-            float* to = scratch.values + token * width;
-            widen(from + token * c.value_width * size, c.type, c.value_width, to);
-            memset(to + c.value_width, 0, (width - c.value_width) * sizeof(float));
+        if (values_as_they_are()) return;
+        const int64_t columns = value_columns(c.value_width), each = 4 / size;
+        const auto* words = reinterpret_cast<const uint32_t*>(value_block(block));
+        for (int64_t column = 0; column < c.value_width; column += VALUE_COLUMNS) {
+            const int64_t count = std::min(VALUE_COLUMNS, c.value_width - column);
+            const uint32_t* from = words + column / columns * columns * (BLOCK_TOKENS / each) +
+                                   column % columns;
+            float* to = scratch.values + column * BLOCK_TOKENS;
+            for (int64_t token = 0; token < tokens; token += each, from += columns) {
+                if (c.type == F32) memcpy(to, from, count * sizeof(float));
+                else widen_words(from, count, c.type, to, to + VALUE_COLUMNS);
+                for (int64_t i = 0; i < each; ++i, to += VALUE_COLUMNS)
+                    memset(to + count, 0, (VALUE_COLUMNS - count) * sizeof(float));
+            }
         }
+    }
+
+    // Whether a block lies as TileScratch::values does.
+    bool values_as_they_are() const {
+        return c.type == F32 && c.value_width % VALUE_COLUMNS == 0;
     }
 
     // Scores of queries [first, first + Q) with tokens of the block that was loaded.
@@ -134,16 +148,21 @@ struct Generic {
 
     // Adds the values of tokens [from, to) of the block, times powers, to Q rows of sums.
     template <int Q>
-    void mix(int64_t, int64_t from, int64_t to, const float* powers, float* sums,
+    void mix(int64_t block, int64_t from, int64_t to, const float* powers, float* sums,
              const uint8_t*) const {
         const int64_t width = padded_width(c.value_width);
+        const float* all = values_as_they_are()
+                               ? reinterpret_cast<const float*>(value_block(block))
+                               : scratch.values;
         for (int64_t column = 0; column < width; column += 2 * LANES) {
             Lanes mixed[Q][2];
             for (int q = 0; q < Q; ++q)
                 for (int half = 0; half < 2; ++half)
                     mixed[q][half] = load(sums + q * width + column + half * LANES);
+            const float* place = all + column / VALUE_COLUMNS * VALUE_COLUMNS * BLOCK_TOKENS +
+                                 column % VALUE_COLUMNS;
             for (int64_t token = from; token < to; ++token) {
-                const float* values = scratch.values + token * width + column;
+                const float* values = place + token * VALUE_COLUMNS;
                 const Lanes low = load(values), high = load(values + LANES);
                 for (int q = 0; q < Q; ++q) {
                     const float p = powers[q * SCORE_STRIDE + token];

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.block_keys import take_keys
+from expertd_inference.kernels.block_order import put_values, take_keys, take_values
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kernels.cpu.attention import (
     AttentionCall,
@@ -135,6 +135,13 @@ def one_by_one(form: Form, sequence: History, ends: Sequence[int]) -> Tensor:
     )
 
 
+def hide(blocks: Blocks, tokens: Sequence[int]) -> None:
+    """Makes values of block 0 NaN."""
+    offsets, shape = torch.tensor([*tokens]), blocks.values.shape
+    nan = torch.full((len(offsets), shape[1], shape[3]), torch.nan, dtype=blocks.values.dtype)
+    put_values(blocks.values, torch.zeros_like(offsets), offsets, nan)
+
+
 def assert_near(result: Tensor, expected: Tensor) -> None:
     bound = ERRORS[result.dtype] * expected.abs().max().item()
     assert (result.double() - expected).abs().max().item() <= bound
@@ -245,8 +252,9 @@ def test_heads_and_rows_may_lie_anywhere() -> None:
 
 @native
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
-def test_torch_finds_keys_where_native_code_puts_them(dtype: torch.dtype) -> None:
-    form = Form(key_width=6, value_width=4, dtype=dtype)
+@pytest.mark.parametrize("value_width", [4, 64, 96, 80])  # in one row, or 32 columns each
+def test_torch_finds_rows_where_native_code_puts_them(value_width: int, dtype: torch.dtype) -> None:
+    form = Form(key_width=6, value_width=value_width, dtype=dtype)
     sequence = History(form, 130, seed=0)
     ours, theirs = Blocks(form, 3), Blocks(form, 3)
     table = ours.table(130)
@@ -254,10 +262,14 @@ def test_torch_finds_keys_where_native_code_puts_them(dtype: torch.dtype) -> Non
     plan = AttentionPlan([AttentionSpan(0, 130, table)])
     append(plan, theirs.keys, theirs.values, sequence.key, sequence.value)
     for blocks in (ours, theirs):
-        found = take_keys(blocks.keys, torch.tensor(table)).transpose(1, 2).flatten(0, 1)
-        assert torch.equal(found[:130], sequence.key)
-        assert found[130:].isnan().all()
-        assert torch.equal(blocks.values[table].transpose(1, 2).flatten(0, 1)[:130], sequence.value)
+        taken = (
+            (take_keys(blocks.keys, torch.tensor(table)), sequence.key),
+            (take_values(blocks.values, torch.tensor(table)), sequence.value),
+        )
+        for found, given in taken:
+            tokens = found.transpose(1, 2).flatten(0, 1)
+            assert torch.equal(tokens[:130], given)
+            assert tokens[130:].isnan().all()
 
 
 @native
@@ -267,11 +279,12 @@ def test_what_a_row_does_not_see_may_be_anything(isa: str) -> None:
     form = Form(window=5, dtype=torch.bfloat16)
     sequence, blocks, table = History(form, 12, seed=0), Blocks(form, 1), [0]
     run(form, blocks, [(sequence, table, 0, 8)])
-    blocks.values[0, :, :4] = torch.nan  # the window of row 8 begins with token 4, of row 9 with 5
+    # The window of row 8 begins with token 4, of row 9 with 5.
+    hide(blocks, range(4))
     for row in (8, 9):
         result = run(form, blocks, [(sequence, table, row, row + 1)])[0]
         assert_near(result[0], sequence.expected(form)[row])
-        blocks.values[0, :, 4] = torch.nan
+        hide(blocks, [4])
 
 
 @native
