@@ -63,14 +63,21 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
         while (row >= plan.first_rows[span + 1]) ++span;
         const int64_t token = plan.positions[span] + row - plan.first_rows[span];
         const int64_t block = plan.blocks[plan.first_blocks[span] + token / BLOCK_TOKENS];
+        const int64_t in_block = token % BLOCK_TOKENS;
+        const auto keys_of = [&](int64_t kv) {
+            return static_cast<uint8_t*>(call.keys) +
+                   (block * call.kv_heads + kv) * BLOCK_TOKENS * key_bytes +
+                   in_block / KEY_TOKENS * KEY_TOKENS * key_bytes + in_block % KEY_TOKENS * 4;
+        };
+        // Each word of a key is in another line, and memory answers many at once.
+        for (int64_t kv = 0; kv < call.kv_heads; ++kv)
+            for (int64_t at = 0; at < key_bytes; at += 4)
+                __builtin_prefetch(keys_of(kv) + at * KEY_TOKENS, 1);
         for (int64_t kv = 0; kv < call.kv_heads; ++kv) {
             const int64_t slot = (block * call.kv_heads + kv) * BLOCK_TOKENS;
-            const int64_t in_block = token % BLOCK_TOKENS;
             const uint8_t* key = static_cast<const uint8_t*>(call.key) +
                                  (row * call.key_row + kv * call.key_head) * size;
-            uint8_t* keys = static_cast<uint8_t*>(call.keys) + slot * key_bytes +
-                            in_block / KEY_TOKENS * KEY_TOKENS * key_bytes +
-                            in_block % KEY_TOKENS * 4;
+            uint8_t* keys = keys_of(kv);
             for (int64_t at = 0; at < key_bytes; at += 4)
                 memcpy(keys + at * KEY_TOKENS, key + at, 4);
             const int64_t value = row * call.value_row + kv * call.value_head;
@@ -108,9 +115,22 @@ Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads
             partials_floats += pieces * partial_floats(tile.num_queries(), call.value_width);
         }
         for (int64_t first = tile.first_piece; first < tile.last_piece; first += each)
-            tasks.push_back({static_cast<int64_t>(i), first,
+            parts.push_back({static_cast<int64_t>(i), first,
                              std::min(first + each, tile.last_piece)});
     }
+    // A task has parts in a row, so that a thread knows what to ask memory for next.
+    int64_t left = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+        const Part& part = parts[i];
+        const int64_t needed =
+            (part.last_piece - part.first_piece) * tiles[part.tile].num_queries();
+        if (left < needed) {
+            tasks.push_back(static_cast<int64_t>(i));
+            left = share;
+        }
+        left -= needed;
+    }
+    tasks.push_back(static_cast<int64_t>(parts.size()));
     taken = std::make_unique<std::atomic<bool>[]>(threads);
     for (int32_t i = 0; i < threads; ++i) taken[i] = false;
 }
@@ -177,36 +197,47 @@ TileScratch Attend::scratch_of(int64_t slot) const {
     return scratch;
 }
 
-void Attend::run(int64_t number) {
-    const Task& task = tasks[number];
-    Shared& all = shared[task.tile];
-    AttentionTile tile = tiles[task.tile];
-    tile.first_piece = task.first_piece;
-    tile.last_piece = task.last_piece;
+AttentionTile Attend::tile_of(const Part& part) const {
+    AttentionTile tile = tiles[part.tile];
+    tile.first_piece = part.first_piece;
+    tile.last_piece = part.last_piece;
+    return tile;
+}
+
+void Attend::run(int64_t task) {
+    int32_t slot = 0; // as many as threads, so one is free
+    while (taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
+    const TileScratch scratch = scratch_of(slot);
+    for (int64_t i = tasks[task]; i < tasks[task + 1]; ++i) {
+        // After its last part the thread probably takes the task after those of the others.
+        const int64_t last = std::min(task + threads, num_tasks());
+        const size_t next = i + 1 < tasks[task + 1] ? i + 1 : tasks[last];
+        AttentionTile following;
+        if (next < parts.size()) following = tile_of(parts[next]);
+        run(parts[i], next < parts.size() ? &following : nullptr, scratch);
+    }
+    taken[slot].store(false, std::memory_order_release);
+}
+
+void Attend::run(const Part& part, const AttentionTile* following, const TileScratch& scratch) {
+    Shared& all = shared[part.tile];
+    AttentionTile tile = tile_of(part);
+    tile.scratch = scratch;
+    tile.following = following;
     const int64_t each = partial_floats(tile.num_queries(), call.value_width);
+    const int64_t before = (part.first_piece - all.first_piece) * each;
     if (all.partials >= 0) {
         auto* partials =
             reinterpret_cast<float*>(memory + threads * Sizes(call, most_queries).all());
-        tile.partials = partials + all.partials + (task.first_piece - all.first_piece) * each;
+        tile.partials = partials + all.partials + before;
     }
-    const size_t next = number + threads;
-    AttentionTile following;
-    if (next < tasks.size()) {
-        following = tiles[tasks[next].tile];
-        following.first_piece = tasks[next].first_piece;
-        tile.following = &following;
-    }
-    int32_t slot = 0; // as many as threads, so one is free
-    while (taken[slot].exchange(true, std::memory_order_acquire)) slot = (slot + 1) % threads;
-    tile.scratch = scratch_of(slot);
     variant().attend(tile);
     if (all.partials >= 0 && all.left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        tile.partials -= (task.first_piece - all.first_piece) * each;
+        tile.partials -= before;
         tile.first_piece = all.first_piece;
         tile.last_piece = all.last_piece;
         variant().fold(tile);
     }
-    taken[slot].store(false, std::memory_order_release);
 }
 
 namespace {

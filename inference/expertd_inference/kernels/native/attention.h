@@ -103,7 +103,7 @@ class Attend {
   public:
     Attend(const AttentionCall& call, int32_t threads);
 
-    int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()); }
+    int64_t num_tasks() const { return static_cast<int64_t>(tasks.size()) - 1; }
     int64_t scratch_bytes() const;
     void use_scratch(uint8_t* bytes) { memory = bytes; } // 64-byte aligned
     void run(int64_t task);
@@ -112,21 +112,24 @@ class Attend {
     int64_t num_products() const { return products; }
 
   private:
-    struct Task {
+    struct Part {
         int64_t tile, first_piece, last_piece;
     };
-    struct Shared { // a tile of several tasks, the last of which folds what they computed
+    struct Shared { // a tile of several parts, the last of which folds what they computed
         int64_t first_piece, last_piece, partials;
         std::atomic<int64_t> left;
     };
 
     void add_tiles(int64_t span);
     TileScratch scratch_of(int64_t slot) const;
+    AttentionTile tile_of(const Part& part) const;
+    void run(const Part& part, const AttentionTile* following, const TileScratch& scratch);
 
     const AttentionCall& call;
     const int32_t threads;
     std::vector<AttentionTile> tiles;
-    std::vector<Task> tasks;
+    std::vector<Part> parts;
+    std::vector<int64_t> tasks; // the first part of each, and the number of parts
     std::unique_ptr<Shared[]> shared; // per tile
     std::unique_ptr<std::atomic<bool>[]> taken; // slots of scratch, one for each thread
     int64_t products = 0, most_queries = 1, partials_floats = 0;
