@@ -69,10 +69,6 @@ void append_rows(const AttentionCall& call, int64_t first_row, int64_t last_row)
                    (block * call.kv_heads + kv) * BLOCK_TOKENS * key_bytes +
                    in_block / KEY_TOKENS * KEY_TOKENS * key_bytes + in_block % KEY_TOKENS * 4;
         };
-        // Each word of a key is in another line, and memory answers many at once.
-        for (int64_t kv = 0; kv < call.kv_heads; ++kv)
-            for (int64_t at = 0; at < key_bytes; at += 4)
-                __builtin_prefetch(keys_of(kv) + at * KEY_TOKENS, 1);
         for (int64_t kv = 0; kv < call.kv_heads; ++kv) {
             const int64_t slot = (block * call.kv_heads + kv) * BLOCK_TOKENS;
             const uint8_t* key = static_cast<const uint8_t*>(call.key) +
@@ -118,7 +114,8 @@ Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads
             parts.push_back({static_cast<int64_t>(i), first,
                              std::min(first + each, tile.last_piece)});
     }
-    // A task has parts in a row, so that a thread knows what to ask memory for next.
+    // A task has parts in a row, so that a thread knows what to ask memory for next: at first many,
+    // at last one, so that no thread waits long for another's.
     int64_t left = 0;
     for (size_t i = 0; i < parts.size(); ++i) {
         const Part& part = parts[i];
@@ -126,9 +123,10 @@ Attend::Attend(const AttentionCall& call, int32_t threads) : call(call), threads
             (part.last_piece - part.first_piece) * tiles[part.tile].num_queries();
         if (left < needed) {
             tasks.push_back(static_cast<int64_t>(i));
-            left = share;
+            left = std::max(needed, work / (2 * threads));
         }
         left -= needed;
+        work -= needed;
     }
     tasks.push_back(static_cast<int64_t>(parts.size()));
     taken = std::make_unique<std::atomic<bool>[]>(threads);
