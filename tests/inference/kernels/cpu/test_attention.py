@@ -74,22 +74,24 @@ class History:
         self.key = draw(length, form.kv_heads, form.key_width).to(form.dtype)
         self.value = draw(length, form.kv_heads, form.value_width).to(form.dtype)
 
-    def expected(self, form: Form) -> Tensor:
-        """[length, heads, value_width], in float64, by the definition."""
+    def expected(self, form: Form, rows: slice = slice(None)) -> Tensor:
+        """[rows, heads, value_width], in float64, by the definition."""
         group = form.heads // form.kv_heads
         key, value = (x.double().repeat_interleave(group, 1) for x in (self.key, self.value))
-        scores = torch.einsum("qhd,khd->hqk", self.query.double(), key) * form.scale
+        scores = torch.einsum("qhd,khd->hqk", self.query[rows].double(), key) * form.scale
         if form.softcap:
             scores = form.softcap * torch.tanh(scores / form.softcap)
         length = len(key)
-        away = torch.arange(length)[:, None] - torch.arange(length)  # [query, key]
+        away = torch.arange(length)[rows, None] - torch.arange(length)  # [query, key]
         hidden = away < 0
         if form.window:
             hidden |= away >= form.window
-        powers = scores.masked_fill(hidden, -torch.inf).exp()
+        scores = scores.masked_fill(hidden, -torch.inf)
+        most = scores.amax(-1, keepdim=True)
+        powers = (scores - most).exp()
         totals = powers.sum(-1, keepdim=True)
         if (sinks := form.options["sinks"]) is not None:
-            totals = totals + sinks.double().exp()[:, None, None]
+            totals = totals + (sinks.double()[:, None, None] - most).exp()
         return torch.einsum("hqk,khd->qhd", powers / totals, value)
 
 
@@ -187,6 +189,37 @@ def test_chunks_and_decoding_rows_of_several_sequences(form: Form, dtype: torch.
         assert_near(results.pop(3), expected[-1])
         for result, right in zip(results, expected[1:-1], strict=True):
             assert_near(result, right[-1:])
+
+
+@native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("length", [512, 4096, 32768])
+@pytest.mark.parametrize(
+    ("form", "size"),
+    [
+        (Form(heads=8, kv_heads=1, key_width=32, value_width=32), 1),
+        (Form(heads=8, kv_heads=1, key_width=32, value_width=32, window=1000, sinks=True), 1),
+        (Form(heads=8, kv_heads=1, key_width=32, value_width=32, softcap=30, sinks=True), 30),
+    ],
+    ids=str,
+)
+def test_rounded_powers_cost_little(form: Form, size: int, length: int, isa: str) -> None:
+    """``size``: of queries. Square mean over 64 rows, in which no single rounding stands out."""
+    use_isa(isa)
+    form = replace(form, dtype=torch.bfloat16)
+    sequence, rows = History(form, length, seed=0), slice(length - 8, length)
+    sequence.query *= size
+    blocks = Blocks(form, -(-length // BLOCK_TOKENS))
+    table = blocks.table(length)
+    append(
+        AttentionPlan([AttentionSpan(0, length - 8, table)]),
+        *(blocks.keys, blocks.values, sequence.key[:-8], sequence.value[:-8]),
+    )
+    expected = sequence.expected(form, rows)
+    result = run(form, blocks, [(sequence, table, rows.start, rows.stop)])[0]
+    error = (result.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    # 0.165 % is what rounding an exact result costs; rounded powers make it 0.22 to 0.23 %.
+    assert error < (0.0026 if isa == "avx512bf16" else 0.0018)
 
 
 @native
