@@ -72,26 +72,14 @@ struct Bf16 : Generic {
         }
     }
 
-    // 2^x of what is at most 0, exact to 9e-5: rounding to bfloat16 costs up to 2^-8. The polynomial
-    // of x's part after the point is fitted for the least relative error, and 1 at 0.
-    static TILE_INLINE __m512 power_to_round(Lanes x) {
-        const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200), (__m512)x); // NaN stays NaN
-        const auto part = (Lanes)_mm512_reduce_ps(bounded, _MM_FROUND_TO_NEG_INF);
-        Lanes p = all(0x1.3baadcp-4f);
-        p = p * part + 0x1.d23788p-3f;
-        p = p * part + 0x1.63e654p-1f;
-        p = p * part + 1.0f;
-        return _mm512_scalef_ps((__m512)p, bounded);
-    }
-
     // Of scores their powers, in the same place; their sum.
     static TILE_INLINE float raise(float* scores, int64_t count, float base) {
         const __m512i ones = _mm512_set1_epi32(0x3f803f80);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t i = 0; i < count; i += 32) {
-            const __m512 low = power_to_round(load(scores + i) - base);
-            const __m512 high = power_to_round(load(scores + i + 16) - base);
-            const auto both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            const Lanes low = power(load(scores + i) - base);
+            const Lanes high = power(load(scores + i + 16) - base);
+            const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
             _mm512_storeu_si512(reinterpret_cast<Power*>(scores) + i, both);
             sum = add_products(sum, both, ones);
         }

@@ -53,27 +53,20 @@ TILE_INLINE Lanes power(Lanes x) {
 
 TILE_INLINE Lanes greater(Lanes x, Lanes y) { return x > y ? x : y; }
 
-// Of N numbers, the upper half with the lower each time. Halves stay registers, which loops over
-// lanes would not.
-template <int N, class Numbers, class Operation>
-TILE_INLINE float reduce(Numbers numbers, const Operation& operation) {
-    if constexpr (N == 2) {
-        return operation(numbers[0], numbers[1]);
-    } else {
-        typedef float Half __attribute__((vector_size(2 * N)));
-        Half low, high;
-        memcpy(&low, &numbers, sizeof low);
-        memcpy(&high, reinterpret_cast<const char*>(&numbers) + sizeof low, sizeof high);
-        return reduce<N / 2>(operation(low, high), operation);
-    }
+template <class Operation> TILE_INLINE float reduce(Lanes lanes, const Operation& operation) {
+    float values[LANES];
+    memcpy(values, &lanes, sizeof lanes);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) values[i] = operation(values[i], values[i + n]);
+    return values[0];
 }
 
 TILE_INLINE float largest_of(Lanes lanes) {
-    return reduce<LANES>(lanes, [](auto x, auto y) { return x > y ? x : y; });
+    return reduce(lanes, [](float x, float y) { return x > y ? x : y; });
 }
 
 TILE_INLINE float sum_of(Lanes lanes) {
-    return reduce<LANES>(lanes, [](auto x, auto y) { return x + y; });
+    return reduce(lanes, [](float x, float y) { return x + y; });
 }
 
 } // namespace tile
