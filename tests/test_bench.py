@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 
 from bench import __main__ as everything
-from bench import ablation, device_cache, heldout, page, prefetch, quality, routing, store
+from bench import (
+    ablation,
+    device_cache,
+    executors,
+    heldout,
+    page,
+    prefetch,
+    quality,
+    routing,
+    store,
+)
 from bench.figures import Bench, Figure, compared, counted, quartiles
 from bench.footprint import footprint
 from bench.parts import PARTS
@@ -292,3 +302,19 @@ def test_other_programs_are_measured(tmp_path: Path) -> None:
             for text in (result.tables[1].title, result.tables[1].note)
         )
         assert 0.1 < most <= limit + 0.05, "it ran in its group"
+
+
+def test_executors_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [case for case in executors.CASES if case.name in executors.QUICK]
+    monkeypatch.setattr(executors, "CASES", cases)
+    monkeypatch.setattr(executors, "CONTEXT", 2)
+    said = list(executors.measure(Bench(tmp_path, lambda _: None, quick=True)))
+    figures, (table,) = said[:-1], said[-1:]
+    assert [figure.what for figure in figures if isinstance(figure, Figure)] == [
+        "olmoe-1b-7b, 4 layers: program, 32 sequences / in turns",
+        "qwen3-next-80b-a3b, 4 layers: modules, 32 sequences / in turns",
+    ]
+    assert isinstance(table, Table)
+    names = ["**program**", "modules", "turns", "**modules**", "turns"]
+    assert [row[1] for row in table.rows] == names
+    assert all(len(row) == len(table.columns) == 5 for row in table.rows)

@@ -52,15 +52,38 @@ class StateMemory(Generic[Name]):
         return [self._now[slot] ^ 1 for slot in slots]
 
     def gather(self, slots: Sequence[int], names: Collection[Name]) -> dict[Name, Tensor]:
-        """Copies of the states of those ``names`` in ``slots``, each [len(slots), *shape]."""
-        places = self.now(slots)
-        return {name: self.states[name][places] for name in names}
+        """Copies of the states of those ``names`` in ``slots``, each [len(slots), *shape].
+
+        That of one slot lies where it is written to, so that what changes it needs no
+        :meth:`scatter`.
+        """
+        if len(slots) == 1:
+            copies = {name: self._written(name, slots[0]) for name in names}
+            (now,) = self.now(slots)
+            for name, copy in copies.items():
+                copy.copy_(self.states[name][now : now + 1])
+            return copies
+        places = torch.tensor(self.now(slots))
+        return {
+            name: self.states[name].index_select(0, places.to(self.states[name].device))
+            for name in names
+        }
 
     def scatter(self, slots: Sequence[int], states: Mapping[Name, Tensor]) -> None:
         """Puts ``states``, as :meth:`gather` gives them, where ``slots`` are written to."""
-        places = self.next(slots)
+        if len(slots) == 1:
+            for name, state in states.items():
+                if (there := self._written(name, slots[0])).data_ptr() != state.data_ptr():
+                    there.copy_(state)
+            return
+        places = torch.tensor(self.next(slots))
         for name, state in states.items():
-            self.states[name][places] = state
+            here = self.states[name]
+            here.index_copy_(0, places.to(here.device), state.to(here.dtype))
+
+    def _written(self, name: Name, slot: int) -> Tensor:
+        (place,) = self.next([slot])
+        return self.states[name][place : place + 1]
 
     def keep(self, slots: Sequence[int]) -> None:
         """Makes what was written to ``slots`` the states that count."""

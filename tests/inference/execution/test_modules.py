@@ -5,15 +5,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.models.qwen3_next import modeling_qwen3_next
 
+from expertd_inference.execution import delta_hook
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.layers import watch_layers
 from expertd_inference.execution.modules import ModulesExecutor
+from expertd_inference.kernels.cpu.delta import Places, delta_step
+from expertd_inference.kernels.cpu.library import native_library
 from expertd_testing.tiny_models import CONFIGS, make_model
 from tests.architectures.batches import WINDOW, Texts, alone, batched_model, chosen, compare
 from tests.architectures.tiny_configs import language_model_type
 from tests.inference.greedy import prompt_of
 
-RECURRENT = ["granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "qwen3_next", "zaya"]
+DELTA = ["kimi_linear", "qwen3_5_moe", "qwen3_next"]
+"""Whose states a native kernel changes where they lie."""
+RECURRENT = ["granitemoehybrid", "jamba", "lfm2_moe", "minimax", "zaya", *DELTA]
 TURNS = {
     "deepseek_v32": "DynamicIndexedLayer keeps more than keys and values",
     "inkling": "its attention asks for position bias",
@@ -64,6 +72,51 @@ def test_recurrent_states(architecture: str) -> None:
     assert not executor.shares_prefixes
 
 
+@pytest.mark.skipif(native_library().library is None, reason="no native library")
+@pytest.mark.parametrize("architecture", DELTA)
+def test_states_that_are_changed_in_place(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a native kernel in a step, and by transformers' function for whoever else calls."""
+    model = model_of(architecture)
+    prompt = torch.tensor([prompt_of(9)])
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    executor = chosen(model)
+    assert isinstance(executor, ModulesExecutor)
+    kinds = [name.kind for name in executor.layers.in_place]
+    assert len(kinds) > 1
+    assert set(kinds) == {"recurrent"}
+    assert watch_layers(model).in_place == executor.layers.in_place, "hooked once for all"
+    calls: list[int] = []
+
+    def step(states: Tensor, places: Places, *rows: Tensor) -> Tensor:
+        calls.append(places.num_sequences)
+        return delta_step(states, places, *rows)
+
+    monkeypatch.setattr(delta_hook, "delta_step", step)
+    assert torch.equal(model.generate(prompt, max_new_tokens=4, do_sample=False), expected)
+    assert not calls
+    texts = Texts(executor, [prompt_of(12, seed=seed) for seed in (1, 2)])
+    texts.step({0: 6, 1: 5})
+    texts.step({0: 1, 1: 1})
+    assert calls == [2] * len(kinds)
+
+
+def test_a_function_of_that_name_that_does_something_else_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = modeling_qwen3_next.torch_recurrent_gated_delta_rule
+
+    def odd(*parts: Any, **others: Any) -> Any:
+        out, state = theirs(*parts, **others)
+        return out * 1.1, state
+
+    monkeypatch.setattr(modeling_qwen3_next, "torch_recurrent_gated_delta_rule", odd)
+    model = model_of("qwen3_next")
+    assert not watch_layers(model).in_place
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("architecture", list(TURNS))
 def test_in_turns(architecture: str) -> None:
     executor, same = compare(model_of(architecture))
@@ -110,7 +163,7 @@ class LostError(Exception):
     pass
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "lfm2_moe", "inkling"])
+@pytest.mark.parametrize("architecture", ["mixtral", "lfm2_moe", "qwen3_next", "inkling"])
 def test_a_lost_step_is_repeated(architecture: str) -> None:
     """Whatever a step had done until it was lost, it gives the same when it is repeated."""
     model = model_of(architecture)
@@ -136,7 +189,7 @@ def test_a_lost_step_is_repeated(architecture: str) -> None:
     for rows in ({1: 5, 0: 1}, {0: 1, 1: 1}, {1: 2, 0: 1}):
         lose_at(1, rows)
         # Where the step is of two passes, also in the second.
-        if architecture == "inkling" or (architecture == "lfm2_moe" and rows[1] > 1):
+        if architecture == "inkling" or (architecture in RECURRENT and rows[1] > 1):
             lose_at(2, rows)
         texts.step(rows)
     for ours, theirs in zip(texts.logits, expected, strict=True):
@@ -144,7 +197,7 @@ def test_a_lost_step_is_repeated(architecture: str) -> None:
 
 
 def test_a_span_at_position_0_begins_anew() -> None:
-    for architecture in ("mixtral", "lfm2_moe", "inkling"):
+    for architecture in ("mixtral", "lfm2_moe", "qwen3_next", "inkling"):
         model = model_of(architecture)
         prompt = prompt_of(9)
         expected = alone(model, prompt)
