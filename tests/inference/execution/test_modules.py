@@ -21,7 +21,14 @@ from tests.inference.greedy import prompt_of
 
 DELTA = ["kimi_linear", "qwen3_5_moe", "qwen3_next"]
 """Whose states a native kernel changes where they lie."""
-RECURRENT = ["granitemoehybrid", "jamba", "lfm2_moe", "minimax", "zaya", *DELTA]
+RECURRENT = [  # fmt: skip
+    "granitemoehybrid",
+    "jamba",
+    "lfm2_moe",
+    "minimax",
+    "zaya",
+    *DELTA,
+]
 TURNS = {
     "deepseek_v32": "DynamicIndexedLayer keeps more than keys and values",
     "inkling": "its attention asks for position bias",
