@@ -16,17 +16,18 @@ struct Pair {
     int64_t token, slot; // slot = token * k + position
 };
 
-// The pairs of one expert, in order of token and position.
+// The pairs of one expert, in order of token and position. `form` is what its activations have: a
+// single row is cheaper by itself, unless its bits must not depend on the number of rows.
 struct Group {
     int64_t first, count;
     const uint8_t* record;
+    Form form;
 };
 
 class ExpertsJob final : public Job {
   public:
     explicit ExpertsJob(const ExpertsCall& call)
-        : call(call), layer(*call.layer), impl(variant()), form(form_of(call.tokens, call.flags)),
-          hidden_size(layer.down.rows), inner(layer.down.columns) {
+        : call(call), layer(*call.layer), impl(variant()), hidden_size(layer.down.rows), inner(layer.down.columns) {
         collect();
         const auto num_groups = static_cast<int64_t>(groups.size());
         gate_up_tasks = Chunks(layer.gate_up, num_groups, call.threads);
@@ -36,8 +37,11 @@ class ExpertsJob final : public Job {
         activate_end = gate_up_end + static_cast<int64_t>(pairs.size());
         down_end = activate_end + num_groups * down_tasks.count;
         sum_end = down_end + (call.out ? call.tokens : 0);
-        hidden_bytes = impl.prepared_bytes(layer.gate_up, form);
-        inner_bytes = impl.prepared_bytes(layer.down, form);
+        const Form several = form_of(2, call.flags);
+        hidden_bytes = impl.prepared_bytes(layer.gate_up, several);
+        one_row_bytes = impl.prepared_bytes(layer.gate_up, ONE_ROW);
+        inner_bytes = std::max(impl.prepared_bytes(layer.down, several),
+                               impl.prepared_bytes(layer.down, ONE_ROW));
         own_floats = std::max(2 * hidden_size, 2 * inner);
     }
 
@@ -45,7 +49,7 @@ class ExpertsJob final : public Job {
 
     int64_t scratch_bytes() const {
         const auto num_pairs = static_cast<int64_t>(pairs.size());
-        return call.tokens * hidden_bytes +
+        return call.tokens * (hidden_bytes + one_row_bytes) +
                num_pairs * (inner_bytes + float_bytes(2 * inner) + float_bytes(hidden_size)) +
                call.threads * own_floats * 4;
     }
@@ -53,7 +57,8 @@ class ExpertsJob final : public Job {
     void use_scratch(uint8_t* memory) {
         const auto num_pairs = static_cast<int64_t>(pairs.size());
         hidden = memory;
-        activated = hidden + call.tokens * hidden_bytes;
+        hidden_of_one = hidden + call.tokens * hidden_bytes;
+        activated = hidden_of_one + call.tokens * one_row_bytes;
         gate_up = activated + num_pairs * inner_bytes;
         down = gate_up + num_pairs * float_bytes(2 * inner);
         floats = reinterpret_cast<float*>(down + num_pairs * float_bytes(hidden_size));
@@ -98,19 +103,28 @@ class ExpertsJob final : public Job {
         int64_t first = 0;
         for (int64_t e = 0; e < call.num_experts; ++e) {
             next[e] = first;
-            if (count[e]) groups.push_back({first, count[e], call.arena + call.records[e]});
+            if (count[e])
+                groups.push_back({first, count[e], call.arena + call.records[e],
+                                  form_of(count[e], call.flags)});
             first += count[e];
         }
         pairs.resize(total);
         for (int64_t i = 0; i < num_pairs; ++i)
             if (const int64_t e = place_of(i); e >= 0) pairs[next[e]++] = {i / call.k, i};
         group_of.resize(total);
+        for_several.resize(call.tokens);
+        for_one.resize(call.tokens);
         for (size_t g = 0; g < groups.size(); ++g)
-            for (int64_t i = 0; i < groups[g].count; ++i)
-                group_of[groups[g].first + i] = static_cast<int64_t>(g);
+            for (int64_t i = groups[g].first; i < groups[g].first + groups[g].count; ++i) {
+                group_of[i] = static_cast<int64_t>(g);
+                (groups[g].form == ONE_ROW ? for_one : for_several)[pairs[i].token] = true;
+            }
     }
 
-    const uint8_t* prepared_hidden(int64_t token) const { return hidden + token * hidden_bytes; }
+    uint8_t* prepared_hidden(int64_t token, Form form) const {
+        return form == ONE_ROW ? hidden_of_one + token * one_row_bytes
+                               : hidden + token * hidden_bytes;
+    }
     uint8_t* prepared_inner(int64_t pair) const { return activated + pair * inner_bytes; }
     float* gate_up_of(int64_t pair) const {
         return reinterpret_cast<float*>(gate_up + pair * float_bytes(2 * inner));
@@ -123,29 +137,37 @@ class ExpertsJob final : public Job {
         const int64_t bytes = hidden_size * size_of(call.type);
         impl.widen(static_cast<const uint8_t*>(call.hidden) + token * bytes, call.type,
                    hidden_size, row);
-        impl.prepare(layer.gate_up, row, call.type, form, hidden + token * hidden_bytes);
+        const Form several = form_of(2, call.flags);
+        if (for_several[token])
+            impl.prepare(layer.gate_up, row, call.type, several, prepared_hidden(token, several));
+        if (for_one[token])
+            impl.prepare(layer.gate_up, row, call.type, ONE_ROW, prepared_hidden(token, ONE_ROW));
     }
 
     void run_gate_up(int64_t task) const {
         const Group& group = groups[task / gate_up_tasks.count];
         const auto [first, last] = gate_up_tasks.range(task % gate_up_tasks.count);
-        multiply_in_blocks(impl, layer.gate_up, group.record, first, last, group.count, call.type, form,
-                           [&](int64_t i) { return prepared_hidden(pairs[group.first + i].token); },
+        multiply_in_blocks(impl, layer.gate_up, group.record, first, last, group.count, call.type,
+                           group.form,
+                           [&](int64_t i) {
+                               return prepared_hidden(pairs[group.first + i].token, group.form);
+                           },
                            [&](int64_t i) { return gate_up_of(group.first + i); });
     }
 
     void run_activate(int64_t pair, float* bias) const {
-        const uint8_t* record = groups[group_of[pair]].record;
+        const Group& group = groups[group_of[pair]];
         float* values = gate_up_of(pair);
-        finish(impl, layer.gate_up, record, 0, 2 * inner, call.type, values, bias);
+        finish(impl, layer.gate_up, group.record, 0, 2 * inner, call.type, values, bias);
         impl.activate(layer.activation, values, values + inner, inner, call.type, values);
-        impl.prepare(layer.down, values, call.type, form, prepared_inner(pair));
+        impl.prepare(layer.down, values, call.type, group.form, prepared_inner(pair));
     }
 
     void run_down(int64_t task, float* bias) const {
         const Group& group = groups[task / down_tasks.count];
         const auto [first, last] = down_tasks.range(task % down_tasks.count);
-        multiply_in_blocks(impl, layer.down, group.record, first, last, group.count, call.type, form,
+        multiply_in_blocks(impl, layer.down, group.record, first, last, group.count, call.type,
+                           group.form,
                            [&](int64_t i) { return prepared_inner(group.first + i); },
                            [&](int64_t i) { return down_of(group.first + i); });
         const int64_t units = num_units(layer.down);
@@ -189,16 +211,16 @@ class ExpertsJob final : public Job {
     const ExpertsCall& call;
     const Layer& layer;
     const Variant& impl;
-    const Form form;
     const int64_t hidden_size, inner;
     std::vector<Pair> pairs;
     std::vector<Group> groups;
     std::vector<int64_t> group_of;
+    std::vector<uint8_t> for_several, for_one; // whether a token's row is wanted so
     Chunks gate_up_tasks, down_tasks;
     // Where the tasks of each phase end.
     int64_t prepare_hidden_end, gate_up_end, activate_end, down_end, sum_end;
-    int64_t hidden_bytes, inner_bytes;
-    uint8_t *hidden, *activated, *gate_up, *down;
+    int64_t hidden_bytes, one_row_bytes, inner_bytes;
+    uint8_t *hidden, *hidden_of_one, *activated, *gate_up, *down;
     int64_t own_floats; // of each thread
     float* floats;
 };
