@@ -29,8 +29,8 @@ inline int64_t bytes_per_unit(const Matrix& matrix) {
 }
 
 // What rows of activations are prepared for: one of them alone, or any number of them, in 16 or
-// in 8 bits. The rows of a call are all of one form. Bits of a row in the latter two do not depend
-// on the number of rows.
+// in 8 bits. The rows of a matrix in a call are all of one form. Bits of a row in the latter two do
+// not depend on the number of rows.
 enum Form : int32_t { ONE_ROW, TWO_PLANES, ONE_PLANE };
 
 inline Form form_of(int64_t num_rows, int32_t flags) {
