@@ -16,7 +16,7 @@ from expertd_inference.server.api.logprobs import ChatLogprobs, chat_logprob
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sampling_fields import NO_LIMIT, SamplingFields
 from expertd_inference.server.api.sse import DONE, event, stream_events
-from expertd_inference.server.chat.messages import for_template
+from expertd_inference.server.chat.prompt import Chat, prompt_of
 from expertd_inference.server.front import front_of, new_id, now, user_of
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
@@ -99,32 +99,19 @@ async def chat(request: Request) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-def prompt_of(body: ChatRequest, text: ModelText) -> list[int]:
-    """The tokens of the chat in the model's template. Raises ApiError, InvalidInputError."""
-    if body.continue_final_message and body.add_generation_prompt:
-        raise ApiError(
-            400,
-            "continue_final_message and add_generation_prompt exclude each other; set the "
-            "latter to false.",
-            param="continue_final_message",
-        )
+def chat_of(body: ChatRequest) -> Chat:
+    """The chat in a request. Raises ApiError."""
     if body.modalities and set(body.modalities) - {"text"}:
         raise unsupported("modalities", "may only be text.")
-    arguments = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        arguments.setdefault("reasoning_effort", body.reasoning_effort)
-        if body.reasoning_effort == "none":
-            arguments.setdefault("enable_thinking", False)
-    rendered = text.render(
-        for_template(body.messages),
+    return Chat(
+        messages=body.messages,
         documents=body.documents,
+        arguments=body.chat_template_kwargs or {},
+        reasoning_effort=body.reasoning_effort,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template=body.chat_template,
-        arguments=arguments,
     )
-    # The template has written what begins a text.
-    return body.cut(text.encode(rendered, special=False))
 
 
 class _Chat:
@@ -141,7 +128,8 @@ class _Chat:
             raise unsupported("echo", "is not supported for chats.")
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-        self._prompt = prompt_of(body, text)
+        prompt = prompt_of(text, chat_of(body))
+        self._prompt = body.cut(prompt.tokens)
         most = body.max_completion_tokens
         most = body.max_tokens if most is None else most
         self._settings = body.settings(
