@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,20 +14,31 @@ from pathlib import Path
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
+_PASS_ON = """\
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 _LISTENS = re.compile(r"listening on (http\S+)")
 
 
 class Server:
     """One ``expert-run serve`` process, at ``url``."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], passed: socket.socket | None = None) -> None:
+        """``passed`` is given to the process as systemd gives a socket unit's."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        command = [str(Path(sys.executable).with_name("expert-run"))]
+        if passed is not None:
+            command = [sys.executable, "-c", _PASS_ON, str(passed.fileno()), *command]
         self._process = subprocess.Popen(
-            [Path(sys.executable).with_name("expert-run"), "serve", "--port", "0", *arguments],
+            [*command, "serve", "--port", "0", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
+            pass_fds=() if passed is None else (passed.fileno(),),
         )
         self.url = ""
         self.greeting = ""
@@ -95,9 +107,9 @@ class Server:
 
 
 @contextmanager
-def serving_http(*arguments: str | Path) -> Iterator[Server]:
+def serving_http(*arguments: str | Path, passed: socket.socket | None = None) -> Iterator[Server]:
     """``expert-run serve`` with these arguments, on a free port, until the block ends."""
-    server = Server([str(argument) for argument in arguments])
+    server = Server([str(argument) for argument in arguments], passed)
     try:
         server.wait_ready()
         yield server

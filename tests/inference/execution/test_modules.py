@@ -21,7 +21,7 @@ from tests.inference.greedy import prompt_of
 
 DELTA = ["kimi_linear", "qwen3_5_moe", "qwen3_next"]
 """Whose states a native kernel changes where they lie."""
-RECURRENT = [  # fmt: skip
+RECURRENT = [
     "granitemoehybrid",
     "jamba",
     "lfm2_moe",

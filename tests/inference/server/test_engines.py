@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,24 @@ def test_the_end_waits_for_answers_and_leaves_nothing(packed: Make) -> None:
         assert all(texts)
         assert server.wait() == 0
         _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines))
+
+
+def test_a_new_server_on_the_same_socket_refuses_nobody(daemon: Daemon) -> None:
+    arguments = ["--socket", daemon.socket, "--preload", "example", "--exact"]
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=100) as listening,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        done = threading.Event()
+        with serving_http(*arguments, passed=listening) as first:
+            assert first.url == f"http://127.0.0.1:{listening.getsockname()[1]}"
+            expected = _all(first)
+            found = pool.submit(_all, first, done)
+            first.signal(signal.SIGTERM)
+            assert first.wait() == 0
+        with serving_http(*arguments, passed=listening):
+            done.set()
+            assert found.result() == expected
 
 
 def _all(server: Server, until: threading.Event | None = None) -> list[str]:

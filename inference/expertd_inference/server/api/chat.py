@@ -1,6 +1,6 @@
 """``/v1/chat/completions``: the next message of a chat."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -16,7 +16,8 @@ from expertd_inference.server.api.logprobs import ChatLogprobs, chat_logprob
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sampling_fields import NO_LIMIT, SamplingFields
 from expertd_inference.server.api.sse import DONE, event, stream_events
-from expertd_inference.server.chat.messages import for_template
+from expertd_inference.server.chat.answer import AnswerReader, Piece
+from expertd_inference.server.chat.prompt import Chat, prompt_of
 from expertd_inference.server.front import front_of, new_id, now, user_of
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
@@ -36,15 +37,47 @@ class ChatRequest(SamplingFields, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     echo: bool = False
     modalities: list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    """Which function to call, and with what: JSON."""
+
+    name: str
+    arguments: str
+
+
+class MessageCall(msgspec.Struct):
+    """A tool to call."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class DeltaCall(msgspec.Struct):
+    """The same in a stream; ``index`` counts the calls of an answer."""
+
+    index: int
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class AnswerMessage(msgspec.Struct):
-    """What the model says."""
+    """What the model says; reasoning has both of the names that clients know."""
 
     role: str
     content: str | None
     refusal: str | None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[MessageCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -52,6 +85,9 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[DeltaCall] | None = None
 
 
 class ChatChoice(msgspec.Struct):
@@ -99,32 +135,25 @@ async def chat(request: Request) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-def prompt_of(body: ChatRequest, text: ModelText) -> list[int]:
-    """The tokens of the chat in the model's template. Raises ApiError, InvalidInputError."""
-    if body.continue_final_message and body.add_generation_prompt:
-        raise ApiError(
-            400,
-            "continue_final_message and add_generation_prompt exclude each other; set the "
-            "latter to false.",
-            param="continue_final_message",
-        )
+def chat_of(body: ChatRequest) -> Chat:
+    """The chat in a request. Raises ApiError."""
     if body.modalities and set(body.modalities) - {"text"}:
         raise unsupported("modalities", "may only be text.")
-    arguments = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        arguments.setdefault("reasoning_effort", body.reasoning_effort)
-        if body.reasoning_effort == "none":
-            arguments.setdefault("enable_thinking", False)
-    rendered = text.render(
-        for_template(body.messages),
+    for name in ("functions", "function_call"):
+        if getattr(body, name) is not None:
+            raise unsupported(name, "is the old form of tools; send tools and tool_choice.")
+    return Chat(
+        messages=body.messages,
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
         documents=body.documents,
+        arguments=body.chat_template_kwargs or {},
+        reasoning_effort=body.reasoning_effort,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template=body.chat_template,
-        arguments=arguments,
     )
-    # The template has written what begins a text.
-    return body.cut(text.encode(rendered, special=False))
 
 
 class _Chat:
@@ -141,14 +170,16 @@ class _Chat:
             raise unsupported("echo", "is not supported for chats.")
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
-        self._prompt = prompt_of(body, text)
+        self._chat = prompt_of(text, chat_of(body))
+        self._prompt = body.cut(self._chat.tokens)
         most = body.max_completion_tokens
         most = body.max_tokens if most is None else most
-        self._settings = body.settings(
+        self._asked = body.settings(
             text,
             NO_LIMIT if most is None else most,
             body.top_logprobs or 0 if body.logprobs else None,
         )
+        self._settings = self._chat.settings(self._asked)
         self._counter = Counter([self._prompt])
 
     def _begin(self, user: str) -> list[TokenStream]:
@@ -161,15 +192,14 @@ class _Chat:
         """All at once."""
         choices = []
         for index, tokens in enumerate(await read_all(self._begin(user))):
-            for token in tokens:
-                self._counter.count(token)
-            reason = tokens[-1].finish_reason
+            reader = self._chat.reader(self._asked)
+            pieces = [self._read(reader, token) for token in tokens]
             choices.append(
                 ChatChoice(
                     index,
-                    AnswerMessage("assistant", "".join(token.text for token in tokens)),
+                    _message(pieces),
                     self._logprobs(tokens),
-                    None if reason is None else reason.value,
+                    reader.finish_reason,
                     self._ids(tokens),
                 )
             )
@@ -183,21 +213,30 @@ class _Chat:
         )
 
     async def events(self, user: str) -> AsyncGenerator[bytes]:
-        """A token each; the first has the role as well."""
+        """A token each, though it may say nothing that is certain; the first has the role."""
         wanted = self._body.usage
-        begun: set[int] = set()
+        readers: dict[int, AnswerReader] = {}
         async with aclosing(interleaved(self._begin(user))) as tokens:
             async for index, token in tokens:
-                self._counter.count(token)
-                if index not in begun:
-                    begun.add(index)
+                if index not in readers:
+                    readers[index] = self._chat.reader(self._asked)
                     yield self._chunk(index, Delta("assistant", ""))
-                yield self._chunk(index, Delta(content=token.text), [token])
-                if token.finish_reason is not None:
-                    yield self._chunk(index, Delta(), reason=token.finish_reason.value)
+                reader = readers[index]
+                num_before = reader.num_calls
+                piece = self._read(reader, token)
+                yield self._chunk(index, _delta(piece, num_before), [token])
+                if reader.finish_reason is not None:
+                    yield self._chunk(index, Delta(), reason=reader.finish_reason)
         if wanted.include_usage:
             yield event(self._answer([], self._counter.usage))
         yield DONE
+
+    def _read(self, reader: AnswerReader, token: Token) -> Piece:
+        num_before = reader.num_reasoning_tokens
+        piece = reader.feed(token)
+        self._counter.count(token)
+        self._counter.num_reasoning_tokens += reader.num_reasoning_tokens - num_before
+        return piece
 
     def _chunk(
         self, index: int, delta: Delta, tokens: list[Token] | None = None, reason: str | None = None
@@ -232,3 +271,33 @@ class _Chat:
 
     def _ids(self, tokens: list[Token]) -> list[int] | msgspec.UnsetType:
         return [token.id for token in tokens] if self._body.return_token_ids else msgspec.UNSET
+
+
+def _message(pieces: Sequence[Piece]) -> AnswerMessage:
+    content = "".join(piece.content for piece in pieces)
+    reasoning = "".join(piece.reasoning for piece in pieces) or msgspec.UNSET
+    calls = [
+        MessageCall(call.id, CalledFunction(call.name, call.arguments))
+        for piece in pieces
+        for call in piece.calls
+    ]
+    return AnswerMessage(
+        "assistant",
+        content or (None if calls else ""),
+        reasoning_content=reasoning,
+        reasoning=reasoning,
+        tool_calls=calls or msgspec.UNSET,
+    )
+
+
+def _delta(piece: Piece, num_calls: int) -> Delta:
+    """What a token gave; ``num_calls`` came before it."""
+    calls = [
+        DeltaCall(index, call.id, CalledFunction(call.name, call.arguments))
+        for index, call in enumerate(piece.calls, num_calls)
+    ]
+    reasoning = piece.reasoning or None
+    content = piece.content if piece.content or not (reasoning or calls) else None
+    return Delta(
+        content=content, reasoning_content=reasoning, reasoning=reasoning, tool_calls=calls or None
+    )

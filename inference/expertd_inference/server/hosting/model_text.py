@@ -18,15 +18,38 @@ _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 class ModelText:
     """Text to tokens and back, for the model called ``name``, whose pack is in a directory."""
 
-    def __init__(self, name: str, pack: Path, template: str | None = None) -> None:
-        """``template`` is a chat template in place of the pack's. Raises PackError."""
+    def __init__(
+        self,
+        name: str,
+        pack: Path,
+        template: str | None = None,
+        chat_format: str | None = None,
+    ) -> None:
+        """``template`` is a chat template in place of the pack's, ``chat_format`` its answers'.
+
+        Raises PackError.
+        """
         self.name = name
+        self.chat_format = chat_format
         self.tokenizer = load_tokenizer(pack)
         if template is not None:
             self.tokenizer.chat_template = template
         self.temperature = _wished_temperature(pack)
         """What the pack wishes where a request does not say; 1 unless it does."""
+        added = _added_tokens(self.tokenizer)
+        self.added_tokens: dict[str, int] = {str(one): id_ for id_, one in added.items()}
+        """Tokens that are no part of the text that the tokenizer learned from."""
+        self.special_tokens: dict[int, str] = {
+            id_: str(one) for id_, one in added.items() if one.special
+        }
+        """Those of them which are left out of texts if ``skip_special_tokens``."""
         self._byte_of_character = _byte_level(self.tokenizer)
+
+    @property
+    def templates(self) -> str:
+        """The chat template; of several, all, one after the other. Empty if there is none."""
+        found: str | dict[str, str] | None = getattr(self.tokenizer, "chat_template", None)
+        return "\n".join(found.values()) if isinstance(found, dict) else found or ""
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of a text, with those that begin one if ``special``. Raises InvalidInputError."""
@@ -100,6 +123,14 @@ class ModelText:
         if self._byte_of_character and all(one in self._byte_of_character for one in piece):
             return bytes(self._byte_of_character[one] for one in piece)
         return self.token_text(token).encode()
+
+
+def _added_tokens(tokenizer: Any) -> dict[int, Any]:  # noqa: ANN401 - transformers is untyped
+    try:
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+    except (AttributeError, NotImplementedError):  # mistral-common's
+        return {}
+    return added
 
 
 def _wished_temperature(pack: Path) -> float:

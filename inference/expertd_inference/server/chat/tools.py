@@ -1,0 +1,80 @@
+"""Which tools of a request a model may call, and whether it must."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expertd_inference.server.api.errors import ApiError
+
+_CHOICES = "none, auto, required, or the function to call"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """``allowed`` may be called; one of them has to be if ``required``."""
+
+    allowed: tuple[Mapping[str, Any], ...] = ()
+    required: bool = False
+
+
+def chosen_tools(
+    tools: Sequence[Mapping[str, Any]] | None, choice: str | Mapping[str, Any] | None
+) -> Tools:
+    """OpenAI's ``tools`` and ``tool_choice``. Raises ApiError for what is none."""
+    known = {_name(f"tools[{at}]", tool): tool for at, tool in enumerate(tools or ())}
+    match choice:
+        case "none":
+            return Tools()
+        case None | "auto":
+            return Tools(tuple(known.values()))
+        case "required" | "any":
+            return _required(known, list(known))
+        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*allowed]}} | {
+            "type": "allowed_tools",
+            "mode": mode,
+            "tools": [*allowed],
+        }:
+            names = [_choice_name(one) for one in allowed]
+            found = _required(known, names)
+            return Tools(found.allowed, required=mode == "required")
+        case {"type": "function"}:
+            return _required(known, [_choice_name(choice)])
+    raise _wrong(f"is {choice!r:.100}; give {_CHOICES}.")
+
+
+def _required(known: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Tools:
+    if not names:
+        raise _wrong("wants a call, and there are no tools; send tools.")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise _wrong(f"names {missing[0]!r}, which is not among the tools.")
+    return Tools(tuple(known[name] for name in names), required=True)
+
+
+def _choice_name(choice: object) -> str:
+    match choice:
+        case {"function": {"name": str(name)}} | {"name": str(name)}:
+            return name
+    raise _wrong(f"has {choice!r:.100}, which names no function.")
+
+
+def _name(where: str, tool: Mapping[str, Any]) -> str:
+    """A tool's name, once it is known to be one."""
+    if tool.get("type") != "function":
+        raise ApiError(
+            400,
+            f"{where}.type is {tool.get('type')!r}, and this server takes tools of type "
+            "'function' only.",
+            param=where,
+        )
+    match tool.get("function"):
+        case {"name": str(name), **rest} if name:
+            parameters = rest.get("parameters")
+            if parameters is not None and not isinstance(parameters, Mapping):
+                raise ApiError(400, f"{where}.function.parameters is no JSON schema.", param=where)
+            return name
+    raise ApiError(400, f"{where}.function has no name.", param=where)
+
+
+def _wrong(what: str) -> ApiError:
+    return ApiError(400, f"tool_choice {what}", param="tool_choice")
