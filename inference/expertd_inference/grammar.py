@@ -133,6 +133,11 @@ def wrong(spec: GrammarSpec, reason: str) -> InvalidInputError:
     )
 
 
+def pattern_of(text: str) -> str:
+    """A regular expression that matches this text alone."""
+    return "".join(one if one.isalnum() else f"\\x{{{ord(one):x}}}" for one in text)
+
+
 def limits() -> Any:  # noqa: ANN401 - LLParserLimits
     """What a grammar may take: the library's own limits, and reasons without its state."""
     return library().LLParserLimits(verbose_errors=False)
@@ -166,7 +171,7 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
             choices = msgspec.json.decode(spec.text, type=list[str])
             if not choices:
                 raise ValueError("it has no text")
-            made = matcher.grammar_from_regex("|".join(map(_escaped, choices)))
+            made = matcher.grammar_from_regex("|".join(map(pattern_of, choices)))
         case GrammarKind.GBNF:
             from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -174,11 +179,6 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
         case GrammarKind.LARK:
             made = matcher.grammar_from_lark(spec.text)
     return made
-
-
-def _escaped(text: str) -> str:
-    """A regular expression of this text alone."""
-    return "".join(one if one.isalnum() else f"\\x{{{ord(one):x}}}" for one in text)
 
 
 def _json(value: object) -> str:

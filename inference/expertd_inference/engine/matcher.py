@@ -30,8 +30,8 @@ class Grammars:
     ) -> None:
         """``vocabulary`` is how many scores the model gives; of tokens there may be fewer."""
         self.vocabulary = vocabulary
-        self.num_tokens = min(len(tokenizer), vocabulary)
-        """Those that the tokenizer has: others are never allowed."""
+        self.known: NDArray[np.bool_] = np.zeros(vocabulary, np.bool_)
+        """Those that the tokenizer has: others are never allowed. Filled with the first matcher."""
         self._tokenizer = tokenizer
         self._making = threading.Lock()
         self._tokens: Any = None  # an LLTokenizer
@@ -53,8 +53,11 @@ class Grammars:
         source = source_of(spec)
         with self._making:
             if self._tokens is None:
-                self._tokens = _tokens_of(self._tokenizer, self.vocabulary)
+                tokens = _tokens_of(self._tokenizer, self.vocabulary)
+                ids = np.array([*self._tokenizer.get_vocab().values()])
+                self.known[ids[ids < self.vocabulary]] = True
                 self._executor = library().LLExecutor()
+                self._tokens = tokens
         state = library().LLMatcher(self._tokens, source, log_level=0, limits=limits())
         if not state.is_error():
             state.consume_tokens([*generated])
@@ -110,7 +113,7 @@ class Matcher:
         self.has_ended = False
         """Whether the last token was the text's end, or left nothing but the end."""
         self._spec = spec
-        self._ends = sorted(token for token in end_tokens if token < grammars.num_tokens)
+        self._ends = sorted(token for token in end_tokens if token < grammars.vocabulary)
         self._allowed: NDArray[np.bool_] = np.zeros(grammars.vocabulary, np.bool_)
         self._may_end = False
 
@@ -125,10 +128,8 @@ class Matcher:
 
     def saw(self, mask: NDArray[np.int32]) -> None:
         """Takes llguidance's mask, a bit for each of its tokens."""
-        num_tokens = self.grammars.num_tokens
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-        allowed = np.zeros(self.grammars.vocabulary, np.bool_)
-        allowed[:num_tokens] = bits[:num_tokens]
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
+        allowed = bits[: self.grammars.vocabulary] & self.grammars.known
         self._may_end = self.state.is_accepting()
         self.must_end = self._may_end and not allowed.any()
         if self._may_end:
@@ -144,8 +145,9 @@ class Matcher:
             self.has_ended = True
         elif not self.state.consume_token(token):
             self.error = wrong(self._spec, self.state.get_error())
-        else:
-            self.has_ended = self.state.is_stopped()
+        elif self.state.is_stopped():
+            self.has_ended = self.state.is_accepting()
+            self.error = None if self.has_ended else wrong(self._spec, self.state.stop_reason())
         return not self.has_ended and self.error is None
 
 
@@ -171,7 +173,7 @@ def _tokens_of(tokenizer: Any, vocabulary: int) -> Any:  # noqa: ANN401 - an LLT
         copy.no_padding()
         copy.no_truncation()
         copy.add_special_tokens([AddedToken(_END, special=True)])
-        end = copy.token_to_id(_END)
+        end = copy.token_to_id(_END) or 0
         return library().LLTokenizer(copy.to_str(), n_vocab=max(vocabulary, end + 1), eos_token=end)
     except ExpertdError:
         raise

@@ -1,8 +1,8 @@
 """What a pack's generation_config.json wishes is done as transformers' generate does it."""
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest

@@ -13,13 +13,18 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["cat", "dog"]},
-        "ages": {"type": "array", "items": {"type": "integer", "maximum": 20}, "maxItems": 2},
+        "ages": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 20},
+            "maxItems": 2,
+        },
     },
     "required": ["kind", "ages"],
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA}}
-ASKED = {"max_tokens": 200, "temperature": 1.0, "seed": 4}
+# Else a model that knows nothing may go on with spaces for ever.
+ASKED = {"max_tokens": 200, "temperature": 1.0, "seed": 4, "frequency_penalty": 2.0}
 CHAT = {**ASKED, "messages": [{"role": "user", "content": "Which pet?"}]}
 COMPLETION = {**ASKED, "prompt": "Which pet?"}
 
