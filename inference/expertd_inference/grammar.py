@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from expertd_inference.field_types import check_types
 from expertd_inference.process.reasons import MAX_CHARACTERS, reason_of
 from expertstore.errors import ExpertdError, InvalidInputError, PreconditionError
 
@@ -54,11 +55,17 @@ _NAMES = {
 class GrammarSpec:
     """The texts that a sequence may have: ``kind`` says what ``text`` is.
 
-    :func:`grammar_of_json_schema` and the others below make it from what a program has.
+    :func:`grammar_of_json_schema` and the others below make it from what a program has. Unless it
+    is empty, ``opening`` has a rule of that name, in Lark, for a text that comes first. Raises
+    InvalidInputError for a kind that there is not.
     """
 
     kind: GrammarKind
     text: str = ""
+    opening: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def check(self) -> None:
         """Raises InvalidInputError with llguidance's reason if the grammar is none.
@@ -114,7 +121,8 @@ def source_of(spec: GrammarSpec) -> str:
         )
     try:
         spec.text.encode()
-        return _source(spec, library().LLMatcher)
+        made = _source(spec, library().LLMatcher)
+        return _opened(made, spec.opening) if spec.opening else made
     except (ExpertdError, MemoryError):
         raise
     except Exception as error:  # the converter of GBNF has several kinds, plain Exception too
@@ -164,7 +172,7 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
             schema = msgspec.json.decode(spec.text)
             if not isinstance(schema, dict | bool):
                 raise ValueError("it is no JSON object")
-            made = matcher.grammar_from_json_schema(_json(schema))
+            made = matcher.grammar_from_json_schema(spec.text)
         case GrammarKind.REGEX:
             made = matcher.grammar_from_regex(spec.text)
         case GrammarKind.CHOICE:
@@ -179,6 +187,14 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
         case GrammarKind.LARK:
             made = matcher.grammar_from_lark(spec.text)
     return made
+
+
+def _opened(source: str, opening: str) -> str:
+    """With a text of the rule ``opening`` first."""
+    inner = msgspec.json.decode(source)["grammars"]
+    inner[0]["name"] = "inner"
+    first = {"name": "opened", "lark_grammar": f"start: opening @inner\n{opening}\n"}
+    return _json({"grammars": [first, *inner]})
 
 
 def _json(value: object) -> str:

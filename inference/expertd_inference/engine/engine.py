@@ -90,7 +90,7 @@ class Engine(Closing):
                 BlockPool(room.num_blocks),
             ),
         )
-        self._grammars = Grammars(worker.tokenizer, worker.vocabulary)
+        self._grammars = Grammars(worker)
         self._ids = itertools.count()
         # Orders to the thread: a sequence to cancel, or None to look again. It may be put to in
         # the midst of anything, a garbage collection included, which takes no lock twice.

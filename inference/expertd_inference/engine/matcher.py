@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
+from expertd_inference.engine.served import Served
 from expertd_inference.grammar import GrammarSpec, library, limits, source_of, wrong
 from expertd_inference.process.reasons import reason_of
 from expertstore.errors import ExpertdError, InvalidInputError
@@ -23,16 +24,12 @@ class Grammars:
     llguidance's form of the tokenizer is made with the first matcher, in 0.7 s for 150,000 tokens.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,  # noqa: ANN401 - transformers is untyped
-        vocabulary: int,
-    ) -> None:
-        """``vocabulary`` is how many scores the model gives; of tokens there may be fewer."""
-        self.vocabulary = vocabulary
-        self.known: NDArray[np.bool_] = np.zeros(vocabulary, np.bool_)
+    def __init__(self, worker: Served) -> None:
+        self.vocabulary = worker.vocabulary
+        """How many scores the model gives; of tokens there may be fewer."""
+        self.known: NDArray[np.bool_] = np.zeros(self.vocabulary, np.bool_)
         """Those that the tokenizer has: others are never allowed. Filled with the first matcher."""
-        self._tokenizer = tokenizer
+        self._worker = worker
         self._making = threading.Lock()
         self._tokens: Any = None  # an LLTokenizer
         self._executor: Any = None  # an LLExecutor
@@ -53,8 +50,9 @@ class Grammars:
         source = source_of(spec)
         with self._making:
             if self._tokens is None:
-                tokens = _tokens_of(self._tokenizer, self.vocabulary)
-                ids = np.array([*self._tokenizer.get_vocab().values()])
+                tokenizer = self._worker.tokenizer
+                tokens = _tokens_of(tokenizer, self.vocabulary)
+                ids = np.array([*tokenizer.get_vocab().values()])
                 self.known[ids[ids < self.vocabulary]] = True
                 self._executor = library().LLExecutor()
                 self._tokens = tokens

@@ -254,7 +254,7 @@ def test_wishes_that_leave_nothing_end_one_sequence(engine: Engine) -> None:
         PROMPT, asked(grammar_of_regex("ab"), allowed_tokens=tuple(ids_of("ac")))
     )
     assert next(none_left).text == "a"
-    with pytest.raises(InvalidInputError, match="After 1 tokens none of those"):
+    with pytest.raises(InvalidInputError, match="No token may come next"):
         next(none_left)
     assert len(text_of([*other])) == 40
 
@@ -269,7 +269,7 @@ def test_a_model_without_end_tokens_ends_all_the_same() -> None:
 
 
 def test_transformers_processors_choose_among_what_may_follow() -> None:
-    grammars = Grammars(TOKENIZER, VOCAB)
+    grammars = Grammars(ToyWorker())
     matcher = grammars.matcher(grammar_of_regex("[xy]"), frozenset([END]))
     sampling = Sampling(temperature=1.0, processors=LogitsProcessorList([TopKLogitsWarper(1)]))
     row = torch.arange(VOCAB, dtype=torch.float32).numpy()
@@ -279,7 +279,9 @@ def test_transformers_processors_choose_among_what_may_follow() -> None:
 
 @pytest.fixture(scope="module")
 def grammars() -> Iterator[Grammars]:
-    made = Grammars(TOKENIZER, 300)
+    worker = ToyWorker()
+    worker.vocabulary = 300  # more than the tokenizer has
+    made = Grammars(worker)
     yield made
     made.close()
 
@@ -360,6 +362,12 @@ def test_a_special_token_is_checked_by_the_engine(engine: Engine) -> None:
     known = GrammarSpec(GrammarKind.LARK, 'start: "a" <|end|>')
     tokens = [*engine.submit(PROMPT, asked(known))]
     assert [token.id for token in tokens] == [*ids_of("a"), END]
+
+
+def test_a_kind_may_be_given_by_its_name_and_there_are_no_others() -> None:
+    assert GrammarSpec("regex", "a") == grammar_of_regex("a")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="kind is 'xml'"):
+        GrammarSpec("xml")  # type: ignore[arg-type]
 
 
 def test_without_the_library_a_grammar_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from expertd_inference.engine.sampling import (
     choose,
     prompt_logprobs,
 )
-from expertstore.errors import PreconditionError
+from expertstore.errors import InvalidInputError, PreconditionError
 
 SIZE = 400
 
@@ -280,6 +280,7 @@ def test_settings_that_leave_no_token_are_that_sequences_error() -> None:
     results = choose(
         torch.randn(2, 50), [Sampler(one, 0, 1) for one in (nothing, Sampling())], [[1]] * 2
     )
+    assert isinstance(results[0], InvalidInputError)
     assert "No token may come next" in str(results[0])
     assert isinstance(results[1], Chosen)
 

@@ -10,8 +10,19 @@ import pytest
 
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.engine import Engine
-from expertd_inference.grammar import GrammarSpec
-from expertd_inference.server.chat.call_grammar import CallForm, grammar_of_calls
+from expertd_inference.grammar import (
+    GrammarSpec,
+    grammar_of_choice,
+    grammar_of_json_schema,
+    grammar_of_regex,
+    grammar_of_text,
+)
+from expertd_inference.server.chat.call_grammar import (
+    CallForm,
+    TaggedForm,
+    after_reasoning,
+    grammar_of_calls,
+)
 from expertd_inference.settings import GenerationSettings
 from expertd_testing.tiny_models import byte_tokenizer
 from tests.inference.engine.toy import END, ToyWorker
@@ -97,14 +108,65 @@ def test_several_calls_in_a_list_behind_a_special_token(engine: Engine) -> None:
     assert max(numbers) > 1
 
 
+@pytest.mark.parametrize("end", ["</p>", "\n<|end|>"], ids=["text", "special"])
+def test_arguments_between_tags(end: str, engine: Engine) -> None:
+    schema = {
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            "unit": {"enum": ["day", "night"]},
+            "where": {"$ref": "#/$defs/place", "type": "array"},
+        },
+        "required": ["city", "unit"],
+        "$defs": {"place": {"type": "array", "items": {"type": "null"}, "maxItems": 1}},
+    }
+    form = TaggedForm(
+        opening="<f=look>",
+        argument_opening="<p=KEY>",
+        argument_closing=end,
+        schema=schema,
+        closing="</f>",
+    )
+    spec = grammar_of_calls([form], SPECIAL)
+    towards = dict.fromkeys([*BYTES("</p>").input_ids, END], 9.0)
+    for text in written(engine, spec, logit_bias={**CLOSING, **towards}):
+        body = text.removeprefix("<f=look>").removesuffix("</f>")
+        # A text that a special token ends may have the line break or not.
+        ending = "</p>" if end == "</p>" else r"\n?<\|end\|>"
+        found = re.findall(rf"<p=(\w+)>(.*?){ending}", body, re.DOTALL)
+        if end == "</p>":
+            assert "".join(f"<p={key}>{value}</p>" for key, value in found) == body
+        given = dict(found)
+        assert [*given] == [key for key in schema["properties"] if key in given]
+        assert {"city", "unit"} <= given.keys()
+        assert given["unit"] in {"day", "night"}
+        assert 1 <= int(given.get("days", 1)) <= 9
+        assert json.loads(given.get("where", "[]")) in ([], [None])
+
+
 @pytest.mark.parametrize("end", ["<|end|>", "</"], ids=["special", "text"])
-def test_reasoning_may_come_first(end: str, engine: Engine) -> None:
-    spec = grammar_of_calls(forms("NAME(", ")"), SPECIAL, reasoning_end=end)
+@pytest.mark.parametrize(
+    ("spec", "pattern"),
+    [
+        (grammar_of_calls(forms("NAME(", ")"), SPECIAL), r"(look|stop/now)\((.*)\)"),
+        (grammar_of_json_schema(TOOLS["look"]), r"()(\{.*\})"),
+        (grammar_of_regex("[ab]{3}"), "[ab]{3}"),
+        (grammar_of_choice(["yes", "no"]), "yes|no"),
+        (grammar_of_text('root ::= "a" | "b"'), "a|b"),
+    ],
+    ids=["calls", "schema", "regex", "choice", "gbnf"],
+)
+def test_reasoning_may_come_first(
+    spec: GrammarSpec, pattern: str, end: str, engine: Engine
+) -> None:
     # Else the end comes once in many thousand bytes.
     towards = dict.fromkeys([*BYTES("</").input_ids, END], 9.0)
-    for text in written(engine, spec, logit_bias={**CLOSING, **towards}):
-        _, found, call = text.partition(end)
+    reasoned = after_reasoning(spec, end, SPECIAL)
+    reasoned.check()
+    for text in written(engine, reasoned, logit_bias={**CLOSING, **towards}):
+        _, found, rest = text.partition(end)
         assert found
-        match = re.fullmatch(r"(look|stop/now)\((.*)\)", call, re.DOTALL)
+        match = re.fullmatch(pattern, rest, re.DOTALL)
         assert match, text
-        check_call(*match.groups())
+        if match.groups():
+            check_call(match[1] or "look", match[2])
