@@ -37,9 +37,10 @@ LISTED = r'\{"name": "(?P<name>\w+)", "arguments": ' + JSON + r"\}"
 FORMS = {
     "gpt-oss": r"<\|channel\|>commentary to=functions\.(?P<name>\w+) "
     r"<\|constrain\|>json<\|message\|>" + JSON + r"<\|call\|>",
-    "deepseek": r"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>(?P<name>\w+)<｜tool▁sep｜>"
+    "deepseek": r"<\uff5ctool▁calls▁begin\uff5c><\uff5ctool▁call▁begin\uff5c>"
+    r"(?P<name>\w+)<\uff5ctool▁sep\uff5c>"
     + JSON
-    + "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    + "<\uff5ctool▁call▁end\uff5c><\uff5ctool▁calls▁end\uff5c>",
     "kimi": r"<\|tool_calls_section_begin\|><\|tool_call_begin\|>functions\.(?P<name>\w+):0"
     r"<\|tool_call_argument_begin\|>" + JSON + r"<\|tool_call_end\|><\|tool_calls_section_end\|>",
     "minimax": r'<minimax:tool_call>\n<invoke name="(?P<name>\w+)">\n'

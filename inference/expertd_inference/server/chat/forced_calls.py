@@ -34,17 +34,20 @@ class _Form:
     argument: tuple[str, str] | None = None
 
 
-_LIST = {"opening": _OBJECT, "closing": "}", "after": "]", "between": ", "}
+def _listed(before: str, after: str = "]") -> _Form:
+    return _Form(before=before, opening=_OBJECT, closing="}", after=after, between=", ")
+
+
 _FORMS = {
     "gpt-oss": _Form(
         opening="<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",
         closing="<|call|>",
     ),
     "deepseek": _Form(
-        before="<｜tool▁calls▁begin｜>",
-        opening="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
-        closing="<｜tool▁call▁end｜>",
-        after="<｜tool▁calls▁end｜>",
+        before="<\uff5ctool▁calls▁begin\uff5c>",
+        opening="<\uff5ctool▁call▁begin\uff5c>NAME<\uff5ctool▁sep\uff5c>",
+        closing="<\uff5ctool▁call▁end\uff5c>",
+        after="<\uff5ctool▁calls▁end\uff5c>",
         between="",
     ),
     "kimi": _Form(
@@ -61,9 +64,9 @@ _FORMS = {
         after="</minimax:tool_call>",
         between="",
     ),
-    "mistral": _Form(before="[TOOL_CALLS][", **_LIST),
-    "hunyuan": _Form(before="<tool_calls>[", **_LIST | {"after": "]</tool_calls>"}),
-    "granite": _Form(before="<|tool_call|>[", **_LIST),
+    "mistral": _listed("[TOOL_CALLS]["),
+    "hunyuan": _listed("<tool_calls>[", "]</tool_calls>"),
+    "granite": _listed("<|tool_call|>["),
     "glm": _Form(
         opening="<tool_call>NAME\n",
         argument=("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),
@@ -91,7 +94,7 @@ def grammar_of_tools(
     *,
     parallel: bool,
 ) -> GrammarSpec | None:
-    """A call of one of ``tools``, which are OpenAI's; several if ``parallel`` and the family has it.
+    """A call of one of ``tools``, which are OpenAI's; with ``parallel`` several, if the family can.
 
     None for a family whose calls cannot be forced.
     """
