@@ -68,7 +68,8 @@ def engine() -> Iterator[Engine]:
 
 
 def written(engine: Engine, family: str, **more: Any) -> Iterator[str]:
-    spec = grammar_of_tools(family, TOOLS, **{"special_tokens": {}, "parallel": False, **more})
+    arguments: dict[str, Any] = {"special_tokens": {}, "parallel": False, **more}
+    spec = grammar_of_tools(family, TOOLS, **arguments)
     assert spec is not None
     for seed in range(4):
         wanted = GenerationSettings(
@@ -85,7 +86,7 @@ def written(engine: Engine, family: str, **more: Any) -> Iterator[str]:
         yield "".join(token.text for token in tokens)
 
 
-@pytest.mark.parametrize("family", FORCED)
+@pytest.mark.parametrize("family", sorted(FORCED))
 def test_a_call_has_the_form_of_its_family(family: str, engine: Engine) -> None:
     for text in written(engine, family):
         call = re.fullmatch(FORMS[family], text, re.DOTALL)
