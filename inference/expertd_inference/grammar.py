@@ -191,7 +191,8 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
 
 def _opened(source: str, opening: str) -> str:
     """With a text of the rule ``opening`` first."""
-    inner = msgspec.json.decode(source)["grammars"]
+    is_lark = not source.startswith("{")  # which is no rule
+    inner = [{"lark_grammar": source}] if is_lark else msgspec.json.decode(source)["grammars"]
     inner[0]["name"] = "inner"
     first = {"name": "opened", "lark_grammar": f"start: opening @inner\n{opening}\n"}
     return _json({"grammars": [first, *inner]})

@@ -108,7 +108,7 @@ def test_several_calls_in_a_list_behind_a_special_token(engine: Engine) -> None:
     assert max(numbers) > 1
 
 
-@pytest.mark.parametrize("end", ["</p>", "\n<|end|>"], ids=["text", "special"])
+@pytest.mark.parametrize("end", ["</", "\n<|end|>"], ids=["text", "special"])
 def test_arguments_between_tags(end: str, engine: Engine) -> None:
     schema = {
         "properties": {
@@ -128,14 +128,14 @@ def test_arguments_between_tags(end: str, engine: Engine) -> None:
         closing="</f>",
     )
     spec = grammar_of_calls([form], SPECIAL)
-    towards = dict.fromkeys([*BYTES("</p>").input_ids, END], 9.0)
+    towards = dict.fromkeys([*BYTES("</").input_ids, END], 9.0)
     for text in written(engine, spec, logit_bias={**CLOSING, **towards}):
         body = text.removeprefix("<f=look>").removesuffix("</f>")
         # A text that a special token ends may have the line break or not.
-        ending = "</p>" if end == "</p>" else r"\n?<\|end\|>"
+        ending = "</" if end == "</" else r"\n?<\|end\|>"
         found = re.findall(rf"<p=(\w+)>(.*?){ending}", body, re.DOTALL)
-        if end == "</p>":
-            assert "".join(f"<p={key}>{value}</p>" for key, value in found) == body
+        if end == "</":
+            assert "".join(f"<p={key}>{value}</" for key, value in found) == body
         given = dict(found)
         assert [*given] == [key for key in schema["properties"] if key in given]
         assert {"city", "unit"} <= given.keys()
