@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from expertd_inference.field_types import check_types
+from expertd_inference.grammar import GrammarSpec
 from expertstore.errors import InvalidInputError
 
 
@@ -54,6 +55,11 @@ class GenerationSettings:
     of ``stop_tokens``, or once the text has one of ``stop``, of which nothing is passed on unless
     ``include_stop``; not before ``min_new_tokens``.
 
+    Which text: what a ``grammar`` allows and nothing else, whatever the model's scores. The text
+    ends as soon as nothing may follow, and only where the grammar may end, ``ignore_eos`` and
+    ``min_new_tokens`` or not; but ``max_new_tokens`` and ``stop`` may cut it before. Needs
+    ``expertd[serve]``.
+
     What is given: the text without special tokens, if ``skip_special_tokens``; with each token its
     log-probability and the ``logprobs`` likeliest ones (0 to 20; None for nothing of this), by the
     model's own scores; ``prompt_logprobs`` is the same for the tokens of the prompt.
@@ -81,6 +87,7 @@ class GenerationSettings:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

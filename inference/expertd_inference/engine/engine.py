@@ -31,6 +31,7 @@ from expertd_inference.engine.channel import Channel, Outlet
 from expertd_inference.engine.completion import Completion, complete_all
 from expertd_inference.engine.live import live_of
 from expertd_inference.engine.loop import Loop
+from expertd_inference.engine.matcher import Grammars
 from expertd_inference.engine.sampling import Sampling
 from expertd_inference.engine.scheduler import Scheduler
 from expertd_inference.engine.sequence import ORIGIN, Origin
@@ -89,6 +90,7 @@ class Engine(Closing):
                 BlockPool(room.num_blocks),
             ),
         )
+        self._grammars = Grammars(worker)
         self._ids = itertools.count()
         # Orders to the thread: a sequence to cancel, or None to look again. It may be put to in
         # the midst of anything, a garbage collection included, which takes no lock twice.
@@ -155,9 +157,9 @@ class Engine(Closing):
         Returns at once; the stream has the tokens as they come. Messages (``role`` and
         ``content``) are put in the model's chat template. Raises InvalidInputError for a prompt
         that is empty or has tokens that the model has not, PromptTooLongError for one that leaves
-        no room in the model's context or in the memory for keys and values, BusyError if
-        ``max_waiting`` sequences wait already, and PreconditionError after :meth:`close` and in a
-        fork of the process.
+        no room in the model's context or in the memory for keys and values, or for a grammar that
+        cannot be used, BusyError if ``max_waiting`` sequences wait already, and PreconditionError
+        after :meth:`close`, in a fork of the process, and for a grammar without llguidance.
         """
         if settings is None:
             settings = GenerationSettings()
@@ -231,6 +233,9 @@ class Engine(Closing):
         origin: Origin,
     ) -> Callable[[], None]:
         self._check_usable()
+        matcher = None
+        if settings.grammar is not None:
+            matcher = self._grammars.matcher(settings.grammar, wishes.end_tokens, origin.generated)
         sequence = LiveSequence(next(self._ids), tokens, settings, origin)
         self._loop.add(
             sequence,
@@ -241,6 +246,7 @@ class Engine(Closing):
                 wishes.sampling,
                 wishes.end_tokens,
                 wishes.stop,
+                matcher,
             ),
         )
         self._orders.put(None)
@@ -264,6 +270,7 @@ class Engine(Closing):
             self._closed = True
             self._loop.end_all(error)
             self._after_step()
+            self._grammars.close()
             self._executor.close()
 
     def _take_orders(self) -> bool:

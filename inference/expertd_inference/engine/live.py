@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expertd_inference.engine.channel import Outlet
+from expertd_inference.engine.matcher import Matcher
 from expertd_inference.engine.sampling import Sampler, Sampling
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.engine.stops import TokenText
@@ -36,9 +37,14 @@ def live_of(
     sampling: Sampling,
     end_tokens: frozenset[int],
     stop: tuple[str, ...] = (),
+    matcher: Matcher | None = None,
 ) -> Live:
-    """For a sequence that the scheduler has accepted; ``stop`` are the pack's own stop strings."""
+    """For a sequence that the scheduler has accepted; ``stop`` are the pack's own stop strings.
+
+    ``matcher`` is that of its grammar, if it has one.
+    """
     text = TokenText(tokenizer, sequence.settings, end_tokens, sequence.max_new_tokens, stop)
     for token in sequence.tokens[sequence.num_prompt :]:
         text.feed(token)  # Whoever has the token has had its text.
-    return Live(sequence, Sampler(sampling, sequence.seed, sequence.num_prompt), text, outlet)
+    sampler = Sampler(sampling, sequence.seed, sequence.num_prompt, matcher)
+    return Live(sequence, sampler, text, outlet)

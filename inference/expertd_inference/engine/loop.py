@@ -9,6 +9,7 @@ from torch import Tensor
 
 from expertd_inference.device.transaction import StepLostError
 from expertd_inference.engine.live import Live
+from expertd_inference.engine.matcher import follow
 from expertd_inference.engine.pace import Pace
 from expertd_inference.engine.sampling import Chosen, choose, prompt_logprobs
 from expertd_inference.engine.scheduler import Scheduler, SchedulerStats, StepPlan
@@ -29,7 +30,7 @@ from expertstore.errors import (
 STORE_GONE = (*SESSION_ENDED, NotFoundError, PreconditionError, DeviceLostError)
 """Errors of a step that the next step would meet as well: they end all sequences."""
 
-Choices = dict[int, Chosen | PreconditionError]
+Choices = dict[int, Chosen | ExpertdError]
 """The next token of each sequence that chooses one, by its id; or why it has none."""
 
 
@@ -135,6 +136,13 @@ class Loop:
             [live.sampler for live in lives],
             [live.sequence.tokens for live in lives],
         )
+        follow(
+            [
+                (live.sampler.matcher, new.token)
+                for live, new in zip(lives, chosen, strict=True)
+                if live.sampler.matcher is not None and isinstance(new, Chosen)
+            ]
+        )
         return {live.sequence.id: new for live, new in zip(lives, chosen, strict=True)}
 
     def _rows_that_choose(self, plan: StepPlan, logits: Tensor) -> Tensor:
@@ -186,7 +194,8 @@ class Loop:
 
 
 def _token(live: Live, new: Chosen) -> Token:
-    piece = live.text.feed(new.token)
+    matcher = live.sampler.matcher
+    piece = live.text.feed(new.token, ends=matcher is not None and matcher.has_ended)
     opening = None
     if not live.has_opened:
         live.has_opened = True

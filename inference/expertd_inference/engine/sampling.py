@@ -1,7 +1,7 @@
 """Chooses each sequence's next token, by its own scores, settings, seed and position alone."""
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isfinite
@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from expertd_inference.engine.matcher import Matcher
 from expertd_inference.engine.nucleus import Scores, candidates
 from expertd_inference.engine.token import Likely
 from expertd_inference.process.reasons import reason_of
-from expertstore.errors import PreconditionError
+from expertstore.errors import ExpertdError, InvalidInputError, PreconditionError
 
-Mask = Callable[[Sequence[int]], "NDArray[np.bool_] | None"]
-"""Of a grammar: the generated tokens -> which tokens of the vocabulary may follow, None for all."""
+_NEVER = np.float32(-np.inf)
+"""The score of a token that must not come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,13 @@ class Chosen:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence."""
+    """Chooses the tokens of one sequence; by a ``matcher`` only those that its grammar allows."""
 
-    def __init__(self, sampling: Sampling, seed: int, num_prompt: int) -> None:
+    def __init__(
+        self, sampling: Sampling, seed: int, num_prompt: int, matcher: Matcher | None = None
+    ) -> None:
         self.sampling = sampling
-        self.mask: Mask | None = None
+        self.matcher = matcher
         self._seed = seed
         self._num_prompt = num_prompt
         self._all = _TokenCounts()
@@ -87,17 +90,19 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token by the model's own scores is chosen."""
-        return self.sampling.temperature == 0 and not self.sampling.edits and self.mask is None
+        return self.sampling.temperature == 0 and not self.sampling.edits and self.matcher is None
 
     def choose(self, row: Scores, tokens: Sequence[int]) -> int | None:
         """The token after ``tokens``, by the model's scores ``row`` [vocabulary], left as they are.
 
         None if no score is finite: the model's own say nothing, or the settings leave no token.
+        Raises why a grammar allows none.
         """
-        scores = self._edited(row, tokens)
+        wanted = self.sampling
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        scores = self._edited(row, tokens, allowed)
         if not isfinite(scores.max()):
             return None
-        wanted = self.sampling
         if wanted.temperature == 0:
             return int(scores.argmax())
         uniform = _uniform(self._seed, len(tokens))
@@ -107,11 +112,19 @@ class Sampler:
             scores, wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p
         ).draw(uniform)
 
-    def _edited(self, row: Scores, tokens: Sequence[int]) -> Scores:
+    def _edited(
+        self,
+        row: Scores,
+        tokens: Sequence[int],
+        allowed: NDArray[np.bool_] | None = None,  # [vocabulary]
+    ) -> Scores:
         wanted = self.sampling
-        if not wanted.edits and self.mask is None:
-            return row
-        scores = row.copy()
+        scores = row if allowed is None else np.where(allowed, row, _NEVER)
+        must_end = self.matcher is not None and self.matcher.must_end
+        if not wanted.edits or must_end:
+            return scores
+        if allowed is None:
+            scores = row.copy()
         for token, bias in wanted.logit_bias.items():
             scores[token] += np.float32(bias)
         self._penalize(scores, tokens)
@@ -123,18 +136,17 @@ class Sampler:
             for word in wanted.bad_words
             if len(word) == 1 or tuple(tokens[1 - len(word) :]) == word[:-1]
         ]
-        scores[[token for token in banned if 0 <= token < len(scores)]] = -np.inf
+        scores[[token for token in banned if 0 <= token < len(scores)]] = _NEVER
         if wanted.processors is not None:
             ids = torch.tensor([tokens])
             scores = wanted.processors(ids, torch.from_numpy(scores)[None])[0].numpy()
+            if allowed is not None:
+                # Some processors give scores to tokens that had none.
+                scores = np.where(allowed, scores, _NEVER)
         if wanted.allowed_tokens is not None:
-            allowed = np.zeros(len(scores), bool)
-            allowed[list(wanted.allowed_tokens)] = True
-            scores = np.where(allowed, scores, np.float32(-np.inf))
-        if self.mask is not None:
-            may_follow = self.mask(tokens[self._num_prompt :])
-            if may_follow is not None:
-                scores = np.where(may_follow, scores, np.float32(-np.inf))
+            asked = np.zeros(len(scores), bool)
+            asked[list(wanted.allowed_tokens)] = True
+            scores = np.where(asked, scores, _NEVER)
         return scores
 
     def _penalize(self, scores: Scores, tokens: Sequence[int]) -> None:
@@ -180,16 +192,17 @@ def choose(
     logits: Tensor,  # [n, vocabulary]
     samplers: Sequence[Sampler],
     tokens: Sequence[Sequence[int]],
-) -> list[Chosen | PreconditionError]:
+) -> list[Chosen | ExpertdError]:
     """The next token of each sequence, which has ``tokens`` so far, by its row of ``logits``.
 
     Where a row's scores say nothing, since one is no number or infinite, there is an error in the
-    token's place: the likeliest would be the first, whatever came before. Rows do not depend on
-    each other: each is that of its sequence alone.
+    token's place: the likeliest would be the first, whatever came before. So there is where the
+    sequence's settings leave no token. Rows do not depend on each other: each is that of its
+    sequence alone.
     """
     greedy = [at for at, one in enumerate(samplers) if one.is_greedy]
     likeliest = _likeliest(logits, greedy) if greedy else {}
-    results: list[Chosen | PreconditionError] = []
+    results: list[Chosen | ExpertdError] = []
     for at, (sampler, before) in enumerate(zip(samplers, tokens, strict=True)):
         num_top = sampler.sampling.logprobs
         if at in likeliest and num_top is None:
@@ -199,6 +212,9 @@ def choose(
         row = _row(logits[at])
         try:
             token = likeliest[at] if at in likeliest else sampler.choose(row, before)
+        except ExpertdError as error:
+            results.append(error)
+            continue
         except Exception as error:
             results.append(_unforeseen(error))
             continue
@@ -278,10 +294,10 @@ def _unforeseen(error: Exception) -> PreconditionError:
     return failed
 
 
-def _nothing_left() -> PreconditionError:
-    return PreconditionError(
-        "No token may come next: allowed_tokens, bad_words, min_new_tokens and what the pack's "
-        "generation_config.json forbids exclude all together; allow more."
+def _nothing_left() -> InvalidInputError:
+    return InvalidInputError(
+        "No token may come next: allowed_tokens, bad_words, min_new_tokens, the grammar and what "
+        "the pack's generation_config.json forbids exclude all together; allow more."
     )
 
 

@@ -61,21 +61,24 @@ class TokenText:
         self._num_tokens = 0
         self._held = ""
 
-    def feed(self, token: int) -> TextPiece:
-        """Takes the next token, and says what it adds and whether it is the last."""
+    def feed(self, token: int, *, ends: bool = False) -> TextPiece:
+        """Takes the next token, and says what it adds and whether it is the last.
+
+        If it ``ends`` the text, whatever else was asked for, it is.
+        """
         self._num_tokens += 1
         may_stop = self._num_tokens >= self._settings.min_new_tokens
         stops_here = may_stop and token in self._stop_tokens
-        ends = stops_here or self._num_tokens >= self._max_new_tokens
+        is_last = ends or stops_here or self._num_tokens >= self._max_new_tokens
         self._held += self._decoder.feed(token)
-        if ends:
+        if is_last:
             self._held += self._decoder.flush()
         if may_stop and (found := self._find()):
             at, string = found
             text = self._held[: at + len(string) if self._settings.include_stop else at]
             return TextPiece(text, FinishReason.STOP, string)
-        if ends:
-            reason = FinishReason.STOP if stops_here else FinishReason.LENGTH
+        if is_last:
+            reason = FinishReason.STOP if ends or stops_here else FinishReason.LENGTH
             return TextPiece(self._take(0), reason, token if stops_here else None)
         return TextPiece(self._take(self._num_held() if self._strings else 0))
 

@@ -12,6 +12,7 @@ from expertd_inference.cli.many import PromptResult, Totals, continue_all
 from expertd_inference.cli.prompt_file import PromptLine, read_prompt_file
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.engine import Engine
+from expertd_inference.grammar import grammar_of_regex
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import InvalidInputError, RecordLostError, UnavailableError
 from tests.inference.engine.toy import ToyWorker
@@ -31,7 +32,8 @@ def test_what_a_line_says(tmp_path: Path) -> None:
         '{"prompt": "Once"}\n'
         "\n"
         '{"messages": [{"role": "user", "content": "Hi"}], "stop": ["x"], "seed": 1}\n'
-        '{"tokens": [1, 2], "logit_bias": {"3": 1.5}, "max_new_tokens": 9}',
+        '{"tokens": [1, 2], "logit_bias": {"3": 1.5}, "max_new_tokens": 9, '
+        '"grammar": {"kind": "regex", "text": "[0-9]+"}}',
     )
     assert (first.number, first.prompt, first.settings) == (1, "Once", DEFAULTS)
     assert second.number == 3
@@ -41,6 +43,7 @@ def test_what_a_line_says(tmp_path: Path) -> None:
     assert third.prompt == [1, 2]
     assert third.settings.logit_bias == {3: 1.5}
     assert third.settings.max_new_tokens == 9
+    assert third.settings.grammar == grammar_of_regex("[0-9]+")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a pack's generation_config.json wishes is done as transformers' generate does it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -212,8 +213,8 @@ def test_a_sampler_that_fails_fails_alone(model: Any) -> None:
         raise IndexError("no such row")
 
     wishes = resolve(GenerationSettings(), worker_of(model, config_of()), PROMPT)
-    good, bad = (Sampler(wishes.sampling, 0, len(PROMPT)) for _ in range(2))
-    bad.mask = fail
+    good = Sampler(wishes.sampling, 0, len(PROMPT))
+    bad = Sampler(replace(wishes.sampling, processors=fail), 0, len(PROMPT))
     first, second = choose(torch.zeros(2, END + 1), [good, bad], [PROMPT, PROMPT])
     assert isinstance(first, Chosen)
     assert isinstance(second, PreconditionError)

@@ -4,6 +4,7 @@ import msgspec
 
 from expertd_inference.engine.sequence import Origin
 from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.grammar_fields import GrammarFields
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import GenerationSettings
 
@@ -22,7 +23,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_obfuscation: bool = False
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class SamplingFields(GrammarFields, kw_only=True):
     """Fields of a request that say how tokens are chosen, and when to stop."""
 
     model: str | None = None
@@ -131,6 +132,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             skip_special_tokens=self.skip_special_tokens,
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            grammar=self.grammar_spec(),
         )
 
     def origin(self, user: str, continuation: int) -> Origin:
