@@ -12,6 +12,7 @@
     │   └── PromptTooLongError   more tokens than the model's context or a worker's memory takes
     ├── NotFoundError            no such model, or no such expert in it
     ├── PreconditionError        possible in another state: fix that first
+    │   └── ScoresError          a model's scores for the next token say nothing
     ├── CapacityError            more than the budget or quota holds
     ├── RecordLostError          a record is damaged, truncated or unreadable
     ├── UnavailableError         no daemon answers: retry
@@ -76,6 +77,10 @@ class NotFoundError(ExpertdError):
 
 class PreconditionError(ExpertdError):
     """Possible in another state; the message says which."""
+
+
+class ScoresError(PreconditionError):
+    """A model's scores for the next token are no numbers, or cannot be processed. Never by RPC."""
 
 
 class CapacityError(ExpertdError):

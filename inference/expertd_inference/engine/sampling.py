@@ -16,7 +16,7 @@ from expertd_inference.engine.matcher import Matcher
 from expertd_inference.engine.nucleus import Scores, candidates
 from expertd_inference.engine.token import Likely
 from expertd_inference.process.reasons import reason_of
-from expertstore.errors import ExpertdError, InvalidInputError, PreconditionError
+from expertstore.errors import ExpertdError, InvalidInputError, ScoresError
 
 _NEVER = np.float32(-np.inf)
 """The score of a token that must not come."""
@@ -285,8 +285,8 @@ def _uniform(seed: int, position: int) -> float:
     return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def _unforeseen(error: Exception) -> PreconditionError:
-    failed = PreconditionError(
+def _unforeseen(error: Exception) -> ScoresError:
+    failed = ScoresError(
         f"The next token's scores could not be processed as asked for: {reason_of(error)}; ask for "
         "less, or remove the wish from the pack's generation_config.json."
     )
@@ -301,7 +301,7 @@ def _nothing_left() -> InvalidInputError:
     )
 
 
-def not_finite(dtype: torch.dtype) -> PreconditionError:
+def not_finite(dtype: torch.dtype) -> ScoresError:
     """The error of scores that say nothing, which were computed in ``dtype``."""
     other = "float32" if dtype == torch.bfloat16 else "bfloat16"
     advice = (
@@ -310,7 +310,7 @@ def not_finite(dtype: torch.dtype) -> PreconditionError:
         else f"compute in {other} (--dtype {other}), and if that does not help verify the pack "
         "with `expertd verify`"
     )
-    return PreconditionError(
+    return ScoresError(
         f"The model's scores for the next token are not finite numbers, computed in "
         f"{str(dtype).removeprefix('torch.')}, so no token can be chosen: values overflow, or "
         f"weights are damaged; {advice}."
