@@ -27,7 +27,7 @@ from expertd_inference.engine.sampling import (
     choose,
     prompt_logprobs,
 )
-from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.errors import InvalidInputError, ScoresError
 
 SIZE = 400
 
@@ -271,7 +271,7 @@ def test_scores_that_say_nothing_are_that_sequences_error(value: float, sampling
     logits = torch.randn(3, 500, dtype=torch.bfloat16)
     logits[1, 300] = value
     results = choose(logits, [Sampler(sampling, 0, 1) for _ in range(3)], [[1]] * 3)
-    assert [type(one) for one in results] == [Chosen, PreconditionError, Chosen]
+    assert [type(one) for one in results] == [Chosen, ScoresError, Chosen]
     assert "--dtype float32" in str(results[1])
 
 
