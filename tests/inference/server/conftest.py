@@ -1,5 +1,7 @@
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
@@ -37,3 +39,9 @@ def http(server: Server) -> Iterator[httpx2.Client]:
     """Talks to it."""
     with httpx2.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture
+def call_of_tool() -> Any:
+    """What a model asks for."""
+    return SimpleNamespace(id="c", name="f", arguments='{"a": 1}')

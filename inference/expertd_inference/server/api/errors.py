@@ -75,7 +75,7 @@ class ApiError(Exception):
 
     def body_for(self, path: str) -> dict[str, Any]:
         """The body in the form of the interface that serves ``path``."""
-        if path.startswith("/v1/messages"):
+        if path.startswith(("/v1/messages", "/messages")):
             return self.anthropic()
         if path.startswith("/api/"):
             return self.ollama()
