@@ -55,7 +55,7 @@ def test_a_stream_is_the_same_message(client: anthropic.Anthropic) -> None:
     assert [block.type for block in whole.content] == ["text"]
     assert whole.content[0].type == "text"
     assert text == whole.content[0].text
-    assert final.content == whole.content
+    assert [block.to_dict()["text"] for block in final.content] == [text]
     assert final.stop_reason == whole.stop_reason
     assert final.usage.output_tokens == 6
 
