@@ -36,7 +36,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
 )
 NOT_APPLICABLE = {
-    r"To use the aiohttp client you must have installed": "needs the client's extra `aiohttp`, which is not installed",
+    r"To use the aiohttp client": "needs the client's extra `aiohttp`, not installed",
     r"suffix is not supported": "`suffix`: models served here fill no gaps",
     r"best_of is not supported": "`best_of` 0: refused, as is any that is not `n`",
     r"logit_bias has a key that is no token": '`logit_bias` for "foo": refused, as it is no token',
