@@ -7,12 +7,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from expertd_inference.server.api import anthropic, ollama, ollama_models, responses, tokenizing
-from expertd_inference.server.api.chat import chat, list_chats
+from expertd_inference.server.api.chat import chat
 from expertd_inference.server.api.completions import complete
 from expertd_inference.server.api.errors import ApiError, answer_error
 from expertd_inference.server.api.models import (
     get_model,
     health,
+    list_chats,
     list_models,
     metrics,
     version,
@@ -84,7 +85,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        message = f"There is nothing at {path}; docs/serving.md lists the paths."
+        message = f"There is nothing at {path}; docs/interfaces.md lists the paths."
     elif error.status_code == 405:
         message = f"{path} does not take {request.method}."
     else:

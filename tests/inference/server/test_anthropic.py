@@ -8,18 +8,17 @@ import anthropic
 import httpx2
 import pytest
 
-from expertd_inference.engine.token import Token
 from expertd_inference.server.api.answering import Piece
-from expertd_inference.server.api.anthropic import _Blocks
+from expertd_inference.server.api.anthropic import _Blocks, _error_events, _Message
 from expertd_inference.server.api.anthropic_request import MessagesRequest, openai_fields
 from expertd_inference.server.api.errors import ApiError
 from expertd_testing.server import Server
+from tests.inference.server.said import Said, streamed
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 ASKED: Any = {"model": "example", "messages": HELLO, "max_tokens": 6}
 # The client has no word for it any more.
 GREEDY: Any = {**ASKED, "extra_body": {"temperature": 0}}
-TOKEN = Token(1, "")
 
 
 @pytest.fixture
@@ -87,6 +86,15 @@ def test_the_beginning_of_an_answer_is_continued(
     message = client.messages.create(**{**GREEDY, "messages": begun})
     assert message.content[0].type == "text"
     assert message.content[0].text == greedy_text(http, "<user>Hello</user><assistant>def")
+
+
+def test_models_are_listed_in_its_form_too(client: anthropic.Anthropic) -> None:
+    page = client.models.list()
+    assert [(model.id, model.display_name) for model in page] == [
+        ("example", "example"),
+        ("alias", "alias"),
+    ]
+    assert client.models.retrieve("alias").type == "model"
 
 
 def test_errors_have_anthropic_s_form(client: anthropic.Anthropic) -> None:
@@ -187,9 +195,9 @@ def test_what_is_not_served_is_refused(body: dict[str, Any], message: str) -> No
 def test_thoughts_texts_and_calls_are_blocks(call_of_tool: Any) -> None:
     blocks = _Blocks(shows_thinking=True)
     pieces = [
-        Piece(TOKEN, reasoning="Hm"),
-        Piece(TOKEN, reasoning="m"),
-        Piece(TOKEN, content="Well", calls=(call_of_tool,)),
+        Piece(reasoning="Hm"),
+        Piece(reasoning="m"),
+        Piece(content="Well", calls=(call_of_tool,)),
     ]
     events = [one for piece in pieces for one in blocks.add(piece)] + [*blocks.end()]
     assert [one["type"].removeprefix("content_block_") for one in events] == [
@@ -208,3 +216,27 @@ def test_thoughts_texts_and_calls_are_blocks(call_of_tool: Any) -> None:
     ]
     hidden = _Blocks(shows_thinking=False)
     assert all("thinking_delta" not in str(one) for one in hidden.add(pieces[0]))
+
+
+async def test_a_call_of_a_tool_ends_the_message(call_of_tool: Any) -> None:
+    lines = await _streamed(Said(Piece(content="Well"), Piece(calls=(call_of_tool,))))
+    data = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    assert data[0]["message"]["content"] == []
+    assert data[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+    assert data[-2]["usage"]["output_tokens"] == 2
+    assert data[-1] == {"type": "message_stop"}
+
+
+async def test_a_stream_that_breaks_ends_with_the_error() -> None:
+    lines = await _streamed(Said(Piece(content="Well"), error=ApiError(503, "It broke.")))
+    assert lines[-3] == "event: error"
+    assert json.loads(lines[-2][6:]) == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": "It broke."},
+    }
+    assert "event: message_stop" not in lines
+
+
+async def _streamed(said: Any) -> list[str]:
+    message = _Message(said, MessagesRequest(messages=HELLO))
+    return await streamed(message.events("user"), _error_events)

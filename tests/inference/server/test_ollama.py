@@ -9,10 +9,9 @@ import msgspec
 import ollama
 import pytest
 
-from expertd_inference.engine.token import Token
 from expertd_inference.server.api.answering import Piece
 from expertd_inference.server.api.errors import ApiError
-from expertd_inference.server.api.ollama import _Answer
+from expertd_inference.server.api.ollama import LINES, _Answer, _error_lines
 from expertd_inference.server.api.ollama_request import (
     OllamaChatRequest,
     OllamaGenerateRequest,
@@ -20,6 +19,7 @@ from expertd_inference.server.api.ollama_request import (
     generate_fields,
 )
 from expertd_testing.server import Server
+from tests.inference.server.said import Said, streamed
 
 HELLO = [{"role": "user", "content": "Hello"}]
 GREEDY: Any = {"temperature": 0, "num_predict": 6, "num_ctx": 512}
@@ -166,13 +166,8 @@ def test_what_generate_does_not_do_is_refused() -> None:
 
 
 async def test_thoughts_and_calls_are_parts_of_a_message(call_of_tool: Any) -> None:
-    pieces = [
-        Piece(Token(1, ""), reasoning="Hm"),
-        Piece(Token(2, ""), content="Well", calls=(call_of_tool,)),
-    ]
-    body = OllamaChatRequest(model="m")
-    answer = _Answer(_Said(pieces), body, is_chat=True)  # type: ignore[arg-type]
-    message = (await answer.whole("user"))["message"]
+    said = Said(Piece(reasoning="Hm"), Piece(content="Well", calls=(call_of_tool,)))
+    message = (await _answer(said).whole("user"))["message"]
     assert message == {
         "role": "assistant",
         "content": "Well",
@@ -181,23 +176,12 @@ async def test_thoughts_and_calls_are_parts_of_a_message(call_of_tool: Any) -> N
     }
 
 
-class _Said:
-    """In the place of an Answering."""
+async def test_a_stream_that_breaks_ends_with_the_error() -> None:
+    said = Said(Piece(content="Well"), error=ApiError(503, "It broke."))
+    lines = await streamed(_answer(said).lines("user"), _error_lines, LINES, None)
+    assert [json.loads(line).get("done") for line in lines] == [False, None]
+    assert json.loads(lines[-1]) == {"error": "It broke."}
 
-    finish_reason = None
 
-    class entry:  # noqa: N801
-        class hosted:  # noqa: N801
-            @staticmethod
-            async def ready() -> None:
-                pass
-
-    class counter:  # noqa: N801
-        num_prompt_tokens = num_new_tokens = 1
-
-    def __init__(self, said: list[Piece]) -> None:
-        self._said = said
-
-    async def pieces(self, _: str) -> Any:
-        for piece in self._said:
-            yield piece
+def _answer(said: Any) -> _Answer:
+    return _Answer(said, OllamaChatRequest(model="m"), is_chat=True)

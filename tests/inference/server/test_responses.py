@@ -9,9 +9,9 @@ import msgspec
 import openai
 import pytest
 
-from expertd_inference.engine.token import Token
 from expertd_inference.server.api.answering import Piece
 from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.responses import _Responding
 from expertd_inference.server.api.responses_output import Output
 from expertd_inference.server.api.responses_request import (
     ResponsesRequest,
@@ -21,6 +21,7 @@ from expertd_inference.server.api.responses_request import (
 )
 from expertd_inference.server.api.responses_store import ResponseStore, Stored
 from expertd_testing.server import Server
+from tests.inference.server.said import Said, streamed
 
 GREEDY: Any = {"model": "example", "max_output_tokens": 6, "temperature": 0}
 REQUIRED = {
@@ -32,7 +33,6 @@ REQUIRED = {
     "prompt_cache_key",
 }
 """Of the Open Responses schema, 2026-04-24."""
-TOKEN = Token(1, "")
 
 
 @pytest.fixture
@@ -220,9 +220,9 @@ def test_what_is_not_served_is_refused(body: dict[str, Any], message: str) -> No
 def test_reasoning_messages_and_calls_are_items(call_of_tool: Any) -> None:
     output = Output()
     pieces = [
-        Piece(TOKEN, reasoning="Hm"),
-        Piece(TOKEN),
-        Piece(TOKEN, content="Well", calls=(call_of_tool,)),
+        Piece(reasoning="Hm"),
+        Piece(),
+        Piece(content="Well", calls=(call_of_tool,)),
     ]
     events = [one for piece in pieces for one in output.add(piece, ["p"])]
     events += output.complete("completed")
@@ -241,6 +241,44 @@ def test_reasoning_messages_and_calls_are_items(call_of_tool: Any) -> None:
     assert (call["call_id"], call["name"], call["arguments"]) == ("c", "f", '{"a": 1}')
     assert all(item["status"] == "completed" for item in output.items)
     assert [one["output_index"] for one in events] == [0] * 6 + [1] * 6 + [2] * 4
+
+
+async def test_a_call_is_kept_for_its_output(call_of_tool: Any) -> None:
+    store = ResponseStore()
+    said: Any = Said(Piece(reasoning="Hm"), Piece(calls=(call_of_tool,)))
+    answer = await _Responding(said, convert({"input": "Hello"}), [], store, "user").answer()
+    assert answer["status"] == "completed"
+    assert answer["completed_at"] >= answer["created_at"]
+    stored = store.get("user", answer["id"])
+    assert stored is not None
+    output = {"type": "function_call_output", "call_id": "c", "output": "light"}
+    assert openai_fields(convert({"input": [output]}), stored.chat)["messages"] == [
+        {"role": "user", "content": "Hello"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "Hm",
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": "light", "name": "f"},
+    ]
+
+
+async def test_a_stream_that_breaks_ends_with_a_failed_response() -> None:
+    said: Any = Said(Piece(content="Well"), error=ApiError(503, "It broke."))
+    store = ResponseStore()
+    responding = _Responding(said, convert({"input": "Hello"}), [], store, "user")
+    lines = await streamed(responding.events(), responding.failed)
+    assert lines[-2] == "data: [DONE]"
+    data = [json.loads(line[6:]) for line in lines[:-2] if line.startswith("data: ")]
+    assert [one["sequence_number"] for one in data] == list(range(len(data)))
+    assert data[-1]["type"] == "response.failed"
+    failed = data[-1]["response"]
+    assert failed["status"] == "failed"
+    assert failed["error"] == {"code": "server_error", "message": "It broke."}
+    assert store.get("user", failed["id"]) is None
 
 
 def test_the_store_drops_what_was_not_used_for_longest() -> None:

@@ -19,9 +19,8 @@ from expertd_inference.server.hosting.model_text import ModelText
 
 @dataclass(frozen=True)
 class Piece:
-    """What became certain by one token."""
+    """What a token made certain of an answer."""
 
-    token: Token
     content: str = ""
     reasoning: str = ""
     calls: tuple[Any, ...] = ()
@@ -55,8 +54,8 @@ class Answering:
         """By which tokens are chosen."""
         return self._settings.temperature
 
-    async def pieces(self, user: str) -> AsyncGenerator[Piece]:
-        """One for each token; the sequence is cancelled when this is closed."""
+    async def pieces(self, user: str) -> AsyncGenerator[tuple[Token, Piece]]:
+        """Each token with what it made certain; the sequence is cancelled when this is closed."""
         origin = self.body.origin(user, 0)
         async with self.entry.hosted.submit(self.prompt, self._settings, origin) as stream:
             async for token in stream:
@@ -64,7 +63,7 @@ class Answering:
                 self.finish_reason = token.finish_reason
                 if isinstance(token.stop, str) and token.stop in self.body.stops:
                     self.stop = token.stop
-                yield Piece(token, token.text)
+                yield token, Piece(token.text)
 
 
 def chat_request(fields: Mapping[str, Any]) -> ChatRequest:

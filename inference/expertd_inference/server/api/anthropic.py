@@ -58,7 +58,7 @@ class _Message:
     async def answer(self, user: str) -> dict[str, Any]:
         """All at once."""
         async with aclosing(self._asked.pieces(user)) as pieces:
-            async for piece in pieces:
+            async for _, piece in pieces:
                 for _ in self._blocks.add(piece):
                     pass
         for _ in self._blocks.end():
@@ -69,7 +69,7 @@ class _Message:
         """Named events; the first comes with the first token."""
         begun = False
         async with aclosing(self._asked.pieces(user)) as pieces:
-            async for piece in pieces:
+            async for _, piece in pieces:
                 if not begun:
                     begun = True
                     opening = self._message(

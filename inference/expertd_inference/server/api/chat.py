@@ -135,13 +135,6 @@ async def chat(request: Request) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-async def list_chats(_: Request) -> Response:
-    """``GET /v1/chat/completions``: none is stored."""
-    ids = {"first_id": None, "last_id": None}
-    data = msgspec.json.encode({"object": "list", "data": (), **ids, "has_more": False})
-    return Response(data, media_type="application/json")
-
-
 def chat_of(body: ChatRequest) -> Chat:
     """The chat in a request. Raises ApiError."""
     if body.modalities and set(body.modalities) - {"text"}:

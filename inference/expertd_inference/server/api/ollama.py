@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from expertd_inference.engine.stops import FinishReason
+from expertd_inference.engine.token import Token
 from expertd_inference.server.api.answering import Answering, Piece, answering, continuing
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.logprobs import chat_logprob
@@ -100,30 +101,30 @@ class _Answer:
         content, thinking = "", ""
         calls: list[Any] = []
         logprobs: list[Any] = []
-        async for piece in self._pieces(user):
+        async for token, piece in self._pieces(user):
             content += piece.content
             thinking += piece.reasoning
             calls += piece.calls
-            logprobs += self._logprobs(piece)
+            logprobs += self._logprobs(token)
         return self._line(content, thinking, calls, logprobs, self._ending())
 
     async def lines(self, user: str) -> AsyncGenerator[bytes]:
         """A token each, and the figures."""
         async with aclosing(self._pieces(user)) as pieces:
-            async for piece in pieces:
-                logprobs = self._logprobs(piece)
+            async for token, piece in pieces:
+                logprobs = self._logprobs(token)
                 line = self._line(piece.content, piece.reasoning, piece.calls, logprobs)
                 yield _encoded(line)
         yield _encoded(self._line("", "", (), [], self._ending()))
 
-    async def _pieces(self, user: str) -> AsyncGenerator[Piece]:
+    async def _pieces(self, user: str) -> AsyncGenerator[tuple[Token, Piece]]:
         await self._asked.entry.hosted.ready()
         self._loaded = self._first = time.monotonic_ns()
         async with aclosing(self._asked.pieces(user)) as pieces:
-            async for piece in pieces:
+            async for token, piece in pieces:
                 if self._first == self._loaded:
                     self._first = time.monotonic_ns()
-                yield piece
+                yield token, piece
 
     def _line(
         self,
@@ -159,8 +160,7 @@ class _Answer:
             "eval_duration": ended - self._first,
         }
 
-    def _logprobs(self, piece: Piece) -> list[Any]:
-        token = piece.token
+    def _logprobs(self, token: Token) -> list[Any]:
         if not self._body.logprobs or token.logprob is None:
             return []
         return [chat_logprob(self._asked.text, token.id, (token.logprob, token.top_logprobs))]

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from expertd_inference.engine.stops import FinishReason
-from expertd_inference.server.api.answering import Answering, Piece, answering
+from expertd_inference.engine.token import Token
+from expertd_inference.server.api.answering import Answering, answering
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.logprobs import chat_logprob
 from expertd_inference.server.api.requests import read_body, unless_gone
@@ -120,8 +121,8 @@ class _Responding:
     async def answer(self) -> dict[str, Any]:
         """All at once."""
         async with aclosing(self._asked.pieces(self._user)) as pieces:
-            async for piece in pieces:
-                for _ in self._output.add(piece, self._logprobs(piece)):
+            async for token, piece in pieces:
+                for _ in self._output.add(piece, self._logprobs(token)):
                     pass
         for _ in self._output.complete(self._status):
             pass
@@ -130,11 +131,11 @@ class _Responding:
     async def events(self) -> AsyncGenerator[bytes]:
         """Events with numbers; the first ones come with the first token."""
         async with aclosing(self._asked.pieces(self._user)) as pieces:
-            async for piece in pieces:
+            async for token, piece in pieces:
                 if not self._num_events:
                     for kind in ("response.created", "response.in_progress"):
                         yield self._event({"type": kind, "response": self._resource("in_progress")})
-                for one in self._output.add(piece, self._logprobs(piece)):
+                for one in self._output.add(piece, self._logprobs(token)):
                     yield self._event(one)
         for one in self._output.complete(self._status):
             yield self._event(one)
@@ -225,8 +226,7 @@ class _Responding:
             "total_tokens": usage.total_tokens,
         }
 
-    def _logprobs(self, piece: Piece) -> list[Any]:
-        token = piece.token
+    def _logprobs(self, token: Token) -> list[Any]:
         if not self._body.wants_logprobs or token.logprob is None:
             return []
         return [chat_logprob(self._asked.text, token.id, (token.logprob, token.top_logprobs))]
