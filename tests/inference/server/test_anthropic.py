@@ -104,6 +104,9 @@ def test_errors_have_anthropic_s_form(client: anthropic.Anthropic) -> None:
         "type": "error",
         "error": {"type": "not_found_error", "message": failed.value.body["error"]["message"]},  # type: ignore[index]
     }
+    long: Any = {**GREEDY, "messages": [{"role": "user", "content": "a b c d " * 1000}]}
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: .* > 1024 maximum"):
+        client.messages.create(**long)
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
     asked: Any = {**GREEDY, "messages": [{"role": "user", "content": [image]}]}
     with pytest.raises(anthropic.BadRequestError, match="of type 'image'"):
