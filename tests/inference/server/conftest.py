@@ -1,11 +1,10 @@
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import httpx2
 import pytest
 
+from expertd_inference.server.chat.answer import ToolCall
 from expertd_testing.server import Server, serving_http
 from tests.inference.conftest import Make
 
@@ -42,6 +41,6 @@ def http(server: Server) -> Iterator[httpx2.Client]:
 
 
 @pytest.fixture
-def call_of_tool() -> Any:
+def call_of_tool() -> ToolCall:
     """What a model asks for."""
-    return SimpleNamespace(id="c", name="f", arguments='{"a": 1}')
+    return ToolCall("c", "f", '{"a": 1}')

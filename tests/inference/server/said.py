@@ -6,9 +6,9 @@ from typing import Any
 
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
-from expertd_inference.server.api.answering import Piece
 from expertd_inference.server.api.continuing import Counter
 from expertd_inference.server.api.sse import stream_events
+from expertd_inference.server.chat.answer import Piece
 
 
 class Said:

@@ -8,10 +8,11 @@ import anthropic
 import httpx2
 import pytest
 
-from expertd_inference.server.api.answering import Piece
+from expertd_inference.engine.stops import FinishReason
 from expertd_inference.server.api.anthropic import _Blocks, _error_events, _Message
 from expertd_inference.server.api.anthropic_request import MessagesRequest, openai_fields
 from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.chat.answer import Piece
 from expertd_testing.server import Server
 from tests.inference.server.said import Said, streamed
 
@@ -105,7 +106,7 @@ def test_errors_have_anthropic_s_form(client: anthropic.Anthropic) -> None:
         "error": {"type": "not_found_error", "message": failed.value.body["error"]["message"]},  # type: ignore[index]
     }
     long: Any = {**GREEDY, "messages": [{"role": "user", "content": "a b c d " * 1000}]}
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: .* > 1024 maximum"):
+    with pytest.raises(anthropic.BadRequestError, match=r"too long: .* > 1024 maximum"):
         client.messages.create(**long)
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
     asked: Any = {**GREEDY, "messages": [{"role": "user", "content": [image]}]}
@@ -228,6 +229,9 @@ async def test_a_call_of_a_tool_ends_the_message(call_of_tool: Any) -> None:
     assert data[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
     assert data[-2]["usage"]["output_tokens"] == 2
     assert data[-1] == {"type": "message_stop"}
+    cut = Said(Piece(calls=(call_of_tool,)))
+    cut.finish_reason = FinishReason.LENGTH
+    assert '"stop_reason":"max_tokens"' in "".join(await _streamed(cut))
 
 
 async def test_a_stream_that_breaks_ends_with_the_error() -> None:

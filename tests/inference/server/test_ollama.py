@@ -9,7 +9,6 @@ import msgspec
 import ollama
 import pytest
 
-from expertd_inference.server.api.answering import Piece
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.ollama import LINES, _Answer, _error_lines
 from expertd_inference.server.api.ollama_request import (
@@ -18,6 +17,7 @@ from expertd_inference.server.api.ollama_request import (
     chat_fields,
     generate_fields,
 )
+from expertd_inference.server.chat.answer import Piece
 from expertd_testing.server import Server
 from tests.inference.server.said import Said, streamed
 

@@ -9,7 +9,6 @@ import msgspec
 import openai
 import pytest
 
-from expertd_inference.server.api.answering import Piece
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.responses import _Responding
 from expertd_inference.server.api.responses_output import Output
@@ -20,6 +19,7 @@ from expertd_inference.server.api.responses_request import (
     refuse_unserved,
 )
 from expertd_inference.server.api.responses_store import ResponseStore, Stored
+from expertd_inference.server.chat.answer import Piece
 from expertd_testing.server import Server
 from tests.inference.server.said import Said, streamed
 

@@ -1,29 +1,21 @@
 """One answer to a chat, for interfaces whose requests are translated to OpenAI's."""
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
-from expertd_inference.server.api.chat import ChatRequest, prompt_of
+from expertd_inference.server.api.chat import ChatRequest, chat_of
 from expertd_inference.server.api.continuing import Counter
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.sampling_fields import NO_LIMIT
+from expertd_inference.server.chat.answer import Piece
+from expertd_inference.server.chat.prompt import ChatPrompt, prompt_of
 from expertd_inference.server.front import Front
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a token made certain of an answer."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: tuple[Any, ...] = ()
 
 
 class Answering:
@@ -33,21 +25,26 @@ class Answering:
     the request that ended it, if one did.
     """
 
-    def __init__(self, entry: Entry, text: ModelText, body: ChatRequest, prompt: list[int]) -> None:
-        """``prompt`` are the tokens of ``body``'s messages. Raises ApiError, InvalidInputError."""
+    def __init__(
+        self, entry: Entry, text: ModelText, body: ChatRequest, prompt: ChatPrompt | list[int]
+    ) -> None:
+        """The answer to tokens alone is content as it comes. Raises ApiError, InvalidInputError."""
         self.entry = entry
         self.text = text
         self.body = body
-        self.prompt = prompt
+        chat = prompt if isinstance(prompt, ChatPrompt) else None
+        self.prompt = body.cut(prompt.tokens if isinstance(prompt, ChatPrompt) else prompt)
         self.finish_reason: FinishReason | None = None
         self.stop: str | None = None
         self.counter = Counter([self.prompt])
         most = body.max_completion_tokens
-        self._settings = body.settings(
+        asked = body.settings(
             text,
             NO_LIMIT if most is None else most,
             body.top_logprobs or 0 if body.logprobs else None,
         )
+        self._settings = asked if chat is None else chat.settings(asked)
+        self._reader = None if chat is None else chat.reader(asked)
 
     @property
     def temperature(self) -> float:
@@ -63,7 +60,14 @@ class Answering:
                 self.finish_reason = token.finish_reason
                 if isinstance(token.stop, str) and token.stop in self.body.stops:
                     self.stop = token.stop
-                yield token, Piece(token.text)
+                yield token, self._read(token)
+
+    def _read(self, token: Token) -> Piece:
+        if self._reader is None:
+            return Piece(token.text)
+        piece = self._reader.feed(token)
+        self.counter.num_reasoning_tokens = self._reader.num_reasoning_tokens
+        return piece
 
 
 def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
@@ -84,7 +88,7 @@ async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:
     """The answer to a chat in OpenAI's fields. Raises ApiError and ExpertdError."""
     body = chat_request(fields)
     entry, text = await front.model(body.model)
-    return Answering(entry, text, body, prompt_of(body, text))
+    return Answering(entry, text, body, prompt_of(text, chat_of(body)))
 
 
 async def continuing(front: Front, prompt: str, fields: Mapping[str, Any]) -> Answering:

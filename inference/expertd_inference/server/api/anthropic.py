@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from expertd_inference.engine.stops import FinishReason
-from expertd_inference.server.api.answering import Answering, Piece, answering
+from expertd_inference.server.api.answering import Answering, answering
 from expertd_inference.server.api.anthropic_request import MessagesRequest, openai_fields
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sse import event, stream_events
+from expertd_inference.server.chat.answer import Piece
 from expertd_inference.server.front import front_of, new_id, user_of
 
 UNSIGNED = "unsigned"
@@ -98,12 +99,12 @@ class _Message:
 
     @property
     def _ending(self) -> dict[str, Any]:
-        if self._blocks.num_calls:
+        if self._asked.finish_reason is FinishReason.LENGTH:
+            reason = "max_tokens"
+        elif self._blocks.num_calls:
             reason = "tool_use"
         elif self._asked.stop is not None:
             reason = "stop_sequence"
-        elif self._asked.finish_reason is FinishReason.LENGTH:
-            reason = "max_tokens"
         else:
             reason = "end_turn"
         return {

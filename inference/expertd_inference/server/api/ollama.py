@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
-from expertd_inference.server.api.answering import Answering, Piece, answering, continuing
+from expertd_inference.server.api.answering import Answering, answering, continuing
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.logprobs import chat_logprob
 from expertd_inference.server.api.ollama_request import (
@@ -25,6 +25,7 @@ from expertd_inference.server.api.ollama_request import (
 )
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sse import stream_events
+from expertd_inference.server.chat.answer import Piece
 from expertd_inference.server.front import Front, front_of, user_of
 
 LINES = "application/x-ndjson"

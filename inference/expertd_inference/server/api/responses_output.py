@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from expertd_inference.server.api.answering import Piece
+from expertd_inference.server.chat.answer import Piece
 from expertd_inference.server.front import new_id
 
 Event = dict[str, Any]

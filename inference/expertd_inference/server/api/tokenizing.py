@@ -6,9 +6,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from expertd_inference.server.api.chat import ChatRequest, prompt_of
+from expertd_inference.server.api.chat import ChatRequest, chat_of
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.requests import read_body
+from expertd_inference.server.chat.prompt import prompt_of
 from expertd_inference.server.front import front_of
 from expertd_inference.server.hosting.model_text import ModelText
 
@@ -46,7 +47,7 @@ async def tokenize(request: Request) -> Response:
     if body.prompt is not None:
         tokens = text.encode(body.prompt, special=body.add_special_tokens is not False)
     elif body.messages:
-        tokens = prompt_of(body, text)
+        tokens = body.cut(prompt_of(text, chat_of(body)).tokens)
     else:
         raise ApiError(400, "Give prompt, messages or content to tokenize.", param="prompt")
     answer: dict[str, Any] = {
