@@ -40,6 +40,7 @@ NOT_APPLICABLE = {
     r"suffix is not supported": "`suffix`: models served here fill no gaps",
     r"best_of is not supported": "`best_of` 0: refused, as is any that is not `n`",
     r"logit_bias has a key that is no token": '`logit_bias` for "foo": refused, as it is no token',
+    r"functions is the old form of tools": "`functions`: the old form of `tools`, refused",
     r"max_tokens is 0": "`max_completion_tokens` 0: refused",
     r"background is not supported": "`background`: refused",
     r"conversation is not supported": "`conversation`: refused",
