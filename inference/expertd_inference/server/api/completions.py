@@ -189,7 +189,7 @@ class _Completion:
             text = self._text.decode(prompt, skip_special=self._body.skip_special_tokens) + text
             ids = prompt + ids
             num = self._body.logprobs or 0
-            echoed = [(value, top[:num]) for value, top in known or ()]
+            echoed: list[Likely | None] = [(value, top[:num]) for value, top in known or ()]
             likelies = [None, *(echoed or [None] * (len(prompt) - 1)), *likelies]
         choice = Choice(
             index,
