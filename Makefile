@@ -25,6 +25,7 @@
 #   make gpu-test   the tests that need a GPU, under the host's own python3 (two minutes)
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
+#   make conformance  openai-python's own tests against the server, and docs/conformance.md's tables
 #   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
@@ -37,7 +38,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak conformance architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -150,6 +151,9 @@ soak: setup
 		$(BIN)/python -m tests.campaign --worker-kills 5000 --daemon-kills 500 \
 			--seconds $$(($(SECONDS) / 2)) --restarts $$restarts || exit 1; \
 	done
+
+conformance: setup native
+	@$(BIN)/python -m tests.conformance
 
 architectures: setup
 	@$(BIN)/python -m tests.architectures

@@ -205,7 +205,15 @@ def _token(live: Live, new: Chosen) -> Token:
             (live.begun or live.added) - live.added,
             tuple(live.prompt_logprobs) if asked else None,
         )
-    return Token(new.token, piece.text, new.logprob, new.top_logprobs, piece.finish_reason, opening)
+    return Token(
+        new.token,
+        piece.text,
+        new.logprob,
+        new.top_logprobs,
+        piece.finish_reason,
+        opening,
+        piece.stop,
+    )
 
 
 def _note_prompt(live: Live, span: Span, logits: Tensor) -> None:

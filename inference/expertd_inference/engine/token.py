@@ -31,7 +31,8 @@ class Token:
     ``logprob`` is the natural logarithm of the token's probability, and ``top_logprobs`` are the
     likeliest tokens and theirs, the likeliest first; None and empty unless asked for by
     ``GenerationSettings.logprobs``. The first token of a stream has an ``opening``, which tells
-    of the run and is not compared; the last one has a ``finish_reason``.
+    of the run and is not compared; the last one has a ``finish_reason``, and ``stop`` is the token
+    or the text that stopped it, if any did.
     """
 
     id: int
@@ -40,3 +41,4 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     opening: Opening | None = field(default=None, compare=False)
+    stop: int | str | None = None

@@ -6,18 +6,35 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from expertd_inference.server.api import anthropic, ollama, ollama_models, responses, tokenizing
 from expertd_inference.server.api.chat import chat
 from expertd_inference.server.api.completions import complete
 from expertd_inference.server.api.errors import ApiError, answer_error
 from expertd_inference.server.api.models import (
     get_model,
     health,
+    list_chats,
     list_models,
     metrics,
     version,
 )
+from expertd_inference.server.api.responses_store import ResponseStore
+from expertd_inference.server.api.unserved import UNSERVED, refuse
 from expertd_inference.server.front import Front
 from expertstore.errors import ExpertdError
+
+_OLLAMA = [
+    Route("/api/version", ollama_models.ollama_version),
+    Route("/api/tags", ollama_models.tags),
+    Route("/api/ps", ollama_models.running),
+    Route("/api/show", ollama_models.show, methods=["POST"]),
+    Route("/api/chat", ollama.ollama_chat, methods=["POST"]),
+    Route("/api/generate", ollama.ollama_generate, methods=["POST"]),
+    *(
+        Route(f"/api/{name}", ollama_models.manage, methods=["POST", "DELETE"])
+        for name in ("embed", "embeddings", "pull", "push", "create", "copy", "delete")
+    ),
+]
 
 
 def make_app(front: Front) -> Starlette:
@@ -31,6 +48,19 @@ def make_app(front: Front) -> Starlette:
         *_both("/models/{name:path}", get_model, "GET"),
         *_both("/completions", complete, "POST"),
         *_both("/chat/completions", chat, "POST"),
+        *_both("/chat/completions", list_chats, "GET"),
+        *_both("/responses", responses.respond, "POST"),
+        *_both("/responses/input_tokens", responses.count_input_tokens, "POST"),
+        *_both("/responses/{id}", responses.get_response, "GET"),
+        *_both("/responses/{id}", responses.delete_response, "DELETE"),
+        *_both("/responses/{id}/cancel", responses.cancel_response, "POST"),
+        *_both("/messages", anthropic.messages, "POST"),
+        *_both("/messages/count_tokens", anthropic.count_tokens, "POST"),
+        *_both("/tokenize", tokenizing.tokenize, "POST"),
+        *_both("/detokenize", tokenizing.detokenize, "POST"),
+        *_both("/tokenizer_info", tokenizing.tokenizer_info, "GET"),
+        *(route for path in UNSERVED for route in _both(path, refuse, "POST")),
+        *_OLLAMA,
     ]
     app = Starlette(
         routes=routes,
@@ -42,6 +72,7 @@ def make_app(front: Front) -> Starlette:
         },
     )
     app.state.front = front
+    app.state.responses = ResponseStore()
     return app
 
 
@@ -54,7 +85,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        message = f"There is nothing at {path}; docs/serving.md lists the paths."
+        message = f"There is nothing at {path}; docs/interfaces.md lists the paths."
     elif error.status_code == 405:
         message = f"{path} does not take {request.method}."
     else:

@@ -4,6 +4,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from expertd_inference.server.chat.answer import ToolCall
 from expertd_testing.server import Server, serving_http
 from tests.inference.conftest import Make
 
@@ -37,3 +38,9 @@ def http(server: Server) -> Iterator[httpx2.Client]:
     """Talks to it."""
     with httpx2.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture
+def call_of_tool() -> ToolCall:
+    """What a model asks for."""
+    return ToolCall("c", "f", '{"a": 1}')

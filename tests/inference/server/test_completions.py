@@ -98,6 +98,38 @@ def test_a_stop_string_ends_the_text_before_it(http: httpx2.Client) -> None:
     assert cut["finish_reason"] == "stop"
 
 
+def test_which_stop_it_was_is_told(http: httpx2.Client) -> None:
+    whole = complete(http, **GREEDY, return_token_ids=True)["choices"][0]
+    assert "stop_reason" not in whole
+    stop = whole["text"][4:6]
+    cut = complete(http, **GREEDY, stop=["never", stop])["choices"][0]
+    assert cut["stop_reason"] == stop
+    token = whole["token_ids"][3]
+    cut = complete(http, **GREEDY, stop_token_ids=[token])["choices"][0]
+    assert cut["stop_reason"] == token
+
+
+def test_a_prompt_s_tokens_and_their_probabilities(http: httpx2.Client) -> None:
+    asked = {**GREEDY, "prompt": [40, 50, 60], "prompt_logprobs": 2, "return_token_ids": True}
+    choice = complete(http, **asked)["choices"][0]
+    assert choice["prompt_token_ids"] == [40, 50, 60]
+    first, *places = choice["prompt_logprobs"]
+    assert first is None
+    for token, place in zip((50, 60), places, strict=True):
+        ranks = [one["rank"] for one in place.values()]
+        assert ranks in ([1, 2], [1, 2, None])
+        assert place[str(token)]["logprob"] <= max(one["logprob"] for one in place.values())
+        assert place[str(token)]["decoded_token"]
+    events = stream(http, "/v1/completions", asked)
+    assert events[0]["choices"][0]["prompt_logprobs"] == choice["prompt_logprobs"]
+    assert all("prompt_logprobs" not in event["choices"][0] for event in events[1:])
+    # An echo has as many of the likeliest as it asks for.
+    echo = complete(http, **asked, echo=True, logprobs=1)["choices"][0]
+    assert echo["prompt_logprobs"] == choice["prompt_logprobs"]
+    assert all(len(top) <= 2 for top in echo["logprobs"]["top_logprobs"][1:])
+    assert echo["logprobs"]["token_logprobs"][1] == places[0]["50"]["logprob"]
+
+
 def test_an_alias_is_the_model(http: httpx2.Client) -> None:
     assert complete(http, **GREEDY, model="alias")["model"] == "example"
     listed = http.get("/v1/models").json()["data"]
@@ -125,6 +157,11 @@ def test_an_alias_is_the_model(http: httpx2.Client) -> None:
         ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias has a key"),
         ({"prompt": "a", "logit_bias": {"9999999": 1}}, 400, "logit_bias has token 9999999"),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
+        ({"prompt": "a", "max_tokens": 2, "min_tokens": 3}, 400, "min_tokens is 3"),
+        ({"prompt": "a", "timings_per_token": True}, 400, "timings_per_token is not supported"),
+        ({"prompt": "a", "return_progress": True}, 400, "return_progress is not supported"),
+        ({"prompt": "a", "prompt_embeds": "x"}, 400, "prompt_embeds is not supported"),
+        ({"prompt": "a", "web_search_options": {}}, 400, "give a tool of your own"),
         ({"prompt": [1] * 5000}, 400, "maximum context length is 1024 tokens"),
     ],
 )

@@ -13,7 +13,12 @@ from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Likely, Token
 from expertd_inference.server.api.continuing import Counter, Usage, interleaved, read_all
 from expertd_inference.server.api.errors import ApiError, unsupported
-from expertd_inference.server.api.logprobs import CompletionLogprobs, completion_logprobs
+from expertd_inference.server.api.logprobs import (
+    CompletionLogprobs,
+    PromptLogprobs,
+    completion_logprobs,
+    prompt_logprobs,
+)
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sampling_fields import SamplingFields
 from expertd_inference.server.api.sse import DONE, event, stream_events
@@ -45,6 +50,9 @@ class Choice(msgspec.Struct):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    stop_reason: int | str | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Answer(msgspec.Struct):
@@ -121,7 +129,8 @@ class _Completion:
         self._echoes_only = body.echo and asked == 0
         settings = body.settings(text, asked or int(body.echo), body.logprobs)
         if body.echo and body.logprobs is not None:
-            settings = replace(settings, prompt_logprobs=body.logprobs)
+            most = max(body.logprobs, body.prompt_logprobs or 0)
+            settings = replace(settings, prompt_logprobs=most)
         self._settings = settings
         self._counter = Counter(prompts)
 
@@ -174,13 +183,15 @@ class _Completion:
         likelies: list[Likely | None] = [
             None if token.logprob is None else (token.logprob, token.top_logprobs) for token in new
         ]
+        opening = tokens[0].opening
+        known = None if opening is None else opening.prompt_logprobs
         if whole and self._body.echo:
             text = self._text.decode(prompt, skip_special=self._body.skip_special_tokens) + text
             ids = prompt + ids
-            opening = tokens[0].opening
-            known = None if opening is None else opening.prompt_logprobs
-            likelies = [None, *(known or [None] * (len(prompt) - 1)), *likelies]
-        return Choice(
+            num = self._body.logprobs or 0
+            echoed: list[Likely | None] = [(value, top[:num]) for value, top in known or ()]
+            likelies = [None, *(echoed or [None] * (len(prompt) - 1)), *likelies]
+        choice = Choice(
             index,
             text,
             completion_logprobs(self._text, ids, likelies)
@@ -188,4 +199,10 @@ class _Completion:
             else None,
             ("length" if self._echoes_only else reason.value) if reason is not None else None,
             ids if self._body.return_token_ids else msgspec.UNSET,
+            self._body.stop_of(tokens[-1]),
         )
+        if whole and self._body.return_token_ids:
+            choice.prompt_token_ids = prompt
+        if known is not None and (num_top := self._body.prompt_logprobs) is not None:
+            choice.prompt_logprobs = prompt_logprobs(self._text, prompt, known, num_top)
+        return choice

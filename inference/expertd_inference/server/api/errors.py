@@ -67,7 +67,12 @@ class ApiError(Exception):
             503: "overloaded_error",
         }
         kind = kinds.get(self.status, "api_error" if self.status >= 500 else self.kind)
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        message = self.message
+        if {"n_prompt_tokens", "n_ctx"} <= self.more.keys():
+            # What agents look for, to make their conversation shorter.
+            has, most = self.more["n_prompt_tokens"], self.more["n_ctx"]
+            message = f"prompt is too long: {has} tokens > {most} maximum"
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
     def ollama(self) -> dict[str, Any]:
         """The body as Ollama has it."""
@@ -75,7 +80,7 @@ class ApiError(Exception):
 
     def body_for(self, path: str) -> dict[str, Any]:
         """The body in the form of the interface that serves ``path``."""
-        if path.startswith("/v1/messages"):
+        if path.startswith(("/v1/messages", "/messages")):
             return self.anthropic()
         if path.startswith("/api/"):
             return self.ollama()

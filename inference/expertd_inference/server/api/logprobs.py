@@ -37,6 +37,19 @@ class CompletionLogprobs(msgspec.Struct):
     top_logprobs: list[Mapping[str, float] | None]
 
 
+class PromptLogprob(msgspec.Struct):
+    """Of one token that may be in a place of a prompt, as vLLM has it.
+
+    ``rank`` is 1 for the likeliest, None for a token that is not among those asked for.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By a prompt's places, of which the first has none, and by tokens."""
 LOWEST = -9999.0
 """In place of minus infinity, which JSON does not have; vLLM's number for it."""
 
@@ -67,6 +80,22 @@ def completion_logprobs(
             for name, likely in zip(names, likelies, strict=True)
         ],
     )
+
+
+def prompt_logprobs(
+    text: ModelText, prompt: Sequence[int], likelies: Sequence[Likely], num: int
+) -> PromptLogprobs:
+    """Of each token of a prompt, and the ``num`` likeliest in its place."""
+    places: PromptLogprobs = [None]
+    for token, (logprob, top) in zip(prompt[1:], likelies, strict=True):
+        place = {
+            str(at): PromptLogprob(max(value, LOWEST), rank, text.token_text(at))
+            for rank, (at, value) in enumerate(top[:num], 1)
+        }
+        own = PromptLogprob(max(logprob, LOWEST), None, text.token_text(token))
+        place.setdefault(str(token), own)
+        places.append(place)
+    return places
 
 
 def _named(text: ModelText, name: str, likely: Likely) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """``/v1/models``, ``/health``, ``/version`` and ``/metrics``: what there is."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -16,7 +17,9 @@ async def list_models(request: Request) -> Response:
     front = front_of(request)
     entries = await front.catalog.entries()
     data = [one for entry in entries for one in _described(front, entry)]
-    return _json({"object": "list", "data": data})
+    # The last three are Anthropic's, whose clients ask at the same path.
+    ids = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return _json({"object": "list", "data": data, "has_more": False, **ids})
 
 
 async def get_model(request: Request) -> Response:
@@ -25,6 +28,12 @@ async def get_model(request: Request) -> Response:
     name = request.path_params["name"]
     entry = await front.catalog.find(name)
     return _json(_one(entry, name))
+
+
+async def list_chats(_: Request) -> Response:
+    """``GET /v1/chat/completions``: chats that are kept, which none is."""
+    ids = {"first_id": None, "last_id": None}
+    return _json({"object": "list", "data": [], "has_more": False, **ids})
 
 
 async def health(request: Request) -> Response:
@@ -59,6 +68,11 @@ def _one(entry: Entry, name: str) -> dict[str, Any]:
         "root": entry.name,
         "parent": None if name == entry.name else entry.name,
         "max_model_len": entry.hosted.max_tokens,
+        # Anthropic's.
+        "type": "model",
+        "display_name": name,
+        "lifecycle": "active",
+        "created_at": datetime.fromtimestamp(entry.created, UTC).isoformat(),
     }
 
 

@@ -1,8 +1,11 @@
 """How a client asks for tokens: OpenAI's fields and vLLM's, for completions and chats alike."""
 
+from typing import Any
+
 import msgspec
 
 from expertd_inference.engine.sequence import Origin
+from expertd_inference.engine.token import Token
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.api.grammar_fields import GrammarFields
 from expertd_inference.server.hosting.model_text import ModelText
@@ -11,6 +14,15 @@ from expertd_inference.settings import GenerationSettings
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+_UNSERVED = {
+    "timings_per_token": "stream_options.continuous_usage_stats counts tokens",
+    "return_progress": "the first event comes with the first token",
+    "logits_processors": "logit_bias and bad_words change scores",
+    "return_tokens_as_token_ids": "return_token_ids gives them",
+    "prompt_embeds": "prompts are texts or tokens",
+    "web_search_options": "give a tool of your own",
+}
+"""Fields that would change the answer, and what there is instead."""
 NO_LIMIT = 1 << 40
 """Of new tokens: the engine cuts it to what the context takes."""
 
@@ -55,6 +67,12 @@ class SamplingFields(GrammarFields, kw_only=True):
     truncate_prompt_tokens: int | None = None
     priority: int = 0
     cache_salt: str | None = None
+    timings_per_token: Any = None
+    return_progress: Any = None
+    logits_processors: Any = None
+    return_tokens_as_token_ids: Any = None
+    prompt_embeds: Any = None
+    web_search_options: Any = None
     # These change nothing here, and are no surprise.
     user: str | None = None
     metadata: dict[str, object] | None = None
@@ -108,6 +126,15 @@ class SamplingFields(GrammarFields, kw_only=True):
             raise ApiError(
                 400, f"max_tokens is {max_new_tokens}; give at least 1.", param="max_tokens"
             )
+        if (self.min_tokens or 0) > max_new_tokens:
+            raise ApiError(
+                400,
+                f"min_tokens is {self.min_tokens}; give at most max_tokens, {max_new_tokens}.",
+                param="min_tokens",
+            )
+        for name, instead in _UNSERVED.items():
+            if getattr(self, name) not in (None, False):
+                raise unsupported(name, f"is not supported: {instead}.")
         temperature = text.temperature if self.temperature is None else self.temperature
         return GenerationSettings(
             max_new_tokens=max_new_tokens,
@@ -126,7 +153,7 @@ class SamplingFields(GrammarFields, kw_only=True):
             ),
             stop=self.stops,
             stop_tokens=tuple(self.stop_token_ids or ()),
-            min_new_tokens=min(self.min_tokens or 0, max_new_tokens),
+            min_new_tokens=self.min_tokens or 0,
             ignore_eos=self.ignore_eos,
             include_stop=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
@@ -143,6 +170,12 @@ class SamplingFields(GrammarFields, kw_only=True):
             salt=self.cache_salt or "",
             continuation=continuation,
         )
+
+    def stop_of(self, token: Token) -> int | str | msgspec.UnsetType:
+        """Which of ``stop`` or ``stop_token_ids`` ended the sequence here, if one did."""
+        stop = token.stop
+        asked = isinstance(stop, str) or stop in (self.stop_token_ids or ())
+        return stop if asked and stop is not None else msgspec.UNSET
 
     def cut(self, tokens: list[int]) -> list[int]:
         """A prompt's last tokens, if so many are wanted."""

@@ -30,8 +30,10 @@ def error_events(error: ApiError) -> list[bytes]:
 async def stream_events(
     events: AsyncIterator[bytes],
     on_error: Any = error_events,  # noqa: ANN401 - ApiError -> events
+    media_type: str = "text/event-stream",
+    comment: bytes | None = _COMMENT,
 ) -> StreamingResponse:
-    """Answers with ``events`` as they come.
+    """Answers with ``events`` as they come; ``comment`` keeps the connection, if there is one.
 
     The first is waited for, so that a request that fails at once has an HTTP status of its own;
     but not longer than :data:`KEEP_ALIVE_SECONDS`. Raises what the first one raises.
@@ -45,8 +47,8 @@ async def stream_events(
     if first.done():
         first.result()
     return StreamingResponse(
-        _kept_alive(first, events, on_error),
-        media_type="text/event-stream",
+        _kept_alive(first, events, on_error, comment),
+        media_type=media_type,
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
@@ -55,12 +57,14 @@ async def _kept_alive(
     following: "asyncio.Future[bytes | None]",
     events: AsyncIterator[bytes],
     on_error: Any,  # noqa: ANN401
+    comment: bytes | None,
 ) -> AsyncGenerator[bytes]:
     try:
         while True:
             await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
             if not following.done():
-                yield _COMMENT
+                if comment is not None:
+                    yield comment
                 continue
             data = following.result()
             if data is None:

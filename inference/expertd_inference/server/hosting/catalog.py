@@ -25,6 +25,8 @@ class Entry:
     name: str
     pack: Path
     hosted: HostedModel
+    scheme: str
+    """How its experts are stored, in a word."""
     created: int = field(default_factory=lambda: int(time.time()))
     _text: "asyncio.Task[ModelText] | None" = None
 
@@ -128,4 +130,4 @@ class Catalog:
                     say=self._say,
                 )
                 pack = self._spec.pack or summaries[name].pack_path
-                self._entries[name] = Entry(name, pack, hosted)
+                self._entries[name] = Entry(name, pack, hosted, summaries[name].scheme)

@@ -1,0 +1,98 @@
+"""One answer to a chat, for interfaces whose requests are translated to OpenAI's."""
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import msgspec
+
+from expertd_inference.engine.stops import FinishReason
+from expertd_inference.engine.token import Token
+from expertd_inference.server.api.chat import ChatRequest, chat_of
+from expertd_inference.server.api.continuing import Counter
+from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.sampling_fields import NO_LIMIT
+from expertd_inference.server.chat.answer import Piece
+from expertd_inference.server.chat.prompt import ChatPrompt, prompt_of
+from expertd_inference.server.front import Front
+from expertd_inference.server.hosting.catalog import Entry
+from expertd_inference.server.hosting.model_text import ModelText
+
+
+class Answering:
+    """The model's answer to ``body``, while it comes.
+
+    Once :meth:`pieces` has ended, ``finish_reason`` says why, and ``stop`` is the stop string of
+    the request that ended it, if one did.
+    """
+
+    def __init__(
+        self, entry: Entry, text: ModelText, body: ChatRequest, prompt: ChatPrompt | list[int]
+    ) -> None:
+        """The answer to tokens alone is content as it comes. Raises ApiError, InvalidInputError."""
+        self.entry = entry
+        self.text = text
+        self.body = body
+        chat = prompt if isinstance(prompt, ChatPrompt) else None
+        self.prompt = body.cut(prompt.tokens if isinstance(prompt, ChatPrompt) else prompt)
+        self.finish_reason: FinishReason | None = None
+        self.stop: str | None = None
+        self.counter = Counter([self.prompt])
+        most = body.max_completion_tokens
+        asked = body.settings(
+            text,
+            NO_LIMIT if most is None else most,
+            body.top_logprobs or 0 if body.logprobs else None,
+        )
+        self._settings = asked if chat is None else chat.settings(asked)
+        self._reader = None if chat is None else chat.reader(asked)
+
+    @property
+    def temperature(self) -> float:
+        """By which tokens are chosen."""
+        return self._settings.temperature
+
+    async def pieces(self, user: str) -> AsyncGenerator[tuple[Token, Piece]]:
+        """Each token with what it made certain; the sequence is cancelled when this is closed."""
+        origin = self.body.origin(user, 0)
+        async with self.entry.hosted.submit(self.prompt, self._settings, origin) as stream:
+            async for token in stream:
+                self.counter.count(token)
+                self.finish_reason = token.finish_reason
+                if isinstance(token.stop, str) and token.stop in self.body.stops:
+                    self.stop = token.stop
+                yield token, self._read(token)
+
+    def _read(self, token: Token) -> Piece:
+        if self._reader is None:
+            return Piece(token.text)
+        piece = self._reader.feed(token)
+        self.counter.num_reasoning_tokens = self._reader.num_reasoning_tokens
+        return piece
+
+
+def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
+    """OpenAI's request of a chat with these fields; None means that one is not given.
+
+    Raises ApiError for values that OpenAI's interface would not take.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return msgspec.convert(given, ChatRequest)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at ")
+        where = place.strip("`$").removeprefix(".")
+        raise ApiError(400, f"{where}: {message}." if where else f"{message}.") from error
+
+
+async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:
+    """The answer to a chat in OpenAI's fields. Raises ApiError and ExpertdError."""
+    body = chat_request(fields)
+    entry, text = await front.model(body.model)
+    return Answering(entry, text, body, prompt_of(text, chat_of(body)))
+
+
+async def continuing(front: Front, prompt: str, fields: Mapping[str, Any]) -> Answering:
+    """As :func:`answering`, but of a text that no template changes."""
+    body = chat_request(fields)
+    entry, text = await front.model(body.model)
+    return Answering(entry, text, body, text.encode(prompt))

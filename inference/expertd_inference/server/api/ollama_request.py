@@ -1,0 +1,164 @@
+"""Ollama's requests, and what they are in OpenAI's fields."""
+
+from typing import Any
+
+import msgspec
+
+from expertd_inference.server.api.errors import ApiError, unsupported
+
+
+class Options(msgspec.Struct, kw_only=True):
+    """How tokens are chosen. Others of Ollama's say how to load a model, and change nothing."""
+
+    num_predict: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    typical_p: float | None = None
+    tfs_z: float | None = None
+    mirostat: int | None = None
+
+
+class _Asked(msgspec.Struct, kw_only=True):
+    model: str
+    stream: bool | None = True
+    options: Options | None = None
+    format: str | dict[str, Any] | None = None
+    think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    keep_alive: float | str | None = None
+
+    @property
+    def is_unload(self) -> bool:
+        """Whether it wants the model gone, if it asks for nothing else."""
+        return str(self.keep_alive).rstrip("smh") in ("0", "0.0")
+
+
+class OllamaChatRequest(_Asked, kw_only=True):
+    """The body of ``/api/chat``."""
+
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class OllamaGenerateRequest(_Asked, kw_only=True):
+    """The body of ``/api/generate``."""
+
+    prompt: str | None = None
+    system: str | None = None
+    suffix: str | None = None
+    template: str | None = None
+    context: list[int] | None = None
+    images: list[Any] | None = None
+    raw: bool = False
+
+
+def model_name(name: str) -> str:
+    """Without the tag that Ollama's clients add."""
+    return name.removesuffix(":latest")
+
+
+def chat_fields(body: OllamaChatRequest) -> dict[str, Any]:
+    """The request in OpenAI's fields. Raises ApiError for what is not served."""
+    return {**_fields(body), "messages": _messages(body.messages or []), "tools": body.tools}
+
+
+def generate_fields(body: OllamaGenerateRequest) -> dict[str, Any]:
+    """The request in OpenAI's fields: a chat of one message. Raises ApiError likewise."""
+    for name in ("suffix", "template", "context", "images"):
+        if getattr(body, name):
+            raise unsupported(name, "is not supported; send a chat, or a raw prompt.")
+    messages = [{"role": "user", "content": body.prompt or ""}]
+    if body.system:
+        messages.insert(0, {"role": "system", "content": body.system})
+    return {**_fields(body), "messages": messages}
+
+
+def _fields(body: _Asked) -> dict[str, Any]:
+    options = body.options or Options()
+    if options.mirostat:
+        raise unsupported("options.mirostat", "is not supported; use top_p or min_p.")
+    for name in ("typical_p", "tfs_z"):
+        if getattr(options, name) not in (None, 1.0):
+            raise unsupported(f"options.{name}", "is not supported; use top_p or min_p.")
+    if options.repeat_penalty not in (None, 1.0) and options.repeat_last_n not in (None, -1):
+        raise unsupported(
+            "options.repeat_last_n", "may only be -1: repetitions count in the whole text."
+        )
+    limit = options.num_predict
+    fields: dict[str, Any] = {
+        "model": model_name(body.model),
+        "max_completion_tokens": None if limit is None or limit < 0 else limit,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "seed": options.seed,
+        "stop": options.stop,
+        "repetition_penalty": options.repeat_penalty,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "logprobs": body.logprobs,
+        "top_logprobs": body.top_logprobs if body.logprobs else None,
+        "response_format": _format(body.format),
+    }
+    if isinstance(body.think, bool):
+        fields["chat_template_kwargs"] = {"enable_thinking": body.think}
+    else:
+        fields["reasoning_effort"] = body.think
+    return fields
+
+
+def _format(form: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    if not form:
+        return None
+    if isinstance(form, dict):
+        schema = {"name": "answer", "schema": form, "strict": True}
+        return {"type": "json_schema", "json_schema": schema}
+    if form == "json":
+        return {"type": "json_object"}
+    raise ApiError(400, f"format is {form!r:.80}; give json or a schema.", param="format")
+
+
+def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ollama's calls have no ids: results follow them in their order, or name their tool."""
+    result = []
+    waiting: list[tuple[str, str]] = []
+    num_calls = 0
+    for at, message in enumerate(messages):
+        if message.get("images"):
+            raise unsupported(
+                f"messages[{at}].images", "are not supported: this server takes text."
+            )
+        one: dict[str, Any] = {"role": message.get("role"), "content": message.get("content") or ""}
+        if thinking := message.get("thinking"):
+            one["reasoning_content"] = thinking
+        if calls := message.get("tool_calls"):
+            waiting = []
+            one["tool_calls"] = []
+            for call in calls:
+                function = call.get("function") if isinstance(call, dict) else None
+                if not isinstance(function, dict):
+                    raise ApiError(400, f"messages[{at}].tool_calls has one without a function.")
+                id_ = f"call_{num_calls}"
+                num_calls += 1
+                waiting.append((id_, str(function.get("name"))))
+                one["tool_calls"].append({"id": id_, "type": "function", "function": function})
+        if one["role"] == "tool":
+            name = message.get("tool_name") or message.get("name")
+            found = next((each for each in waiting if name in (None, each[1])), None)
+            if found is not None:
+                waiting.remove(found)
+                one["tool_call_id"], name = found
+            if name is not None:
+                one["name"] = name
+        result.append(one)
+    return result

@@ -1,0 +1,221 @@
+"""OpenAI's request of a response, and what it is in the fields of a chat."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.sampling_fields import StreamOptions
+
+LOGPROBS = "message.output_text.logprobs"
+Item = dict[str, Any]
+
+
+class TextConfig(msgspec.Struct, kw_only=True):
+    """What form the text has."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(msgspec.Struct, kw_only=True):
+    """How much to think. Nothing here writes summaries."""
+
+    effort: str | None = None
+    summary: str | None = None
+
+
+class ResponsesRequest(msgspec.Struct, kw_only=True):
+    """The body of ``/v1/responses``, and of ``input_tokens``."""
+
+    input: str | list[Item] | None = None
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = True
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    include: list[str] | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    metadata: dict[str, str] | None = None
+    background: bool | None = False
+    conversation: Any = None
+    prompt: Any = None
+    context_management: list[Any] | None = None
+    truncation: str | None = None
+    # These change nothing here, and are no surprise.
+    max_tool_calls: int | None = None  # of tools that the server runs: there are none
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    user: str | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether tokens come with their log-probabilities."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+
+def refuse_unserved(body: ResponsesRequest) -> None:
+    """Raises ApiError for what would change the answer, and is not done here."""
+    if body.background:
+        raise unsupported("background", "is not supported; stream the response, or use batches.")
+    if body.conversation is not None:
+        raise unsupported("conversation", "is not supported; give previous_response_id.")
+    if body.prompt is not None:
+        raise unsupported("prompt", "is not supported: no templates are stored; send the text.")
+    if body.context_management:
+        raise unsupported("context_management", "is not supported; send a shorter input.")
+    if body.truncation not in (None, "disabled"):
+        raise unsupported("truncation", "may only be disabled; send a shorter input.")
+
+
+def openai_fields(body: ResponsesRequest, earlier: Sequence[Item]) -> dict[str, Any]:
+    """The request as a chat, after the messages of ``earlier`` responses. Raises ApiError."""
+    messages = [*earlier, *messages_of(body.input, earlier)]
+    if body.instructions:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    text = body.text or TextConfig()
+    reasoning = body.reasoning or Reasoning()
+    fields = {
+        "model": body.model,
+        "messages": messages,
+        "max_completion_tokens": body.max_output_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "logprobs": True if body.wants_logprobs else None,
+        "top_logprobs": body.top_logprobs if body.wants_logprobs else None,
+        "reasoning_effort": reasoning.effort,
+        "response_format": _format(text.format),
+    }
+    if body.tools:
+        fields["tools"] = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(body.tools)]
+        fields["tool_choice"] = _tool_choice(body.tool_choice)
+        fields["parallel_tool_calls"] = body.parallel_tool_calls
+    return fields
+
+
+def messages_of(given: str | Sequence[Item] | None, earlier: Sequence[Item] = ()) -> list[Item]:
+    """Input as messages of a chat; none is an empty text of the user's. Raises ApiError.
+
+    ``earlier`` messages may have the calls that outputs belong to.
+    """
+    if given is None or isinstance(given, str):
+        return [{"role": "user", "content": given or ""}]
+    messages: list[Item] = []
+    for at, item in enumerate(given):
+        where = f"input[{at}]"
+        kind = item.get("type", "message")
+        if kind == "message":
+            _add_message(messages, where, item)
+        elif kind == "reasoning":
+            messages.append({"role": "assistant", "content": "", "reasoning_content": _of(item)})
+        elif kind == "function_call":
+            function = {name: _field(where, item, name) for name in ("name", "arguments")}
+            call = {"id": _field(where, item, "call_id"), "type": "function", "function": function}
+            if not (messages and messages[-1]["role"] == "assistant"):
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            messages.append(_output([*earlier, *messages], where, item))
+        else:
+            raise unsupported(
+                where,
+                f"is of type {kind!r}; this server takes message, function_call, "
+                "function_call_output and reasoning.",
+            )
+    return messages
+
+
+def _add_message(messages: list[Item], where: str, item: Item) -> None:
+    content = item.get("content")
+    message = {"role": item.get("role"), "content": content}
+    if not isinstance(content, (str, list)):
+        raise ApiError(400, f"{where}.content is no text and no list of parts.", param=where)
+    last = messages[-1] if messages else {}
+    thinks = last.get("reasoning_content") and not last["content"] and "tool_calls" not in last
+    if item.get("role") == "assistant" and thinks:
+        # The reasoning before it is this message's.
+        last["content"] = content
+    else:
+        messages.append(message)
+
+
+def _output(messages: Sequence[Item], where: str, item: Item) -> Item:
+    output = item.get("output")
+    if not isinstance(output, (str, list)):
+        raise ApiError(400, f"{where}.output is no text and no list of parts.", param=where)
+    call_id = _field(where, item, "call_id")
+    message = {"role": "tool", "tool_call_id": call_id, "content": output}
+    for earlier in messages:
+        for call in earlier.get("tool_calls", ()):
+            if call["id"] == call_id:
+                message["name"] = call["function"]["name"]
+    return message
+
+
+def _of(item: Item) -> str:
+    """The text of reasoning, or of its summary."""
+    parts = item.get("content") or item.get("summary") or ()
+    return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _field(where: str, item: Item, name: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise ApiError(400, f"{where}.{name} is no text.", param=where)
+    return value
+
+
+def _tool(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        raise unsupported(
+            where,
+            f"is of type {tool.get('type')!r}; this server runs no tools: it takes functions only.",
+        )
+    return {"type": "function", "function": {name: value for name, value in tool.items()
+                                             if name != "type"}}  # fmt: skip
+
+
+def _tool_choice(choice: str | Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - JSON
+    if choice is None or isinstance(choice, str):
+        return choice
+    kind = choice.get("type")
+    if kind == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if kind == "allowed_tools":
+        tools = [
+            {"type": "function", "function": {"name": tool.get("name")}}
+            for tool in choice.get("tools", ())
+        ]
+        return {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": tools},
+        }
+    raise unsupported(
+        "tool_choice",
+        f"is of type {kind!r}; give none, auto, required, a function or allowed_tools.",
+    )
+
+
+def _format(form: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if form is None or form.get("type") == "text":
+        return None
+    if form.get("type") == "json_schema":
+        schema = {name: value for name, value in form.items() if name != "type"}
+        return {"type": "json_schema", "json_schema": schema}
+    return {**form}
