@@ -7,6 +7,7 @@ import * as store from "./store.js";
 const CURRENT = "expertd.current";
 const TITLE_LENGTH = 48;
 const NEAR_END = 80; // pixels
+const PAUSE = 10_000; // milliseconds, in which a download has begun
 
 let conversations = store.all();
 let current = conversations.find((one) => one.id === localStorage.getItem(CURRENT)) ?? conversations[0];
@@ -58,8 +59,10 @@ function rename(conversation, item) {
   };
   field.onblur = () => end(true);
   field.onkeydown = (event) => {
-    if (event.key === "Enter") end(true);
-    if (event.key === "Escape") { event.stopPropagation(); end(false); }
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.preventDefault(); // The button that gets the focus is not pressed.
+    event.stopPropagation();
+    end(event.key === "Enter");
   };
   item.replaceChildren(field);
   field.select();
@@ -80,7 +83,7 @@ function exportAll() {
   const text = JSON.stringify({ exported: new Date().toISOString(), conversations }, null, 2);
   const address = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   element("a", { href: address, download: "conversations.json" }).click();
-  URL.revokeObjectURL(address);
+  setTimeout(() => URL.revokeObjectURL(address), PAUSE);
 }
 
 function drawConversations() {

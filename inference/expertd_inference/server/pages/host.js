@@ -165,7 +165,7 @@ async function look() {
     const chosen = byId("heat-model").value;
     const state = await getJson(`host/state?heat=${encodeURIComponent(chosen)}`);
     show(state);
-    say(state.away === null ? null : `The daemon is away, and its numbers below are old. ${state.away}`);
+    say(state.away === null ? null : `The daemon's numbers below are old or missing. ${state.away}`);
     if (!chosen && byId("heat-model").value) return look();
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;

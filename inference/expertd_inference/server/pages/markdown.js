@@ -48,7 +48,12 @@ function blocks(text) {
     else if (/^\s*>/.test(line)) take("quote", (one) => /^\s*>/.test(one));
     else if (line.includes("|") && DIVIDER.test(lines[at + 1] ?? "")) take("table", (one) => one.includes("|"));
     else if (ITEM.test(line)) {
-      const listed = (one) => ITEM.test(one) || /^\s{2,}\S/.test(one);
+      const [, indent, number] = ITEM.exec(line);
+      const listed = (one) => {
+        const item = ITEM.exec(one);
+        if (!item || item[1].length > indent.length + 1) return /^\s{2,}\S/.test(one);
+        return (item[2] === undefined) === (number === undefined);
+      };
       take("list", (one) => listed(one) || (!one.trim() && listed(lines[at + 1] ?? "")));
     } else take("paragraph", (one) => one.trim() && !begins(one));
   }
