@@ -46,7 +46,7 @@ function save(conversation) {
 
 function rename(conversation, item) {
   const field = element("input", { value: conversation.title, "aria-label": "Name of the conversation", maxLength: 120 });
-  const end = (keep) => {
+  const end = (keep, focus = true) => {
     field.onblur = null;
     if (keep && field.value.trim()) {
       conversation.title = field.value.trim();
@@ -55,9 +55,9 @@ function rename(conversation, item) {
     }
     field.remove();
     drawConversations();
-    byId(`c-${conversation.id}`).focus();
+    if (focus) byId(`c-${conversation.id}`).focus();
   };
-  field.onblur = () => end(true);
+  field.onblur = () => end(true, false);
   field.onkeydown = (event) => {
     if (event.key !== "Enter" && event.key !== "Escape") return;
     event.preventDefault(); // The button that gets the focus is not pressed.
@@ -103,7 +103,8 @@ function drawConversations() {
   }));
   if (focused) byId(focused)?.focus();
   byId("title").textContent = current.title;
-  if ([...byId("model").options].some((one) => one.value === current.model)) byId("model").value = current.model;
+  if (models.length && !models.includes(current.model)) current.model = models[0];
+  byId("model").value = current.model;
 }
 
 // Messages
@@ -332,8 +333,7 @@ async function loadModels() {
     return;
   }
   byId("model").replaceChildren(...models.map((name) => element("option", { value: name }, name)));
-  if (!models.includes(current.model)) current.model = models[0] ?? "";
-  byId("model").value = current.model;
+  drawConversations();
   if (!models.length) tell("The server has no model yet.");
 }
 
