@@ -186,7 +186,7 @@ def test_conversations_stay(page: Page) -> None:
 
 def test_an_answer_goes_on_beside_another_conversation(page: Page) -> None:
     held: list[Route] = []
-    page.route(CHAT, held.append)
+    page.route(CHAT, lambda route: held.append(route))
     ask(page, "Slow?")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.get_by_role("button", name="New conversation").first.click()

@@ -95,7 +95,7 @@ async def _ask(
 ) -> tuple[dict[str, Any], list[LayerHeat] | None]:
     await catalog.entries()  # Models that the daemon has loaded since get their line.
     daemon = await catalog.client.stats()
-    if heat_of not in {model["name"] for model in daemon["models"]}:
+    if heat_of is None or heat_of not in {model["name"] for model in daemon["models"]}:
         return daemon, None
     return daemon, _layers(await catalog.client.get_heat(heat_of))
 
