@@ -19,7 +19,7 @@ from expertd_testing.server import serving_http
 
 DOCS = Path(__file__).parent
 EXAMPLE = DOCS.parent / "examples/tiny-mixtral"
-SIZE = {"width": 1200, "height": 780}
+SIZE = {"width": 1200, "height": 860}
 MOST_BYTES = 150 << 10
 RAM = "3MiB"
 """Less than the model, so that the page has reads and experts outside of RAM to show."""
@@ -51,7 +51,7 @@ So a token touches *few* of a model's experts, and the others can wait in memory
 def main() -> None:
     """Packs the example model, serves it, and takes both pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        packed = Path(folder) / "pack"
+        packed = Path(folder) / EXAMPLE.name
         pack(Request(EXAMPLE, packed, choose_scheme("4bit", None, None), optimize=False))
         arguments = ("--embedded", packed, "--kv-tokens", "16384", "--ram", RAM)
         with serving_http(*arguments) as server, chromium() as browser:
@@ -77,6 +77,7 @@ def _chat(browser: Browser, url: str) -> None:
         page.keyboard.press("Enter")
         expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
     page.locator("article footer .note").evaluate_all("all => all.forEach(one => one.remove())")
+    page.mouse.move(700, 500)
     _take(page, "chat.png")
 
 

@@ -166,6 +166,7 @@ def test_conversations_stay(page: Page) -> None:
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
     items = page.locator("#conversations .open")
     expect(items).to_have_text(["Second?", "First?"])
+    items.last.hover()
     page.get_by_role("button", name="Rename First?").click()
     page.keyboard.type("Mine")
     page.keyboard.press("Enter")

@@ -215,7 +215,7 @@ async function answer() {
   tell("The answer is coming.");
   try {
     await receive(conversation, message, messages, abort.signal);
-    tell(`The answer is complete: ${figures(message)}.`);
+    tell("The answer is complete.");
   } catch (error) {
     if (abort.signal.aborted) {
       message.stopped = true;

@@ -2,7 +2,7 @@
 import { byId, element } from "./elements.js";
 
 const NUM_HOTTEST = 4;
-const MOST_CELL = 16; // pixels, as are the next
+const MOST_CELL = 26; // pixels, as are the next
 const LEAST_CELL = 3;
 const LABEL = 28;
 
