@@ -180,6 +180,7 @@ def test_conversations_stay(page: Page) -> None:
     exported = json.loads(downloaded.value.path().read_text())
     assert {one["title"] for one in exported["conversations"]} == {"Second?", "Mine"}
     page.on("dialog", lambda dialog: dialog.accept())
+    items.last.hover()
     page.get_by_role("button", name="Delete Mine").click()
     expect(items).to_have_text(["Second?"])
     expect(page.locator("article.user .text")).to_have_text("Second?")

@@ -67,7 +67,7 @@ function showModel(model, old, seconds) {
   const start = NUM_POINTS - points.length;
   made.line.firstChild.setAttribute("points", points.map((value, at) => `${start + at},${(19 - 18 * value / most).toFixed(1)}`).join(" "));
   made.speed.textContent = (points.at(-1) ?? 0).toFixed(1);
-  made.engine.textContent = model.pid === null ? "No engine; the next request starts one." : `Executor ${model.executor}, process ${model.pid}`;
+  made.engine.textContent = model.pid === null ? "No engine; the next request starts one." : `Executor ${model.executor}, process ${model.pid}, room for ${count(model.kv_tokens)} tokens`;
   made.engine.title = model.reason ?? "";
   const steps = old ? model.steps - old.steps : 0;
   const rows = steps > 0 ? (model.rows - old.rows) / steps : model.rows_per_step;
@@ -75,7 +75,7 @@ function showModel(model, old, seconds) {
     ["Running", count(model.running)],
     ["Waiting", count(model.waiting)],
     ["Rows a step", rows.toFixed(1)],
-    ["KV in use", model.kv_tokens ? `${percent(model.kv_used)} of ${count(model.kv_tokens)}` : "–"],
+    ["KV in use", percent(model.kv_used)],
     ["Prefix hits", model.prefix_queries ? percent(model.prefix_hits / model.prefix_queries) : "–"],
     ["Tokens", count(model.tokens)],
     ["Preempted", count(model.preemptions)],
