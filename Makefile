@@ -6,6 +6,7 @@
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make docs    the pages of docs as a site in build/docs, their links checked
+#   make screenshots  the pictures of docs/serving.md, taken with Chromium
 #   make proto   regenerate the protobuf code, and docs/rpc.md
 #   make bench   what docs/benchmarks.md shows, measured here (20 to 30 minutes; BENCH=quick: 3;
 #                LLAMA=PYTHON, an interpreter that has llama.cpp, for it beside ours)
@@ -38,7 +39,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak conformance architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak conformance architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -84,6 +85,9 @@ docs: setup
 	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//|url\(.?(https?:)?//|@import' build/docs \
 		--include=*.html --include=*.css || { echo "The site asks the network for these." >&2; exit 1; }
 	@echo "The site is build/docs/index.html."
+
+screenshots: setup native
+	$(BIN)/python docs/screenshots.py
 
 proto: setup
 	$(PROTOC) --python_out=proto --grpc_python_out=proto --mypy_out=quiet:proto \

@@ -53,6 +53,14 @@ def test_the_files_of_deploy_are_in_it(wheel: zipfile.ZipFile) -> None:
     assert {name for name in inside if name.startswith("deploy/")} == SHIPPED
 
 
+def test_the_server_s_pages_are_in_it(wheel: zipfile.ZipFile) -> None:
+    place = "expertd_inference/server/pages/"
+    inside = {name.removeprefix(place) for name in wheel.namelist() if name.startswith(place)}
+    pages = ROOT / "inference" / place
+    assert {file.name for file in pages.iterdir() if file.is_file()} == inside
+    assert {"chat.html", "host.html", "chat.js", "style.css", "icon.svg"} <= inside
+
+
 def test_its_readme_has_no_link_that_leads_nowhere(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
     metadata = message_from_bytes(wheel.read(name))

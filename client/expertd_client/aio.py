@@ -33,6 +33,7 @@ from expertstore.errors import (
 )
 from expertstore.shared.greeting import handshake
 from expertstore.shared.handshake import Role
+from expertstore.v1 import expert_store_pb2 as pb
 
 ReachedT = TypeVar("ReachedT")
 
@@ -291,6 +292,10 @@ class AsyncClient:
     def watch_stats(self, interval_seconds: float = 1.0) -> AsyncGenerator[dict[str, Any]]:
         """See :meth:`Client.watch_stats`."""
         return self._rpc.stream(calls.watch_stats(interval_seconds), timeout_seconds=None)
+
+    async def get_heat(self, name: str) -> pb.GetHeatResponse:
+        """See :meth:`Client.get_heat`."""
+        return await self._call(calls.get_heat(name))
 
     async def read(
         self,

@@ -80,6 +80,7 @@ async def test_calls(aio_store: AsyncClient) -> None:
     ]
     with pytest.raises(NotFoundError):
         await aio_store.attach("other")
+    assert [layer.num_experts for layer in (await aio_store.get_heat("m")).layers] == [8, 8, 8]
     watched = aio_store.watch_stats(0.05)
     uptimes = [(await anext(watched))["uptime_seconds"] for _ in range(2)]
     await watched.aclose()

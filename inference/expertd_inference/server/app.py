@@ -10,6 +10,7 @@ from expertd_inference.server.api import anthropic, ollama, ollama_models, respo
 from expertd_inference.server.api.chat import chat
 from expertd_inference.server.api.completions import complete
 from expertd_inference.server.api.errors import ApiError, answer_error
+from expertd_inference.server.api.host import host_state
 from expertd_inference.server.api.models import (
     get_model,
     health,
@@ -21,6 +22,7 @@ from expertd_inference.server.api.models import (
 from expertd_inference.server.api.responses_store import ResponseStore
 from expertd_inference.server.api.unserved import UNSERVED, refuse
 from expertd_inference.server.front import Front
+from expertd_inference.server.pages.files import page_routes
 from expertstore.errors import ExpertdError
 
 _OLLAMA = [
@@ -44,6 +46,8 @@ def make_app(front: Front) -> Starlette:
         Route("/ping", health),
         Route("/version", version),
         Route("/metrics", metrics),
+        Route("/host/state", host_state),
+        *page_routes(),
         *_both("/models", list_models, "GET"),
         *_both("/models/{name:path}", get_model, "GET"),
         *_both("/completions", complete, "POST"),

@@ -13,13 +13,14 @@ import msgspec
 from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.keys import Keys
+from expertd_inference.server.pages.files import PAGE_FILES
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = {"/health", "/ping", "/version"}
+OPEN_PATHS = {"/health", "/ping", "/version", *PAGE_FILES}
 """What needs no key: it tells nothing about anybody."""
 WRITE_SECONDS = 60.0
 """A client that reads nothing for so long is cut off."""

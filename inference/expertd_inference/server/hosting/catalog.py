@@ -60,7 +60,8 @@ class Catalog:
         self._accounts = accounts
         self._metrics = metrics
         self._say = say
-        self._client = AsyncClient(spec.socket, tls=spec.tls)
+        self.client = AsyncClient(spec.socket, tls=spec.tls)
+        """Of the daemon."""
         self._entries: dict[str, Entry] = {}
         self._listed = 0.0
         self._listing = asyncio.Lock()
@@ -107,7 +108,7 @@ class Catalog:
     async def close(self) -> None:
         """Ends all engines."""
         await asyncio.gather(*(entry.hosted.close() for entry in self._entries.values()))
-        await self._client.close()
+        await self.client.close()
 
     def _known(self, name: str | None) -> Entry | None:
         if name is None:
@@ -116,7 +117,7 @@ class Catalog:
 
     async def _list(self) -> None:
         async with self._listing:
-            summaries = {model.name: model for model in await self._client.list_models()}
+            summaries = {model.name: model for model in await self.client.list_models()}
             self._listed = time.monotonic()
             for name in self._entries.keys() - summaries.keys():
                 if not self._entries[name].hosted.num_sequences:

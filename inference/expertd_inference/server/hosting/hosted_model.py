@@ -80,6 +80,8 @@ class HostedModel:
         self.name = spec.model
         self.num_deaths = 0
         """Engines that ended before they were told to."""
+        self.num_tokens = 0
+        """Generated, of all sequences."""
         self._stats: EngineStats | None = None
         self._stats_before: EngineStats | None = None
         self._accounts = accounts
@@ -252,6 +254,7 @@ class HostedModel:
 
     def _progress(self, progress: Progress) -> None:
         now = time.monotonic()
+        self.num_tokens += len(progress.tokens)
         for id_, token in progress.tokens:
             if (asked := self._asked.get(id_)) is not None:
                 asked.generated.append(token.id)

@@ -1,0 +1,1 @@
+"""The pages that the server shows in a browser: a chat at ``/`` and the host at ``/host``."""
