@@ -84,7 +84,7 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
     catalog = Catalog(
         spec,
         aliases=settings.aliases,
-        template=_template(settings.chat_template),
+        template=read_template(settings.chat_template),
         idle_seconds=settings.idle_seconds,
         accounts=accounts,
         metrics=metrics,
@@ -209,7 +209,8 @@ async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:
     return ", ".join(parts) or "no model yet"
 
 
-def _template(path: Path | None) -> str | None:
+def read_template(path: Path | None) -> str | None:
+    """A file of --chat-template. Raises InvalidInputError."""
     try:
         return None if path is None else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
