@@ -6,9 +6,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from expertd_inference.server.api.batches import (
+    cancel_batch,
+    create_batch,
+    get_batch,
+    list_batches,
+)
 from expertd_inference.server.api.chat import chat
 from expertd_inference.server.api.completions import complete
 from expertd_inference.server.api.errors import ApiError, answer_error
+from expertd_inference.server.api.files import (
+    delete_file,
+    file_content,
+    get_file,
+    list_files,
+    upload_file,
+)
 from expertd_inference.server.api.models import (
     get_model,
     health,
@@ -31,6 +44,15 @@ def make_app(front: Front) -> Starlette:
         *_both("/models/{name:path}", get_model, "GET"),
         *_both("/completions", complete, "POST"),
         *_both("/chat/completions", chat, "POST"),
+        *_both("/files", upload_file, "POST"),
+        *_both("/files", list_files, "GET"),
+        *_both("/files/{id}", get_file, "GET"),
+        *_both("/files/{id}", delete_file, "DELETE"),
+        *_both("/files/{id}/content", file_content, "GET"),
+        *_both("/batches", create_batch, "POST"),
+        *_both("/batches", list_batches, "GET"),
+        *_both("/batches/{id}", get_batch, "GET"),
+        *_both("/batches/{id}/cancel", cancel_batch, "POST"),
     ]
     app = Starlette(
         routes=routes,

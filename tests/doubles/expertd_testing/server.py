@@ -32,8 +32,11 @@ class Server:
         command = [str(Path(sys.executable).with_name("expert-run"))]
         if passed is not None:
             command = [sys.executable, "-c", _PASS_ON, str(passed.fileno()), *command]
+        # What clients leave with it is not for the user's own servers.
+        self._state = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
             [*command, "serve", "--port", "0", *arguments],
+            env={**os.environ, "XDG_STATE_HOME": self._state.name},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -95,6 +98,7 @@ class Server:
         finally:
             self._reader.join()
             self._stderr.close()
+            self._state.cleanup()
 
     def _read_stdout(self) -> None:
         assert self._process.stdout is not None

@@ -1,6 +1,7 @@
 """A file of requests in OpenAI's batch format: one JSON object a line."""
 
 import codecs
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,17 @@ class _Place:
 class BatchFile:
     """The requests of a file, by their ``custom_id``; a line is read again when it is asked."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        """``name`` is what messages call the file.
+    def __init__(
+        self, path: Path, name: str | None = None, endpoints: Sequence[str] = ENDPOINTS
+    ) -> None:
+        """``name`` is what messages call the file; its lines may ask ``endpoints``.
 
         Raises InvalidInputError, with the line, for a file that cannot be answered line by line:
         one without lines, or with a line that is no JSON object, or whose custom_id is missing or
         another line's.
         """
         self._name = name or str(path)
+        self._endpoints = endpoints
         self._places: dict[str, _Place] = {}
         try:
             self._file = path.open("rb")
@@ -88,9 +92,9 @@ class BatchFile:
             raise self._wrong(place.number, str(error)) from error
         if request.method != "POST":
             raise self._wrong(place.number, f"method is {request.method!r:.80}; give POST")
-        if request.url not in ENDPOINTS:
-            known = ", ".join(ENDPOINTS)
-            raise self._wrong(place.number, f"url is {request.url!r:.80}; give one of {known}")
+        if request.url not in self._endpoints:
+            known = " or ".join(self._endpoints)
+            raise self._wrong(place.number, f"url is {request.url!r:.80}; give {known}")
         if request.body.get("stream"):
             raise self._wrong(place.number, "body.stream is set, and a batch's answers come whole")
         return request

@@ -72,10 +72,14 @@ class BatchOutput:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises InvalidInputError for a file of something else, PreconditionError if it is
-        open elsewhere or cannot be written."""
+        """Raises InvalidInputError for a file of something else.
+
+        Raises PreconditionError if the file is open elsewhere, or cannot be written.
+        """
         self._path = path
         self.answered: dict[str, bool] = {}
+        self.num_failed = 0
+        """How many of its lines have no answer but a reason."""
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
@@ -93,11 +97,6 @@ class BatchOutput:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def num_failed(self) -> int:
-        """How many of its lines have no answer but a reason."""
-        return sum(self.answered.values())
-
     def append(self, line: AnswerLine) -> None:
         """Raises PreconditionError if the file takes no more."""
         data = msgspec.json.encode(line) + b"\n"
@@ -109,7 +108,19 @@ class BatchOutput:
                 f"{self._path} cannot be written: {error.strerror}; start again once it can, and "
                 "what is missing is asked."
             ) from error
-        self.answered[line.custom_id] = line.failed
+        self._count(line.custom_id, failed=line.failed)
+
+    def split(self, answers: Path, errors: Path) -> None:
+        """Copies its lines: those of requests that failed to ``errors``, others to ``answers``."""
+        with (
+            open(self._descriptor, "rb", closefd=False) as file,
+            answers.open("wb") as good,
+            errors.open("wb") as bad,
+        ):
+            file.seek(0)
+            for line in file:
+                custom_id = msgspec.json.decode(line, type=_Written).custom_id
+                (bad if self.answered[custom_id] else good).write(line)
 
     def close(self) -> None:
         """Lets another process have the file. Closing twice is harmless."""
@@ -132,7 +143,7 @@ class BatchOutput:
 
     def _read(self) -> None:
         whole = 0
-        with open(self._descriptor, "rb", closefd=False) as file:  # noqa: PTH123 - a descriptor
+        with open(self._descriptor, "rb", closefd=False) as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n") and _is_torn(line):
                     os.ftruncate(self._descriptor, whole)
@@ -145,8 +156,12 @@ class BatchOutput:
                         "another file for the answers."
                     ) from error
                 failed = written.response is None or written.response.status_code >= 400
-                self.answered[written.custom_id] = failed
+                self._count(written.custom_id, failed=failed)
                 whole += len(line)
+
+    def _count(self, custom_id: str, *, failed: bool) -> None:
+        self.answered[custom_id] = failed
+        self.num_failed += failed
 
 
 def _is_torn(line: bytes) -> bool:
