@@ -71,6 +71,14 @@ class Server:
         """The processes of its engines: what its children forked."""
         return [pid for child in _children(self.pid) for pid in _children(child)]
 
+    @property
+    def descendants(self) -> list[int]:
+        """All processes that it has started, and those that they have."""
+        found = [self.pid]
+        for pid in found:
+            found += _children(pid)
+        return found[1:]
+
     def wait_ready(self) -> None:
         """Until it listens. Raises RuntimeError with its log if it does not."""
         if not self._settled.wait(START_SECONDS) or not self.url:

@@ -125,5 +125,5 @@ async def test_a_server_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://[::1"])
 def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(InvalidInputError, match="--url .* is no URL"):
+    with pytest.raises(InvalidInputError, match=r"--url .* is no URL"):
         UrlDoor(url)
