@@ -20,19 +20,25 @@ from expertstore.errors import UnavailableError
 MAX_UPLOAD_BYTES = 200 << 20
 """OpenAI's limit for a batch."""
 MAX_LISTED = 10_000
-UPLOAD_SECONDS = 600.0
+UPLOAD_SECONDS = 300.0
+_MAX_FIELDS = 8
 PURPOSE = "batch"
 _FORM = "multipart/form-data"
 
 
 async def upload_file(request: Request) -> Response:
     """``POST /v1/files``."""
-    files = batches_of(request).files
+    batches = batches_of(request)
+    files = batches.files
     bounded = Request(request.scope, _bounded(request.receive))
     if not request.headers.get("content-type", "").startswith(_FORM):
         raise ApiError(400, f"The body is no {_FORM}; send file and purpose so.")
     try:
-        async with asyncio.timeout(UPLOAD_SECONDS), bounded.form(max_files=1) as form:
+        async with (
+            asyncio.timeout(UPLOAD_SECONDS),
+            batches.uploads,
+            bounded.form(max_files=1, max_fields=_MAX_FIELDS) as form,
+        ):
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile):
                 raise ApiError(400, "file is missing; send it as a file.", param="file")
@@ -49,6 +55,10 @@ async def upload_file(request: Request) -> Response:
         ) from late
     except ClientDisconnect as gone:
         raise ApiError(400, "The client left before its file was complete.") from gone
+    except OSError as error:
+        raise ApiError(
+            507, f"The file cannot be kept: {error.strerror}.", kind="server_error", code="no_space"
+        ) from error
 
 
 async def list_files(request: Request) -> Response:
@@ -135,8 +145,12 @@ def _asked(request: Request) -> FileObject:
 
 
 def _write(path: Path, content: BinaryIO) -> None:
-    with path.open("wb") as file:
-        shutil.copyfileobj(content, file)
+    try:
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _bounded(

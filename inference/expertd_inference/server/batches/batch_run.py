@@ -104,20 +104,22 @@ async def _ask_until_answered(ask: Ask, request: BatchRequest, patience: float) 
         wait = _RETRY_SECONDS
         try:
             reply = await ask(request)
+        except UnavailableError as error:
+            why = error
+        else:
+            wait = reply.retry_seconds or wait
             if reply.status in _REFUSED:
                 raise InvalidInputError(f"The server refuses the batch: {_message(reply.body)}")
-            if reply.status not in (*_AWAY, _BUSY):
-                return reply
-            wait = reply.retry_seconds or wait
-            why: Exception = UnavailableError(f"The server is away: {_message(reply.body)}")
             if reply.status == _BUSY:
                 away_since = None
-        except UnavailableError as error:
-            reply, why = None, error
-        if reply is None or reply.status in _AWAY:
-            away_since = away_since or time.monotonic()
-            if time.monotonic() - away_since >= patience:
-                raise why
+                await asyncio.sleep(wait)
+                continue
+            if reply.status not in _AWAY:
+                return reply
+            why = UnavailableError(f"The server is away: {_message(reply.body)}")
+        away_since = away_since or time.monotonic()
+        if time.monotonic() - away_since >= patience:
+            raise why
         await asyncio.sleep(wait)
 
 

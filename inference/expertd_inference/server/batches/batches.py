@@ -5,7 +5,7 @@ import fcntl
 import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertd_inference.server.batches.batch_run import Ask
@@ -13,6 +13,7 @@ from expertd_inference.server.batches.batch_worker import BatchWorker
 from expertd_inference.server.batches.stored_files import StoredFiles
 from expertstore.errors import ExpertdError, UnavailableError
 
+MAX_UPLOADS = 4
 _RETRY_SECONDS = 0.5
 
 
@@ -22,6 +23,8 @@ class Batches:
 
     files: StoredFiles
     worker: BatchWorker
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_UPLOADS))
+    """Files that are received at a time: each lies in a temporary file until it is whole."""
 
 
 class BatchRoom:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -293,6 +295,22 @@ async def test_what_is_refused(client: httpx2.AsyncClient, monkeypatch: pytest.M
     assert (await upload(client, b"12345678")).status_code == 429
     monkeypatch.setattr(files_api, "MAX_UPLOAD_BYTES", 1000)
     assert (await upload(client, b"x" * 2000)).status_code == 413
+
+
+async def test_a_full_disk_is_said(
+    client: httpx2.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_api.shutil, "copyfileobj", full)
+        response = await upload(client, b"x")
+    assert response.status_code == 507
+    assert (
+        response.json()["error"]["message"] == "The file cannot be kept: No space left on device."
+    )
+    assert not [*(tmp_path / "state/files").iterdir()]
 
 
 async def test_without_a_directory_there_are_none(tmp_path: Path, model: Model) -> None:
