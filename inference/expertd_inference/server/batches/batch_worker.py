@@ -4,8 +4,9 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -203,16 +204,22 @@ class BatchWorker:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
         batch = kept.batch
-        try:
-            if batch.status != "cancelling":
-                await self._compute(kept)
-            await self._finish(kept)
-            batch.become("cancelled" if batch.status == "cancelling" else "completed")
-        except (ExpertdError, OSError) as error:
-            batch.errors = BatchErrors([BatchError("invalid_batch", str(error))])
-            batch.become("failed")
+        end = "cancelled"
+        if batch.status != "cancelling":
+            end = await self._outcome(self._compute(kept), batch, "completed")
+        end = await self._outcome(self._finish(kept), batch, end)
+        batch.become(end)
         self._save(kept)
         self._answers(batch).unlink(missing_ok=True)
+
+    async def _outcome(self, part: Coroutine[Any, Any, None], batch: BatchObject, end: str) -> str:
+        """``end``, or failed with the reason."""
+        try:
+            await part
+        except (ExpertdError, OSError) as error:
+            batch.errors = BatchErrors([BatchError("invalid_batch", str(error))])
+            return "failed"
+        return end
 
     async def _compute(self, kept: _Kept) -> None:
         batch, door = kept.batch, self._door(kept.owner)
@@ -255,7 +262,7 @@ class BatchWorker:
             return
         ids = {name: f"file-{batch.id}-{name}" for name in ("output", "error")}
         paths = [self._files.path(id_) for id_ in ids.values()]
-        with BatchOutput(self._answers(batch)) as output:
+        with await asyncio.to_thread(BatchOutput, self._answers(batch)) as output:
             await asyncio.to_thread(output.split, *paths)
         for name, id_ in ids.items():
             path = self._files.path(id_)

@@ -21,6 +21,7 @@ from expertd_inference.server.batches.batch_run import Reply
 from expertd_inference.server.front import Front
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_testing.patience import HANG_SECONDS
+from expertstore.errors import PreconditionError
 from tests.inference.server.batches.lines import answers_of, request, write_lines
 
 OK = Reply(200, "id", b'{"choices": []}')
@@ -38,6 +39,8 @@ class Model:
     def door(self, user: str) -> Callable[[BatchRequest], Any]:
         async def ask(request: BatchRequest) -> Reply:
             self.asked.append((user, request.custom_id))
+            if request.custom_id == "keyless":
+                raise PreconditionError("There is no key any more.")
             if not request.custom_id.startswith("now"):
                 await self.going.wait()
             return WRONG if "wrong" in request.custom_id else OK
@@ -214,6 +217,18 @@ async def test_a_file_without_sense_fails_the_batch(client: httpx2.AsyncClient) 
     assert batch["status"] == "failed"
     (error,) = batch["errors"]["data"]
     assert error["message"].startswith("The file, line 1: Object missing required field")
+
+
+async def test_a_batch_that_fails_midway_has_what_was_answered(
+    tmp_path: Path, model: Model
+) -> None:
+    async with serving(tmp_path / "state", model, at_once=1) as client:
+        await opened(client)
+        batch = await begin(client, tmp_path / "in.jsonl", "now-a", "keyless", "now-b")
+        batch = await ended(client, batch["id"])
+        assert batch["status"] == "failed"
+        assert batch["errors"]["data"][0]["message"] == "There is no key any more."
+        assert [*answers_of(await content(client, batch["output_file_id"]))] == ["now-a"]
 
 
 async def test_lines_ask_the_batch_s_endpoint(client: httpx2.AsyncClient, tmp_path: Path) -> None:
