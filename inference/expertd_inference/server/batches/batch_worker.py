@@ -5,8 +5,9 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,6 +27,8 @@ MAX_OPEN = 64
 MAX_KEPT = 10_000
 """Batches that are described; beyond them the oldest complete ones are forgotten."""
 WINDOW = "24h"
+FileT = TypeVar("FileT", BatchFile, BatchOutput)
+ResultT = TypeVar("ResultT")
 _OVER = {"completed", "failed", "cancelled"}
 _PURPOSE = "batch_output"
 
@@ -231,8 +234,8 @@ class BatchWorker:
 
         path, endpoints = self._files.path(batch.input_file_id), (batch.endpoint,)
         with (
-            await asyncio.to_thread(BatchFile, path, "The file", endpoints) as file,
-            await asyncio.to_thread(BatchOutput, self._answers(batch)) as output,
+            await _opened(partial(BatchFile, path, "The file", endpoints)) as file,
+            await _opened(partial(BatchOutput, self._answers(batch))) as output,
         ):
             counts.total = len(file)
 
@@ -262,8 +265,8 @@ class BatchWorker:
             return
         ids = {name: f"file-{batch.id}-{name}" for name in ("output", "error")}
         paths = [self._files.path(id_) for id_ in ids.values()]
-        with await asyncio.to_thread(BatchOutput, self._answers(batch)) as output:
-            await asyncio.to_thread(output.split, *paths)
+        with await _opened(partial(BatchOutput, self._answers(batch))) as output:
+            await _to_its_end(asyncio.create_task(asyncio.to_thread(output.split, *paths)))
         for name, id_ in ids.items():
             path = self._files.path(id_)
             if path.stat().st_size:
@@ -285,3 +288,23 @@ class BatchWorker:
 
     def _save(self, kept: _Kept) -> None:
         write_struct(self._directory / f"{kept.batch.id}.json", kept)
+
+
+async def _opened(open_: Callable[[], FileT]) -> FileT:
+    """What is opened in a thread; closed again if its task is cancelled meanwhile."""
+    opening = asyncio.create_task(asyncio.to_thread(open_))
+    try:
+        return await _to_its_end(opening)
+    except asyncio.CancelledError:
+        if opening.exception() is None:
+            opening.result().close()
+        raise
+
+
+async def _to_its_end(work: "asyncio.Task[ResultT]") -> ResultT:
+    """What a thread's work returns; its end is waited for by a cancelled task as well."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise

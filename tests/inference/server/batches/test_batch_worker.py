@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -208,6 +209,37 @@ async def test_a_cancelled_batch_has_what_was_answered(
     assert [*answers_of(await content(client, batch["output_file_id"]))] == ["now-a"]
     again = await client.post(f"/v1/batches/{id_}/cancel")
     assert (again.status_code, again.json()["error"]["code"]) == (409, "batch_is_over")
+
+
+@pytest.mark.parametrize("name", ["BatchFile", "BatchOutput"])
+async def test_a_batch_cancelled_while_it_opens_its_files_lets_go_of_them(
+    client: httpx2.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opening, going = threading.Event(), threading.Event()
+    real = getattr(batch_worker, name)
+
+    def slow(*arguments: Any) -> Any:
+        opened = real(*arguments)
+        opening.set()
+        assert going.wait(HANG_SECONDS)
+        return opened
+
+    monkeypatch.setattr(batch_worker, name, slow)
+    id_ = (await begin(client, tmp_path / "in.jsonl", "a"))["id"]
+    assert await asyncio.to_thread(opening.wait, HANG_SECONDS)
+    await client.post(f"/v1/batches/{id_}/cancel")
+    going.set()
+    batch = await ended(client, id_)
+    assert (batch["status"], batch["errors"]) == ("cancelled", None)
+    assert not any(f"{tmp_path}" in target and "batch_" in target for target in open_files())
+
+
+def open_files() -> list[str]:
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(descriptor.readlink()))
+    return found
 
 
 async def test_a_file_without_sense_fails_the_batch(client: httpx2.AsyncClient) -> None:
