@@ -54,8 +54,8 @@ class Totals(msgspec.Struct, kw_only=True):
         usage = body.get("usage") if isinstance(body, dict) else None
         if isinstance(usage, dict):
             # The Responses interface has its own names.
-            self.prompt_tokens += usage.get("prompt_tokens", usage.get("input_tokens", 0))
-            self.new_tokens += usage.get("completion_tokens", usage.get("output_tokens", 0))
+            self.prompt_tokens += usage.get("prompt_tokens") or usage.get("input_tokens") or 0
+            self.new_tokens += usage.get("completion_tokens") or usage.get("output_tokens") or 0
 
     def end(self, seconds: float) -> None:
         """No more lines."""
