@@ -349,8 +349,9 @@ def test_a_load_is_counted_from_the_first_request_to_the_last_token() -> None:
 
 
 async def test_a_server_that_ends_early_is_no_figure() -> None:
-    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 OK\\r\\n\\r\\ndata: {}\\n\\ndata: [DONE]\\n\\n")
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\ndata: {}\n\ndata: [DONE]\n\n")
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
