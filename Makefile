@@ -18,6 +18,8 @@
 #   make bench-decode  tokens per second at real shapes; LLAMA=PYTHON for llama.cpp beside it
 #   make bench-batch   tokens per second of 1 to 64 sequences at once; LLAMA=PYTHON as above,
 #                   IK=PROGRAM for ik_llama.cpp; python -m bench batch writes its page
+#   make bench-serve   a server with 1 to 32 clients; LLAMA=PYTHON LLAMA_SERVER=PROGRAM for
+#                   llama-server beside it (half an hour)
 #   make bench-executors  what each executor makes of 1, 8 and 32 sequences, to its page (minutes)
 #   make bench-prefetch  what hints to the daemon are worth with less RAM than model (minutes)
 #   make bench-quantize  what quantizing costs, beside hqq, and a whole packing (minutes)
@@ -39,7 +41,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak conformance architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak conformance architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -110,6 +112,9 @@ bench-decode: setup
 
 bench-batch: setup
 	@$(BIN)/python -m bench.batch $(if $(LLAMA),--llama-python $(LLAMA)) $(if $(IK),--ik-bench $(IK))
+
+bench-serve: setup native
+	@$(BIN)/python -m bench.serve $(if $(LLAMA),--llama-python $(LLAMA)) $(if $(LLAMA_SERVER),--llama-server $(LLAMA_SERVER))
 
 bench-executors: setup native
 	@$(BIN)/python -m bench executors

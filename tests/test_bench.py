@@ -1,5 +1,6 @@
 """Every part of the benchmark runs, in its quickest form; what it measures is not judged here."""
 
+import asyncio
 import json
 import mmap
 import os
@@ -22,10 +23,12 @@ from bench import (
     prefetch,
     quality,
     routing,
+    serve,
     store,
 )
 from bench.figures import Bench, Figure, compared, counted, quartiles
 from bench.footprint import footprint
+from bench.load_client import Load, LoadClient, LoadError, Stream
 from bench.parts import PARTS
 from bench.peer import Peer, PeerError, clean_environment
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
@@ -318,3 +321,42 @@ def test_executors_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     names = ["**program**", "modules", "turns", "**modules**", "turns"]
     assert [row[1] for row in table.rows] == names
     assert all(len(row) == len(table.columns) == 5 for row in table.rows)
+
+
+def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    serve.main(["--quick", "--json"])
+    said = capsys.readouterr()
+    assert "not measured: llama-server: --llama-server names no program" in " ".join(
+        said.err.split()
+    )
+    figures = {figure["what"]: figure for figure in json.loads(said.out)["figures"]}
+    shape = "olmoe-1b-7b, 2 layers"
+    for clients in (1, 3):
+        what = f"{shape}, {clients} clients, prompts of 20"
+        assert figures[f"{what}: output"]["ours"] > 0
+        first = [figures[f"{what}: first token, p{percent}"]["ours"] for percent in (50, 95, 99)]
+        assert first == sorted(first)
+    leaves = f"{shape}: from one client's leaving to the first token of one that waits"
+    assert figures[leaves]["goal"] == "steps <= 2.5"
+    assert len(figures) == 2 * 7 + 6
+
+
+def test_a_load_is_counted_from_the_first_request_to_the_last_token() -> None:
+    load = Load([Stream(1.0, [2.0, 3.0]), Stream(0.0, [1.5, 2.0, 5.0])])
+    assert load.tokens_per_second == 5 / 5
+    assert [load.first(percent) for percent in (50, 99)] == [1.5, 1.5]
+    assert [load.between(percent) for percent in (50, 95)] == [1.0, 3.0]
+
+
+async def test_a_server_that_ends_early_is_no_figure() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\ndata: {}\n\ndata: [DONE]\n\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        client = LoadClient(f"http://127.0.0.1:{port}", 100)
+        assert len((await client.ask([1], 1)).came) == 1
+        with pytest.raises(LoadError, match="gave 1 of 2 tokens"):
+            await client.ask([1], 2)

@@ -93,7 +93,7 @@ def continue_many(
         def done(result: PromptResult) -> None:
             totals.count(result)
             output.end(msgspec.json.encode(result))
-            advance()
+            advance(f"{totals.new_tokens / (time.perf_counter() - began):.1f} tokens/s")
 
         try:
             continue_all(engine, lines, done)

@@ -1,6 +1,7 @@
 """``expert-run serve``: an OpenAI-compatible server."""
 
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +94,15 @@ def serve(
     max_body: Annotated[
         str, typer.Option(help="The largest request, as in 32MiB.", metavar="SIZE")
     ] = "32MiB",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where clients' files and batches are kept. Default: $STATE_DIRECTORY, as systemd "
+            "sets it, else $XDG_STATE_HOME/expert-run.",
+            metavar="DIR",
+            readable=False,
+        ),
+    ] = None,
     tls_ca: options.TlsCa = None,
     tls_cert: options.TlsCert = None,
     tls_key: options.TlsKey = None,
@@ -158,6 +168,7 @@ def serve(
         https_cert=https_cert,
         https_key=https_key,
         max_body_bytes=options.size_of("--max-body", max_body) or 0,
+        state=state or _default_state(),
     )
     devices = DeviceSettings(
         device,
@@ -192,6 +203,16 @@ def serve(
             reattach_seconds=reattach_seconds,
         )
         run_server(settings, spec, complain)
+
+
+def _default_state() -> Path | None:
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given)
+    if home := os.environ.get("XDG_STATE_HOME"):
+        return Path(home) / "expert-run"
+    with suppress(RuntimeError):  # A user without a home keeps nothing.
+        return Path.home() / ".local/state/expert-run"
+    return None
 
 
 def _aliases(pairs: list[str]) -> dict[str, str]:

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from expertstore.errors import PreconditionError
 
@@ -115,12 +121,18 @@ def status(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, which the call that is given moves on by one; nothing elsewhere."""
+def progress(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, ``done`` of it already; nothing elsewhere.
+
+    The call that is given moves it on by one, and shows a word, such as a rate.
+    """
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda _: None
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda word: bar.update(task, advance=1, description=word)

@@ -7,9 +7,22 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from expertd_inference.server.api import anthropic, ollama, ollama_models, responses, tokenizing
+from expertd_inference.server.api.batches import (
+    cancel_batch,
+    create_batch,
+    get_batch,
+    list_batches,
+)
 from expertd_inference.server.api.chat import chat
 from expertd_inference.server.api.completions import complete
 from expertd_inference.server.api.errors import ApiError, answer_error
+from expertd_inference.server.api.files import (
+    delete_file,
+    file_content,
+    get_file,
+    list_files,
+    upload_file,
+)
 from expertd_inference.server.api.host import host_state
 from expertd_inference.server.api.models import (
     get_model,
@@ -65,6 +78,15 @@ def make_app(front: Front) -> Starlette:
         *_both("/tokenizer_info", tokenizing.tokenizer_info, "GET"),
         *(route for path in UNSERVED for route in _both(path, refuse, "POST")),
         *_OLLAMA,
+        *_both("/files", upload_file, "POST"),
+        *_both("/files", list_files, "GET"),
+        *_both("/files/{id}", get_file, "GET"),
+        *_both("/files/{id}", delete_file, "DELETE"),
+        *_both("/files/{id}/content", file_content, "GET"),
+        *_both("/batches", create_batch, "POST"),
+        *_both("/batches", list_batches, "GET"),
+        *_both("/batches/{id}", get_batch, "GET"),
+        *_both("/batches/{id}/cancel", cancel_batch, "POST"),
     ]
     app = Starlette(
         routes=routes,

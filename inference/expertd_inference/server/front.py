@@ -3,10 +3,11 @@
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from expertd_inference.server.batches.batches import BatchRoom
 from expertd_inference.server.hosting.catalog import Catalog, Entry
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.server.metrics import ServerMetrics
@@ -24,6 +25,7 @@ class Front:
     max_body_bytes: int = MAX_BODY_BYTES
     stopping: bool = False
     """Whether it only lets what was begun end."""
+    room: BatchRoom = field(default_factory=BatchRoom)
 
     async def model(self, name: str | None) -> tuple[Entry, ModelText]:
         """The model that a request names, and its tokenizer. Raises ExpertdError."""

@@ -6,8 +6,9 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.app import make_app
+from expertd_inference.server.batches.limited_door import LimitedDoor, at_once_beside_others
 from expertd_inference.server.front import MAX_BODY_BYTES, Front
 from expertd_inference.server.guard import Guard
 from expertd_inference.server.hosting.catalog import Catalog
@@ -40,7 +42,8 @@ class ServerSettings:
     model of a daemon does anyway. An engine without requests for ``idle_seconds`` ends; None keeps
     it. On its end the server waits for ``drain_seconds`` until answers are complete.
     ``keys`` is a file of users (:mod:`.keys`); without it, and without ``no_auth``, it listens to
-    this host only. Pages of ``cors_origins`` may use it. Raises InvalidInputError if that does
+    this host only. Pages of ``cors_origins`` may use it. Files and batches of clients are kept in
+    ``state``; without it there are none. Raises InvalidInputError if that does
     not fit.
     """
 
@@ -57,6 +60,7 @@ class ServerSettings:
     https_cert: Path | None = None
     https_key: Path | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    state: Path | None = None
 
     def __post_init__(self) -> None:
         if self.keys is None and not self.no_auth and not _is_loopback(self.host):
@@ -84,7 +88,7 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
     catalog = Catalog(
         spec,
         aliases=settings.aliases,
-        template=_template(settings.chat_template),
+        template=read_template(settings.chat_template),
         idle_seconds=settings.idle_seconds,
         accounts=accounts,
         metrics=metrics,
@@ -94,8 +98,9 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
         try:
             serves = await _preload(catalog, settings.preload)
             front = Front(catalog, metrics, say, settings.max_body_bytes)
+            routes = make_app(front)
             app = Guard(
-                _with_cors(make_app(front), settings.cors_origins),
+                _with_cors(routes, settings.cors_origins),
                 keys=keys,
                 accounts=accounts,
                 origins=settings.cors_origins,
@@ -118,7 +123,12 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
             )
             listening.listen(BACKLOG)
             print(f"serving {serves}, listening on {url_of(listening, settings)}", flush=True)  # noqa: T201
-            await server.serve([listening])
+            async with AsyncExitStack() as stack:
+                if settings.state is not None:
+                    door = partial(LimitedDoor, routes, accounts, keys)
+                    at_once = at_once_beside_others(spec.limits.max_sequences)
+                    await stack.enter_async_context(front.room.kept(settings.state, door, at_once))
+                await server.serve([listening])
         finally:
             await catalog.close()
 
@@ -209,7 +219,8 @@ async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:
     return ", ".join(parts) or "no model yet"
 
 
-def _template(path: Path | None) -> str | None:
+def read_template(path: Path | None) -> str | None:
+    """A file of --chat-template. Raises InvalidInputError."""
     try:
         return None if path is None else path.read_text()
     except (OSError, UnicodeDecodeError) as error:

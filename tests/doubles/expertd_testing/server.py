@@ -32,8 +32,11 @@ class Server:
         command = [str(Path(sys.executable).with_name("expert-run"))]
         if passed is not None:
             command = [sys.executable, "-c", _PASS_ON, str(passed.fileno()), *command]
+        # What clients leave with it is not for the user's own servers.
+        self._state = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
             [*command, "serve", "--port", "0", *arguments],
+            env={**os.environ, "XDG_STATE_HOME": self._state.name},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -68,6 +71,14 @@ class Server:
         """The processes of its engines: what its children forked."""
         return [pid for child in _children(self.pid) for pid in _children(child)]
 
+    @property
+    def descendants(self) -> list[int]:
+        """All processes that it has started, and those that they have."""
+        found = [self.pid]
+        for pid in found:
+            found += _children(pid)
+        return found[1:]
+
     def wait_ready(self) -> None:
         """Until it listens. Raises RuntimeError with its log if it does not."""
         if not self._settled.wait(START_SECONDS) or not self.url:
@@ -95,6 +106,7 @@ class Server:
         finally:
             self._reader.join()
             self._stderr.close()
+            self._state.cleanup()
 
     def _read_stdout(self) -> None:
         assert self._process.stdout is not None

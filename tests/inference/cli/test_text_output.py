@@ -1,5 +1,6 @@
 """Outputs that take nothing more are told in a sentence, and only where that matters."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import TextIO
 
 import pytest
 
-from expertd_inference.cli.text_output import TextOutput, complain
+from expertd_inference.cli.text_output import TextOutput, complain, progress
 from expertstore.errors import PreconditionError
 
 
@@ -60,3 +61,24 @@ def test_complaints_that_nobody_hears(full: TextIO, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stderr", full)
     complain("daemon gone")
     complain("and again")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_what_is_done_and_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _Terminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress(4, 1) as advance:
+        advance("7.5 tokens/s")
+    assert "2/4" in shown.getvalue()
+    assert "7.5 tokens/s" in shown.getvalue()
+
+
+def test_a_bar_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(4) as advance:
+        advance("7.5 tokens/s")
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,1 @@
+"""Many requests by one file, in OpenAI's batch format."""
