@@ -51,6 +51,8 @@ class AnswerParser:
         """At the end of what came: they are passed on if more text follows."""
         self._trims = False
         """Whether spaces at the beginning of the next text are dropped."""
+        self._num_of_prompt = 0
+        """How many characters come that the prompt has already."""
         self._read(self._scanner.feed(_begun(family, prompt)))
         self._spaces = ""
         self._num_of_prompt = self._scanner.num_held
