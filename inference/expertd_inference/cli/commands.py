@@ -12,6 +12,7 @@ import typer
 
 import expertstore
 from expertd_inference.cli.advise import advise
+from expertd_inference.cli.chat import chat
 from expertd_inference.cli.generate import generate
 from expertd_inference.cli.key import key
 from expertd_inference.cli.serve import serve
@@ -78,6 +79,7 @@ def _root(
 
 
 app.command()(generate)
+app.command()(chat)
 app.command()(serve)
 app.command()(key)
 app.command()(advise)

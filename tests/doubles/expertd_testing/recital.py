@@ -1,12 +1,16 @@
 """A server's application over a model that recites: what it says is written beforehand."""
 
 import json
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import httpx2
+import uvicorn
+from starlette.applications import Starlette
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -22,6 +26,8 @@ from expertd_inference.server.front import Front
 from expertd_inference.server.hosting.catalog import Catalog, Entry
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.server.metrics import ServerMetrics
+from expertd_inference.server.serve import bound_socket, url_of
 from expertd_inference.settings import GenerationSettings
 
 END = "<|im_end|>"
@@ -51,6 +57,8 @@ class RecitedModel:
         self.settings: list[GenerationSettings] = []
         """And how."""
         self.max_tokens = 4096
+        self.endless = False
+        """Whether answers get no end: their last token never comes."""
 
     def submit(
         self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
@@ -60,8 +68,10 @@ class RecitedModel:
         self.prompts.append(self.text.decode(tokens))
         self.settings.append(settings)
         channel: Channel[Token] = Channel()
-        channel.send(self._tokens(self.recitals.popleft(), settings))
-        channel.end()
+        said = self._tokens(self.recitals.popleft(), settings)
+        channel.send(said[:-1] if self.endless else said)
+        if not self.endless:
+            channel.end()
         return TokenStream(channel, lambda: None, num_prompt_tokens=len(tokens))
 
     def _tokens(self, recital: str, settings: GenerationSettings) -> list[Token]:
@@ -95,9 +105,38 @@ class RecitedCatalog:
         del entry
         return self.hosted.text
 
+    async def entries(self) -> list[Entry]:
+        """It alone."""
+        return [self._entry]
+
+    def aliases_of(self, name: str) -> list[str]:
+        """None."""
+        del name
+        return []
+
 
 def reciting_client(pack: Path, model: RecitedModel) -> httpx2.AsyncClient:
     """Talks to the application in this process."""
-    front = Front(cast("Catalog", RecitedCatalog(pack, model)), lambda _: None)
-    transport = httpx2.ASGITransport(app=make_app(front))
+    transport = httpx2.ASGITransport(app=_app(pack, model))
     return httpx2.AsyncClient(transport=transport, base_url="http://recital")
+
+
+@contextmanager
+def reciting_server(pack: Path, model: RecitedModel) -> Iterator[str]:
+    """The same by HTTP, from a thread of this process; its URL."""
+    settings = uvicorn.Config(_app(pack, model), log_level="warning", lifespan="off")
+    server = uvicorn.Server(settings)
+    with bound_socket("127.0.0.1", 0) as listening:
+        listening.listen()
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield url_of(listening)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _app(pack: Path, model: RecitedModel) -> Starlette:
+    catalog = cast("Catalog", RecitedCatalog(pack, model))
+    return make_app(Front(catalog, ServerMetrics(), lambda _: None))
