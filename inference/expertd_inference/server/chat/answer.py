@@ -60,7 +60,14 @@ class AnswerParser:
     @property
     def reasoning(self) -> bool:
         """Whether what comes next is reasoning."""
-        return self._region is not None and self._region.kind is Kind.REASONING
+        return self.reasoning_end is not None
+
+    @property
+    def reasoning_end(self) -> str | None:
+        """The marker that ends the reasoning which comes next; None if none comes."""
+        if self._region is None or self._region.kind is not Kind.REASONING:
+            return None
+        return self._region.closes[0]
 
     def feed(self, text: str) -> Piece:
         """The next of the text."""
