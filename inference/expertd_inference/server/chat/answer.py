@@ -7,7 +7,8 @@ from typing import Any
 
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
-from expertd_inference.server.chat.families import Family, family_of
+from expertd_inference.server.chat.families import Family
+from expertd_inference.server.chat.recognition import family_of
 from expertd_inference.server.chat.regions import Closed, Event, Kind, Opened, Region, Scanner, Text
 from expertd_inference.server.chat.schemas import ToolSchemas
 from expertd_inference.server.hosting.model_text import ModelText

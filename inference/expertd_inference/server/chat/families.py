@@ -8,12 +8,10 @@ import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from expertd_inference.server.chat import calls
 from expertd_inference.server.chat.calls import ReadCalls
 from expertd_inference.server.chat.regions import Kind, Region
-from expertd_inference.server.hosting.model_text import ModelText
 from expertstore.errors import InvalidInputError
 
 
@@ -246,15 +244,3 @@ def family_named(name: str) -> Family:
         if family.name == name:
             return family
     raise InvalidInputError(f"There is no chat format {name!r}; give one of {', '.join(NAMES)}.")
-
-
-@lru_cache(maxsize=256)
-def family_of(text: ModelText) -> Family:
-    """The one that the model was started with, else by its template, else by its vocabulary."""
-    if text.chat_format is not None:
-        return family_named(text.chat_format)
-    for place in (text.templates, " ".join(text.added_tokens)):
-        for family in FAMILIES:
-            if any(all(sign in place for sign in signs) for signs in family.signs):
-                return family
-    return PLAIN

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
 from expertd_inference.server.chat.answer import AnswerParser, AnswerReader, Piece
-from expertd_inference.server.chat.families import FAMILIES, family_named
+from expertd_inference.server.chat.families import FAMILIES, Family, family_named
 from tests.inference.server.chat.recorded import NOW, RECORDED, TOOLS, Recorded
 
 NAMES = list(RECORDED)
@@ -20,7 +20,11 @@ Read = tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]
 
 def read(recorded: Recorded, pieces: Sequence[str], tools: Any = TOOLS) -> Read:
     """Reasoning, content and calls of a text in pieces."""
-    parser = AnswerParser(family_named(recorded.family), recorded.prompt, tools)
+    return read_by(family_named(recorded.family), recorded.prompt, pieces, tools)
+
+
+def read_by(family: Family, prompt: str, pieces: Sequence[str], tools: Any = TOOLS) -> Read:
+    parser = AnswerParser(family, prompt, tools)
     return together([*(parser.feed(piece) for piece in pieces), parser.finish()])
 
 

@@ -4,7 +4,8 @@ from typing import Any, cast
 
 import pytest
 
-from expertd_inference.server.chat.families import FAMILIES, NAMES, family_named, family_of
+from expertd_inference.server.chat.families import FAMILIES, NAMES, family_named
+from expertd_inference.server.chat.recognition import family_of
 from expertd_inference.server.chat.schemas import ToolSchemas
 from expertd_inference.server.hosting.model_text import ModelText
 from expertstore.errors import InvalidInputError
@@ -37,6 +38,7 @@ class _Text:
         self.templates = templates
         self.added_tokens = dict.fromkeys(added, 0)
         self.chat_format = chat_format
+        self.response_template = None
 
 
 @pytest.mark.parametrize("name", NAMES)
