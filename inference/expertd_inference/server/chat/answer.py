@@ -192,7 +192,10 @@ def _begun(family: Family, prompt: str) -> str:
 
 
 def _json(arguments: Mapping[str, Any]) -> str:
-    """Raises ValueError for what JSON does not have: infinities, and halves of characters."""
+    """Raises ValueError for infinities, which JSON does not have."""
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Half a character can be sent as its escape only.
+        return json.dumps(arguments, allow_nan=False)
     return text

@@ -129,6 +129,11 @@ RECORDED = {
         '<tool_call>{"name": "now", "arguments": {"x": 1e999}}</tool_call>',
         content='<tool_call>{"name": "now", "arguments": {"x": 1e999}}</tool_call>',
     ),
+    "hermes: half a character": Recorded(
+        "hermes",
+        '<tool_call>{"name": "now", "arguments": {"x": "\\ud83d"}}</tool_call>',
+        calls=(("now", {"x": "\ud83d"}),),
+    ),
     "qwen-coder: all": Recorded(
         "qwen-coder",
         f"I look.\n\n{_CODER_ALL}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
