@@ -3,7 +3,7 @@
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,7 +106,7 @@ def chat(
             with status("Starting a server"):
                 url = stack.enter_context(ServerChild(own)).url
         client = ChatClient(url, api_key)
-        fields = {"model": client.model(model)}
+        fields: dict[str, Any] = {"model": client.model(model)}
         wishes = {"temperature": temperature, "max_tokens": max_tokens}
         fields |= {name: value for name, value in wishes.items() if value is not None}
         conversation = Conversation(client, output, system=system, fields=fields)

@@ -1,7 +1,7 @@
 """Asks a server for chats by OpenAI's interface; needs nothing but Python."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -38,7 +38,7 @@ class ChatClient:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         # What is on this host is never reached by a proxy.
-        proxies = {} if parts.hostname in _LOOPBACK else None
+        proxies: dict[str, str] | None = {} if parts.hostname in _LOOPBACK else None
         self._opener: OpenerDirector = build_opener(
             ProxyHandler(proxies), HTTPHandler(), HTTPSHandler()
         )
@@ -77,7 +77,7 @@ class ChatClient:
 
     def answer(
         self, messages: Sequence[Mapping[str, str]], fields: Mapping[str, Any]
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         """The next message, as it comes; closing the iterator stops it. Raises ExpertdError."""
         body = {**fields, "messages": [*messages], "stream": True}
         with self._open("/chat/completions", json.dumps(body).encode()) as response:

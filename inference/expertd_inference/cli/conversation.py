@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-from expertd_inference.cli.chat_client import ChatClient
+from expertd_inference.cli.chat_client import ChatClient, Delta
 from expertd_inference.cli.text_output import TextOutput
 from expertd_inference.settings import check_prompt
 from expertstore.errors import ExpertdError, InvalidInputError
@@ -56,7 +56,7 @@ class Conversation:
                 answer = {"role": "assistant", "content": "".join(said)}
                 self.messages = [*asked, answer]
 
-    def _write(self, deltas: Iterator[Any], said: list[str]) -> None:
+    def _write(self, deltas: Iterator[Delta], said: list[str]) -> None:
         """Writes them, and puts what is content into ``said``."""
         write = self._output.write
         assert write is not None

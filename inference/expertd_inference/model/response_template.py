@@ -51,7 +51,9 @@ def _field(field: Any) -> TemplateField:  # noqa: ANN401 - transformers is untyp
     from transformers.utils.chat_parsing.content_parsers import process_field
 
     opens = _markers(field.open_re, field.open_literals, at_end=False)
-    closes = _markers(field.close_re, field.close_literals, at_end=True)
+    # What is outside of all others ends at tokens that are no text.
+    closes_it = field.close_re if opens or field.close_literals else None
+    closes = _markers(closes_it, field.close_literals, at_end=True)
 
     def read(body: str) -> Any:  # noqa: ANN401 - of any JSON
         captures: dict[str, str] = {}

@@ -27,7 +27,7 @@ from expertd_inference.server.hosting.catalog import Catalog, Entry
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.server.metrics import ServerMetrics
-from expertd_inference.server.serve import bound_socket, url_of
+from expertd_inference.server.serve import bound_socket
 from expertd_inference.settings import GenerationSettings
 
 END = "<|im_end|>"
@@ -81,7 +81,7 @@ class RecitedModel:
         found: list[Token] = []
         for id_ in [*self.text.encode(recital, special=False), end]:
             piece = said.feed(id_)
-            opening = None if found else Opening(0)
+            opening = None if found else Opening(0, queued_seconds=0.0)
             found.append(Token(id_, piece.text, finish_reason=piece.finish_reason, opening=opening))
             if piece.finish_reason is not None:
                 return found
@@ -131,7 +131,7 @@ def reciting_server(pack: Path, model: RecitedModel) -> Iterator[str]:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            yield url_of(listening)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
