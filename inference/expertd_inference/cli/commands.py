@@ -13,6 +13,7 @@ import typer
 import expertstore
 from expertd_inference.cli.advise import advise
 from expertd_inference.cli.batch import batch
+from expertd_inference.cli.chat import chat
 from expertd_inference.cli.generate import generate
 from expertd_inference.cli.key import key
 from expertd_inference.cli.serve import serve
@@ -79,6 +80,7 @@ def _root(
 
 
 app.command()(generate)
+app.command()(chat)
 app.command()(serve)
 app.command()(batch)
 app.command()(key)

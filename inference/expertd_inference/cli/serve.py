@@ -63,6 +63,14 @@ def serve(
             readable=False,
         ),
     ] = None,
+    chat_format: Annotated[
+        str | None,
+        typer.Option(
+            help="How answers have reasoning and calls of tools, such as hermes, deepseek or "
+            "gpt-oss; plain for not at all. Default: by the chat template.",
+            metavar="NAME",
+        ),
+    ] = None,
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="At the end, wait so long for answers to be complete.")
     ] = 60,
@@ -160,6 +168,7 @@ def serve(
         preload=tuple(preload or ()),
         aliases=_aliases(alias or []),
         chat_template=chat_template,
+        chat_format=chat_format,
         idle_seconds=idle_seconds,
         drain_seconds=drain_seconds,
         keys=keys,

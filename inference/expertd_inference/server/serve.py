@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.app import make_app
 from expertd_inference.server.batches.limited_door import LimitedDoor, at_once_beside_others
+from expertd_inference.server.chat.families import family_named
 from expertd_inference.server.front import MAX_BODY_BYTES, Front
 from expertd_inference.server.guard import Guard
 from expertd_inference.server.hosting.catalog import Catalog
@@ -39,8 +40,9 @@ class ServerSettings:
     """Where a server listens, and what it serves.
 
     ``port`` 0 takes a free one. ``preload`` names models whose engines start at once; the only
-    model of a daemon does anyway. An engine without requests for ``idle_seconds`` ends; None keeps
-    it. On its end the server waits for ``drain_seconds`` until answers are complete.
+    model of a daemon does anyway. ``chat_format`` is how answers have reasoning and calls of
+    tools; None finds out by the template. An engine without requests for ``idle_seconds`` ends;
+    None keeps it. On its end the server waits for ``drain_seconds`` until answers are complete.
     ``keys`` is a file of users (:mod:`.keys`); without it, and without ``no_auth``, it listens to
     this host only. Pages of ``cors_origins`` may use it. Files and batches of clients are kept in
     ``state``; without it there are none. Raises InvalidInputError if that does
@@ -52,6 +54,7 @@ class ServerSettings:
     preload: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     chat_template: Path | None = None
+    chat_format: str | None = None
     idle_seconds: float | None = None
     drain_seconds: int = 60
     keys: Path | None = None
@@ -63,6 +66,8 @@ class ServerSettings:
     state: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.chat_format is not None:
+            family_named(self.chat_format)
         if self.keys is None and not self.no_auth and not _is_loopback(self.host):
             raise InvalidInputError(
                 f"--host {self.host} is open to other hosts: give --keys FILE, so that only whom "
@@ -89,6 +94,7 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
         spec,
         aliases=settings.aliases,
         template=read_template(settings.chat_template),
+        chat_format=settings.chat_format,
         idle_seconds=settings.idle_seconds,
         accounts=accounts,
         metrics=metrics,

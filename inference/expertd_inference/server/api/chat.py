@@ -1,6 +1,6 @@
 """``/v1/chat/completions``: the next message of a chat."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -10,6 +10,14 @@ from starlette.responses import Response
 
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
+from expertd_inference.server.api.chat_answer import (
+    ChatAnswer,
+    ChatChoice,
+    ChunkChoice,
+    Delta,
+    delta_of,
+    message_of,
+)
 from expertd_inference.server.api.continuing import Counter, Usage, interleaved, read_all
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.api.logprobs import ChatLogprobs, chat_logprob
@@ -43,83 +51,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
-
-
-class CalledFunction(msgspec.Struct):
-    """Which function to call, and with what: JSON."""
-
-    name: str
-    arguments: str
-
-
-class MessageCall(msgspec.Struct):
-    """A tool to call."""
-
-    id: str
-    function: CalledFunction
-    type: str = "function"
-
-
-class DeltaCall(msgspec.Struct):
-    """The same in a stream; ``index`` counts the calls of an answer."""
-
-    index: int
-    id: str
-    function: CalledFunction
-    type: str = "function"
-
-
-class AnswerMessage(msgspec.Struct):
-    """What the model says; reasoning has both of the names that clients know."""
-
-    role: str
-    content: str | None
-    refusal: str | None = None
-    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
-    reasoning: str | msgspec.UnsetType = msgspec.UNSET
-    tool_calls: list[MessageCall] | msgspec.UnsetType = msgspec.UNSET
-
-
-class Delta(msgspec.Struct, omit_defaults=True):
-    """A piece of it."""
-
-    role: str | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[DeltaCall] | None = None
-
-
-class ChatChoice(msgspec.Struct):
-    """One answer."""
-
-    index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-
-
-class ChunkChoice(msgspec.Struct):
-    """A piece of one answer."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-
-
-class ChatAnswer(msgspec.Struct):
-    """All answers, or a piece of one."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[ChatChoice] | list[ChunkChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-    system_fingerprint: str = "b1-expertd"
 
 
 async def chat(request: Request) -> Response:
@@ -197,7 +128,7 @@ class _Chat:
             choices.append(
                 ChatChoice(
                     index,
-                    _message(pieces),
+                    message_of(pieces),
                     self._logprobs(tokens),
                     reader.finish_reason,
                     self._ids(tokens),
@@ -224,7 +155,7 @@ class _Chat:
                 reader = readers[index]
                 num_before = reader.num_calls
                 piece = self._read(reader, token)
-                yield self._chunk(index, _delta(piece, num_before), [token])
+                yield self._chunk(index, delta_of(piece, num_before), [token])
                 if reader.finish_reason is not None:
                     yield self._chunk(index, Delta(), reason=reader.finish_reason)
         if wanted.include_usage:
@@ -271,33 +202,3 @@ class _Chat:
 
     def _ids(self, tokens: list[Token]) -> list[int] | msgspec.UnsetType:
         return [token.id for token in tokens] if self._body.return_token_ids else msgspec.UNSET
-
-
-def _message(pieces: Sequence[Piece]) -> AnswerMessage:
-    content = "".join(piece.content for piece in pieces)
-    reasoning = "".join(piece.reasoning for piece in pieces) or msgspec.UNSET
-    calls = [
-        MessageCall(call.id, CalledFunction(call.name, call.arguments))
-        for piece in pieces
-        for call in piece.calls
-    ]
-    return AnswerMessage(
-        "assistant",
-        content or (None if calls else ""),
-        reasoning_content=reasoning,
-        reasoning=reasoning,
-        tool_calls=calls or msgspec.UNSET,
-    )
-
-
-def _delta(piece: Piece, num_calls: int) -> Delta:
-    """What a token gave; ``num_calls`` came before it."""
-    calls = [
-        DeltaCall(index, call.id, CalledFunction(call.name, call.arguments))
-        for index, call in enumerate(piece.calls, num_calls)
-    ]
-    reasoning = piece.reasoning or None
-    content = piece.content if piece.content or not (reasoning or calls) else None
-    return Delta(
-        content=content, reasoning_content=reasoning, reasoning=reasoning, tool_calls=calls or None
-    )

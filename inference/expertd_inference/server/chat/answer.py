@@ -7,7 +7,8 @@ from typing import Any
 
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
-from expertd_inference.server.chat.families import Family, family_of
+from expertd_inference.server.chat.families import Family
+from expertd_inference.server.chat.recognition import family_of
 from expertd_inference.server.chat.regions import Closed, Event, Kind, Opened, Region, Scanner, Text
 from expertd_inference.server.chat.schemas import ToolSchemas
 from expertd_inference.server.hosting.model_text import ModelText
@@ -51,6 +52,8 @@ class AnswerParser:
         """At the end of what came: they are passed on if more text follows."""
         self._trims = False
         """Whether spaces at the beginning of the next text are dropped."""
+        self._num_of_prompt = 0
+        """How many characters come that the prompt has already."""
         self._read(self._scanner.feed(_begun(family, prompt)))
         self._spaces = ""
         self._num_of_prompt = self._scanner.num_held
@@ -58,7 +61,14 @@ class AnswerParser:
     @property
     def reasoning(self) -> bool:
         """Whether what comes next is reasoning."""
-        return self._region is not None and self._region.kind is Kind.REASONING
+        return self.reasoning_end is not None
+
+    @property
+    def reasoning_end(self) -> str | None:
+        """The marker that ends the reasoning which comes next; None if none comes."""
+        if self._region is None or self._region.kind is not Kind.REASONING:
+            return None
+        return self._region.closes[0]
 
     def feed(self, text: str) -> Piece:
         """The next of the text."""
@@ -182,7 +192,10 @@ def _begun(family: Family, prompt: str) -> str:
 
 
 def _json(arguments: Mapping[str, Any]) -> str:
-    """Raises ValueError for what JSON does not have: infinities, and halves of characters."""
+    """Raises ValueError for infinities, which JSON does not have."""
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Half a character can be sent as its escape only.
+        return json.dumps(arguments, allow_nan=False)
     return text

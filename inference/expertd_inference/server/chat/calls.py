@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,16 @@ def json_calls(body: str, schemas: ToolSchemas) -> list[RawCall]:
         found += [_json_call(one) for one in (value if isinstance(value, list) else [value])]
         rest = rest[end:].lstrip("; \t\r\n,")
     return _some(found, body)
+
+
+def or_json(read: ReadCalls) -> ReadCalls:
+    """As ``read``, or as :func:`json_calls` where that is what stands between the tags."""
+
+    def read_either(body: str, schemas: ToolSchemas) -> Sequence[RawCall]:
+        is_json = body.lstrip().startswith(("{", "["))
+        return json_calls(body, schemas) if is_json else read(body, schemas)
+
+    return read_either
 
 
 def function_tags(body: str, schemas: ToolSchemas) -> list[RawCall]:
@@ -92,11 +103,14 @@ def gemma_call(body: str, schemas: ToolSchemas) -> list[RawCall]:
     head, found, rest = body.partition("{")
     if not found or not head.strip().startswith("call:"):
         raise ValueError(f"no call: {body:.80}")
+    name = head.strip().removeprefix("call:")
+    with suppress(ValueError):  # As a grammar has it written.
+        return [_call(name, _decoder.decode("{" + rest.strip()))]
     # Texts first, so that nothing in them is taken for a key.
     pieces = ("{" + rest.strip()).split('<|"|>')
     pieces[::2] = [_BARE_KEY.sub(r'\1"\2":', piece) for piece in pieces[::2]]
     pieces[1::2] = [json.dumps(piece) for piece in pieces[1::2]]
-    return [_call(head.strip().removeprefix("call:"), _decoder.decode("".join(pieces)))]
+    return [_call(name, _decoder.decode("".join(pieces)))]
 
 
 def deepseek_call(body: str, schemas: ToolSchemas) -> list[RawCall]:

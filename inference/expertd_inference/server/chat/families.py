@@ -8,12 +8,10 @@ import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from expertd_inference.server.chat import calls
 from expertd_inference.server.chat.calls import ReadCalls
 from expertd_inference.server.chat.regions import Kind, Region
-from expertd_inference.server.hosting.model_text import ModelText
 from expertstore.errors import InvalidInputError
 
 
@@ -127,7 +125,7 @@ FAMILIES = (
             _think("<｜DSML｜function_calls>"),
             _calls("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),
         ),
-        calls.invoke_tags,
+        calls.or_json(calls.invoke_tags),
         signs=(("｜DSML｜",),),
         anchors=("<｜Assistant｜>", "</function_results>"),
         inside=("｜DSML｜",),
@@ -159,7 +157,7 @@ FAMILIES = (
     Family(
         "minimax",
         (_think("<minimax:tool_call>"), _calls("<minimax:tool_call>", "</minimax:tool_call>")),
-        calls.invoke_tags,
+        calls.or_json(calls.invoke_tags),
         signs=(("<minimax:tool_call>",),),
         anchors=("]~b]ai\n",),
     ),
@@ -196,7 +194,7 @@ FAMILIES = (
     Family(
         "glm",
         (_think("<tool_call>"), _calls("<tool_call>", "</tool_call>")),
-        calls.argument_tags,
+        calls.or_json(calls.argument_tags),
         signs=(("<arg_key>",),),
         anchors=("<|assistant|>",),
     ),
@@ -209,7 +207,7 @@ FAMILIES = (
             _calls("<function=", "</function>"),
             _marks("</tool_call>", of_tools=True),
         ),
-        calls.function_tags,
+        calls.or_json(calls.function_tags),
         signs=(("<function=", "<parameter="),),
         anchors=(_CHATML,),
     ),
@@ -246,15 +244,3 @@ def family_named(name: str) -> Family:
         if family.name == name:
             return family
     raise InvalidInputError(f"There is no chat format {name!r}; give one of {', '.join(NAMES)}.")
-
-
-@lru_cache(maxsize=256)
-def family_of(text: ModelText) -> Family:
-    """The one that the model was started with, else by its template, else by its vocabulary."""
-    if text.chat_format is not None:
-        return family_named(text.chat_format)
-    for place in (text.templates, " ".join(text.added_tokens)):
-        for family in FAMILIES:
-            if any(all(sign in place for sign in signs) for signs in family.signs):
-                return family
-    return PLAIN

@@ -6,8 +6,8 @@ from typing import Any
 
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.chat.answer import AnswerReader, answer_parser
-from expertd_inference.server.chat.families import family_of
 from expertd_inference.server.chat.messages import for_template
+from expertd_inference.server.chat.recognition import family_of
 from expertd_inference.server.chat.tools import chosen_tools
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import GenerationSettings

@@ -1,6 +1,6 @@
 """Cuts an answer's text into regions by their markers, while it comes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -69,18 +69,14 @@ class Scanner:
     """
 
     def __init__(self, regions: Sequence[Region]) -> None:
-        self._regions = [region for region in regions if not region.at_start]
-        self._all = regions
+        self._outside = _Markers.opening(region for region in regions if not region.at_start)
+        self._at_start = _Markers.opening(regions)
+        self._markers = self._at_start
+        """To look for; what opens a region outside, and what closes it inside."""
         self._buffer = ""
         self._region: Region | None = None
         self._opening = ""
         self._body: list[str] = []
-        self._blank = True
-
-    @property
-    def region(self) -> Region | None:
-        """The one that is open; None in content."""
-        return self._region
 
     @property
     def num_held(self) -> int:
@@ -100,9 +96,8 @@ class Scanner:
 
     def _scan(self, *, at_end: bool) -> Iterator[Event]:
         while True:
-            markers = self._markers()
-            at, marker = _first(self._buffer, markers)
-            held = len(self._buffer) if at_end else _first_unsure(self._buffer, markers)
+            at, marker = self._markers.first(self._buffer)
+            held = len(self._buffer) if at_end else self._markers.first_unsure(self._buffer)
             if marker is None or held <= at:
                 if held:
                     yield self._text(held)
@@ -110,39 +105,33 @@ class Scanner:
             if at:
                 yield self._text(at)
                 continue  # A region that opens only at the start can no more.
-            yield from self._pass(marker, markers[marker])
+            yield from self._pass(marker)
 
-    def _pass(self, marker: str, region: Region | None) -> Iterator[Event]:
-        """The marker that the buffer begins with; ``region`` is what it opens."""
+    def _pass(self, marker: str) -> Iterator[Event]:
+        """The marker that the buffer begins with."""
         if self._region is not None and marker in self._region.until:
             yield self._close("")
             return
+        opened = self._markers.opens[marker]
         self._buffer = self._buffer[len(marker) :]
-        if self._region is not None:
+        if opened is None:
             yield self._close(marker)
             return
-        assert region is not None
-        self._region, self._opening = region, marker
-        self._blank = False
-        yield Opened(region)
-        if region.at_start:
+        self._region, self._opening = opened, marker
+        self._markers = _Markers(dict.fromkeys((*opened.closes, *opened.until)))
+        yield Opened(opened)
+        if opened.at_start:
             self._body = [marker]
             yield Text(marker)
-        if region.kind is Kind.MARK:
+        if opened.kind is Kind.MARK:
             yield self._close("")
-
-    def _markers(self) -> dict[str, Region | None]:
-        """What to look for, and what it opens."""
-        if self._region is not None:
-            return dict.fromkeys((*self._region.closes, *self._region.until))
-        regions = self._all if self._blank else self._regions
-        return {marker: region for region in regions for marker in region.opens}
 
     def _text(self, length: int) -> Text:
         text, self._buffer = self._buffer[:length], self._buffer[length:]
-        self._blank = self._blank and text.isspace()
         if self._region is not None:
             self._body.append(text)
+        elif not text.isspace():
+            self._markers = self._outside
         return Text(text)
 
     def _close(self, marker: str, *, complete: bool = True) -> Closed:
@@ -151,20 +140,33 @@ class Scanner:
         body = "".join(self._body)
         opening = "" if region.at_start else self._opening
         self._region, self._body = None, []
+        self._markers = self._outside
         return Closed(region, body, opening + body + marker, complete)
 
 
-def _first(text: str, markers: Iterable[str]) -> tuple[int, str | None]:
-    """Where the first marker is, and which."""
-    found = [(at, -len(one), one) for one in markers if (at := text.find(one)) >= 0]
-    at, _, marker = min(found, default=(len(text), 0, None))
-    return at, marker
+class _Markers:
+    """Texts to look for, and the regions that they open; None is for those that close one."""
 
+    def __init__(self, opens: Mapping[str, Region | None]) -> None:
+        self.opens = opens
+        self._beginnings = {one[0] for one in opens}
+        self._longest = max(map(len, opens), default=1)
 
-def _first_unsure(text: str, markers: Iterable[str]) -> int:
-    """Where the first marker may begin of which the end is not there yet."""
-    most = max(map(len, markers), default=1) - 1
-    for at in range(max(0, len(text) - most), len(text)):
-        if any(len(one) > len(text) - at and one.startswith(text[at:]) for one in markers):
-            return at
-    return len(text)
+    @classmethod
+    def opening(cls, regions: Iterable[Region]) -> "_Markers":
+        return cls({marker: region for region in regions for marker in region.opens})
+
+    def first(self, text: str) -> tuple[int, str | None]:
+        """Where the first one is, and which; of several there the longest."""
+        found = [(at, -len(one), one) for one in self.opens if (at := text.find(one)) >= 0]
+        at, _, marker = min(found, default=(len(text), 0, None))
+        return at, marker
+
+    def first_unsure(self, text: str) -> int:
+        """Where the first one may begin of which the end is not there yet."""
+        for at in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[at] in self._beginnings:
+                rest = text[at:]
+                if any(len(one) > len(rest) and one.startswith(rest) for one in self.opens):
+                    return at
+        return len(text)

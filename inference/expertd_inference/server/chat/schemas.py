@@ -53,18 +53,17 @@ def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:  # noqa: ANN401
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return
     declared = schema.get("type")
-    yield from [declared] if isinstance(declared, str) else declared or ()
+    yield from (one for one in _listed(declared) if isinstance(one, str))
     if schema.get("nullable"):
         yield "null"
-    values = schema["enum"] if isinstance(schema.get("enum"), list) else []
-    values = [schema["const"]] if "const" in schema else values
     if declared is None:
+        values = [schema["const"]] if "const" in schema else _listed(schema.get("enum"))
         for value in values:
             if isinstance(value, str):
                 yield "string"
             yield from (name for name, fits in _IS.items() if fits(value))
     for union in ("anyOf", "oneOf", "allOf"):
-        for one in schema.get(union) or ():
+        for one in _listed(schema.get(union)):
             yield from _types(one, root, depth + 1)
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/"):
@@ -72,6 +71,12 @@ def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:  # noqa: ANN401
         for part in reference[2:].split("/"):
             found = found.get(part) if isinstance(found, Mapping) else None
         yield from _types(found, root, depth + 1)
+
+
+def _listed(value: Any) -> list[Any]:  # noqa: ANN401
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _value(text: str) -> Any:  # noqa: ANN401

@@ -30,10 +30,10 @@ class Entry:
     created: int = field(default_factory=lambda: int(time.time()))
     _text: "asyncio.Task[ModelText] | None" = None
 
-    async def text(self, template: str | None) -> ModelText:
+    async def text(self, template: str | None, chat_format: str | None = None) -> ModelText:
         """Raises PackError if the pack has no usable tokenizer."""
         if self._text is None or (self._text.done() and self._text.exception() is not None):
-            load = asyncio.to_thread(ModelText, self.name, self.pack, template)
+            load = asyncio.to_thread(ModelText, self.name, self.pack, template, chat_format)
             self._text = asyncio.create_task(load)
         return await asyncio.shield(self._text)
 
@@ -47,15 +47,17 @@ class Catalog:
         *,
         aliases: Mapping[str, str],
         template: str | None,
+        chat_format: str | None = None,
         idle_seconds: float | None,
         accounts: Accounts,
         metrics: ServerMetrics,
         say: Callable[[str], None],
     ) -> None:
-        """``spec`` is every model's but for its name, and so is the chat ``template``."""
+        """``spec`` is every model's but for its name, and so are ``template`` and its format."""
         self._spec = spec
         self._aliases = aliases
         self._template = template
+        self._chat_format = chat_format
         self._idle_seconds = idle_seconds
         self._accounts = accounts
         self._metrics = metrics
@@ -99,7 +101,7 @@ class Catalog:
 
     async def text(self, entry: Entry) -> ModelText:
         """The tokenizer and chat template. Raises PackError if the pack has none to use."""
-        return await entry.text(self._template)
+        return await entry.text(self._template, self._chat_format)
 
     def aliases_of(self, name: str) -> list[str]:
         """Other names of a model."""

@@ -36,6 +36,9 @@ class ModelText:
             self.tokenizer.chat_template = template
         self.temperature = _wished_temperature(pack)
         """What the pack wishes where a request does not say; 1 unless it does."""
+        described = getattr(self.tokenizer, "response_template", None)
+        self.response_template: Mapping[str, Any] | None = described
+        """The format of answers as the tokenizer describes it, if it does."""
         added = _added_tokens(self.tokenizer)
         self.added_tokens: dict[str, int] = {str(one): id_ for id_, one in added.items()}
         """Tokens that are no part of the text that the tokenizer learned from."""
