@@ -93,7 +93,7 @@ class RecitedCatalog:
 
     def __init__(self, pack: Path, hosted: RecitedModel) -> None:
         self.hosted = hosted
-        self._entry = Entry(NAME, pack, cast("HostedModel", hosted))
+        self._entry = Entry(NAME, pack, cast("HostedModel", hosted), "4bit")
 
     async def find(self, name: str | None) -> Entry:
         """It, by any name."""
