@@ -69,6 +69,7 @@ def test_no_marker_has_two_meanings() -> None:
         ({"type": "string"}, "3", "3"),
         ({"type": "string"}, "null", "null"),
         ({"type": ["string", "null"]}, "null", None),
+        ({"type": ["string", "integer"]}, "3", "3"),
         ({"type": "integer"}, "3", 3),
         ({"type": "integer"}, "3.0", 3),
         ({"type": "integer"}, "three", "three"),
