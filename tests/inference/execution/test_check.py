@@ -153,5 +153,9 @@ def test_states_that_are_not_kept_are_found_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_states_of_another_slot_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     gather = StateMemory.gather
-    monkeypatch.setattr(StateMemory, "gather", lambda self, slots: gather(self, [*reversed(slots)]))
+    monkeypatch.setattr(
+        StateMemory,
+        "gather",
+        lambda self, slots, names: gather(self, [*reversed(slots)], names),
+    )
     assert chosen(batched_model("lfm2_moe")).name == "turns"
