@@ -106,7 +106,12 @@ def test_every_exception_has_a_code() -> None:
         return {kind}.union(*(below(child) for child in kind.__subclasses__()))
 
     named = {kind for kind in vars(errors).values() if isinstance(kind, type)}
-    of_a_worker = {errors.BusyError, errors.PromptTooLongError, errors.StepFailedError}
+    of_a_worker = {
+        errors.BusyError,
+        errors.PromptTooLongError,
+        errors.ScoresError,
+        errors.StepFailedError,
+    }
     by_rpc = below(errors.ExpertdError) - below(errors.DeviceError) - of_a_worker
     assert {type(error) for error, _ in CASES} == by_rpc & named
 

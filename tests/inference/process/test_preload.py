@@ -12,7 +12,7 @@ from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]
 
-PROMPT = "def read_lines(path):"
+PROMPT = "def __repr__(self):"  # after which no token is about as likely as the next
 SCRIPT = """
 import json
 import multiprocessing
