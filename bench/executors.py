@@ -40,7 +40,7 @@ STEPS = {1: 8, 8: 3, 32: 1}
 """Of a turn, by the number of sequences."""
 SEQUENCES = tuple(STEPS)
 CONTEXT = 64
-ROUNDS = 5
+ROUNDS = 3
 _BLOCKS = 4
 """Of each sequence: room for the context and all steps."""
 
