@@ -60,13 +60,3 @@ class SchedulerLimits:
                 f"max_rows is {self.max_rows}, and this model's prompts are computed in chunks of "
                 f"{BLOCK_TOKENS} tokens and one; give at least {BLOCK_TOKENS + 1}."
             )
-
-
-def rows_within(num_experts: int, experts_per_row: int, room: int) -> int | None:
-    """How many rows never want more than ``room`` experts of a layer; None for any number.
-
-    At least one, whose experts are asked for in parts if they have no room together.
-    """
-    if room >= num_experts:
-        return None
-    return max(1, room // experts_per_row)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from expertd_inference import GenerationSettings
 from expertd_inference.engine.budget import EngineLimits, scheduler_limits
-from expertd_inference.engine.limits import SchedulerLimits, rows_within
+from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Origin, Sequence, SequencePhase
 from expertd_inference.execution.batch import Wanted
 from expertd_inference.execution.room import Room
@@ -463,12 +463,6 @@ def test_limits_that_make_no_sense(values: dict[str, object], words: str) -> Non
 def test_no_pool_without_blocks() -> None:
     with pytest.raises(InvalidInputError, match="at least one"):
         BlockPool(0)
-
-
-def test_rows_whose_experts_have_room() -> None:
-    assert rows_within(num_experts=64, experts_per_row=8, room=64) is None
-    assert rows_within(num_experts=64, experts_per_row=8, room=63) == 7
-    assert rows_within(num_experts=64, experts_per_row=8, room=3) == 1
 
 
 def test_the_seed_alone_says_how_a_continuation_goes() -> None:
