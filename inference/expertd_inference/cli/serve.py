@@ -71,6 +71,14 @@ def serve(
             metavar="NAME",
         ),
     ] = None,
+    request_templates: Annotated[
+        bool,
+        typer.Option(
+            "--request-templates",
+            help="Let requests bring a chat template (chat_template), which is a program: only for "
+            "users whom you trust.",
+        ),
+    ] = False,
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="At the end, wait so long for answers to be complete.")
     ] = 60,
@@ -169,6 +177,7 @@ def serve(
         aliases=_aliases(alias or []),
         chat_template=chat_template,
         chat_format=chat_format,
+        request_templates=request_templates,
         idle_seconds=idle_seconds,
         drain_seconds=drain_seconds,
         keys=keys,

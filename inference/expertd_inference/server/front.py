@@ -11,6 +11,7 @@ from expertd_inference.server.batches.batches import BatchRoom
 from expertd_inference.server.hosting.catalog import Catalog, Entry
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.server.metrics import ServerMetrics
+from expertstore.errors import InvalidInputError
 
 MAX_BODY_BYTES = 32 << 20
 
@@ -26,11 +27,21 @@ class Front:
     stopping: bool = False
     """Whether it only lets what was begun end."""
     room: BatchRoom = field(default_factory=BatchRoom)
+    request_templates: bool = False
+    """Whether requests may bring a chat template: a program, which may run for ever."""
 
     async def model(self, name: str | None) -> tuple[Entry, ModelText]:
         """The model that a request names, and its tokenizer. Raises ExpertdError."""
         entry = await self.catalog.find(name)
         return entry, await self.catalog.text(entry)
+
+    def check_template(self, template: str | None) -> None:
+        """Raises InvalidInputError if a request brings a template, and none may."""
+        if template is not None and not self.request_templates:
+            raise InvalidInputError(
+                "chat_template is a program, which this server takes from nobody's request; start "
+                "it with --request-templates, or with --chat-template FILE."
+            )
 
 
 def front_of(request: Request) -> Front:

@@ -41,7 +41,8 @@ class ServerSettings:
 
     ``port`` 0 takes a free one. ``preload`` names models whose engines start at once; the only
     model of a daemon does anyway. ``chat_format`` is how answers have reasoning and calls of
-    tools; None finds out by the template. An engine without requests for ``idle_seconds`` ends;
+    tools; None finds out by the template. With ``request_templates`` requests may bring their own
+    template, which is a program. An engine without requests for ``idle_seconds`` ends;
     None keeps it. On its end the server waits for ``drain_seconds`` until answers are complete.
     ``keys`` is a file of users (:mod:`.keys`); without it, and without ``no_auth``, it listens to
     this host only. Pages of ``cors_origins`` may use it. Files and batches of clients are kept in
@@ -55,6 +56,7 @@ class ServerSettings:
     aliases: Mapping[str, str] = field(default_factory=dict)
     chat_template: Path | None = None
     chat_format: str | None = None
+    request_templates: bool = False
     idle_seconds: float | None = None
     drain_seconds: int = 60
     keys: Path | None = None
@@ -103,7 +105,13 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
     with listening:
         try:
             serves = await _preload(catalog, settings.preload)
-            front = Front(catalog, metrics, say, settings.max_body_bytes)
+            front = Front(
+                catalog,
+                metrics,
+                say,
+                settings.max_body_bytes,
+                request_templates=settings.request_templates,
+            )
             routes = make_app(front)
             app = Guard(
                 _with_cors(routes, settings.cors_origins),

@@ -60,6 +60,9 @@ class RecitedModel:
         self.endless = False
         """Whether answers get no end: their last token never comes."""
 
+    async def ready(self) -> None:
+        """It always is."""
+
     def submit(
         self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
     ) -> TokenStream:

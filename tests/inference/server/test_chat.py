@@ -86,11 +86,7 @@ def test_logprobs_have_bytes_and_the_likeliest(http: httpx2.Client) -> None:
         ({"messages": MESSAGES, "continue_final_message": True}, "exclude each other"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"messages": MESSAGES, "modalities": ["audio"]}, "modalities may only be text"),
-        ({"messages": MESSAGES, "chat_template": "{{ 1 / 0 }}"}, "does not take these messages"),
-        (
-            {"messages": MESSAGES, "chat_template": "{{ ''.__class__.__mro__ }}"},
-            "does not take these messages",
-        ),
+        ({"messages": MESSAGES, "chat_template": "{{ 1 }}"}, "start it with --request-templates"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(

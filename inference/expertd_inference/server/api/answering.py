@@ -1,5 +1,6 @@
 """One answer to a chat, for interfaces whose requests are translated to OpenAI's."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -88,11 +89,13 @@ async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:
     """The answer to a chat in OpenAI's fields. Raises ApiError and ExpertdError."""
     body = chat_request(fields)
     entry, text = await front.model(body.model)
-    return Answering(entry, text, body, prompt_of(text, chat_of(body)))
+    return await asyncio.to_thread(
+        lambda: Answering(entry, text, body, prompt_of(text, chat_of(body)))
+    )
 
 
 async def continuing(front: Front, prompt: str, fields: Mapping[str, Any]) -> Answering:
     """As :func:`answering`, but of a text that no template changes."""
     body = chat_request(fields)
     entry, text = await front.model(body.model)
-    return Answering(entry, text, body, text.encode(prompt))
+    return await asyncio.to_thread(lambda: Answering(entry, text, body, text.encode(prompt)))

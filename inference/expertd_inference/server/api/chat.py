@@ -1,5 +1,6 @@
 """``/v1/chat/completions``: the next message of a chat."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -57,8 +58,9 @@ async def chat(request: Request) -> Response:
     """The route."""
     front = front_of(request)
     body = await read_body(request, ChatRequest, front.say)
+    front.check_template(body.chat_template)
     entry, text = await front.model(body.model)
-    answering = _Chat(entry, text, body)
+    answering = await asyncio.to_thread(_Chat, entry, text, body)
     user = user_of(request)
     if body.stream:
         return await stream_events(answering.events(user))

@@ -1,5 +1,6 @@
 """``/v1/completions``: text and tokens continued."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -83,7 +84,7 @@ async def _completion(front: Front, body: CompletionRequest) -> "_Completion":
     if body.suffix:
         raise unsupported("suffix", "is not supported: models served here fill no gaps.")
     entry, text = await front.model(body.model)
-    return _Completion(entry, text, body, _prompts(body, text))
+    return await asyncio.to_thread(lambda: _Completion(entry, text, body, _prompts(body, text)))
 
 
 def _prompts(body: CompletionRequest, text: ModelText) -> list[list[int]]:

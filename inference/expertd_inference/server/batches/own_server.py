@@ -31,6 +31,6 @@ async def own_door(
     )
     try:
         await catalog.entries()  # A daemon that is not there is not waited for.
-        yield AppDoor(make_app(Front(catalog, metrics, say)))
+        yield AppDoor(make_app(Front(catalog, metrics, say, request_templates=True)))
     finally:
         await catalog.close()

@@ -1,0 +1,67 @@
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from expertd_inference.server.hosting.model_text import ModelText
+from expertd_testing.recital import RecitedModel, make_tokenizer, reciting_client
+from expertstore.errors import InvalidInputError
+from tests.inference.conftest import Make
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def text(packed: Make) -> ModelText:
+    return ModelText("example", packed("example", "4bit"), TEMPLATE)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("given", ["", " ", "def f(x):\n", "a€ 😀", "x" * 3000, "SPECIAL"])
+def test_tokens_are_the_tokenizer_s_own(text: ModelText, given: str, special: bool) -> None:
+    given = given.replace("SPECIAL", "a" + "".join(text.special_tokens.values()) + "b")
+    own = text.tokenizer(given, add_special_tokens=special).input_ids
+    assert text.encode(given, special=special) == own
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_template_that_fails_or_leaves_its_sandbox_is_the_user_s_error(
+    text: ModelText, template: str
+) -> None:
+    with pytest.raises(InvalidInputError, match="does not take these messages"):
+        text.render([{"role": "user", "content": "x"}], template=template)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "long"}]}),
+        ("/v1/completions", {"prompt": "long"}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "long"}]}),
+        ("/api/generate", {"model": "recited", "prompt": "long", "raw": True, "stream": False}),
+        ("/tokenize", {"prompt": "long"}),
+        ("/tokenize", {"content": "long"}),
+    ],
+)
+async def test_a_long_prompt_delays_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, object]
+) -> None:
+    make_tokenizer(tmp_path)
+    model = RecitedModel(ModelText("recited", tmp_path, TEMPLATE))
+    model.recitals.append("Yes.")
+    began, may_go_on = threading.Event(), threading.Event()
+    encode = model.text.encode
+
+    def slowly(asked: str, *, special: bool = True) -> list[int]:
+        began.set()
+        assert may_go_on.wait(30)
+        return encode(asked, special=special)
+
+    monkeypatch.setattr(model.text, "encode", slowly)
+    async with reciting_client(tmp_path, model) as client:
+        asking = asyncio.create_task(client.post(path, json=body))
+        assert await asyncio.to_thread(began.wait, 30)
+        assert (await client.get("/health")).status_code == 200
+        may_go_on.set()
+        assert (await asking).status_code == 200
