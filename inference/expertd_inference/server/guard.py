@@ -5,6 +5,7 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,8 +39,16 @@ class Guard:
         accounts: Accounts,
         origins: tuple[str, ...],
         say: Callable[[str], None],
+        anybody: bool = False,
     ) -> None:
-        """``origins`` are sites whose pages may ask, beside this server's own; ``*`` is all."""
+        """``origins`` are sites whose pages may ask, beside this server's own; ``*`` is all.
+
+        Without ``keys`` the server must be asked for by an address or as localhost, unless
+        ``anybody`` may ask: else a page could reach it under a name of its own that leads here
+        (DNS rebinding).
+        """
+        self._any_host = anybody or keys is not None or "*" in origins
+        self._hosts = {"localhost", *(urlsplit(origin).hostname for origin in origins)}
         self._app = app
         self._keys = keys
         self._accounts = accounts
@@ -57,14 +66,26 @@ class Guard:
         identity = wanted if wanted.isascii() and wanted else secrets.token_hex(8).encode()
         sending = _sending(send, identity)
         try:
-            self._check_origin(scope, headers)
+            self._check_host(headers)
+            self._check_origin(headers)
             self._check_key(scope, headers)
         except ApiError as error:
             await _refuse(error, scope["path"], sending)
             return
         await self._app(scope, receive, sending)
 
-    def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._any_host or not host or _name_of(host) in self._hosts or _is_address(host):
+            return
+        raise ApiError(
+            403,
+            f"This server has no keys, and is not asked for as {host[:200]!r}: use localhost or "
+            "an address, or start it with --keys, or with --cors-origin and that site.",
+            code="host_not_allowed",
+        )
+
+    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         """Refuses what a page of another site asks for: it has no business here unless told."""
         origin = headers.get(b"origin", b"").decode("latin-1")
         if not origin or "*" in self._origins or origin in self._origins:
@@ -106,6 +127,21 @@ class Guard:
                 code="rate_limit_exceeded",
                 retry_after=math.ceil(wait),
             )
+
+
+def _name_of(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(_name_of(host) or "")
+    except ValueError:
+        return False
+    return True
 
 
 def _key_of(headers: dict[bytes, bytes]) -> str:

@@ -70,13 +70,17 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if self.chat_format is not None:
             family_named(self.chat_format)
-        if self.keys is None and not self.no_auth and not _is_loopback(self.host):
-            raise InvalidInputError(
-                f"--host {self.host} is open to other hosts: give --keys FILE, so that only whom "
-                "you gave a key may ask, or --no-auth if anybody may."
-            )
+        self.check_address(self.host, f"--host {self.host}")
         if (self.https_cert is None) != (self.https_key is None):
             raise InvalidInputError("--https-cert and --https-key belong together; give both.")
+
+    def check_address(self, host: str, name: str) -> None:
+        """Raises InvalidInputError if others reach ``host`` and neither is set."""
+        if self.keys is None and not self.no_auth and not _is_loopback(host):
+            raise InvalidInputError(
+                f"{name} is open to other hosts: give --keys FILE, so that only whom you gave a "
+                "key may ask, or --no-auth if anybody may."
+            )
 
 
 def run_server(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
@@ -90,7 +94,12 @@ def run_server(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], 
 async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
     keys = None if settings.keys is None else Keys(settings.keys)
     accounts, metrics = Accounts(), ServerMetrics()
-    listening = passed_socket() or bound_socket(settings.host, settings.port)
+    listening = passed_socket()
+    if listening is None:
+        listening = bound_socket(settings.host, settings.port)
+    elif listening.family != socket.AF_UNIX:
+        host = str(listening.getsockname()[0])
+        settings.check_address(host, f"The socket unit's address {host}")
     _raise_file_limit()
     catalog = Catalog(
         spec,
@@ -119,6 +128,7 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
                 accounts=accounts,
                 origins=settings.cors_origins,
                 say=say,
+                anybody=settings.no_auth,
             )
             server = _Server(
                 uvicorn.Config(

@@ -39,7 +39,9 @@ async def _flood(_: Request) -> Response:
     return StreamingResponse(pieces())
 
 
-def make(keys: Keys | None = None, origins: tuple[str, ...] = ()) -> Guard:
+def make(
+    keys: Keys | None = None, origins: tuple[str, ...] = (), *, anybody: bool = False
+) -> Guard:
     routes = [
         Route("/v1/messages", _who, methods=["GET", "POST"]),
         Route("/who", _who, methods=["GET", "POST"]),
@@ -52,6 +54,7 @@ def make(keys: Keys | None = None, origins: tuple[str, ...] = ()) -> Guard:
         accounts=Accounts(),
         origins=origins,
         say=lambda _: None,
+        anybody=anybody,
     )
 
 
@@ -64,7 +67,7 @@ def keys(tmp_path: Path) -> Keys:
 
 async def ask(app: Guard, method: str, path: str, **headers: str) -> httpx2.Response:
     transport = httpx2.ASGITransport(app=app)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.request(
             method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
         )
@@ -96,7 +99,7 @@ async def test_limits(keys: Keys) -> None:
 async def test_pages_of_other_sites() -> None:
     app = make(origins=("https://chat.lab",))
     for origin, status in (
-        ("http://here", 200),
+        ("http://localhost", 200),
         ("https://chat.lab", 200),
         ("https://evil.example", 403),
         ("null", 403),
@@ -125,6 +128,10 @@ async def listening(app: Guard) -> AsyncIterator[tuple[str, int]]:
     finally:
         server.should_exit = server.force_exit = True
         await serving
+        # A connection that was cut ends a moment later; the loop must not end before.
+        async with asyncio.timeout(HANG_SECONDS):
+            while server.server_state.connections:  # noqa: ASYNC110 - uvicorn tells nobody
+                await asyncio.sleep(0.01)
 
 
 async def test_a_head_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +152,7 @@ async def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(guard, "WRITE_SECONDS", 0.3)
     async with listening(make()) as address:
         deaf = socket.create_connection(address)
-        deaf.sendall(b"GET /flood HTTP/1.1\r\nHost: here\r\n\r\n")
+        deaf.sendall(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n")
         deaf.setblocking(False)
         await asyncio.sleep(0.6)
         loop, received = asyncio.get_running_loop(), 0
@@ -161,3 +168,27 @@ async def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> N
                 break
             received += len(data)
         deaf.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:8080", 200),
+        ("127.0.0.1:8080", 200),
+        ("[::1]:8080", 200),
+        ("chat.lab", 200),
+        ("trap.site:8080", 403),
+        ("localhost.trap.site", 403),
+        ("[broken", 403),
+    ],
+)
+async def test_without_keys_no_name_of_another_site_leads_here(host: str, status: int) -> None:
+    origins = ("https://chat.lab",)
+    assert (await ask(make(origins=origins), "GET", "/who", host=host)).status_code == status
+    assert (await ask(make(anybody=True), "GET", "/who", host=host)).status_code == 200
+
+
+async def test_with_keys_any_name_leads_here(keys: Keys) -> None:
+    asked = await ask(make(keys), "GET", "/who", host="lab", authorization=f"Bearer {KEY}")
+    assert asked.status_code == 200
