@@ -412,7 +412,10 @@ class Campaign:
             self.report.problem(f"after {name}: the server's heap grew by {growth} bytes")
 
     def _sessions(self) -> list[int]:
-        with suppress(ExpertdError), Client(self._supervisor.directory, timeout_seconds=10) as store:
+        with (
+            suppress(ExpertdError),
+            Client(self._supervisor.directory, timeout_seconds=10) as store,
+        ):
             return [each["pid"] for each in store.stats()["sessions"] if each["model"]]
         return []
 

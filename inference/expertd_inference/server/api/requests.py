@@ -43,8 +43,6 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
         fields = msgspec.json.decode(bytes(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"The body is not JSON: {error}.") from error
-    except RecursionError as error:
-        raise ApiError(400, "The body is nested too deep; send flatter JSON.") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "The body is not a JSON object.")
     known = {field.encode_name for field in msgspec.structs.fields(kind)}

@@ -121,7 +121,7 @@ class Catalog:
         return self._entries.get(self._aliases.get(name, name))
 
     async def _list(self, patience: float | None = None) -> None:
-        """Asks the daemon, once for all who want to know. Raises TimeoutError after ``patience``."""
+        """Asks the daemon, once for all who wait. Raises TimeoutError after ``patience``."""
         if self._listing is None:
             self._listing = asyncio.create_task(self._ask_daemon())
             self._listing.add_done_callback(self._listing_ended)

@@ -11,7 +11,6 @@ from expertd_inference.settings import GenerationSettings
 from expertstore import errors
 from expertstore.errors import ExpertdError, PromptTooLongError, StepFailedError
 
-
 PULSE_SECONDS = 5.0
 
 

@@ -75,7 +75,7 @@ def answers(link: Link) -> None:
 
 
 class PretendedProcess:
-    """As multiprocessing's, with one of the ``parts`` for each that starts, the last for all else."""
+    """As multiprocessing's; the one that starts next plays the stage's next part."""
 
     def __init__(self, stage: "Stage", end: socket.socket) -> None:
         self._stage, self._end = stage, end

@@ -12,8 +12,8 @@ from expertd_inference.engine.token import Token
 from expertd_inference.server.hosting import engine_process
 from expertd_inference.server.hosting.engine_process import EngineProcess
 from expertd_inference.server.hosting.hosted_model import MAX_DEATHS, HostedModel
-from expertd_inference.server.hosting.messages import Pulse, Refused
 from expertd_inference.server.hosting.messages import Failure as Failed
+from expertd_inference.server.hosting.messages import Pulse, Refused
 from expertd_inference.settings import GenerationSettings
 from expertd_testing.patience import HANG_SECONDS
 from expertstore.errors import NotFoundError, PackError, StepFailedError, UnavailableError
