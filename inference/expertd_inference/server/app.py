@@ -94,6 +94,7 @@ def make_app(front: Front) -> Starlette:
             ApiError: answer_error,
             ExpertdError: answer_error,
             HTTPException: _answer_http_error,
+            RecursionError: answer_error,
             Exception: answer_error,
         },
     )

@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -90,7 +89,7 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if not origin or "*" in self._origins or origin in self._origins:
             return
-        if urlsplit(origin).netloc == headers.get(b"host", b"").decode("latin-1"):
+        if origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1"):
             return
         raise ApiError(
             403,

@@ -98,6 +98,8 @@ def api_error_of(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RecursionError():
+            return ApiError(400, "The request is nested too deep; send flatter JSON.")
         case PromptTooLongError():
             return ApiError(
                 400,

@@ -90,6 +90,8 @@ class BatchFile:
             request = msgspec.json.decode(self._file.read(place.size), type=BatchRequest)
         except msgspec.ValidationError as error:
             raise self._wrong(place.number, str(error)) from error
+        except RecursionError as error:
+            raise self._wrong(place.number, "it is nested too deep") from error
         if request.method != "POST":
             raise self._wrong(place.number, f"method is {request.method!r:.80}; give POST")
         if request.url not in self._endpoints:
@@ -124,6 +126,8 @@ class BatchFile:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             reason = f"it is no JSON ({error}); give one JSON object a line"
             raise self._wrong(number, reason) from error
+        except RecursionError as error:
+            raise self._wrong(number, "it is nested too deep; send flatter JSON") from error
         if not 1 <= len(custom_id) <= MAX_ID_LENGTH:
             raise self._wrong(
                 number,

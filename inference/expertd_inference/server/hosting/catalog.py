@@ -66,7 +66,8 @@ class Catalog:
         """Of the daemon."""
         self._entries: dict[str, Entry] = {}
         self._listed = 0.0
-        self._listing = asyncio.Lock()
+        self._listing: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def loaded(self) -> list[HostedModel]:
@@ -86,8 +87,9 @@ class Catalog:
         entry = self._known(name)
         if entry is None or time.monotonic() - self._listed > LIST_SECONDS:
             try:
-                await self._list()
-            except ExpertdError:
+                # Of a model that is known a daemon that does not answer holds up nobody.
+                await self._list(None if entry is None else LIST_SECONDS)
+            except (ExpertdError, TimeoutError):
                 if entry is None:
                     raise
                 # The daemon is away for a moment; its models will be there again.
@@ -109,7 +111,8 @@ class Catalog:
 
     async def close(self) -> None:
         """Ends all engines."""
-        await asyncio.gather(*(entry.hosted.close() for entry in self._entries.values()))
+        closing = (entry.hosted.close() for entry in self._entries.values())
+        await asyncio.gather(*closing, *self._closing)
         await self.client.close()
 
     def _known(self, name: str | None) -> Entry | None:
@@ -117,20 +120,35 @@ class Catalog:
             return next(iter(self._entries.values())) if len(self._entries) == 1 else None
         return self._entries.get(self._aliases.get(name, name))
 
-    async def _list(self) -> None:
-        async with self._listing:
-            summaries = {model.name: model for model in await self.client.list_models()}
-            self._listed = time.monotonic()
-            for name in self._entries.keys() - summaries.keys():
-                if not self._entries[name].hosted.num_sequences:
-                    await self._entries.pop(name).hosted.close()
-            for name in summaries.keys() - self._entries.keys():
-                hosted = HostedModel(
-                    replace(self._spec, model=name),
-                    accounts=self._accounts,
-                    metrics=self._metrics,
-                    idle_seconds=self._idle_seconds,
-                    say=self._say,
-                )
-                pack = self._spec.pack or summaries[name].pack_path
-                self._entries[name] = Entry(name, pack, hosted, summaries[name].scheme)
+    async def _list(self, patience: float | None = None) -> None:
+        """Asks the daemon, once for all who wait. Raises TimeoutError after ``patience``."""
+        if self._listing is None:
+            self._listing = asyncio.create_task(self._ask_daemon())
+            self._listing.add_done_callback(self._listing_ended)
+        async with asyncio.timeout(patience):
+            await asyncio.shield(self._listing)
+
+    def _listing_ended(self, listing: "asyncio.Task[None]") -> None:
+        self._listing = None
+        if not listing.cancelled():
+            listing.exception()  # Whoever waits gets it; there may be nobody.
+
+    async def _ask_daemon(self) -> None:
+        summaries = {model.name: model for model in await self.client.list_models()}
+        self._listed = time.monotonic()
+        for name in self._entries.keys() - summaries.keys():
+            if not self._entries[name].hosted.num_sequences:
+                gone = NotFoundError(f"There is no model {name!r} any more.")
+                closing = asyncio.create_task(self._entries.pop(name).hosted.close(gone))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        for name in summaries.keys() - self._entries.keys():
+            hosted = HostedModel(
+                replace(self._spec, model=name),
+                accounts=self._accounts,
+                metrics=self._metrics,
+                idle_seconds=self._idle_seconds,
+                say=self._say,
+            )
+            pack = self._spec.pack or summaries[name].pack_path
+            self._entries[name] = Entry(name, pack, hosted, summaries[name].scheme)

@@ -6,6 +6,7 @@ The process ends when its socket does: however the front ends, no engine stays b
 import gc
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -20,10 +21,12 @@ from expertd_inference.process.attachment import attach
 from expertd_inference.process.environment import garbage_kept, prepare_environment
 from expertd_inference.server.hosting.link import BlockingLink
 from expertd_inference.server.hosting.messages import (
+    PULSE_SECONDS,
     Begin,
     Cancel,
     Failure,
     Progress,
+    Pulse,
     Ready,
     Refused,
     ToEngine,
@@ -63,6 +66,7 @@ def run(end: socket.socket, spec: EngineSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link: BlockingLink[ToEngine] = BlockingLink(end, ToEngine)
+    threading.Thread(target=_beat, args=(link,), name="pulse", daemon=True).start()
     with ExitStack() as stack:
         try:
             engine, outbox = _open(link, spec, stack)
@@ -72,6 +76,14 @@ def run(end: socket.socket, spec: EngineSpec) -> None:
         while (messages := link.receive()) is not None:
             for message in messages:
                 _obey(message, engine, outbox)
+
+
+def _beat(link: BlockingLink[ToEngine]) -> None:
+    """Says that the process runs, also while it loads the model or a step takes long."""
+    with suppress(OSError):  # The front is gone.
+        while True:
+            time.sleep(PULSE_SECONDS)
+            link.send(Pulse())
 
 
 class Outbox:

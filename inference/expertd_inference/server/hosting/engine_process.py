@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,15 +10,24 @@ from multiprocessing.process import BaseProcess
 
 import msgspec
 
+from expertd_inference.process.reasons import reason_of
 from expertd_inference.server.hosting import engine_child
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.link import LoopLink
-from expertd_inference.server.hosting.messages import FromEngine, Progress, Ready, Refused
-from expertstore.errors import StepFailedError
+from expertd_inference.server.hosting.messages import (
+    PULSE_SECONDS,
+    FromEngine,
+    Progress,
+    Ready,
+    Refused,
+)
+from expertstore.errors import StepFailedError, UnavailableError
 
 CPU = "cpu"
 CLOSE_SECONDS = 10.0
 """How long an engine may take to end, its step included, before it is killed."""
+MAX_SILENT_PULSES = 12
+"""An engine from which nothing was heard for so many pulses in a row is killed."""
 _starting = asyncio.Lock()
 """multiprocessing starts processes from one thread at a time."""
 
@@ -33,19 +43,30 @@ class EngineProcess:
         self.ended = asyncio.Event()
         """Set once its socket is closed: it was killed, or it obeyed :meth:`close`."""
         self._on_progress = on_progress
-        self._greeting: asyncio.Future[Ready] = loop.create_future()
+        self._num_silent = 0
+        self._listening: asyncio.TimerHandle | None = None
+        self._greeting: asyncio.Future[Ready | None] = loop.create_future()
         self._process: BaseProcess | None = None
+        self._exit_code: int | None = None
         self._link: LoopLink[FromEngine] = LoopLink(FromEngine, self._receive, self._end)
 
     @classmethod
     async def start(
         cls, spec: EngineSpec, on_progress: Callable[[Progress], None]
     ) -> "EngineProcess":
-        """Returns once the model is loaded. Raises what loading it raises."""
+        """Returns once the model is loaded. Raises what loading it raises.
+
+        UnavailableError if no process can be had, StepFailedError if it ends before that.
+        """
         engine = cls(on_progress)
         try:
             await engine._launch(spec)
-            await engine._greeting
+            if await engine._greeting is None:
+                await engine.close()
+                raise StepFailedError(
+                    f"The engine of {spec.model} {engine.fate} while it loaded the model; the "
+                    "server's log may say why, and the kernel's if memory is short."
+                )
         except BaseException:
             await engine.close()
             raise
@@ -54,11 +75,22 @@ class EngineProcess:
     @property
     def ready(self) -> Ready:
         """What the engine said once the model was loaded."""
-        return self._greeting.result()
+        ready = self._greeting.result()
+        assert ready is not None
+        return ready
+
+    @property
+    def fate(self) -> str:
+        """How the process ended, once it is closed."""
+        if self._num_silent >= MAX_SILENT_PULSES:
+            return f"did not run for {MAX_SILENT_PULSES * PULSE_SECONDS:g} s, and was killed,"
+        if self._exit_code is not None and self._exit_code < 0:
+            return f"was killed by {signal.Signals(-self._exit_code).name}"
+        return "ended"
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None before it has one."""
+        """Of the process; None before it has one, and after its end."""
         return None if self._process is None else self._process.pid
 
     def send(self, message: msgspec.Struct) -> None:
@@ -70,28 +102,58 @@ class EngineProcess:
         self._link.close()
 
     async def close(self) -> None:
-        """Ends the process after its step, or kills it. A second call waits, too."""
+        """Ends the process after its step, or kills it. A second call does nothing."""
         self.abandon()
-        process = self._process
+        process, self._process = self._process, None
         if process is None:
             return
         await asyncio.to_thread(process.join, CLOSE_SECONDS)
         if process.is_alive():
             process.kill()
             await asyncio.to_thread(process.join)
+        self._exit_code = process.exitcode
+        process.close()  # Its descriptors would stay until some garbage collection.
 
     async def _launch(self, spec: EngineSpec) -> None:
-        ours, theirs = socket.socketpair()
-        self._process = process = _process_of(spec)(
+        loop = asyncio.get_running_loop()
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                ours.setblocking(False)
+                await loop.create_connection(lambda: self._link, sock=ours)
+                await self._start(spec, theirs)
+        except (OSError, EOFError) as error:
+            raise UnavailableError(
+                f"No process can be had for the engine of {spec.model}: {reason_of(error)}; end "
+                "what takes the host's processes, memory or open files, or raise their limits."
+            ) from error
+        self._listening = loop.call_later(PULSE_SECONDS, self._listen)
+
+    async def _start(self, spec: EngineSpec, theirs: socket.socket) -> None:
+        process = _process_of(spec)(
             target=engine_child.run, args=(theirs, spec), name=f"engine of {spec.model}"
         )
-        with theirs:
-            async with _starting:
-                await asyncio.to_thread(process.start)
-        ours.setblocking(False)
-        await asyncio.get_running_loop().create_connection(lambda: self._link, sock=ours)
+        async with _starting:
+            starting = asyncio.ensure_future(asyncio.to_thread(process.start))
+            try:
+                await asyncio.shield(starting)
+            finally:
+                # Its thread goes on if this task is cancelled: then there is a process to end.
+                await asyncio.wait({starting})
+                if starting.exception() is None:
+                    self._process = process
+
+    def _listen(self) -> None:
+        """Counts pulses that did not come; not seconds, of which this process may lose some."""
+        self._num_silent += 1
+        if self._num_silent < MAX_SILENT_PULSES:
+            loop = asyncio.get_running_loop()
+            self._listening = loop.call_later(PULSE_SECONDS, self._listen)
+        elif self._process is not None:
+            self._process.kill()
 
     def _receive(self, message: FromEngine) -> None:
+        self._num_silent = 0
         match message:
             case Progress():
                 self._on_progress(message)
@@ -102,10 +164,10 @@ class EngineProcess:
 
     def _end(self) -> None:
         self.ended.set()
+        if self._listening is not None:
+            self._listening.cancel()
         if not self._greeting.done():
-            self._greeting.set_exception(
-                StepFailedError("The engine's process ended while it loaded the model.")
-            )
+            self._greeting.set_result(None)
         with suppress(BaseException):
             self._greeting.exception()  # It was noticed, if only here.
 

@@ -55,8 +55,12 @@ class _Asked:
     reason: str = "abort"
 
     def again(self) -> Begin:
-        origin = replace(self.begin.origin, generated=tuple(self.generated))
-        return Begin(self.begin.id, self.begin.tokens, self.begin.settings, origin)
+        origin, settings = self.begin.origin, self.begin.settings
+        if self.generated:
+            origin = replace(origin, generated=tuple(self.generated))
+            # The client has them; and without them the prompt may be found as a prefix.
+            settings = replace(settings, prompt_logprobs=None)
+        return Begin(self.begin.id, self.begin.tokens, settings, origin)
 
 
 class HostedModel:
@@ -98,7 +102,10 @@ class HostedModel:
         self._last_used = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._closed: ExpertdError | None = None
+        """What is told to those who ask, once there will be no engine any more."""
         self._task = self._loop.create_task(self._keep_engine())
+        self._task.add_done_callback(self._look_at_end)
 
     def __repr__(self) -> str:
         state = "no engine" if self._engine is None else f"engine {self._engine.pid}"
@@ -126,6 +133,7 @@ class HostedModel:
 
     async def ready(self) -> Ready:
         """Starts an engine if there is none, and waits for it. Raises what loading raises."""
+        self._check_open()
         self._wanted.set()
         self._last_used = time.monotonic()
         return await asyncio.shield(self._ready)
@@ -135,8 +143,10 @@ class HostedModel:
     ) -> TokenStream:
         """As :meth:`Engine.submit` for tokens, but most errors of the request come by the stream.
 
-        Raises BusyError if the origin's user has as many sequences as it may.
+        Raises BusyError if the origin's user has as many sequences as it may, and once it is
+        closed what it was closed with.
         """
+        self._check_open()
         if settings.seed is None:
             # The next engine must draw what this one would have.
             settings = replace(settings, seed=secrets.randbits(64))
@@ -154,13 +164,32 @@ class HostedModel:
             self._engine.send(asked.begin)
         return TokenStream(channel, partial(self._cancel_soon, id_), num_prompt_tokens=len(tokens))
 
-    async def close(self) -> None:
-        """Ends its engine; streams that are not complete raise PreconditionError."""
+    async def close(self, error: ExpertdError | None = None) -> None:
+        """Ends its engine; who asks or waits is told ``error``, or that the server is stopping."""
+        self._closed = error or PreconditionError("The server is stopping.")
+        # The next model of this name counts from the beginning.
+        with suppress(ValueError):
+            self._metrics.models.remove(self)
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self._engine is not None:
             await self._engine.close()
-        self._fail_all(PreconditionError("The server is stopping."))
+        self._give_up(self._closed)
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed.with_traceback(None)
+
+    def _look_at_end(self, task: "asyncio.Task[None]") -> None:
+        """Nobody may wait for an engine that does not come, be it by a mistake in this class."""
+        if task.cancelled() or (fault := task.exception()) is None:
+            return
+        self._loop.call_exception_handler({"message": "no engine", "exception": fault})
+        self._closed = StepFailedError(
+            f"The server met an error that it did not expect, and computes {self.name} no more; "
+            "its log has it."
+        )
+        self._give_up(self._closed)
 
     def _cancel_soon(self, id_: int) -> None:
         """As :meth:`_cancel`, from any thread, a garbage collection included."""
@@ -198,7 +227,7 @@ class HostedModel:
             self._wanted.clear()
             await engine.close()
             if not told:
-                self._count_death()
+                self._count_death(engine.fate)
             if self._asked:
                 self._wanted.set()
 
@@ -222,23 +251,31 @@ class HostedModel:
     async def _failed_to_start(self, error: ExpertdError) -> None:
         """Tries again in a moment, or tells those who wait."""
         now = time.monotonic()
-        self._failing_since = self._failing_since or now
+        if self._failing_since is None:
+            self._failing_since = now
+            self._say(f"no engine of {self.name} starts: {error}")
         passes = type(error) in _LOST
         if passes and now - self._failing_since < self.spec.reattach_seconds:
             await asyncio.sleep(RETRY_SECONDS)
             return
         self._failing_since = None
         self._wanted.clear()
-        ready, self._ready = self._ready, self._loop.create_future()
-        ready.set_exception(error)
-        ready.exception()  # Whoever waits gets it; there may be nobody.
-        self._fail_all(error)
+        self._give_up(error)
 
-    def _count_death(self) -> None:
+    def _give_up(self, error: ExpertdError) -> None:
+        """Tells those who wait for an engine, or for tokens."""
+        ready, self._ready = self._ready, self._loop.create_future()
+        if not ready.done():
+            ready.set_exception(error)
+        ready.exception()  # Whoever waits gets it; there may be nobody.
+        for id_ in [*self._asked]:
+            self._end(id_, error)
+
+    def _count_death(self, fate: str) -> None:
         self.num_deaths += 1
         self._metrics.engine_died(self.name)
         self._say(
-            f"the engine of {self.name} ended; another one goes on with {len(self._asked)} "
+            f"the engine of {self.name} {fate}; another one goes on with {len(self._asked)} "
             "sequences"
         )
         for id_, asked in [*self._asked.items()]:
@@ -257,6 +294,9 @@ class HostedModel:
         self.num_tokens += len(progress.tokens)
         for id_, token in progress.tokens:
             if (asked := self._asked.get(id_)) is not None:
+                if asked.generated and token.opening is not None:
+                    # An engine that goes on begins anew; the client has had its beginning.
+                    token = replace(token, opening=None)
                 asked.generated.append(token.id)
                 asked.num_deaths = 0
                 queued = None if token.opening is None else token.opening.queued_seconds
@@ -287,10 +327,6 @@ class HostedModel:
     def _leave(self, asked: _Asked) -> None:
         self._last_used = time.monotonic()
         self._accounts.end(asked.begin.origin.user)
-
-    def _fail_all(self, error: ExpertdError) -> None:
-        for id_ in [*self._asked]:
-            self._end(id_, error)
 
 
 def _at_rest(stats: EngineStats) -> EngineStats:

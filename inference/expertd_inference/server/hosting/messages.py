@@ -11,6 +11,8 @@ from expertd_inference.settings import GenerationSettings
 from expertstore import errors
 from expertstore.errors import ExpertdError, PromptTooLongError, StepFailedError
 
+PULSE_SECONDS = 5.0
+
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One of the below."""
@@ -85,5 +87,9 @@ class Progress(Message, frozen=True):
     stats: EngineStats | None = None
 
 
+class Pulse(Message, frozen=True):
+    """From the engine, every :data:`PULSE_SECONDS` from its start on: the process runs."""
+
+
 ToEngine = Begin | Cancel
-FromEngine = Ready | Refused | Progress
+FromEngine = Ready | Refused | Progress | Pulse

@@ -29,6 +29,7 @@ def test_requests_are_read_where_they_stand(tmp_path: Path) -> None:
         ([request("a"), "{"], "line 2: it is no JSON"),
         (["[1]"], "line 1: Expected `object`, got `array`"),
         ([{"method": "POST"}], "line 1: Object missing required field `custom_id`"),
+        ([request("a"), '{"custom_id": "b", "body": ' + "[" * 100_000], "line 2: it is nested"),
         ([request("")], "line 1: custom_id has 0 characters; give 1 to 512"),
         ([request("a"), "", request("a")], "line 3: custom_id 'a' is line 1's already"),
     ],

@@ -1,0 +1,463 @@
+"""The campaign against a server: engines, daemons and servers die while clients read.
+
+All of the time clients ask, and each whole answer is compared with the one that an undisturbed
+server gave. Between the parts nobody asks, and what the server holds is compared with what it held
+after the first part.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from expertd_client import Client, ExpertdError
+from expertd_testing.server import Server
+from tests.campaign.process import exists
+from tests.campaign.supervisor import Supervisor
+from tests.serve_campaign.asking import (
+    MODEL,
+    AnswerError,
+    Asked,
+    UnloadedError,
+    ask,
+    differences,
+    make_requests,
+)
+from tests.serve_campaign.stock import Stock, take_stock
+
+KV_TOKENS = 2048
+"""Less than the clients' answers take together: some are preempted."""
+REATTACH_SECONDS = 60
+WARM_KILLS = 5
+"""Engines that die before the server's holdings are compared with anything."""
+SETTLE_SECONDS = 60.0
+MAX_HEAP_GROWTH_BYTES = 16 << 20
+"""Of the server, over a whole part. A session of 10 KiB a request left behind would be more."""
+MAX_THREAD_GROWTH = 8
+"""The pools for blocking calls grow once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to happen."""
+
+    engine_kills: int
+    daemon_kills: int
+    clients: int
+    seed: int
+    reloads: int = 5
+    fork_server_kills: int = 3
+    successions: int = 3
+
+    @property
+    def total(self) -> int:
+        """Of all that happens."""
+        kills = self.engine_kills + self.daemon_kills + self.fork_server_kills
+        return kills + self.reloads + self.successions + 1
+
+
+@dataclass
+class Report:
+    """What did happen, and what should not have."""
+
+    plan: Plan
+    kills: dict[str, int] = field(default_factory=dict)
+    answers: int = 0
+    events: int = 0
+    retried: int = 0
+    """Requests that were asked while the model was unloaded, and again afterwards."""
+    preemptions: int = 0
+    wrong: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    pause_seconds: list[float] = field(default_factory=list)
+    """From an engine's end to the next token of any client."""
+    stocks: dict[str, Stock] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    @property
+    def done(self) -> int:
+        """Of the plan's total."""
+        return sum(self.kills.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def count(self, what: str) -> None:
+        """One more that happened."""
+        self.kills[what] = self.kills.get(what, 0) + 1
+
+    def problem(self, text: str) -> None:
+        """Something that should not have been; each is told once."""
+        if text not in self.problems:
+            self.problems.append(text)
+
+
+class Clients:
+    """So many that ask one request after the other until they are told to stop."""
+
+    def __init__(self, url: str, requests: Sequence[Asked], report: Report, seed: int) -> None:
+        self._url, self._requests, self._report = url, requests, report
+        self._chance = random.Random(seed)
+        self._expected: list[dict[str, list[Any]]] = []
+        self._stopping = False
+        self.loaded = asyncio.Event()
+        """Cleared while the model is unloaded."""
+        self.loaded.set()
+        self.came = asyncio.Event()
+        """Set by each token of a stream."""
+        self.asking = asyncio.Event()
+        """Set by each request that begins."""
+
+    async def learn(self) -> None:
+        """The answers of a server that nobody disturbs."""
+        self._expected = await asyncio.gather(*(ask(self._url, each) for each in self._requests))
+        again = await asyncio.gather(*(ask(self._url, each) for each in self._requests))
+        self._compare(range(len(again)), again)
+
+    @asynccontextmanager
+    async def at_work(self, number: int) -> AsyncIterator[None]:
+        """While the block runs; then their last answers are waited for."""
+        self._stopping = False
+        clients = [asyncio.create_task(self._work()) for _ in range(number)]
+        try:
+            yield
+        finally:
+            self._stopping = True
+            for done in await asyncio.gather(*clients, return_exceptions=True):
+                if isinstance(done, BaseException):
+                    self._report.problem(f"a client ended: {done!r}")
+
+    async def next(self, event: asyncio.Event) -> None:
+        """Waits until ``event`` is set anew."""
+        event.clear()
+        try:
+            await asyncio.wait_for(event.wait(), SETTLE_SECONDS)
+        except TimeoutError:
+            self._report.problem(f"no client got on for {SETTLE_SECONDS:g} s")
+
+    async def _work(self) -> None:
+        while not self._stopping:
+            await self.loaded.wait()
+            number = self._chance.randrange(len(self._requests))
+            self.asking.set()
+            try:
+                found = await ask(self._url, self._requests[number], self._token)
+            except UnloadedError:
+                self._report.retried += 1
+                await asyncio.sleep(0.2)
+            except AnswerError as error:
+                self._report.failed += 1
+                self._report.problem(str(error))
+            else:
+                self._report.answers += 1
+                self._compare([number], [found])
+
+    def _token(self) -> None:
+        self._report.events += 1
+        self.came.set()
+
+    def _compare(self, numbers: Sequence[int], found: Sequence[dict[str, list[Any]]]) -> None:
+        for number, answer in zip(numbers, found, strict=True):
+            parting = [*differences(self._expected[number], answer)]
+            if parting:
+                self._report.wrong += 1
+                self._report.problem(f"{self._requests[number]}: {'; '.join(parting)}")
+
+
+class Campaign:
+    """One run. ``directory`` has a pack and a chat template, and is for temporary files."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: Path,
+        pack: Path,
+        supervisor: Supervisor,
+        progress: Callable[[int, int, str], None],
+    ) -> None:
+        self.report = Report(plan)
+        self._plan, self._directory, self._pack = plan, directory, pack
+        self._supervisor, self._progress = supervisor, progress
+        self._chance = random.Random(plan.seed)
+        self._temporary = directory / "t"
+        self._temporary.mkdir()
+        # All that a server and its engines leave is seen there.
+        os.environ["TMPDIR"] = str(self._temporary)
+        self._listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._server = self._new_server()
+        url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._url = url
+        self._killed: set[int] = set()
+        requests = make_requests(plan.seed)
+        self._clients = Clients(url, requests, self.report, plan.seed)
+
+    async def run(self) -> Report:
+        """All of it."""
+        began, report = time.monotonic(), self.report
+        try:
+            await asyncio.to_thread(self._server.wait_ready)
+            await self._clients.learn()
+            parts = (
+                ("a few engines died", self._kill_engines, WARM_KILLS),
+                ("engines died", self._kill_engines, self._plan.engine_kills - WARM_KILLS),
+                ("the model was unloaded and loaded", self._reload, self._plan.reloads),
+                ("daemons died", self._kill_daemons, self._plan.daemon_kills),
+                ("what forks engines died", self._kill_forkers, self._plan.fork_server_kills),
+            )
+            for name, part, times in parts:
+                async with self._clients.at_work(self._plan.clients):
+                    await part(times)
+                await self._take_stock(name)
+                self._compare_stocks(name)
+                if report.problems:
+                    return report
+            report.preemptions = await self._preemptions()
+            if not report.preemptions:
+                report.problem("no sequence was preempted: the memory for keys was never full")
+            async with self._clients.at_work(self._plan.clients):
+                await self._succeed(self._plan.successions)
+            await self._kill_server()
+        except (ExpertdError, AnswerError, RuntimeError) as error:
+            report.problem(f"{type(error).__name__}: {error}")
+        finally:
+            report.seconds = time.monotonic() - began
+            for problem in self._supervisor.problems():
+                report.problem(problem)
+            if "Traceback" in self._server.log:
+                report.problem(f"the server logged:\n{self._server.log[-4000:]}")
+            await asyncio.to_thread(self._server.close)
+            self._listening.close()
+        return report
+
+    # What happens
+
+    async def _kill_engines(self, times: int) -> None:
+        moments = (self._any_moment, self._after_a_token, self._in_a_prompt, self._at_its_start)
+        starts = 0
+        for _ in range(times):
+            moment = self._chance.choice(moments)
+            # An engine that cannot start for REATTACH_SECONDS is given up, rightly.
+            starts = starts + 1 if moment == self._at_its_start else 0
+            await (self._any_moment if starts > 3 else moment)()
+            self._kill_engine()
+            self._happened("engines")
+            if self.report.problems:
+                return
+        await self._pause()
+
+    async def _any_moment(self) -> None:
+        await self._pause()
+        await asyncio.sleep(self._chance.uniform(0, 2))
+
+    async def _after_a_token(self) -> None:
+        await self._pause()
+        await self._clients.next(self._clients.came)
+
+    async def _in_a_prompt(self) -> None:
+        await self._pause()
+        await self._clients.next(self._clients.asking)
+        await asyncio.sleep(self._chance.uniform(0, 0.05))
+
+    async def _at_its_start(self) -> None:
+        await self._until(lambda: bool(self._engines()), "no engine starts")
+        await asyncio.sleep(self._chance.uniform(0, 1.5))
+
+    async def _pause(self) -> None:
+        """Until a client gets on after the last kill."""
+        began = time.monotonic()
+        await self._clients.next(self._clients.came)
+        self.report.pause_seconds.append(time.monotonic() - began)
+
+    def _kill_engine(self) -> None:
+        for pid in self._engines():
+            self._killed.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _engines(self) -> list[int]:
+        return [pid for pid in self._server.engines if pid not in self._killed and exists(pid)]
+
+    async def _kill_daemons(self, times: int) -> None:
+        for _ in range(times):
+            await self._any_moment()
+            restarting = asyncio.to_thread(self._supervisor.restart, self._chance)
+            if self._chance.random() < 0.3:  # both at once
+                self._kill_engine()
+            await restarting
+            self._happened("daemons")
+            if self.report.problems:
+                return
+        await self._pause()
+
+    async def _reload(self, times: int) -> None:
+        for _ in range(times):
+            await self._any_moment()
+            self._clients.loaded.clear()
+            await asyncio.to_thread(self._unload_and_load)
+            self._clients.loaded.set()
+            self._happened("unloaded")
+        await self._pause()
+
+    def _unload_and_load(self) -> None:
+        with Client(self._supervisor.directory) as store:
+            store.unload_model(MODEL)
+            time.sleep(self._chance.uniform(0, 2))
+            store.load_model(MODEL, self._pack)
+
+    async def _kill_forkers(self, times: int) -> None:
+        """Engines are forked from one process; without it, from a new one."""
+        for _ in range(times):
+            await self._any_moment()
+            for pid in {_parent(engine) for engine in self._engines()}:
+                os.kill(pid, signal.SIGKILL)
+            if self._chance.random() < 0.7:
+                await asyncio.sleep(self._chance.uniform(0, 0.2))
+            self._kill_orphans()
+            self._happened("fork servers")
+        await self._pause()
+
+    def _kill_orphans(self) -> None:
+        """Engines whose parent died are nobody's children now."""
+        with Client(self._supervisor.directory) as store:
+            sessions = store.stats()["sessions"]
+        for session in sessions:
+            if session["model"]:
+                with suppress(ProcessLookupError):
+                    os.kill(session["pid"], signal.SIGKILL)
+
+    async def _succeed(self, times: int) -> None:
+        """The next server listens on the same socket; the one before ends in order."""
+        for _ in range(times):
+            await self._any_moment()
+            before, self._server = self._server, self._new_server()
+            await asyncio.to_thread(self._server.wait_ready)
+            before.signal(signal.SIGTERM)
+            code = await asyncio.to_thread(before.wait)
+            if code:
+                self.report.problem(f"a server ended with {code}: {before.log[-2000:]}")
+            left = [pid for pid in before.descendants if exists(pid)]
+            if left:
+                self.report.problem(f"a server left processes {left}")
+            await asyncio.to_thread(before.close)
+            self._happened("successions")
+
+    async def _kill_server(self) -> None:
+        """Nothing of it stays, though it could not say good-bye."""
+        running = asyncio.gather(
+            *(ask(self._url, each) for each in make_requests(self._plan.seed)[:8]),
+            return_exceptions=True,
+        )
+        await self._until(lambda: bool(self._engines()), "no engine starts")
+        await asyncio.sleep(1)
+        processes = self._server.descendants
+        self._server.signal(signal.SIGKILL)
+        await asyncio.to_thread(self._server.wait)
+        # Whoever still waits in the socket's backlog would do so for ever.
+        self._listening.close()
+        await running
+        await self._until(
+            lambda: not any(map(exists, processes)), f"processes {processes} outlive their server"
+        )
+        await self._until(lambda: not self._sessions(), "sessions outlive their server")
+        self._happened("servers")
+
+    # What is looked at
+
+    async def _take_stock(self, name: str) -> None:
+        if "the model" in name or "daemons" in name:
+            await ask(self._url, make_requests(self._plan.seed)[0])
+        await self._until(lambda: len(self._engines()) == 1, "there is not one engine")
+        await self._until(lambda: len(self._sessions()) == 1, "there is not one session")
+        first = self.report.stocks.get("a few engines died")
+        stock = self._stock()
+        deadline = time.monotonic() + 10
+        while first and stock.left_since(first) and time.monotonic() < deadline:
+            await asyncio.sleep(0.5)
+            stock = self._stock()
+        self.report.stocks[name] = stock
+
+    def _stock(self) -> Stock:
+        return take_stock(
+            self._server, self._supervisor.pid, self._supervisor.directory, self._temporary
+        )
+
+    def _compare_stocks(self, name: str) -> None:
+        stocks = self.report.stocks
+        first, last = stocks["a few engines died"], stocks[name]
+        left = last.left_since(first)
+        if name == "engines died":
+            left |= last.left_at_the_daemon(first)
+        more = last.server.num_threads - first.server.num_threads
+        if more <= MAX_THREAD_GROWTH:
+            left.pop("threads of the server", None)
+        for what, (before, after) in left.items():
+            self.report.problem(f"after {name}: {what} were {before}, are {after}")
+        growth = last.server.anonymous_bytes - first.server.anonymous_bytes
+        if growth > MAX_HEAP_GROWTH_BYTES:
+            self.report.problem(f"after {name}: the server's heap grew by {growth} bytes")
+
+    def _sessions(self) -> list[int]:
+        with (
+            suppress(ExpertdError),
+            Client(self._supervisor.directory, timeout_seconds=10) as store,
+        ):
+            return [each["pid"] for each in store.stats()["sessions"] if each["model"]]
+        return []
+
+    async def _preemptions(self) -> int:
+        async with httpx2.AsyncClient(trust_env=False) as client:
+            metrics = (await client.get(f"{self._url}/metrics")).text
+        series = [line.rpartition(" ")[0] for line in metrics.splitlines() if line[:1] != "#"]
+        if len({*series}) < len(series):
+            self.report.problem("/metrics has a series twice")
+        lines = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions")]
+        return int(sum(float(line.rpartition(" ")[2]) for line in lines))
+
+    async def _until(self, true: Callable[[], bool], otherwise: str) -> None:
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while not await asyncio.to_thread(true):
+            if time.monotonic() > deadline:
+                self.report.problem(f"after {SETTLE_SECONDS:g} s, {otherwise}")
+                return
+            await asyncio.sleep(0.02)
+
+    def _happened(self, what: str) -> None:
+        self.report.count(what)
+        text = f"{what}, {self.report.answers} answers compared"
+        self._progress(self.report.done, self._plan.total, text)
+
+    def _new_server(self) -> Server:
+        arguments = ["--socket", str(self._supervisor.directory), "--exact", "--preload", MODEL]
+        arguments += ["--kv-tokens", str(KV_TOKENS), "--max-sequences", "16"]
+        arguments += ["--reattach-seconds", str(REATTACH_SECONDS), "--threads", "1"]
+        arguments += ["--chat-template", str(self._directory / "chat.jinja")]
+        return Server(arguments, self._listening)
+
+
+def described_pauses(seconds: Sequence[float]) -> str:
+    """The median and the longest."""
+    if not seconds:
+        return "none"
+    return f"{statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} s at most"
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+Part = Callable[[int], Awaitable[None]]
