@@ -102,7 +102,7 @@ async def read_to_the_end(reader: asyncio.StreamReader) -> bytes:
 async def test_headers_without_end() -> None:
     line = b"X-More: " + b"x" * 1000 + b"\r\n"
     async with listening(make()) as address, connected(address) as (reader, writer):
-        writer.write(b"GET /who HTTP/1.1\r\nHost: here\r\n")
+        writer.write(b"GET /who HTTP/1.1\r\nHost: localhost\r\n")
         writer.writelines([line] * (2 * patient_protocol.MAX_HEAD_BYTES // len(line)))
         assert (await read_to_the_end(reader)).startswith(b"HTTP/1.1 431 ")
 
@@ -122,7 +122,7 @@ async def test_a_later_head_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> 
     """A connection's first request buys it no time."""
     monkeypatch.setattr(patient_protocol, "HEAD_SECONDS", 0.3)
     async with listening(make()) as address, connected(address) as (reader, writer):
-        writer.write(b"GET /who HTTP/1.1\r\nHost: here\r\n\r\nGET /who HTTP/1.1\r\nX-Slow: ")
+        writer.write(b"GET /who HTTP/1.1\r\nHost: localhost\r\n\r\nGET /who HTTP/1.1\r\nX-Slow: ")
         dripping = asyncio.create_task(_drip(writer))
         found = await read_to_the_end(reader)
         dripping.cancel()
@@ -135,7 +135,7 @@ async def test_a_body_that_nobody_wants_and_that_never_ends(
 ) -> None:
     monkeypatch.setattr(patient_protocol, "LINGER_SECONDS", 0.3)
     async with listening(make()) as address, connected(address) as (reader, writer):
-        writer.write(b"POST /none HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         dripping = asyncio.create_task(_drip(writer, b"1\r\nx\r\n"))
         found = await read_to_the_end(reader)
         dripping.cancel()
@@ -149,7 +149,7 @@ async def _drip(writer: asyncio.StreamWriter, drop: bytes = b"x") -> None:
 
 
 async def test_requests_ahead_of_their_answers() -> None:
-    request = b"GET /who HTTP/1.1\r\nHost: here\r\n\r\n"
+    request = b"GET /who HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with listening(make()) as address:
         async with connected(address) as (reader, writer):
             writer.write(
@@ -165,9 +165,9 @@ async def test_requests_ahead_of_their_answers() -> None:
     "head",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"GET /wh\xffo HTTP/1.1\r\nHost: here\r\n\r\n",
-        b"GET http:// HTTP/1.1\r\nHost: here\r\n\r\n",
-        b"GET /%ff%00 HTTP/1.1\r\nHost: here\r\n\r\n",
+        b"GET /wh\xffo HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http:// HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /%ff%00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /who HTTP/9.9\r\n\r\n",
         b"GET /who HTTP/1.1\r\nX-Request-Id: a\x7fb\r\n\r\n",
         b"GET /who HTTP/1.1\r\nX-Request-Id: a\tb\r\n\r\n",
