@@ -8,14 +8,17 @@ import asyncio
 import json
 import secrets
 import signal
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from expertd.cli.progress import ProgressDisplay
 from tests.campaign.supervisor import ColdSupervisor, WarmSupervisor, short_directory
 from tests.serve_campaign.asking import MODEL
-from tests.serve_campaign.campaign import Campaign, Plan, Report, described_pauses
+from tests.serve_campaign.campaign import Campaign
+from tests.serve_campaign.report import Plan, Report
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny-mixtral"
 SUPERVISORS = {"cold": ColdSupervisor, "warm": WarmSupervisor}
@@ -80,7 +83,7 @@ def described(report: Report) -> str:
         f"killed      {kills} in {report.seconds:.0f} s, under {report.plan.clients} clients",
         f"answers     {report.answers} compared ({report.events} events): {report.wrong} wrong, "
         f"{report.failed} failed, {report.retried} asked again after the model was unloaded",
-        f"pauses      {described_pauses(report.pause_seconds)}; {report.preemptions} preemptions",
+        f"pauses      {_described(report.pause_seconds)}; {report.preemptions} preemptions",
     ]
     lines += [
         f"left after  {name}: server {stock.server.num_files} descriptors, "
@@ -93,6 +96,13 @@ def described(report: Report) -> str:
     lines += report.problems
     lines.append("PASSED" if report.passed else f"FAILED (--seed {report.plan.seed})")
     return "\n".join(lines)
+
+
+def _described(seconds: Sequence[float]) -> str:
+    """The median and the longest."""
+    if not seconds:
+        return "none"
+    return f"{statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} s at most"
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ async def ask(
                     raise UnloadedError
                 raise AnswerError(f"{asked.path} was answered {response.status_code}: {said}")
             if not asked.body["stream"]:
-                return _by_choice([json.loads(await response.aread())])
+                return by_choice([json.loads(await response.aread())])
             events = []
             async for line in response.aiter_lines():
                 if line.startswith("data: "):
@@ -126,11 +126,11 @@ async def ask(
     for part in parts:
         if "error" in part:
             raise AnswerError(f"{asked.path} ended with {part['error']}")
-    return _by_choice(parts)
+    return by_choice(parts)
 
 
-def _by_choice(parts: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Events of several choices interleave as they come; those of one do not."""
+def by_choice(parts: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What lasts of an answer or its events, choice by choice: only those of one have an order."""
     found: dict[str, list[Any]] = {}
     for part in parts:
         for choice in part["choices"]:

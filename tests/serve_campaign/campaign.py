@@ -10,13 +10,10 @@ import os
 import random
 import signal
 import socket
-import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import httpx2
 
@@ -24,15 +21,10 @@ from expertd_client import Client, ExpertdError
 from expertd_testing.server import Server
 from tests.campaign.process import exists
 from tests.campaign.supervisor import Supervisor
-from tests.serve_campaign.asking import (
-    MODEL,
-    AnswerError,
-    Asked,
-    UnloadedError,
-    ask,
-    differences,
-    make_requests,
-)
+from tests.serve_campaign.asking import MODEL, AnswerError, ask, make_requests
+from tests.serve_campaign.batch import begin_batch, expected_of_batch, wrong_in_batch
+from tests.serve_campaign.clients import SETTLE_SECONDS, Clients
+from tests.serve_campaign.report import Plan, Report
 from tests.serve_campaign.stock import Stock, take_stock
 
 KV_TOKENS = 2048
@@ -40,143 +32,10 @@ KV_TOKENS = 2048
 REATTACH_SECONDS = 60
 WARM_KILLS = 5
 """Engines that die before the server's holdings are compared with anything."""
-SETTLE_SECONDS = 60.0
 MAX_HEAP_GROWTH_BYTES = 16 << 20
 """Of the server, over a whole part. A session of 10 KiB a request left behind would be more."""
 MAX_THREAD_GROWTH = 8
 """The pools for blocking calls grow once."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to happen."""
-
-    engine_kills: int
-    daemon_kills: int
-    clients: int
-    seed: int
-    reloads: int = 5
-    fork_server_kills: int = 3
-    successions: int = 3
-
-    @property
-    def total(self) -> int:
-        """Of all that happens."""
-        kills = self.engine_kills + self.daemon_kills + self.fork_server_kills
-        return kills + self.reloads + self.successions + 1
-
-
-@dataclass
-class Report:
-    """What did happen, and what should not have."""
-
-    plan: Plan
-    kills: dict[str, int] = field(default_factory=dict)
-    answers: int = 0
-    events: int = 0
-    retried: int = 0
-    """Requests that were asked while the model was unloaded, and again afterwards."""
-    preemptions: int = 0
-    wrong: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-    pause_seconds: list[float] = field(default_factory=list)
-    """From an engine's end to the next token of any client."""
-    stocks: dict[str, Stock] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.problems
-
-    @property
-    def done(self) -> int:
-        """Of the plan's total."""
-        return sum(self.kills.values())
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
-
-    def count(self, what: str) -> None:
-        """One more that happened."""
-        self.kills[what] = self.kills.get(what, 0) + 1
-
-    def problem(self, text: str) -> None:
-        """Something that should not have been; each is told once."""
-        if text not in self.problems:
-            self.problems.append(text)
-
-
-class Clients:
-    """So many that ask one request after the other until they are told to stop."""
-
-    def __init__(self, url: str, requests: Sequence[Asked], report: Report, seed: int) -> None:
-        self._url, self._requests, self._report = url, requests, report
-        self._chance = random.Random(seed)
-        self._expected: list[dict[str, list[Any]]] = []
-        self._stopping = False
-        self.loaded = asyncio.Event()
-        """Cleared while the model is unloaded."""
-        self.loaded.set()
-        self.came = asyncio.Event()
-        """Set by each token of a stream."""
-        self.asking = asyncio.Event()
-        """Set by each request that begins."""
-
-    async def learn(self) -> None:
-        """The answers of a server that nobody disturbs."""
-        self._expected = await asyncio.gather(*(ask(self._url, each) for each in self._requests))
-        again = await asyncio.gather(*(ask(self._url, each) for each in self._requests))
-        self._compare(range(len(again)), again)
-
-    @asynccontextmanager
-    async def at_work(self, number: int) -> AsyncIterator[None]:
-        """While the block runs; then their last answers are waited for."""
-        self._stopping = False
-        clients = [asyncio.create_task(self._work()) for _ in range(number)]
-        try:
-            yield
-        finally:
-            self._stopping = True
-            for done in await asyncio.gather(*clients, return_exceptions=True):
-                if isinstance(done, BaseException):
-                    self._report.problem(f"a client ended: {done!r}")
-
-    async def next(self, event: asyncio.Event) -> None:
-        """Waits until ``event`` is set anew."""
-        event.clear()
-        try:
-            await asyncio.wait_for(event.wait(), SETTLE_SECONDS)
-        except TimeoutError:
-            self._report.problem(f"no client got on for {SETTLE_SECONDS:g} s")
-
-    async def _work(self) -> None:
-        while not self._stopping:
-            await self.loaded.wait()
-            number = self._chance.randrange(len(self._requests))
-            self.asking.set()
-            try:
-                found = await ask(self._url, self._requests[number], self._token)
-            except UnloadedError:
-                self._report.retried += 1
-                await asyncio.sleep(0.2)
-            except AnswerError as error:
-                self._report.failed += 1
-                self._report.problem(str(error))
-            else:
-                self._report.answers += 1
-                self._compare([number], [found])
-
-    def _token(self) -> None:
-        self._report.events += 1
-        self.came.set()
-
-    def _compare(self, numbers: Sequence[int], found: Sequence[dict[str, list[Any]]]) -> None:
-        for number, answer in zip(numbers, found, strict=True):
-            parting = [*differences(self._expected[number], answer)]
-            if parting:
-                self._report.wrong += 1
-                self._report.problem(f"{self._requests[number]}: {'; '.join(parting)}")
 
 
 class Campaign:
@@ -203,8 +62,8 @@ class Campaign:
         url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._url = url
         self._killed: set[int] = set()
-        requests = make_requests(plan.seed)
-        self._clients = Clients(url, requests, self.report, plan.seed)
+        self._requests = make_requests(plan.seed)
+        self._clients = Clients(url, self._requests, self.report, plan.seed)
 
     async def run(self) -> Report:
         """All of it."""
@@ -231,7 +90,8 @@ class Campaign:
                 report.problem("no sequence was preempted: the memory for keys was never full")
             async with self._clients.at_work(self._plan.clients):
                 await self._succeed(self._plan.successions)
-            await self._kill_server()
+            await self._kill_servers(self._plan.server_kills)
+            await self._end()
         except (ExpertdError, AnswerError, RuntimeError) as error:
             report.problem(f"{type(error).__name__}: {error}")
         finally:
@@ -356,31 +216,43 @@ class Campaign:
             await asyncio.to_thread(before.close)
             self._happened("successions")
 
-    async def _kill_server(self) -> None:
-        """Nothing of it stays, though it could not say good-bye."""
-        running = asyncio.gather(
-            *(ask(self._url, each) for each in make_requests(self._plan.seed)[:8]),
-            return_exceptions=True,
-        )
-        await self._until(lambda: bool(self._engines()), "no engine starts")
-        await asyncio.sleep(1)
+    async def _kill_servers(self, times: int) -> None:
+        """Each in the middle of a batch, which the next one goes on with."""
+        expected = await expected_of_batch(self._url, self._requests)
+        batch = await begin_batch(self._url, self._requests)
+        for _ in range(times):
+            await self._until(lambda: bool(self._engines()), "no engine starts")
+            await asyncio.sleep(self._chance.uniform(0, 1.5))
+            processes = self._server.descendants
+            self._server.signal(signal.SIGKILL)
+            await asyncio.to_thread(self._server.wait)
+            await self._until(
+                lambda: not any(map(exists, processes)),  # noqa: B023 - waited for
+                f"processes {processes} outlive their server",
+            )
+            await asyncio.to_thread(self._server.close)
+            self._server = self._new_server()
+            await asyncio.to_thread(self._server.wait_ready)
+            self._happened("servers")
+        for problem in await wrong_in_batch(self._url, batch, expected):
+            self.report.problem(problem)
+
+    async def _end(self) -> None:
+        """In order: nothing of it stays."""
         processes = self._server.descendants
-        self._server.signal(signal.SIGKILL)
-        await asyncio.to_thread(self._server.wait)
-        # Whoever still waits in the socket's backlog would do so for ever.
-        self._listening.close()
-        await running
+        self._server.signal(signal.SIGTERM)
+        if code := await asyncio.to_thread(self._server.wait):
+            self.report.problem(f"the last server ended with {code}")
         await self._until(
             lambda: not any(map(exists, processes)), f"processes {processes} outlive their server"
         )
         await self._until(lambda: not self._sessions(), "sessions outlive their server")
-        self._happened("servers")
 
     # What is looked at
 
     async def _take_stock(self, name: str) -> None:
         if "the model" in name or "daemons" in name:
-            await ask(self._url, make_requests(self._plan.seed)[0])
+            await ask(self._url, self._requests[0])
         await self._until(lambda: len(self._engines()) == 1, "there is not one engine")
         await self._until(lambda: len(self._sessions()) == 1, "there is not one session")
         first = self.report.stocks.get("a few engines died")
@@ -446,18 +318,9 @@ class Campaign:
         arguments += ["--kv-tokens", str(KV_TOKENS), "--max-sequences", "16"]
         arguments += ["--reattach-seconds", str(REATTACH_SECONDS), "--threads", "1"]
         arguments += ["--chat-template", str(self._directory / "chat.jinja")]
+        arguments += ["--state", str(self._directory / "state")]
         return Server(arguments, self._listening)
-
-
-def described_pauses(seconds: Sequence[float]) -> str:
-    """The median and the longest."""
-    if not seconds:
-        return "none"
-    return f"{statistics.median(seconds):.1f} s in the median, {max(seconds):.1f} s at most"
 
 
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-Part = Callable[[int], Awaitable[None]]
