@@ -28,6 +28,7 @@
 #   make gpu-test   the tests that need a GPU, under the host's own python3 (two minutes)
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
+#   make soak-serve  kill a server's engines and daemons under streaming clients (ten minutes)
 #   make conformance  openai-python's own tests against the server, and docs/conformance.md's tables
 #   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
 #   make train   train the example model again (hours)
@@ -41,7 +42,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak conformance architectures train ci clean
+.PHONY: setup native demo test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -160,6 +161,9 @@ soak: setup
 		$(BIN)/python -m tests.campaign --worker-kills 5000 --daemon-kills 500 \
 			--seconds $$(($(SECONDS) / 2)) --restarts $$restarts || exit 1; \
 	done
+
+soak-serve: setup native
+	@$(BIN)/python -m tests.serve_campaign
 
 conformance: setup native
 	@$(BIN)/python -m tests.conformance

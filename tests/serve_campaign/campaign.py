@@ -27,7 +27,7 @@ from tests.serve_campaign.clients import SETTLE_SECONDS, Clients
 from tests.serve_campaign.report import Plan, Report
 from tests.serve_campaign.stock import Stock, take_stock
 
-KV_TOKENS = 2048
+KV_TOKENS = 1280
 """Less than the clients' answers take together: some are preempted."""
 REATTACH_SECONDS = 60
 WARM_KILLS = 5
