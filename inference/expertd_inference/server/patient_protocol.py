@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_SECONDS = 30.0
 """From a connection's beginning, and from each later request's, to the end of its headers."""
@@ -33,6 +33,8 @@ class PatientProtocol(HttpToolsProtocol):
     _ends = False
     _in_head = False
     _head_bytes = 0
+    _answered: RequestResponseCycle | None = None
+    """The request whose turn it is; ``cycle`` is the last that came."""
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - an asyncio.Transport
         """Of asyncio."""
@@ -51,6 +53,7 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Of asyncio."""
         self._settle()
+        self._forget()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -60,7 +63,7 @@ class PatientProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.transport.write(_TOO_LARGE)
-                self.transport.close()
+                self._cut_off()
 
     def on_message_begin(self) -> None:
         """Of httptools."""
@@ -79,8 +82,7 @@ class PatientProtocol(HttpToolsProtocol):
         self._settle()
         self._in_head = False
         if len(self.pipeline) >= MAX_AHEAD:
-            self.pipeline.clear()
-            self.transport.close()
+            self._cut_off()
         if self.transport.is_closing():
             return
         super().on_headers_complete()
@@ -103,7 +105,22 @@ class PatientProtocol(HttpToolsProtocol):
 
     def _close_after(self, seconds: float) -> None:
         self._settle()
-        self._impatient = self.loop.call_later(seconds, self.transport.close)
+        self._impatient = self.loop.call_later(seconds, self._cut_off)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _cut_off(self) -> None:
+        self._forget()
+        self.transport.close()
+
+    def _forget(self) -> None:
+        """Nothing is written to a connection that is closed: uvicorn sees to the last request."""
+        self.pipeline.clear()
+        if self._answered is not None:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def _settle(self) -> None:
         if self._impatient is not None:

@@ -161,6 +161,20 @@ async def test_requests_ahead_of_their_answers() -> None:
             assert (await read_to_the_end(reader)).count(b"HTTP/1.1") < 100
 
 
+async def test_who_leaves_before_their_turn_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is written to a connection that is gone, which uvloop takes for a mistake."""
+    flood = b"GET /flood HTTP/1.1\r\nHost: here\r\n\r\n"
+    async with listening(make()) as address:
+        for _ in range(5):
+            async with connected(address) as (reader, writer):
+                writer.write(flood + b"GET /who HTTP/1.1\r\nHost: here\r\n\r\n")
+                await reader.read(1000)
+        async with httpx2.AsyncClient() as client:
+            url = f"http://{address[0]}:{address[1]}/who"
+            assert (await client.get(url)).status_code == 200
+    assert "Exception in ASGI" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "head",
     [
