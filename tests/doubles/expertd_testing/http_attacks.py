@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 NUM_CONNECTIONS = 2000
 DRIP_SECONDS = 1.0
-_POST = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\n"
+_POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
 class HttpAttack:
@@ -104,7 +104,7 @@ async def reconnecting(attack: HttpAttack) -> None:
 
 async def pipelined(attack: HttpAttack) -> None:
     """Thousands of requests at once, whose answers are read."""
-    many = b"GET /v1/models HTTP/1.1\r\nHost: here\r\n\r\n" * 5000
+    many = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000
     await _flood(attack, lambda: attack.send(many))
 
 

@@ -135,7 +135,9 @@ async def test_a_body_that_nobody_wants_and_that_never_ends(
 ) -> None:
     monkeypatch.setattr(patient_protocol, "LINGER_SECONDS", 0.3)
     async with listening(make()) as address, connected(address) as (reader, writer):
-        writer.write(b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(
+            b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         dripping = asyncio.create_task(_drip(writer, b"1\r\nx\r\n"))
         found = await read_to_the_end(reader)
         dripping.cancel()
@@ -163,11 +165,11 @@ async def test_requests_ahead_of_their_answers() -> None:
 
 async def test_who_leaves_before_their_turn_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is written to a connection that is gone, which uvloop takes for a mistake."""
-    flood = b"GET /flood HTTP/1.1\r\nHost: here\r\n\r\n"
+    flood = b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with listening(make()) as address:
         for _ in range(5):
             async with connected(address) as (reader, writer):
-                writer.write(flood + b"GET /who HTTP/1.1\r\nHost: here\r\n\r\n")
+                writer.write(flood + b"GET /who HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 await reader.read(1000)
         async with httpx2.AsyncClient() as client:
             url = f"http://{address[0]}:{address[1]}/who"
