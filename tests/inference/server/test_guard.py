@@ -19,7 +19,7 @@ from starlette.routing import Route
 from expertd_inference.server import guard, patient_protocol
 from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.front import user_of
-from expertd_inference.server.guard import Guard
+from expertd_inference.server.guard import App, Guard
 from expertd_inference.server.keys import Keys, digest
 from expertd_testing.patience import HANG_SECONDS
 
@@ -115,7 +115,7 @@ async def test_a_request_s_id_comes_back() -> None:
 
 
 @asynccontextmanager
-async def listening(app: Guard) -> AsyncIterator[tuple[str, int]]:
+async def listening(app: App) -> AsyncIterator[tuple[str, int]]:
     config = uvicorn.Config(
         app, port=0, http=patient_protocol.PatientProtocol, lifespan="off", log_level="critical"
     )
