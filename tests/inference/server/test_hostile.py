@@ -165,6 +165,26 @@ async def test_requests_ahead_of_their_answers() -> None:
             assert (await read_to_the_end(reader)).count(b"HTTP/1.1") < 100
 
 
+async def test_what_follows_a_body_is_no_header() -> None:
+    """It could go on without end, and is not what the keys were looked up by."""
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        seen.extend(name for name, _ in scope["headers"])
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with listening(app) as address, connected(address) as (reader, writer):
+        writer.write(
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+            b"1\r\nx\r\n0\r\nX-Late: 1\r\n\r\n"
+        )
+        assert (await read_to_the_end(reader)).startswith(b"HTTP/1.1 204 ")
+    assert seen == [b"transfer-encoding", b"connection"]
+
+
 def test_who_leaves_before_their_turn_is_forgotten() -> None:
     """Nothing is written to a connection that is gone, which uvloop takes for a mistake."""
     failures: list[Exception] = []
