@@ -31,6 +31,8 @@ class Family:
 
     A chat template with all of one of ``signs`` is of this family. An assistant's message follows
     one of ``anchors``. ``inside`` are tokens that ``read`` needs beside the regions' markers.
+    ``after_reasoning`` stands between reasoning and what follows, ``before_content`` before
+    content, where a model does not write it without.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Family:
     anchors: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     new_id: Callable[[], str] = call_id
+    after_reasoning: str = ""
+    before_content: str = ""
 
     def markers(self, *, tools: bool) -> set[str]:
         """All texts that mean something, with or without calls of tools."""
@@ -106,6 +110,8 @@ FAMILIES = (
         signs=(("<|channel|>", "<|message|>"),),
         anchors=("<|start|>assistant",),
         inside=("<|constrain|>", "<|channel|>", "<|message|>"),
+        after_reasoning="<|start|>assistant",
+        before_content="<|channel|>final<|message|>",
     ),
     Family(
         "gemma4",
