@@ -55,14 +55,16 @@ def chat(http: httpx2.Client, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("choice", ["required", LOOK, ALLOWED], ids=["any", "named", "allowed"])
-def test_a_chat_calls_what_it_has_to(choice: Any, http: httpx2.Client) -> None:
-    for one in chat(http, tool_choice=choice, n=2)["choices"]:
+@pytest.mark.parametrize("model", ["example", "coder", "mistral", "gemma"])
+def test_a_chat_calls_what_it_has_to(model: str, choice: Any, http: httpx2.Client) -> None:
+    for one in chat(http, tool_choice=choice, n=2, model=model)["choices"]:
         check_choice(one, ("look", "go") if choice == "required" else ("look",))
 
 
-def test_a_stream_has_the_same_calls(http: httpx2.Client) -> None:
-    (choice,) = chat(http)["choices"]
-    events = stream(http, "/v1/chat/completions", CHAT)
+@pytest.mark.parametrize("model", ["example", "coder", "mistral", "gemma"])
+def test_a_stream_has_the_same_calls(model: str, http: httpx2.Client) -> None:
+    (choice,) = chat(http, model=model)["choices"]
+    events = stream(http, "/v1/chat/completions", {**CHAT, "model": model})
     deltas = [one["choices"][0]["delta"] for one in events]
     calls = [call for delta in deltas for call in delta.get("tool_calls") or []]
     wanted = [call["function"] for call in choice["message"]["tool_calls"]]
@@ -71,12 +73,22 @@ def test_a_stream_has_the_same_calls(http: httpx2.Client) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_a_call_that_is_cut_is_content(http: httpx2.Client) -> None:
-    (choice,) = chat(http, max_tokens=16)["choices"]
+@pytest.mark.parametrize(
+    ("model", "begun"),
+    [
+        ("example", '<tool_call>\n{"name": '),
+        ("coder", "<tool_call>\n<function="),
+        ("mistral", '[TOOL_CALLS] [{"name'),
+        ("gemma", "<|tool_call>call:"),
+    ],
+)
+def test_a_call_that_is_cut_is_content(model: str, begun: str, http: httpx2.Client) -> None:
+    body = {"model": model, "max_tokens": 20}
+    (choice,) = chat(http, **body)["choices"]
     assert choice["finish_reason"] == "length"
-    assert choice["message"]["content"].startswith('<tool_call>\n{"name": ')
+    assert choice["message"]["content"].startswith(begun)
     assert "tool_calls" not in choice["message"]
-    events = stream(http, "/v1/chat/completions", {**CHAT, "max_tokens": 16})
+    events = stream(http, "/v1/chat/completions", {**CHAT, **body})
     assert text_of(events) == choice["message"]["content"]
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
