@@ -19,9 +19,9 @@ _named: set[tuple[str, str]] = set()
 
 
 async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], None]) -> BodyT:
-    """The request's JSON as a ``kind``; ``say`` is told once of each field that means nothing here.
+    """The request's JSON as a ``kind``; ``say`` is told once of each field without an effect.
 
-    ``idle`` of a kind are fields that are known to have no effect. Raises ApiError for anything else.
+    ``idle`` of a kind are those that are known to have none. Raises ApiError for anything else.
     """
     length = request.headers.get("content-length", "")
     most = request.app.state.front.max_body_bytes
