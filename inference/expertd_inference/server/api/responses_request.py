@@ -45,7 +45,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     idle: ClassVar = frozenset(
         {
             *("max_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
-            *("safety_identifier", "service_tier", "user"),
+            *("safety_identifier", "service_tier", "user", "stream_options"),
         }
     )
     input: str | list[Item] | None = None
@@ -117,7 +117,7 @@ def openai_fields(body: ResponsesRequest, earlier: Sequence[Item]) -> dict[str, 
         messages.insert(0, {"role": "system", "content": body.instructions})
     text = body.text or TextConfig()
     reasoning = body.reasoning or Reasoning()
-    fields = {
+    fields: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
         "max_completion_tokens": body.max_output_tokens,
@@ -133,8 +133,8 @@ def openai_fields(body: ResponsesRequest, earlier: Sequence[Item]) -> dict[str, 
     fields |= {name: getattr(body, name) for name in _VLLM}
     if body.tools:
         fields["tools"] = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(body.tools)]
-        fields["tool_choice"] = _tool_choice(body.tool_choice)
-        fields["parallel_tool_calls"] = body.parallel_tool_calls
+    fields["tool_choice"] = _tool_choice(body.tool_choice)
+    fields["parallel_tool_calls"] = body.parallel_tool_calls
     return fields
 
 

@@ -66,9 +66,14 @@ def _markers_of(region: Region) -> tuple[str, ...]:
     return (*region.opens, *region.closes, *region.until)
 
 
-def _calls(opens: str | tuple[str, ...], *closes: str, until: tuple[str, ...] = ()) -> Region:
+def _calls(
+    opens: str | tuple[str, ...],
+    *closes: str,
+    until: tuple[str, ...] = (),
+    in_json: bool = False,
+) -> Region:
     opens = (opens,) if isinstance(opens, str) else opens
-    return Region(Kind.CALLS, opens, closes, until, of_tools=True)
+    return Region(Kind.CALLS, opens, closes, until, of_tools=True, in_json=in_json)
 
 
 def _marks(*markers: str, of_tools: bool = False) -> Region:
@@ -100,6 +105,7 @@ FAMILIES = (
                 ),
                 *("<|call|>", "<|end|>"),
                 until=("<|start|>",),
+                in_json=True,
             ),
             _marks(
                 *("<|channel|>final<|message|>", "<|channel|>commentary<|message|>"),
@@ -140,7 +146,7 @@ FAMILIES = (
         "deepseek",
         (
             _think(*("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")),
-            _calls("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
+            _calls("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", in_json=True),
             _marks("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", of_tools=True),
         ),
         calls.deepseek_call,
@@ -152,7 +158,7 @@ FAMILIES = (
         "kimi",
         (
             _think(*("<|tool_calls_section_begin|>", "<|tool_call_begin|>")),
-            _calls("<|tool_call_begin|>", "<|tool_call_end|>"),
+            _calls("<|tool_call_begin|>", "<|tool_call_end|>", in_json=True),
             _marks("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", of_tools=True),
         ),
         calls.kimi_call,
@@ -171,7 +177,7 @@ FAMILIES = (
         "mistral",
         (
             Region(Kind.REASONING, ("[THINK]",), ("[/THINK]",)),
-            _calls("[TOOL_CALLS]", until=("[TOOL_CALLS]",)),
+            _calls("[TOOL_CALLS]", until=("[TOOL_CALLS]",), in_json=True),
         ),
         calls.mistral_calls,
         signs=(("[TOOL_CALLS]",), ("[THINK]",)),
@@ -183,7 +189,7 @@ FAMILIES = (
         "hunyuan",
         (
             _think("<tool_calls>"),
-            _calls("<tool_calls>", "</tool_calls>"),
+            _calls("<tool_calls>", "</tool_calls>", in_json=True),
             _marks("<answer>", "</answer>"),
         ),
         calls.hunyuan_calls,
@@ -219,14 +225,14 @@ FAMILIES = (
     ),
     Family(
         "hermes",
-        (_think("<tool_call>"), _calls("<tool_call>", "</tool_call>")),
+        (_think("<tool_call>"), _calls("<tool_call>", "</tool_call>", in_json=True)),
         signs=(("<tool_call>",),),
         anchors=(_CHATML, "<|start_of_role|>assistant<|end_of_role|>"),
     ),
     Family(
         "llama3",
         (
-            _calls("<|python_tag|>", "<|eom_id|>", "<|eot_id|>"),
+            _calls("<|python_tag|>", "<|eom_id|>", "<|eot_id|>", in_json=True),
             Region(
                 Kind.CALLS,
                 ('{"name"', '{ "name"', '{\n  "name"', '{"type": "function"', '{"function"'),
