@@ -25,10 +25,10 @@ from expertd_inference.server.front import MAX_BODY_BYTES, Front
 from expertd_inference.server.guard import Guard
 from expertd_inference.server.hosting.catalog import Catalog
 from expertd_inference.server.hosting.engine_child import EngineSpec
-from expertd_inference.server.hosting.variants import read_variants
 from expertd_inference.server.keys import Keys
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_inference.server.patient_protocol import PatientProtocol
+from expertd_inference.server.variants import read_variants
 from expertstore.errors import InvalidInputError
 
 BACKLOG = 2048
@@ -42,7 +42,7 @@ class ServerSettings:
 
     ``port`` 0 takes a free one. ``preload`` names models whose engines start at once; the only
     model of a daemon does anyway. ``variants`` is a file of models with other defaults
-    (:mod:`.hosting.variants`). ``chat_format`` is how answers have reasoning and calls of
+    (:mod:`.variants`). ``chat_format`` is how answers have reasoning and calls of
     tools; None finds out by the template. With ``request_templates`` requests may bring their own
     template, which is a program. An engine without requests for ``idle_seconds`` ends;
     None keeps it. On its end the server waits for ``drain_seconds`` until answers are complete.

@@ -6,7 +6,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from expertd_inference.server.hosting.variants import read_variants
+from expertd_inference.server.variants import read_variants
 from expertstore.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "Once"}]

@@ -35,7 +35,7 @@ from expertd_inference.server.chat.prompt import Chat, prompt_of
 from expertd_inference.server.front import front_of, new_id, now, user_of
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
-from expertd_inference.server.hosting.variants import Variant
+from expertd_inference.server.variants import Variant
 
 
 class ChatRequest(SamplingFields, kw_only=True):

@@ -9,7 +9,7 @@ from expertd_inference.engine.token import Token
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.api.grammar_fields import GrammarFields
 from expertd_inference.server.hosting.model_text import ModelText
-from expertd_inference.server.hosting.variants import Variant
+from expertd_inference.server.variants import Variant
 from expertd_inference.settings import GenerationSettings
 
 MAX_CHOICES = 128

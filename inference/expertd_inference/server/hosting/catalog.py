@@ -11,8 +11,8 @@ from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
-from expertd_inference.server.hosting.variants import NO_VARIANT, Variant
 from expertd_inference.server.metrics import ServerMetrics
+from expertd_inference.server.variants import NO_VARIANT, Variant
 from expertstore.errors import ExpertdError, NotFoundError
 
 LIST_SECONDS = 1.0
