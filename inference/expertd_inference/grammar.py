@@ -56,13 +56,13 @@ class GrammarSpec:
     """The texts that a sequence may have: ``kind`` says what ``text`` is.
 
     :func:`grammar_of_json_schema` and the others below make it from what a program has. Unless it
-    is empty, ``opening`` has a rule of that name, in Lark, for a text that comes first. Raises
-    InvalidInputError for a kind that there is not.
+    is empty, ``frame`` is a grammar in Lark of the whole text, in which ``@inner`` stands for this
+    one. Raises InvalidInputError for a kind that there is not.
     """
 
     kind: GrammarKind
     text: str = ""
-    opening: str = ""
+    frame: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,7 +75,7 @@ class GrammarSpec:
         PreconditionError if llguidance is not installed.
         """
         library()
-        if CHECKED_BYTES < len(self.text) <= MAX_BYTES:
+        if CHECKED_BYTES < len(self.text) + len(self.frame) <= MAX_BYTES:
             return
         is_wrong, reasons = library().LLMatcher.validate_grammar_with_warnings(
             source_of(self), limits=limits()
@@ -114,7 +114,7 @@ def grammar_of_text(text: str) -> GrammarSpec:
 
 def source_of(spec: GrammarSpec) -> str:
     """The grammar as llguidance reads it. Raises InvalidInputError for what is none."""
-    num_bytes = len(spec.text.encode(errors="surrogatepass"))
+    num_bytes = len((spec.text + spec.frame).encode(errors="surrogatepass"))
     if num_bytes > MAX_BYTES:
         raise InvalidInputError(
             f"The {_NAMES[spec.kind]} has {num_bytes} bytes; give at most {MAX_BYTES}."
@@ -122,7 +122,7 @@ def source_of(spec: GrammarSpec) -> str:
     try:
         spec.text.encode()
         made = _source(spec, library().LLMatcher)
-        return _opened(made, spec.opening) if spec.opening else made
+        return _framed(made, spec.frame) if spec.frame else made
     except (ExpertdError, MemoryError):
         raise
     except Exception as error:  # the converter of GBNF has several kinds, plain Exception too
@@ -189,13 +189,12 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
     return made
 
 
-def _opened(source: str, opening: str) -> str:
-    """With a text of the rule ``opening`` first."""
+def _framed(source: str, frame: str) -> str:
+    """``frame`` around it."""
     is_lark = not source.startswith("{")  # which is no rule
     inner = [{"lark_grammar": source}] if is_lark else msgspec.json.decode(source)["grammars"]
     inner[0]["name"] = "inner"
-    first = {"name": "opened", "lark_grammar": f"start: opening @inner\n{opening}\n"}
-    return _json({"grammars": [first, *inner]})
+    return _json({"grammars": [{"name": "framed", "lark_grammar": frame}, *inner]})
 
 
 def _json(value: object) -> str:

@@ -47,6 +47,15 @@ def serve(
         list[str] | None,
         typer.Option(help="Serve a model under another name, too.", metavar="ALIAS=NAME"),
     ] = None,
+    variants: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file of models under names of their own with other defaults, such as a "
+            "system prompt, a temperature, or thinking off.",
+            metavar="FILE",
+            readable=False,
+        ),
+    ] = None,
     idle_seconds: Annotated[
         float | None,
         typer.Option(
@@ -175,6 +184,7 @@ def serve(
         port=port,
         preload=tuple(preload or ()),
         aliases=_aliases(alias or []),
+        variants=variants,
         chat_template=chat_template,
         chat_format=chat_format,
         request_templates=request_templates,

@@ -70,6 +70,7 @@ def make_app(front: Front) -> Starlette:
         *_both("/responses/input_tokens", responses.count_input_tokens, "POST"),
         *_both("/responses/{id}", responses.get_response, "GET"),
         *_both("/responses/{id}", responses.delete_response, "DELETE"),
+        *_both("/responses/{id}/input_items", responses.input_items, "GET"),
         *_both("/responses/{id}/cancel", responses.cancel_response, "POST"),
         *_both("/messages", anthropic.messages, "POST"),
         *_both("/messages/count_tokens", anthropic.count_tokens, "POST"),

@@ -70,7 +70,8 @@ class Guard:
             self._check_origin(headers)
             self._check_key(scope, headers)
         except ApiError as error:
-            await _refuse(error, scope["path"], sending)
+            names = {name.decode("latin-1") for name in headers}
+            await _refuse(error.body_for(scope["path"], names), error, sending)
             return
         await self._app(scope, receive, sending)
 
@@ -164,8 +165,8 @@ def _sending(send: Send, identity: bytes) -> Send:
     return sending
 
 
-async def _refuse(error: ApiError, path: str, send: Send) -> None:
-    body = msgspec.json.encode(error.body_for(path))
+async def _refuse(said: dict[str, Any], error: ApiError, send: Send) -> None:
+    body = msgspec.json.encode(said)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

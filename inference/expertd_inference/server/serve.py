@@ -28,6 +28,7 @@ from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.keys import Keys
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_inference.server.patient_protocol import PatientProtocol
+from expertd_inference.server.variants import read_variants
 from expertstore.errors import InvalidInputError
 
 BACKLOG = 2048
@@ -40,7 +41,8 @@ class ServerSettings:
     """Where a server listens, and what it serves.
 
     ``port`` 0 takes a free one. ``preload`` names models whose engines start at once; the only
-    model of a daemon does anyway. ``chat_format`` is how answers have reasoning and calls of
+    model of a daemon does anyway. ``variants`` is a file of models with other defaults
+    (:mod:`.variants`). ``chat_format`` is how answers have reasoning and calls of
     tools; None finds out by the template. With ``request_templates`` requests may bring their own
     template, which is a program. An engine without requests for ``idle_seconds`` ends;
     None keeps it. On its end the server waits for ``drain_seconds`` until answers are complete.
@@ -54,6 +56,7 @@ class ServerSettings:
     port: int = 8080
     preload: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    variants: Path | None = None
     chat_template: Path | None = None
     chat_format: str | None = None
     request_templates: bool = False
@@ -104,6 +107,7 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
     catalog = Catalog(
         spec,
         aliases=settings.aliases,
+        variants=read_variants(settings.variants),
         template=read_template(settings.chat_template),
         chat_format=settings.chat_format,
         idle_seconds=settings.idle_seconds,

@@ -112,10 +112,9 @@ class RecitedCatalog:
         """It alone."""
         return [self._entry]
 
-    def aliases_of(self, name: str) -> list[str]:
-        """None."""
-        del name
-        return []
+    def named(self, entry: Entry) -> dict[str, Entry]:
+        """It alone."""
+        return {entry.name: entry}
 
 
 def reciting_client(pack: Path, model: RecitedModel) -> httpx2.AsyncClient:

@@ -148,7 +148,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 
 
 def test_an_error_is_a_sentence_and_not_the_end(terminal: Terminal, model: RecitedModel) -> None:
-    model.text.tokenizer.chat_template = "{{ raise_exception('No.') }}"
+    model.text.chat_template = "{{ raise_exception('No.') }}"
     terminal.type("One?\n")
     assert "does not take these messages: No;" in terminal.until("\n> ")
     terminal.type("/exit\n")

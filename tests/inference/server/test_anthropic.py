@@ -91,10 +91,8 @@ def test_the_beginning_of_an_answer_is_continued(
 
 def test_models_are_listed_in_its_form_too(client: anthropic.Anthropic) -> None:
     page = client.models.list()
-    assert [(model.id, model.display_name) for model in page] == [
-        ("example", "example"),
-        ("alias", "alias"),
-    ]
+    listed = {(model.id, model.display_name) for model in page}
+    assert {("example", "example"), ("alias", "alias")} <= listed
     assert client.models.retrieve("alias").type == "model"
 
 

@@ -10,19 +10,8 @@ import pytest
 
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.engine import Engine
-from expertd_inference.grammar import (
-    GrammarSpec,
-    grammar_of_choice,
-    grammar_of_json_schema,
-    grammar_of_regex,
-    grammar_of_text,
-)
-from expertd_inference.server.chat.call_grammar import (
-    CallForm,
-    TaggedForm,
-    after_reasoning,
-    grammar_of_calls,
-)
+from expertd_inference.grammar import GrammarKind, GrammarSpec
+from expertd_inference.server.chat.call_grammar import CallForm, TaggedForm, rules_of_calls
 from expertd_inference.settings import GenerationSettings
 from expertd_testing.tiny_models import byte_tokenizer
 from tests.inference.engine.toy import END, ToyWorker
@@ -58,6 +47,11 @@ def written(engine: Engine, spec: GrammarSpec, **more: Any) -> Iterator[str]:
             tokens = [*stream]
         assert tokens[-1].finish_reason == "stop"
         yield "".join(token.text for token in tokens)
+
+
+def grammar_of_calls(*arguments: Any, **more: Any) -> GrammarSpec:
+    rules = rules_of_calls(*arguments, **more)
+    return GrammarSpec(GrammarKind.LARK, "\n".join(["start: calls", *rules]))
 
 
 def check_call(name: str, arguments: str) -> None:
@@ -108,7 +102,7 @@ def test_several_calls_in_a_list_behind_a_special_token(engine: Engine) -> None:
     assert max(numbers) > 1
 
 
-@pytest.mark.parametrize("end", ["</", "\n<|end|>"], ids=["text", "special"])
+@pytest.mark.parametrize("end", ["</", "~<|end|>"], ids=["text", "special"])
 def test_arguments_between_tags(end: str, engine: Engine) -> None:
     schema = {
         "properties": {
@@ -126,47 +120,18 @@ def test_arguments_between_tags(end: str, engine: Engine) -> None:
         argument_closing=end,
         schema=schema,
         closing="</f>",
+        tags=("</",),
     )
     spec = grammar_of_calls([form], SPECIAL)
-    towards = dict.fromkeys([*BYTES("</").input_ids, END], 9.0)
+    towards = dict.fromkeys([*BYTES("</~").input_ids, END], 9.0)
     for text in written(engine, spec, logit_bias={**CLOSING, **towards}):
         body = text.removeprefix("<f=look>").removesuffix("</f>")
-        # A text that a special token ends may have the line break or not.
-        ending = "</" if end == "</" else r"\n?<\|end\|>"
+        ending = re.escape(end)
         found = re.findall(rf"<p=(\w+)>(.*?){ending}", body, re.DOTALL)
-        if end == "</":
-            assert "".join(f"<p={key}>{value}</" for key, value in found) == body
+        assert "".join(f"<p={key}>{value}{end}" for key, value in found) == body
         given = dict(found)
         assert [*given] == [key for key in schema["properties"] if key in given]
         assert {"city", "unit"} <= given.keys()
         assert given["unit"] in {"day", "night"}
         assert 1 <= int(given.get("days", 1)) <= 9
         assert json.loads(given.get("where", "[]")) in ([], [None])
-
-
-@pytest.mark.parametrize("end", ["<|end|>", "</"], ids=["special", "text"])
-@pytest.mark.parametrize(
-    ("spec", "pattern"),
-    [
-        (grammar_of_calls(forms("NAME(", ")"), SPECIAL), r"(look|stop/now)\((.*)\)"),
-        (grammar_of_json_schema(TOOLS["look"]), r"()(\{.*\})"),
-        (grammar_of_regex("[ab]{3}"), "[ab]{3}"),
-        (grammar_of_choice(["yes", "no"]), "yes|no"),
-        (grammar_of_text('root ::= "a" | "b"'), "a|b"),
-    ],
-    ids=["calls", "schema", "regex", "choice", "gbnf"],
-)
-def test_reasoning_may_come_first(
-    spec: GrammarSpec, pattern: str, end: str, engine: Engine
-) -> None:
-    # Else the end comes once in many thousand bytes.
-    towards = dict.fromkeys([*BYTES("</").input_ids, END], 9.0)
-    reasoned = after_reasoning(spec, end, SPECIAL)
-    reasoned.check()
-    for text in written(engine, reasoned, logit_bias={**CLOSING, **towards}):
-        _, found, rest = text.partition(end)
-        assert found
-        match = re.fullmatch(pattern, rest, re.DOTALL)
-        assert match, text
-        if match.groups():
-            check_call(match[1] or "look", match[2])

@@ -56,6 +56,19 @@ def test_a_chat_answers_with_json_of_a_schema_streamed_or_not(http: httpx2.Clien
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_format_holds_after_reasoning_that_the_prompt_began(http: httpx2.Client) -> None:
+    body = {**CHAT, "model": "thinks", "response_format": FORMAT, "max_tokens": 30}
+    message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert re.search("[a-z]{3}", message["reasoning_content"])
+    assert message["content"] == ""
+    # What comes after reasoning is in the format at once.
+    tokens = http.post("/tokenize", json={"content": "</think>"}).json()["tokens"]
+    biased = {**body, "logit_bias": dict.fromkeys(tokens, 100), "max_tokens": 300}
+    choice = http.post("/v1/chat/completions", json=biased).json()["choices"][0]
+    if choice["message"]["content"]:
+        check_pet(choice["message"]["content"])
+
+
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [

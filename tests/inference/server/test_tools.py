@@ -9,6 +9,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from expertd_inference.grammar import GrammarSpec
+from expertd_inference.server.chat.recognition import family_of
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_testing.recital import RecitedModel, make_tokenizer, reciting_client
 from tests.inference.server.chat.recorded import RECORDED, TOOLS
@@ -168,6 +170,55 @@ async def test_a_call_s_result_goes_back_to_the_model(recital: Recital) -> None:
     assert recital.model.prompts[1].count("<|im_start|>tool\n12 °C") == 2
 
 
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a"]}}}
+STRICT = [{**TOOLS[1], "function": {**TOOLS[1]["function"], "strict": True}}]
+
+
+async def grammar_of(recital: Recital, **body: Any) -> GrammarSpec | None:
+    await recital.ask("Yes.", **body)
+    return recital.model.settings[-1].grammar
+
+
+async def test_which_grammar_an_answer_has(recital: Recital) -> None:
+    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert await grammar_of(recital, tools=TOOLS, **thinks) is None
+    for begun, prelude in (({}, "prelude: ("), (thinks, "prelude: reasoning")):
+        required = await grammar_of(recital, tools=TOOLS, tool_choice="required", **begun)
+        assert required is not None
+        assert "start: prelude calls\n" in required.text
+        assert prelude in required.text
+        content = await grammar_of(recital, response_format=FORMAT, **begun)
+        assert content is not None
+        assert content.kind == "json_schema"
+        assert prelude in content.frame
+        assert "calls" not in content.frame
+        either = await grammar_of(recital, response_format=FORMAT, tools=TOOLS, **begun)
+        assert either is not None
+        assert "( @inner | calls)" in either.frame
+    text = await grammar_of(recital, tools=STRICT)
+    assert text is not None
+    assert "start: TEXT?" in text.text
+    assert await grammar_of(recital, tools=STRICT, tool_choice="none") is None
+
+
+async def test_a_format_holds_from_the_first_token_where_none_reasons(gemma: Recital) -> None:
+    grammar = await grammar_of(gemma, response_format=FORMAT)
+    assert grammar is not None
+    gemma.model.text.chat_format = "plain"
+    family_of.cache_clear()
+    grammar = await grammar_of(gemma, response_format=FORMAT)
+    assert grammar is not None
+    assert not grammar.frame
+
+
+async def test_a_model_that_knows_no_calls_writes_those_of_another(recital: Recital) -> None:
+    recital.model.text.chat_format = "plain"
+    answer = await recital.ask(HERMES.text, tools=TOOLS, tool_choice="required")
+    assert calls_of(answer["choices"][0]["message"]) == [*HERMES.calls]
+    answer = await recital.ask(HERMES.text, tools=TOOLS)
+    assert answer["choices"][0]["message"]["content"] == HERMES.text
+
+
 @pytest.mark.parametrize(
     ("choice", "offered"),
     [
@@ -202,6 +253,10 @@ async def test_a_choice_of_tools(recital: Recital, choice: Any, offered: str | N
     [
         ({"tools": [{"type": "custom"}]}, "tools[0].type is 'custom'"),
         ({"tools": [{"type": "function"}]}, "tools[0].function has no name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "give one without spaces, quotes and brackets",
+        ),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]},
             "tools[0].function.parameters is no JSON schema",

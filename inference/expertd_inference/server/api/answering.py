@@ -38,7 +38,7 @@ class Answering:
         self.finish_reason: FinishReason | None = None
         self.stop: str | None = None
         self.counter = Counter([self.prompt])
-        most = body.max_completion_tokens
+        most = body.most_tokens
         asked = body.settings(
             text,
             NO_LIMIT if most is None else most,
@@ -89,6 +89,7 @@ async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:
     """The answer to a chat in OpenAI's fields. Raises ApiError and ExpertdError."""
     body = chat_request(fields)
     entry, text = await front.model(body.model)
+    body.fill(entry.variant)
     return await asyncio.to_thread(
         lambda: Answering(entry, text, body, prompt_of(text, chat_of(body)))
     )
@@ -98,4 +99,5 @@ async def continuing(front: Front, prompt: str, fields: Mapping[str, Any]) -> An
     """As :func:`answering`, but of a text that no template changes."""
     body = chat_request(fields)
     entry, text = await front.model(body.model)
+    body.fill(entry.variant)
     return await asyncio.to_thread(lambda: Answering(entry, text, body, text.encode(prompt)))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -11,9 +11,24 @@ from expertd_inference.server.api.errors import ApiError, unsupported
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
+class Thinking(msgspec.Struct, kw_only=True):
+    """Whether to think, and whether its text is wanted."""
+
+    idle: ClassVar = frozenset({"budget_tokens"})
+    type: str | None = None
+    budget_tokens: int | None = None
+    display: str | None = None
+
+
 class MessagesRequest(msgspec.Struct, kw_only=True):
     """The body of ``/v1/messages``, and of ``count_tokens``, which has no ``max_tokens``."""
 
+    idle: ClassVar = frozenset(
+        {
+            *("metadata", "service_tier", "inference_geo", "context_management", "cache_control"),
+            "speed",
+        }
+    )
     messages: list[dict[str, Any]]
     model: str | None = None
     max_tokens: int | None = None
@@ -25,11 +40,11 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    thinking: Thinking | None = None
     output_config: dict[str, Any] | None = None
     container: Any = None
     mcp_servers: list[Any] | None = None
-    # These change nothing here, and are no surprise.
+    # These are idle.
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     inference_geo: str | None = None
@@ -40,7 +55,7 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     @property
     def shows_thinking(self) -> bool:
         """Whether the text of thinking is wanted."""
-        return (self.thinking or {}).get("display") != "omitted"
+        return self.thinking is None or self.thinking.display != "omitted"
 
 
 def openai_fields(body: MessagesRequest) -> dict[str, Any]:
@@ -61,7 +76,7 @@ def openai_fields(body: MessagesRequest) -> dict[str, Any]:
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": body.top_k,
-        **_thinking(body.thinking or {}),
+        **_thinking(body.thinking),
         **_output(body.output_config or {}),
     }
     if messages and messages[-1]["role"] == "assistant":
@@ -69,7 +84,8 @@ def openai_fields(body: MessagesRequest) -> dict[str, Any]:
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if body.tools:
         fields["tools"] = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(body.tools)]
-        fields |= _tool_choice(body.tool_choice or {"type": "auto"})
+    if body.tool_choice is not None:
+        fields |= _tool_choice(body.tool_choice)
     return fields
 
 
@@ -212,10 +228,9 @@ def _tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _thinking(thinking: dict[str, Any]) -> dict[str, Any]:
+def _thinking(thinking: Thinking | None) -> dict[str, Any]:
     """Whether to think is the template's to do; how long the model thinks is its own affair."""
-    kind = thinking.get("type")
-    if kind is None:
+    if thinking is None or (kind := thinking.type) is None:
         return {}
     if kind not in ("enabled", "disabled", "adaptive"):
         raise ApiError(

@@ -21,7 +21,12 @@ from expertd_inference.server.api.chat_answer import (
 )
 from expertd_inference.server.api.continuing import Counter, Usage, interleaved, read_all
 from expertd_inference.server.api.errors import ApiError, unsupported
-from expertd_inference.server.api.logprobs import ChatLogprobs, chat_logprob
+from expertd_inference.server.api.logprobs import (
+    ChatLogprobs,
+    PromptLogprobs,
+    chat_logprob,
+    prompt_logprobs,
+)
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sampling_fields import NO_LIMIT, SamplingFields
 from expertd_inference.server.api.sse import DONE, event, stream_events
@@ -30,6 +35,7 @@ from expertd_inference.server.chat.prompt import Chat, prompt_of
 from expertd_inference.server.front import front_of, new_id, now, user_of
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.server.variants import Variant
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -53,6 +59,28 @@ class ChatRequest(SamplingFields, kw_only=True):
     function_call: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
+    @property
+    def most_tokens(self) -> int | None:
+        """How many may come; None for what there is room for."""
+        most = self.max_completion_tokens
+        return self.max_tokens if most is None else most
+
+    def fill(self, variant: Variant) -> None:
+        """Gives what is not given the variant's values."""
+        SamplingFields.fill(self, variant)
+        arguments = {**variant.chat_template_kwargs}
+        if self.reasoning_effort is None:
+            self.reasoning_effort = variant.reasoning_effort
+        else:
+            # A request that says how much to think says whether to.
+            for name in ("reasoning_effort", "enable_thinking"):
+                arguments.pop(name, None)
+        self.chat_template_kwargs = {**arguments, **(self.chat_template_kwargs or {})}
+        roles = {message.get("role") for message in self.messages}
+        if variant.system is not None and self.messages and not roles & {"system", "developer"}:
+            system = {"role": "system", "content": variant.system}
+            self.messages = [system, *self.messages]
+
 
 async def chat(request: Request) -> Response:
     """The route."""
@@ -60,6 +88,7 @@ async def chat(request: Request) -> Response:
     body = await read_body(request, ChatRequest, front.say)
     front.check_template(body.chat_template)
     entry, text = await front.model(body.model)
+    body.fill(entry.variant)
     answering = await asyncio.to_thread(_Chat, entry, text, body)
     user = user_of(request)
     if body.stream:
@@ -105,8 +134,7 @@ class _Chat:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
         self._chat = prompt_of(text, chat_of(body))
         self._prompt = body.cut(self._chat.tokens)
-        most = body.max_completion_tokens
-        most = body.max_tokens if most is None else most
+        most = body.most_tokens
         self._asked = body.settings(
             text,
             NO_LIMIT if most is None else most,
@@ -124,6 +152,7 @@ class _Chat:
     async def answer(self, user: str) -> ChatAnswer:
         """All at once."""
         choices = []
+        known: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
         for index, tokens in enumerate(await read_all(self._begin(user))):
             reader = self._chat.reader(self._asked)
             pieces = [self._read(reader, token) for token in tokens]
@@ -134,8 +163,10 @@ class _Chat:
                     self._logprobs(tokens),
                     reader.finish_reason,
                     self._ids(tokens),
+                    self._body.stop_of(tokens[-1]),
                 )
             )
+            known = known or self._prompt_logprobs(tokens[0])
         return ChatAnswer(
             self._id,
             "chat.completion",
@@ -143,6 +174,8 @@ class _Chat:
             self._entry.name,
             choices,
             self._counter.usage,
+            prompt_token_ids=self._prompt_ids,
+            prompt_logprobs=known,
         )
 
     async def events(self, user: str) -> AsyncGenerator[bytes]:
@@ -152,14 +185,19 @@ class _Chat:
         async with aclosing(interleaved(self._begin(user))) as tokens:
             async for index, token in tokens:
                 if index not in readers:
+                    known = msgspec.UNSET if readers else self._prompt_logprobs(token)
+                    ids = msgspec.UNSET if readers else self._prompt_ids
                     readers[index] = self._chat.reader(self._asked)
-                    yield self._chunk(index, Delta("assistant", ""))
+                    begun = ChunkChoice(index, Delta("assistant", ""), None, None)
+                    yield event(self._answer([begun], self._usage, ids, known))
                 reader = readers[index]
                 num_before = reader.num_calls
                 piece = self._read(reader, token)
-                yield self._chunk(index, delta_of(piece, num_before), [token])
+                yield self._chunk(index, delta_of(piece, num_before), token)
                 if reader.finish_reason is not None:
-                    yield self._chunk(index, Delta(), reason=reader.finish_reason)
+                    ending = ChunkChoice(index, Delta(), None, reader.finish_reason)
+                    ending.stop_reason = self._body.stop_of(token)
+                    yield event(self._answer([ending], self._usage))
         if wanted.include_usage:
             yield event(self._answer([], self._counter.usage))
         yield DONE
@@ -171,25 +209,47 @@ class _Chat:
         self._counter.num_reasoning_tokens += reader.num_reasoning_tokens - num_before
         return piece
 
-    def _chunk(
-        self, index: int, delta: Delta, tokens: list[Token] | None = None, reason: str | None = None
-    ) -> bytes:
+    def _chunk(self, index: int, delta: Delta, token: Token) -> bytes:
+        choice = ChunkChoice(index, delta, self._logprobs([token]), None, self._ids([token]))
+        return event(self._answer([choice], self._usage))
+
+    @property
+    def _usage(self) -> Usage | msgspec.UnsetType | None:
+        """Of a piece that is not the last."""
         wanted = self._body.usage
-        usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
         if wanted.continuous_usage_stats:
-            usage = self._counter.usage
-        elif wanted.include_usage:
-            usage = None
-        logprobs = None if tokens is None else self._logprobs(tokens)
-        ids = msgspec.UNSET if tokens is None else self._ids(tokens)
-        return event(self._answer([ChunkChoice(index, delta, logprobs, reason, ids)], usage))
+            return self._counter.usage
+        return None if wanted.include_usage else msgspec.UNSET
 
     def _answer(
-        self, choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None
+        self,
+        choices: list[ChunkChoice],
+        usage: Usage | msgspec.UnsetType | None,
+        prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET,
+        known: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET,
     ) -> ChatAnswer:
+        """A piece of it; the first one has what there is of the prompt."""
         return ChatAnswer(
-            self._id, "chat.completion.chunk", self._created, self._entry.name, choices, usage
+            self._id,
+            "chat.completion.chunk",
+            self._created,
+            self._entry.name,
+            choices,
+            usage,
+            prompt_token_ids=prompt_ids,
+            prompt_logprobs=known,
         )
+
+    @property
+    def _prompt_ids(self) -> list[int] | msgspec.UnsetType:
+        return self._prompt if self._body.return_token_ids else msgspec.UNSET
+
+    def _prompt_logprobs(self, first: Token) -> PromptLogprobs | msgspec.UnsetType:
+        known = None if first.opening is None else first.opening.prompt_logprobs
+        num_top = self._body.prompt_logprobs
+        if known is None or num_top is None:
+            return msgspec.UNSET
+        return prompt_logprobs(self._text, self._prompt, known, num_top)
 
     def _logprobs(self, tokens: list[Token]) -> ChatLogprobs | None:
         if not self._body.logprobs:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from expertd_inference.server.api.continuing import Usage
-from expertd_inference.server.api.logprobs import ChatLogprobs
+from expertd_inference.server.api.logprobs import ChatLogprobs, PromptLogprobs
 from expertd_inference.server.chat.answer import Piece
 
 
@@ -62,6 +62,7 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    stop_reason: int | str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChunkChoice(msgspec.Struct):
@@ -72,6 +73,7 @@ class ChunkChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    stop_reason: int | str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatAnswer(msgspec.Struct):
@@ -84,6 +86,8 @@ class ChatAnswer(msgspec.Struct):
     choices: list[ChatChoice] | list[ChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     system_fingerprint: str = "b1-expertd"
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 def message_of(pieces: Sequence[Piece]) -> AnswerMessage:

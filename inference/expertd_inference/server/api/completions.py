@@ -84,6 +84,7 @@ async def _completion(front: Front, body: CompletionRequest) -> "_Completion":
     if body.suffix:
         raise unsupported("suffix", "is not supported: models served here fill no gaps.")
     entry, text = await front.model(body.model)
+    body.fill(entry.variant)
     return await asyncio.to_thread(lambda: _Completion(entry, text, body, _prompts(body, text)))
 
 

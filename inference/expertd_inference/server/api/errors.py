@@ -1,6 +1,7 @@
 """What a client is told when something is wrong, in the form of the interface that it uses."""
 
 import asyncio
+from collections.abc import Container
 from typing import Any
 
 import msgspec
@@ -21,6 +22,8 @@ from expertstore.errors import (
 )
 
 RETRY_AFTER_SECONDS = 1
+ANTHROPIC = "anthropic-version"
+"""A header that Anthropic's clients send, and no others: some paths are several interfaces'."""
 
 
 class ApiError(Exception):
@@ -78,9 +81,9 @@ class ApiError(Exception):
         """The body as Ollama has it."""
         return {"error": self.message}
 
-    def body_for(self, path: str) -> dict[str, Any]:
-        """The body in the form of the interface that serves ``path``."""
-        if path.startswith(("/v1/messages", "/messages")):
+    def body_for(self, path: str, headers: Container[str]) -> dict[str, Any]:
+        """The body in the form of the interface that serves ``path`` to a client of ``headers``."""
+        if path.startswith(("/v1/messages", "/messages")) or ANTHROPIC in headers:
             return self.anthropic()
         if path.startswith("/api/"):
             return self.ollama()
@@ -138,7 +141,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if failed.status in (429, 503):
         headers["Retry-After"] = str(failed.more.get("retry_after", RETRY_AFTER_SECONDS))
     return Response(
-        msgspec.json.encode(failed.body_for(request.url.path)),
+        msgspec.json.encode(failed.body_for(request.url.path, request.headers)),
         failed.status,
         headers,
         "application/json",

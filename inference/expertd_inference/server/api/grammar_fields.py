@@ -1,7 +1,7 @@
 """How a client says which texts it takes: OpenAI's field, vLLM's and llama.cpp's."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -63,6 +63,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 class StructuredOutputs(msgspec.Struct, kw_only=True):
     """vLLM's field."""
 
+    idle: ClassVar = frozenset({"disable_fallback"})
     json: Schema | None = None
     regex: str | None = None
     choice: list[str] | None = None

@@ -13,7 +13,7 @@ from expertd_inference.server.hosting.catalog import Entry
 
 
 async def list_models(request: Request) -> Response:
-    """``GET /v1/models``: all, aliases too."""
+    """``GET /v1/models``: all, variants and aliases too."""
     front = front_of(request)
     entries = await front.catalog.entries()
     data = [one for entry in entries for one in _described(front, entry)]
@@ -55,18 +55,19 @@ async def version(_: Request) -> Response:
 
 
 def _described(front: Front, entry: Entry) -> list[dict[str, Any]]:
-    names = [entry.name, *front.catalog.aliases_of(entry.name)]
-    return [_one(entry, name) for name in names]
+    return [_one(found, name) for name, found in front.catalog.named(entry).items()]
 
 
 def _one(entry: Entry, name: str) -> dict[str, Any]:
+    root = entry if entry.root is None else entry.root
+    parent = root if name == entry.name else entry
     return {
         "id": name,
         "object": "model",
         "created": entry.created,
         "owned_by": "expertd",
-        "root": entry.name,
-        "parent": None if name == entry.name else entry.name,
+        "root": root.name,
+        "parent": None if name == parent.name else parent.name,
         "max_model_len": entry.hosted.max_tokens,
         # Anthropic's.
         "type": "model",

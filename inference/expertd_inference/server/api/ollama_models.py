@@ -40,8 +40,7 @@ async def tags(request: Request) -> Response:
     models = []
     for entry in await catalog.entries():
         described = {**_described(entry), "modified_at": _modified(entry.pack)}
-        names = [entry.name, *catalog.aliases_of(entry.name)]
-        models += [{**_names(name), **described} for name in names]
+        models += [{**_names(name), **described} for name in catalog.named(entry)]
     return _json({"models": models})
 
 
@@ -71,7 +70,7 @@ async def show(request: Request) -> Response:
         raise ApiError(400, "model is missing; name one.", param="model")
     entry, text = await front.model(model_name(name))
     config = _config(entry.pack)
-    template = text.tokenizer.chat_template or ""
+    template = text.templates
     kind = str(config.get("model_type", ""))
     capabilities = ["completion"]
     if "tools" in template:

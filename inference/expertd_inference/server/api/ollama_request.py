@@ -1,6 +1,6 @@
 """Ollama's requests, and what they are in OpenAI's fields."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ class Options(msgspec.Struct, kw_only=True):
 
 
 class _Asked(msgspec.Struct, kw_only=True):
+    idle: ClassVar = frozenset({"keep_alive"})
     model: str
     stream: bool | None = True
     options: Options | None = None

@@ -1,8 +1,8 @@
 """Reads a request's JSON into a typed structure, and what all interfaces ask of a model."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -13,14 +13,15 @@ BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 ResultT = TypeVar("ResultT")
 BODY_SECONDS = 60.0
 """In which a request's body must be there."""
+MAX_NAMED = 1000
 _named: set[tuple[str, str]] = set()
-"""Unknown fields that the log has already, by path."""
+"""What has no effect and is in the log already, by path."""
 
 
 async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], None]) -> BodyT:
-    """The request's JSON as a ``kind``; ``say`` is told once of each field that means nothing here.
+    """The request's JSON as a ``kind``; ``say`` is told once of each field without an effect.
 
-    Raises ApiError for anything else.
+    ``idle`` of a kind are those that are known to have none. Raises ApiError for anything else.
     """
     length = request.headers.get("content-length", "")
     most = request.app.state.front.max_body_bytes
@@ -45,11 +46,8 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
         raise ApiError(400, f"The body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "The body is not a JSON object.")
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
-    for name in fields.keys() - known:
-        if (request.url.path, name) not in _named and len(_named) < 1000:
-            _named.add((request.url.path, name))
-            say(f"{request.url.path}: the field {name!r:.80} is not known, and changes nothing")
+    for name, why in _without_effect(fields, kind):
+        say_once(request, f"the field {name!r:.80} {why}", say)
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
@@ -57,6 +55,29 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
         param = place.strip("`$").removeprefix(".") or None
         where = f"{param}: " if param else ""
         raise ApiError(400, f"{where}{message}.", param=param) from error
+
+
+def say_once(request: Request, what: str, say: Callable[[str], None]) -> None:
+    """For what has no effect: a line of the log for each path."""
+    if (request.url.path, what) not in _named and len(_named) < MAX_NAMED:
+        _named.add((request.url.path, what))
+        say(f"{request.url.path}: {what}")
+
+
+def _without_effect(fields: dict[str, Any], kind: type) -> Iterator[tuple[str, str]]:
+    """Those that are not known, or whose structure says so; those in other structures, too."""
+    known = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    idle: frozenset[str] = getattr(kind, "idle", frozenset())
+    for name, value in fields.items():
+        if name not in known:
+            yield name, "is not known, and changes nothing"
+        elif name in idle and value not in (None, False):
+            yield name, "changes nothing here"
+        elif isinstance(value, dict):
+            for one in get_args(known[name]) or (known[name],):
+                if isinstance(one, type) and issubclass(one, msgspec.Struct):
+                    yield from ((f"{name}.{inner}", why)
+                                for inner, why in _without_effect(value, one))  # fmt: skip
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:

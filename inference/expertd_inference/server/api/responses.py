@@ -14,11 +14,13 @@ from expertd_inference.engine.token import Token
 from expertd_inference.server.api.answering import Answering, answering
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.logprobs import chat_logprob
-from expertd_inference.server.api.requests import read_body, unless_gone
+from expertd_inference.server.api.requests import read_body, say_once, unless_gone
 from expertd_inference.server.api.responses_output import Output
 from expertd_inference.server.api.responses_request import (
+    LOGPROBS,
     ResponsesRequest,
     TextConfig,
+    items_of,
     messages_of,
     openai_fields,
     refuse_unserved,
@@ -26,6 +28,9 @@ from expertd_inference.server.api.responses_request import (
 from expertd_inference.server.api.responses_store import ResponseStore, Stored
 from expertd_inference.server.api.sse import DONE, event, stream_events
 from expertd_inference.server.front import front_of, new_id, now, user_of
+
+MAX_ITEMS = 100
+"""Of a page of a response's input."""
 
 
 async def respond(request: Request) -> Response:
@@ -52,6 +57,32 @@ async def get_response(request: Request) -> Response:
     return Response(stored.response, media_type="application/json")
 
 
+async def input_items(request: Request) -> Response:
+    """``GET /v1/responses/{id}/input_items``: the last of them first unless ``order`` is asc."""
+    items = msgspec.json.decode(_kept(request, request.path_params["id"]).items)
+    asked = request.query_params
+    if asked.get("order", "desc") == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    try:
+        begin = ids.index(asked["after"]) + 1 if "after" in asked else 0
+        limit = int(asked.get("limit", MAX_ITEMS))
+    except ValueError as error:
+        raise ApiError(400, f"after or limit names no item and no number: {error}.") from error
+    if not 1 <= limit <= MAX_ITEMS:
+        raise ApiError(400, f"limit is {limit}; give 1 to {MAX_ITEMS}.", param="limit")
+    page = items[begin : begin + limit]
+    return _json(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": begin + limit < len(items),
+        }
+    )
+
+
 async def delete_response(request: Request) -> Response:
     """``DELETE /v1/responses/{id}``."""
     id_ = request.path_params["id"]
@@ -73,6 +104,8 @@ async def _read(request: Request) -> tuple[ResponsesRequest, Answering, list[dic
     front = front_of(request)
     body = await read_body(request, ResponsesRequest, front.say)
     refuse_unserved(body)
+    for one in set(body.include or ()) - {LOGPROBS}:
+        say_once(request, f"include of {one!r:.80} changes nothing here", front.say)
     earlier = []
     if body.previous_response_id is not None:
         earlier = _kept(request, body.previous_response_id, "previous_response_id").chat
@@ -164,7 +197,9 @@ class _Responding:
             chat = [*self._earlier, *messages_of(self._body.input, self._earlier)]
             chat += messages_of(self._output.items)
             encode = msgspec.json.encode
-            self._store.put(self._user, self._id, Stored(encode(resource), encode(chat)))
+            items = items_of(self._body.input)
+            kept = Stored(encode(resource), encode(chat), encode(items))
+            self._store.put(self._user, self._id, kept)
         return resource
 
     def _resource(self, status: str) -> dict[str, Any]:

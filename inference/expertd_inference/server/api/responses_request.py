@@ -1,20 +1,32 @@
 """OpenAI's request of a response, and what it is in the fields of a chat."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.api.sampling_fields import StreamOptions
+from expertd_inference.server.front import new_id
 
 LOGPROBS = "message.output_text.logprobs"
 Item = dict[str, Any]
+_VLLM = (
+    "priority",
+    "cache_salt",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+)
 
 
 class TextConfig(msgspec.Struct, kw_only=True):
     """What form the text has."""
 
+    idle: ClassVar = frozenset({"verbosity"})
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
@@ -22,6 +34,7 @@ class TextConfig(msgspec.Struct, kw_only=True):
 class Reasoning(msgspec.Struct, kw_only=True):
     """How much to think. Nothing here writes summaries."""
 
+    idle: ClassVar = frozenset({"summary"})
     effort: str | None = None
     summary: str | None = None
 
@@ -29,6 +42,12 @@ class Reasoning(msgspec.Struct, kw_only=True):
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """The body of ``/v1/responses``, and of ``input_tokens``."""
 
+    idle: ClassVar = frozenset(
+        {
+            *("max_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
+            *("safety_identifier", "service_tier", "user", "stream_options"),
+        }
+    )
     input: str | list[Item] | None = None
     model: str | None = None
     instructions: str | None = None
@@ -54,7 +73,16 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     prompt: Any = None
     context_management: list[Any] | None = None
     truncation: str | None = None
-    # These change nothing here, and are no surprise.
+    # vLLM's.
+    priority: int = 0
+    cache_salt: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    # These are idle.
     max_tool_calls: int | None = None  # of tools that the server runs: there are none
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -89,7 +117,7 @@ def openai_fields(body: ResponsesRequest, earlier: Sequence[Item]) -> dict[str, 
         messages.insert(0, {"role": "system", "content": body.instructions})
     text = body.text or TextConfig()
     reasoning = body.reasoning or Reasoning()
-    fields = {
+    fields: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
         "max_completion_tokens": body.max_output_tokens,
@@ -102,10 +130,11 @@ def openai_fields(body: ResponsesRequest, earlier: Sequence[Item]) -> dict[str, 
         "reasoning_effort": reasoning.effort,
         "response_format": _format(text.format),
     }
+    fields |= {name: getattr(body, name) for name in _VLLM}
     if body.tools:
         fields["tools"] = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(body.tools)]
-        fields["tool_choice"] = _tool_choice(body.tool_choice)
-        fields["parallel_tool_calls"] = body.parallel_tool_calls
+    fields["tool_choice"] = _tool_choice(body.tool_choice)
+    fields["parallel_tool_calls"] = body.parallel_tool_calls
     return fields
 
 
@@ -139,6 +168,22 @@ def messages_of(given: str | Sequence[Item] | None, earlier: Sequence[Item] = ()
                 "function_call_output and reasoning.",
             )
     return messages
+
+
+def items_of(given: str | Sequence[Item] | None) -> list[Item]:
+    """Input as the items that a client may ask for again, each with an id."""
+    if given is None or isinstance(given, str):
+        given = [{"role": "user", "content": given or ""}]
+    items = []
+    for item in given:
+        kind = item.get("type", "message")
+        one = {"id": new_id("msg_" if kind == "message" else "item_"), "type": kind, **item}
+        one.setdefault("status", "completed")
+        if isinstance(text := item.get("content"), str):
+            said = "output_text" if item.get("role") == "assistant" else "input_text"
+            one["content"] = [{"type": said, "text": text}]
+        items.append(one)
+    return items
 
 
 def _add_message(messages: list[Item], where: str, item: Item) -> None:

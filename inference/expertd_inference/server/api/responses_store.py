@@ -12,15 +12,16 @@ MAX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Stored:
-    """A response as JSON, and the messages of its chat without instructions, as JSON too."""
+    """A response as JSON, its input's items, and its chat's messages without instructions."""
 
     response: bytes
     messages: bytes
+    items: bytes = b""
 
     @property
     def num_bytes(self) -> int:
         """What it takes."""
-        return len(self.response) + len(self.messages)
+        return len(self.response) + len(self.messages) + len(self.items)
 
     @property
     def chat(self) -> list[dict[str, Any]]:

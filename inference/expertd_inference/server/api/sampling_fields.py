@@ -1,6 +1,6 @@
 """How a client asks for tokens: OpenAI's fields and vLLM's, for completions and chats alike."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -9,6 +9,7 @@ from expertd_inference.engine.token import Token
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.api.grammar_fields import GrammarFields
 from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.server.variants import Variant
 from expertd_inference.settings import GenerationSettings
 
 MAX_CHOICES = 128
@@ -30,6 +31,7 @@ NO_LIMIT = 1 << 40
 class StreamOptions(msgspec.Struct, kw_only=True):
     """What a stream tells beside its text."""
 
+    idle: ClassVar = frozenset({"include_obfuscation"})
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
@@ -38,6 +40,13 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class SamplingFields(GrammarFields, kw_only=True):
     """Fields of a request that say how tokens are chosen, and when to stop."""
 
+    idle: ClassVar = frozenset(
+        {
+            *("user", "metadata", "store", "service_tier", "request_id", "cache_prompt"),
+            *("safety_identifier", "prompt_cache_key", "spaces_between_special_tokens"),
+            *("guided_decoding_backend", "prompt_cache_retention"),
+        }
+    )
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -73,7 +82,7 @@ class SamplingFields(GrammarFields, kw_only=True):
     return_tokens_as_token_ids: Any = None
     prompt_embeds: Any = None
     web_search_options: Any = None
-    # These change nothing here, and are no surprise.
+    # These are idle.
     user: str | None = None
     metadata: dict[str, object] | None = None
     store: bool | None = None
@@ -82,6 +91,7 @@ class SamplingFields(GrammarFields, kw_only=True):
     cache_prompt: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     spaces_between_special_tokens: bool | None = None
 
     @property
@@ -110,6 +120,12 @@ class SamplingFields(GrammarFields, kw_only=True):
                 400, f"stop has {len(stops)} texts; give at most {MAX_STOPS}.", param="stop"
             )
         return stops
+
+    def fill(self, variant: Variant) -> None:
+        """Gives what is not given the variant's values."""
+        for name, value in variant.sampling.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def settings(
         self, text: ModelText, max_new_tokens: int, logprobs: int | None

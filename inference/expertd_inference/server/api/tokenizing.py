@@ -41,6 +41,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest, front.say)
     front.check_template(body.chat_template)
     entry, text = await front.model(body.model)
+    body.fill(entry.variant)
     given = [name for name in ("prompt", "messages", "content") if getattr(body, name)]
     if len(given) > 1:
         raise ApiError(400, f"{' and '.join(given)} exclude each other; give one.", param=given[0])
@@ -91,7 +92,7 @@ async def tokenizer_info(request: Request) -> Response:
             "eos_token": tokenizer.eos_token,
             "pad_token": tokenizer.pad_token,
             "unk_token": tokenizer.unk_token,
-            "chat_template": tokenizer.chat_template,
+            "chat_template": text.chat_template,
         }
     )
 

@@ -23,6 +23,7 @@ async def own_door(
     catalog = Catalog(
         spec,
         aliases={},
+        variants={},
         template=read_template(template),
         idle_seconds=None,
         accounts=Accounts(),

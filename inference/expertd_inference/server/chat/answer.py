@@ -7,11 +7,10 @@ from typing import Any
 
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
+from expertd_inference.server.chat.calls import RawCall
 from expertd_inference.server.chat.families import Family
-from expertd_inference.server.chat.recognition import family_of
 from expertd_inference.server.chat.regions import Closed, Event, Kind, Opened, Region, Scanner, Text
 from expertd_inference.server.chat.schemas import ToolSchemas
-from expertd_inference.server.hosting.model_text import ModelText
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +53,18 @@ class AnswerParser:
         """Whether spaces at the beginning of the next text are dropped."""
         self._num_of_prompt = 0
         """How many characters come that the prompt has already."""
+        self._call_ids: set[str] = set()
+        self.is_fresh = True
+        """Whether nothing came of reasoning, content or calls, but for their beginning."""
         self._read(self._scanner.feed(_begun(family, prompt)))
         self._spaces = ""
         self._num_of_prompt = self._scanner.num_held
 
     @property
-    def reasoning(self) -> bool:
-        """Whether what comes next is reasoning."""
-        return self.reasoning_end is not None
-
-    @property
-    def reasoning_end(self) -> str | None:
-        """The marker that ends the reasoning which comes next; None if none comes."""
-        if self._region is None or self._region.kind is not Kind.REASONING:
-            return None
-        return self._region.closes[0]
+    def reasoning(self) -> Region | None:
+        """The region of what comes next if that is reasoning."""
+        is_reasoning = self._region is not None and self._region.kind is Kind.REASONING
+        return self._region if is_reasoning else None
 
     def feed(self, text: str) -> Piece:
         """The next of the text."""
@@ -94,6 +90,7 @@ class AnswerParser:
                     if region.kind is not Kind.CALLS:
                         self._spaces, self._trims = "", True
                 case Text(text) if self._region is None:
+                    self.is_fresh &= text.isspace()
                     text, self._num_of_prompt = (
                         text[self._num_of_prompt :],
                         max(0, self._num_of_prompt - len(text)),
@@ -103,6 +100,7 @@ class AnswerParser:
                     texts[self._region.kind].append(self._trimmed(text))
                 case Closed(region, body, raw, complete):
                     self._region = None
+                    self.is_fresh &= region.kind is Kind.MARK
                     calls = None
                     if region.kind is Kind.CALLS and (complete or not cut):
                         calls = self._calls(body)
@@ -127,18 +125,19 @@ class AnswerParser:
         """Those in a region's body; None if it cannot be read."""
         try:
             return [
-                ToolCall(call.id or self._family.new_id(), call.name, _json(call.arguments))
+                ToolCall(self._id(call), call.name, _json(call.arguments))
                 for call in self._family.read(body, self._schemas)
             ]
         except (ValueError, RecursionError):
             return None
 
-
-def answer_parser(
-    text: ModelText, prompt: str, tools: Sequence[Mapping[str, Any]] | None
-) -> AnswerParser:
-    """For the answer to ``prompt``, which may have begun it; without ``tools`` it has no calls."""
-    return AnswerParser(family_of(text), prompt, tools)
+    def _id(self, call: RawCall) -> str:
+        """Its own, unless another call of the answer has that."""
+        id_ = call.id
+        if id_ is None or id_ in self._call_ids:
+            id_ = self._family.new_id()
+        self._call_ids.add(id_)
+        return id_
 
 
 @dataclass
@@ -167,7 +166,7 @@ class AnswerReader:
             piece = self.parser.feed(text)
         else:
             piece = self.parser.finish(text, cut=token.finish_reason is FinishReason.LENGTH)
-        self.num_reasoning_tokens += before or self.parser.reasoning or bool(piece.reasoning)
+        self.num_reasoning_tokens += bool(before or self.parser.reasoning or piece.reasoning)
         calls = piece.calls
         if self.max_calls is not None:
             calls = calls[: max(0, self.max_calls - self.num_calls)]

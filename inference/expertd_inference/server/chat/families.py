@@ -31,6 +31,8 @@ class Family:
 
     A chat template with all of one of ``signs`` is of this family. An assistant's message follows
     one of ``anchors``. ``inside`` are tokens that ``read`` needs beside the regions' markers.
+    ``after_reasoning`` stands between reasoning and what follows, ``before_content`` before
+    content, where a model does not write it without.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Family:
     anchors: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     new_id: Callable[[], str] = call_id
+    after_reasoning: str = ""
+    before_content: str = ""
 
     def markers(self, *, tools: bool) -> set[str]:
         """All texts that mean something, with or without calls of tools."""
@@ -62,9 +66,14 @@ def _markers_of(region: Region) -> tuple[str, ...]:
     return (*region.opens, *region.closes, *region.until)
 
 
-def _calls(opens: str | tuple[str, ...], *closes: str, until: tuple[str, ...] = ()) -> Region:
+def _calls(
+    opens: str | tuple[str, ...],
+    *closes: str,
+    until: tuple[str, ...] = (),
+    in_json: bool = False,
+) -> Region:
     opens = (opens,) if isinstance(opens, str) else opens
-    return Region(Kind.CALLS, opens, closes, until, of_tools=True)
+    return Region(Kind.CALLS, opens, closes, until, of_tools=True, in_json=in_json)
 
 
 def _marks(*markers: str, of_tools: bool = False) -> Region:
@@ -96,6 +105,7 @@ FAMILIES = (
                 ),
                 *("<|call|>", "<|end|>"),
                 until=("<|start|>",),
+                in_json=True,
             ),
             _marks(
                 *("<|channel|>final<|message|>", "<|channel|>commentary<|message|>"),
@@ -106,6 +116,8 @@ FAMILIES = (
         signs=(("<|channel|>", "<|message|>"),),
         anchors=("<|start|>assistant",),
         inside=("<|constrain|>", "<|channel|>", "<|message|>"),
+        after_reasoning="<|start|>assistant",
+        before_content="<|channel|>final<|message|>",
     ),
     Family(
         "gemma4",
@@ -134,7 +146,7 @@ FAMILIES = (
         "deepseek",
         (
             _think(*("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")),
-            _calls("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
+            _calls("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", in_json=True),
             _marks("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", of_tools=True),
         ),
         calls.deepseek_call,
@@ -146,7 +158,7 @@ FAMILIES = (
         "kimi",
         (
             _think(*("<|tool_calls_section_begin|>", "<|tool_call_begin|>")),
-            _calls("<|tool_call_begin|>", "<|tool_call_end|>"),
+            _calls("<|tool_call_begin|>", "<|tool_call_end|>", in_json=True),
             _marks("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", of_tools=True),
         ),
         calls.kimi_call,
@@ -165,7 +177,7 @@ FAMILIES = (
         "mistral",
         (
             Region(Kind.REASONING, ("[THINK]",), ("[/THINK]",)),
-            _calls("[TOOL_CALLS]", until=("[TOOL_CALLS]",)),
+            _calls("[TOOL_CALLS]", until=("[TOOL_CALLS]",), in_json=True),
         ),
         calls.mistral_calls,
         signs=(("[TOOL_CALLS]",), ("[THINK]",)),
@@ -177,7 +189,7 @@ FAMILIES = (
         "hunyuan",
         (
             _think("<tool_calls>"),
-            _calls("<tool_calls>", "</tool_calls>"),
+            _calls("<tool_calls>", "</tool_calls>", in_json=True),
             _marks("<answer>", "</answer>"),
         ),
         calls.hunyuan_calls,
@@ -213,14 +225,14 @@ FAMILIES = (
     ),
     Family(
         "hermes",
-        (_think("<tool_call>"), _calls("<tool_call>", "</tool_call>")),
+        (_think("<tool_call>"), _calls("<tool_call>", "</tool_call>", in_json=True)),
         signs=(("<tool_call>",),),
         anchors=(_CHATML, "<|start_of_role|>assistant<|end_of_role|>"),
     ),
     Family(
         "llama3",
         (
-            _calls("<|python_tag|>", "<|eom_id|>", "<|eot_id|>"),
+            _calls("<|python_tag|>", "<|eom_id|>", "<|eot_id|>", in_json=True),
             Region(
                 Kind.CALLS,
                 ('{"name"', '{ "name"', '{\n  "name"', '{"type": "function"', '{"function"'),

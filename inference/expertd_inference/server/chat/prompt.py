@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from expertd_inference.server.api.errors import ApiError, unsupported
-from expertd_inference.server.chat.answer import AnswerReader, answer_parser
+from expertd_inference.grammar import GrammarSpec
+from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.chat.answer import AnswerParser, AnswerReader
+from expertd_inference.server.chat.answer_grammar import AnswerGrammar, Reasoning
+from expertd_inference.server.chat.families import Family, family_named
+from expertd_inference.server.chat.forced_calls import FORCED, rules_of_tools
 from expertd_inference.server.chat.messages import for_template
-from expertd_inference.server.chat.recognition import family_of
-from expertd_inference.server.chat.tools import chosen_tools
+from expertd_inference.server.chat.recognition import family_of, family_that_calls
+from expertd_inference.server.chat.regions import Kind
+from expertd_inference.server.chat.tools import Tools, chosen_tools
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import GenerationSettings
+
+FOREIGN = "hermes"
+"""The format of calls that are required of a model which knows none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +44,92 @@ class Chat:
 class ChatPrompt:
     """A chat's ``tokens``, whose text is ``prompt``, and how to read the answer.
 
-    ``tools`` are those that may be called; of several calls ``max_calls`` are passed on.
+    Of several calls of ``tools`` ``max_calls`` are passed on. ``continues`` says that the prompt
+    has the beginning of the content.
     """
 
     text: ModelText
     tokens: list[int]
     prompt: str
-    tools: Sequence[Mapping[str, Any]]
+    tools: Tools
     max_calls: int | None = None
+    continues: bool = False
 
     def settings(self, asked: GenerationSettings) -> GenerationSettings:
-        """Those that the engine needs so that the answer can be read."""
-        if asked.skip_special_tokens and self._shown:
-            return replace(asked, skip_special_tokens=False)
-        return asked
+        """Those that the engine needs so that the answer can be read, and is as it was asked for.
+
+        Raises ApiError for tools whose calls no grammar can describe.
+        """
+        family = self._family(asked)
+        skips = asked.skip_special_tokens and not self._shown(family)
+        grammar = self._grammar(family, asked.grammar)
+        return replace(asked, skip_special_tokens=skips, grammar=grammar)
 
     def reader(self, asked: GenerationSettings) -> AnswerReader:
         """For one answer; each of several needs its own. ``asked`` is as for :meth:`settings`."""
-        shown = self._shown
+        family = self._family(asked)
+        shown = self._shown(family)
         hidden = {id_: one for id_, one in self.text.special_tokens.items() if one not in shown}
         return AnswerReader(
-            answer_parser(self.text, self.prompt, self.tools),
+            AnswerParser(family, self.prompt, self.tools.allowed),
             hidden if asked.skip_special_tokens and shown else {},
             self.max_calls,
         )
 
-    @property
-    def _shown(self) -> set[str]:
+    def _family(self, asked: GenerationSettings) -> Family:
+        """Whose format the answer has: one in which calls can be forced, if some have to be."""
+        tools = self.tools
+        if tools.required or tools.strict or (tools.allowed and asked.grammar is not None):
+            if (calling := family_that_calls(self.text)) is not None:
+                return calling
+            if tools.required:
+                return family_named(FOREIGN)
+        return family_of(self.text)
+
+    def _grammar(self, family: Family, content: GrammarSpec | None) -> GrammarSpec | None:
+        """Of the whole answer, of which ``content`` may have to be of a grammar."""
+        tools = self.tools
+        if content is None and not (tools.required or tools.strict):
+            return None
+        special_tokens = {one: id_ for id_, one in self.text.special_tokens.items()}
+        calls = None
+        if tools.allowed and family.name in FORCED:
+            calls = rules_of_tools(
+                family.name,
+                [*tools.described()],
+                special_tokens,
+                parallel=self.max_calls is None,
+            )
+        answers = AnswerGrammar(
+            family=family,
+            special_tokens=special_tokens,
+            reasoning=self._reasoning(family),
+            continues=self.continues,
+        )
+        if calls is not None and tools.required:
+            return answers.of_calls(calls)
+        if content is not None:
+            return answers.of_content(content, calls)
+        return None if calls is None else answers.of_text_with_calls(calls)
+
+    def _reasoning(self, family: Family) -> Reasoning | None:
+        """What the answer may begin with: reasoning that the prompt has begun, or the model does.
+
+        Of a model that has no word for it in its template, none is expected.
+        """
+        parser = AnswerParser(family, self.prompt, self.tools.allowed)
+        if parser.reasoning is not None:
+            return Reasoning(region=parser.reasoning, has_begun=True)
+        known = (self.text.templates, *self.text.added_tokens)
+        for region in family.regions if parser.is_fresh and not self.continues else ():
+            is_known = any(opener.strip() in place for opener in region.opens for place in known)
+            if region.kind is Kind.REASONING and is_known:
+                return Reasoning(region=region, has_begun=False)
+        return None
+
+    def _shown(self, family: Family) -> set[str]:
         """Special tokens that the answer's parser has to see."""
-        markers = family_of(self.text).markers(tools=bool(self.tools))
+        markers = family.markers(tools=bool(self.tools.allowed))
         special = self.text.special_tokens.values()
         return {one for one in special if any(one in marker for marker in markers)}
 
@@ -79,8 +144,6 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
             param="continue_final_message",
         )
     tools = chosen_tools(chat.tools, chat.tool_choice)
-    if tools.required:
-        raise unsupported("tool_choice", "that requires a call is not supported yet.")
     arguments = dict(chat.arguments)
     if chat.reasoning_effort is not None:
         arguments.setdefault("reasoning_effort", chat.reasoning_effort)
@@ -100,6 +163,7 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         text,
         text.encode(rendered, special=False),
         rendered,
-        tools.allowed,
+        tools,
         None if chat.parallel_tool_calls else 1,
+        chat.continue_final_message,
     )

@@ -1,5 +1,6 @@
 """Cuts an answer's text into regions by their markers, while it comes."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -30,6 +31,8 @@ class Region:
     at_start: bool = False
     of_tools: bool = False
     """Whether it is one only where a request has tools."""
+    in_json: bool = False
+    """Whether its text is JSON: in JSON's strings markers are text, unless a string has no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,10 @@ class Scanner:
         self._region: Region | None = None
         self._opening = ""
         self._body: list[str] = []
+        self._in_json = False
+        """Whether markers in JSON's strings are text."""
+        self._passed_over = False
+        """Whether there was one in the region that is open."""
 
     @property
     def num_held(self) -> int:
@@ -91,6 +98,11 @@ class Scanner:
     def finish(self) -> Iterator[Event]:
         """The rest; the region that is open ends."""
         yield from self._scan(at_end=True)
+        while self._region is not None and self._passed_over:
+            # The string has no end, so that the first marker was one after all.
+            self._buffer, self._body = "".join(self._body), []
+            self._in_json = self._passed_over = False
+            yield from self._scan(at_end=True)
         if self._region is not None:
             yield self._close("", complete=not self._region.closes)
 
@@ -109,6 +121,10 @@ class Scanner:
 
     def _pass(self, marker: str) -> Iterator[Event]:
         """The marker that the buffer begins with."""
+        if self._in_json and _in_string("".join(self._body)):
+            self._passed_over = True
+            yield self._text(len(marker))
+            return
         if self._region is not None and marker in self._region.until:
             yield self._close("")
             return
@@ -118,6 +134,7 @@ class Scanner:
             yield self._close(marker)
             return
         self._region, self._opening = opened, marker
+        self._in_json, self._passed_over = opened.in_json, False
         self._markers = _Markers(dict.fromkeys((*opened.closes, *opened.until)))
         yield Opened(opened)
         if opened.at_start:
@@ -140,8 +157,14 @@ class Scanner:
         body = "".join(self._body)
         opening = "" if region.at_start else self._opening
         self._region, self._body = None, []
+        self._in_json = self._passed_over = False
         self._markers = self._outside
         return Closed(region, body, opening + body + marker, complete)
+
+
+def _in_string(text: str) -> bool:
+    """Whether JSON that begins so is within a string."""
+    return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
 
 
 class _Markers:

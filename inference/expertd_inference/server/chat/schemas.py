@@ -1,6 +1,7 @@
 """What tools take, by their JSON schemas."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,44 @@ _IS: dict[str, Callable[[Any], bool]] = {
 }
 _MAX_DEPTH = 8
 """Of references and unions in a schema."""
+DEFINITIONS = ("$defs", "definitions")
+"""Where a schema has what it refers to."""
+_NOTES = {"title", "description", "default", "examples", "deprecated", "$comment"}
+_OF_ARGUMENTS = {"type", "properties", "required", "additionalProperties", "$schema", "strict"}
+
+
+def takes_text(schema: Any, root: Any) -> bool:  # noqa: ANN401 - of a JSON schema
+    """Whether a value that is no JSON may be a string of this schema; ``root`` has definitions."""
+    kinds = [*_types(schema, root, 0)]
+    return not kinds or "string" in kinds
+
+
+def fits_tags(schema: Mapping[str, Any]) -> bool:
+    """Whether arguments between tags, of which texts may be any, are always as they should be.
+
+    Arguments whose names would break a tag do not fit, and neither do texts with a pattern.
+    """
+    properties = schema.get("properties") or {}
+    return (
+        not schema.keys() - {*_OF_ARGUMENTS, *DEFINITIONS, *_NOTES}
+        and properties.keys() >= {*schema.get("required", ())}
+        and all(re.fullmatch(r"[^\s<>\"]+", key) for key in properties)
+        and all(_takes_any_text(one) for one in properties.values() if takes_text(one, schema))
+    )
+
+
+def _takes_any_text(schema: Any) -> bool:  # noqa: ANN401
+    if not isinstance(schema, Mapping):
+        return schema is not False
+    if schema.keys() - {"type", "anyOf", "enum", "nullable", *_NOTES}:
+        return False
+    kinds = {*_types(schema, schema, 0)}
+    if "enum" in schema:
+        return all(isinstance(one, str) for one in schema["enum"])
+    if "anyOf" in schema:
+        branches = [one for one in schema["anyOf"] if takes_text(one, schema)]
+        return not kinds & {"object", "array"} and any(map(_takes_any_text, branches))
+    return not kinds & {"object", "array"}
 
 
 def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:  # noqa: ANN401

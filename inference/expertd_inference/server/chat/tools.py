@@ -1,11 +1,15 @@
 """Which tools of a request a model may call, and whether it must."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expertd_inference.grammar import grammar_of_json_schema
 from expertd_inference.server.api.errors import ApiError
+from expertstore.errors import InvalidInputError
 
+_NAME = re.compile(r"[^\s\"'\\<>{}()\[\]]+")
 _CHOICES = "none, auto, required, or the function to call"
 
 
@@ -15,6 +19,33 @@ class Tools:
 
     allowed: tuple[Mapping[str, Any], ...] = ()
     required: bool = False
+
+    @property
+    def strict(self) -> bool:
+        """Whether calls of some have to be as their schemas say."""
+        return any(tool["function"].get("strict") for tool in self.allowed)
+
+    def described(self) -> Iterator[Mapping[str, Any]]:
+        """Those ``allowed``, with schemas that a grammar can obey.
+
+        Where a call is neither required nor strict, another schema becomes any object. Raises
+        ApiError elsewhere.
+        """
+        for tool in self.allowed:
+            function = tool["function"]
+            schema = function.get("parameters") or {}
+            try:
+                if schema.get("type", "object") != "object":
+                    raise InvalidInputError("its type is not object.")
+                grammar_of_json_schema(schema).check()
+            except InvalidInputError as error:
+                if self.required or function.get("strict"):
+                    raise ApiError(
+                        400, f"The parameters of {function['name']}: {error}", param="tools"
+                    ) from error
+                yield {"function": {**function, "parameters": {"type": "object"}}}
+            else:
+                yield tool
 
 
 def chosen_tools(
@@ -69,6 +100,13 @@ def _name(where: str, tool: Mapping[str, Any]) -> str:
         )
     match tool.get("function"):
         case {"name": str(name), **rest} if name:
+            if not _NAME.fullmatch(name):
+                raise ApiError(
+                    400,
+                    f"{where}.function.name is {name!r:.80}; give one without spaces, quotes and "
+                    "brackets.",
+                    param=where,
+                )
             parameters = rest.get("parameters")
             if parameters is not None and not isinstance(parameters, Mapping):
                 raise ApiError(400, f"{where}.function.parameters is no JSON schema.", param=where)

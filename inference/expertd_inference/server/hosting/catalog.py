@@ -12,6 +12,7 @@ from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.server.metrics import ServerMetrics
+from expertd_inference.server.variants import NO_VARIANT, Variant
 from expertstore.errors import ExpertdError, NotFoundError
 
 LIST_SECONDS = 1.0
@@ -28,24 +29,34 @@ class Entry:
     scheme: str
     """How its experts are stored, in a word."""
     created: int = field(default_factory=lambda: int(time.time()))
+    variant: Variant = NO_VARIANT
+    """What counts where a request does not say."""
+    root: "Entry | None" = None
+    """The model that computes, if this is a variant of it."""
     _text: "asyncio.Task[ModelText] | None" = None
 
     async def text(self, template: str | None, chat_format: str | None = None) -> ModelText:
         """Raises PackError if the pack has no usable tokenizer."""
         if self._text is None or (self._text.done() and self._text.exception() is not None):
-            load = asyncio.to_thread(ModelText, self.name, self.pack, template, chat_format)
-            self._text = asyncio.create_task(load)
+            self._text = asyncio.create_task(self._load(template, chat_format))
         return await asyncio.shield(self._text)
+
+    async def _load(self, template: str | None, chat_format: str | None) -> ModelText:
+        if self.root is None:
+            return await asyncio.to_thread(ModelText, self.name, self.pack, template, chat_format)
+        text = await self.root.text(template, chat_format)
+        return text.in_format(self.variant.chat_template, self.variant.chat_format)
 
 
 class Catalog:
-    """The models of one daemon, under their names and ``aliases``."""
+    """The models of one daemon, under their names, ``aliases``, and as ``variants`` of them."""
 
     def __init__(
         self,
         spec: EngineSpec,
         *,
         aliases: Mapping[str, str],
+        variants: Mapping[str, Variant],
         template: str | None,
         chat_format: str | None = None,
         idle_seconds: float | None,
@@ -56,6 +67,7 @@ class Catalog:
         """``spec`` is every model's but for its name, and so are ``template`` and its format."""
         self._spec = spec
         self._aliases = aliases
+        self._variants = variants
         self._template = template
         self._chat_format = chat_format
         self._idle_seconds = idle_seconds
@@ -65,6 +77,8 @@ class Catalog:
         self.client = AsyncClient(spec.socket, tls=spec.tls)
         """Of the daemon."""
         self._entries: dict[str, Entry] = {}
+        self._made: dict[str, Entry] = {}
+        """Variants that were asked for."""
         self._listed = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -96,7 +110,7 @@ class Catalog:
                 return entry
             entry = self._known(name)
         if entry is None:
-            names = ", ".join(sorted([*self._entries, *self._aliases])) or "none"
+            names = ", ".join(sorted({*self._entries, *self._aliases, *self._variants})) or "none"
             what = "Several models are served" if name is None else f"There is no model {name!r}"
             raise NotFoundError(f"{what}; name one of: {names}.")
         return entry
@@ -105,9 +119,16 @@ class Catalog:
         """The tokenizer and chat template. Raises PackError if the pack has none to use."""
         return await entry.text(self._template, self._chat_format)
 
-    def aliases_of(self, name: str) -> list[str]:
-        """Other names of a model."""
-        return sorted(alias for alias, model in self._aliases.items() if model == name)
+    def named(self, entry: Entry) -> dict[str, Entry]:
+        """What is asked for by all names of a model: its own, those of its variants, aliases."""
+        found = {entry.name: entry}
+        for name in sorted(self._variants):
+            if (variant := self._known(name)) is not None and variant.root is entry:
+                found[name] = variant
+        for alias, name in sorted(self._aliases.items()):
+            if name in found and alias not in found:
+                found[alias] = found[name]
+        return found
 
     async def close(self) -> None:
         """Ends all engines."""
@@ -118,7 +139,18 @@ class Catalog:
     def _known(self, name: str | None) -> Entry | None:
         if name is None:
             return next(iter(self._entries.values())) if len(self._entries) == 1 else None
-        return self._entries.get(self._aliases.get(name, name))
+        name = self._aliases.get(name, name)
+        if name in self._entries or name not in self._variants:
+            return self._entries.get(name)
+        variant = self._variants[name]
+        root = self._known(variant.model)
+        if root is None or root.root is not None:
+            return None
+        made = self._made.get(name)
+        if made is None or made.root is not root:
+            made = replace(root, name=name, variant=variant, root=root, _text=None)
+            self._made[name] = made
+        return made
 
     async def _list(self, patience: float | None = None) -> None:
         """Asks the daemon, once for all who wait. Raises TimeoutError after ``patience``."""

@@ -1,5 +1,6 @@
 """A model's tokenizer and chat template, as the front uses them: its engine knows only tokens."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,8 +33,10 @@ class ModelText:
         self.name = name
         self.chat_format = chat_format
         self.tokenizer = load_tokenizer(pack)
-        if template is not None:
-            self.tokenizer.chat_template = template
+        self.chat_template: str | dict[str, str] | None = template
+        """As the tokenizer has it, or in its place."""
+        if template is None:
+            self.chat_template = getattr(self.tokenizer, "chat_template", None)
         self.temperature = _wished_temperature(pack)
         """What the pack wishes where a request does not say; 1 unless it does."""
         described = getattr(self.tokenizer, "response_template", None)
@@ -53,8 +56,17 @@ class ModelText:
     @property
     def templates(self) -> str:
         """The chat template; of several, all, one after the other. Empty if there is none."""
-        found: str | dict[str, str] | None = getattr(self.tokenizer, "chat_template", None)
+        found = self.chat_template
         return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+
+    def in_format(self, template: str | None, chat_format: str | None) -> "ModelText":
+        """The same tokenizer with another chat template, if one is given, and another format."""
+        if template is None and chat_format is None:
+            return self
+        other = copy.copy(self)
+        other.chat_template = self.chat_template if template is None else template
+        other.chat_format = chat_format or self.chat_format
+        return other
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of a text, with those that begin one if ``special``. Raises InvalidInputError."""
@@ -92,7 +104,7 @@ class ModelText:
 
         Raises InvalidInputError if there is no template, or none that takes the messages.
         """
-        if not (template or self.tokenizer.chat_template):
+        if not (template or self.chat_template):
             raise InvalidInputError(
                 f"The model {self.name} has no chat template; ask for a completion, or start the "
                 "server with --chat-template FILE."
@@ -100,6 +112,8 @@ class ModelText:
         for message in messages:
             if isinstance(message.get("content"), str):
                 check_prompt(message["content"])
+        if template is None and isinstance(self.chat_template, str):
+            template = self.chat_template  # of several, which only it can have, the tokenizer takes
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],

@@ -134,6 +134,25 @@ RECORDED = {
         '<tool_call>{"name": "now", "arguments": {"x": "\\ud83d"}}</tool_call>',
         calls=(("now", {"x": "\ud83d"}),),
     ),
+    "hermes: markers in strings": Recorded(
+        "hermes",
+        '<tool_call>\n{"name": "now", "arguments": {"x": "<tool_call>\\"</tool_call>"}}\n'
+        f"</tool_call>\nSo.\n{_HERMES_NOW}",
+        content="So.",
+        calls=(("now", {"x": '<tool_call>"</tool_call>'}), NOW),
+    ),
+    "hermes: a string without its end": Recorded(
+        "hermes",
+        f'<tool_call>{{"name": "now}}</tool_call> So.\n{_HERMES_NOW}',
+        content='<tool_call>{"name": "now}</tool_call> So.',
+        calls=(NOW,),
+    ),
+    "kimi: a marker in a string": Recorded(
+        "kimi",
+        "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>"
+        '{"x": "<|tool_call_end|>"}<|tool_call_end|>',
+        calls=(("now", {"x": "<|tool_call_end|>"}),),
+    ),
     "qwen-coder: all": Recorded(
         "qwen-coder",
         f"I look.\n\n{_CODER_ALL}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",

@@ -1,0 +1,113 @@
+"""Every interface says what is wrong in its own form."""
+
+from typing import Any
+
+import httpx2
+import pytest
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/responses": {"input": "Hello"},
+    "/v1/responses/input_tokens": {"input": "Hello"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 4},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
+    "/api/chat": {"model": "example", "messages": MESSAGES},
+    "/api/generate": {"model": "example", "prompt": "Hello"},
+    "/api/show": {"model": "example"},
+    "/tokenize": {"prompt": "Hello"},
+    "/detokenize": {"tokens": [1]},
+}
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+ANSWERING = (*STREAMED, "/api/chat", "/api/generate")
+KINDS = {400: "invalid_request_error", 404: "not_found_error", 413: "request_too_large"}
+
+
+def check(path: str, response: httpx2.Response, status: int) -> str:
+    """The message of an error in the interface's form."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    if path.startswith("/v1/messages"):
+        assert body.keys() == {"type", "error"}
+        assert body["type"] == "error"
+        assert body["error"].keys() == {"type", "message"}
+        assert body["error"]["type"] == KINDS.get(status, "invalid_request_error")
+        message = body["error"]["message"]
+    elif path.startswith("/api/"):
+        assert body.keys() == {"error"}
+        message = body["error"]
+    else:
+        assert body.keys() == {"error"}
+        assert body["error"].keys() >= {"message", "type", "param", "code"}
+        message = body["error"]["message"]
+    assert message
+    assert "\n" not in message
+    assert "Traceback" not in message
+    text: str = message
+    return text
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_is_no_request(path: str, http: httpx2.Client) -> None:
+    assert "not JSON" in check(path, http.post(path, content=b"{"), 400)
+    assert "not a JSON object" in check(path, http.post(path, content=b"[]"), 400)
+    check(path, http.put(path), 405)
+    wrong = {name: {"x": object.__name__} for name in BODIES[path]}
+    assert "Expected" in check(path, http.post(path, json=wrong), 400)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_model_that_is_not_there(path: str, http: httpx2.Client) -> None:
+    body = {**BODIES[path], "model": "gone"}
+    assert "There is no model 'gone'" in check(path, http.post(path, json=body), 404)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("path", ANSWERING)
+def test_what_cannot_be_answered(path: str, streamed: bool, http: httpx2.Client) -> None:
+    long = "Hello " * 20_000
+    body: dict[str, Any] = {**BODIES[path], "stream": streamed}
+    for name, value in (("messages", [{"role": "user", "content": long}]), ("input", long)):
+        if name in body:
+            body[name] = value
+    if "prompt" in body:
+        body["prompt"] = long
+    message = check(path, http.post(path, json=body), 400)
+    assert "maximum" in message
+    body = {**BODIES[path], "stream": streamed}
+    wrong = {"options": {"temperature": -1}} if path.startswith("/api/") else {"temperature": -1}
+    message = check(path, http.post(path, json={**body, **wrong}), 400)
+    assert "temperature is -1" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        ("/v1/chat/completions", {"functions": []}, "old form of tools"),
+        ("/v1/completions", {"suffix": "x"}, "suffix is not supported"),
+        ("/v1/responses", {"background": True}, "background is not supported"),
+        ("/v1/responses", {"previous_response_id": "resp_x"}, "no response 'resp_x'"),
+        ("/v1/messages", {"container": "x"}, "container is not supported"),
+        ("/v1/messages", {"tool_choice": {"type": "any"}, "tools": []}, "there are no tools"),
+        ("/api/generate", {"suffix": "x"}, "suffix is not supported"),
+        ("/api/chat", {"options": {"mirostat": 1}}, "options.mirostat is not supported"),
+        ("/api/chat", {"format": "xml"}, "give json or a schema"),
+    ],
+)
+def test_what_is_not_done_here(
+    path: str, fields: dict[str, Any], words: str, http: httpx2.Client
+) -> None:
+    response = http.post(path, json={**BODIES[path], **fields})
+    assert words in check(path, response, response.status_code)
+    assert response.status_code in (400, 404)
+
+
+def test_paths_that_are_several_interfaces(http: httpx2.Client) -> None:
+    path = "/v1/models/gone"
+    check(path, http.get(path), 404)
+    version = {"anthropic-version": "2023-06-01"}
+    check("/v1/messages", http.get(path, headers=version), 404)
+    check("/api/none", http.post("/api/none"), 404)
+    check("/api/embed", http.post("/api/embed"), 501)
