@@ -135,7 +135,9 @@ async def test_a_body_that_nobody_wants_and_that_never_ends(
 ) -> None:
     monkeypatch.setattr(patient_protocol, "LINGER_SECONDS", 0.3)
     async with listening(make()) as address, connected(address) as (reader, writer):
-        writer.write(b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(
+            b"POST /none HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         dripping = asyncio.create_task(_drip(writer, b"1\r\nx\r\n"))
         found = await read_to_the_end(reader)
         dripping.cancel()
