@@ -153,8 +153,7 @@ def serve(
 ) -> None:
     """Serve models by OpenAI's interface, to any number of clients at once.
 
-    A browser finds a chat at the address that it prints, clients of OpenAI the interface at /v1
-    below it, those of Anthropic and Ollama theirs at the address itself.
+    The address that it prints has a chat for browsers, and /v1 for clients.
 
     [bold]Examples[/bold]
 
