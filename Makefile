@@ -2,6 +2,7 @@
 #   make setup   the virtual environment in .venv
 #   make native  build the native libraries again, if their sources changed
 #   make demo    pack the example model, serve it, generate with two workers at once
+#   make serve   pack the example model, and serve it: a chat at http://127.0.0.1:8080 (PORT=8080)
 #   make test    all tests, in JOBS=3 processes
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
@@ -42,7 +43,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci clean
+.PHONY: setup native demo serve test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -60,6 +61,18 @@ native: setup
 
 demo: setup native
 	@$(BIN)/python examples/demo.py
+
+PORT ?= 8080
+EXAMPLE_PACK := build/tiny-mixtral
+
+$(EXAMPLE_PACK)/pack.json: | setup native
+	@rm -rf $(@D) && mkdir -p $(dir $(@D))
+	@$(BIN)/expertd pack examples/tiny-mixtral $(@D)
+
+# The template: this model never saw a chat, and continues what is typed.
+serve: setup native $(EXAMPLE_PACK)/pack.json
+	@exec $(BIN)/expert-run serve --embedded $(EXAMPLE_PACK) --port $(PORT) \
+		--chat-template examples/continue.jinja
 
 # Tests wait more than they compute, so there may be more processes than cores. Each takes the
 # tests of whole folders, so that what a module sets up is set up once, and at the end some from

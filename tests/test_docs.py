@@ -3,12 +3,16 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 from expertd.settings.config import ServeConfig
 from expertd_client.base_session import BaseSession
@@ -99,6 +103,27 @@ def test_every_page_is_in_the_index() -> None:
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
     assert pages == listed & pages
     assert listed == pages
+
+
+READS: dict[str, Callable[[str], Any]] = {
+    "python": lambda text: compile(text, "a recipe", "exec"),
+    "json": json.loads,
+    "toml": tomllib.loads,
+    "yaml": yaml.safe_load,
+}
+
+
+def test_what_recipes_say_can_be_read() -> None:
+    page = (ROOT / "docs/recipes.md").read_text()
+    blocks = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", page)
+    assert {kind for kind, _ in blocks} <= {*READS}
+    assert all(READS[kind](text) for kind, text in blocks)
+    assert all("127.0.0.1:8080" in text for _, text in blocks)
+
+
+@pytest.mark.parametrize("name", ["serving", "server", "answers", "recipes"])
+def test_a_page_of_the_server_is_read_in_minutes(name: str) -> None:
+    assert len((ROOT / f"docs/{name}.md").read_text().split()) < 1200
 
 
 def quoted() -> list[str]:

@@ -21,6 +21,8 @@ MAX_BYTES = 1 << 18
 """Of a grammar's text: a larger one takes seconds before the first token."""
 CHECKED_BYTES = 1 << 14
 """Up to so many a grammar is checked where it is asked for; a larger one when it is used."""
+JSON_OPTIONS = {"whitespace_pattern": r"\r?\n?[ \t]{0,40}"}
+"""llguidance's. Without a bound between JSON's parts, some models write spaces for ever."""
 _EXCERPT = re.compile(r"\s*(\d+ \||\^|<non-verbose)")
 
 
@@ -167,12 +169,14 @@ def _source(spec: GrammarSpec, matcher: Any) -> str:  # noqa: ANN401 - the class
     made: str
     match spec.kind:
         case GrammarKind.JSON_OBJECT:
-            made = matcher.grammar_from_json_schema({"type": "object"})
+            made = matcher.grammar_from_json_schema({"type": "object"}, JSON_OPTIONS)
         case GrammarKind.JSON_SCHEMA:
             schema = msgspec.json.decode(spec.text)
             if not isinstance(schema, dict | bool):
                 raise ValueError("it is no JSON object")
-            made = matcher.grammar_from_json_schema(spec.text)
+            # Only objects have options: {} is true, and false is refused.
+            text = "{}" if schema is True else spec.text
+            made = matcher.grammar_from_json_schema(text, JSON_OPTIONS if text != "false" else None)
         case GrammarKind.REGEX:
             made = matcher.grammar_from_regex(spec.text)
         case GrammarKind.CHOICE:

@@ -1,10 +1,12 @@
 """The container recipe agrees with the repository, and workers of other namespaces attach."""
 
+import http.server
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 
 from expertd.settings.config import load_config
 from expertd_client import Client
+from expertd_inference.server.serve import ServerSettings
 from expertd_testing.daemon import serving
 from expertd_testing.handmade import make_pack
 from expertd_testing.watching import eventually, expertd
@@ -69,7 +72,7 @@ def test_the_worker_s_packages_are_all_of_the_distribution_s() -> None:
     """Unlike the daemon's, which are those of deploy/requirements.txt."""
     installs = [line for line in lines_of("Containerfile.worker") if "pip install" in line]
     assert all("-c constraints.txt" in line and "--no-deps" not in line for line in installs)
-    assert installs[-1].endswith(" .")
+    assert installs[-1].endswith(" '.[serve]'")
     assert any(" g++" in line for line in lines_of("Containerfile.worker")), "native kernels"
 
 
@@ -105,15 +108,18 @@ def compose(**environment: str) -> dict[str, Any]:
 
 def test_compose_gives_what_the_config_asks_for() -> None:
     services = compose()
-    daemon, worker = services["expertd"], services["worker"]
+    daemon, worker, server = (services[name] for name in ("expertd", "worker", "server"))
     config = load_config(ROOT / "deploy/expertd.toml")
     assert parse_bytes(daemon["mem_limit"].replace("g", "GiB")) >= config.ram_bytes + (1 << 30)
-    assert [each["ulimits"]["memlock"] for each in (daemon, worker)] == [-1, -1]
+    assert [each["ulimits"]["memlock"] for each in services.values()] == [-1, -1, -1]
     names = [f"deploy/container/{name}" for name in BOTH]
     assert [each["build"]["dockerfile"] for each in (daemon, worker)] == names
-    for each in (daemon, worker):
+    assert (server["build"], server["user"]) == (worker["build"], worker["user"])
+    assert {name for name, each in services.items() if "network_mode" not in each} == {"server"}
+    for each in services.values():
         assert f"sockets:{config.socket}" in each["volumes"]
-        assert (each["network_mode"], each["read_only"], each["tmpfs"]) == ("none", True, ["/tmp"])
+        assert each.get("network_mode", "none") == "none"
+        assert (each["read_only"], each["tmpfs"]) == (True, ["/tmp"])
         assert {"ipc", "pid"}.isdisjoint(each), "a worker outlives the daemon, and needs neither"
         for volume in each["volumes"]:
             if volume.startswith("."):
@@ -155,6 +161,48 @@ def test_compose_serves_a_model_as_it_stands(environment: dict[str, str], tmp_pa
     finally:
         process.terminate()
         process.communicate(timeout=20)
+
+
+def test_compose_has_a_server_with_keys(tmp_path: Path) -> None:
+    """Its words are taken, up to the file of keys, which is not here."""
+    services = compose(KEYS="/keys.toml", PORT="127.0.0.1:80")
+    server = services["server"]
+    assert server["ports"] == ["127.0.0.1:80:8080"]
+    assert server["depends_on"] == {"expertd": {"condition": "service_healthy"}}
+    command = server["command"]
+    keys = command[command.index("--keys") + 1]
+    assert f"/keys.toml:{keys}:ro" in server["volumes"]
+    state = command[command.index("--state") + 1]
+    assert f"state:{state}" in server["volumes"]
+    made = next(line for line in lines_of("Containerfile.worker") if "useradd" in line)
+    assert f"-o worker -g expertd {state}" in made, "else the volume is root's"
+    words = [word.replace(keys, str(tmp_path / "keys.toml")) for word in command]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("expert-run")), *words],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{tmp_path}/keys.toml" in done.stderr
+    assert "--drain-seconds" not in command
+    assert int(server["stop_grace_period"].removesuffix("s")) > ServerSettings().drain_seconds
+    program, flag, code = server["healthcheck"]["test"][1:]
+    assert (program, flag) == ("python", "-c")
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as healthy:
+        thread = threading.Thread(target=healthy.handle_request)
+        thread.start()
+        here = code.replace("8080", str(healthy.server_port))
+        assert here != code
+        subprocess.run([sys.executable, flag, here], timeout=60, check=True)
+        thread.join()
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    """A server that is well."""
+
+    def do_GET(self) -> None:
+        """To the one path only."""
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
 
 
 @pytest.mark.parametrize("user", [[], ["--user", "--map-user=1234"]], ids=["plain", "user"])

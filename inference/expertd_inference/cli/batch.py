@@ -17,7 +17,7 @@ from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.process.embedded import EmbeddedDaemon
 from expertd_inference.process.environment import prepare_front
 from expertd_inference.settings import Activations, DeviceSettings, KernelsName
-from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.errors import PreconditionError
 from expertstore.interrupts import between_callbacks, exit_code, interruptible
 
 if TYPE_CHECKING:
@@ -90,14 +90,7 @@ def batch(
         ),
     ] = None,
     socket: options.Socket = None,
-    embedded: Annotated[
-        Path | None,
-        typer.Option(
-            help="Without a daemon: start one for this pack, and stop it at the end.",
-            metavar="PACK",
-            readable=False,
-        ),
-    ] = None,
+    embedded: options.Embedded = None,
     ram: options.Ram = None,
     at_once: Annotated[
         int | None,
@@ -108,17 +101,8 @@ def batch(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print totals as one JSON object.")] = False,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            help="A Jinja file in place of the checkpoint's chat template.",
-            metavar="FILE",
-            readable=False,
-        ),
-    ] = None,
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="How many sequences a model computes together.")
-    ] = _LIMITS.max_sequences,
+    chat_template: options.ChatTemplate = None,
+    max_sequences: options.MaxSequences = _LIMITS.max_sequences,
     kv_tokens: options.KvTokens = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -132,6 +116,10 @@ def batch(
 
     Run it again after it was ended, however it was: it goes on where it stood.
 
+    A line of IN.jsonl, whose answer is the line of OUT.jsonl with the same custom_id:
+
+      {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"}}
+
     [bold]Examples[/bold]
 
       expert-run batch in.jsonl out.jsonl --embedded ./mixtral-pack
@@ -139,23 +127,14 @@ def batch(
       expert-run batch in.jsonl out.jsonl --url http://127.0.0.1:8080
     """
     prepare_front()
-    try:
+    with options.extra_serve("batch"):
         from expertd_inference.server.batches.batch_file import BatchFile
         from expertd_inference.server.batches.batch_output import BatchOutput
         from expertd_inference.server.batches.batch_run import check_resumed
         from expertd_inference.server.batches.own_server import own_door
         from expertd_inference.server.batches.url_door import UrlDoor
         from expertd_inference.server.hosting.engine_child import EngineSpec
-    except ModuleNotFoundError as error:
-        raise PreconditionError(
-            f"expert-run batch needs {error.name}, which is not installed: "
-            "pip install 'expertd[serve]'."
-        ) from error
-    places = [one for one in (url, socket, embedded) if one is not None]
-    if len(places) > 1:
-        raise InvalidInputError("Choose one of --url, --socket and --embedded.")
-    if embedded is None and ram is not None:
-        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    options.check_places(ram, url=url, socket=socket, embedded=embedded)
     output = TextOutput(json=json, stream=False)
     limits = EngineLimits(max_sequences=max_sequences, kv_tokens=kv_tokens)
     with interruptible(), ExitStack() as stack:

@@ -12,7 +12,6 @@ from expertd_inference.cli.chat_client import ChatClient
 from expertd_inference.cli.conversation import COMMANDS, Conversation, answer_stdin, converse
 from expertd_inference.cli.served import ServerChild
 from expertd_inference.cli.text_output import TextOutput, status
-from expertstore.errors import InvalidInputError
 from expertstore.interrupts import interruptible
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -39,6 +38,7 @@ def chat(
             "end.",
             metavar="PACK",
             readable=False,
+            rich_help_panel=options.DAEMON,
         ),
     ] = None,
     ram: options.Ram = None,
@@ -57,15 +57,7 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="End an answer after so many tokens.")
     ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            help="For a server that is started: a Jinja file in place of the checkpoint's chat "
-            "template.",
-            metavar="FILE",
-            readable=False,
-        ),
-    ] = None,
+    chat_template: options.ChatTemplate = None,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="EXPERTD_API_KEY", help="Your key, if the server wants one."),
@@ -84,10 +76,7 @@ def chat(
 
       git diff | expert-run chat --url http://lab:8080 --system "Review this."
     '''
-    if sum(one is not None for one in (url, embedded, socket)) > 1:
-        raise InvalidInputError("Choose one of --url, --embedded and --socket.")
-    if embedded is None and ram is not None:
-        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    options.check_places(ram, url=url, embedded=embedded, socket=socket)
     output = TextOutput(json=False, stream=False)
     with interruptible(), ExitStack() as stack:
         own: list[str] = ["--drain-seconds", "0"]

@@ -58,14 +58,7 @@ def generate(
         str | None,
         typer.Option(help="A model that it serves; not needed if it is the only one."),
     ] = None,
-    embedded: Annotated[
-        Path | None,
-        typer.Option(
-            help="Without a daemon: start one for this pack, and stop it at the end.",
-            metavar="PACK",
-            readable=False,
-        ),
-    ] = None,
+    embedded: options.Embedded = None,
     ram: options.Ram = None,
     tls_ca: options.TlsCa = None,
     tls_cert: options.TlsCert = None,
@@ -148,8 +141,7 @@ def generate(
         max_waiting=max(_LIMITS.max_waiting, 2 * max_sequences),
         kv_tokens=kv_tokens,
     )
-    if embedded is None and ram is not None:
-        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
+    options.check_places(ram, embedded=embedded)
     tls = options.tls_files(tls_ca, tls_cert, tls_key)
     copies_bytes = options.size_of("--cache", cache)
     devices = DeviceSettings(

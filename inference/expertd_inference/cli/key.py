@@ -25,9 +25,13 @@ def key(
 
     The file has only the key's hash: this is the one time that the key is shown.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       expert-run key alice --tokens-per-minute 20000 >> keys.toml
+
+      expert-run key nightly --priority -1 --max-sequences 4 >> keys.toml
+
+      expert-run serve --embedded ./mixtral-pack --host 0.0.0.0 --keys keys.toml
     """
     if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
         raise InvalidInputError(f"The name {name!r} has more than letters, digits, - and _.")

@@ -14,7 +14,7 @@ from expertd_inference.process.attachment import DEFAULT_REATTACH_SECONDS
 from expertd_inference.process.embedded import EmbeddedDaemon
 from expertd_inference.process.environment import prepare_front
 from expertd_inference.settings import Activations, DeviceSettings, KernelsName
-from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.errors import InvalidInputError
 from expertstore.interrupts import interruptible
 
 _LIMITS = EngineLimits()
@@ -22,14 +22,7 @@ _LIMITS = EngineLimits()
 
 def serve(
     socket: options.Socket = None,
-    embedded: Annotated[
-        Path | None,
-        typer.Option(
-            help="Without a daemon: start one for this pack, and stop it at the end.",
-            metavar="PACK",
-            readable=False,
-        ),
-    ] = None,
+    embedded: options.Embedded = None,
     ram: options.Ram = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -64,14 +57,7 @@ def serve(
             "again. Default: never.",
         ),
     ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            help="A Jinja file in place of the checkpoint's chat template.",
-            metavar="FILE",
-            readable=False,
-        ),
-    ] = None,
+    chat_template: options.ChatTemplate = None,
     chat_format: Annotated[
         str | None,
         typer.Option(
@@ -94,30 +80,46 @@ def serve(
     keys: Annotated[
         Path | None,
         typer.Option(
-            help="Answer only who sends a key of this file; `expert-run key` makes entries.",
+            help="Answer only requests with a key of this file; `expert-run key` makes entries.",
             metavar="FILE",
             readable=False,
+            rich_help_panel=options.ACCESS,
         ),
     ] = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let anybody who reaches --host ask.")
+        bool,
+        typer.Option(
+            "--no-auth", help="Let anybody who reaches --host ask.", rich_help_panel=options.ACCESS
+        ),
     ] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
             help="Let pages of this site ask, as in https://chat.lab; may be repeated, * is all.",
             metavar="ORIGIN",
+            rich_help_panel=options.ACCESS,
         ),
     ] = None,
     https_cert: Annotated[
         Path | None,
-        typer.Option(help="Serve HTTPS with this certificate.", metavar="PEM", readable=False),
+        typer.Option(
+            help="Serve HTTPS with this certificate.",
+            metavar="PEM",
+            readable=False,
+            rich_help_panel=options.ACCESS,
+        ),
     ] = None,
     https_key: Annotated[
-        Path | None, typer.Option(help="Its private key.", metavar="PEM", readable=False)
+        Path | None,
+        typer.Option(
+            help="Its private key.", metavar="PEM", readable=False, rich_help_panel=options.ACCESS
+        ),
     ] = None,
     max_body: Annotated[
-        str, typer.Option(help="The largest request, as in 32MiB.", metavar="SIZE")
+        str,
+        typer.Option(
+            help="The largest request, as in 32MiB.", metavar="SIZE", rich_help_panel=options.ACCESS
+        ),
     ] = "32MiB",
     state: Annotated[
         Path | None,
@@ -133,11 +135,14 @@ def serve(
     tls_key: options.TlsKey = None,
     pack: options.Pack = None,
     cache: options.Cache = None,
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="How many sequences a model computes together.")
-    ] = _LIMITS.max_sequences,
+    max_sequences: options.MaxSequences = _LIMITS.max_sequences,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="How many more may wait; others are told to come later.")
+        int,
+        typer.Option(
+            min=1,
+            help="How many more may wait; others are told to come later.",
+            rich_help_panel=options.COMPUTING,
+        ),
     ] = _LIMITS.max_waiting,
     kv_tokens: options.KvTokens = None,
     dtype: options.Dtype = None,
@@ -157,28 +162,21 @@ def serve(
 ) -> None:
     """Serve models by OpenAI's interface, to any number of clients at once.
 
+    The address that it prints has a chat for browsers, and /v1 for clients.
+
     [bold]Examples[/bold]
 
       expert-run serve --embedded ./mixtral-pack
 
-      expert-run serve --socket /run/expertd --preload mixtral
+      expert-run serve --preload mixtral --idle-seconds 600 --alias gpt-4o=mixtral
 
-      curl http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json'
-      -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+      expert-run serve --host 0.0.0.0 --keys keys.toml --https-cert cert.pem --https-key key.pem
     """
     prepare_front()
-    try:
+    with options.extra_serve("serve"):
         from expertd_inference.server.hosting.engine_child import EngineSpec
         from expertd_inference.server.serve import ServerSettings, run_server
-    except ModuleNotFoundError as error:
-        raise PreconditionError(
-            f"expert-run serve needs {error.name}, which is not installed: "
-            "pip install 'expertd[serve]'."
-        ) from error
-    if embedded is None and ram is not None:
-        raise InvalidInputError("--ram belongs to --embedded; a running daemon has its budget.")
-    if embedded is not None and socket is not None:
-        raise InvalidInputError("Choose one of --embedded and --socket.")
+    options.check_places(ram, embedded=embedded, socket=socket)
     settings = ServerSettings(
         host=host,
         port=port,

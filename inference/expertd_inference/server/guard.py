@@ -172,7 +172,8 @@ async def _refuse(said: dict[str, Any], error: ApiError, send: Send) -> None:
         (b"content-length", str(len(body)).encode()),
     ]
     if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+        # Some clients of Anthropic ask again for minutes unless they are told.
+        headers += [(b"www-authenticate", b"Bearer"), (b"x-should-retry", b"false")]
     if (wait := error.more.get("retry_after")) is not None:
         headers.append((b"retry-after", str(wait).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -312,6 +312,17 @@ def test_ends_are_allowed_where_the_grammar_may_end(grammars: Grammars) -> None:
         assert may_follow(matcher) == {*ids_of(expected)} | ending
 
 
+@pytest.mark.parametrize("spec", [grammar_of_json_object(), grammar_of_json_schema(True)])
+def test_spaces_of_json_come_to_an_end(spec: GrammarSpec, grammars: Grammars) -> None:
+    """Else a model that likes them writes nothing else."""
+    for indent in (None, 2, 8, "\t"):
+        text = json.dumps({"a": [{"b": [{}, {"c": 1}]}]}, indent=indent)
+        assert END in may_follow(grammars.matcher(spec, frozenset([END]), ids_of(text))), indent
+    for spaces in (" " * 40, "\n" + "\t" * 40):
+        matcher = grammars.matcher(spec, frozenset([END]), ids_of("{" + spaces))
+        assert may_follow(matcher) == {*ids_of('"}')}
+
+
 WRONG = [
     (grammar_of_json_schema({"type": "strnig"}), "JSON schema cannot be used: .*strnig"),
     (grammar_of_json_schema({"not": {"type": "null"}}), "JSON schema .*not"),

@@ -118,6 +118,7 @@ def test_a_chat_streams(page: Page) -> None:
     ask(page, "Once upon a time")
     expect(page.locator("article.user .text")).to_have_text("Once upon a time")
     expect(page.locator(f"{ANSWER} footer")).to_contain_text("tokens/s")
+    expect(page.locator(f"{ANSWER} footer")).to_contain_text("cut")
     assert page.locator(f"{ANSWER} > .text").inner_text()
     expect(page.get_by_role("status")).to_contain_text("The answer is complete")
     assert bodies[0]["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -292,6 +293,31 @@ def test_an_error_is_a_sentence(page: Page) -> None:
     page.get_by_role("button", name="Retry").click()
     expect(page.locator(f"{ANSWER} > .text")).to_have_text("Hello.")
     expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_model_that_is_gone_gives_way_to_one_that_is_there(page: Page) -> None:
+    """As after a restart of the server with other models."""
+    gone = json.dumps({"error": {"message": "There is no model 'example'."}})
+    page.route(CHAT, lambda route: route.fulfill(status=404, body=gone))
+    now = json.dumps({"data": [{"id": "other"}]})
+    page.route("**/v1/models", lambda route: route.fulfill(body=now))
+    ask(page, "Hello?")
+    expect(page.get_by_role("alert")).to_contain_text("There is no model")
+    expect(page.locator("#model option")).to_have_text(["other"])
+    page.unroute(CHAT)
+    bodies = answers(page, {"content": "Hello."})
+    page.get_by_role("button", name="Retry").click()
+    expect(page.locator(f"{ANSWER} > .text")).to_have_text("Hello.")
+    assert bodies[0]["model"] == "other"
+
+
+def test_what_came_of_an_answer_stays_when_the_page_is_left(page: Page) -> None:
+    settings(page, Most_new_tokens="4000")
+    ask(page, "def f(")
+    expect(page.locator(f"{ANSWER} > .text")).not_to_be_empty()
+    page.reload()
+    expect(page.locator(f"{ANSWER} footer")).to_contain_text("stopped")
+    expect(page.locator(f"{ANSWER} > .text")).not_to_be_empty()
 
 
 @pytest.mark.parametrize("path", ["/", "/host"])

@@ -79,6 +79,8 @@ async def test_keys(keys: Keys) -> None:
     assert refused.status_code == 401
     assert refused.json()["error"]["code"] == "invalid_api_key"
     assert refused.headers["www-authenticate"] == "Bearer"
+    # Clients of Anthropic try again for minutes otherwise.
+    assert refused.headers["x-should-retry"] == "false"
     assert (await ask(app, "GET", "/who", authorization=f"Bearer {KEY}")).text == "alice"
     assert (await ask(app, "GET", "/who", x_api_key=KEY)).text == "alice"
     assert (await ask(app, "GET", "/who", authorization="Bearer ek-bob")).status_code == 401

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -172,6 +173,24 @@ def test_items_become_messages() -> None:
     ]
 
 
+FUNCTION = {"type": "function", "name": "f", "parameters": {}}
+GROUP = {"type": "namespace", "name": "group", "description": "All of it."}
+
+
+async def test_functions_of_a_namespace_are_called_by_it(call_of_tool: Any) -> None:
+    tools = [{**FUNCTION, "name": "look"}, {**GROUP, "tools": [FUNCTION]}]
+    body = convert({"input": "x", "tools": tools})
+    offered = openai_fields(body, [])["tools"]
+    assert [tool["function"]["name"] for tool in offered] == ["look", "f"]
+    said: Any = Said(Piece(calls=(call_of_tool, replace(call_of_tool, name="look"))))
+    answer = await _Responding(said, body, [], ResponseStore(), "user").answer()
+    assert [(one["name"], one.get("namespace")) for one in answer["output"]] == [
+        ("f", "group"),
+        ("look", None),
+    ]
+    assert answer["tools"][1] == tools[1]
+
+
 def test_tools_formats_and_effort_are_a_chat_s() -> None:
     tool = {"type": "function", "name": "look", "parameters": {}, "strict": True}
     body = {
@@ -205,7 +224,11 @@ def test_tools_formats_and_effort_are_a_chat_s() -> None:
         ({"truncation": "auto"}, "truncation may only be disabled"),
         ({"context_management": [{"type": "compaction"}]}, "context_management is not"),
         ({"tools": [{"type": "web_search"}]}, "it takes functions only"),
-        ({"tools": [{"type": "function"}], "tool_choice": {"type": "mcp"}}, "of type 'mcp'"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "mcp"}}, "of type 'mcp'"),
+        ({"tools": [FUNCTION, {**GROUP, "tools": [FUNCTION]}]}, "tools[1].tools[0] has the name"),
+        ({"tools": [{**GROUP, "tools": [{"type": "custom"}]}]}, "tools[0].tools[0] is of type"),
+        ({"tools": [{"type": "namespace"}]}, "tools[0].name is no text"),
+        ({"tools": [{**GROUP, "tools": 3}]}, "tools[0].tools is no list"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "of type 'item_reference'"),
         ({"input": [{"role": "user", "content": 3}]}, "no text and no list of parts"),
         ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "output is no text"),

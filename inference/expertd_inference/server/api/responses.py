@@ -22,6 +22,7 @@ from expertd_inference.server.api.responses_request import (
     TextConfig,
     items_of,
     messages_of,
+    namespaces_of,
     openai_fields,
     refuse_unserved,
 )
@@ -148,7 +149,7 @@ class _Responding:
         self._user = user
         self._id = new_id("resp_")
         self._created = now()
-        self._output = Output()
+        self._output = Output(namespaces_of(body.tools))
         self._num_events = 0
 
     async def answer(self) -> dict[str, Any]:
@@ -273,6 +274,8 @@ class _Responding:
 
 
 def _echo(tool: dict[str, Any]) -> dict[str, Any]:
+    if tool["type"] != "function":
+        return tool
     return {"parameters": None, "strict": None, "description": None, **tool}
 
 

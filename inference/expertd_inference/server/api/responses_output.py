@@ -1,6 +1,6 @@
 """The items of a response while they grow, and the events that say so."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from expertd_inference.server.chat.answer import Piece
@@ -13,8 +13,10 @@ Item = dict[str, Any]
 class Output:
     """What a response says: reasoning, a message, calls of functions, in this order of coming."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespaces: Mapping[str, str] | None = None) -> None:
+        """``namespaces`` are those of functions that are in one."""
         self.items: list[Item] = []
+        self._namespaces = namespaces or {}
         self._is_open = False
         self._logprobs: list[Any] = []
         """Of tokens whose text is held back."""
@@ -83,7 +85,7 @@ class Output:
         return self._event(kind, content_index=0, delta=text, **more)
 
     def _call(self, call_id: str, name: str, arguments: str) -> Iterator[Event]:
-        item = {
+        item: Item = {
             "id": new_id("fc_"),
             "type": "function_call",
             "status": "completed",
@@ -91,6 +93,8 @@ class Output:
             "name": name,
             "arguments": arguments,
         }
+        if (namespace := self._namespaces.get(name)) is not None:
+            item["namespace"] = namespace
         self.items.append(item)
         begun = {**item, "status": "in_progress", "arguments": ""}
         yield self._item_event("response.output_item.added", begun)

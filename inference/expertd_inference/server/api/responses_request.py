@@ -132,10 +132,16 @@ def openai_fields(body: ResponsesRequest, earlier: Sequence[Item]) -> dict[str, 
     }
     fields |= {name: getattr(body, name) for name in _VLLM}
     if body.tools:
-        fields["tools"] = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(body.tools)]
+        fields["tools"] = _tools(body.tools)
     fields["tool_choice"] = _tool_choice(body.tool_choice)
     fields["parallel_tool_calls"] = body.parallel_tool_calls
     return fields
+
+
+def namespaces_of(tools: Sequence[Item] | None) -> dict[str, str]:
+    """The namespaces of functions that are in one; the tools are those of :func:`openai_fields`."""
+    groups = [tool for tool in tools or () if tool["type"] == "namespace"]
+    return {tool["name"]: group["name"] for group in groups for tool in group["tools"]}
 
 
 def messages_of(given: str | Sequence[Item] | None, earlier: Sequence[Item] = ()) -> list[Item]:
@@ -224,6 +230,29 @@ def _field(where: str, item: Item, name: str) -> str:
     if not isinstance(value, str):
         raise ApiError(400, f"{where}.{name} is no text.", param=where)
     return value
+
+
+def _tools(tools: Sequence[Item]) -> list[Item]:
+    """All functions; models know those of a namespace by their own names."""
+    functions: dict[str, Item] = {}
+    for at, tool in enumerate(tools):
+        where = f"tools[{at}]"
+        group: Any = [tool]
+        if in_one := tool.get("type") == "namespace":
+            _field(where, tool, "name")
+            group = tool.get("tools")
+            if not isinstance(group, list) or not all(isinstance(one, dict) for one in group):
+                raise ApiError(400, f"{where}.tools is no list of functions.", param=where)
+        for number, one in enumerate(group):
+            place = f"{where}.tools[{number}]" if in_one else where
+            function = _tool(place, one)
+            name = _field(place, one, "name")
+            if name in functions:
+                raise ApiError(
+                    400, f"{place} has the name {name!r} of another; give it its own.", param=where
+                )
+            functions[name] = function
+    return [*functions.values()]
 
 
 def _tool(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:

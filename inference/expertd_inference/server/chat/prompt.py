@@ -10,12 +10,13 @@ from expertd_inference.server.chat.answer import AnswerParser, AnswerReader
 from expertd_inference.server.chat.answer_grammar import AnswerGrammar, Reasoning
 from expertd_inference.server.chat.families import Family, family_named
 from expertd_inference.server.chat.forced_calls import FORCED, rules_of_tools
-from expertd_inference.server.chat.messages import for_template
+from expertd_inference.server.chat.messages import for_template, with_one_system
 from expertd_inference.server.chat.recognition import family_of, family_that_calls
 from expertd_inference.server.chat.regions import Kind
 from expertd_inference.server.chat.tools import Tools, chosen_tools
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import GenerationSettings
+from expertstore.errors import InvalidInputError
 
 FOREIGN = "hermes"
 """The format of calls that are required of a model which knows none."""
@@ -149,7 +150,8 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         arguments.setdefault("reasoning_effort", chat.reasoning_effort)
         if chat.reasoning_effort == "none":
             arguments.setdefault("enable_thinking", False)
-    rendered = text.render(
+    rendered = _rendered(
+        text,
         for_template(chat.messages),
         tools=tools.allowed or None,
         documents=chat.documents,
@@ -167,3 +169,21 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         None if chat.parallel_tool_calls else 1,
         chat.continue_final_message,
     )
+
+
+def _rendered(text: ModelText, messages: Sequence[dict[str, Any]], **how: Any) -> str:  # noqa: ANN401
+    """The messages in the template, without the loss of any that instructs the model.
+
+    Agents send system messages in the middle of a chat. Some templates refuse them, and some leave
+    them out: these get what :func:`with_one_system` makes of the messages.
+    """
+    later = [one["content"].strip() for one in messages[1:] if one["role"] == "system"]
+    try:
+        rendered = text.render(messages, **how)
+    except InvalidInputError:
+        if not later:
+            raise
+    else:
+        if all(one in rendered for one in later):
+            return rendered
+    return text.render(with_one_system(messages), **how)

@@ -162,12 +162,13 @@ function failure({ message, status }) {
   return element("p", { className: "failure", role: "alert" }, message + hint + (status === 429 ? " Others are being served first." : ""));
 }
 
-function figures({ tokens, seconds, first, stopped }) {
+function figures({ tokens, seconds, first, stopped, cut }) {
   if (!tokens) return stopped ? "stopped" : "";
   const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
   if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
   if (first !== undefined) parts.push(`first after ${first.toFixed(1)} s`);
   if (stopped) parts.push("stopped");
+  if (cut) parts.push("cut: as long as it may be");
   return parts.join(" · ");
 }
 
@@ -224,6 +225,7 @@ async function answer() {
       message.error = { message: error.message, status: error.status };
       tell("");
       if (error.status === 401) askForKey(answer);
+      else loadModels(); // The server may have come back with others.
     } else throw error;
   } finally {
     coming.delete(conversation);
@@ -265,6 +267,7 @@ async function receive(conversation, message, messages, signal) {
         message.seconds = (now - begun) / 1000;
         message.tokens = (message.tokens ?? 0) + 1;
       }
+      message.cut ||= chunk.choices[0]?.finish_reason === "length";
       message.tokens = chunk.usage?.completion_tokens ?? message.tokens;
       frame ||= requestAnimationFrame(draw);
     }
@@ -328,8 +331,8 @@ async function loadModels() {
     models = (await getJson("v1/models")).data.map((one) => one.id);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
-    tell(error.message);
     if (error.status === 401) askForKey(loadModels);
+    if (error.status === 401 || !models.length) tell(error.message);
     return;
   }
   byId("model").replaceChildren(...models.map((name) => element("option", { value: name }, name)));
@@ -399,6 +402,13 @@ byId("message").oninput = grow;
 byId("message").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
 };
+addEventListener("pagehide", () => {
+  // What has come of an answer stays.
+  for (const one of coming.keys()) {
+    one.messages.at(-1).stopped = true;
+    save(one);
+  }
+});
 document.onkeydown = (event) => {
   if (event.key !== "Escape" || byId("drawer").open) return;
   if (coming.has(current)) coming.get(current).abort();

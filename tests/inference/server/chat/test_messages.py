@@ -1,0 +1,73 @@
+"""Messages of the system in a chat's middle, in templates of three kinds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertd_inference.server.chat.prompt import Chat, prompt_of
+from expertd_inference.server.hosting.model_text import ModelText
+from expertd_testing.recital import make_tokenizer
+from expertstore.errors import InvalidInputError
+
+TAKES = "{% for one in messages %}[{{ one.role }}]{{ one.content | trim }}{% endfor %}"
+REFUSES = """\
+{%- for one in messages -%}
+{%- if one.role == 'system' and not loop.first -%}
+{{ raise_exception('System message must be at the beginning.') }}
+{%- endif -%}
+[{{ one.role }}]{{ one.content | trim }}
+{%- endfor -%}"""
+LEAVES_OUT = """\
+{%- if messages[0].role == 'system' -%}[system]{{ messages[0].content }}{%- endif -%}
+{%- for one in messages if one.role != 'system' -%}
+[{{ one.role }}]{{ one.content }}
+{%- endfor -%}"""
+
+
+def said(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+CHAT = (
+    said("system", "Be kind."),
+    said("developer", "Be brief."),
+    said("user", "One?"),
+    said("system", "Today is Monday. "),
+    said("user", "Two?"),
+    said("assistant", "Three."),
+    said("system", "Use no tools."),
+)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(directory)
+    return directory
+
+
+def rendered(pack: Path, template: str, *messages: dict[str, Any]) -> str:
+    return prompt_of(ModelText("model", pack, template), Chat(messages=messages)).prompt
+
+
+def test_a_template_that_takes_them_gets_them(pack: Path) -> None:
+    assert rendered(pack, TAKES, *CHAT) == (
+        "[system]Be kind.[system]Be brief.[user]One?[system]Today is Monday.[user]Two?"
+        "[assistant]Three.[system]Use no tools."
+    )
+
+
+@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT])
+def test_a_template_that_does_not_has_them_told_by_the_user(pack: Path, template: str) -> None:
+    assert rendered(pack, template, *CHAT) == (
+        "[system]Be kind.\n\nBe brief.[user]One?\n\nToday is Monday. \n\nTwo?"
+        "[assistant]Three.[user]Use no tools."
+    )
+
+
+def test_another_refusal_is_one(pack: Path) -> None:
+    template = "{{ raise_exception('No.') }}"
+    for messages in (CHAT, [said("user", "One?")]):
+        with pytest.raises(InvalidInputError, match="does not take these messages: No;"):
+            rendered(pack, template, *messages)
