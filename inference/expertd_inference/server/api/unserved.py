@@ -33,3 +33,12 @@ async def refuse(request: Request) -> Response:
         f"{path} is not served: the models here continue texts and chats, and do not {what}.",
         code="unsupported_endpoint",
     )
+
+
+async def refuse_slots(_: Request) -> Response:
+    """``GET /slots`` of llama-server: sequences have no places of their own here."""
+    raise ApiError(
+        501,
+        "/slots is not served; /metrics says how many sequences are computed and wait.",
+        code="unsupported_endpoint",
+    )
