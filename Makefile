@@ -28,7 +28,9 @@
 #   make gpu-test   the tests that need a GPU, under the host's own python3 (two minutes)
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
-#   make conformance  openai-python's own tests against the server, and docs/conformance.md's tables
+#   make conformance  what others wrote against the server: openai-python's tests, llama.cpp's, lm-eval,
+#                   aiperf; docs/conformance.md's tables (a quarter of an hour, and the package index;
+#                   CONFORMANCE="--only lm-eval", --help)
 #   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
@@ -162,7 +164,7 @@ soak: setup
 	done
 
 conformance: setup native
-	@$(BIN)/python -m tests.conformance
+	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 architectures: setup
 	@$(BIN)/python -m tests.architectures

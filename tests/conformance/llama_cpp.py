@@ -48,7 +48,42 @@ _NOT_RUN = {
 _SLOW = "downloads models of gigabytes (slow)"
 _TEMPLATES = {r"test_anthropic_thinking_history": "Qwen-Qwen3-0.6B"}
 """Chat templates that are not in a case's name."""
-_NOT_APPLICABLE: dict[str, str] = {}
+_NOT_APPLICABLE = {
+    r"test_chat_completion\[|test_chat_completion_cached_tokens|test_tokenize_with_bos": (
+        "counts or names tokens of its own model"
+    ),
+    r"match_regex": "expects words of its own model",
+    r"assert '' is None|Expected non empty content delta": (
+        "the first event of a stream has an empty content, as OpenAI's; llama-server's has null"
+    ),
+    r"__verbose": "llama-server's `__verbose`, for debugging",
+    r"(timings_per_token|return_progress) is not supported|with_llama_telemetry": (
+        "llama-server's telemetry in OpenAI's interface: refused"
+    ),
+    r"exceed_context_size_error": "the error has llama-server's numbers, and OpenAI's type",
+    r"authentication_error": "the error has OpenAI's type",
+    r"test_invalid_chat_completion_req\[messages7\]": (
+        "two answers in a row: the chat template decides"
+    ),
+    r"(tool_result_with_image|vision_format).*400 == 500": "an image is refused by 400, not by 500",
+    r"huggingface": "downloads",
+    r"test_anthropic_empty_messages": "no messages: refused, as Anthropic does",
+    r"test_server_models|test_server_model_aliases": "one model; here aliases are listed, too",
+    r"test_server_multiple_addresses|test_no_ui|test_load_split_model": "options of llama-server",
+    r"test_server_props": "a file of llama.cpp's format",
+    r"test_server_slots|test_cancel_request": "`/slots`: refused",
+    r"test_correct_api_key": "`/completions` without `/v1` is OpenAI's here, not llama-server's",
+    r"test_access_static_assets|test_cors_proxy": "llama-server's own pages",
+    r"test_local_media_file": "images",
+    r"test_apply_chat_template": "a chat template that llama-server knows by name",
+    r"test_reasoning\[.*-off-": "llama-server's `--reasoning off`",
+}
+"""What a case is called, and what its failure says: why it does not apply."""
+_ORIGINS = (
+    *("localhost", "web.mydomain.fr", "origin", "http://localhost", "http://localhost:8080"),
+    *("http://127.0.0.1", "http://127.0.0.1:3000", "http://[::1]", "http://[::1]:3000"),
+)
+"""Pages that the tests let ask."""
 
 
 @dataclass
@@ -108,6 +143,7 @@ def groups_of(ids: Sequence[str], templates: Sequence[Path], keys: Path) -> dict
     """By what the server has: a case's chat template, ``keys``, or only the example model."""
     # Names may begin with others.
     named = {path.stem: path for path in sorted(templates, key=lambda path: -len(path.stem))}
+    origins = [part for origin in _ORIGINS for part in ("--cors-origin", origin)]
     groups: dict[str, Group] = {}
     for id_ in ids:
         template = next((name for name in named if f"[{name}-" in id_), None)
@@ -116,7 +152,7 @@ def groups_of(ids: Sequence[str], templates: Sequence[Path], keys: Path) -> dict
         if template is not None:
             group = groups.setdefault(f"template {template}", Group(template=named[template]))
         elif "test_security" in id_:
-            group = groups.setdefault("with a key", Group(("--keys", keys)))
+            group = groups.setdefault("with a key", Group(("--keys", keys, *origins)))
         else:
             group = groups.setdefault("the example model", Group())
         group.cases.append(id_)

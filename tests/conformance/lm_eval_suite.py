@@ -53,7 +53,7 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-_QUESTIONS = ("import os\n", "def add(a, b):", "class Stack:", "for line in")
+_QUESTIONS = ("import os", "def add(a, b):", "class Stack:", "for line in")
 
 
 def run(outside: Outside, _: Path | None) -> Report:
@@ -192,9 +192,8 @@ def _chats(outside: Outside, server: Server, folder: Path) -> Iterator[Case]:
     samples = next(out.rglob("samples_*.jsonl")).read_text().splitlines()
     for sample in sorted(map(json.loads, samples), key=lambda one: one["doc_id"]):
         question = sample["doc"]["question"]
-        # lm-eval strips what a question ends with.
         asked = {
-            "messages": [{"role": "user", "content": question.strip()}],
+            "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": 24,
             "stop": ["</assistant>", "\n\n\n"],
@@ -205,7 +204,7 @@ def _chats(outside: Outside, server: Server, folder: Path) -> Iterator[Case]:
         good = bool(got) and got == wanted
         yield Case(
             "lm_eval.chats",
-            question.strip(),
+            question,
             Outcome.PASSED if good else Outcome.FAILED,
             "" if good else f"{got!r:.80} and not {wanted!r:.80}",
         )

@@ -6,7 +6,7 @@ from tests.conformance.cases import Report, read_cases
 from tests.conformance.outside import MODEL, Outside
 
 VERSION = "3.57.0"
-_PACKAGES = [f"openai[aiohttp]=={VERSION}", "pytest>=8.3,<10", "pytest-asyncio>=1,<2"]
+_PACKAGES = [f"openai[aiohttp]=={VERSION}", "pytest>=9,<10", "pytest-asyncio>=1.4,<2", "rich"]
 _FILES = [
     f"tests/api_resources/{name}.py"
     for name in (
