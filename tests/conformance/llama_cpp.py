@@ -29,7 +29,7 @@ _NOT_RUN = {
     "test_embedding": "embeddings",
     "test_rerank": "ranking",
     "test_vision_api": "images",
-    "test_infill": "filling gaps needs a model with tokens for them",
+    "test_infill": "filling gaps, for which the example model has no tokens",
     "test_lora": "llama.cpp's LoRA files",
     "test_slot_save": "slots saved to files",
     "test_kv_keep_only_active": "slots saved to files",

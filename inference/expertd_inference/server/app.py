@@ -84,6 +84,7 @@ def make_app(front: Front) -> Starlette:
         *_both("/detokenize", tokenizing.detokenize, "POST"),
         *_both("/tokenizer_info", tokenizing.tokenizer_info, "GET"),
         Route("/completion", llama.llama_complete, methods=["POST"]),
+        Route("/infill", llama.infill, methods=["POST"]),
         Route("/apply-template", llama.apply_template, methods=["POST"]),
         Route("/props", llama.props),
         Route("/slots", refuse_slots),

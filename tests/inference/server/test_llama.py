@@ -156,3 +156,11 @@ def test_properties_and_slots(http: httpx2.Client) -> None:
     slots = http.get("/slots")
     assert slots.status_code == 501
     assert "/metrics" in slots.json()["error"]["message"]
+
+
+def test_a_model_without_tokens_for_gaps_fills_none(http: httpx2.Client) -> None:
+    body = {"input_prefix": "def f(", "input_suffix": "return x", "input_extra": [{"text": "a"}]}
+    response = http.post("/infill", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "input_suffix"
+    assert "has no tokens for filling gaps" in response.json()["error"]["message"]

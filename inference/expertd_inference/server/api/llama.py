@@ -1,8 +1,8 @@
-"""What llama-server has of its own: ``/completion``, ``/apply-template``, ``/props``."""
+"""What llama-server has of its own: ``/completion``, ``/infill``, ``/props`` and others."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -16,12 +16,20 @@ from expertd_inference.server.api.answering import Answering, chat_request
 from expertd_inference.server.api.chat import ChatRequest, chat_of
 from expertd_inference.server.api.completions import FINGERPRINT
 from expertd_inference.server.api.errors import unsupported
-from expertd_inference.server.api.llama_request import LlamaRequest, fields_of, prompts_of
+from expertd_inference.server.api.llama_request import (
+    InfillRequest,
+    LlamaFields,
+    LlamaRequest,
+    fields_of,
+    prompts_of,
+)
 from expertd_inference.server.api.logprobs import chat_logprob
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sse import event, stream_events
-from expertd_inference.server.chat.prompt import prompt_of
+from expertd_inference.server.chat.gaps import gap
+from expertd_inference.server.chat.prompt import ChatPrompt, prompt_of
 from expertd_inference.server.front import front_of, user_of
+from expertd_inference.server.hosting.model_text import ModelText
 
 _SETTINGS = (
     *("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty"),
@@ -31,15 +39,35 @@ _SETTINGS = (
 
 async def llama_complete(request: Request) -> Response:
     """``POST /completion``."""
-    front = front_of(request)
-    body = await read_body(request, LlamaRequest, front.say)
-    entry, text = await front.model(body.model)
-    fields = chat_request(fields_of(body, text))
-    prompts = prompts_of(body.prompt, text)
-    answers = [
-        _Completion(index, body, Answering(entry, text, fields, prompt))
-        for index, prompt in enumerate(prompts)
-    ]
+    body = await read_body(request, LlamaRequest, front_of(request).say)
+    return await _respond(request, body, lambda text: prompts_of(body.prompt, text))
+
+
+async def infill(request: Request) -> Response:
+    """``POST /infill``: the gap between two texts, filled."""
+    body = await read_body(request, InfillRequest, front_of(request).say)
+    files = [(file.filename, file.text) for file in body.input_extra]
+
+    def prompts(text: ModelText) -> list[list[int]]:
+        prompt = gap(text, body.input_prefix, body.input_suffix, body.prompt, files, "input_suffix")
+        return [text.encode(prompt)]
+
+    return await _respond(request, body, prompts)
+
+
+async def _respond(
+    request: Request, body: LlamaFields, prompts: Callable[[ModelText], list[list[int]]]
+) -> Response:
+    entry, text = await front_of(request).model(body.model)
+
+    def begin() -> list[_Completion]:
+        fields = chat_request(fields_of(body, text))
+        return [
+            _Completion(index, body, Answering(entry, text, fields, prompt))
+            for index, prompt in enumerate(prompts(text))
+        ]
+
+    answers = await asyncio.to_thread(begin)
     user = user_of(request)
     if body.stream:
         if len(answers) > 1:
@@ -51,18 +79,20 @@ async def llama_complete(request: Request) -> Response:
 
 async def apply_template(request: Request) -> Response:
     """``POST /apply-template``: a chat as the text that the model would continue."""
-    front = front_of(request)
-    body = await read_body(request, ChatRequest, front.say)
-    _, text = await front.model(body.model)
-    return _json({"prompt": prompt_of(text, chat_of(body)).prompt})
+    return _json({"prompt": (await _chat_prompt(request)).prompt})
 
 
 async def count_chat_tokens(request: Request) -> Response:
     """``POST /chat/completions/input_tokens``."""
+    return _json({"input_tokens": len((await _chat_prompt(request)).tokens)})
+
+
+async def _chat_prompt(request: Request) -> ChatPrompt:
     front = front_of(request)
     body = await read_body(request, ChatRequest, front.say)
+    front.check_template(body.chat_template)
     _, text = await front.model(body.model)
-    return _json({"input_tokens": len(body.cut(prompt_of(text, chat_of(body)).tokens))})
+    return await asyncio.to_thread(lambda: prompt_of(text, chat_of(body)))
 
 
 async def props(request: Request) -> Response:
@@ -98,7 +128,7 @@ async def _all(answers: list["_Completion"], user: str) -> list[dict[str, Any]]:
 class _Completion:
     """One prompt, continued."""
 
-    def __init__(self, index: int, body: LlamaRequest, asked: Answering) -> None:
+    def __init__(self, index: int, body: LlamaFields, asked: Answering) -> None:
         self._index = index
         self._body = body
         self._asked = asked

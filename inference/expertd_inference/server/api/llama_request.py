@@ -25,10 +25,9 @@ _NEUTRAL = {
 Prompt = str | list[Any] | dict[str, Any]
 
 
-class LlamaRequest(msgspec.Struct, kw_only=True):
-    """The body of a request."""
+class LlamaFields(msgspec.Struct, kw_only=True):
+    """How to continue a prompt."""
 
-    prompt: Prompt
     model: str | None = None
     stream: bool = False
     n_predict: int | None = None
@@ -69,7 +68,29 @@ class LlamaRequest(msgspec.Struct, kw_only=True):
     samplers: Any = None
 
 
-def fields_of(body: LlamaRequest, text: ModelText) -> dict[str, Any]:
+class LlamaRequest(LlamaFields, kw_only=True):
+    """The body of ``/completion``."""
+
+    prompt: Prompt
+
+
+class ExtraFile(msgspec.Struct, kw_only=True):
+    """Another file of the repository."""
+
+    text: str
+    filename: str = "tmp"
+
+
+class InfillRequest(LlamaFields, kw_only=True):
+    """The body of ``/infill``; ``prompt`` is what fills the gap so far."""
+
+    input_prefix: str
+    input_suffix: str
+    input_extra: list[ExtraFile] = msgspec.field(default_factory=list)
+    prompt: str = ""
+
+
+def fields_of(body: LlamaFields, text: ModelText) -> dict[str, Any]:
     """The request in OpenAI's fields, but for the prompt. Raises ApiError for what is not done."""
     for name, neutral in _NEUTRAL.items():
         value = getattr(body, name)
@@ -130,7 +151,7 @@ def _tokens(prompt: Any, text: ModelText) -> list[int]:  # noqa: ANN401 - of any
     )
 
 
-def _biases(body: LlamaRequest, text: ModelText) -> dict[int, float]:
+def _biases(body: LlamaFields, text: ModelText) -> dict[int, float]:
     """By token. llama-server takes a text for all of its tokens, and false for "never"."""
     given = body.logit_bias or {}
     biases: dict[int, float] = {}

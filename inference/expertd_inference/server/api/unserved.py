@@ -19,7 +19,6 @@ UNSERVED = {
     "/images/edits": "draw",
     "/images/variations": "draw",
     "/realtime": "talk in real time",
-    "/infill": "fill gaps",
 }
 """Paths, and what the models do not do."""
 
