@@ -118,6 +118,12 @@ def test_only_some_fields_are_answered(http: httpx2.Client) -> None:
     answer = greedy(http, response_fields=fields)
     assert [*answer] == fields
     assert [*answer.values()][1:] == [6, None]
+    body = {"prompt": PROMPT, "n_predict": 1, "stream": True, "response_fields": ["stop"]}
+    assert http.post("/completion", json=body).text.endswith('data: {"stop":true}\n\n')
+
+
+def test_of_several_prompts_one_may_be_wrong(http: httpx2.Client) -> None:
+    assert "maximum context length is 1024" in refused(http, prompt=["a", [1] * 5000])
 
 
 @pytest.mark.parametrize(
@@ -130,8 +136,10 @@ def test_what_would_change_something_is_refused(http: httpx2.Client, body: dict[
 
 def test_neutral_values_are_taken(http: httpx2.Client) -> None:
     neutral = {"typical_p": 1.0, "mirostat": 0, "repeat_penalty": 1.0, "samplers": ["top_k"]}
-    more = {"repeat_last_n": 64, "seed": -1, "cache_prompt": False, "dry_multiplier": 0}
+    more = {"repeat_last_n": 64, "seed": 0xFFFFFFFF, "cache_prompt": False, "dry_multiplier": 0}
     assert greedy(http, **neutral, **more)["content"] == greedy(http)["content"]
+    texts = {post(http, prompt=PROMPT, n_predict=16, **more)["content"] for _ in range(3)}
+    assert len(texts) > 1
     assert "repeat_last_n" in refused(http, repeat_penalty=1.1, repeat_last_n=64)
 
 

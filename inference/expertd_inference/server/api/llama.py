@@ -120,9 +120,14 @@ async def props(request: Request) -> Response:
 
 
 async def _all(answers: list["_Completion"], user: str) -> list[dict[str, Any]]:
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(answer.whole(user)) for answer in answers]
-    return [task.result() for task in tasks]
+    tasks = [asyncio.create_task(answer.whole(user)) for answer in answers]
+    try:
+        return [await task for task in tasks]
+    finally:
+        # One failed, or the client is gone.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Completion:
@@ -137,12 +142,11 @@ class _Completion:
 
     async def whole(self, user: str) -> dict[str, Any]:
         """All at once."""
-        tokens = [token async for token in self._tokens(user)]
+        async with aclosing(self._tokens(user)) as coming:
+            tokens = [token async for token in coming]
         content = "".join(token.text for token in tokens)
         ids = [token.id for token in tokens] if self._body.return_tokens else []
-        whole = self._ending(content, ids) | self._likely(tokens)
-        wanted = self._body.response_fields
-        return whole if not wanted else {name: _within(whole, name) for name in wanted}
+        return self._chosen(self._ending(content, ids) | self._likely(tokens))
 
     async def events(self, user: str) -> AsyncGenerator[bytes]:
         """A token each, and the figures."""
@@ -161,13 +165,13 @@ class _Completion:
                 if self._body.timings_per_token:
                     piece["timings"] = self._timings()
                 yield event(piece | self._likely([token]))
-        yield event(self._ending("", []))
+        yield event(self._chosen(self._ending("", [])))
 
     async def _tokens(self, user: str) -> AsyncGenerator[Token]:
         async with aclosing(self._asked.pieces(user)) as pieces:
             async for token, _ in pieces:
                 self._last = time.monotonic()
-                if token.opening is not None:
+                if self._asked.counter.num_new_tokens == 1:
                     self._first = self._last
                 self._has_new_line |= "\n" in token.text
                 yield token
@@ -204,6 +208,10 @@ class _Completion:
             "stopping_word": stop or "",
             "timings": self._timings(),
         }
+
+    def _chosen(self, whole: dict[str, Any]) -> dict[str, Any]:
+        wanted = self._body.response_fields
+        return {name: _within(whole, name) for name in wanted} if wanted else whole
 
     def _timings(self) -> dict[str, float]:
         """The first token comes of the prompt, so ``predicted`` is of those after it."""

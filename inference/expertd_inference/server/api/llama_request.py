@@ -22,6 +22,7 @@ _NEUTRAL = {
     "lora": ([],),
 }
 """Fields that would change the answer, and the values with which they change nothing."""
+_ANY_SEED = (None, -1, 0xFFFFFFFF)
 Prompt = str | list[Any] | dict[str, Any]
 
 
@@ -107,7 +108,7 @@ def fields_of(body: LlamaFields, text: ModelText) -> dict[str, Any]:
         "top_k": body.top_k,
         "top_p": body.top_p,
         "min_p": body.min_p,
-        "seed": None if body.seed is None or body.seed < 0 else body.seed,
+        "seed": None if body.seed in _ANY_SEED else body.seed,
         "repetition_penalty": body.repeat_penalty,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
