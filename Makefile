@@ -30,7 +30,9 @@
 #   make gpu-bench  what a GPU host makes of it, to docs/benchmarks (ten minutes)
 #   make soak    fuzz, then kill workers and daemons at random for an hour (SECONDS=3600)
 #   make soak-serve  kill a server's engines and daemons under streaming clients (ten minutes)
-#   make conformance  openai-python's own tests against the server, and docs/conformance.md's tables
+#   make conformance  what others wrote against the server: openai-python's tests, llama.cpp's, lm-eval,
+#                   aiperf; docs/conformance.md's tables (a quarter of an hour, and the package index;
+#                   CONFORMANCE="--only lm-eval", --help)
 #   make architectures  try every MoE of transformers, and write docs/architectures.md (minutes)
 #   make train   train the example model again (hours)
 #   make ci      what CI runs
@@ -179,7 +181,7 @@ soak-serve: setup native
 	@$(BIN)/python -m tests.serve_campaign
 
 conformance: setup native
-	@$(BIN)/python -m tests.conformance
+	@$(BIN)/python -m tests.conformance $(CONFORMANCE)
 
 architectures: setup
 	@$(BIN)/python -m tests.architectures

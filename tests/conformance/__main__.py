@@ -1,99 +1,102 @@
-"""Runs openai-python's own tests against the server, and says what they make of it.
+"""Runs what others wrote against the server, and says what they make of it.
 
-python -m tests.conformance [--sdist openai-3.57.0.tar.gz]
+Suites: openai (openai-python's own tests), llama (those of llama.cpp's server), lm-eval
+(perplexities and answers), load (aiperf, whose figures are held against /metrics). Each is
+installed from the package index into an environment of its own, and gets the example model, served
+as a user would. Nothing else is fetched: no model, no data.
 
-The sdist of the installed version is fetched from the package index unless it is given.
+Prints Markdown for docs/conformance.md. The exit code is 1 if a case failed or a suite could not be
+run.
+
+Example: python -m tests.conformance --only lm-eval --environments ~/.cache/conformance
+         python -m tests.conformance --skip load --json
+         python -m tests.conformance --only openai --sdist openai=openai-3.57.0.tar.gz
 """
 
 import argparse
-import os
-import subprocess
+import json
 import sys
-import tarfile
 import tempfile
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from expertd.packing.packer import Request, pack
-from expertd.packing.schemes import choose_scheme
-from expertd_testing.server import serving_http
-from tests.conformance.cases import Case, Outcome, read_cases, table_of
+from tests.conformance import llama_cpp, lm_eval_suite, load_generator, openai_python
+from tests.conformance.cases import Report, details_of, overview_of
+from tests.conformance.outside import Outside, SuiteError
 
-ROOT = Path(__file__).parents[2]
-FILES = [
-    f"tests/api_resources/{name}.py"
-    for name in (
-        "test_completions",
-        "chat/test_completions",
-        "test_models",
-        "test_responses",
-        "responses/test_input_tokens",
-    )
-]
-MODELS = ("gpt-3.5-turbo-instruct", "gpt-6-astra")
-"""The models that the cases name."""
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
-)
-NOT_APPLICABLE = {
-    r"To use the aiohttp client": "needs the client's extra `aiohttp`, not installed",
-    r"suffix is not supported": "`suffix`: models served here fill no gaps",
-    r"best_of is not supported": "`best_of` 0: refused, as is any that is not `n`",
-    r"logit_bias has a key that is no token": '`logit_bias` for "foo": refused, as it is no token',
-    r"functions is the old form of tools": "`functions`: the old form of `tools`, refused",
-    r"max_tokens is 0": "`max_completion_tokens` 0: refused",
-    r"background is not supported": "`background`: refused",
-    r"conversation is not supported": "`conversation`: refused",
-    r"There is no response 'resp_123'": "`previous_response_id` of a response that never was: 404",
+SUITES: dict[str, Callable[[Outside, Path | None], Report]] = {
+    "openai": openai_python.run,
+    "llama": llama_cpp.run,
+    "lm-eval": lm_eval_suite.run,
+    "load": load_generator.run,
 }
-"""What a failure says, and why the case does not apply."""
 
 
-def main() -> int:
-    """Exit code 0 if every case passed or does not apply, 1 if one failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 if every case passed or does not apply."""
+    options = _parser().parse_args(arguments)
+    chosen = [name for name in options.only or SUITES if name not in options.skip]
+    sdists = dict(options.sdist)
+    reports, broken = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen:
+            own = Path(folder) / name
+            own.mkdir()
+            outside = Outside(own, options.environments or Path(folder) / "env", _sayer(name))
+            try:
+                reports.append(SUITES[name](outside, sdists.get(name)))
+            except SuiteError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                broken.append(name)
+    failed = [(report.suite, case) for report in reports for case in report.failed]
+    for suite, case in failed:
+        print(f"failed: {suite}: {case.file} {case.name}: {case.reason}", file=sys.stderr)
+    if options.json:
+        print(json.dumps([asdict(report) for report in reports]))
+    else:
+        print(overview_of(reports))
+        for report in reports:
+            print(f"\n## {report.suite} {report.version}\n\n{details_of(report)}")
+    return 1 if failed or broken or not all(report.cases for report in reports) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.conformance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sdist", type=Path, metavar="FILE", help="of openai-python")
-    sdist = parser.parse_args().sdist
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        suite = _unpacked(sdist or _fetched(directory), directory)
-        packed, template = directory / "example", directory / "chat.jinja"
-        template.write_text(TEMPLATE)
-        pack(Request(ROOT / "examples/tiny-mixtral", packed, choose_scheme("4bit")))
-        aliases = [part for model in MODELS for part in ("--alias", f"{model}=example")]
-        with serving_http("--embedded", packed, "--chat-template", template, *aliases) as server:
-            cases = _run(suite, f"{server.url}/v1", directory / "report.xml")
-    print(f"openai-python {version('openai')}, {len(cases)} cases of create, list and count:\n")
-    print(table_of(cases))
-    failed = [case for case in cases if case.outcome is Outcome.FAILED]
-    for case in failed:
-        print(f"failed: {case.file} {case.name}", file=sys.stderr)
-    return 1 if failed or not cases else 0
-
-
-def _fetched(directory: Path) -> Path:
-    """Not built: its tests are all that is wanted, and the package itself is installed."""
-    asked = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", directory]
-    subprocess.run(
-        [sys.executable, "-m", "pip", *asked, f"openai=={version('openai')}"], check=True
+    names = ", ".join(SUITES)
+    parser.add_argument("--only", action="append", choices=SUITES, metavar="SUITE", help=names)
+    parser.add_argument("--skip", action="append", choices=SUITES, metavar="SUITE", default=[])
+    parser.add_argument(
+        "--sdist",
+        action="append",
+        default=[],
+        type=_sdist,
+        metavar="SUITE=FILE",
+        help="a source distribution that is there already: openai's, or llama_cpp_python's",
     )
-    return next(directory.glob("openai-*.tar.gz"))
+    parser.add_argument(
+        "--environments",
+        type=lambda text: Path(text).expanduser().resolve(),
+        metavar="DIR",
+        help="keep the environments here for the next run; default: they are removed",
+    )
+    parser.add_argument("--json", action="store_true", help="every case, instead of tables")
+    return parser
 
 
-def _unpacked(sdist: Path, directory: Path) -> Path:
-    with tarfile.open(sdist) as archive:
-        archive.extractall(directory, filter="data")
-    return next(path for path in directory.glob("openai-*") if path.is_dir())
+def _sdist(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if name not in ("openai", "llama") or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not openai=FILE or llama=FILE")
+    return name, Path(path).resolve()
 
 
-def _run(suite: Path, url: str, report: Path) -> list[Case]:
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["-k", "create or list or count", f"--junitxml={report}", *FILES]
-    environment = {**os.environ, "TEST_API_BASE_URL": url}
-    subprocess.run(command, cwd=suite, env=environment, stdout=subprocess.DEVNULL, check=False)
-    return [*read_cases(report, NOT_APPLICABLE)]
+def _sayer(name: str) -> Callable[[str], None]:
+    return lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

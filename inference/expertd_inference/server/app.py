@@ -6,7 +6,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from expertd_inference.server.api import anthropic, ollama, ollama_models, responses, tokenizing
+from expertd_inference.server.api import (
+    anthropic,
+    llama,
+    ollama,
+    ollama_models,
+    responses,
+    tokenizing,
+)
 from expertd_inference.server.api.batches import (
     cancel_batch,
     create_batch,
@@ -33,7 +40,7 @@ from expertd_inference.server.api.models import (
     version,
 )
 from expertd_inference.server.api.responses_store import ResponseStore
-from expertd_inference.server.api.unserved import UNSERVED, refuse
+from expertd_inference.server.api.unserved import UNSERVED, refuse, refuse_slots
 from expertd_inference.server.front import Front
 from expertd_inference.server.pages.files import page_routes
 from expertstore.errors import ExpertdError
@@ -77,6 +84,12 @@ def make_app(front: Front) -> Starlette:
         *_both("/tokenize", tokenizing.tokenize, "POST"),
         *_both("/detokenize", tokenizing.detokenize, "POST"),
         *_both("/tokenizer_info", tokenizing.tokenizer_info, "GET"),
+        Route("/completion", llama.llama_complete, methods=["POST"]),
+        Route("/infill", llama.infill, methods=["POST"]),
+        Route("/apply-template", llama.apply_template, methods=["POST"]),
+        Route("/props", llama.props),
+        Route("/slots", refuse_slots),
+        *_both("/chat/completions/input_tokens", llama.count_chat_tokens, "POST"),
         *(route for path in UNSERVED for route in _both(path, refuse, "POST")),
         *_OLLAMA,
         *_both("/files", upload_file, "POST"),

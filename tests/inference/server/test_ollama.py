@@ -160,8 +160,8 @@ def test_what_is_not_served_is_refused(body: dict[str, Any], message: str) -> No
 
 
 def test_what_generate_does_not_do_is_refused() -> None:
-    asked = OllamaGenerateRequest(model="m", prompt="x", suffix="y")
-    with pytest.raises(ApiError, match="suffix is not supported"):
+    asked = OllamaGenerateRequest(model="m", prompt="x", template="y")
+    with pytest.raises(ApiError, match="template is not supported"):
         generate_fields(asked)
 
 
@@ -185,3 +185,10 @@ async def test_a_stream_that_breaks_ends_with_the_error() -> None:
 
 def _answer(said: Any) -> _Answer:
     return _Answer(said, OllamaChatRequest(model="m"), is_chat=True)
+
+
+def test_a_gap_needs_a_model_with_tokens_for_gaps(http: httpx2.Client) -> None:
+    body = {"model": "example", "prompt": "def f(", "suffix": "return x"}
+    response = http.post("/api/generate", json=body)
+    assert response.status_code == 400
+    assert "example has no tokens for filling gaps" in response.json()["error"]

@@ -13,6 +13,7 @@ from expertd_inference.server.api.continuing import Counter
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.sampling_fields import NO_LIMIT
 from expertd_inference.server.chat.answer import Piece
+from expertd_inference.server.chat.gaps import gap
 from expertd_inference.server.chat.prompt import ChatPrompt, prompt_of
 from expertd_inference.server.front import Front
 from expertd_inference.server.hosting.catalog import Entry
@@ -95,9 +96,16 @@ async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:
     )
 
 
-async def continuing(front: Front, prompt: str, fields: Mapping[str, Any]) -> Answering:
-    """As :func:`answering`, but of a text that no template changes."""
+async def continuing(
+    front: Front, prompt: str, fields: Mapping[str, Any], suffix: str | None = None
+) -> Answering:
+    """As :func:`answering`, but of a text that no template changes, up to ``suffix`` if given."""
     body = chat_request(fields)
     entry, text = await front.model(body.model)
     body.fill(entry.variant)
-    return await asyncio.to_thread(lambda: Answering(entry, text, body, text.encode(prompt)))
+
+    def begin() -> Answering:
+        whole = gap(text, prompt, suffix) if suffix else prompt
+        return Answering(entry, text, body, text.encode(whole))
+
+    return await asyncio.to_thread(begin)

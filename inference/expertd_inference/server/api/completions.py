@@ -23,6 +23,7 @@ from expertd_inference.server.api.logprobs import (
 from expertd_inference.server.api.requests import read_body, unless_gone
 from expertd_inference.server.api.sampling_fields import SamplingFields
 from expertd_inference.server.api.sse import DONE, event, stream_events
+from expertd_inference.server.chat.gaps import gap
 from expertd_inference.server.front import Front, front_of, new_id, now, user_of
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
@@ -81,8 +82,6 @@ async def complete(request: Request) -> Response:
 
 
 async def _completion(front: Front, body: CompletionRequest) -> "_Completion":
-    if body.suffix:
-        raise unsupported("suffix", "is not supported: models served here fill no gaps.")
     entry, text = await front.model(body.model)
     body.fill(entry.variant)
     return await asyncio.to_thread(lambda: _Completion(entry, text, body, _prompts(body, text)))
@@ -92,6 +91,10 @@ def _prompts(body: CompletionRequest, text: ModelText) -> list[list[int]]:
     asked = body.prompt
     if asked is None:
         raise ApiError(400, "prompt is missing; give a text, tokens, or a list.", param="prompt")
+    if body.suffix:
+        if not isinstance(asked, str) or body.echo:
+            raise unsupported("suffix", "needs a prompt of one text, and no echo.")
+        asked = gap(text, asked, body.suffix)
     if isinstance(asked, str):
         return [body.cut(text.encode(asked, special=body.add_special_tokens))]
     tokens = [one for one in asked if isinstance(one, int)]

@@ -49,7 +49,10 @@ async def ollama_generate(request: Request) -> Response:
     if not body.prompt:
         return await _load(front, body, {"response": ""})
     fields = generate_fields(body)
-    asked = await (continuing(front, body.prompt, fields) if body.raw else answering(front, fields))
+    if body.raw or body.suffix:
+        asked = await continuing(front, body.prompt, fields, body.suffix)
+    else:
+        asked = await answering(front, fields)
     return await _respond(request, body, _Answer(asked, body, is_chat=False))
 
 

@@ -74,7 +74,7 @@ def chat_fields(body: OllamaChatRequest) -> dict[str, Any]:
 
 def generate_fields(body: OllamaGenerateRequest) -> dict[str, Any]:
     """The request in OpenAI's fields: a chat of one message. Raises ApiError likewise."""
-    for name in ("suffix", "template", "context", "images"):
+    for name in ("template", "context", "images"):
         if getattr(body, name):
             raise unsupported(name, "is not supported; send a chat, or a raw prompt.")
     messages = [{"role": "user", "content": body.prompt or ""}]

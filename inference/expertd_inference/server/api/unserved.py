@@ -19,7 +19,6 @@ UNSERVED = {
     "/images/edits": "draw",
     "/images/variations": "draw",
     "/realtime": "talk in real time",
-    "/infill": "fill gaps",
 }
 """Paths, and what the models do not do."""
 
@@ -31,5 +30,14 @@ async def refuse(request: Request) -> Response:
     raise ApiError(
         501,
         f"{path} is not served: the models here continue texts and chats, and do not {what}.",
+        code="unsupported_endpoint",
+    )
+
+
+async def refuse_slots(_: Request) -> Response:
+    """``GET /slots`` of llama-server: sequences have no places of their own here."""
+    raise ApiError(
+        501,
+        "/slots is not served; /metrics says how many sequences are computed and wait.",
         code="unsupported_endpoint",
     )
