@@ -114,7 +114,7 @@ def served() -> ServerMetrics:
         metrics.token("m", times, 1.0, 0.5)
     metrics.ended("m", times, 1.0, "stop")
     metrics.failed("m", "StepFailedError")
-    metrics.engine_died("m")
+    metrics.engine_died("m", 0)
     stats = EngineStats(
         executor="",
         reason="",
@@ -131,7 +131,11 @@ def served() -> ServerMetrics:
         kv_used=0.0,
         native_rows={},
     )
-    metrics.models.append(Mock(total_stats=stats, engine_pid=1))
+    seat = Mock(total_stats=stats, number=0, is_up=True)
+    seat.spec.place = "cpu"
+    model = Mock(seats=[seat])
+    model.name = "m"
+    metrics.models.append(model)
     return metrics
 
 

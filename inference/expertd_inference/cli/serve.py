@@ -150,7 +150,18 @@ def serve(
     kernels: options.Kernels = KernelsName.AUTO,
     exact: options.Exact = False,
     activations: options.ActivationsOption = Activations.BITS_16,
-    device: options.Device = options.DEFAULTS.device,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where to compute: cpu, a GPU as in cuda:0, or several with commas between them, "
+            "which share the layers. Repeat it to have an engine on each. Default: cpu.",
+            metavar="DEVICE",
+        ),
+    ] = None,
+    engines: Annotated[
+        int,
+        typer.Option(min=1, help="On the CPU: so many engines of each model share the cores."),
+    ] = 1,
     cache_bytes: options.CacheBytes = None,
     cache_policy: options.Policy = options.DEFAULTS.cache_policy,
     speculate_layers: options.SpeculateLayers = options.DEFAULTS.speculate_layers,
@@ -175,6 +186,7 @@ def serve(
     prepare_front()
     with options.extra_serve("serve"):
         from expertd_inference.server.hosting.engine_child import EngineSpec
+        from expertd_inference.server.hosting.replicas import replicas
         from expertd_inference.server.serve import ServerSettings, run_server
     options.check_places(ram, embedded=embedded, socket=socket)
     settings = ServerSettings(
@@ -196,8 +208,9 @@ def serve(
         max_body_bytes=options.size_of("--max-body", max_body) or 0,
         state=state or _default_state(),
     )
-    devices = DeviceSettings(
-        device,
+    places = device or [options.DEFAULTS.device]
+    on_device = DeviceSettings(
+        places[0],
         options.size_of("--cache-bytes", cache_bytes),
         cache_policy,
         speculate_layers,
@@ -217,7 +230,7 @@ def serve(
             tls=options.tls_files(tls_ca, tls_cert, tls_key),
             pack=pack,
             copies_bytes=options.size_of("--cache", cache),
-            device=devices,
+            device=on_device,
             dtype=dtype,
             kernels=kernels,
             exact=exact,
@@ -228,7 +241,7 @@ def serve(
             ),
             reattach_seconds=reattach_seconds,
         )
-        run_server(settings, spec, complain)
+        run_server(settings, replicas(spec, places, engines), complain)
 
 
 def _default_state() -> Path | None:

@@ -23,7 +23,8 @@ class EngineLimits:
     ``max_sequences`` are computed together; ``max_waiting`` more may wait for their turn, and
     what is submitted beyond that is refused. ``kv_tokens`` is how many tokens of all sequences
     together the keys and values have room for; None is what ``max_sequences`` need that fill the
-    model's context, but no more than the memory that the worker has for them. A step has at most
+    model's context, but no more than the memory that the worker has for them; ``num_engines`` share
+    what the host has, each taking an equal part. A step has at most
     ``chunk_rows`` rows, or one for each sequence and 64 more: with more rows prompts are computed
     faster, and sequences that have begun wait longer for their next token. Raises
     InvalidInputError if a value makes no sense.
@@ -33,10 +34,11 @@ class EngineLimits:
     max_waiting: int = 1024
     kv_tokens: int | None = None
     chunk_rows: int = 512
+    num_engines: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("max_sequences", "max_waiting", "chunk_rows"):
+        for name in ("max_sequences", "max_waiting", "chunk_rows", "num_engines"):
             if (value := getattr(self, name)) < 1:
                 raise InvalidInputError(f"{name} is {value}; give at least 1.")
         if self.kv_tokens is not None and self.kv_tokens < BLOCK_TOKENS:

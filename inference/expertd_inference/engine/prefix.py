@@ -1,6 +1,7 @@
 """Finds the blocks that hold the beginning of a sequence already."""
 
 from array import array
+from collections import abc
 from collections.abc import Iterator
 from hashlib import blake2b
 
@@ -68,11 +69,21 @@ class Prefixes:
             if index == len(names):
                 before = names[-1] if names else sequence.salt.encode()
                 tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
-                key = blake2b(array("q", tokens).tobytes(), digest_size=16, key=_key(before))
-                names.append(key.digest())
+                names.append(_name(before, tokens))
             yield names[index]
 
 
-def _key(before: bytes) -> bytes:
-    """What a hash may begin with: at most 64 bytes."""
-    return before if len(before) <= 64 else blake2b(before, digest_size=64).digest()
+def block_names(tokens: abc.Sequence[int], salt: str, num_blocks: int) -> list[bytes]:
+    """The names of the first ``num_blocks`` blocks of ``tokens``, in every engine the same."""
+    names: list[bytes] = []
+    for begin in range(0, num_blocks * BLOCK_TOKENS, BLOCK_TOKENS):
+        before = names[-1] if names else salt.encode()
+        names.append(_name(before, tokens[begin : begin + BLOCK_TOKENS]))
+    return names
+
+
+def _name(before: bytes, tokens: abc.Sequence[int]) -> bytes:
+    """``before`` is the name of the block before it, or the salt."""
+    # A hash's key has at most 64 bytes.
+    key = before if len(before) <= 64 else blake2b(before, digest_size=64).digest()
+    return blake2b(array("q", tokens).tobytes(), digest_size=16, key=key).digest()

@@ -61,7 +61,7 @@ class ServerMetrics(Collector):
         self._deaths = Counter(
             "expertd:engine_deaths",
             "Engines that ended before they were told to.",
-            _LABELS,
+            (*_LABELS, "engine"),
             registry=registry,
         )
         self._prompt_size = histogram("request_prompt_tokens", "Of a prompt.", _TOKENS)
@@ -119,9 +119,9 @@ class ServerMetrics(Collector):
         """A sequence ended with an error of this kind."""
         self._failed.labels(model, kind).inc()
 
-    def engine_died(self, model: str) -> None:
+    def engine_died(self, model: str, engine: int) -> None:
         """An engine ended before it was told to."""
-        self._deaths.labels(model).inc()
+        self._deaths.labels(model, engine).inc()
 
     def collect(self) -> Iterable[Metric]:
         """Of prometheus_client: what engines said last."""
@@ -131,7 +131,6 @@ class ServerMetrics(Collector):
             "vllm:kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1.",
             "expertd:kv_tokens": "Tokens that the keys and values have room for.",
             "expertd:rows_per_step": "Rows of a step, in the mean since the engine's start.",
-            "expertd:engine_up": "Whether the model has an engine.",
         }
         counters = {
             "vllm:prefix_cache_queries": "Tokens looked up among earlier sequences'.",
@@ -141,27 +140,35 @@ class ServerMetrics(Collector):
             "expertd:rows": "Rows computed.",
         }
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        labels = (*_LABELS, "engine")
         for name, what in gauges.items():
-            families[name] = GaugeMetricFamily(name, what, labels=_LABELS)
+            families[name] = GaugeMetricFamily(name, what, labels=labels)
         for name, what in counters.items():
-            families[name] = CounterMetricFamily(name, what, labels=_LABELS)
-        for model in self.models:
-            stats = model.total_stats
+            families[name] = CounterMetricFamily(name, what, labels=labels)
+        up = families["expertd:engine_up"] = GaugeMetricFamily(
+            "expertd:engine_up",
+            "Whether the engine runs, and by which executor it computes on which device.",
+            labels=(*labels, "device", "executor"),
+        )
+        seats = [(model.name, seat) for model in self.models for seat in model.seats]
+        for name, seat in seats:
+            stats = seat.total_stats
             if stats is None:
                 continue
+            engine = (name, str(seat.number))
+            up.add_metric((*engine, seat.spec.place, stats.executor), float(seat.is_up))
             values = {
                 "vllm:num_requests_running": stats.num_running,
                 "vllm:num_requests_waiting": stats.num_waiting,
                 "vllm:kv_cache_usage_perc": stats.kv_used,
                 "expertd:kv_tokens": stats.kv_tokens,
                 "expertd:rows_per_step": stats.rows_mean,
-                "expertd:engine_up": float(model.engine_pid is not None),
                 "vllm:prefix_cache_queries": stats.prefix_queries,
                 "vllm:prefix_cache_hits": stats.prefix_hits,
                 "vllm:num_preemptions": stats.num_preemptions,
                 "expertd:steps": stats.num_steps,
                 "expertd:rows": stats.num_rows,
             }
-            for name, value in values.items():
-                families[name].add_metric((model.name,), value)
+            for family, value in values.items():
+                families[family].add_metric(engine, value)
         return families.values()

@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,15 +86,20 @@ class ServerSettings:
             )
 
 
-def run_server(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
+def run_server(
+    settings: ServerSettings, specs: Sequence[EngineSpec], say: Callable[[str], None]
+) -> None:
     """Serves until SIGTERM or SIGINT; ``say`` writes a line of the log.
 
+    Each model has an engine for each of ``specs``, whose own name of a model is not used.
     Raises InvalidInputError if it cannot listen, and what loading the first models raises.
     """
-    uvloop.run(_serve(settings, spec, say))
+    uvloop.run(_serve(settings, specs, say))
 
 
-async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str], None]) -> None:
+async def _serve(
+    settings: ServerSettings, specs: Sequence[EngineSpec], say: Callable[[str], None]
+) -> None:
     keys = None if settings.keys is None else Keys(settings.keys)
     accounts, metrics = Accounts(), ServerMetrics()
     listening = passed_socket()
@@ -105,7 +110,7 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
         settings.check_address(host, f"The socket unit's address {host}")
     _raise_file_limit()
     catalog = Catalog(
-        spec,
+        specs,
         aliases=settings.aliases,
         variants=read_variants(settings.variants),
         template=read_template(settings.chat_template),
@@ -154,7 +159,8 @@ async def _serve(settings: ServerSettings, spec: EngineSpec, say: Callable[[str]
             async with AsyncExitStack() as stack:
                 if settings.state is not None:
                     door = partial(LimitedDoor, routes, accounts, keys)
-                    at_once = at_once_beside_others(spec.limits.max_sequences)
+                    places = sum(spec.limits.max_sequences for spec in specs)
+                    at_once = at_once_beside_others(places)
                     await stack.enter_async_context(front.room.kept(settings.state, door, at_once))
                 await server.serve([listening])
         finally:
@@ -236,11 +242,14 @@ async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:
         first = entries
     parts = []
     for entry in first:
-        ready = await entry.hosted.ready()
+        greetings = await entry.hosted.ready()
         await catalog.text(entry)
-        parts.append(
-            f"{entry.name} (executor {ready.executor}, room for {ready.stats.kv_tokens} tokens)"
-        )
+        engines = [
+            f"executor {ready.executor} on {seat.spec.place}, room for {ready.stats.kv_tokens} "
+            "tokens"
+            for seat, ready in zip(entry.hosted.seats, greetings, strict=True)
+        ]
+        parts.append(f"{entry.name} ({'; '.join(engines)})")
     others = [entry.name for entry in entries if entry not in first]
     if others:
         parts.append(f"{', '.join(others)} when asked for")

@@ -31,7 +31,7 @@ async def serving(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     path.write_text(f'[keys.alice]\nsha256 = "{digest("ek-alice")}"\n')
     accounts, metrics = Accounts(), ServerMetrics()
     catalog = Catalog(
-        EngineSpec(model="", socket=str(tmp_path / "daemon")),
+        [EngineSpec(model="", socket=str(tmp_path / "daemon"))],
         aliases={},
         variants={},
         template=None,

@@ -11,7 +11,7 @@ from starlette.responses import Response
 import expertstore
 from expertd_inference.server.front import front_of
 from expertd_inference.server.hosting.catalog import Catalog
-from expertd_inference.server.hosting.hosted_model import HostedModel
+from expertd_inference.server.hosting.engine_seat import EngineSeat
 from expertstore.errors import ExpertdError
 from expertstore.v1 import expert_store_pb2 as pb
 
@@ -19,16 +19,15 @@ DAEMON_SECONDS = 2.0
 """A daemon that does not answer within this time is away."""
 
 
-class ModelState(msgspec.Struct):
-    """A model and its engine; ``pid`` is None without one.
+class EngineState(msgspec.Struct):
+    """One of a model's engines; ``pid`` is None while there is none.
 
     Counts are since the server's start and ``rows_per_step`` is their mean; ``kv_used`` is the
     share of ``kv_tokens``, 0 to 1, that is taken.
     """
 
-    name: str
+    place: str
     pid: int | None
-    tokens: int
     deaths: int
     executor: str | None = None
     reason: str | None = None
@@ -42,6 +41,14 @@ class ModelState(msgspec.Struct):
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+
+
+class ModelState(msgspec.Struct):
+    """A model: the tokens that its engines have generated since the server's start."""
+
+    name: str
+    tokens: int
+    engines: list[EngineState]
 
 
 class LayerHeat(msgspec.Struct):
@@ -81,7 +88,10 @@ async def host_state(request: Request) -> Response:
         away = f"The daemon has not answered within {DAEMON_SECONDS:g} s."
     except ExpertdError as error:
         away = str(error)
-    models = [_model(hosted) for hosted in sorted(catalog.loaded, key=lambda one: one.name)]
+    models = [
+        ModelState(hosted.name, hosted.num_tokens, [_engine(seat) for seat in hosted.seats])
+        for hosted in sorted(catalog.loaded, key=lambda one: one.name)
+    ]
     state = HostState(expertstore.__version__, time.monotonic(), models, daemon, away, heat)
     return Response(
         msgspec.json.encode(state),
@@ -110,11 +120,11 @@ def _layers(response: pb.GetHeatResponse) -> list[LayerHeat]:
     return layers
 
 
-def _model(hosted: HostedModel) -> ModelState:
-    state = ModelState(hosted.name, hosted.engine_pid, hosted.num_tokens, hosted.num_deaths)
-    stats = hosted.total_stats
+def _engine(seat: EngineSeat) -> EngineState:
+    state = EngineState(seat.spec.place, seat.pid, seat.num_deaths)
+    stats = seat.total_stats
     if stats is None:
-        state.waiting = hosted.num_sequences
+        state.waiting = len(seat.sequences)
         return state
     state.executor, state.reason = stats.executor, stats.reason
     state.running, state.waiting = stats.num_running, stats.num_waiting

@@ -56,7 +56,7 @@ async def running(request: Request) -> Response:
             "context_length": entry.hosted.max_tokens or 0,
         }
         for entry in entries
-        if entry.hosted.engine_pid is not None
+        if entry.hosted.num_engines
     ]
     return _json({"models": models})
 

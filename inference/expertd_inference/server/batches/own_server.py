@@ -21,7 +21,7 @@ async def own_door(
     """The way to the models of the daemon that ``spec`` names, until the block ends."""
     metrics = ServerMetrics()
     catalog = Catalog(
-        spec,
+        [spec],
         aliases={},
         variants={},
         template=read_template(template),

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Catalog:
 
     def __init__(
         self,
-        spec: EngineSpec,
+        specs: Sequence[EngineSpec],
         *,
         aliases: Mapping[str, str],
         variants: Mapping[str, Variant],
@@ -64,8 +64,11 @@ class Catalog:
         metrics: ServerMetrics,
         say: Callable[[str], None],
     ) -> None:
-        """``spec`` is every model's but for its name, and so are ``template`` and its format."""
-        self._spec = spec
+        """``specs`` are those of every model's engines but for its name.
+
+        ``template`` and its format are every model's, too.
+        """
+        self._specs = specs
         self._aliases = aliases
         self._variants = variants
         self._template = template
@@ -74,7 +77,7 @@ class Catalog:
         self._accounts = accounts
         self._metrics = metrics
         self._say = say
-        self.client = AsyncClient(spec.socket, tls=spec.tls)
+        self.client = AsyncClient(specs[0].socket, tls=specs[0].tls)
         """Of the daemon."""
         self._entries: dict[str, Entry] = {}
         self._made: dict[str, Entry] = {}
@@ -176,11 +179,11 @@ class Catalog:
                 closing.add_done_callback(self._closing.discard)
         for name in summaries.keys() - self._entries.keys():
             hosted = HostedModel(
-                replace(self._spec, model=name),
+                [replace(spec, model=name) for spec in self._specs],
                 accounts=self._accounts,
                 metrics=self._metrics,
                 idle_seconds=self._idle_seconds,
                 say=self._say,
             )
-            pack = self._spec.pack or summaries[name].pack_path
+            pack = self._specs[0].pack or summaries[name].pack_path
             self._entries[name] = Entry(name, pack, hosted, summaries[name].scheme)

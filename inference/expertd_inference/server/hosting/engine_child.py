@@ -4,6 +4,7 @@ The process ends when its socket does: however the front ends, no engine stays b
 """
 
 import gc
+import os
 import signal
 import socket
 import threading
@@ -56,8 +57,15 @@ class EngineSpec:
     exact: bool = False
     activations: int = 16
     threads: int | None = None
+    cores: tuple[int, ...] = ()
+    """On which it computes; none for all."""
     limits: EngineLimits = field(default_factory=EngineLimits)
     reattach_seconds: float = 30.0
+
+    @property
+    def place(self) -> str:
+        """Its device, and if these are not all the cores that it computes on: ``cpu 0,1``."""
+        return " ".join(filter(None, (self.device.device, ",".join(map(str, self.cores)))))
 
 
 def run(end: socket.socket, spec: EngineSpec) -> None:
@@ -159,8 +167,10 @@ def _open(
         from expertd_inference.engine.engine import Engine
         from expertd_inference.worker import Worker
 
-        if spec.threads is not None:
-            torch.set_num_threads(spec.threads)
+        if spec.cores:
+            os.sched_setaffinity(0, spec.cores)
+        if spec.threads or spec.cores:
+            torch.set_num_threads(spec.threads or len(spec.cores))
         worker = stack.enter_context(
             Worker(
                 attachment,

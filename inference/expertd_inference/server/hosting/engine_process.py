@@ -21,9 +21,9 @@ from expertd_inference.server.hosting.messages import (
     Ready,
     Refused,
 )
+from expertd_inference.server.hosting.replicas import CPU
 from expertstore.errors import StepFailedError, UnavailableError
 
-CPU = "cpu"
 CLOSE_SECONDS = 10.0
 """How long an engine may take to end, its step included, before it is killed."""
 MAX_SILENT_PULSES = 12

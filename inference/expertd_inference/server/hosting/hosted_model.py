@@ -1,4 +1,4 @@
-"""A model as the front has it: its engine starts when somebody asks, and may die unnoticed."""
+"""A model as the front has it: its engines start when somebody asks, and may die unnoticed."""
 
 import asyncio
 import itertools
@@ -6,137 +6,96 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 from msgspec import structs
 
 from expertd_inference.engine.channel import Channel
+from expertd_inference.engine.prefix import block_names
 from expertd_inference.engine.sequence import ORIGIN, Origin
-from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
+from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_inference.server.accounts import Accounts
+from expertd_inference.server.hosting.asked import Asked
 from expertd_inference.server.hosting.engine_child import EngineSpec
-from expertd_inference.server.hosting.engine_process import EngineProcess
+from expertd_inference.server.hosting.engine_choice import choose_engine, find_relief
+from expertd_inference.server.hosting.engine_seat import LOST, EngineSeat
 from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
 from expertd_inference.server.metrics import ServerMetrics, Times
 from expertd_inference.settings import GenerationSettings
-from expertstore.errors import (
-    DeviceLostError,
-    ExpertdError,
-    IncarnationError,
-    NotFoundError,
-    PreconditionError,
-    SessionLostError,
-    StepFailedError,
-    UnavailableError,
-)
+from expertstore.errors import ExpertdError, PreconditionError, StepFailedError
 
 MAX_DEATHS = 8
 """A sequence during which so many engines end, without a token between, is given up."""
-RETRY_SECONDS = 0.5
-_LOST = {
-    *(DeviceLostError, IncarnationError, NotFoundError, PreconditionError),
-    *(SessionLostError, StepFailedError, UnavailableError),
-}
-"""Errors of an engine that the next one may not have: its store or device is gone."""
-
-
-@dataclass
-class _Asked:
-    """A sequence that is not complete: all that another engine needs to go on with it."""
-
-    begin: Begin
-    channel: Channel[Token]
-    times: Times
-    generated: list[int] = field(default_factory=list)
-    num_deaths: int = 0
-    reason: str = "abort"
-
-    def again(self) -> Begin:
-        origin, settings = self.begin.origin, self.begin.settings
-        if self.generated:
-            origin = replace(origin, generated=tuple(self.generated))
-            # The client has them; and without them the prompt may be found as a prefix.
-            settings = replace(settings, prompt_logprobs=None)
-        return Begin(self.begin.id, self.begin.tokens, settings, origin)
 
 
 class HostedModel:
-    """Sequences of one model, by an engine that starts at the first and ends when idle.
+    """Sequences of one model, by engines that start at the first and end when idle.
 
-    An engine that ends before its sequences, killed or without its store, costs them a pause:
-    another one goes on after the tokens that were delivered. If no engine can be had for
+    Each has a seat. A sequence goes to the engine that has most of its prefix, unless that has
+    much more to do than another (:mod:`.engine_choice`). An engine that ends before its sequences,
+    killed or without its store, costs them a pause: another one goes on after the tokens that were
+    delivered, one that is there at once, else the next of its seat. If no engine can be had for
     ``spec.reattach_seconds``, they end with the error. Everything is for one event loop.
     """
 
     def __init__(
         self,
-        spec: EngineSpec,
+        specs: Sequence[EngineSpec],
         *,
         accounts: Accounts,
         metrics: ServerMetrics,
         idle_seconds: float | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.spec = spec
-        self.name = spec.model
-        self.num_deaths = 0
-        """Engines that ended before they were told to."""
+        """``specs`` are of one model, one for each engine."""
+        self.name = specs[0].model
         self.num_tokens = 0
         """Generated, of all sequences."""
-        self._stats: EngineStats | None = None
-        self._stats_before: EngineStats | None = None
         self._accounts = accounts
         self._metrics = metrics
         metrics.models.append(self)
         self._idle_seconds = idle_seconds
         self._say = say
         self._ids = itertools.count()
-        self._asked: dict[int, _Asked] = {}
-        self._engine: EngineProcess | None = None
-        self._wanted = asyncio.Event()
-        self._failing_since: float | None = None
-        self._max_tokens: int | None = None
+        self._asked: set[Asked] = set()
         self._last_used = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._closed: ExpertdError | None = None
         """What is told to those who ask, once there will be no engine any more."""
-        self._task = self._loop.create_task(self._keep_engine())
-        self._task.add_done_callback(self._look_at_end)
+        self.seats = [EngineSeat(number, spec, self) for number, spec in enumerate(specs)]
+        """Of its engines."""
 
     def __repr__(self) -> str:
-        state = "no engine" if self._engine is None else f"engine {self._engine.pid}"
-        return f"<HostedModel {self.name}: {state}, {len(self._asked)} sequences>"
+        return f"<HostedModel {self.name}: {self.seats!r}>"
 
     @property
-    def engine_pid(self) -> int | None:
-        """Of its engine, None if there is none."""
-        return None if self._engine is None else self._engine.pid
+    def num_engines(self) -> int:
+        """That have loaded the model."""
+        return sum(seat.is_up for seat in self.seats)
 
     @property
-    def total_stats(self) -> EngineStats | None:
-        """What its engine said last, with what earlier ones did; None if there never was one."""
-        return None if self._stats is None else self._stats.after(self._stats_before)
+    def num_deaths(self) -> int:
+        """Engines that ended before they were told to."""
+        return sum(seat.num_deaths for seat in self.seats)
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest sequence that fits; None before an engine has said so."""
-        return self._max_tokens
+        """The longest sequence that fits in every engine; None before one has said so."""
+        return min((seat.max_tokens for seat in self.seats if seat.max_tokens), default=None)
 
     @property
     def num_sequences(self) -> int:
         """Which are not complete."""
         return len(self._asked)
 
-    async def ready(self) -> Ready:
-        """Starts an engine if there is none, and waits for it. Raises what loading raises."""
+    async def ready(self) -> list[Ready]:
+        """Starts engines where there are none, and waits for all. Raises what loading raises."""
         self._check_open()
-        self._wanted.set()
         self._last_used = time.monotonic()
-        return await asyncio.shield(self._ready)
+        return await asyncio.gather(*(seat.ready() for seat in self.seats))
 
     def submit(
         self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
@@ -155,35 +114,89 @@ class HostedModel:
         self._accounts.take_tokens(origin.user, len(tokens), now)
         self._metrics.began(self.name, len(tokens))
         origin = replace(origin, priority=self._accounts.priority_of(origin.user, origin.priority))
-        id_ = next(self._ids)
-        channel: Channel[Token] = Channel()
-        asked = _Asked(Begin(id_, [*tokens], settings, origin), channel, Times(now))
-        self._asked[id_] = asked
-        self._wanted.set()
-        if self._engine is not None:
-            self._engine.send(asked.begin)
-        return TokenStream(channel, partial(self._cancel_soon, id_), num_prompt_tokens=len(tokens))
+        begin = Begin(next(self._ids), [*tokens], settings, origin)
+        for seat in self.seats:
+            seat.want()
+        candidates = [seat for seat in self.seats if seat.is_up] or self.seats
+        seat = self._choose(candidates, begin.tokens, origin.salt)
+        asked = Asked(begin, Channel(), Times(now), seat)
+        self._asked.add(asked)
+        seat.give(asked)
+        cancel = partial(self._cancel_soon, asked)
+        return TokenStream(asked.channel, cancel, num_prompt_tokens=len(tokens))
 
     async def close(self, error: ExpertdError | None = None) -> None:
-        """Ends its engine; who asks or waits is told ``error``, or that the server is stopping."""
+        """Ends its engines; who asks or waits is told ``error``, or that the server is stopping."""
         self._closed = error or PreconditionError("The server is stopping.")
         # The next model of this name counts from the beginning.
         with suppress(ValueError):
             self._metrics.models.remove(self)
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        if self._engine is not None:
-            await self._engine.close()
+        await asyncio.gather(*(seat.close() for seat in self.seats))
         self._give_up(self._closed)
 
-    def _check_open(self) -> None:
-        if self._closed is not None:
-            raise self._closed.with_traceback(None)
+    def started(self, seat: EngineSeat) -> None:
+        """Of :class:`.engine_seat.SeatOwner`."""
+        del seat
+        self._last_used = time.monotonic()
+        self._relieve()
 
-    def _look_at_end(self, task: "asyncio.Task[None]") -> None:
-        """Nobody may wait for an engine that does not come, be it by a mistake in this class."""
-        if task.cancelled() or (fault := task.exception()) is None:
-            return
+    def stands_empty(self, seat: EngineSeat) -> None:
+        """Of SeatOwner."""
+        others = [other for other in self.seats if other.is_up]
+        if others:
+            self._move_all(seat, others)
+
+    def failed(self, seat: EngineSeat, error: ExpertdError) -> None:
+        """Of SeatOwner."""
+        self._say(f"no engine of {self.name} starts: {error}")
+
+    def died(self, seat: EngineSeat, fate: str, num_sequences: int) -> None:
+        """Of SeatOwner."""
+        self._metrics.engine_died(self.name, seat.number)
+        self._say(
+            f"the engine of {self.name} {fate}; another one goes on with {num_sequences} sequences"
+        )
+
+    def lost(self, seat: EngineSeat) -> None:
+        """Of SeatOwner."""
+        for asked in [*seat.sequences.values()]:
+            asked.num_deaths += 1
+            if asked.num_deaths >= MAX_DEATHS:
+                self._end(
+                    asked,
+                    StepFailedError(
+                        f"{MAX_DEATHS} engines ended while they computed this sequence; the "
+                        "server's log may say why."
+                    ),
+                )
+        self.stands_empty(seat)
+
+    def gave_up(self, seat: EngineSeat, error: ExpertdError) -> None:
+        """Of SeatOwner."""
+        others = [other for other in self.seats if other.is_up or other.is_starting]
+        if others:
+            self._move_all(seat, others)
+        for asked in [*seat.sequences.values()]:
+            self._end(asked, error)
+
+    def progressed(self, seat: EngineSeat, progress: Progress) -> None:
+        """Of SeatOwner."""
+        now = time.monotonic()
+        # A sequence that has moved goes on elsewhere, whatever its engine before says of it.
+        for id_, token in progress.tokens:
+            if (asked := seat.sequences.get(id_)) is not None:
+                self._take(asked, token, now)
+        for id_, failure in progress.ended:
+            error = None if failure is None else failure.error()
+            if type(error) in LOST:
+                # Its sequences go on with another engine.
+                seat.abandon()
+                break
+            if (asked := seat.sequences.get(id_)) is not None:
+                self._end(asked, error)
+
+    def broke(self, fault: BaseException) -> None:
+        """Of SeatOwner. Nobody may wait for an engine that does not come."""
         self._loop.call_exception_handler({"message": "no engine", "exception": fault})
         self._closed = StepFailedError(
             f"The server met an error that it did not expect, and computes {self.name} no more; "
@@ -191,154 +204,98 @@ class HostedModel:
         )
         self._give_up(self._closed)
 
-    def _cancel_soon(self, id_: int) -> None:
-        """As :meth:`_cancel`, from any thread, a garbage collection included."""
-        with suppress(RuntimeError):  # The loop is closed, and all are cancelled.
-            self._loop.call_soon_threadsafe(self._cancel, id_)
-
-    def _cancel(self, id_: int) -> None:
-        if (asked := self._asked.pop(id_, None)) is not None:
-            self._leave(asked)
-            self._metrics.ended(self.name, asked.times, self._last_used, "abort")
-            if self._engine is not None:
-                self._engine.send(Cancel(id_))
-
-    async def _keep_engine(self) -> None:
-        while True:
-            await self._wanted.wait()
-            try:
-                engine = await EngineProcess.start(self.spec, self._progress)
-            except ExpertdError as error:
-                await self._failed_to_start(error)
-                continue
-            self._engine = engine
-            self._failing_since = None
-            self._stats = engine.ready.stats
-            self._max_tokens = engine.ready.max_tokens
-            self._last_used = time.monotonic()
-            if not self._ready.done():
-                self._ready.set_result(engine.ready)
-            for asked in self._asked.values():
-                engine.send(asked.again())
-            told = await self._until_end(engine)
-            self._engine = None
-            self._stats_before, self._stats = self.total_stats, _at_rest(engine.ready.stats)
-            self._ready = self._loop.create_future()
-            self._wanted.clear()
-            await engine.close()
-            if not told:
-                self._count_death(engine.fate)
-            if self._asked:
-                self._wanted.set()
-
-    async def _until_end(self, engine: EngineProcess) -> bool:
-        """Waits for the engine's end; whether it was idle and told to."""
-        while not engine.ended.is_set():
-            try:
-                await asyncio.wait_for(engine.ended.wait(), self._seconds_to_idle())
-            except TimeoutError:
-                if not self._asked and self._seconds_to_idle() == 0:
-                    return True
-        return False
-
-    def _seconds_to_idle(self) -> float | None:
+    def seconds_to_idle(self) -> float | None:
+        """Of SeatOwner."""
         if self._idle_seconds is None:
             return None
         if self._asked:
-            return self._idle_seconds
+            return max(1.0, self._idle_seconds)
         return max(0.0, self._last_used + self._idle_seconds - time.monotonic())
 
-    async def _failed_to_start(self, error: ExpertdError) -> None:
-        """Tries again in a moment, or tells those who wait."""
-        now = time.monotonic()
-        if self._failing_since is None:
-            self._failing_since = now
-            self._say(f"no engine of {self.name} starts: {error}")
-        passes = type(error) in _LOST
-        if passes and now - self._failing_since < self.spec.reattach_seconds:
-            await asyncio.sleep(RETRY_SECONDS)
-            return
-        self._failing_since = None
-        self._wanted.clear()
-        self._give_up(error)
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed.with_traceback(None)
 
     def _give_up(self, error: ExpertdError) -> None:
-        """Tells those who wait for an engine, or for tokens."""
-        ready, self._ready = self._ready, self._loop.create_future()
-        if not ready.done():
-            ready.set_exception(error)
-        ready.exception()  # Whoever waits gets it; there may be nobody.
-        for id_ in [*self._asked]:
-            self._end(id_, error)
+        """Tells those who wait for engines, or for tokens."""
+        for seat in self.seats:
+            seat.refuse(error)
+        for asked in [*self._asked]:
+            self._end(asked, error)
 
-    def _count_death(self, fate: str) -> None:
-        self.num_deaths += 1
-        self._metrics.engine_died(self.name)
-        self._say(
-            f"the engine of {self.name} {fate}; another one goes on with {len(self._asked)} "
-            "sequences"
-        )
-        for id_, asked in [*self._asked.items()]:
-            asked.num_deaths += 1
-            if asked.num_deaths >= MAX_DEATHS:
-                self._end(
-                    id_,
-                    StepFailedError(
-                        f"{MAX_DEATHS} engines ended while they computed this sequence; the "
-                        "server's log may say why."
-                    ),
-                )
+    def _take(self, asked: Asked, token: Token, now: float) -> None:
+        self.num_tokens += 1
+        if asked.generated and token.opening is not None:
+            # An engine that goes on begins anew; the client has had its beginning.
+            token = replace(token, opening=None)
+        asked.generated.append(token.id)
+        asked.num_deaths = 0
+        queued = None if token.opening is None else token.opening.queued_seconds
+        self._metrics.token(self.name, asked.times, now, queued)
+        self._accounts.take_tokens(asked.begin.origin.user, 1, now)
+        if token.finish_reason is not None:
+            asked.reason = token.finish_reason.value
+        asked.channel.send([token])
 
-    def _progress(self, progress: Progress) -> None:
-        now = time.monotonic()
-        self.num_tokens += len(progress.tokens)
-        for id_, token in progress.tokens:
-            if (asked := self._asked.get(id_)) is not None:
-                if asked.generated and token.opening is not None:
-                    # An engine that goes on begins anew; the client has had its beginning.
-                    token = replace(token, opening=None)
-                asked.generated.append(token.id)
-                asked.num_deaths = 0
-                queued = None if token.opening is None else token.opening.queued_seconds
-                self._metrics.token(self.name, asked.times, now, queued)
-                self._accounts.take_tokens(asked.begin.origin.user, 1, now)
-                if token.finish_reason is not None:
-                    asked.reason = token.finish_reason.value
-                asked.channel.send([token])
-        for id_, failure in progress.ended:
-            error = None if failure is None else failure.error()
-            if type(error) in _LOST and self._engine is not None:
-                # Its sequences go on with the next engine.
-                self._engine.abandon()
-                break
-            self._end(id_, error)
-        if progress.stats is not None:
-            self._stats = progress.stats
+    def _end(self, asked: Asked, error: ExpertdError | None) -> None:
+        self._leave(asked)
+        if error is None:
+            self._metrics.ended(self.name, asked.times, self._last_used, asked.reason)
+        else:
+            self._metrics.failed(self.name, type(error).__name__)
+        asked.channel.end(error)
 
-    def _end(self, id_: int, error: ExpertdError | None) -> None:
-        if (asked := self._asked.pop(id_, None)) is not None:
+    def _cancel_soon(self, asked: Asked) -> None:
+        """As :meth:`_cancel`, from any thread, a garbage collection included."""
+        with suppress(RuntimeError):  # The loop is closed, and all are cancelled.
+            self._loop.call_soon_threadsafe(self._cancel, asked)
+
+    def _cancel(self, asked: Asked) -> None:
+        if asked in self._asked:
+            asked.seat.send(Cancel(asked.begin.id))
             self._leave(asked)
-            if error is None:
-                self._metrics.ended(self.name, asked.times, self._last_used, asked.reason)
-            else:
-                self._metrics.failed(self.name, type(error).__name__)
-            asked.channel.end(error)
+            self._metrics.ended(self.name, asked.times, self._last_used, "abort")
 
-    def _leave(self, asked: _Asked) -> None:
+    def _leave(self, asked: Asked) -> None:
+        self._asked.remove(asked)
+        asked.seat.take(asked)
         self._last_used = time.monotonic()
         self._accounts.end(asked.begin.origin.user)
+        if len(self.seats) > 1 and asked.generated:
+            tokens, salt = asked.tokens, asked.begin.origin.salt
+            asked.seat.prefixes.remember(block_names(tokens, salt, len(tokens) // BLOCK_TOKENS))
+        self._relieve()
 
+    def _relieve(self) -> None:
+        """Sequences that wait in one engine take the places that are free in others."""
+        up = [seat for seat in self.seats if seat.is_up]
+        while (found := find_relief([seat.load for seat in up])) is not None:
+            source, target = (up[index] for index in found)
+            # The last to come that has begun nothing; it would wait longest.
+            waiting = [asked for asked in source.sequences.values() if not asked.generated]
+            if not waiting:
+                return
+            source.send(Cancel(waiting[-1].begin.id))
+            self._move(waiting[-1], target)
 
-def _at_rest(stats: EngineStats) -> EngineStats:
-    """Of a model without an engine: nothing runs, and nothing was done since the last."""
-    return structs.replace(
-        stats,
-        num_steps=0,
-        num_rows=0,
-        num_running=0,
-        num_waiting=0,
-        prefix_queries=0,
-        prefix_hits=0,
-        num_preemptions=0,
-        kv_used=0.0,
-    )
+    def _move_all(self, seat: EngineSeat, others: Sequence[EngineSeat]) -> None:
+        for asked in [*seat.sequences.values()]:
+            self._move(asked, self._choose(others, asked.tokens, asked.begin.origin.salt))
+
+    def _move(self, asked: Asked, seat: EngineSeat) -> None:
+        asked.seat.take(asked)
+        # Under its old number its engine before may still speak of it.
+        asked.begin = structs.replace(asked.begin, id=next(self._ids))
+        asked.seat = seat
+        seat.give(asked)
+
+    def _choose(self, seats: Sequence[EngineSeat], tokens: Sequence[int], salt: str) -> EngineSeat:
+        """One of ``seats`` for a sequence of ``tokens``, whose prefix it will have then."""
+        if len(self.seats) == 1:
+            return seats[0]
+        # The last token is computed in any case.
+        names = block_names(tokens, salt, (len(tokens) - 1) // BLOCK_TOKENS)
+        matched = [seat.prefixes.match(names) for seat in seats]
+        chosen = seats[choose_engine([seat.load for seat in seats], matched)]
+        chosen.prefixes.remember(names)
+        return chosen

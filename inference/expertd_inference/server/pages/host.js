@@ -40,7 +40,7 @@ function figures(pairs) {
 
 function card(model) {
   const made = {
-    engine: element("p", { className: "note" }),
+    engines: element("div", { className: "note" }),
     speed: element("strong"),
     line: document.createElementNS("http://www.w3.org/2000/svg", "svg"),
     figures: element("dl", { className: "figures" }),
@@ -50,36 +50,55 @@ function card(model) {
   made.line.setAttribute("aria-hidden", "true");
   made.line.append(document.createElementNS("http://www.w3.org/2000/svg", "polyline"));
   const speed = element("p", { className: "speed" }, made.speed, " tokens/s");
-  made.place = element("article", { className: "card" }, element("h3", {}, model.name), made.engine, speed, made.line, made.figures);
+  made.place = element("article", { className: "card" }, element("h3", {}, model.name), made.engines, speed, made.line, made.figures);
   return made;
 }
 
-function showModel(model, old, seconds) {
+// One line for each of a model's engines.
+function engineLine(engine, at, all) {
+  const name = all.length > 1 ? `Engine ${at}: ` : "";
+  if (engine.pid === null) return element("p", {}, `${name || "No engine; "}the next request starts ${name ? "it" : "one"}.`);
+  const busy = name ? `, ${count(engine.running)} running, ${count(engine.waiting)} waiting` : "";
+  return element("p", { title: engine.reason ?? "" }, `${name}executor ${engine.executor} on ${engine.place}, process ${engine.pid}, room for ${count(engine.kv_tokens)} tokens${busy}`);
+}
+
+// What a model's engines did together; null for a model that was not there.
+function together(model) {
+  if (!model) return null;
+  const sum = (value) => model.engines.reduce((total, engine) => total + value(engine), 0);
+  const all = { tokens: model.tokens, kv_used: sum((one) => one.kv_used * one.kv_tokens) / Math.max(1, sum((one) => one.kv_tokens)) };
+  for (const name of ["running", "waiting", "steps", "rows", "prefix_queries", "prefix_hits", "preemptions", "deaths"]) all[name] = sum((one) => one[name]);
+  return all;
+}
+
+function showModel(model, before, seconds) {
+  const now = together(model);
+  const old = together(before);
   if (!cards.has(model.name)) {
     cards.set(model.name, card(model));
     speeds.set(model.name, []);
   }
   const made = cards.get(model.name);
   const points = speeds.get(model.name);
-  if (old) points.push(rate(model.tokens, old.tokens, seconds));
+  if (old) points.push(rate(now.tokens, old.tokens, seconds));
   if (points.length > NUM_POINTS) points.shift();
   const most = Math.max(1, ...points);
   const start = NUM_POINTS - points.length;
   made.line.firstChild.setAttribute("points", points.map((value, at) => `${start + at},${(19 - 18 * value / most).toFixed(1)}`).join(" "));
   made.speed.textContent = (points.at(-1) ?? 0).toFixed(1);
-  made.engine.textContent = model.pid === null ? "No engine; the next request starts one." : `Executor ${model.executor}, process ${model.pid}, room for ${count(model.kv_tokens)} tokens`;
-  made.engine.title = model.reason ?? "";
-  const steps = old ? model.steps - old.steps : 0;
-  const rows = steps > 0 ? (model.rows - old.rows) / steps : model.rows_per_step;
+  const lines = model.engines.map(engineLine);
+  if (lines.some((line, at) => !line.isEqualNode(made.engines.children[at] ?? null))) made.engines.replaceChildren(...lines);
+  const steps = old ? now.steps - old.steps : now.steps;
+  const rows = steps > 0 ? (now.rows - (old?.rows ?? 0)) / steps : now.rows / Math.max(1, now.steps);
   made.figures.replaceChildren(...figures([
-    ["Running", count(model.running)],
-    ["Waiting", count(model.waiting)],
+    ["Running", count(now.running)],
+    ["Waiting", count(now.waiting)],
     ["Rows a step", rows.toFixed(1)],
-    ["KV in use", percent(model.kv_used)],
-    ["Prefix hits", model.prefix_queries ? percent(model.prefix_hits / model.prefix_queries) : "–"],
-    ["Tokens", count(model.tokens)],
-    ["Preempted", count(model.preemptions)],
-    ["Engines lost", count(model.deaths)],
+    ["KV in use", percent(now.kv_used)],
+    ["Prefix hits", now.prefix_queries ? percent(now.prefix_hits / now.prefix_queries) : "–"],
+    ["Tokens", count(now.tokens)],
+    ["Preempted", count(now.preemptions)],
+    ["Engines lost", count(now.deaths)],
   ]));
 }
 
@@ -136,7 +155,7 @@ function show(state) {
   if (shown.length !== byId("models").children.length || shown.some((one, at) => byId("models").children[at] !== one)) {
     byId("models").replaceChildren(...shown);
   }
-  const waiting = state.models.reduce((sum, model) => sum + model.waiting, 0);
+  const waiting = state.models.reduce((sum, model) => sum + together(model).waiting, 0);
   const { daemon } = state;
   if (daemon) {
     showDaemon(daemon, before?.daemon, seconds);

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from expertd_inference.server.accounts import Accounts
-from expertd_inference.server.hosting import engine_process, hosted_model
+from expertd_inference.server.hosting import engine_process, engine_seat
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.metrics import ServerMetrics
@@ -19,7 +19,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     """Engines' processes are threads that play its parts."""
     stage = Stage()
     monkeypatch.setattr(engine_process, "_process_of", lambda _: stage.process)
-    monkeypatch.setattr(hosted_model, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(engine_seat, "RETRY_SECONDS", 0.01)
     return stage
 
 
@@ -36,7 +36,7 @@ async def host(stage: Stage, said: list[str]) -> AsyncIterator[Host]:
 
         def make(**spec: Any) -> HostedModel:
             model = HostedModel(
-                EngineSpec(model="m", socket=None, **{"reattach_seconds": 0.0, **spec}),
+                [EngineSpec(model="m", socket=None, **{"reattach_seconds": 0.0, **spec})],
                 accounts=Accounts(),
                 metrics=ServerMetrics(),
                 say=said.append,

@@ -47,7 +47,7 @@ def metrics() -> ServerMetrics:
 @pytest.fixture
 async def catalog(metrics: ServerMetrics, tmp_path: Path) -> AsyncIterator[Catalog]:
     made = Catalog(
-        EngineSpec(model="", socket=str(tmp_path)),
+        [EngineSpec(model="", socket=str(tmp_path))],
         aliases={},
         template=None,
         idle_seconds=None,
