@@ -213,15 +213,13 @@ class Worker(Closing):
     def kv_bytes(self) -> int:
         """How much memory keys and values may take: a quarter of what is available.
 
-        Engines that share the host's memory (``EngineLimits.num_engines``) have it together.
         On a GPU it is what the cache of experts, if nobody says how large that is, leaves for
         them: room for as many tokens as the worker's ``limits`` say, or else for one sequence as
         long as the model goes, to 8192 tokens.
         """
         if isinstance(self._runner, DeviceGroup):
             return _kv_reserve(self.model, self._limits)
-        num_engines = 1 if self._limits is None else self._limits.num_engines
-        return memory_available() // (4 * num_engines)
+        return memory_available() // 4
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""

@@ -23,11 +23,10 @@ class EngineLimits:
     ``max_sequences`` are computed together; ``max_waiting`` more may wait for their turn, and
     what is submitted beyond that is refused. ``kv_tokens`` is how many tokens of all sequences
     together the keys and values have room for; None is what ``max_sequences`` need that fill the
-    model's context, but no more than the memory that the worker has for them; ``num_engines`` share
-    what the host has, each taking an equal part. A step has at most
-    ``chunk_rows`` rows, or one for each sequence and 64 more: with more rows prompts are computed
-    faster, and sequences that have begun wait longer for their next token. Raises
-    InvalidInputError if a value makes no sense.
+    model's context, but no more than the memory that the worker has for them, which ``num_engines``
+    engines share. A step has at most ``chunk_rows`` rows, or one for each sequence and 64 more:
+    with more rows prompts are computed faster, and sequences that have begun wait longer for their
+    next token. Raises InvalidInputError if a value makes no sense.
     """
 
     max_sequences: int = 64
@@ -67,10 +66,11 @@ def budget_for(limits: EngineLimits, worker: "Served") -> Budget:
         longest = worker.context_tokens or CONTEXT_TOKENS
         num_blocks = limits.max_sequences * num_blocks_of(longest)
         why = f"{limits.max_sequences} sequences of {longest} tokens"
-        affordable = worker.kv_bytes // (BLOCK_TOKENS * worker.kv_bytes_per_token)
+        kv_bytes = worker.kv_bytes // limits.num_engines
+        affordable = kv_bytes // (BLOCK_TOKENS * worker.kv_bytes_per_token)
         if affordable < num_blocks:
             num_blocks = affordable
-            why = f"{format_bytes(worker.kv_bytes)} of memory for keys and values"
+            why = f"{format_bytes(kv_bytes)} of memory for keys and values"
         if num_blocks < 1:
             raise InvalidInputError(
                 f"There are {why}, and {BLOCK_TOKENS} tokens need "

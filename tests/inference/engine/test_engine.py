@@ -400,6 +400,7 @@ def test_a_fork_has_no_engine(engine: Engine) -> None:
     [
         *({"max_sequences": 0}, {"max_waiting": 0}, {"kv_tokens": 63}, {"chunk_rows": 0}),
         *({"max_sequences": 1.5}, {"kv_tokens": float("nan")}, {"chunk_rows": "4"}),
+        {"num_engines": 0},
     ],
     ids=str,
 )
@@ -416,6 +417,7 @@ def test_room_for_keys_and_values(worker: ToyWorker) -> None:
 
     assert room(1 << 40, max_sequences=3) == (Room(24, 3, 512), "3 sequences of 512 tokens")
     assert room(5 << 16) == (Room(5, 64, 512), "320.0 KiB of memory for keys and values")
+    assert room(10 << 16, num_engines=2) == room(5 << 16)
     assert room(0, kv_tokens=200, chunk_rows=1) == (Room(3, 64, 128), "as told")
     # One block is enough.
     assert room(64_000)[0].num_blocks == room(0, kv_tokens=64)[0].num_blocks == 1

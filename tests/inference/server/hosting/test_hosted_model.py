@@ -172,15 +172,14 @@ async def test_a_conversation_stays_with_its_engine(
             for token in range(100, 192):
                 hosted.engine(0).token(begin, token)
             hosted.engine(0).end(begin)
-        other = hosted.ask(7)
-        assert hosted.begun[1] == [[7]], "the emptier memory"
-        # Two blocks of the answer count as well: else the other, as idle then, would have it.
-        del other
+        other, busy = hosted.ask(7), hosted.ask(8)
+        assert hosted.begun[1] == [[7]], "its memory is emptier"
+        other.cancel()
         await settle()
-        more = hosted.ask(*range(192), 5), hosted.ask(8), hosted.ask(*range(192), 6)
-        assert [len(tokens) for tokens in hosted.begun[0][1:]] == [193, 193]
-        assert hosted.begun[1] == [[8]]
-        del more
+        # The answer's blocks count as well: else the second engine, which is idle, would have it.
+        more = hosted.ask(*range(192), 5)
+        assert [len(tokens) for tokens in hosted.begun[0]] == [100, 1, 193]
+        del busy, more
 
 
 async def test_sequences_of_an_engine_that_died_go_on_in_the_other_at_once(
@@ -233,14 +232,30 @@ async def test_those_that_wait_take_places_that_become_free(
         streams = [hosted.ask(number) for number in range(5)]
         assert hosted.begun == ([[0], [2], [4]], [[1], [3]])
         (_, _, waiting) = hosted.engine(0).begun
-        hosted.engine(0).token(hosted.engine(0).begun[0], 60)
+        hosted.engine(0).token(waiting, 60)
         streams[3].cancel()
         await settle()
-        assert hosted.begun == ([[0], [2]], [[1], [4]])
-        # It has another number there: what the first says of it is none of its own.
+        assert hosted.begun == ([[0], [4]], [[1], [2]]), "the last that has not begun"
+
+
+async def test_what_an_engine_says_of_a_sequence_that_has_left_it_counts_no_more(
+    engines: dict[str, Played | ExpertdError],
+) -> None:
+    async with Hosted(engines, reattach_seconds=60) as hosted:
+        await hosted.model.ready()
+        streams = [hosted.ask(number) for number in range(5)]
+        waiting = hosted.engine(0).begun[-1]
+        streams[3].cancel()
+        await settle()
+        hosted.engine(0).token(waiting, 98)
+        other, engines["cpu 1"] = hosted.engine(1), UnavailableError("no successor")
+        other.ended.set()
+        await settle()
+        # It is back, under another number.
         hosted.engine(0).token(waiting, 99)
         hosted.engine(0).end(waiting)
-        hosted.engine(1).token(hosted.engine(1).begun[-1], 70)
+        assert [one.tokens for one in hosted.engine(0).begun] == [[0], [2], [1], [4]]
+        hosted.engine(0).token(hosted.engine(0).begun[-1], 70)
         assert (await anext(streams[4])).id == 70
 
 
@@ -277,7 +292,9 @@ async def test_all_engines_end_when_the_model_is_idle(
     async with Hosted(engines, idle_seconds=0.0) as hosted:
         stream = hosted.ask(1)
         await settle()
-        assert hosted.model.num_engines == 2
+        first = hosted.engine(0)
+        await settle()
+        assert hosted.engine(0) is first, "it has something to do"
         stream.cancel()
         # A look each second, as long as there is something to do.
         async with asyncio.timeout(20):
