@@ -377,6 +377,16 @@ def _time(event: Event) -> float:
     return event.time
 
 
-def offer_fake_devices() -> None:
-    """Lets this process's workers open ``fake`` and ``fake:0``, ``fake:1`` ..."""
-    DEVICE_KINDS["fake"] = lambda name, say: FakeDevice(name, say=say)
+def offer_fake_devices(opened: list[FakeDevice] | None = None) -> None:
+    """Lets this process's workers open ``fake`` and ``fake:0``, ``fake:1`` ...
+
+    They are added to ``opened``.
+    """
+
+    def open_fake(name: str, say: Callable[[str], None] | None) -> FakeDevice:
+        device = FakeDevice(name, say=say)
+        if opened is not None:
+            opened.append(device)
+        return device
+
+    DEVICE_KINDS["fake"] = open_fake

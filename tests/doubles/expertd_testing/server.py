@@ -26,10 +26,21 @@ _LISTENS = re.compile(r"listening on (http\S+)")
 class Server:
     """One ``expert-run serve`` process, at ``url``."""
 
-    def __init__(self, arguments: Sequence[str], passed: socket.socket | None = None) -> None:
-        """``passed`` is given to the process as systemd gives a socket unit's."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        passed: socket.socket | None = None,
+        *,
+        fake_devices: bool = False,
+    ) -> None:
+        """``passed`` is given to the process as systemd gives a socket unit's.
+
+        With ``fake_devices`` its engines may be on ``fake:0`` (:mod:`.expert_run`).
+        """
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         command = [str(Path(sys.executable).with_name("expert-run"))]
+        if fake_devices:
+            command = [sys.executable, "-m", "expertd_testing.expert_run"]
         if passed is not None:
             command = [sys.executable, "-c", _PASS_ON, str(passed.fileno()), *command]
         # What clients leave with it is not for the user's own servers.
@@ -119,9 +130,11 @@ class Server:
 
 
 @contextmanager
-def serving_http(*arguments: str | Path, passed: socket.socket | None = None) -> Iterator[Server]:
+def serving_http(
+    *arguments: str | Path, passed: socket.socket | None = None, fake_devices: bool = False
+) -> Iterator[Server]:
     """``expert-run serve`` with these arguments, on a free port, until the block ends."""
-    server = Server([str(argument) for argument in arguments], passed)
+    server = Server([str(each) for each in arguments], passed, fake_devices=fake_devices)
     try:
         server.wait_ready()
         yield server

@@ -153,7 +153,8 @@ def test_stop(page: Page, http: httpx2.Client, way: str) -> None:
     page.goto("/host")
     expect(page.locator(".card dd").first).to_have_text("0")
     (model,) = http.get("/host/state").json()["models"]
-    assert model["running"] == 0, "the server goes on for nobody"
+    (engine,) = model["engines"]
+    assert engine["running"] == 0, "the server goes on for nobody"
     page.goto("/")
     expect(page.locator(f"{ANSWER} > .text")).to_contain_text(kept.split("\n")[0])
 
@@ -457,6 +458,25 @@ def test_the_host(context: BrowserContext, http: httpx2.Client) -> None:
     assert painted
     page.locator("#heat").hover(position={"x": 32, "y": 4})
     expect(page.locator("#heat-at")).to_contain_text("expert 0")
+
+
+def test_the_host_s_engines(context: BrowserContext, http: httpx2.Client) -> None:
+    page = context.new_page()
+    page.goto("/host")
+    lines = page.locator(".card .note p")
+    expect(lines).to_have_count(1)
+    expect(lines).to_contain_text("Executor program on cpu, process ")
+    state = http.get("/host/state").json()
+    (engine,) = state["models"][0]["engines"]
+    busy = {**engine, "place": "cuda:1", "running": 3, "waiting": 2, "kv_used": 0.5}
+    state["models"][0]["engines"] = [{**engine, "pid": None}, busy]
+    page.route("**/host/state*", lambda route: route.fulfill(body=json.dumps(state)))
+    expect(lines).to_have_count(2)
+    expect(lines.first).to_have_text("Engine 0: the next request starts it.")
+    expect(lines.last).to_contain_text("on cuda:1")
+    expect(lines.last).to_contain_text("3 running, 2 waiting")
+    figure = page.locator(".card .figures > div")
+    expect(figure.filter(has_text="Running").locator("dd")).to_have_text("3")
 
 
 def test_the_host_without_its_daemon(context: BrowserContext, http: httpx2.Client) -> None:

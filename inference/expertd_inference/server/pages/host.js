@@ -59,7 +59,7 @@ function engineLine(engine, at, all) {
   const name = all.length > 1 ? `Engine ${at}: ` : "";
   if (engine.pid === null) return element("p", {}, `${name || "No engine; "}the next request starts ${name ? "it" : "one"}.`);
   const busy = name ? `, ${count(engine.running)} running, ${count(engine.waiting)} waiting` : "";
-  return element("p", { title: engine.reason ?? "" }, `${name}executor ${engine.executor} on ${engine.place}, process ${engine.pid}, room for ${count(engine.kv_tokens)} tokens${busy}`);
+  return element("p", { title: engine.reason ?? "" }, `${name ? `${name}e` : "E"}xecutor ${engine.executor} on ${engine.place}, process ${engine.pid}, room for ${count(engine.kv_tokens)} tokens${busy}`);
 }
 
 // What a model's engines did together; null for a model that was not there.
