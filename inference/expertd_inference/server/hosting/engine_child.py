@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertd_client import TlsFiles
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.token import Token
+from expertd_inference.engine.turn import ALWAYS, GrantedTurn
 from expertd_inference.process.attachment import attach
 from expertd_inference.process.environment import garbage_kept, prepare_environment
 from expertd_inference.server.hosting.link import BlockingLink
@@ -31,6 +33,8 @@ from expertd_inference.server.hosting.messages import (
     Ready,
     Refused,
     ToEngine,
+    Turn,
+    Wish,
 )
 from expertd_inference.settings import ComputeDtype, DeviceSettings, KernelsName
 from expertstore.errors import ExpertdError
@@ -38,6 +42,7 @@ from expertstore.errors import ExpertdError
 if TYPE_CHECKING:
     from expertd_inference.engine.engine import Engine
 
+CPU = "cpu"
 STATS_SECONDS = 0.25
 """How often an engine says at most how it does."""
 
@@ -67,6 +72,16 @@ class EngineSpec:
         """Its device, and if these are not all the cores that it computes on: ``cpu 0,1``."""
         return " ".join(filter(None, (self.device.device, ",".join(map(str, self.cores)))))
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether its steps need most of its cores, so that two engines would only fight for them.
+
+        On a GPU they do not.
+        """
+        num_cores = len(self.cores or os.sched_getaffinity(0))
+        on_cpu = self.device.device == CPU
+        return on_cpu and (self.threads is None or 2 * self.threads > num_cores)
+
 
 def run(end: socket.socket, spec: EngineSpec) -> None:
     """Loads the model, says so, and computes until the front's end of the socket is closed."""
@@ -77,13 +92,13 @@ def run(end: socket.socket, spec: EngineSpec) -> None:
     threading.Thread(target=_beat, args=(link,), name="pulse", daemon=True).start()
     with ExitStack() as stack:
         try:
-            engine, outbox = _open(link, spec, stack)
+            engine, outbox, turn = _open(link, spec, stack)
         except ExpertdError as error:
             link.send(Refused(Failure.of(error)))
             return
         while (messages := link.receive()) is not None:
             for message in messages:
-                _obey(message, engine, outbox)
+                _obey(message, engine, outbox, turn)
 
 
 def _beat(link: BlockingLink[ToEngine]) -> None:
@@ -156,7 +171,7 @@ class Relay:
 
 def _open(
     link: BlockingLink[ToEngine], spec: EngineSpec, stack: ExitStack
-) -> tuple["Engine", Outbox]:
+) -> tuple["Engine", Outbox, GrantedTurn | None]:
     attachment = stack.enter_context(
         attach(spec.model, spec.socket, tls=spec.tls, cache_bytes=spec.copies_bytes)
     )
@@ -187,7 +202,13 @@ def _open(
         # Modules and model stay to the end: no later collection need look at them.
         gc.freeze()
     outbox = Outbox(link)
-    engine = stack.enter_context(Engine(worker, spec.limits, outbox.flush))
+    turn = GrantedTurn(partial(_wish, link)) if spec.takes_turns else None
+    engine = stack.enter_context(Engine(worker, spec.limits, outbox.flush, turn or ALWAYS))
+    if turn is not None:
+        # Whoever waits for the disk, or for the daemon, lets others compute.
+        worker.session.before_waiting = turn.leave
+        # The engine's thread may wait for its turn when the front is gone.
+        stack.callback(turn.free)
     stats = engine.stats
     link.send(
         Ready(
@@ -200,11 +221,22 @@ def _open(
         )
     )
     outbox.engine = engine
-    return engine, outbox
+    return engine, outbox, turn
 
 
-def _obey(message: ToEngine, engine: "Engine", outbox: Outbox) -> None:
+def _wish(link: BlockingLink[ToEngine], turn: bool) -> None:
+    with suppress(OSError):  # The front is gone: so is this process, soon.
+        link.send(Wish(turn))
+
+
+def _obey(message: ToEngine, engine: "Engine", outbox: Outbox, turn: GrantedTurn | None) -> None:
     match message:
+        case Turn(mine):
+            assert turn is not None
+            if mine:
+                turn.grant()
+            else:
+                turn.recall()
         case Begin(id_, tokens, settings, origin):
             # Before it begins, which may be its end as well.
             outbox.relays[id_] = relay = Relay(outbox, id_)

@@ -12,7 +12,7 @@ import msgspec
 
 from expertd_inference.process.reasons import reason_of
 from expertd_inference.server.hosting import engine_child
-from expertd_inference.server.hosting.engine_child import EngineSpec
+from expertd_inference.server.hosting.engine_child import CPU, EngineSpec
 from expertd_inference.server.hosting.link import LoopLink
 from expertd_inference.server.hosting.messages import (
     PULSE_SECONDS,
@@ -20,8 +20,9 @@ from expertd_inference.server.hosting.messages import (
     Progress,
     Ready,
     Refused,
+    Wish,
 )
-from expertd_inference.server.hosting.replicas import CPU
+from expertd_inference.server.hosting.turns import Turns
 from expertstore.errors import StepFailedError, UnavailableError
 
 CLOSE_SECONDS = 10.0
@@ -35,14 +36,16 @@ _starting = asyncio.Lock()
 class EngineProcess:
     """One engine, from its start to its end; :meth:`start` makes it.
 
-    ``on_progress`` is called in the event loop with what came of each step.
+    ``on_progress`` is called in the event loop with what came of each step. It has its share of
+    ``turns``.
     """
 
-    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
+    def __init__(self, on_progress: Callable[[Progress], None], turns: Turns) -> None:
         loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
         """Set once its socket is closed: it was killed, or it obeyed :meth:`close`."""
         self._on_progress = on_progress
+        self._turns = turns
         self._num_silent = 0
         self._listening: asyncio.TimerHandle | None = None
         self._greeting: asyncio.Future[Ready | None] = loop.create_future()
@@ -52,13 +55,13 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, spec: EngineSpec, on_progress: Callable[[Progress], None]
+        cls, spec: EngineSpec, on_progress: Callable[[Progress], None], turns: Turns
     ) -> "EngineProcess":
         """Returns once the model is loaded. Raises what loading it raises.
 
         UnavailableError if no process can be had, StepFailedError if it ends before that.
         """
-        engine = cls(on_progress)
+        engine = cls(on_progress, turns)
         try:
             await engine._launch(spec)
             if await engine._greeting is None:
@@ -157,6 +160,11 @@ class EngineProcess:
         match message:
             case Progress():
                 self._on_progress(message)
+            case Wish(turn):
+                if turn:
+                    self._turns.want(self)
+                else:
+                    self._turns.leave(self)
             case Ready():
                 self._greeting.set_result(message)
             case Refused(failure):
@@ -166,6 +174,7 @@ class EngineProcess:
         self.ended.set()
         if self._listening is not None:
             self._listening.cancel()
+        self._turns.forget(self)
         if not self._greeting.done():
             self._greeting.set_result(None)
         with suppress(BaseException):

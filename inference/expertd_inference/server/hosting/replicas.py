@@ -6,10 +6,9 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from expertd_inference.server.hosting.engine_child import EngineSpec
+from expertd_inference.server.hosting.engine_child import CPU, EngineSpec
 from expertstore.errors import InvalidInputError
 
-CPU = "cpu"
 _CPUS = Path("/sys/devices/system/cpu")
 _NODES = Path("/sys/devices/system/node")
 
