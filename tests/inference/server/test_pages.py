@@ -112,8 +112,9 @@ def _example(state: dict[str, object]) -> dict[str, int]:
     assert isinstance(models, list)
     (model,) = models
     assert model["name"] == "example"
-    assert isinstance(model, dict)
-    return model
+    (engine,) = model["engines"]
+    assert engine["place"] == "cpu"
+    return {"tokens": model["tokens"], **engine}
 
 
 def test_pages_are_small_and_refer_to_themselves_only() -> None:
