@@ -2,16 +2,22 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 from msgspec import structs
 
+from expertd_inference.engine.prefix import block_names
 from expertd_inference.engine.stats import EngineStats
 from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_inference.server.hosting.asked import Asked
 from expertd_inference.server.hosting.engine_child import EngineSpec
-from expertd_inference.server.hosting.engine_choice import EngineLoad, KnownPrefixes
+from expertd_inference.server.hosting.engine_choice import (
+    EngineLoad,
+    KnownPrefixes,
+    choose_engine,
+)
 from expertd_inference.server.hosting.engine_process import EngineProcess
 from expertd_inference.server.hosting.messages import Progress, Ready
 from expertd_inference.server.hosting.turns import Turns
@@ -238,6 +244,18 @@ class EngineSeat:
         self._wanted.clear()
         self.refuse(error)
         self._owner.gave_up(self, error)
+
+
+def choose_seat(seats: Sequence[EngineSeat], tokens: Sequence[int], salt: str) -> EngineSeat:
+    """One of ``seats`` for a sequence of ``tokens``, whose prefix its engine will have then."""
+    if len(seats) == 1:
+        return seats[0]
+    # The last token is computed in any case.
+    names = block_names(tokens, salt, (len(tokens) - 1) // BLOCK_TOKENS)
+    matched = [seat.prefixes.match(names) for seat in seats]
+    chosen = seats[choose_engine([seat.load for seat in seats], matched)]
+    chosen.prefixes.remember(names)
+    return chosen
 
 
 def _at_rest(stats: EngineStats) -> EngineStats:

@@ -20,8 +20,8 @@ from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting.asked import Asked
 from expertd_inference.server.hosting.engine_child import EngineSpec
-from expertd_inference.server.hosting.engine_choice import choose_engine, find_relief
-from expertd_inference.server.hosting.engine_seat import LOST, EngineSeat
+from expertd_inference.server.hosting.engine_choice import find_relief
+from expertd_inference.server.hosting.engine_seat import LOST, EngineSeat, choose_seat
 from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
 from expertd_inference.server.hosting.turns import Turns
 from expertd_inference.server.metrics import ServerMetrics, Times
@@ -126,7 +126,7 @@ class HostedModel:
         for seat in self.seats:
             seat.want()
         candidates = [seat for seat in self.seats if seat.is_up] or self.seats
-        seat = self._choose(candidates, begin.tokens, origin.salt)
+        seat = choose_seat(candidates, begin.tokens, origin.salt)
         asked = Asked(begin, Channel(), Times(now), seat)
         self._asked.add(asked)
         seat.give(asked)
@@ -288,7 +288,7 @@ class HostedModel:
 
     def _move_all(self, seat: EngineSeat, others: Sequence[EngineSeat]) -> None:
         for asked in [*seat.sequences.values()]:
-            self._move(asked, self._choose(others, asked.tokens, asked.begin.origin.salt))
+            self._move(asked, choose_seat(others, asked.tokens, asked.begin.origin.salt))
 
     def _move(self, asked: Asked, seat: EngineSeat) -> None:
         asked.seat.take(asked)
@@ -296,14 +296,3 @@ class HostedModel:
         asked.begin = structs.replace(asked.begin, id=next(self._ids))
         asked.seat = seat
         seat.give(asked)
-
-    def _choose(self, seats: Sequence[EngineSeat], tokens: Sequence[int], salt: str) -> EngineSeat:
-        """One of ``seats`` for a sequence of ``tokens``, whose prefix it will have then."""
-        if len(self.seats) == 1:
-            return seats[0]
-        # The last token is computed in any case.
-        names = block_names(tokens, salt, (len(tokens) - 1) // BLOCK_TOKENS)
-        matched = [seat.prefixes.match(names) for seat in seats]
-        chosen = seats[choose_engine([seat.load for seat in seats], matched)]
-        chosen.prefixes.remember(names)
-        return chosen
