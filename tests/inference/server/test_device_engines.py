@@ -65,7 +65,7 @@ def _engines(server: Server) -> list[dict[str, Any]]:
 
 def _text(server: Server) -> str:
     with httpx2.Client(base_url=server.url, timeout=120) as client:
-        body = {"prompt": "def f(", "max_tokens": 400, "ignore_eos": True}
+        body = {"prompt": "def f(", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
         events = stream(client, "/v1/completions", body)
     assert not any("error" in event for event in events)
     return text_of(events)

@@ -43,8 +43,8 @@ class TurnTable(Generic[EngineT]):
         """It has a step to compute. If it is its turn, the turn ends."""
         if self._holder == engine:
             self._end_turn(now)
-        most = max(self._used.values(), default=0.0)
-        self._used[engine] = max(self._used.get(engine, 0.0), most - CREDIT_SECONDS)
+        elif engine not in self._waiting:
+            self._used[engine] = self._used_by_newcomer(engine, now)
         self._waiting[engine] = None
 
     def leave(self, engine: EngineT, now: float) -> None:
@@ -74,6 +74,14 @@ class TurnTable(Generic[EngineT]):
             return Decision(seconds=left)
         self._recalled = now
         return Decision(recall=self._holder, seconds=STUCK_SECONDS)
+
+    def _used_by_newcomer(self, engine: EngineT, now: float) -> float:
+        """It has had nothing to do: what it and the others did before counts little."""
+        used = self._used.get(engine, 0.0)
+        others = [self._used[one] for one in self._waiting]
+        if self._holder is not None:
+            others.append(self._used[self._holder] + now - self._since)
+        return min(max(used, min(others) - CREDIT_SECONDS), max(others)) if others else used
 
     def _grant(self, engine: EngineT, now: float) -> Decision[EngineT]:
         del self._waiting[engine]
