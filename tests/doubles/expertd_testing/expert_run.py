@@ -16,7 +16,12 @@ def _offer() -> None:
     from expertd_testing.fake_device import FakeDevice, offer_fake_devices
 
     offer_fake_devices(opened := list[FakeDevice]())
-    signal.signal(signal.SIGUSR1, lambda *_: [device.lose() for device in opened])
+
+    def lose(*_: object) -> None:
+        for device in opened:
+            device.lose()
+
+    signal.signal(signal.SIGUSR1, lose)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ async def props(request: Request) -> Response:
                 "n_ctx": hosted.max_tokens,
                 "params": {"temperature": text.temperature},
             },
-            "total_slots": hosted.spec.limits.max_sequences,
+            "total_slots": hosted.num_places,
             "model_alias": entry.name,
             "model_path": str(entry.pack),
             "modalities": {"vision": False, "audio": False},

@@ -99,6 +99,11 @@ class HostedModel:
         """Which are not complete."""
         return len(self._asked)
 
+    @property
+    def num_places(self) -> int:
+        """How many sequences are computed together."""
+        return sum(seat.spec.limits.max_sequences for seat in self.seats)
+
     async def ready(self) -> list[Ready]:
         """Starts engines where there are none, and waits for all. Raises what loading raises."""
         self._check_open()

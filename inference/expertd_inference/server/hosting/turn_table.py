@@ -1,6 +1,5 @@
 """Whose turn it is to compute, among engines on one set of cores; pure: no clock, no process."""
 
-from collections.abc import Hashable
 from typing import Generic, NamedTuple, TypeVar
 
 SLICE_SECONDS = 0.02
@@ -10,7 +9,7 @@ STUCK_SECONDS = 10.0
 CREDIT_SECONDS = 0.05
 """How far an engine that had nothing to do may be behind the others."""
 
-EngineT = TypeVar("EngineT", bound=Hashable)
+EngineT = TypeVar("EngineT")
 
 
 class Decision(NamedTuple, Generic[EngineT]):
