@@ -159,14 +159,15 @@ def test_responses(choice: Any, http: httpx2.Client) -> None:
 def test_a_schema_that_cannot_be_obeyed_is_refused(
     parameters: dict[str, Any], words: str, http: httpx2.Client
 ) -> None:
-    wrong = {"type": "function", "function": {"name": "look", "parameters": parameters}}
-    for more in ({}, {"tool_choice": "auto", "tools": [{**wrong, "function": {
-        **wrong["function"], "strict": True}}]}):  # fmt: skip
-        body = {**CHAT, "tools": [wrong], **more}
+    wrong: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": "look", "parameters": parameters},
+    }
+    strict = {"function": {**wrong["function"], "strict": True}, "type": "function"}
+    forced = {**CHAT, "tools": [wrong]}
+    for body in (forced, {**forced, "tool_choice": "auto", "tools": [strict]}):
         response = http.post("/v1/chat/completions", json=body)
         assert response.status_code == 400, response.text
         assert words in response.json()["error"]["message"]
-    response = http.post(
-        "/v1/chat/completions", json={**CHAT, "tools": [wrong], "tool_choice": "auto"}
-    )
+    response = http.post("/v1/chat/completions", json={**forced, "tool_choice": "auto"})
     assert response.status_code == 200, response.text
