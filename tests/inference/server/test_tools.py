@@ -200,6 +200,11 @@ async def test_which_grammar_an_answer_has(recital: Recital) -> None:
     assert text is not None
     assert "start: TEXT?" in text.text
     assert await grammar_of(recital, tools=STRICT, tool_choice="none") is None
+    begun = [*MESSAGES, {"role": "assistant", "content": "So: "}]
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    content = await grammar_of(recital, response_format=FORMAT, messages=begun, **going_on)
+    assert content is not None
+    assert not content.frame
 
 
 async def test_a_format_holds_from_the_first_token_where_none_reasons(gemma: Recital) -> None:
