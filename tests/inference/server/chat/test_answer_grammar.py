@@ -243,8 +243,8 @@ def test_a_text_between_tags_has_no_tag(grammars: Grammars, text: ModelText, end
     begun = "<tool_call>\n<function=look>\n<parameter=city>\na < b </a> "
     assert grammars.matcher(spec, frozenset({end}), text.encode(begun, special=False))
     for tag in ("</tool_call>", "<function=", "</parameter> "):
+        tokens = text.encode(f"{begun}{tag}", special=False)
         with pytest.raises(InvalidInputError):
-            tokens = text.encode(f"{begun}{tag}", special=False)
             grammars.matcher(spec, frozenset({end}), tokens)
 
 
