@@ -56,7 +56,7 @@ class Catalog:
         spec: EngineSpec,
         *,
         aliases: Mapping[str, str],
-        variants: Mapping[str, Variant],
+        variants: Mapping[str, Variant] | None = None,
         template: str | None,
         chat_format: str | None = None,
         idle_seconds: float | None,
@@ -67,7 +67,7 @@ class Catalog:
         """``spec`` is every model's but for its name, and so are ``template`` and its format."""
         self._spec = spec
         self._aliases = aliases
-        self._variants = variants
+        self._variants = variants or {}
         self._template = template
         self._chat_format = chat_format
         self._idle_seconds = idle_seconds
