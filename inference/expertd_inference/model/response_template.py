@@ -24,6 +24,8 @@ class TemplateField:
     read: Callable[[str], Any]
     has_types: bool
     """Whether its texts are texts: in tags a number is one, too."""
+    is_json: bool
+    """Whether it is nothing but JSON."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _field(field: Any) -> TemplateField:  # noqa: ANN401 - transformers is untyp
             raise ValueError(f"{field.name} cannot be read: {error}") from error
 
     typed = field.content not in ("xml-inline", "kv-lines")
-    return TemplateField(field.name, opens, closes, read, typed)
+    return TemplateField(field.name, opens, closes, read, typed, field.content == "json")
 
 
 def _markers(pattern: Any, literals: list[str] | None, *, at_end: bool) -> tuple[str, ...]:  # noqa: ANN401

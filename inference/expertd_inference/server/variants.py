@@ -62,7 +62,7 @@ def read_variants(path: Path | None) -> dict[str, Variant]:
         found = msgspec.convert(tomllib.loads(path.read_text()), _File).variants
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(
-            f"The variants in {path} cannot be used: {error}; docs/serving.md shows such a file."
+            f"The variants in {path} cannot be used: {error}; docs/server.md shows such a file."
         ) from error
     return {name: _checked(path, name, variant) for name, variant in found.items()}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import anthropic
 import httpx2
+import msgspec
 import pytest
 
 from expertd_inference.engine.stops import FinishReason
@@ -113,7 +114,7 @@ def test_errors_have_anthropic_s_form(client: anthropic.Anthropic) -> None:
 
 
 def fields(**body: Any) -> dict[str, Any]:
-    given = openai_fields(MessagesRequest(**{"messages": HELLO, **body}))
+    given = openai_fields(msgspec.convert({"messages": HELLO, **body}, MessagesRequest))
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -166,7 +166,13 @@ def test_the_input_of_a_response(http: httpx2.Client) -> None:
 
 
 def test_responses_take_the_fields_of_vllm(http: httpx2.Client) -> None:
-    asked = {"input": "Once", "max_output_tokens": 4, "seed": 3, "top_k": 1, "priority": 5}
+    asked = {
+        "input": "Once upon a time",
+        "max_output_tokens": 4,
+        "seed": 3,
+        "top_k": 1,
+        "priority": 5,
+    }
     first, second = (
         http.post("/v1/responses", json={**asked, "seed": seed}).json()["output"] for seed in (3, 4)
     )

@@ -33,7 +33,6 @@ async def serving(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     catalog = Catalog(
         [EngineSpec(model="", socket=str(tmp_path / "daemon"))],
         aliases={},
-        variants={},
         template=None,
         idle_seconds=None,
         accounts=accounts,

@@ -28,7 +28,7 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [LOOK]}}
 MESSAGES = [{"role": "user", "content": "Where?"}]
 # Else a model that knows nothing may go on with spaces for ever.
-ASKED = {"max_tokens": 300, "temperature": 1.0, "frequency_penalty": 2.0, "seed": 7}
+ASKED = {"max_tokens": 800, "temperature": 1.0, "frequency_penalty": 2.0, "seed": 7}
 CHAT = {**ASKED, "messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"}
 
 
@@ -112,7 +112,7 @@ def test_calls_or_content_of_a_format(http: httpx2.Client) -> None:
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "look"}])
 def test_messages_of_anthropic(choice: dict[str, Any], streamed: bool, http: httpx2.Client) -> None:
     tools = [{"name": name, "input_schema": CITY} for name in ("look", "go")]
-    body = {"max_tokens": 300, "temperature": 1.0, "messages": MESSAGES, "tools": tools}
+    body = {"max_tokens": 800, "temperature": 1.0, "messages": MESSAGES, "tools": tools}
     body |= {"tool_choice": {**choice, "disable_parallel_tool_use": True}, "stream": streamed}
     response = http.post("/v1/messages", json=body)
     assert response.status_code == 200, response.text
@@ -159,14 +159,17 @@ def test_responses(choice: Any, http: httpx2.Client) -> None:
 def test_a_schema_that_cannot_be_obeyed_is_refused(
     parameters: dict[str, Any], words: str, http: httpx2.Client
 ) -> None:
-    wrong = {"type": "function", "function": {"name": "look", "parameters": parameters}}
-    for more in ({}, {"tool_choice": "auto", "tools": [{**wrong, "function": {
-        **wrong["function"], "strict": True}}]}):  # fmt: skip
-        body = {**CHAT, "tools": [wrong], **more}
+    wrong: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": "look", "parameters": parameters},
+    }
+    strict = {"function": {**wrong["function"], "strict": True}, "type": "function"}
+    forced = {**CHAT, "model": "mistral", "tools": [wrong]}
+    for body in (forced, {**forced, "tool_choice": "auto", "tools": [strict]}):
         response = http.post("/v1/chat/completions", json=body)
         assert response.status_code == 400, response.text
         assert words in response.json()["error"]["message"]
     response = http.post(
-        "/v1/chat/completions", json={**CHAT, "tools": [wrong], "tool_choice": "auto"}
+        "/v1/chat/completions", json={**forced, "tool_choice": "auto", "max_tokens": 2}
     )
     assert response.status_code == 200, response.text

@@ -180,9 +180,10 @@ async def grammar_of(recital: Recital, **body: Any) -> GrammarSpec | None:
 
 
 async def test_which_grammar_an_answer_has(recital: Recital) -> None:
-    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    thinks: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}}
     assert await grammar_of(recital, tools=TOOLS, **thinks) is None
-    for begun, prelude in (({}, "prelude: ("), (thinks, "prelude: reasoning")):
+    cases: list[tuple[dict[str, Any], str]] = [({}, "prelude: ("), (thinks, "prelude: reasoning")]
+    for begun, prelude in cases:
         required = await grammar_of(recital, tools=TOOLS, tool_choice="required", **begun)
         assert required is not None
         assert "start: prelude calls\n" in required.text
@@ -199,11 +200,17 @@ async def test_which_grammar_an_answer_has(recital: Recital) -> None:
     assert text is not None
     assert "start: TEXT?" in text.text
     assert await grammar_of(recital, tools=STRICT, tool_choice="none") is None
+    begun = [*MESSAGES, {"role": "assistant", "content": "So: "}]
+    going_on = {"continue_final_message": True, "add_generation_prompt": False}
+    content = await grammar_of(recital, response_format=FORMAT, messages=begun, **going_on)
+    assert content is not None
+    assert not content.frame
 
 
 async def test_a_format_holds_from_the_first_token_where_none_reasons(gemma: Recital) -> None:
     grammar = await grammar_of(gemma, response_format=FORMAT)
     assert grammar is not None
+    assert "prelude: (<[" in grammar.frame
     gemma.model.text.chat_format = "plain"
     family_of.cache_clear()
     grammar = await grammar_of(gemma, response_format=FORMAT)

@@ -84,8 +84,8 @@ def openai_fields(body: MessagesRequest) -> dict[str, Any]:
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if body.tools:
         fields["tools"] = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(body.tools)]
-    if body.tool_choice is not None:
-        fields |= _tool_choice(body.tool_choice)
+    if body.tools or body.tool_choice is not None:
+        fields |= _tool_choice(body.tool_choice or {"type": "auto"})
     return fields
 
 

@@ -81,7 +81,7 @@ class ApiError(Exception):
         """The body as Ollama has it."""
         return {"error": self.message}
 
-    def body_for(self, path: str, headers: Container[str]) -> dict[str, Any]:
+    def body_for(self, path: str, headers: Container[str] = ()) -> dict[str, Any]:
         """The body in the form of the interface that serves ``path`` to a client of ``headers``."""
         if path.startswith(("/v1/messages", "/messages")) or ANTHROPIC in headers:
             return self.anthropic()

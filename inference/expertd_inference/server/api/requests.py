@@ -64,7 +64,9 @@ def say_once(request: Request, what: str, say: Callable[[str], None]) -> None:
         say(f"{request.url.path}: {what}")
 
 
-def _without_effect(fields: dict[str, Any], kind: type) -> Iterator[tuple[str, str]]:
+def _without_effect(
+    fields: dict[str, Any], kind: type[msgspec.Struct]
+) -> Iterator[tuple[str, str]]:
     """Those that are not known, or whose structure says so; those in other structures, too."""
     known = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     idle: frozenset[str] = getattr(kind, "idle", frozenset())

@@ -23,7 +23,6 @@ async def own_door(
     catalog = Catalog(
         [spec],
         aliases={},
-        variants={},
         template=read_template(template),
         idle_seconds=None,
         accounts=Accounts(),

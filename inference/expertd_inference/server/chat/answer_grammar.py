@@ -80,7 +80,7 @@ class AnswerGrammar:
         opened = rf"(.|\n)*({_any_of(openers)})(.|\n)*"
         yield rf"TEXT: /(.|\n)+/ & ~/{opened}/"
         rests: dict[str, list[str]] = {}
-        for opener in openers:
+        for opener in sorted(openers):
             _, marker = at_special(opener, special)
             if marker:
                 token, *rest = pieces_of(marker, special)
@@ -95,7 +95,8 @@ class AnswerGrammar:
         if not calls.lead:
             at_start = {one for region in regions for one in region.opens} - openers
             yield rf"BEGUN: /(.|\n)+/ & ~/\s*({_any_of(at_start)})(.|\n)*|{opened}/"
-            yield f"start: calls | BEGUN? ({' | '.join(parts)})*"
+            after = f"({' | '.join(parts)})*" if parts else ""
+            yield f"start: calls | BEGUN? {after}"
             yield from calls.rules
             return
         _, marker = at_special(calls.lead, special)

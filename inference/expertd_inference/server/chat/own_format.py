@@ -26,7 +26,10 @@ def family_described(described: Mapping[str, Any]) -> Family | None:
             regions.append(Region(Kind.REASONING, field.opens, field.closes))
         elif field.name == "tool_calls" and field.opens:
             calls = field
-            regions.append(Region(Kind.CALLS, field.opens, field.closes, of_tools=True))
+            is_json = field.is_json
+            regions.append(
+                Region(Kind.CALLS, field.opens, field.closes, of_tools=True, in_json=is_json)
+            )
         elif field.name == "content":
             marks = (*field.opens, *field.closes)
             regions += [Region(Kind.MARK, marks)] if marks else []

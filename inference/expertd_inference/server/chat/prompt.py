@@ -121,12 +121,15 @@ class ChatPrompt:
         parser = AnswerParser(family, self.prompt, self.tools.allowed)
         if parser.reasoning is not None:
             return Reasoning(region=parser.reasoning, has_begun=True)
-        known = (self.text.templates, *self.text.added_tokens)
         for region in family.regions if parser.is_fresh and not self.continues else ():
-            is_known = any(opener.strip() in place for opener in region.opens for place in known)
-            if region.kind is Kind.REASONING and is_known:
+            if region.kind is Kind.REASONING and any(map(self._knows, region.opens)):
                 return Reasoning(region=region, has_begun=False)
         return None
+
+    def _knows(self, opener: str) -> bool:
+        """Whether the template has it, or the vocabulary a token that it begins with."""
+        tokens = [one for one in self.text.added_tokens if one.strip()]
+        return opener.strip() in self.text.templates or opener.startswith((*tokens,))
 
     def _shown(self, family: Family) -> set[str]:
         """Special tokens that the answer's parser has to see."""

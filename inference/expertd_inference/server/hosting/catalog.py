@@ -58,7 +58,7 @@ class Catalog:
         specs: Sequence[EngineSpec],
         *,
         aliases: Mapping[str, str],
-        variants: Mapping[str, Variant],
+        variants: Mapping[str, Variant] | None = None,
         template: str | None,
         chat_format: str | None = None,
         idle_seconds: float | None,
@@ -72,7 +72,7 @@ class Catalog:
         """
         self._specs = specs
         self._aliases = aliases
-        self._variants = variants
+        self._variants = variants or {}
         self._template = template
         self._chat_format = chat_format
         self._idle_seconds = idle_seconds

@@ -237,6 +237,29 @@ def test_a_call_that_is_no_tool_s_is_not_allowed(
     assert grammars.matcher(spec, frozenset({end}), allowed)
 
 
+def test_a_text_between_tags_has_no_tag(grammars: Grammars, text: ModelText, end: int) -> None:
+    rules = rules_of_tools("qwen-coder", PLAIN, special(text), parallel=True)
+    spec = in_family("qwen-coder", text).of_calls(rules)
+    begun = "<tool_call>\n<function=look>\n<parameter=city>\na < b </a> "
+    assert grammars.matcher(spec, frozenset({end}), text.encode(begun, special=False))
+    for tag in ("</tool_call>", "<function=", "</parameter> "):
+        tokens = text.encode(f"{begun}{tag}", special=False)
+        with pytest.raises(InvalidInputError):
+            grammars.matcher(spec, frozenset({end}), tokens)
+
+
+def test_arguments_that_no_schema_names_do_not_come(
+    grammars: Grammars, text: ModelText, end: int
+) -> None:
+    named = {"type": "object", "properties": {"a": {"type": "null"}}}
+    rules = rules_of_tools("hermes", [tool("f", named)], special(text), parallel=True)
+    spec = in_family("hermes", text).of_calls(rules)
+    begun = '<tool_call>\n{"name": "f", "arguments": {"'
+    assert grammars.matcher(spec, frozenset({end}), text.encode(f"{begun}a", special=False))
+    with pytest.raises(InvalidInputError):
+        grammars.matcher(spec, frozenset({end}), text.encode(f"{begun}b", special=False))
+
+
 CONTENTS = [
     (grammar_of_json_schema(CODE), '{"code": "ABC"}'),
     (grammar_of_regex("[ab]{3}"), "aba"),

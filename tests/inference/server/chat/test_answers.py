@@ -146,3 +146,23 @@ def test_what_is_certain_is_passed_on_at_once() -> None:
     ]
     piece = parser.feed('_call>{"name": "now"}</tool_call>')
     assert [(call.name, call.arguments) for call in piece.calls] == [(NOW[0], "{}")]
+
+
+def test_two_calls_never_have_one_id() -> None:
+    call = "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    first, second = AnswerParser(family_named("kimi"), "", TOOLS).finish(call * 2).calls
+    assert first.id == "functions.now:0"
+    assert second.id.startswith("call_")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_fresh"),
+    [
+        ("<|im_start|>assistant\n", True),
+        ("<|im_start|>assistant\n<think>\n", True),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
+        ("<|im_start|>assistant\nYes", False),
+    ],
+)
+def test_whether_an_answer_is_to_begin(prompt: str, is_fresh: bool) -> None:
+    assert AnswerParser(family_named("hermes"), prompt, TOOLS).is_fresh == is_fresh
