@@ -20,7 +20,7 @@ _FILES = [
 _MODELS = ("gpt-3.5-turbo-instruct", "gpt-6-astra")
 """The models that the cases name."""
 _NOT_APPLICABLE = {
-    r"suffix is not supported": "`suffix`: the example model has no tokens for filling gaps",
+    r"suffix needs a prompt of one text, and no echo": "`suffix` with `echo`: refused",
     r"functions is the old form of tools": "`functions`, `logit_bias` for foo, no tokens: refused",
     r"max_tokens is 0": "`max_completion_tokens` 0: refused",
     r"background is not supported": "`background`: refused",

@@ -67,7 +67,7 @@ def test_counts_are_equal_and_times_are_near() -> None:
     server = Load(4, 40, 40, 0.5, 0.010)
     good = [*compared("x", Load(4, 40, 40, 0.6, 0.012), server)]
     assert {case.outcome for case in good} == {Outcome.PASSED}
-    bad = compared("x", Load(4, 40, 39, 0.7, 0.04), server)
+    bad = compared("x", Load(4, 40, 39, 0.7, 0.07), server)
     assert [case.name for case in bad if case.outcome is Outcome.FAILED] == [
         "x: num_new_tokens",
         "x: first_seconds",
