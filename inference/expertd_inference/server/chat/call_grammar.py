@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from expertd_inference.grammar import pattern_of
+from expertd_inference.grammar import JSON_OPTIONS, pattern_of
 from expertd_inference.server.chat.schemas import DEFINITIONS, takes_text
 
 SpecialTokens = Mapping[str, int]
@@ -33,7 +33,7 @@ class CallForm:
         parts = [spelled(self.opening.removeprefix(lead), special_tokens)]
         if self.after_number is not None:
             parts += [_NUMBER, spelled(self.after_number, special_tokens)]
-        parts += [f"%json {_json(self.schema)}", spelled(self.closing, special_tokens)]
+        parts += [_json_of(self.schema), spelled(self.closing, special_tokens)]
         yield f"{name}: {' '.join(parts)}"
 
 
@@ -75,7 +75,7 @@ class TaggedForm:
                 value = f"{text} {spelled(rest, special_tokens)}"
             else:
                 defined = {key: self.schema[key] for key in DEFINITIONS if key in self.schema}
-                value = f"%json {_json({**schema, **defined})} {closing}"
+                value = f"{_json_of({**schema, **defined})} {closing}"
             said = self.argument_opening.replace("KEY", key).replace("IS_TEXT", _json(is_text))
             yield f"{argument}: {spelled(said, special_tokens)} {value}"
         parts.append(spelled(self.closing, special_tokens))
@@ -135,6 +135,12 @@ def pieces_of(text: str, special_tokens: SpecialTokens) -> list[str]:
     return [
         piece for piece in (re.split(f"({separators})", text) if separators else [text]) if piece
     ]
+
+
+def _json_of(schema: Mapping[str, Any] | bool) -> str:
+    if isinstance(schema, Mapping):
+        schema = {"x-guidance": JSON_OPTIONS, **schema}
+    return f"%json {_json(schema)}"
 
 
 def _json(value: object) -> str:
