@@ -1,7 +1,7 @@
 """Takes the pictures of docs/serving.md: `make screenshots`.
 
 The server and its numbers are real; the chat's answer is written here, since the example model
-tells nothing but stories.
+knows nothing but Python's library.
 """
 
 import json

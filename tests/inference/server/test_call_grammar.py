@@ -84,6 +84,14 @@ def test_one_call_between_markers_of_text(engine: Engine) -> None:
     assert names == TOOLS.keys()
 
 
+def test_spaces_between_arguments_come_to_an_end(engine: Engine) -> None:
+    """Else a model that likes them writes nothing else."""
+    spec = grammar_of_calls(forms('{"name": "NAME", "arguments": ', "}"), SPECIAL)
+    for text in written(engine, spec, logit_bias=dict.fromkeys(BYTES(" ").input_ids, 50.0)):
+        call = json.loads(text)
+        check_call(call["name"], json.dumps(call["arguments"]))
+
+
 def test_several_calls_in_a_list_behind_a_special_token(engine: Engine) -> None:
     spec = grammar_of_calls(
         forms('{"name": "NAME", "arguments": ', "}"),

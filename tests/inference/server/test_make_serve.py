@@ -24,7 +24,7 @@ def found(pattern: str | re.Pattern[str]) -> re.Match[str]:
     return match
 
 
-def test_a_chat_in_the_browser(packed: Make) -> None:
+def test_a_chat_in_the_browser(packed: Make, tmp_path: Path) -> None:
     pack = packed("example", "4bit")
     # All but what `make setup` did here, and the packing, which other tests do.
     given = ["--old-file=setup", "--old-file=native", f"BIN={Path(sys.executable).parent}"]
@@ -32,6 +32,7 @@ def test_a_chat_in_the_browser(packed: Make) -> None:
     with subprocess.Popen(
         [*found(r"(?m)^make serve\b")[0].split(), *given],
         cwd=ROOT,
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -59,6 +59,7 @@ def chat(http: httpx2.Client, **more: Any) -> dict[str, Any]:
 def test_a_chat_calls_what_it_has_to(model: str, choice: Any, http: httpx2.Client) -> None:
     for one in chat(http, tool_choice=choice, n=2, model=model)["choices"]:
         check_choice(one, ("look", "go") if choice == "required" else ("look",))
+        assert choice != LOOK or len(one["message"]["tool_calls"]) == 1, "as OpenAI has it"
 
 
 @pytest.mark.parametrize("model", ["example", "coder", "mistral", "gemma"])

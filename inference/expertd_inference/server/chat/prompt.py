@@ -169,7 +169,7 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         text.encode(rendered, special=False),
         rendered,
         tools,
-        None if chat.parallel_tool_calls else 1,
+        None if chat.parallel_tool_calls and not tools.single else 1,
         chat.continue_final_message,
     )
 

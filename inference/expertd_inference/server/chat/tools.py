@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from expertd_inference.grammar import grammar_of_json_schema
@@ -15,10 +15,11 @@ _CHOICES = "none, auto, required, or the function to call"
 
 @dataclass(frozen=True)
 class Tools:
-    """``allowed`` may be called; one of them has to be if ``required``."""
+    """``allowed`` may be called; one of them has to be if ``required``, and once if ``single``."""
 
     allowed: tuple[Mapping[str, Any], ...] = ()
     required: bool = False
+    single: bool = False
 
     @property
     def strict(self) -> bool:
@@ -69,7 +70,7 @@ def chosen_tools(
             found = _required(known, names)
             return Tools(found.allowed, required=mode == "required")
         case {"type": "function"}:
-            return _required(known, [_choice_name(choice)])
+            return replace(_required(known, [_choice_name(choice)]), single=True)
     raise _wrong(f"is {choice!r:.100}; give {_CHOICES}.")
 
 
