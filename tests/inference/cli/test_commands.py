@@ -420,19 +420,25 @@ import expertd_inference.generation
 from expertd_inference.cli import main
 from expertd_testing.fake_device import offer_fake_devices
 
-offer_fake_devices()
 for arguments in sys.stdin.read().splitlines():
-    sys.stderr.flush()
+    if not arguments:
+        offer_fake_devices()
+        continue
     if (child := os.fork()) == 0:
         sys.argv[1:] = arguments.split()
         main()
-    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("code", code, file=sys.stderr, flush=True)
 """
-"""Commands on fake devices, each in a fork of a process that has imported what they need."""
+"""Commands, each in a fork of a process that has imported what they need.
+
+After an empty line they are offered fake devices.
+"""
 
 
 def test_devices_that_cannot_be(daemon: Daemon) -> None:
-    refused = {
+    no_fakes = {"--device fake:0": "There is no device 'fake:0'; give cpu, or such as cuda:0."}
+    fakes = {
         "--device tpu": "There is no device 'tpu'; give cpu",
         "--device fake:0 --cache-bytes 1MiB": "one token uses 2 experts of a layer, beside 4 ",
         "--device fake:0 --cache-bytes much": "--cache-bytes: ",
@@ -440,18 +446,14 @@ def test_devices_that_cannot_be(daemon: Daemon) -> None:
         "--speculate-layers 3 --staging-slots 2": "need 6; give as many, or guess less",
     }
     begin = f"generate --socket {daemon.socket} --model mixtral -p x"
+    asked = [f"{begin} {arguments}" for arguments in (*no_fakes, *fakes)]
     done = run(
-        stdin="\n".join(f"{begin} {arguments}" for arguments in refused).encode(),
+        stdin="\n".join([*asked[:1], "", *asked[1:]]).encode(),
         command=[sys.executable, "-c", ONE_AFTER_THE_OTHER],
     )
     assert (done.returncode, done.stdout) == (0, "")
     lines = done.stderr.splitlines()
-    assert lines[1::2] == ["code 2"] * len(refused)
-    for line, (arguments, message) in zip(lines[::2], refused.items(), strict=True):
+    assert lines[1::2] == ["code 2"] * len(asked)
+    for line, (arguments, message) in zip(lines[::2], (no_fakes | fakes).items(), strict=True):
         assert line.startswith("expert-run: "), arguments
         assert message in line
-
-
-def test_users_are_offered_no_fake_device(daemon: Daemon) -> None:
-    done = generate(daemon, "--model", "mixtral", "-p", "x", "--device", "fake:0")
-    assert_refused(done, "There is no device 'fake:0'; give cpu, or such as cuda:0.")
