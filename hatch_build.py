@@ -13,6 +13,7 @@ Without a compiler nothing is built and the install goes on: the torch reference
 ``CXX`` and ``CXXFLAGS`` are obeyed, the first as a command with arguments.
 """
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -22,7 +23,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +111,12 @@ def build(*, force: bool = False) -> list[Path]:
         for library in LIBRARIES:
             library.result.unlink(missing_ok=True)
         return []
-    return [library.result for library in LIBRARIES if _build(library, compiler, force=force)]
+    done = []
+    for library in LIBRARIES:
+        with _alone(library):
+            if _build(library, compiler, force=force):
+                done.append(library.result)
+    return done
 
 
 def find_compiler() -> list[str] | None:
@@ -120,6 +128,17 @@ def find_compiler() -> list[str] | None:
         if shutil.which(name):
             return [name]
     return None
+
+
+@contextmanager
+def _alone(library: Library) -> Iterator[None]:
+    """A second build at the same time waits, and finds what the first has built."""
+    folder = os.open(library.folder, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _build(library: Library, compiler: list[str], *, force: bool) -> bool:

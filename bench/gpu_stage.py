@@ -18,6 +18,7 @@ from bench.gpu_rig import Rig, loaded
 from bench.gpu_rows import SOME_FAILED, Rows
 from bench.gpu_slot import MIXTRAL, QWEN, SCHEME
 from bench.store import default_traces
+from expertd_inference.process.environment import prepare_environment
 from expertstore.errors import DeviceMemoryError
 
 KERNEL_SCHEMES = ("4g64", "3g64m", "2g16m")
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, action="append")
     parser.add_argument("--fake", action="store_true")
     options = parser.parse_args(arguments)
+    # As expert-run does: a worker then imports half as much.
+    prepare_environment(device="cuda")
     rows = Rows(options.out, options.stage)
     rig = Rig(
         options.work,

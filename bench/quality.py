@@ -43,7 +43,7 @@ from expertstore.pack.inspect import Inspection, inspect
 _EXPERTS = ("16", "4g64m", "3g64m", "2g16m")
 _ATTENTION = ("16", "4g64m")
 _CONTEXT = 1024
-_QUICK = (("16", "16"), ("4g64m", "4g64m"), ("2g16m", "4g64m"))
+_QUICK = (("16", "16"), ("2g16m", "4g64m"))
 _QUICK_WINDOWS = 2
 _MOST_RATIO = 1.005
 """Of perplexities: what chance does not explain, since both decide by one method."""

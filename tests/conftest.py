@@ -1,5 +1,8 @@
 import os
 from contextlib import suppress
+from pathlib import Path
+
+import pytest
 
 from tests.usable_cuda import is_cuda_usable
 
@@ -14,3 +17,15 @@ with suppress(ModuleNotFoundError):  # a GPU host's Python need not have it
     # One example may take long on a busy machine, and that says nothing about the code.
     settings.register_profile("expertd", deadline=None)
     settings.load_profile("expertd")
+
+HERE = Path(__file__).parent
+LONG = {
+    HERE / "campaign/test_campaign.py",
+    HERE / "inference/engine/test_same_text.py",
+    HERE / "inference/kernels/gpu/test_triton_compiles.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole programs first: what processes take from one another at the end is then short."""
+    items.sort(key=lambda item: item.path.parent != HERE and item.path not in LONG)

@@ -39,6 +39,14 @@ from expertstore.pack.manifest import read_manifest
 ROOT = Path(__file__).parent.parent
 
 
+def measured(part: str, folder: Path, **options: Any) -> Result:
+    """What a part of ``python -m bench`` finds, without a process of its own."""
+    result = Result(part, {}, "", "", "")
+    for found in PARTS[part].run(Bench(folder, lambda _: None, **store.QUICK, **options)):
+        result.add(found)
+    return result
+
+
 @pytest.mark.parametrize("part", ["cold", "hints", "hits", "calls", "restart"])
 def test_a_part_runs(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     store.main(["--quick", "--json", "--only", part])
@@ -169,8 +177,7 @@ def test_the_ablation_reads_less_with_every_part_of_it(tmp_path: Path) -> None:
 
 
 def test_what_is_advised_stands_beside_what_is_measured(tmp_path: Path) -> None:
-    assert everything.main(["advise", "--quick", "--out", str(tmp_path)]) == 0
-    (figure,) = read_result(tmp_path / "benchmarks/advise.json").figures
+    (figure,) = measured("advise", tmp_path).figures
     assert figure.goal == "ratio 0.75 to 1.25"
     assert figure.ours > 0
     assert figure.limit
@@ -186,7 +193,7 @@ def test_a_goal_may_have_two_ends() -> None:
 def test_quality_is_ours_and_hqq_s_alike(tmp_path: Path) -> None:
     said = list(quality.measure(Bench(tmp_path, lambda _: None, quick=True)))
     figures = [each for each in said if isinstance(each, Figure)]
-    assert len(figures) == 3
+    assert len(figures) == 2
     for figure in figures:
         # Of 1,536 tokens; not of luck, since both decide by one method.
         assert figure.ratio == pytest.approx(1, abs=0.02), figure.what
@@ -238,8 +245,7 @@ def test_the_page_in_docs_is_made_of_its_results() -> None:
 
 
 def test_sharing_is_measured(tmp_path: Path) -> None:
-    assert everything.main(["sharing", "--quick", "--out", str(tmp_path)]) == 0
-    result = read_result(tmp_path / "benchmarks/sharing.json")
+    result = measured("sharing", tmp_path)
     assert {plot.name for plot in result.plots} == {"sharing-memory", "sharing-speed"}
     memory, start = result.tables
     # The arena of a tiny model is small, but it is counted, and so is the mapped trunk.
@@ -292,9 +298,7 @@ def test_peers_get_none_of_our_threading(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_programs_are_measured(tmp_path: Path) -> None:
-    options = ["--quick", "--out", str(tmp_path), "--llama-python", str(tmp_path / "python")]
-    assert everything.main(["peers", *options]) == 0
-    result = read_result(tmp_path / "benchmarks/peers.json")
+    result = measured("peers", tmp_path, llama_python=str(tmp_path / "python"))
     assert [row[0] for row in result.tables[0].rows] == ["ours", "transformers, bf16"]
     assert any("python cannot be run (No such file" in each for each in result.missing)
     assert any(each.startswith("FreeToken") for each in result.missing)
@@ -308,19 +312,19 @@ def test_other_programs_are_measured(tmp_path: Path) -> None:
 
 
 def test_executors_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [case for case in executors.CASES if case.name in executors.QUICK]
-    monkeypatch.setattr(executors, "CASES", cases)
     monkeypatch.setattr(executors, "CONTEXT", 2)
+    monkeypatch.setattr(executors, "STEPS", {1: 1, 3: 1})
+    monkeypatch.setattr(executors, "SEQUENCES", (1, 3))
     said = list(executors.measure(Bench(tmp_path, lambda _: None, quick=True)))
     figures, (table,) = said[:-1], said[-1:]
     assert [figure.what for figure in figures if isinstance(figure, Figure)] == [
-        "olmoe-1b-7b, 4 layers: program, 32 sequences / in turns",
-        "qwen3-next-80b-a3b, 4 layers: modules, 32 sequences / in turns",
+        "olmoe-1b-7b, 4 layers: program, 3 sequences / in turns",
+        "qwen3-next-80b-a3b, 4 layers: modules, 3 sequences / in turns",
     ]
     assert isinstance(table, Table)
     names = ["**program**", "modules", "turns", "**modules**", "turns"]
     assert [row[1] for row in table.rows] == names
-    assert all(len(row) == len(table.columns) == 5 for row in table.rows)
+    assert all(len(row) == len(table.columns) == 4 for row in table.rows)
 
 
 def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +41,27 @@ def test_builds_what_changed_and_no_more(library: Library) -> None:
     (library.folder / "answer.cpp").write_text(SOURCE % 43)
     build()
     assert answer(library) == 43
+
+
+@needs_compiler
+def test_of_two_builds_at_once_one_builds(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_, compiled = hatch_build._compile, threading.Barrier(2)
+    second = threading.Thread(target=build)
+
+    def compiling(*arguments: Any) -> None:
+        if not second.ident:
+            second.start()
+        with suppress(threading.BrokenBarrierError):
+            compiled.wait(0.3)  # in vain, unless both compile
+            pytest.fail("both compile")
+        compile_(*arguments)
+
+    monkeypatch.setattr(hatch_build, "_compile", compiling)
+    assert build() == [library.result]
+    second.join()
+    assert answer(library) == 42
 
 
 @needs_compiler

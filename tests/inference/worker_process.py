@@ -57,6 +57,9 @@ class WorkerProcess:
 
 def serve() -> None:
     """Answers requests from stdin until it ends."""
+    from expertd_inference.process.environment import prepare_environment
+
+    prepare_environment(device="cpu")
     import torch
 
     from expertd_inference.process.attachment import attach

@@ -88,7 +88,7 @@ class ChatClient:
                         return
                     if line.startswith(b"data:"):
                         yield from _deltas(json.loads(data))
-            except (OSError, HTTPException, ValueError) as error:
+            except (OSError, HTTPException, ValueError, TypeError, AttributeError) as error:
                 raise UnavailableError(f"The server's answer broke off: {error}.") from error
         raise UnavailableError("The server ended the answer before it was complete.")
 
@@ -109,7 +109,10 @@ class ChatClient:
 
 def _deltas(event: dict[str, Any]) -> Iterator[Delta]:
     if "error" in event:
-        raise UnavailableError(str(event["error"].get("message", event["error"])))
+        error = event["error"]
+        raise UnavailableError(
+            str(error.get("message", error) if isinstance(error, dict) else error)
+        )
     for choice in event.get("choices", ()):
         delta = choice.get("delta", {})
         reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""

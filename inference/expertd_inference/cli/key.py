@@ -11,10 +11,11 @@ from expertstore.errors import InvalidInputError
 def key(
     name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, - and _.")],
     requests_per_minute: Annotated[
-        float | None, typer.Option(min=0, help="How many requests a minute.")
+        float | None, typer.Option(min=0.01, help="How many requests a minute.")
     ] = None,
     tokens_per_minute: Annotated[
-        float | None, typer.Option(min=0, help="How many tokens a minute, of prompts and answers.")
+        float | None,
+        typer.Option(min=0.01, help="How many tokens a minute, of prompts and answers."),
     ] = None,
     max_sequences: Annotated[
         int | None, typer.Option(min=1, help="How many answers at once.")
@@ -45,5 +46,5 @@ def key(
         ("priority", priority or None),
     ):
         if value is not None:
-            lines.append(f"{field} = {value:g}")
+            lines.append(f"{field} = {value}")
     typer.echo("\n".join([*lines, ""]))

@@ -84,7 +84,7 @@ class Accounts:
     def end(self, user: str) -> None:
         """One of the user's sequences has ended."""
         self._sequences[user] -= 1
-        if not self._sequences[user]:
+        if not self._sequences[user]:  # without keys each host is a user
             del self._sequences[user]
 
 

@@ -57,10 +57,7 @@ class Guard:
         self._complained: str | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Of ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        """Of ASGI; for HTTP alone."""
         headers = dict(scope["headers"])
         wanted = headers.get(REQUEST_ID, b"")[:128]
         identity = wanted if wanted.isascii() and wanted else secrets.token_hex(8).encode()

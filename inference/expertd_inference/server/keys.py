@@ -5,6 +5,7 @@ import hmac
 import secrets
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -22,9 +23,9 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     sha256: str
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    max_sequences: int | None = None
+    requests_per_minute: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_sequences: Annotated[int, msgspec.Meta(ge=1)] | None = None
     priority: int = 0
 
 
@@ -77,18 +78,19 @@ class Keys:
         try:
             self._stamp = self._stamp_now()
             text = self._path.read_text()
-            self._users = msgspec.convert(tomllib.loads(text), _File).keys
+            users = msgspec.convert(tomllib.loads(text), _File).keys
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise ConfigError(
                 f"The keys in {self._path} cannot be used: {error}; `expert-run key NAME` prints "
                 "an entry as it must be."
             ) from error
-        for name, limits in self._users.items():
+        for name, limits in users.items():
             if len(limits.sha256) != 64 or not set(limits.sha256) <= set("0123456789abcdef"):
                 raise ConfigError(
                     f"The keys in {self._path} cannot be used: sha256 of {name!r} is no SHA-256 "
                     "in small hexadecimal digits; `expert-run key NAME` prints one."
                 )
+        self._users = users
 
 
 def new_key() -> str:

@@ -409,31 +409,51 @@ def test_device(daemon: Daemon, stock: Make) -> None:
     assert ours["device"]["nvme_misses"] == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        pytest.param(["--device", "tpu"], "There is no device 'tpu'; give cpu", id="no such"),
-        pytest.param(
-            ["--device", "fake:0", "--cache-bytes", "1MiB"],
-            "one token uses 2 experts of a layer, beside 4 staging slots",
-            id="too small a cache",
-        ),
-        pytest.param(
-            ["--device", "fake:0", "--cache-bytes", "much"], "--cache-bytes: ", id="no size"
-        ),
-        pytest.param(["--device", "fake:0,"], "not a list of different GPUs", id="no list"),
-        pytest.param(
-            ["--speculate-layers", "3", "--staging-slots", "2"],
-            "need 6; give as many, or guess less",
-            id="too few staging slots",
-        ),
-    ],
-)
-def test_devices_that_cannot_be(daemon: Daemon, arguments: list[str], message: str) -> None:
-    arguments = ["--model", "mixtral", "-p", "x", *arguments]
-    assert_refused(generate(daemon, *arguments, command=ON_FAKES), message)
+ONE_AFTER_THE_OTHER = """
+import os
+import sys
+
+from expertd_inference.process.environment import prepare_environment
+
+prepare_environment(device="fake:0")
+import expertd_inference.generation
+from expertd_inference.cli import main
+from expertd_testing.fake_device import offer_fake_devices
+
+for arguments in sys.stdin.read().splitlines():
+    if not arguments:
+        offer_fake_devices()
+        continue
+    if (child := os.fork()) == 0:
+        sys.argv[1:] = arguments.split()
+        main()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("code", code, file=sys.stderr, flush=True)
+"""
+"""Commands, each in a fork of a process that has imported what they need.
+
+After an empty line they are offered fake devices.
+"""
 
 
-def test_users_are_offered_no_fake_device(daemon: Daemon) -> None:
-    done = generate(daemon, "--model", "mixtral", "-p", "x", "--device", "fake:0")
-    assert_refused(done, "There is no device 'fake:0'; give cpu, or such as cuda:0.")
+def test_devices_that_cannot_be(daemon: Daemon) -> None:
+    no_fakes = {"--device fake:0": "There is no device 'fake:0'; give cpu, or such as cuda:0."}
+    fakes = {
+        "--device tpu": "There is no device 'tpu'; give cpu",
+        "--device fake:0 --cache-bytes 1MiB": "one token uses 2 experts of a layer, beside 4 ",
+        "--device fake:0 --cache-bytes much": "--cache-bytes: ",
+        "--device fake:0,": "not a list of different GPUs",
+        "--speculate-layers 3 --staging-slots 2": "need 6; give as many, or guess less",
+    }
+    begin = f"generate --socket {daemon.socket} --model mixtral -p x"
+    asked = [f"{begin} {arguments}" for arguments in (*no_fakes, *fakes)]
+    done = run(
+        stdin="\n".join([*asked[:1], "", *asked[1:]]).encode(),
+        command=[sys.executable, "-c", ONE_AFTER_THE_OTHER],
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert lines[1::2] == ["code 2"] * len(asked)
+    for line, (arguments, message) in zip(lines[::2], (no_fakes | fakes).items(), strict=True):
+        assert line.startswith("expert-run: "), arguments
+        assert message in line

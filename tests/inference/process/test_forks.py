@@ -12,6 +12,8 @@ Make = Callable[..., Any]
 
 SCRIPT = """
 import os, signal, sys
+from expertd_inference.process.environment import prepare_environment
+prepare_environment(device="cpu")
 import torch
 from expertd_inference import Worker, generate
 from expertd_inference.process.attachment import attach

@@ -40,6 +40,7 @@ def test_who_waits_as_long_as_told_may_ask() -> None:
     assert accounts.seconds_until_request("b", asked, 0.0) == 0
     assert accounts.seconds_until_request("a", asked, 29.0) == pytest.approx(1)
     assert accounts.seconds_until_request("a", asked, 30.0) == 0
+    assert accounts.seconds_until_request("a", asked, 30.0) == pytest.approx(30)
 
 
 def test_tokens_make_debts() -> None:
@@ -49,6 +50,22 @@ def test_tokens_make_debts() -> None:
     accounts.take_tokens("a", 100, 0.0)
     assert accounts.seconds_until_request("a", asked, 0.0) == pytest.approx(41)
     assert accounts.seconds_until_request("a", asked, 41.0) == 0
+    # An hour later the bucket is full, and holds no more than that.
+    accounts.take_tokens("a", 100, 3600.0)
+    assert accounts.seconds_until_request("a", asked, 3600.0) == pytest.approx(41)
+
+
+def test_a_limit_that_changes_begins_anew() -> None:
+    accounts = Accounts()
+    for per_minute in (1, 2):
+        asked = limits(requests_per_minute=per_minute)
+        granted = [accounts.seconds_until_request("a", asked, 0.0) == 0 for _ in range(3)]
+        assert granted.count(True) == per_minute
+    asked = limits(tokens_per_minute=60)
+    accounts.seconds_until_request("b", asked, 0.0)
+    accounts.seconds_until_request("b", limits(), 0.0)
+    accounts.take_tokens("b", 1000, 0.0)
+    assert accounts.seconds_until_request("b", asked, 0.0) == 0
 
 
 def test_without_limits_nothing_is_counted() -> None:
@@ -67,8 +84,17 @@ def test_sequences_at_once() -> None:
         accounts.begin("a")
     accounts.end("a")
     accounts.begin("a")
+    with pytest.raises(BusyError):
+        accounts.begin("a")
+    accounts.seconds_until_request("c", limits(), 0.0)
     for _ in range(5):
         accounts.begin("b")
+        accounts.begin("c")
+    for _ in range(4):
+        accounts.end("c")
+    assert accounts._sequences == {"a": 2, "b": 5, "c": 1}
+    accounts.end("c")
+    assert "c" not in accounts._sequences
 
 
 def test_a_user_may_only_lower_its_priority() -> None:

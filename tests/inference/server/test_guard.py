@@ -40,7 +40,11 @@ async def _flood(_: Request) -> Response:
 
 
 def make(
-    keys: Keys | None = None, origins: tuple[str, ...] = (), *, anybody: bool = False
+    keys: Keys | None = None,
+    origins: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    anybody: bool = False,
 ) -> Guard:
     routes = [
         Route("/v1/messages", _who, methods=["GET", "POST"]),
@@ -53,7 +57,7 @@ def make(
         keys=keys,
         accounts=Accounts(),
         origins=origins,
-        say=lambda _: None,
+        say=say,
         anybody=anybody,
     )
 
@@ -65,7 +69,7 @@ def keys(tmp_path: Path) -> Keys:
     return Keys(path)
 
 
-async def ask(app: Guard, method: str, path: str, **headers: str) -> httpx2.Response:
+async def ask(app: Guard, method: str, path: str, **headers: str | bytes) -> httpx2.Response:
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.request(
@@ -86,6 +90,22 @@ async def test_keys(keys: Keys) -> None:
     assert (await ask(app, "GET", "/who", authorization="Bearer ek-bob")).status_code == 401
     assert (await ask(app, "GET", "/health")).status_code == 200
     assert (await ask(app, "GET", "/v1/messages")).json()["type"] == "error"
+    # A browser asks first whether it may, and sends no key with that.
+    assert (await ask(app, "OPTIONS", "/who")).status_code == 405
+
+
+async def test_a_broken_file_of_keys_is_told_of_once(keys: Keys, tmp_path: Path) -> None:
+    said: list[str] = []
+    app = make(keys, say=said.append)
+    path = tmp_path / "keys.toml"
+    good = path.read_text()
+    for text in ("[keys", good):
+        path.write_text(text)
+        for _ in range(2):
+            answer = await ask(app, "GET", "/who", authorization=f"Bearer {KEY}")
+            assert answer.text == "alice"
+    assert len(said) == 1
+    assert said[0].endswith(" The keys that were read before still count.")
 
 
 async def test_limits(keys: Keys) -> None:
@@ -96,6 +116,7 @@ async def test_limits(keys: Keys) -> None:
     assert [*codes, refused.status_code] == [200, 200, 429]
     assert 0 < int(refused.headers["retry-after"]) <= 30
     assert "alice has used up" in refused.json()["error"]["message"]
+    assert (await ask(app, "GET", "/who", authorization=bearer)).status_code == 200
 
 
 async def test_pages_of_other_sites() -> None:
@@ -114,10 +135,14 @@ async def test_a_request_s_id_comes_back() -> None:
     app = make()
     assert (await ask(app, "GET", "/who", x_request_id="mine")).headers["x-request-id"] == "mine"
     assert len((await ask(app, "GET", "/who")).headers["x-request-id"]) == 16
+    long = await ask(app, "GET", "/who", x_request_id="x" * 200)
+    assert long.headers["x-request-id"] == "x" * 128
+    odd = await ask(app, "GET", "/who", x_request_id=b"caf\xe9")
+    assert len(odd.headers["x-request-id"]) == 16
 
 
 @asynccontextmanager
-async def listening(app: App) -> AsyncIterator[tuple[str, int]]:
+async def running(app: App) -> AsyncIterator[tuple[uvicorn.Server, tuple[str, int]]]:
     config = uvicorn.Config(
         app, port=0, http=patient_protocol.PatientProtocol, lifespan="off", log_level="critical"
     )
@@ -126,7 +151,7 @@ async def listening(app: App) -> AsyncIterator[tuple[str, int]]:
     bound.listen()
     serving = asyncio.create_task(server.serve([bound]))
     try:
-        yield bound.getsockname()[:2]
+        yield server, bound.getsockname()[:2]
     finally:
         server.should_exit = server.force_exit = True
         await serving
@@ -134,6 +159,12 @@ async def listening(app: App) -> AsyncIterator[tuple[str, int]]:
         async with asyncio.timeout(HANG_SECONDS):
             while server.server_state.connections:  # noqa: ASYNC110 - uvicorn tells nobody
                 await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def listening(app: App) -> AsyncIterator[tuple[str, int]]:
+    async with running(app) as (_, address):
+        yield address
 
 
 async def test_a_head_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +179,49 @@ async def test_a_head_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         for reader, writer in slow:
             assert await asyncio.wait_for(reader.read(), HANG_SECONDS) == b""
             writer.close()
+
+
+ASKS = b"GET /who HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def until_refused(address: tuple[str, int]) -> None:
+    async with asyncio.timeout(HANG_SECONDS):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(*address)
+            except ConnectionRefusedError:
+                return
+            writer.close()
+            await asyncio.sleep(0.01)
+
+
+async def test_at_the_end_a_request_on_its_way_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patient_protocol, "LAST_SECONDS", 1000)
+    async with running(make()) as (server, address):
+        late, idle = [await asyncio.open_connection(*address) for _ in range(2)]
+        idle[1].write(ASKS)
+        assert await idle[0].readuntil(b"\r\n\r\n")
+        server.should_exit = True
+        await until_refused(address)
+        assert await asyncio.wait_for(idle[0].read(), HANG_SECONDS) == b"127.0.0.1"
+        late[1].write(ASKS)
+        answer = await asyncio.wait_for(late[0].read(), HANG_SECONDS)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b"\r\nconnection: close\r\n" in answer
+        for _, writer in (late, idle):
+            writer.close()
+
+
+async def test_at_the_end_nobody_is_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient_protocol, "LAST_SECONDS", 0.1)
+    async with running(make()) as (server, address):
+        reader, writer = await asyncio.open_connection(*address)
+        server.should_exit = True
+        await until_refused(address)
+        assert await asyncio.wait_for(reader.read(), HANG_SECONDS) == b""
+        writer.close()
 
 
 async def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

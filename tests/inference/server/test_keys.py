@@ -12,7 +12,8 @@ from expertstore.errors import ConfigError
 
 
 def test_the_command_s_entry_is_the_file_s(tmp_path: Path) -> None:
-    asked = ["key", "alice", "--tokens-per-minute", "20000", "--priority", "3"]
+    asked = ["key", "alice", "--tokens-per-minute", "1234567", "--priority", "3"]
+    asked += ["--requests-per-minute", "0.5", "--max-sequences", "2"]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0
     key = result.stderr.split()[-1]
@@ -22,13 +23,22 @@ def test_the_command_s_entry_is_the_file_s(tmp_path: Path) -> None:
     found = Keys(path).find(key)
     assert found is not None
     name, limits = found
-    assert (name, limits.tokens_per_minute, limits.priority) == ("alice", 20000, 3)
+    assert name == "alice"
+    assert (limits.requests_per_minute, limits.tokens_per_minute) == (0.5, 1234567)
+    assert (limits.max_sequences, limits.priority) == (2, 3)
     assert Keys(path).find(key + "x") is None
     assert Keys(path).find("") is None
 
 
-def test_a_name_that_is_none() -> None:
-    assert CliRunner().invoke(app, ["key", "a.b"]).exit_code != 0
+def test_names() -> None:
+    assert CliRunner().invoke(app, ["key", "a-b_c"]).stdout.startswith("[keys.a-b_c]\n")
+    for name in ("a.b", "", "ä"):
+        assert CliRunner().invoke(app, ["key", name]).exit_code != 0
+
+
+def test_limits_that_let_nobody_ask() -> None:
+    for limit in ("--requests-per-minute", "--tokens-per-minute", "--max-sequences"):
+        assert CliRunner().invoke(app, ["key", "a", limit, "0"]).exit_code != 0
 
 
 def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
@@ -40,10 +50,12 @@ def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
     path.write_text(f'[keys.b]\nsha256 = "{digest(second)}"\npriority = 1\n')
     assert keys.find(first) is None
     assert keys.find(second) is not None
-    path.write_text("[keys.b\n")
-    os.utime(path, ns=(1, 1))
-    assert keys.find(second) is not None
-    assert keys.complaint is not None
+    for number, wrong in enumerate(("[keys.b\n", "[keys.b]\nsha256 = 'short'\n"), 1):
+        path.write_text(wrong)
+        os.utime(path, ns=(number, number))
+        for _ in range(2):
+            assert keys.find(second) is not None
+            assert keys.complaint is not None
     path.write_text(f'[keys.a]\nsha256 = "{digest(first)}"\n')
     assert keys.find(first) is not None
     assert keys.complaint is None
@@ -57,6 +69,10 @@ def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
         "[keys.a]\nsha256 = 'short'",
         f"[keys.a]\nsha256 = '{'Z' * 64}'",
         f"[keys.a]\nsha256 = '{'0' * 64}'\nrequest_per_minute = 3",
+        f"[keys.a]\nsha256 = '{'0' * 64}'\nrequests_per_minute = 0",
+        f"[keys.a]\nsha256 = '{'0' * 64}'\ntokens_per_minute = -1.0",
+        f"[keys.a]\nsha256 = '{'0' * 64}'\nmax_sequences = 0",
+        f"[keys.a]\nsha256 = '{'0' * 63}'",
         "\x00",
     ],
 )
@@ -65,6 +81,20 @@ def test_a_file_that_says_something_else(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"The keys in .* cannot be used"):
         Keys(path)
+
+
+def test_a_file_is_read_when_it_changed(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    assert set(digest("before")) == set("0123456789abcdef"), "any hash is one"
+    entry = f'[keys.a]\nsha256 = "{digest("before")}"\n'
+    path.write_text(entry)
+    os.utime(path, ns=(1, 1))
+    keys = Keys(path)
+    path.write_text(entry.replace(digest("before"), digest("new")))
+    os.utime(path, ns=(1, 1))
+    assert keys.find("before") is not None
+    os.utime(path, ns=(2, 2))
+    assert keys.find("new") is not None
 
 
 def test_no_file(tmp_path: Path) -> None:
