@@ -121,7 +121,7 @@ def test_what_recipes_say_can_be_read() -> None:
     assert all("127.0.0.1:8080" in text for _, text in blocks)
 
 
-@pytest.mark.parametrize("name", ["serving", "server", "answers", "recipes"])
+@pytest.mark.parametrize("name", ["serving", "batch", "server", "answers", "recipes"])
 def test_a_page_of_the_server_is_read_in_minutes(name: str) -> None:
     assert len((ROOT / f"docs/{name}.md").read_text().split()) < 1200
 
