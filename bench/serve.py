@@ -2,14 +2,14 @@
 
 A pack of a real model's shape is served by ``expert-run serve``, and 1 to 32 clients ask at once
 for continuations of prompts of 128 and 512 tokens. llama-server has the same shape at the same bits
-per weight (Q4_0), as many slots, its weights repacked for its kernels and its KV memory for all
-slots together. One client program asks both, in turns, for the same number of tokens; the figures
-are all clients' new tokens per second from the first request to the last token, and the seconds to
-the first token and between tokens. A cell that takes long is measured less often, once at
-least. Beside that: what the server adds to a step of an engine, what a grammar for each
-sequence adds, what a cached prompt costs, when a client that leaves makes room, the memory of all
-processes, the start, and a switch between two models of which the daemon's budget holds one and a
-quarter.
+per weight (Q4_0) and as many slots; its weights are repacked for its kernels, and each slot has KV
+memory of its own, which is its fastest. One client program asks both, in turns, for the same number
+of tokens; the figures are all clients' new tokens per second from the first request to the last
+token, and the seconds to the first token and between tokens. Where a round takes long there are
+fewer of them, one at least. Beside that: what the server adds to a step of an engine, what a
+grammar for each sequence adds, what a cached prompt costs, when a client that leaves makes room,
+the memory of all processes, the start, and a switch between two models of which the daemon's budget
+holds one and a quarter.
 
 Example: python -m bench.serve --llama-server ~/llama.cpp/build/bin/llama-server
              --llama-python ~/llama/bin/python --json

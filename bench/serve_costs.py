@@ -33,7 +33,7 @@ def own_costs(
     places: int,
     say: Callable[[str], None],
 ) -> Iterator[Figure]:
-    """Of a server that computes ``places`` sequences at once of the daemon's model at ``socket``."""
+    """Of a server of the daemon's model at ``socket``, which computes ``places`` sequences."""
     say("serve: what the server adds to a step")
     yield _added_to_a_step(what, options, socket, client)
     say("serve: grammars")
