@@ -196,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cell-seconds",
         type=float,
-        default=60.0,
-        help="after so long no further round is begun of one number of clients; 60",
+        default=45.0,
+        help="after so long no further round is begun of one number of clients; 45",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each; all cores")
     parser.add_argument(

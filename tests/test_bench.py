@@ -338,7 +338,7 @@ def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
         assert first == sorted(first)
     leaves = f"{shape}: from one client's leaving to the first token of one that waits"
     assert figures[leaves]["goal"] == "steps <= 2.5"
-    assert len(figures) == 2 * 7 + 6
+    assert len(figures) == 2 * 7 + 8
 
 
 def test_a_load_is_counted_from_the_first_request_to_the_last_token() -> None:
