@@ -68,7 +68,7 @@ class LoadClient:
         assert parts.hostname is not None
         self._host, self._port = parts.hostname, parts.port
         self._vocabulary = vocabulary
-        self._model = model
+        self.model = model
         self._chance = random.Random(14)
 
     def prompt(self, num_tokens: int) -> list[int]:
@@ -149,8 +149,8 @@ class LoadClient:
         """One request; ``stream``, if given, is filled as tokens come. Raises LoadError."""
         body = {"prompt": [*prompt], "max_tokens": new_tokens, "temperature": 0.0}
         body |= {"stream": True, "ignore_eos": True, "cache_prompt": True, **(wishes or {})}
-        if self._model is not None:
-            body["model"] = self._model
+        if self.model is not None:
+            body["model"] = self.model
         content = json.dumps(body).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"

@@ -22,10 +22,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 # Before torch: its threads must sleep while ours compute, as in expert-run.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -54,6 +55,7 @@ CLIENTS = (1, 4, 8, 16, 32)
 PROMPTS = (128, 512)
 GOALS = {8: 1.2, 16: 1.5, 32: 1.5}
 """At least so many times llama-server's rate, by clients."""
+STAGES = ("load", "costs", "start", "switch")
 SPARE_TOKENS = 64
 """Of each sequence's room, beyond its prompt and its new tokens."""
 
@@ -68,58 +70,80 @@ def measure(bench: Bench) -> Iterator[Figure | str]:
 def _measure(
     options: argparse.Namespace, folder: Path, say: Callable[[str], None]
 ) -> Iterator[Figure | str]:
+    stages = options.only or STAGES
     overrides = TINY if options.quick else None
-    clients, prompts = options.clients or CLIENTS, options.prompt or PROMPTS
-    most = max(*clients, STEP_CLIENTS)
     layers = options.layers or SHAPES[SHAPE]["num_hidden_layers"]
     config = {**SHAPES[SHAPE], **(overrides or {}), "num_hidden_layers": layers}
-    vocabulary = config["vocab_size"]
     say("serve: writing the model")
     scheme = choose_scheme("4bit", *["4g64"] * 4)
-    pack = make_pack(folder / "pack", SHAPE, scheme, layers, overrides=overrides)
-    write_tokenizer(pack, vocabulary)
-    expert_bytes = read_manifest(pack).manifest.expert_bytes
-    tokens = most * (max(*prompts, 2 * CONTEXT) + options.new_tokens + SPARE_TOKENS)
+    packs = {}
+    for name in ("m", "n") if "switch" in stages else ("m",):
+        packs[name] = make_pack(folder / name, SHAPE, scheme, layers, overrides=overrides)
+        write_tokenizer(packs[name], config["vocab_size"])
+    expert_bytes = read_manifest(packs["m"]).manifest.expert_bytes
     what = f"{SHAPE}, {layers} layers"
-    with serving({"m": pack}, ram=expert_bytes, socket=folder / "s") as daemon:
-        with serving_http(
-            *("--socket", str(daemon.socket), "--threads", str(options.threads)),
-            *("--max-sequences", str(most), "--kv-tokens", str(tokens)),
-        ) as ours:
-            client = LoadClient(ours.url, vocabulary)
-            with ExitStack() as while_loaded:
+    with serving({"m": packs["m"]}, ram=expert_bytes, socket=folder / "s") as daemon:
+        if "load" in stages or "costs" in stages:
+            yield from _served(what, options, config, packs["m"], daemon, folder, say)
+        if "start" in stages:
+            say("serve: starting")
+            yield from starts(what, options, daemon.socket)
+    if "switch" in stages:
+        say("serve: switching between two models")
+        figures = switches(what, options, packs, expert_bytes, config["vocab_size"])
+        yield from _or_why(figures)
+
+
+def _served(
+    what: str,
+    options: argparse.Namespace,
+    config: Mapping[str, Any],
+    pack: Path,
+    daemon: Daemon,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Iterator[Figure | str]:
+    """What one server is asked for, with all experts in RAM."""
+    stages = options.only or STAGES
+    clients, prompts = options.clients or CLIENTS, options.prompt or PROMPTS
+    most = max(*clients, STEP_CLIENTS)
+    tokens = most * (max(*prompts, 2 * CONTEXT) + options.new_tokens + SPARE_TOKENS)
+    with serving_http(
+        *("--socket", str(daemon.socket), "--threads", str(options.threads)),
+        *("--max-sequences", str(most), "--kv-tokens", str(tokens)),
+    ) as ours:
+        client = LoadClient(ours.url, config["vocab_size"])
+        if "load" in stages:
+            with ExitStack() as stack:
                 llama: LlamaServer | None = None
+                room = {"slots": most, "tokens": tokens, "threads": options.threads}
+                programs = options.llama_server, options.llama_python
                 try:
-                    llama = while_loaded.enter_context(
-                        llama_server(
-                            options.llama_server,
-                            options.llama_python,
-                            folder,
-                            config,
-                            slots=most,
-                            tokens=tokens,
-                            threads=options.threads,
-                        )
-                    )
+                    llama = stack.enter_context(llama_server(*programs, folder, config, **room))
                 except PeerError as error:
                     yield str(error)
-                peer = llama and LoadClient(llama.url, vocabulary)
+                peer = llama and LoadClient(llama.url, config["vocab_size"])
                 say("serve: warming up")
                 for one in (client, *([peer] if peer else [])):
                     one.load(2, min(prompts), 4)
-                for tokens_each in prompts:
+                for prompt_tokens in prompts:
                     for number in clients:
-                        say(f"serve: {number} clients, prompts of {tokens_each}")
-                        row = f"{what}, {number} clients, prompts of {tokens_each}"
-                        yield from _loads(row, options, client, peer, number, tokens_each)
+                        row = f"{number} clients, prompts of {prompt_tokens}"
+                        say(f"serve: {row}")
+                        yield from _or_why(
+                            _loads(f"{what}, {row}", options, client, peer, number, prompt_tokens)
+                        )
                 yield from _memory(what, pack, daemon, ours, llama)
-            yield from own_costs(what, options, daemon.socket, client, most, say)
-        say("serve: starting")
-        yield from starts(what, options, daemon.socket)
-    say("serve: switching between two models")
-    other = make_pack(folder / "other", SHAPE, scheme, layers, overrides=overrides)
-    write_tokenizer(other, vocabulary)
-    yield from switches(what, options, {"m": pack, "n": other}, expert_bytes, vocabulary)
+        if "costs" in stages:
+            yield from _or_why(own_costs(what, options, daemon.socket, client, most, say))
+
+
+def _or_why(figures: Iterator[Figure]) -> Iterator[Figure | str]:
+    """Those that there are; a server that fails takes no other figures with it."""
+    try:
+        yield from figures
+    except LoadError as error:
+        yield str(error)
 
 
 def _loads(
@@ -186,18 +210,21 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Example:{epilog}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--only", action="append", choices=STAGES, help="a part of it; may be repeated"
+    )
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--clients", type=int, action="append", help="default: 1, 4, 8, 16, 32")
     parser.add_argument("--prompt", type=int, action="append", help="tokens; default: 128, 512")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each request; 64")
     parser.add_argument("--cached-tokens", type=int, default=1000, help="1000")
-    parser.add_argument("--steps", type=int, default=48, help="of a round; 48")
+    parser.add_argument("--steps", type=int, default=32, help="of a round; 32")
     parser.add_argument("--rounds", type=int, default=3, help="that count; 3")
     parser.add_argument(
         "--cell-seconds",
         type=float,
-        default=45.0,
-        help="after so long no further round is begun of one number of clients; 45",
+        default=30.0,
+        help="after so long no further round is begun of one number of clients; 30",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each; all cores")
     parser.add_argument(
@@ -238,16 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress(console, "starting") as status,
         tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
     ):
-        try:
-            for figure in _measure(options, Path(folder), status.update):
-                if isinstance(figure, str):
-                    console.print(f"not measured: {figure}", highlight=False)
-                    continue
-                figures.append(figure)
-                value = figure.ours if figure.ratio is None else figure.ratio
-                console.print(f"  {figure.what}: {value:.3g}", highlight=False)
-        except (PeerError, LoadError) as error:
-            raise SystemExit(f"bench.serve: {error}") from error
+        for figure in _measure(options, Path(folder), status.update):
+            if isinstance(figure, str):
+                console.print(f"not measured: {figure}", highlight=False)
+                continue
+            figures.append(figure)
+            value = figure.ours if figure.ratio is None else figure.ratio
+            console.print(f"  {figure.what}: {value:.3g}", highlight=False)
     load = os.getloadavg()[0]
     if options.json:
         rows = [asdict(figure) for figure in figures]

@@ -35,9 +35,7 @@ def own_costs(
 ) -> Iterator[Figure]:
     """Of a server of the daemon's model at ``socket``, which computes ``places`` sequences."""
     say("serve: what the server adds to a step")
-    yield _added_to_a_step(what, options, socket, client)
-    say("serve: grammars")
-    yield _masks(what, options, client)
+    yield from _added_to_a_step(what, options, socket, client)
     say("serve: cached prompts")
     yield _cached(what, options, client)
     say("serve: a client that leaves")
@@ -52,47 +50,37 @@ def own_costs(
 
 def _added_to_a_step(
     what: str, options: argparse.Namespace, socket: Path, client: LoadClient
-) -> Figure:
-    number, steps = STEP_CLIENTS, options.steps
-    engine = Ours(socket, 16)
-    try:
-        engine.decode(2, number)
-        client.step_seconds(number, CONTEXT, 2)
-        turns = [
-            (client.step_seconds(number, CONTEXT, steps), number / engine.decode(steps, number))
-            for _ in range(options.rounds)
-        ]
-    finally:
-        engine.close()
-    return compared(
-        "serve",
-        f"{what}: a step of {number} sequences, by the server / by an engine in the process",
-        "s",
-        turns,
-        at_most=STEP_GOAL,
-    )
-
-
-def _masks(what: str, options: argparse.Namespace, client: LoadClient) -> Figure:
-    number, steps = STEP_CLIENTS, options.steps
+) -> Iterator[Figure]:
+    number = STEP_CLIENTS
 
     def schema(client_number: int) -> Mapping[str, Any]:
-        items = {"type": "array", "items": {"type": "string"}, "minItems": 1000 + client_number}
-        return {"response_format": {"type": "json_object", "schema": items}}
+        texts = {"type": "array", "items": {"type": "string"}, "minItems": 1000 + client_number}
+        return {"response_format": {"type": "json_object", "schema": texts}}
 
-    client.step_seconds(number, CONTEXT, 2, schema)
-    turns = [
-        (
-            client.step_seconds(number, CONTEXT, steps, schema),
-            client.step_seconds(number, CONTEXT, steps),
-        )
-        for _ in range(options.rounds)
-    ]
-    return compared(
+    def turn(steps: int) -> tuple[float, float, float]:
+        plain = client.step_seconds(number, CONTEXT, steps)
+        masked = client.step_seconds(number, CONTEXT, steps, schema)
+        return plain, masked, number / engine.decode(steps, number)
+
+    engine = Ours(socket, 16)
+    try:
+        turn(2)
+        turns = [turn(options.steps) for _ in range(options.rounds)]
+    finally:
+        engine.close()
+    step = f"{what}: a step of {number} sequences"
+    yield compared(
         "serve",
-        f"{what}: a step of {number} sequences, each with a JSON schema of its own / without",
+        f"{step}, by the server / by an engine in the process",
         "s",
-        turns,
+        [(plain, alone) for plain, _, alone in turns],
+        at_most=STEP_GOAL,
+    )
+    yield compared(
+        "serve",
+        f"{step}, each with a JSON schema of its own / without",
+        "s",
+        [(masked, plain) for plain, masked, _ in turns],
         at_most=MASKS_GOAL,
     )
 
