@@ -363,7 +363,7 @@ def test_starts_and_switches_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_pat
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(self)
 
-        def wait_ready(self) -> Any:  # noqa: ANN401
+        def wait_ready(self) -> Any:
             return self
 
     server = SimpleNamespace(url="http://127.0.0.1:1", engines=[])
