@@ -9,8 +9,9 @@
 #   make docs    the pages of docs as a site in build/docs, their links checked
 #   make screenshots  the pictures of docs/serving.md, taken with Chromium
 #   make proto   regenerate the protobuf code, and docs/rpc.md
-#   make bench   what docs/benchmarks.md shows, measured here (20 to 30 minutes; BENCH=quick: 3;
-#                LLAMA=PYTHON, an interpreter that has llama.cpp, for it beside ours)
+#   make bench   what docs/benchmarks.md shows, measured here (an hour and a half; BENCH=quick: 4;
+#                LLAMA=PYTHON, an interpreter that has llama.cpp, and LLAMA_SERVER=PROGRAM, for
+#                it beside ours)
 #   make bench-kernels  how near the CPU kernels come to memory's speed
 #   make bench-attention  the same of attention, and prompts beside torch's
 #   make bench-rows  how fast quantized weights meet several rows of activations, beside one
@@ -119,7 +120,8 @@ proto: setup
 # BENCH=quick: three minutes, to see it work, into build/.
 bench: setup native
 	@$(BIN)/python -m bench $(if $(filter quick,$(BENCH)),--quick --out build/bench) \
-		$(if $(LLAMA),--llama-python $(LLAMA))
+		$(if $(LLAMA),--llama-python $(LLAMA)) \
+		$(if $(LLAMA_SERVER),--llama-server $(LLAMA_SERVER))
 
 bench-prefetch: setup native
 	@$(BIN)/python -m bench.prefetch

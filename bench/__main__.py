@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         help="an interpreter that has llama-cpp-python and gguf, for llama.cpp beside ours",
     )
     parser.add_argument(
+        "--llama-server", metavar="PROGRAM", default="", help="llama-server, for it beside ours"
+    )
+    parser.add_argument(
         "--ik-bench",
         metavar="PROGRAM",
         default="",
@@ -112,6 +115,8 @@ def _in_a_process(name: str, options: argparse.Namespace, out: Path) -> int:
         command += ["--dir", str(options.dir)]
     if options.llama_python:
         command += ["--llama-python", options.llama_python]
+    if options.llama_server:
+        command += ["--llama-server", options.llama_server]
     if options.ik_bench:
         command += ["--ik-bench", options.ik_bench]
     # Threads of torch that spin while they wait would take the cores from a worker's; and it is set
@@ -133,6 +138,7 @@ def _measure(name: str, options: argparse.Namespace, out: Path) -> None:
             status.update,
             traces=tuple(default_traces()),
             llama_python=options.llama_python,
+            llama_server=options.llama_server,
             ik_bench=options.ik_bench,
             **(QUICK if options.quick else {}),
         )

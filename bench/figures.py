@@ -29,6 +29,8 @@ class Bench:
     """Routing traces to replay."""
     llama_python: str = ""
     """An interpreter that has llama-cpp-python and gguf; without one llama.cpp is left out."""
+    llama_server: str = ""
+    """llama.cpp's own server; without it that program is left out."""
     ik_bench: str = ""
     """ik_llama.cpp's llama-batched-bench; without it that program is left out."""
     quick: bool = False

@@ -5,9 +5,10 @@ import json
 import random
 import statistics
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 _EVENT = b"data: "
@@ -67,7 +68,7 @@ class LoadClient:
         assert parts.hostname is not None
         self._host, self._port = parts.hostname, parts.port
         self._vocabulary = vocabulary
-        self._model = model
+        self.model = model
         self._chance = random.Random(14)
 
     def prompt(self, num_tokens: int) -> list[int]:
@@ -87,8 +88,17 @@ class LoadClient:
         """Seconds to the first token of one client's request."""
         return asyncio.run(self.ask(prompt, 1)).first
 
-    def step_seconds(self, clients: int, prompt_tokens: int, steps: int) -> float:
-        """Seconds of a step in which all clients' sequences decode."""
+    def step_seconds(
+        self,
+        clients: int,
+        prompt_tokens: int,
+        steps: int,
+        wishes: Callable[[int], Mapping[str, Any]] = lambda _: {},
+    ) -> float:
+        """Seconds of a step in which all clients' sequences decode.
+
+        ``wishes`` are further fields of the request of the client with that number.
+        """
 
         async def measure() -> float:
             # None ends before the last one has decoded its steps beside all others.
@@ -96,8 +106,8 @@ class LoadClient:
             prompts = [self.prompt(prompt_tokens) for _ in range(clients)]
             streams = [Stream(time.perf_counter()) for _ in prompts]
             tasks = [
-                asyncio.create_task(self.ask(prompt, most, stream))
-                for prompt, stream in zip(prompts, streams, strict=True)
+                asyncio.create_task(self.ask(prompt, most, stream, wishes(number)))
+                for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
             ]
             await _until(lambda: all(stream.came for stream in streams), tasks)
             last = max(streams, key=lambda stream: stream.came[0])
@@ -130,13 +140,17 @@ class LoadClient:
         return asyncio.run(measure())
 
     async def ask(
-        self, prompt: Sequence[int], new_tokens: int, stream: Stream | None = None
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        stream: Stream | None = None,
+        wishes: Mapping[str, Any] | None = None,
     ) -> Stream:
         """One request; ``stream``, if given, is filled as tokens come. Raises LoadError."""
         body = {"prompt": [*prompt], "max_tokens": new_tokens, "temperature": 0.0}
-        body |= {"stream": True, "ignore_eos": True, "cache_prompt": True}
-        if self._model is not None:
-            body["model"] = self._model
+        body |= {"stream": True, "ignore_eos": True, "cache_prompt": True, **(wishes or {})}
+        if self.model is not None:
+            body["model"] = self.model
         content = json.dumps(body).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"

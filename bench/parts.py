@@ -71,6 +71,7 @@ PARTS = {
         Part("spill", "More model than RAM", "bench.spill", 6),
         Part("sharing", "One copy for many workers", "bench.sharing", 5),
         Part("batch", "Many sequences at once, beside other engines", "bench.batch", 20),
+        Part("serve", "A server with many clients, beside llama-server", "bench.serve", 25),
         Part("executors", "What each executor makes of several sequences", "bench.executors", 7),
         Part("peers", "Other programs beside ours", "bench.contest", 5),
     )

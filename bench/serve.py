@@ -2,11 +2,14 @@
 
 A pack of a real model's shape is served by ``expert-run serve``, and 1 to 32 clients ask at once
 for continuations of prompts of 128 and 512 tokens. llama-server has the same shape at the same bits
-per weight (Q4_0) and as many slots. One client program asks both, in turns; the figures are all
-clients' new tokens per second, and the seconds to the first token and between tokens. Beside that:
-what the server adds to a step of an engine, what a cached prompt costs, when a client that leaves
-makes room, the memory of all processes, and a switch between two models of which the daemon's
-budget holds one and a quarter.
+per weight (Q4_0) and as many slots; its weights are repacked for its kernels, and each slot has KV
+memory of its own, which is its fastest. One client program asks both, in turns, for the same number
+of tokens; the figures are all clients' new tokens per second from the first request to the last
+token, and the seconds to the first token and between tokens. Where a round takes long there are
+fewer of them, one at least. Beside that: what the server adds to a step of an engine, what a
+grammar for each sequence adds, what a cached prompt costs, when a client that leaves makes room,
+the memory of all processes, the start, and a switch between two models of which the daemon's budget
+holds one and a quarter.
 
 Example: python -m bench.serve --llama-server ~/llama.cpp/build/bin/llama-server
              --llama-python ~/llama/bin/python --json
@@ -16,14 +19,11 @@ Example: python -m bench.serve --llama-server ~/llama.cpp/build/bin/llama-server
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from bench.batch import Ours
-from bench.figures import Figure, compared, counted
+from bench.figures import Bench, Figure, compared, counted
 from bench.footprint import footprint
+from bench.llama_server import LlamaServer, llama_server
 from bench.load_client import PERCENTILES, Load, LoadClient, LoadError
-from bench.peer import CONTEXT, PeerError, clean_environment, make_gguf
+from bench.peer import CONTEXT, PeerError
 from bench.progress import progress
+from bench.serve_costs import STEP_CLIENTS, own_costs, starts, switches
 from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
@@ -54,74 +55,110 @@ CLIENTS = (1, 4, 8, 16, 32)
 PROMPTS = (128, 512)
 GOALS = {8: 1.2, 16: 1.5, 32: 1.5}
 """At least so many times llama-server's rate, by clients."""
-STEP_CLIENTS, STEP_GOAL = 16, 1.05
-CACHED_TOKENS, CACHED_GOAL = 1000, 0.05
-PLACE_GOAL = 2.5
-"""Steps: the rest of the one that is computed, that of the next sequence, and the way there."""
-SWITCH_BUDGET = 1.25
-"""Of the experts of one of two models."""
-IDLE_SECONDS = 0.5
-START_SECONDS = 300.0
+STAGES = ("load", "costs", "start", "switch")
+SPARE_TOKENS = 64
+"""Of each sequence's room, beyond its prompt and its new tokens."""
+
+
+def measure(bench: Bench) -> Iterator[Figure | str]:
+    """All of it, as a part of ``make bench``."""
+    arguments = [*QUICK] if bench.quick else []
+    arguments += ["--llama-python", bench.llama_python, "--llama-server", bench.llama_server]
+    yield from _measure(_parser().parse_args(arguments), bench.folder, bench.say)
 
 
 def _measure(
     options: argparse.Namespace, folder: Path, say: Callable[[str], None]
 ) -> Iterator[Figure | str]:
+    stages = options.only or STAGES
     overrides = TINY if options.quick else None
-    clients, prompts = options.clients or CLIENTS, options.prompt or PROMPTS
-    most, longest = max(*clients, STEP_CLIENTS), max(*prompts, options.cached_tokens + 16)
     layers = options.layers or SHAPES[SHAPE]["num_hidden_layers"]
     config = {**SHAPES[SHAPE], **(overrides or {}), "num_hidden_layers": layers}
-    vocabulary = config["vocab_size"]
     say("serve: writing the model")
     scheme = choose_scheme("4bit", *["4g64"] * 4)
-    pack = make_pack(folder / "pack", SHAPE, scheme, layers, overrides=overrides)
-    write_tokenizer(pack, vocabulary)
-    expert_bytes = read_manifest(pack).manifest.expert_bytes
-    tokens = most * (longest + options.new_tokens + 64)
+    packs = {}
+    for name in ("m", "n") if "switch" in stages else ("m",):
+        packs[name] = make_pack(folder / name, SHAPE, scheme, layers, overrides=overrides)
+        write_tokenizer(packs[name], config["vocab_size"])
+    expert_bytes = read_manifest(packs["m"]).manifest.expert_bytes
     what = f"{SHAPE}, {layers} layers"
-    with (
-        serving({"m": pack}, ram=expert_bytes, socket=folder / "s") as daemon,
-        _ours(daemon, options, most, tokens) as ours,
-    ):
-        client = LoadClient(ours.url, vocabulary)
-        with ExitStack() as stack:
-            llama: tuple[int, LoadClient] | None = None
-            try:
-                starting = _llama(options, folder, config, most, tokens, vocabulary)
-                llama = stack.enter_context(starting)
-            except PeerError as error:
-                yield str(error)
-            say("serve: warming up")
-            for one in (client, *([] if llama is None else [llama[1]])):
-                one.load(2, min(prompts), 4)
-            for tokens_each in prompts:
-                for number in clients:
-                    say(f"serve: {number} clients, prompts of {tokens_each}")
-                    row = f"{what}, {number} clients, prompts of {tokens_each}"
-                    yield from _loads(row, options, client, llama, number, tokens_each)
-            yield from _memory(what, pack, daemon, ours, llama)
-        yield from _own_costs(what, options, daemon, client, most, say)
-    say("serve: switching between two models")
-    other = make_pack(folder / "other", SHAPE, scheme, layers, overrides=overrides)
-    write_tokenizer(other, vocabulary)
-    yield from _switch(
-        what, options, {"m": pack, "n": other}, int(expert_bytes * SWITCH_BUDGET), vocabulary
-    )
+    with serving({"m": packs["m"]}, ram=expert_bytes, socket=folder / "s") as daemon:
+        if "load" in stages or "costs" in stages:
+            yield from _served(what, options, config, packs["m"], daemon, folder, say)
+        if "start" in stages:
+            say("serve: starting")
+            yield from starts(what, options, daemon.socket)
+    if "switch" in stages:
+        say("serve: switching between two models")
+        figures = switches(what, options, packs, expert_bytes, config["vocab_size"])
+        yield from _or_why(figures)
+
+
+def _served(
+    what: str,
+    options: argparse.Namespace,
+    config: Mapping[str, Any],
+    pack: Path,
+    daemon: Daemon,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Iterator[Figure | str]:
+    """What one server is asked for, with all experts in RAM."""
+    stages = options.only or STAGES
+    clients, prompts = options.clients or CLIENTS, options.prompt or PROMPTS
+    most = max(*clients, STEP_CLIENTS)
+    tokens = most * (max(*prompts, 2 * CONTEXT) + options.new_tokens + SPARE_TOKENS)
+    with serving_http(
+        *("--socket", str(daemon.socket), "--threads", str(options.threads)),
+        *("--max-sequences", str(most), "--kv-tokens", str(tokens)),
+    ) as ours:
+        client = LoadClient(ours.url, config["vocab_size"])
+        if "load" in stages:
+            with ExitStack() as stack:
+                llama: LlamaServer | None = None
+                room = {"slots": most, "tokens": tokens, "threads": options.threads}
+                programs = options.llama_server, options.llama_python
+                try:
+                    llama = stack.enter_context(llama_server(*programs, folder, config, **room))
+                except PeerError as error:
+                    yield str(error)
+                peer = llama and LoadClient(llama.url, config["vocab_size"])
+                say("serve: warming up")
+                for one in (client, *([peer] if peer else [])):
+                    one.load(2, min(prompts), 4)
+                for prompt_tokens in prompts:
+                    for number in clients:
+                        row = f"{number} clients, prompts of {prompt_tokens}"
+                        say(f"serve: {row}")
+                        yield from _or_why(
+                            _loads(f"{what}, {row}", options, client, peer, number, prompt_tokens)
+                        )
+                yield from _memory(what, pack, daemon, ours, llama)
+        if "costs" in stages:
+            yield from _or_why(own_costs(what, options, daemon.socket, client, most, say))
+
+
+def _or_why(figures: Iterator[Figure]) -> Iterator[Figure | str]:
+    """Those that there are; a server that fails takes no other figures with it."""
+    try:
+        yield from figures
+    except LoadError as error:
+        yield str(error)
 
 
 def _loads(
     what: str,
     options: argparse.Namespace,
     client: LoadClient,
-    llama: tuple[int, LoadClient] | None,
+    peer: LoadClient | None,
     number: int,
     prompt_tokens: int,
 ) -> Iterator[Figure]:
     turns: list[tuple[Load, Load | None]] = []
-    for _ in range(options.rounds):
+    until = time.monotonic() + options.cell_seconds
+    while not turns or (len(turns) < options.rounds and time.monotonic() < until):
         ours = client.load(number, prompt_tokens, options.new_tokens)
-        theirs = llama and llama[1].load(number, prompt_tokens, options.new_tokens)
+        theirs = peer and peer.load(number, prompt_tokens, options.new_tokens)
         turns.append((ours, theirs))
 
     def figure(
@@ -142,7 +179,7 @@ def _loads(
 
 
 def _memory(
-    what: str, pack: Path, daemon: Daemon, ours: Server, llama: tuple[int, LoadClient] | None
+    what: str, pack: Path, daemon: Daemon, ours: Server, llama: LlamaServer | None
 ) -> Iterator[Figure]:
     """PSS of all processes, after everything was asked."""
     pids = [daemon.pid, ours.pid, *ours.descendants]
@@ -151,150 +188,8 @@ def _memory(
     if llama is None:
         yield counted("serve", name, "MiB", [total])
     else:
-        theirs = footprint(llama[0], pack).total / (1 << 20)
+        theirs = footprint(llama.pid, pack).total / (1 << 20)
         yield compared("serve", f"{name} / llama-server", "MiB", [(total, theirs)])
-
-
-def _own_costs(
-    what: str,
-    options: argparse.Namespace,
-    daemon: Daemon,
-    client: LoadClient,
-    places: int,
-    say: Callable[[str], None],
-) -> Iterator[Figure]:
-    say("serve: what the server adds to a step")
-    number, steps = STEP_CLIENTS, options.steps
-    engine = Ours(daemon.socket, 16)
-    try:
-        engine.decode(2, number)
-        client.step_seconds(number, CONTEXT, 2)
-        turns = [
-            (client.step_seconds(number, CONTEXT, steps), number / engine.decode(steps, number))
-            for _ in range(options.rounds)
-        ]
-    finally:
-        engine.close()
-    yield compared(
-        "serve",
-        f"{what}: a step of {number} sequences, by the server / by an engine in the process",
-        "s",
-        turns,
-        at_most=STEP_GOAL,
-    )
-    say("serve: cached prompts")
-    turns = []
-    for _ in range(options.rounds):
-        prefix = client.prompt(options.cached_tokens)
-        cold = client.first(prefix + client.prompt(16))
-        turns.append((client.first(prefix + client.prompt(16)), cold))
-    yield compared(
-        "serve",
-        f"{what}: first token after {options.cached_tokens} cached tokens and 16 others / cold",
-        "s",
-        turns,
-        at_most=CACHED_GOAL,
-    )
-    say("serve: a client that leaves")
-    waits = [client.steps_to_a_place(places, 400) for _ in range(options.rounds)]
-    yield counted(
-        "serve",
-        f"{what}: from one client's leaving to the first token of one that waits",
-        "steps",
-        waits,
-        at_most=PLACE_GOAL,
-    )
-
-
-def _switch(
-    what: str, options: argparse.Namespace, packs: Mapping[str, Path], ram: int, vocabulary: int
-) -> Iterator[Figure]:
-    with (
-        serving(packs, ram=ram) as daemon,
-        serving_http(
-            *("--socket", str(daemon.socket), "--threads", str(options.threads)),
-            *("--idle-seconds", str(IDLE_SECONDS), "--kv-tokens", "4096"),
-        ) as server,
-    ):
-        clients = {name: LoadClient(server.url, vocabulary, name) for name in packs}
-        prompt = clients["m"].prompt(16)
-        firsts: dict[str, list[float]] = {"again": [], "switch": []}
-        for client in clients.values():
-            client.first(prompt)
-        for _ in range(options.rounds):
-            for client in clients.values():
-                for kind in ("switch", "again"):
-                    while server.engines:
-                        time.sleep(0.05)
-                    firsts[kind].append(client.first(prompt))
-    limit = f"RAM for {SWITCH_BUDGET:g} of two models' experts"
-    for kind, name in (("switch", "the other model"), ("again", "the same model")):
-        yield counted(
-            "serve",
-            f"{what}, {limit}: first token of {name}, whose engine was ended when idle",
-            "s",
-            firsts[kind],
-        )
-
-
-def _ours(
-    daemon: Daemon, options: argparse.Namespace, most: int, tokens: int
-) -> AbstractContextManager[Server]:
-    return serving_http(
-        *("--socket", str(daemon.socket), "--threads", str(options.threads)),
-        *("--max-sequences", str(most), "--kv-tokens", str(tokens)),
-    )
-
-
-@contextmanager
-def _llama(
-    options: argparse.Namespace,
-    folder: Path,
-    config: Mapping[str, Any],
-    slots: int,
-    tokens: int,
-    vocabulary: int,
-) -> Iterator[tuple[int, LoadClient]]:
-    """llama-server's process and a client of it. Raises PeerError without one."""
-    if not (options.llama_server and options.llama_python):
-        raise PeerError(
-            "llama-server: --llama-server names no program of it, or --llama-python no interpreter "
-            "that writes its model (docs/peers.md)."
-        )
-    gguf = folder / "model.gguf"
-    make_gguf(options.llama_python, gguf, config)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [options.llama_server, "-m", str(gguf), "-t", str(options.threads)]
-    command += ["-np", str(slots), "-c", str(tokens), "-kvu", "--no-webui"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with (folder / "llama.log").open("wb") as log:
-        try:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=dict(clean_environment())
-            )
-        except OSError as error:
-            raise PeerError(f"llama-server cannot be run: {error.strerror}.") from error
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_healthy(url, process, folder / "llama.log")
-            yield process.pid, LoadClient(url, vocabulary)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _wait_healthy(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    said = log.read_text(errors="replace").strip().splitlines() or ["it says nothing"]
-    raise PeerError(f"llama-server did not start: {said[-1]}")
 
 
 def write_tokenizer(pack: Path, vocabulary: int) -> None:
@@ -315,19 +210,33 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Example:{epilog}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--only", action="append", choices=STAGES, help="a part of it; may be repeated"
+    )
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--clients", type=int, action="append", help="default: 1, 4, 8, 16, 32")
     parser.add_argument("--prompt", type=int, action="append", help="tokens; default: 128, 512")
     parser.add_argument("--new-tokens", type=int, default=64, help="of each request; 64")
-    parser.add_argument("--cached-tokens", type=int, default=CACHED_TOKENS, help="1000")
-    parser.add_argument("--steps", type=int, default=48, help="of a round; 48")
+    parser.add_argument("--cached-tokens", type=int, default=1000, help="1000")
+    parser.add_argument("--steps", type=int, default=32, help="of a round; 32")
     parser.add_argument("--rounds", type=int, default=3, help="that count; 3")
+    parser.add_argument(
+        "--cell-seconds",
+        type=float,
+        default=30.0,
+        help="after so long no further round is begun of one number of clients; 30",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each; all cores")
     parser.add_argument(
-        "--llama-server", metavar="PROGRAM", help="llama-server, to be measured in turns with ours"
+        "--llama-server",
+        metavar="PROGRAM",
+        default="",
+        help="llama-server, to be measured in turns with ours",
     )
     parser.add_argument(
-        "--llama-python", help="an interpreter that has llama-cpp-python and gguf, to write for it"
+        "--llama-python",
+        default="",
+        help="an interpreter that has llama-cpp-python and gguf, to write for it",
     )
     parser.add_argument("--dir", type=Path, help="where to write models; default: $TMPDIR or /tmp")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see it work")
@@ -336,9 +245,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 QUICK = [
-    *("--layers", "2", "--clients", "1", "--clients", "3", "--prompt", "20"),
+    *("--quick", "--layers", "2", "--clients", "1", "--clients", "3", "--prompt", "20"),
     *("--new-tokens", "4", "--cached-tokens", "200", "--steps", "2", "--rounds", "1"),
 ]
+"""Everything once, of a tiny model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -355,16 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress(console, "starting") as status,
         tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
     ):
-        try:
-            for figure in _measure(options, Path(folder), status.update):
-                if isinstance(figure, str):
-                    console.print(f"not measured: {figure}", highlight=False)
-                    continue
-                figures.append(figure)
-                value = figure.ours if figure.ratio is None else figure.ratio
-                console.print(f"  {figure.what}: {value:.3g}", highlight=False)
-        except (PeerError, LoadError) as error:
-            raise SystemExit(f"bench.serve: {error}") from error
+        for figure in _measure(options, Path(folder), status.update):
+            if isinstance(figure, str):
+                console.print(f"not measured: {figure}", highlight=False)
+                continue
+            figures.append(figure)
+            value = figure.ours if figure.ratio is None else figure.ratio
+            console.print(f"  {figure.what}: {value:.3g}", highlight=False)
     load = os.getloadavg()[0]
     if options.json:
         rows = [asdict(figure) for figure in figures]

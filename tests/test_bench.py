@@ -1,5 +1,6 @@
 """Every part of the benchmark runs, in its quickest form; what it measures is not judged here."""
 
+import argparse
 import asyncio
 import json
 import mmap
@@ -7,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ from bench import (
     quality,
     routing,
     serve,
+    serve_costs,
     store,
 )
 from bench.figures import Bench, Figure, compared, counted, quartiles
@@ -31,6 +36,7 @@ from bench.footprint import footprint
 from bench.load_client import Load, LoadClient, LoadError, Stream
 from bench.parts import PARTS
 from bench.peer import Peer, PeerError, clean_environment
+from bench.peers import llama
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
 from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
 from expertd_inference.settings import CachePolicy
@@ -328,7 +334,7 @@ def test_executors_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    serve.main(["--quick", "--json"])
+    serve.main(["--quick", "--json", "--only", "load", "--only", "costs"])
     said = capsys.readouterr()
     assert "not measured: llama-server: --llama-server names no program" in " ".join(
         said.err.split()
@@ -342,7 +348,61 @@ def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
         assert first == sorted(first)
     leaves = f"{shape}: from one client's leaving to the first token of one that waits"
     assert figures[leaves]["goal"] == "steps <= 2.5"
-    assert len(figures) == 2 * 7 + 6
+    schemas = f"{shape}: a step of 16 sequences, each with a JSON schema of its own / without"
+    assert figures[schemas]["ours"] > 0
+    assert len(figures) == 2 * 7 + 5
+
+
+def test_starts_and_switches_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Real ones take half a minute; that engines end when idle is tested with the server.
+    asked: list[str | None] = []
+
+    def first(client: LoadClient, _: object) -> float:
+        asked.append(client.model)
+        return float(len(asked))
+
+    class Worker(nullcontext[Any]):
+        started, ready = 1.0, {"loaded": 3.0}
+
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(self)
+
+        def wait_ready(self) -> Any:
+            return self
+
+    server = SimpleNamespace(url="http://127.0.0.1:1", engines=[])
+    monkeypatch.setattr(serve_costs, "serving_http", lambda *_: nullcontext(server))
+    monkeypatch.setattr(
+        serve_costs, "serving", lambda *_, **__: nullcontext(SimpleNamespace(socket="s"))
+    )
+    monkeypatch.setattr(serve_costs, "Peer", Worker)
+    monkeypatch.setattr(LoadClient, "first", first)
+    options = argparse.Namespace(threads=1, rounds=1)
+    (start,) = serve_costs.starts("w", options, tmp_path)
+    assert (start.limit, start.goal) == (2.0, "ratio <= 1")
+    packs = {"m": tmp_path, "n": tmp_path}
+    switch, again = serve_costs.switches("w", options, packs, 100, 256)
+    assert asked == ["m", "n", *"mmnn"]
+    assert (switch.ours, again.ours) == (4.0, 5.0)
+
+
+def test_a_server_that_fails_takes_no_other_figure_with_it() -> None:
+    figure = counted("serve", "w", "s", [1.0])
+
+    def figures() -> Iterator[Figure]:
+        yield figure
+        raise LoadError("It gave 1 of 2 tokens.")
+
+    assert [*serve._or_why(figures())] == [figure, "It gave 1 of 2 tokens."]
+
+
+def test_llama_s_random_weights_have_no_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With one, all rows of a step become alike and ask the same few experts.
+    monkeypatch.setattr(llama, "POOL_BLOCKS", 4096)
+    blocks = llama._blocks(np.random.default_rng(0), 1.0)
+    integers = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4]).astype(float) - 8
+    assert abs(integers.mean()) < 0.05
+    assert integers.std() == pytest.approx(llama.DEVIATION, rel=0.01)
 
 
 def test_a_load_is_counted_from_the_first_request_to_the_last_token() -> None:

@@ -13,6 +13,7 @@ from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.process.attachment import DEFAULT_REATTACH_SECONDS
 from expertd_inference.process.embedded import EmbeddedDaemon
 from expertd_inference.process.environment import prepare_front
+from expertd_inference.process.fork_server import start_imports
 from expertd_inference.settings import Activations, DeviceSettings, KernelsName
 from expertstore.errors import InvalidInputError
 from expertstore.interrupts import interruptible
@@ -183,12 +184,14 @@ def serve(
 
       expert-run serve --host 0.0.0.0 --keys keys.toml --https-cert cert.pem --https-key key.pem
     """
+    options.check_places(ram, embedded=embedded, socket=socket)
     prepare_front()
+    if device == options.DEFAULTS.device:
+        start_imports()
     with options.extra_serve("serve"):
         from expertd_inference.server.hosting.engine_child import EngineSpec
         from expertd_inference.server.hosting.replicas import replicas
         from expertd_inference.server.serve import ServerSettings, run_server
-    options.check_places(ram, embedded=embedded, socket=socket)
     settings = ServerSettings(
         host=host,
         port=port,

@@ -1,12 +1,7 @@
 """Imported for what it imports: all that a worker on the CPU needs, in a process made to fork.
 
-::
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["expertd_inference.process.preload"])
-
-Each worker that such a context starts has then imported torch and transformers already, and
-shares with the others the memory that they take.
+Each worker that :func:`.fork_server.fork_context` starts has then imported torch and transformers
+already, and shares with the others the memory that they take.
 """
 
 import gc

@@ -15,7 +15,6 @@ Make = Callable[..., Any]
 PROMPT = "def __repr__(self):"  # after which no token is about as likely as the next
 SCRIPT = """
 import json
-import multiprocessing
 import sys
 
 
@@ -30,8 +29,10 @@ def work(name, socket, prompt):
 
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["expertd_inference.process.preload"])
+    from expertd_inference.process.fork_server import fork_context, start_imports
+
+    start_imports()
+    context = fork_context()
     for _ in range(2):
         process = context.Process(target=work, args=sys.argv[1:])
         process.start()

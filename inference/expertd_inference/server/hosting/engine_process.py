@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 
 import msgspec
 
+from expertd_inference.process.fork_server import fork_context
 from expertd_inference.process.reasons import reason_of
 from expertd_inference.server.hosting import engine_child
 from expertd_inference.server.hosting.engine_child import CPU, EngineSpec
@@ -185,6 +186,4 @@ def _process_of(spec: EngineSpec) -> Callable[..., BaseProcess]:
     """Of processes that have imported torch already, but for GPUs, which no fork may touch."""
     if spec.device.device != CPU:
         return multiprocessing.get_context("spawn").Process
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["expertd_inference.process.preload"])
-    return context.Process
+    return fork_context().Process
