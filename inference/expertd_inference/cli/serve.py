@@ -186,7 +186,7 @@ def serve(
     """
     options.check_places(ram, embedded=embedded, socket=socket)
     prepare_front()
-    if device == options.DEFAULTS.device:
+    if all(one == options.DEFAULTS.device for one in device or ()):
         start_imports()
     with options.extra_serve("serve"):
         from expertd_inference.server.hosting.engine_child import EngineSpec
