@@ -71,8 +71,6 @@ class BaseSession:
         self._pack_path: Path | None = None
         self.say: Callable[[str], None] | None = None
         """Told, in place of a :class:`PackWarning`, if the pack cannot be read."""
-        self.before_waiting: Callable[[], None] = lambda: None
-        """Called before a sync session waits for the daemon to bring experts or to come back."""
         self._take(attachment, model)
 
     def __repr__(self) -> str:

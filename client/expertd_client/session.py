@@ -129,7 +129,6 @@ class Session(BaseSession):
         UnavailableError if none answers in time, NotFoundError if the daemon has no such
         model, PreconditionError if it is no longer the same.
         """
-        self.before_waiting()
         previous = self._begin_reattach()
         deadline = time.monotonic() + timeout_seconds
         delays = retry_delays(timeout_seconds)
@@ -199,7 +198,6 @@ class Session(BaseSession):
 
         Where the daemon has no slots for them, it says where in the pack they are.
         """
-        self.before_waiting()
         cache = self._cache
         if cache is None:
             call = self._fetch_call(layer, experts, number, in_arena=in_arena, in_waves=in_waves)

@@ -72,18 +72,6 @@ def test_hit_path_needs_no_daemon(roomy: Daemon) -> None:
         assert session.host_hits == hits + 200
 
 
-def test_it_says_before_it_waits_for_the_daemon(tight: Daemon) -> None:
-    with Client(tight.socket) as store, store.attach("m") as session:
-        waits: list[int] = []
-        session.before_waiting = lambda: waits.append(1)
-        (absent, *_) = session.absent([(layer, expert) for layer in range(3) for expert in (0, 7)])
-        for _ in range(2):  # the second time it is resident
-            session.acquire(absent[0], [absent[1]]).release()
-            assert len(waits) == 1
-        session.reattach(10)
-        assert len(waits) == 2
-
-
 def test_counts_reach_the_daemon(mortal: Daemon) -> None:
     with Client(mortal.socket) as store, store.attach("m") as session:
         session.acquire(0, [0, 1, 2]).release()

@@ -40,7 +40,6 @@ from expertd_inference.engine.served import Served
 from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
-from expertd_inference.engine.turn import ALWAYS, StepTurn
 from expertd_inference.engine.wishes import Wishes, resolve
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
@@ -71,19 +70,16 @@ class Engine(Closing):
         worker: Served,
         limits: EngineLimits | None = None,
         after_step: Callable[[], None] = lambda: None,
-        turn: StepTurn = ALWAYS,
     ) -> None:
         """Takes memory for keys and values, and starts the thread.
 
-        ``after_step`` is called by that thread once outlets have what came of a step. Steps are
-        computed while it has its ``turn``. Raises
+        ``after_step`` is called by that thread once outlets have what came of a step. Raises
         InvalidInputError if there is no memory for one sequence or for a step of so many rows, and
         what the worker's executor raises.
         """
         self._worker = worker
         self._limits = limits or EngineLimits()
         self._after_step = after_step
-        self._turn = turn
         self._budget = budget_for(self._limits, worker)
         room = self._budget.room
         self._executor = _opened(worker, room)
@@ -264,11 +260,8 @@ class Engine(Closing):
         try:
             with torch.no_grad():
                 while self._take_orders():
-                    self._turn.take()
                     self._computing = self._loop.step()
                     self._after_step()
-                    if not self._computing:
-                        self._turn.leave()
         except BaseException as fault:
             # A fault of the engine itself: nothing that it holds is to be believed.
             error = fault

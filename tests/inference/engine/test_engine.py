@@ -395,30 +395,6 @@ def test_a_fork_has_no_engine(engine: Engine) -> None:
     process.join(HANG_SECONDS)
 
 
-def test_steps_are_computed_in_turn(worker: ToyWorker) -> None:
-    class Turn:
-        def __init__(self) -> None:
-            self.mine = False
-            self.left = threading.Event()
-
-        def take(self) -> None:
-            self.mine = True
-
-        def leave(self) -> None:
-            self.mine = False
-            self.left.set()
-
-    turn = Turn()
-    seen: list[bool] = []
-    worker.executor.before = lambda _: seen.append(turn.mine)
-    with Engine(worker, EngineLimits(max_sequences=4, kv_tokens=2048), turn=turn) as engine:
-        engine.generate([[1], [2]], SHORT)
-        assert turn.left.wait(HANG_SECONDS)
-        assert not turn.mine, "there is nothing to compute"
-    assert seen
-    assert all(seen)
-
-
 @pytest.mark.parametrize(
     "limits",
     [

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
-from expertd_inference.server.hosting.turns import Turns
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_inference.server.variants import NO_VARIANT, Variant
 from expertstore.errors import ExpertdError, NotFoundError
@@ -84,8 +82,6 @@ class Catalog:
         self._entries: dict[str, Entry] = {}
         self._made: dict[str, Entry] = {}
         """Variants that were asked for."""
-        self._turns: defaultdict[tuple[int, ...], Turns] = defaultdict(Turns)
-        """Of the engines on each set of cores."""
         self._listed = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -186,7 +182,6 @@ class Catalog:
                 [replace(spec, model=name) for spec in self._specs],
                 accounts=self._accounts,
                 metrics=self._metrics,
-                turns_on=self._turns.__getitem__,
                 idle_seconds=self._idle_seconds,
                 say=self._say,
             )

@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertd_client import TlsFiles
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.token import Token
-from expertd_inference.engine.turn import ALWAYS, GrantedTurn
 from expertd_inference.process.attachment import attach
 from expertd_inference.process.environment import garbage_kept, prepare_environment
 from expertd_inference.server.hosting.link import BlockingLink
@@ -33,8 +31,6 @@ from expertd_inference.server.hosting.messages import (
     Ready,
     Refused,
     ToEngine,
-    Turn,
-    Wish,
 )
 from expertd_inference.settings import ComputeDtype, DeviceSettings, KernelsName
 from expertstore.errors import ExpertdError
@@ -72,16 +68,6 @@ class EngineSpec:
         """Its device, and if these are not all the cores that it computes on: ``cpu 0,1``."""
         return " ".join(filter(None, (self.device.device, ",".join(map(str, self.cores)))))
 
-    @property
-    def takes_turns(self) -> bool:
-        """Whether its steps need most of its cores, so that two engines would only fight for them.
-
-        On a GPU they do not.
-        """
-        num_cores = len(self.cores or os.sched_getaffinity(0))
-        on_cpu = self.device.device == CPU
-        return on_cpu and (self.threads is None or 2 * self.threads > num_cores)
-
 
 def run(end: socket.socket, spec: EngineSpec) -> None:
     """Loads the model, says so, and computes until the front's end of the socket is closed."""
@@ -92,13 +78,13 @@ def run(end: socket.socket, spec: EngineSpec) -> None:
     threading.Thread(target=_beat, args=(link,), name="pulse", daemon=True).start()
     with ExitStack() as stack:
         try:
-            engine, outbox, turn = _open(link, spec, stack)
+            engine, outbox = _open(link, spec, stack)
         except ExpertdError as error:
             link.send(Refused(Failure.of(error)))
             return
         while (messages := link.receive()) is not None:
             for message in messages:
-                _obey(message, engine, outbox, turn)
+                _obey(message, engine, outbox)
 
 
 def _beat(link: BlockingLink[ToEngine]) -> None:
@@ -171,7 +157,7 @@ class Relay:
 
 def _open(
     link: BlockingLink[ToEngine], spec: EngineSpec, stack: ExitStack
-) -> tuple["Engine", Outbox, GrantedTurn | None]:
+) -> tuple["Engine", Outbox]:
     attachment = stack.enter_context(
         attach(spec.model, spec.socket, tls=spec.tls, cache_bytes=spec.copies_bytes)
     )
@@ -202,13 +188,7 @@ def _open(
         # Modules and model stay to the end: no later collection need look at them.
         gc.freeze()
     outbox = Outbox(link)
-    turn = GrantedTurn(partial(_wish, link)) if spec.takes_turns else None
-    engine = stack.enter_context(Engine(worker, spec.limits, outbox.flush, turn or ALWAYS))
-    if turn is not None:
-        # Whoever waits for the disk, or for the daemon, lets others compute.
-        worker.session.before_waiting = turn.leave
-        # The engine's thread may wait for its turn when the front is gone.
-        stack.callback(turn.free)
+    engine = stack.enter_context(Engine(worker, spec.limits, outbox.flush))
     stats = engine.stats
     link.send(
         Ready(
@@ -221,22 +201,11 @@ def _open(
         )
     )
     outbox.engine = engine
-    return engine, outbox, turn
+    return engine, outbox
 
 
-def _wish(link: BlockingLink[ToEngine], turn: bool) -> None:
-    with suppress(OSError):  # The front is gone: so is this process, soon.
-        link.send(Wish(turn))
-
-
-def _obey(message: ToEngine, engine: "Engine", outbox: Outbox, turn: GrantedTurn | None) -> None:
+def _obey(message: ToEngine, engine: "Engine", outbox: Outbox) -> None:
     match message:
-        case Turn(mine):
-            assert turn is not None
-            if mine:
-                turn.grant()
-            else:
-                turn.recall()
         case Begin(id_, tokens, settings, origin):
             # Before it begins, which may be its end as well.
             outbox.relays[id_] = relay = Relay(outbox, id_)

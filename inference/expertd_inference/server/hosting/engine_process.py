@@ -21,9 +21,7 @@ from expertd_inference.server.hosting.messages import (
     Progress,
     Ready,
     Refused,
-    Wish,
 )
-from expertd_inference.server.hosting.turns import Turns
 from expertstore.errors import StepFailedError, UnavailableError
 
 CLOSE_SECONDS = 10.0
@@ -37,16 +35,14 @@ _starting = asyncio.Lock()
 class EngineProcess:
     """One engine, from its start to its end; :meth:`start` makes it.
 
-    ``on_progress`` is called in the event loop with what came of each step. It has its share of
-    ``turns``.
+    ``on_progress`` is called in the event loop with what came of each step.
     """
 
-    def __init__(self, on_progress: Callable[[Progress], None], turns: Turns) -> None:
+    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
         loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
         """Set once its socket is closed: it was killed, or it obeyed :meth:`close`."""
         self._on_progress = on_progress
-        self._turns = turns
         self._num_silent = 0
         self._listening: asyncio.TimerHandle | None = None
         self._greeting: asyncio.Future[Ready | None] = loop.create_future()
@@ -56,13 +52,13 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, spec: EngineSpec, on_progress: Callable[[Progress], None], turns: Turns
+        cls, spec: EngineSpec, on_progress: Callable[[Progress], None]
     ) -> "EngineProcess":
         """Returns once the model is loaded. Raises what loading it raises.
 
         UnavailableError if no process can be had, StepFailedError if it ends before that.
         """
-        engine = cls(on_progress, turns)
+        engine = cls(on_progress)
         try:
             await engine._launch(spec)
             if await engine._greeting is None:
@@ -161,11 +157,6 @@ class EngineProcess:
         match message:
             case Progress():
                 self._on_progress(message)
-            case Wish(turn):
-                if turn:
-                    self._turns.want(self)
-                else:
-                    self._turns.leave(self)
             case Ready():
                 self._greeting.set_result(message)
             case Refused(failure):
@@ -175,7 +166,6 @@ class EngineProcess:
         self.ended.set()
         if self._listening is not None:
             self._listening.cancel()
-        self._turns.forget(self)
         if not self._greeting.done():
             self._greeting.set_result(None)
         with suppress(BaseException):

@@ -20,7 +20,6 @@ from expertd_inference.server.hosting.engine_choice import (
 )
 from expertd_inference.server.hosting.engine_process import EngineProcess
 from expertd_inference.server.hosting.messages import Progress, Ready
-from expertd_inference.server.hosting.turns import Turns
 from expertstore.errors import (
     DeviceLostError,
     ExpertdError,
@@ -82,7 +81,7 @@ class EngineSeat:
     engine that it gets, from where the one before has come.
     """
 
-    def __init__(self, number: int, spec: EngineSpec, owner: SeatOwner, turns: Turns) -> None:
+    def __init__(self, number: int, spec: EngineSpec, owner: SeatOwner) -> None:
         self.number = number
         self.spec = spec
         self.sequences: dict[int, Asked] = {}
@@ -95,7 +94,6 @@ class EngineSeat:
         self.stats: EngineStats | None = None
         self._stats_before: EngineStats | None = None
         self._owner = owner
-        self._turns = turns
         self._engine: EngineProcess | None = None
         self._wanted = asyncio.Event()
         self._failing_since: float | None = None
@@ -181,7 +179,7 @@ class EngineSeat:
         while True:
             await self._wanted.wait()
             try:
-                engine = await EngineProcess.start(self.spec, self._progress, self._turns)
+                engine = await EngineProcess.start(self.spec, self._progress)
             except ExpertdError as error:
                 await self._failed_to_start(error)
                 continue

@@ -23,7 +23,6 @@ from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.engine_choice import find_relief
 from expertd_inference.server.hosting.engine_seat import LOST, EngineSeat, choose_seat
 from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
-from expertd_inference.server.hosting.turns import Turns
 from expertd_inference.server.metrics import ServerMetrics, Times
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import ExpertdError, PreconditionError, StepFailedError
@@ -48,14 +47,10 @@ class HostedModel:
         *,
         accounts: Accounts,
         metrics: ServerMetrics,
-        turns_on: Callable[[tuple[int, ...]], Turns],
         idle_seconds: float | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``specs`` are of one model, one for each engine.
-
-        ``turns_on`` gives the turns of all engines on the same cores.
-        """
+        """``specs`` are of one model, one for each engine."""
         self.name = specs[0].model
         self.num_tokens = 0
         """Generated, of all sequences."""
@@ -70,10 +65,7 @@ class HostedModel:
         self._loop = asyncio.get_running_loop()
         self._closed: ExpertdError | None = None
         """What is told to those who ask, once there will be no engine any more."""
-        self.seats = [
-            EngineSeat(number, spec, self, turns_on(spec.cores))
-            for number, spec in enumerate(specs)
-        ]
+        self.seats = [EngineSeat(number, spec, self) for number, spec in enumerate(specs)]
         """Of its engines."""
 
     def __repr__(self) -> str:

@@ -33,12 +33,6 @@ class Cancel(Message, frozen=True):
     id: int
 
 
-class Turn(Message, frozen=True):
-    """To the engine: its turn to compute begins, or is to end after the step that it is in."""
-
-    mine: bool
-
-
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """An error on its way to another process; ``kind`` is its class's name."""
 
@@ -97,11 +91,5 @@ class Pulse(Message, frozen=True):
     """From the engine, every :data:`PULSE_SECONDS` from its start on: the process runs."""
 
 
-class Wish(Message, frozen=True):
-    """From the engine: it wants the next turn, or none for now; its turn, if any, is over."""
-
-    turn: bool
-
-
-ToEngine = Begin | Cancel | Turn
-FromEngine = Ready | Refused | Progress | Pulse | Wish
+ToEngine = Begin | Cancel
+FromEngine = Ready | Refused | Progress | Pulse

@@ -8,7 +8,6 @@ from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting import engine_process, engine_seat
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
-from expertd_inference.server.hosting.turns import Turns
 from expertd_inference.server.metrics import ServerMetrics
 from tests.inference.server.hosting.pretended import Stage
 
@@ -40,7 +39,6 @@ async def host(stage: Stage, said: list[str]) -> AsyncIterator[Host]:
                 [EngineSpec(model="m", socket=None, **{"reattach_seconds": 0.0, **spec})],
                 accounts=Accounts(),
                 metrics=ServerMetrics(),
-                turns_on=lambda _: Turns(),
                 say=said.append,
             )
             stack.push_async_callback(model.close)

@@ -16,7 +16,6 @@ from expertd_inference.server.hosting import engine_seat
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.messages import Begin, Cancel, Failure, Progress, Ready
-from expertd_inference.server.hosting.turns import Turns
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import ExpertdError, PreconditionError, UnavailableError
@@ -82,10 +81,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Played | ExpertdError]
 
     class Starting(Played):
         @classmethod
-        async def start(
-            cls, spec: EngineSpec, on_progress: Callable[[Progress], None], turns: Turns
-        ) -> Played:
-            del turns
+        async def start(cls, spec: EngineSpec, on_progress: Callable[[Progress], None]) -> Played:
             if isinstance(error := found.get(spec.place), ExpertdError):
                 raise error
             found[spec.place] = engine = cls(on_progress, spec.place)
@@ -121,7 +117,6 @@ class Hosted:
             specs,
             accounts=Accounts(),
             metrics=ServerMetrics(),
-            turns_on=lambda _: Turns(),
             idle_seconds=self.idle_seconds,
             say=self.said.append,
         )
