@@ -113,7 +113,7 @@ def test_anthropic_s_kinds(status: int, kind: str) -> None:
 )
 async def test_each_interface_has_its_form(path: str, form: str) -> None:
     error = ApiError(400, "Why.")
-    assert error.body_for(path) == getattr(error, form)()
+    assert error.body_for(path, {}) == getattr(error, form)()
     answer = await answer_error(request(path), error)
     assert json.loads(answer.body) == getattr(error, form)()
     assert answer.status_code == 400

@@ -34,6 +34,7 @@ async def _who(request: Request) -> Response:
 async def _flood(_: Request) -> Response:
     async def pieces() -> AsyncIterator[bytes]:
         while True:
+            await asyncio.sleep(0)  # else nobody hears that the client has left
             yield b"x" * (1 << 20)
 
     return StreamingResponse(pieces())
