@@ -33,8 +33,10 @@ from expertstore.errors import (
     UnavailableError,
 )
 
+SUSPECT_DEATHS = 2
+"""A sequence during which so many engines end, without a token between, is next computed alone."""
 MAX_DEATHS = 8
-"""A sequence during which so many engines end, without a token between, is given up."""
+"""With so many it is given up."""
 RETRY_SECONDS = 0.5
 _LOST = {
     *(DeviceLostError, IncarnationError, NotFoundError, PreconditionError),
@@ -54,6 +56,11 @@ class _Asked:
     num_deaths: int = 0
     reason: str = "abort"
 
+    @property
+    def is_suspect(self) -> bool:
+        """Whether engines may have ended because of it."""
+        return self.num_deaths >= SUSPECT_DEATHS
+
     def again(self) -> Begin:
         origin, settings = self.begin.origin, self.begin.settings
         if self.generated:
@@ -67,7 +74,8 @@ class HostedModel:
     """Sequences of one model, by an engine that starts at the first and ends when idle.
 
     An engine that ends before its sequences, killed or without its store, costs them a pause:
-    another one goes on after the tokens that were delivered. If no engine can be had for
+    another one goes on after the tokens that were delivered. Sequences that may be why engines
+    ended are tried one by one, so that no other ends with them. If no engine can be had for
     ``spec.reattach_seconds``, they end with the error. Everything is for one event loop.
     """
 
@@ -95,6 +103,8 @@ class HostedModel:
         self._say = say
         self._ids = itertools.count()
         self._asked: dict[int, _Asked] = {}
+        self._held: dict[int, _Asked] = {}
+        """Those of them that the engine was not given yet."""
         self._engine: EngineProcess | None = None
         self._wanted = asyncio.Event()
         self._failing_since: float | None = None
@@ -158,10 +168,9 @@ class HostedModel:
         id_ = next(self._ids)
         channel: Channel[Token] = Channel()
         asked = _Asked(Begin(id_, [*tokens], settings, origin), channel, Times(now))
-        self._asked[id_] = asked
+        self._asked[id_] = self._held[id_] = asked
         self._wanted.set()
-        if self._engine is not None:
-            self._engine.send(asked.begin)
+        self._give_out()
         return TokenStream(channel, partial(self._cancel_soon, id_), num_prompt_tokens=len(tokens))
 
     async def close(self, error: ExpertdError | None = None) -> None:
@@ -202,6 +211,7 @@ class HostedModel:
             self._metrics.ended(self.name, asked.times, self._last_used, "abort")
             if self._engine is not None:
                 self._engine.send(Cancel(id_))
+                self._give_out()
 
     async def _keep_engine(self) -> None:
         while True:
@@ -218,8 +228,8 @@ class HostedModel:
             self._last_used = time.monotonic()
             if not self._ready.done():
                 self._ready.set_result(engine.ready)
-            for asked in self._asked.values():
-                engine.send(asked.again())
+            self._held = {**self._asked}
+            self._give_out()
             told = await self._until_end(engine)
             self._engine = None
             self._stats_before, self._stats = self.total_stats, _at_rest(engine.ready.stats)
@@ -230,6 +240,19 @@ class HostedModel:
                 self._count_death(engine.fate)
             if self._asked:
                 self._wanted.set()
+
+    def _give_out(self) -> None:
+        """Gives the engine what it has not; a suspect alone, until that has a token."""
+        if self._engine is None or not self._held:
+            return
+        given = (asked for id_, asked in self._asked.items() if id_ not in self._held)
+        if any(asked.is_suspect for asked in given):
+            return
+        suspects = [asked for asked in self._held.values() if asked.is_suspect]
+        suspects.sort(key=lambda asked: asked.num_deaths)
+        for asked in suspects[:1] or [*self._held.values()]:
+            del self._held[asked.begin.id]
+            self._engine.send(asked.again())
 
     async def _until_end(self, engine: EngineProcess) -> bool:
         """Waits for the engine's end; whether it was idle and told to."""
@@ -279,6 +302,8 @@ class HostedModel:
             "sequences"
         )
         for id_, asked in [*self._asked.items()]:
+            if id_ in self._held:
+                continue
             asked.num_deaths += 1
             if asked.num_deaths >= MAX_DEATHS:
                 self._end(
@@ -312,6 +337,7 @@ class HostedModel:
                 self._engine.abandon()
                 break
             self._end(id_, error)
+        self._give_out()
         if progress.stats is not None:
             self._stats = progress.stats
 
@@ -325,6 +351,7 @@ class HostedModel:
             asked.channel.end(error)
 
     def _leave(self, asked: _Asked) -> None:
+        self._held.pop(asked.begin.id, None)
         self._last_used = time.monotonic()
         self._accounts.end(asked.begin.origin.user)
 
