@@ -121,6 +121,13 @@ async def large_bodies(attack: HttpAttack) -> None:
     await _flood(attack, lambda: attack.send(head, body))
 
 
+async def long_texts(attack: HttpAttack) -> None:
+    """Prompts as long as a body may be."""
+    body = b'{"max_tokens": 1, "prompt": "' + b"for each in the list: " * 1_400_000 + b'"}'
+    head = _POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    await _flood(attack, lambda: attack.send(head, body))
+
+
 async def too_large_bodies(attack: HttpAttack) -> None:
     """In pieces, so that only counting tells."""
     piece = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
@@ -139,7 +146,7 @@ ATTACKS: dict[str, Callable[[HttpAttack], Awaitable[None]]] = {
     attack.__name__: attack
     for attack in (
         *(silence, slow_heads, slow_bodies, deaf_streams, half_closed, reconnecting, pipelined),
-        *(endless_headers, large_bodies, too_large_bodies, deep_bodies),
+        *(endless_headers, large_bodies, long_texts, too_large_bodies, deep_bodies),
     )
 }
 

@@ -46,6 +46,14 @@ def test_bodies(http: httpx2.Client, content: bytes, says: str) -> None:
     assert says in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("piece", [b"-1,", b"[" * 500 + b"]" * 500 + b","])
+def test_more_values_than_are_read(http: httpx2.Client, piece: bytes) -> None:
+    content = b'{"prompt": [' + piece * (3_300_000 // len(piece)) + b"1]}"
+    refused = http.post("/v1/completions", content=content)
+    assert refused.status_code == 413
+    assert "commas and brackets" in refused.json()["error"]["message"]
+
+
 def _nested(depth: int) -> Any:
     schema: Any = {"type": "integer"}
     for _ in range(depth):
