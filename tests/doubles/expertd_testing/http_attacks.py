@@ -115,15 +115,15 @@ async def endless_headers(attack: HttpAttack) -> None:
 
 
 async def large_bodies(attack: HttpAttack) -> None:
-    """As large as is read, of tokens that are none."""
-    body = b'{"prompt": [' + b"[-1]," * 6_000_000 + b"[1]]}"
+    """As many values as are read, of tokens that are none."""
+    body = b'{"prompt": [' + b"[-1]," * 500_000 + b"[1]]}"
     head = _POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     await _flood(attack, lambda: attack.send(head, body))
 
 
 async def long_texts(attack: HttpAttack) -> None:
     """Prompts as long as a body may be."""
-    body = b'{"max_tokens": 1, "prompt": "' + b"for each in the list: " * 1_400_000 + b'"}'
+    body = b'{"max_tokens": 1, "prompt": "' + b"for each in the list: " * 370_000 + b'"}'
     head = _POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     await _flood(attack, lambda: attack.send(head, body))
 
