@@ -8,7 +8,7 @@ from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import MAX_BIAS
 
-_NEUTRAL = {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "typical_p": (1.0,),
     "top_n_sigma": (-1.0, 0.0),
     "xtc_probability": (0.0,),
