@@ -49,6 +49,7 @@ async def catalog(metrics: ServerMetrics, tmp_path: Path) -> AsyncIterator[Catal
     made = Catalog(
         EngineSpec(model="", socket=str(tmp_path)),
         aliases={},
+        variants={},
         template=None,
         idle_seconds=None,
         accounts=Accounts(),
