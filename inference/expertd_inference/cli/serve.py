@@ -119,9 +119,11 @@ def serve(
     max_body: Annotated[
         str,
         typer.Option(
-            help="The largest request, as in 32MiB.", metavar="SIZE", rich_help_panel=options.ACCESS
+            help="The largest request, as in 32MiB; reading it takes many times the memory.",
+            metavar="SIZE",
+            rich_help_panel=options.ACCESS,
         ),
-    ] = "32MiB",
+    ] = "8MiB",
     state: Annotated[
         Path | None,
         typer.Option(

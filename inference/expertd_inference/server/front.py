@@ -13,7 +13,8 @@ from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.server.metrics import ServerMetrics
 from expertstore.errors import InvalidInputError
 
-MAX_BODY_BYTES = 32 << 20
+MAX_BODY_BYTES = 8 << 20
+"""A million tokens, by their numbers or as text. Tokenizing text takes many times its memory."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ and at the end, when its input closes, what the server answered and how often.
 """
 
 import asyncio
+import os
 import resource
 import sys
 from collections import Counter
@@ -115,8 +116,15 @@ async def endless_headers(attack: HttpAttack) -> None:
 
 
 async def large_bodies(attack: HttpAttack) -> None:
-    """As large as is read, of tokens that are none."""
-    body = b'{"prompt": [' + b"[-1]," * 6_000_000 + b"[1]]}"
+    """As many values as are read, of tokens that are none."""
+    body = b'{"prompt": [' + b"[-1]," * 500_000 + b"[1]]}"
+    head = _POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    await _flood(attack, lambda: attack.send(head, body))
+
+
+async def long_texts(attack: HttpAttack) -> None:
+    """Prompts as long as a body may be."""
+    body = b'{"max_tokens": 1, "prompt": "' + b"for each in the list: " * 370_000 + b'"}'
     head = _POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     await _flood(attack, lambda: attack.send(head, body))
 
@@ -139,7 +147,7 @@ ATTACKS: dict[str, Callable[[HttpAttack], Awaitable[None]]] = {
     attack.__name__: attack
     for attack in (
         *(silence, slow_heads, slow_bodies, deaf_streams, half_closed, reconnecting, pipelined),
-        *(endless_headers, large_bodies, too_large_bodies, deep_bodies),
+        *(endless_headers, large_bodies, long_texts, too_large_bodies, deep_bodies),
     )
 }
 
@@ -193,9 +201,8 @@ async def _until_told(attack: HttpAttack, name: str) -> None:
     await asyncio.wait({work, told}, return_when=asyncio.FIRST_COMPLETED)
     if work.done():
         await work
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
     print(dict(attack.said), flush=True)
+    os._exit(0)  # thousands of connections would be closed one by one
 
 
 def main() -> None:

@@ -14,6 +14,10 @@ ResultT = TypeVar("ResultT")
 BODY_SECONDS = 60.0
 """In which a request's body must be there."""
 MAX_NAMED = 1000
+MAX_MARKS = 1 << 20
+"""Commas and brackets, of which JSON has one for each value. Nothing else goes on while they are
+read, and a value takes up to a hundred bytes of memory: a tenth of a second, 100 MiB.
+"""
 _named: set[tuple[str, str]] = set()
 """What has no effect and is in the log already, by path."""
 
@@ -40,6 +44,12 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
         ) from late
     except ClientDisconnect as gone:
         raise ApiError(400, "The client left before its request was complete.") from gone
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_MARKS:
+        raise ApiError(
+            413,
+            f"The request has more than {MAX_MARKS} commas and brackets, the most that this "
+            "server reads; send fewer tokens or messages.",
+        )
     try:
         fields = msgspec.json.decode(bytes(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

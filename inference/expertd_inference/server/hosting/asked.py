@@ -11,6 +11,9 @@ from expertd_inference.server.metrics import Times
 if TYPE_CHECKING:
     from expertd_inference.server.hosting.engine_seat import EngineSeat
 
+SUSPECT_DEATHS = 2
+"""A sequence during which so many engines end, without a token between, is next computed alone."""
+
 
 @dataclass(eq=False)
 class Asked:
@@ -23,6 +26,11 @@ class Asked:
     generated: list[int] = field(default_factory=list)
     num_deaths: int = 0
     reason: str = "abort"
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether engines may have ended because of it."""
+        return self.num_deaths >= SUSPECT_DEATHS
 
     @property
     def tokens(self) -> list[int]:

@@ -83,7 +83,7 @@ class EngineProcess:
     def fate(self) -> str:
         """How the process ended, once it is closed."""
         if self._num_silent >= MAX_SILENT_PULSES:
-            return f"did not run for {MAX_SILENT_PULSES * PULSE_SECONDS:g} s, and was killed,"
+            return f"did not run for {MAX_SILENT_PULSES * PULSE_SECONDS:g} s and was killed"
         if self._exit_code is not None and self._exit_code < 0:
             return f"was killed by {signal.Signals(-self._exit_code).name}"
         return "ended"

@@ -86,6 +86,8 @@ class EngineSeat:
         self.spec = spec
         self.sequences: dict[int, Asked] = {}
         """Which it was given and which are not complete, by the numbers that its engine knows."""
+        self.held: dict[int, Asked] = {}
+        """Those of them that its engine was not given yet."""
         self.num_deaths = 0
         """Engines that ended before they were told to."""
         self.max_tokens: int | None = None
@@ -144,12 +146,27 @@ class EngineSeat:
 
     def give(self, asked: Asked) -> None:
         """Its engine computes this sequence; the next one if it has none now."""
-        self.sequences[asked.begin.id] = asked
-        self.send(asked.again())
+        self.sequences[asked.begin.id] = self.held[asked.begin.id] = asked
+        self.give_out()
+
+    def give_out(self) -> None:
+        """Gives the engine what it has not; a suspect alone, until that has a token."""
+        if self._engine is None or not self.held:
+            return
+        given = (asked for id_, asked in self.sequences.items() if id_ not in self.held)
+        if any(asked.is_suspect for asked in given):
+            return
+        suspects = [asked for asked in self.held.values() if asked.is_suspect]
+        suspects.sort(key=lambda asked: asked.num_deaths)
+        for asked in suspects[:1] or [*self.held.values()]:
+            del self.held[asked.begin.id]
+            self._engine.send(asked.again())
 
     def take(self, asked: Asked) -> None:
         """A sequence that was given is not its own any more."""
         del self.sequences[asked.begin.id]
+        self.held.pop(asked.begin.id, None)
+        self.give_out()
 
     def send(self, message: msgspec.Struct) -> None:
         """To its engine, if there is one."""
@@ -190,8 +207,8 @@ class EngineSeat:
             self.prefixes = KnownPrefixes(engine.ready.stats.kv_tokens // BLOCK_TOKENS)
             if not self._ready.done():
                 self._ready.set_result(engine.ready)
-            for asked in self.sequences.values():
-                engine.send(asked.again())
+            self.held = {**self.sequences}
+            self.give_out()
             self._owner.started(self)
             told = await self._until_end(engine)
             self._engine = None
@@ -216,6 +233,7 @@ class EngineSeat:
         if progress.stats is not None:
             self.stats = progress.stats
         self._owner.progressed(self, progress)
+        self.give_out()
 
     async def _until_end(self, engine: EngineProcess) -> bool:
         """Waits for the engine's end; whether it was idle and told to."""

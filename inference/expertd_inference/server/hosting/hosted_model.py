@@ -37,8 +37,9 @@ class HostedModel:
     Each has a seat. A sequence goes to the engine that has most of its prefix, unless that has
     much more to do than another (:mod:`.engine_choice`). An engine that ends before its sequences,
     killed or without its store, costs them a pause: another one goes on after the tokens that were
-    delivered, one that is there at once, else the next of its seat. If no engine can be had for
-    ``spec.reattach_seconds``, they end with the error. Everything is for one event loop.
+    delivered, one that is there at once, else the next of its seat. Sequences that may be why
+    engines ended are given out one by one, so that no other ends with them. If no engine can be
+    had for ``spec.reattach_seconds``, they end with the error. Everything is for one event loop.
     """
 
     def __init__(
@@ -164,7 +165,9 @@ class HostedModel:
 
     def lost(self, seat: EngineSeat) -> None:
         """Of SeatOwner."""
-        for asked in [*seat.sequences.values()]:
+        for id_, asked in [*seat.sequences.items()]:
+            if id_ in seat.held:
+                continue
             asked.num_deaths += 1
             if asked.num_deaths >= MAX_DEATHS:
                 self._end(

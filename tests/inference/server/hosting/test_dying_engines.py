@@ -103,6 +103,43 @@ async def test_engines_that_die_at_work_are_bounded(stage: Stage, host: Host) ->
     assert stage.num_started == MAX_DEATHS
 
 
+async def test_one_that_kills_engines_takes_no_other_with_it(stage: Stage, host: Host) -> None:
+    def dies_of_666(link: Link) -> None:
+        link.send(READY)
+        while True:
+            begins = link.begins()
+            if any(begin.tokens == [666] for begin in begins):
+                raise Killed
+            for begin in begins:
+                link.token(begin, 7, last=True)
+
+    stage.parts = [dies_of_666]
+    model = host(reattach_seconds=HANG_SECONDS)
+    prompts = [[1], [2], [666], [3], [4]]
+    streams = [model.submit(prompt, SETTINGS) for prompt in prompts]
+    ends = await soon(
+        asyncio.gather(*(anext(stream) for stream in streams), return_exceptions=True)
+    )
+    assert [isinstance(end, Token) for end in ends] == [prompt != [666] for prompt in prompts]
+    assert stage.num_started == MAX_DEATHS
+    assert len(await tokens_of(model)) == 1
+
+
+async def test_who_only_waits_outlives_any_number_of_engines(stage: Stage, host: Host) -> None:
+    """Each of which has one token for one of them, as when it is killed right after it."""
+
+    def has_one_token(link: Link) -> None:
+        link.send(READY)
+        link.token(link.begins()[0], 7, last=True)
+        raise Killed
+
+    stage.parts = [has_one_token]
+    model = host(reattach_seconds=HANG_SECONDS)
+    streams = [model.submit([number], SETTINGS) for number in range(3 * MAX_DEATHS)]
+    tokens = await soon(asyncio.gather(*(anext(stream) for stream in streams)))
+    assert {token.id for token in tokens} == {7}
+
+
 async def test_an_engine_that_does_not_run_is_killed(
     stage: Stage, host: Host, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
