@@ -85,7 +85,7 @@ def test_sequences_without_a_time_between_tokens() -> None:
 def test_failures_and_deaths() -> None:
     metrics = ServerMetrics()
     metrics.failed("example", "BusyError")
-    metrics.engine_died("example")
+    metrics.engine_died("example", 0)
     found = samples(metrics.text()[0].decode())
     assert found["expertd:sequence_failures_totalBusyError"] == 1
     assert found["expertd:engine_deaths_total"] == 1
@@ -107,9 +107,13 @@ def test_what_an_engine_said_last(pid: int | None) -> None:
     }
     said = {name: number for number, name in enumerate(names, 1)}
     metrics = ServerMetrics()
+    stats = SimpleNamespace(**said, executor="program")
+    spec = SimpleNamespace(place="cpu")
+    new = SimpleNamespace(number=0, spec=spec, is_up=False, total_stats=None)
+    seat = SimpleNamespace(number=1, spec=spec, is_up=pid is not None, total_stats=stats)
     models: list[Any] = [
-        SimpleNamespace(name="new", total_stats=None, engine_pid=None),
-        SimpleNamespace(name="example", total_stats=SimpleNamespace(**said), engine_pid=pid),
+        SimpleNamespace(name="new", seats=[new]),
+        SimpleNamespace(name="example", seats=[new, seat]),
     ]
     metrics.models += models
     found = samples(metrics.text()[0].decode())
