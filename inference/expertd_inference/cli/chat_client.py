@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, build_opener
 from urllib.request import Request as HttpRequest
 
+from expertd_inference.server.keys import check_key
 from expertstore.errors import ExpertdError, InvalidInputError, NotFoundError, UnavailableError
 
 SILENCE_SECONDS = 300.0
@@ -29,12 +30,18 @@ class ChatClient:
     """Talks to the server at ``url``, with or without ``/v1``. Raises InvalidInputError."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            _ = parts.port
+        except ValueError as error:
+            raise InvalidInputError(f"{url!r} is no URL: {error}.") from error
+        known = parts.scheme in ("http", "https") and parts.path.isascii()
+        if not (known and parts.hostname):
             raise InvalidInputError(f"{url!r} is no URL of a server, such as http://HOST:8080.")
         base = url.rstrip("/")
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         self._headers = {"Content-Type": "application/json"}
+        check_key(api_key)
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         # What is on this host is never reached by a proxy.

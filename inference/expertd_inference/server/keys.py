@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from expertstore.errors import ConfigError
+from expertstore.errors import ConfigError, InvalidInputError
 
 PREFIX = "ek-"
 _KEY_BYTES = 32
@@ -96,6 +96,15 @@ class Keys:
 def new_key() -> str:
     """A key that nobody can guess."""
     return PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+
+
+def check_key(key: str | None) -> None:
+    """Raises InvalidInputError for a key that no header of HTTP can carry."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise InvalidInputError(
+            "The API key has a line's end, or a character that is not ASCII; give it as "
+            "`expert-run key` printed it."
+        )
 
 
 def digest(key: str) -> str:

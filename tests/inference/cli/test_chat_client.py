@@ -84,10 +84,18 @@ def test_a_url_with_and_without_the_version(server: Other, end: str) -> None:
     assert "Authorization" not in headers
 
 
-@pytest.mark.parametrize("url", ["lab:8080", "ftp://lab", "http://"])
+@pytest.mark.parametrize(
+    "url", ["lab:8080", "ftp://lab", "http://", "http://[", "http://a:99999", "http://a/ä"]
+)
 def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(InvalidInputError, match="is no URL of a server"):
+    with pytest.raises(InvalidInputError, match="is no URL"):
         ChatClient(url)
+
+
+@pytest.mark.parametrize("key", ["a\n", "schlüssel"])
+def test_what_is_no_key(key: str) -> None:
+    with pytest.raises(InvalidInputError, match="The API key has"):
+        ChatClient("http://lab", key)
 
 
 def test_whether_there_is_a_server(server: Other) -> None:

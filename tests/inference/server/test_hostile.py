@@ -38,6 +38,9 @@ DEEP = "[" * 100_000
         (b'{"prompt": "a", "max_tokens": 1e999}', "out of range"),
         (b'{"prompt": [' + b"9" * 5000 + b"]}", "out of range"),
         (b'{"prompt": [18446744073709551615]}', "18446744073709551615"),
+        (json.dumps({"prompt": [10**30]}).encode(), "more than 64 bits"),
+        (json.dumps({"prompt": "a", "top_k": 10**30}).encode(), "more than 64 bits"),
+        (json.dumps({"prompt": "a", "priority": 10**30}).encode(), "more than 64 bits"),
     ],
 )
 def test_bodies(http: httpx2.Client, content: bytes, says: str) -> None:

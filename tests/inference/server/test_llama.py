@@ -100,6 +100,7 @@ def test_biases_are_of_tokens_or_of_texts(http: httpx2.Client) -> None:
         assert other["tokens"][0] != first
         assert {one["token"] for one in other["generation_settings"]["logit_bias"]} == {first}
     assert "give a number" in refused(http, logit_bias=[[first, True]])
+    assert "is no token" in refused(http, logit_bias={"1" * 5000: 1.0})
 
 
 def test_probabilities_are_openai_s_with_ids(http: httpx2.Client) -> None:

@@ -29,6 +29,10 @@ def settings(max_new_tokens: int = 9, logprobs: int | None = None, /, **body: An
     return fields(**body).settings(Text(), max_new_tokens, logprobs)  # type: ignore[arg-type]
 
 
+def test_more_tokens_than_any_context_has() -> None:
+    assert settings(10**30).max_new_tokens == NO_LIMIT
+
+
 def test_every_field_reaches_the_engine() -> None:
     asked = {
         "temperature": 0.5,

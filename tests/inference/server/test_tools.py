@@ -275,6 +275,17 @@ async def test_a_choice_of_tools(recital: Recital, choice: Any, offered: str | N
             "names 'g', which is not among the tools",
         ),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "which names no function"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "x",
+                    "tools": [{"type": "function", "name": "now"}],
+                },
+            },
+            "has the mode 'x'; give auto or required",
+        ),
         ({"functions": []}, "functions is the old form of tools"),
         ({"function_call": "auto"}, "function_call is the old form of tools"),
     ],

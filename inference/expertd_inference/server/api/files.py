@@ -22,6 +22,7 @@ MAX_UPLOAD_BYTES = 200 << 20
 MAX_LISTED = 10_000
 UPLOAD_SECONDS = 300.0
 _MAX_FIELDS = 8
+_MAX_DIGITS = 20
 PURPOSE = "batch"
 _FORM = "multipart/form-data"
 
@@ -109,7 +110,8 @@ def owner_of(request: Request) -> str:
 def page_of(request: Request, found: Sequence[Any], most: int) -> dict[str, Any]:
     """OpenAI's list: ``limit`` of those that come after the one named. Raises ApiError."""
     limit, after = request.query_params.get("limit", str(most)), request.query_params.get("after")
-    if not limit.isdecimal() or not 1 <= int(limit) <= most:
+    # Python reads no number of thousands of digits.
+    if not limit.isdecimal() or len(limit) > _MAX_DIGITS or not 1 <= int(limit) <= most:
         raise ApiError(400, f"limit is {limit!r:.80}; give 1 to {most}.", param="limit")
     ids = [one.id for one in found]
     if after is not None:

@@ -163,6 +163,11 @@ def _biases(body: LlamaFields, text: ModelText) -> dict[int, float]:
             )
         bias = -float(MAX_BIAS) if value is False else value
         is_token = isinstance(key, int) or key.isdecimal()
-        tokens = [int(key)] if is_token else text.encode(str(key), special=False)
+        try:
+            tokens = [int(key)] if is_token else text.encode(str(key), special=False)
+        except ValueError as error:  # Python reads no number of thousands of digits.
+            raise ApiError(
+                400, f"logit_bias has a key that is no token: {error}.", param="logit_bias"
+            ) from error
         biases |= dict.fromkeys(tokens, bias)
     return biases

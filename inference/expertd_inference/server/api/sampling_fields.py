@@ -153,7 +153,7 @@ class SamplingFields(GrammarFields, kw_only=True):
                 raise unsupported(name, f"is not supported: {instead}.")
         temperature = text.temperature if self.temperature is None else self.temperature
         return GenerationSettings(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, NO_LIMIT),
             temperature=temperature,
             top_p=self.top_p,
             seed=None if self.seed is None else self.seed % (1 << 64),

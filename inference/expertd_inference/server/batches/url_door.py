@@ -10,6 +10,7 @@ import msgspec
 from expertd_inference.server.batches.app_door import seconds_of
 from expertd_inference.server.batches.batch_file import BatchRequest
 from expertd_inference.server.batches.batch_run import Reply
+from expertd_inference.server.keys import check_key
 from expertstore.errors import InvalidInputError, UnavailableError
 
 _PIECE_BYTES = 1 << 16
@@ -21,23 +22,24 @@ class UrlDoor:
     """Asks the server at ``url``, with ``key`` if it wants one."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        """Raises InvalidInputError if ``url`` is none of a server."""
+        """Raises InvalidInputError if ``url`` is none of a server, or for no possible key."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise InvalidInputError(f"--url {url!r:.200} is no URL: {error}.") from error
-        if parts.scheme not in _PORTS or not host:
+        if parts.scheme not in _PORTS or not host or not parts.path.isascii():
             raise InvalidInputError(
                 f"--url {url!r:.200} is no URL of a server; give one as in http://127.0.0.1:8080."
             )
+        check_key(key)
         self._url = url
         self._host, self._port = host, port or _PORTS[parts.scheme]
         self._name = parts.netloc.rpartition("@")[2]
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         # Clients differ in whether the version belongs to the base.
         self._base = parts.path.rstrip("/").removesuffix(_VERSION)
-        self._headers = [] if key is None else [("Authorization", f"Bearer {key}")]
+        self._headers = [("Authorization", f"Bearer {key}")] if key else []
 
     async def __call__(self, request: BatchRequest) -> Reply:
         """Of :data:`.batch_run.Ask`. Raises UnavailableError if there is no answer."""

@@ -66,6 +66,8 @@ def chosen_tools(
             "mode": mode,
             "tools": [*allowed],
         }:
+            if mode not in ("auto", "required"):
+                raise _wrong(f"has the mode {mode!r:.80}; give auto or required.")
             names = [_choice_name(one) for one in allowed]
             found = _required(known, names)
             return Tools(found.allowed, required=mode == "required")

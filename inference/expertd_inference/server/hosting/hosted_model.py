@@ -22,6 +22,7 @@ from expertd_inference.server.hosting.asked import Asked
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.engine_choice import find_relief
 from expertd_inference.server.hosting.engine_seat import LOST, EngineSeat, choose_seat
+from expertd_inference.server.hosting.link import check_sendable
 from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
 from expertd_inference.server.metrics import ServerMetrics, Times
 from expertd_inference.settings import GenerationSettings
@@ -108,19 +109,21 @@ class HostedModel:
     ) -> TokenStream:
         """As :meth:`Engine.submit` for tokens, but most errors of the request come by the stream.
 
-        Raises BusyError if the origin's user has as many sequences as it may, and once it is
-        closed what it was closed with.
+        Raises BusyError if the origin's user has as many sequences as it may, InvalidInputError
+        for a number that 64 bits cannot hold, and once it is closed what it was closed with.
         """
         self._check_open()
         if settings.seed is None:
             # The next engine must draw what this one would have.
             settings = replace(settings, seed=secrets.randbits(64))
+        origin = replace(origin, priority=self._accounts.priority_of(origin.user, origin.priority))
+        begin = Begin(next(self._ids), [*tokens], settings, origin)
+        # Before it counts: what cannot be sent would also fail at the next engine's start.
+        check_sendable(begin)
         self._accounts.begin(origin.user)
         now = time.monotonic()
         self._accounts.take_tokens(origin.user, len(tokens), now)
         self._metrics.began(self.name, len(tokens))
-        origin = replace(origin, priority=self._accounts.priority_of(origin.user, origin.priority))
-        begin = Begin(next(self._ids), [*tokens], settings, origin)
         for seat in self.seats:
             seat.want()
         candidates = [seat for seat in self.seats if seat.is_up] or self.seats

@@ -8,9 +8,21 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
+from expertstore.errors import InvalidInputError
+
 MessageT = TypeVar("MessageT")
 _LENGTH_BYTES = 4
 _encode = msgspec.msgpack.Encoder().encode
+
+
+def check_sendable(message: msgspec.Struct) -> None:
+    """Raises InvalidInputError for a message with a number that 64 bits cannot hold."""
+    try:
+        _encode(message)
+    except OverflowError as error:
+        raise InvalidInputError(
+            "A number of the request has more than 64 bits; give a smaller one."
+        ) from error
 
 
 def _framed(message: msgspec.Struct) -> bytes:

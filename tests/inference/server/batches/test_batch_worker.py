@@ -326,6 +326,7 @@ async def test_files(client: httpx2.AsyncClient, tmp_path: Path, model: Model) -
     assert listed["has_more"]
     rest = await client.get("/v1/files", params={"order": "asc", "after": listed["last_id"]})
     assert {one["id"] for one in listed["data"] + rest.json()["data"]} == set(ids)
+    assert (await client.get("/v1/files", params={"limit": "1" * 5000})).status_code == 400
     deleted = (await client.delete(f"/v1/files/{ids[0]}")).json()
     assert deleted == {"id": ids[0], "object": "file", "deleted": True}
     assert (await client.get(f"/v1/files/{ids[0]}/content")).status_code == 404

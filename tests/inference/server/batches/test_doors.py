@@ -123,7 +123,14 @@ async def test_a_server_that_is_not_there() -> None:
         await UrlDoor(url)(ASKED)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8080", "ftp://host", "http://", "http://[::1", "http://a/ä"]
+)
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(InvalidInputError, match=r"--url .* is no URL"):
         UrlDoor(url)
+
+
+def test_what_is_no_key() -> None:
+    with pytest.raises(InvalidInputError, match="The API key has"):
+        UrlDoor("http://lab", "a\n")
