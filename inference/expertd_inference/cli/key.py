@@ -20,7 +20,10 @@ def key(
     max_sequences: Annotated[
         int | None, typer.Option(min=1, help="How many answers at once.")
     ] = None,
-    priority: Annotated[int, typer.Option(help="Goes before lower ones that wait.")] = 0,
+    priority: Annotated[
+        int,
+        typer.Option(min=-1_000_000, max=1_000_000, help="Goes before lower ones that wait."),
+    ] = 0,
 ) -> None:
     """Print a new key, and the entry for the file that `expert-run serve --keys` reads.
 

@@ -103,7 +103,7 @@ class Guard:
         if self._keys.complaint != self._complained:
             self._complained = self._keys.complaint
             if self._complained is not None:
-                self._say(f"{self._complained} The keys that were read before still count.")
+                self._say(self._complained)
         if found is None:
             raise ApiError(
                 401,

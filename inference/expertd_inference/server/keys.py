@@ -26,7 +26,7 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     requests_per_minute: Annotated[float, msgspec.Meta(gt=0)] | None = None
     tokens_per_minute: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_sequences: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-1_000_000, le=1_000_000)] = 0
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,7 +36,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 class Keys:
     """The users of a file, by name; a change of the file counts from the next request on.
 
-    A file that has become wrong changes nothing, and ``complaint`` says what is wrong.
+    A file that has become wrong changes nothing, one that is empty or gone has no keys any more;
+    ``complaint`` says so.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +69,19 @@ class Keys:
                 self._read()
                 self.complaint = None
         except (OSError, ConfigError) as error:
-            self.complaint = str(error)
+            self.complaint = f"{error} The keys that were read before still count."
+            if self._is_empty():
+                self._users = {}
+                self._stamp = None
+                self.complaint = f"{self._path} is empty or gone: nobody has a key."
+
+    def _is_empty(self) -> bool:
+        try:
+            return not self._path.read_bytes().strip()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def _stamp_now(self) -> tuple[int, int]:
         found = self._path.stat()

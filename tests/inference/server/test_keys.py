@@ -61,6 +61,24 @@ def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
     assert keys.complaint is None
 
 
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_file_or_none_has_no_keys_any_more(tmp_path: Path, empty: str | None) -> None:
+    path = tmp_path / "keys.toml"
+    key = new_key()
+    entry = f'[keys.a]\nsha256 = "{digest(key)}"\n'
+    path.write_text(entry)
+    keys = Keys(path)
+    assert keys.find(key) is not None
+    path.unlink() if empty is None else path.write_text(empty)
+    for _ in range(2):
+        assert keys.find(key) is None
+        assert keys.complaint is not None
+        assert "is empty or gone: nobody has a key" in keys.complaint
+    path.write_text(entry)
+    assert keys.find(key) is not None
+    assert keys.complaint is None
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -73,6 +91,7 @@ def test_a_changed_file_counts_from_the_next_request_on(tmp_path: Path) -> None:
         f"[keys.a]\nsha256 = '{'0' * 64}'\ntokens_per_minute = -1.0",
         f"[keys.a]\nsha256 = '{'0' * 64}'\nmax_sequences = 0",
         f"[keys.a]\nsha256 = '{'0' * 63}'",
+        f"[keys.a]\nsha256 = '{'0' * 64}'\npriority = {10**10}",
         "\x00",
     ],
 )
