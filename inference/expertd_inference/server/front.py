@@ -1,9 +1,12 @@
 """What all routes share."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -15,6 +18,12 @@ from expertstore.errors import InvalidInputError
 
 MAX_BODY_BYTES = 8 << 20
 """A million tokens, by their numbers or as text. Tokenizing text takes many times its memory."""
+
+LONG_BYTES = 128 << 10
+"""Requests that are longer are prepared one at a time."""
+body_bytes: ContextVar[int] = ContextVar("body_bytes", default=0)
+"""How long the body of the request is which this task answers."""
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
@@ -30,11 +39,22 @@ class Front:
     room: BatchRoom = field(default_factory=BatchRoom)
     request_templates: bool = False
     """Whether requests may bring a chat template: a program, which may run for ever."""
+    _long: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     async def model(self, name: str | None) -> tuple[Entry, ModelText]:
         """The model that a request names, and its tokenizer. Raises ExpertdError."""
         entry = await self.catalog.find(name)
         return entry, await self.catalog.text(entry)
+
+    async def aside(self, function: Callable[[], ResultT]) -> ResultT:
+        """What ``function`` makes of a request, in a thread: no other request waits for it.
+
+        Long ones wait for one another: tokenizing a text takes a hundred times its memory.
+        """
+        if body_bytes.get() <= LONG_BYTES:
+            return await asyncio.to_thread(function)
+        async with self._long:
+            return await asyncio.to_thread(function)
 
     def check_template(self, template: str | None) -> None:
         """Raises InvalidInputError if a request brings a template, and none may."""

@@ -1,6 +1,5 @@
 """One answer to a chat, for interfaces whose requests are translated to OpenAI's."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -91,9 +90,7 @@ async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:
     body = chat_request(fields)
     entry, text = await front.model(body.model)
     body.fill(entry.variant)
-    return await asyncio.to_thread(
-        lambda: Answering(entry, text, body, prompt_of(text, chat_of(body)))
-    )
+    return await front.aside(lambda: Answering(entry, text, body, prompt_of(text, chat_of(body))))
 
 
 async def continuing(
@@ -108,4 +105,4 @@ async def continuing(
         whole = gap(text, prompt, suffix) if suffix else prompt
         return Answering(entry, text, body, text.encode(whole))
 
-    return await asyncio.to_thread(begin)
+    return await front.aside(begin)

@@ -1,6 +1,5 @@
 """``/v1/chat/completions``: the next message of a chat."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -89,7 +88,7 @@ async def chat(request: Request) -> Response:
     front.check_template(body.chat_template)
     entry, text = await front.model(body.model)
     body.fill(entry.variant)
-    answering = await asyncio.to_thread(_Chat, entry, text, body)
+    answering = await front.aside(lambda: _Chat(entry, text, body))
     user = user_of(request)
     if body.stream:
         return await stream_events(answering.events(user))

@@ -1,6 +1,5 @@
 """``/v1/completions``: text and tokens continued."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -84,7 +83,7 @@ async def complete(request: Request) -> Response:
 async def _completion(front: Front, body: CompletionRequest) -> "_Completion":
     entry, text = await front.model(body.model)
     body.fill(entry.variant)
-    return await asyncio.to_thread(lambda: _Completion(entry, text, body, _prompts(body, text)))
+    return await front.aside(lambda: _Completion(entry, text, body, _prompts(body, text)))
 
 
 def _prompts(body: CompletionRequest, text: ModelText) -> list[list[int]]:

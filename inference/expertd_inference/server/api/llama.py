@@ -58,7 +58,8 @@ async def infill(request: Request) -> Response:
 async def _respond(
     request: Request, body: LlamaFields, prompts: Callable[[ModelText], list[list[int]]]
 ) -> Response:
-    entry, text = await front_of(request).model(body.model)
+    front = front_of(request)
+    entry, text = await front.model(body.model)
 
     def begin() -> list[_Completion]:
         fields = chat_request(fields_of(body, text))
@@ -67,7 +68,7 @@ async def _respond(
             for index, prompt in enumerate(prompts(text))
         ]
 
-    answers = await asyncio.to_thread(begin)
+    answers = await front.aside(begin)
     user = user_of(request)
     if body.stream:
         if len(answers) > 1:
@@ -92,7 +93,7 @@ async def _chat_prompt(request: Request) -> ChatPrompt:
     body = await read_body(request, ChatRequest, front.say)
     front.check_template(body.chat_template)
     _, text = await front.model(body.model)
-    return await asyncio.to_thread(lambda: prompt_of(text, chat_of(body)))
+    return await front.aside(lambda: prompt_of(text, chat_of(body)))
 
 
 async def props(request: Request) -> Response:

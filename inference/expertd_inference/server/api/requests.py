@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.front import body_bytes
 
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 ResultT = TypeVar("ResultT")
@@ -50,6 +51,7 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
             f"The request has more than {MAX_MARKS} commas and brackets, the most that this "
             "server reads; send fewer tokens or messages.",
         )
+    body_bytes.set(len(body))
     try:
         fields = msgspec.json.decode(bytes(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -1,6 +1,5 @@
 """``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in vLLM's forms and llama-server's."""
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -46,12 +45,12 @@ async def tokenize(request: Request) -> Response:
     if len(given) > 1:
         raise ApiError(400, f"{' and '.join(given)} exclude each other; give one.", param=given[0])
     if body.content is not None:
-        return _json({"tokens": await asyncio.to_thread(_pieces, text, body)})
+        return _json({"tokens": await front.aside(lambda: _pieces(text, body))})
     if body.prompt is not None:
         special = body.add_special_tokens is not False
-        tokens = await asyncio.to_thread(lambda: text.encode(body.prompt or "", special=special))
+        tokens = await front.aside(lambda: text.encode(body.prompt or "", special=special))
     elif body.messages:
-        tokens = await asyncio.to_thread(lambda: body.cut(prompt_of(text, chat_of(body)).tokens))
+        tokens = await front.aside(lambda: body.cut(prompt_of(text, chat_of(body)).tokens))
     else:
         raise ApiError(400, "Give prompt, messages or content to tokenize.", param="prompt")
     answer: dict[str, Any] = {
@@ -76,7 +75,7 @@ async def detokenize(request: Request) -> Response:
             raise ApiError(
                 400, f"tokens has {token}; this model's are 0 to {most - 1}.", param="tokens"
             )
-    decoded = await asyncio.to_thread(text.decode, body.tokens)
+    decoded = await front.aside(lambda: text.decode(body.tokens))
     return _json({"prompt": decoded, "content": decoded})
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from expertd_inference.server.front import LONG_BYTES
 from expertd_inference.server.hosting.model_text import ModelText
+from expertd_testing.patience import HANG_SECONDS
 from expertd_testing.recital import RecitedModel, make_tokenizer, reciting_client
 from expertstore.errors import InvalidInputError
 from tests.inference.conftest import Make
@@ -65,3 +67,31 @@ async def test_a_long_prompt_delays_nobody(
         assert (await client.get("/health")).status_code == 200
         may_go_on.set()
         assert (await asking).status_code == 200
+
+
+async def test_long_prompts_are_prepared_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tokenizer(tmp_path)
+    model = RecitedModel(ModelText("recited", tmp_path, TEMPLATE))
+    began, may_go_on = threading.Semaphore(0), threading.Event()
+    encode = model.text.encode
+
+    def slowly(asked: str, *, special: bool = True) -> list[int]:
+        if len(asked) > LONG_BYTES:
+            began.release()
+            assert may_go_on.wait(HANG_SECONDS)
+        return encode(asked, special=special)
+
+    monkeypatch.setattr(model.text, "encode", slowly)
+    long = {"prompt": "a" * (LONG_BYTES + 1)}
+    async with reciting_client(tmp_path, model) as client:
+        asking = [asyncio.create_task(client.post("/tokenize", json=long)) for _ in range(8)]
+        assert await asyncio.to_thread(began.acquire, timeout=HANG_SECONDS)
+        # Threads that wait for their turn would be all that there are.
+        short = await asyncio.wait_for(client.post("/tokenize", json={"prompt": "a"}), HANG_SECONDS)
+        assert short.json()["count"] == 1
+        assert not began.acquire(blocking=False)
+        may_go_on.set()
+        counts = [(await one).json()["count"] for one in asking]
+        assert counts == [LONG_BYTES + 1] * 8
