@@ -283,8 +283,8 @@ def test_memory_is_counted_where_it_lies(tmp_path: Path) -> None:
     assert after.shared - before.shared == num_bytes
     assert after.pack - before.pack == num_bytes
     assert (
-        num_bytes <= after.own - before.own < 2 * num_bytes
-    )  # the interpreter's own comes with it
+        num_bytes / 2 < after.own - before.own < 2 * num_bytes
+    )  # the interpreter's own comes with it, or goes
 
 
 def test_a_peer_that_ends_says_why() -> None:

@@ -21,6 +21,8 @@ def test_every_test_that_the_table_names_exists() -> None:
 
 
 def test_every_row_names_a_test() -> None:
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    table = PAGE.read_text().partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 50
     for row in rows[1:]:
         assert "::test_" in row, row
