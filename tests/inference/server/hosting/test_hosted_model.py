@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec import structs
 
 from expertd_inference.engine.budget import EngineLimits
-from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
@@ -19,25 +19,11 @@ from expertd_inference.server.hosting.messages import Begin, Cancel, Failure, Pr
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import ExpertdError, PreconditionError, UnavailableError
+from tests.inference.server.hosting import pretended
 
 PLACES = 2
 SETTINGS = GenerationSettings(max_new_tokens=8, seed=0)
-STATS = EngineStats(
-    executor="program",
-    reason="",
-    num_steps=0,
-    num_rows=0,
-    rows_mean=0.0,
-    num_running=0,
-    num_waiting=0,
-    prefix_queries=0,
-    prefix_hits=0,
-    num_preemptions=0,
-    kv_tokens=6400,
-    kv_why="",
-    kv_used=0.0,
-    native_rows={},
-)
+STATS = structs.replace(pretended.STATS, kv_tokens=6400)
 
 
 @dataclass(eq=False)
