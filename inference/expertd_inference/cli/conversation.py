@@ -72,8 +72,8 @@ class Conversation:
                     if reasons:
                         write((_PLAIN if self._styles else "") + "\n\n")
                         reasons = False
+                    said.append(delta.content)  # first: Ctrl-C may come between the two
                     write(delta.content)
-                    said.append(delta.content)
         finally:
             if reasons and self._styles:
                 write(_PLAIN)
