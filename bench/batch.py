@@ -13,15 +13,13 @@ Example: python -m bench.batch --shape olmoe-1b-7b --llama-python ~/llama/bin/py
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,13 +28,10 @@ from typing import Any, Protocol
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 import torch
-import transformers
-from rich.console import Console
 
 from bench.figures import Bench, Figure, compared, counted
 from bench.peer import CONTEXT, Peer, PeerError, make_gguf
-from bench.progress import progress
-from bench.store import show
+from bench.report import report
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import Engine, GenerationSettings, Worker
@@ -294,31 +289,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     options = _parser().parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=True)
-    figures: list[Figure] = []
-    with (
-        progress(console, "starting") as status,
-        tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-    ):
-        try:
-            for figure in _measure(options, Path(folder), status.update):
-                if isinstance(figure, str):
-                    console.print(f"not measured: {figure}", highlight=False)
-                    continue
-                figures.append(figure)
-                value = figure.ours if figure.ratio is None else figure.ratio
-                console.print(f"  {figure.what}: {value:.3g}", highlight=False)
-        except PeerError as error:
-            raise SystemExit(f"bench.batch: {error}") from error
-    load = os.getloadavg()[0]
-    if options.json:
-        rows = [asdict(figure) for figure in figures]
-        print(json.dumps({"figures": rows, "load_average": load}, indent=1))
-    else:
-        show(figures, "many sequences at once on this host")
-        print(f"{options.threads} threads, load average {load:.1f} on {os.cpu_count()} CPUs")
+    measured = partial(_measure, options)
+    report(measured, "many sequences at once on this host", options)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ Example: python -m bench.decode --shape olmoe-1b-7b --llama-python ~/llama/bin/p
 """
 
 import argparse
-import json
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -24,13 +23,10 @@ from typing import Any, Protocol, Self
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 import torch
-import transformers
-from rich.console import Console
 
 from bench.figures import Figure, compared, counted
-from bench.peer import CONTEXT, Peer, PeerError, make_gguf
-from bench.progress import progress
-from bench.store import show
+from bench.peer import CONTEXT, Peer, make_gguf
+from bench.report import report
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference import GenerationSettings, Worker
@@ -167,10 +163,22 @@ class Turns:
 PRIVATE, SHARED, OURS = "llama.cpp, private and repacked", "llama.cpp, shared", "ours"
 
 
-def measure(
+def _measure(
+    options: argparse.Namespace, folder: Path, say: Callable[[str], None]
+) -> Iterator[Figure | str]:
+    if not options.llama_python:
+        yield "llama.cpp: --llama-python names no interpreter that has it (docs/peers.md)"
+    for shape in options.shape or LAYERS:
+        place = folder / shape
+        place.mkdir()
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, place)
+            yield from _shape(shape, options, place, say)
+
+
+def _shape(
     shape: str, options: argparse.Namespace, folder: Path, say: Callable[[str], None]
 ) -> Iterator[Figure]:
-    """The figures of one shape."""
     layers = options.layers or LAYERS[shape]
     makers: dict[str, Callable[[], Contestant]] = {}
     ours: list[Ours] = []
@@ -186,10 +194,7 @@ def measure(
     if options.llama_python:
         path = folder / "model.gguf"
         say(f"{shape}: making a model of {layers} layers for llama.cpp")
-        try:
-            make_gguf(options.llama_python, path, config)
-        except PeerError as error:
-            raise SystemExit(f"bench.decode: {error}") from error
+        make_gguf(options.llama_python, path, config)
         for name, load in ((PRIVATE, "private"), (SHARED, "shared")):
             arguments = {
                 "path": str(path),
@@ -280,26 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models, to see it work")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=True)
-    if not options.llama_python:
-        console.print("without --llama-python PATH only ours is measured", highlight=False)
-    figures: list[Figure] = []
-    with progress(console, "starting") as status:
-        for shape in options.shape or LAYERS:
-            with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder:
-                for figure in measure(shape, options, Path(folder), status.update):
-                    figures.append(figure)
-                    value = figure.ours if figure.ratio is None else figure.ratio
-                    console.print(f"  {figure.what}: {value:.3g}", highlight=False)
-    load = os.getloadavg()[0]
-    if options.json:
-        rows = [asdict(figure) for figure in figures]
-        print(json.dumps({"figures": rows, "load_average": load}, indent=1))
-    else:
-        show(figures, "decoding and prompts on this host")
-        print(f"{options.threads} threads, load average {load:.1f} on {os.cpu_count()} CPUs")
+    report(partial(_measure, options), "decoding and prompts on this host", options)
 
 
 if __name__ == "__main__":

@@ -17,23 +17,19 @@ Example: python -m bench.serve --llama-server ~/llama.cpp/build/bin/llama-server
 """
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 # Before torch: its threads must sleep while ours compute, as in expert-run.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
-import torch
 import transformers
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench.figures import Bench, Figure, compared, counted
@@ -41,9 +37,8 @@ from bench.footprint import footprint
 from bench.llama_server import LlamaServer, llama_server
 from bench.load_client import PERCENTILES, Load, LoadClient, LoadError
 from bench.peer import CONTEXT, PeerError
-from bench.progress import progress
+from bench.report import report
 from bench.serve_costs import STEP_CLIENTS, own_costs, starts, switches
-from bench.store import show
 from bench.synthetic import SHAPES, TINY, make_pack
 from expertd.packing.schemes import choose_scheme
 from expertd_testing.daemon import Daemon, serving
@@ -87,7 +82,7 @@ def _measure(
             yield from _served(what, options, config, packs["m"], daemon, folder, say)
         if "start" in stages:
             say("serve: starting")
-            yield from starts(what, options, daemon.socket)
+            yield from _or_why(starts(what, options, daemon.socket, config["vocab_size"]))
     if "switch" in stages:
         say("serve: switching between two models")
         figures = switches(what, options, packs, expert_bytes, config["vocab_size"])
@@ -257,28 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--quick" in arguments:
         arguments = [*QUICK, *arguments]
     options = _parser().parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=True)
-    figures: list[Figure] = []
-    with (
-        progress(console, "starting") as status,
-        tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as folder,
-    ):
-        for figure in _measure(options, Path(folder), status.update):
-            if isinstance(figure, str):
-                console.print(f"not measured: {figure}", highlight=False)
-                continue
-            figures.append(figure)
-            value = figure.ours if figure.ratio is None else figure.ratio
-            console.print(f"  {figure.what}: {value:.3g}", highlight=False)
-    load = os.getloadavg()[0]
-    if options.json:
-        rows = [asdict(figure) for figure in figures]
-        print(json.dumps({"figures": rows, "load_average": load}, indent=1))
-    else:
-        show(figures, "a server with many clients on this host")
-        print(f"{options.threads} threads, load average {load:.1f} on {os.cpu_count()} CPUs")
+    report(partial(_measure, options), "a server with many clients on this host", options)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ CACHED_GOAL = 0.05
 PLACE_GOAL = 2.5
 """Steps: the rest of the one that is computed, that of the next sequence, and the way there."""
 START_GOAL = 1.0
+FIRST_PROMPT = 16
+"""Tokens, as bench/peers/ours.py has them."""
 SWITCH_BUDGET = 1.25
 """Of the experts of one of two models."""
 IDLE_SECONDS = 0.5
@@ -100,23 +102,37 @@ def _cached(what: str, options: argparse.Namespace, client: LoadClient) -> Figur
     )
 
 
-def starts(what: str, options: argparse.Namespace, socket: Path) -> Iterator[Figure]:
-    """Of a server until it listens, and of a worker until it has loaded the daemon's model."""
-    turns = []
+def starts(
+    what: str, options: argparse.Namespace, socket: Path, vocabulary: int
+) -> Iterator[Figure]:
+    """Of a server of the daemon's model and of a worker: until loaded, and the first token.
+
+    A server listens once its engine can compute; a worker makes its engine for its first token.
+    """
+    loaded, first = [], []
     for _ in range(options.rounds):
         began = time.monotonic()
-        with serving_http("--socket", socket, "--threads", str(options.threads)):
-            server = time.monotonic() - began
+        with serving_http("--socket", socket, "--threads", str(options.threads)) as server:
+            listens = time.monotonic() - began
+            client = LoadClient(server.url, vocabulary)
+            client.first(client.prompt(FIRST_PROMPT))
+            answered = time.monotonic() - began
         job = {"socket": str(socket), "model": "m", "threads": options.threads}
         with Peer("ours", job, python=sys.executable) as worker:
-            turns.append((server, worker.wait_ready().ready["loaded"] - worker.started))
-    yield compared(
-        "serve",
-        f"{what}: from the process's start until it listens / of a worker until it has loaded",
-        "s",
-        turns,
-        at_most=START_GOAL,
-    )
+            ready = worker.wait_ready().ready
+            loaded.append((listens, ready["loaded"] - worker.started))
+            first.append((answered, ready["first"] - worker.started))
+    for name, turns in (
+        ("until it listens / of a worker until it has loaded", loaded),
+        (f"to the first token after {FIRST_PROMPT} / of a worker", first),
+    ):
+        yield compared(
+            "serve",
+            f"{what}: from the process's start {name}",
+            "s",
+            turns,
+            at_most=START_GOAL,
+        )
 
 
 def switches(

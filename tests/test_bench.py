@@ -362,7 +362,7 @@ def test_starts_and_switches_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return float(len(asked))
 
     class Worker(nullcontext[Any]):
-        started, ready = 1.0, {"loaded": 3.0}
+        started, ready = 1.0, {"loaded": 3.0, "first": 5.0}
 
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(self)
@@ -378,8 +378,12 @@ def test_starts_and_switches_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(serve_costs, "Peer", Worker)
     monkeypatch.setattr(LoadClient, "first", first)
     options = argparse.Namespace(threads=1, rounds=1)
-    (start,) = serve_costs.starts("w", options, tmp_path)
-    assert (start.limit, start.goal) == (2.0, "ratio <= 1")
+    loaded, answered = serve_costs.starts("w", options, tmp_path, 256)
+    assert (loaded.limit, loaded.goal) == (2.0, "ratio <= 1")
+    assert answered.limit == 4.0
+    assert answered.ours >= loaded.ours
+    assert asked == [None]
+    asked.clear()
     packs = {"m": tmp_path, "n": tmp_path}
     switch, again = serve_costs.switches("w", options, packs, 100, 256)
     assert asked == ["m", "n", *"mmnn"]
