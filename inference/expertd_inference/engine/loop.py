@@ -92,6 +92,8 @@ class Loop:
             return False
         self._note_begun(plan)
         try:
+            for source, target in plan.copies:
+                self._executor.copy_block(source, target)
             logits = self._forward(plan.batch)
             chosen = self._sample(plan, logits)
         except Exception as error:

@@ -5,6 +5,7 @@ from collections import abc
 from collections.abc import Iterator
 from hashlib import blake2b
 
+from expertd_inference.engine.beginnings import MIN_SHARED, Beginnings
 from expertd_inference.engine.sequence import Sequence
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
 
@@ -18,6 +19,7 @@ class Prefixes:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
+        self._beginnings = Beginnings(pool)
         self.num_queried = 0
         """Tokens of sequences that were looked up on their admission."""
         self.num_hit = 0
@@ -32,6 +34,34 @@ class Prefixes:
                 break
             blocks.append(block)
         return blocks
+
+    def find_beginning(self, sequence: Sequence, num_found: int) -> tuple[int, int] | None:
+        """A block with the next tokens after ``num_found`` blocks, and how many of them it has.
+
+        Two are left to compute: a row of its own may be rounded otherwise. None if no block has
+        enough of them.
+        """
+        begin = num_found * BLOCK_TOKENS
+        tokens = sequence.tokens[begin : min(begin + BLOCK_TOKENS, len(sequence.tokens) - 2)]
+        found = self._beginnings.find(self._name_before(sequence, num_found), tokens)
+        if found is not None:
+            # It is used now, so others make room before it.
+            self._pool.retain(found[:1])
+            self._pool.release(found[:1])
+        return found
+
+    def leave(self, sequence: Sequence) -> None:
+        """Keeps the last block of one that is about to give its blocks back, as far as it goes."""
+        index, num_tokens = divmod(sequence.num_computed, BLOCK_TOKENS)
+        if num_tokens < MIN_SHARED:
+            return
+        tokens = sequence.tokens[index * BLOCK_TOKENS : sequence.num_computed]
+        before = self._name_before(sequence, index)
+        name = _name(before, tokens)
+        if self._pool.find(name) is None:
+            block = sequence.blocks[index]
+            self._pool.keep(block, name)
+            self._beginnings.note(block, name, before, tokens)
 
     def count(self, sequence: Sequence) -> None:
         """Counts an admission, with as many tokens found as are computed already."""
@@ -57,11 +87,18 @@ class Prefixes:
             known = self._pool.find(name)
             if known is None:
                 self._pool.keep(block, name)
+                tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+                self._beginnings.note(block, name, self._name_before(sequence, index), tokens)
             else:
                 self._pool.retain([known])
                 self._pool.release([block])
                 sequence.blocks[index] = known
         return names
+
+    def _name_before(self, sequence: Sequence, index: int) -> bytes:
+        """Of the block before that one, or the salt."""
+        names = [*self._names(sequence, index)]
+        return names[-1] if names else sequence.salt.encode()
 
     def _names(self, sequence: Sequence, num_blocks: int) -> Iterator[bytes]:
         names = sequence.names

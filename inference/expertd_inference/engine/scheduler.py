@@ -24,12 +24,14 @@ class StepPlan:
     """One step. ``sequences`` are those of the batch's spans, in their order.
 
     ``batch`` is None where there is nothing to compute. ``preempted`` are the ids of sequences
-    that gave their blocks back and wait again.
+    that gave their blocks back and wait again. Before the step is computed, each first block of
+    ``copies`` is to be copied to the second, one pair after the other.
     """
 
     batch: Batch | None
     sequences: tuple[Sequence, ...]
     preempted: tuple[int, ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def choosing(self) -> tuple[Sequence, ...]:
@@ -163,7 +165,7 @@ class Scheduler:
         """
         self._num_plans += 1
         self._turn_long()
-        self._admit()
+        copies = self._admit()
         preempted: list[int] = []
         spans = self._spans(ms_per_row, preempted)
         num_preempted = 0
@@ -175,7 +177,7 @@ class Scheduler:
         for sequence in sequences:
             self._served[sequence.id] = self._num_plans
         batch = Batch(tuple(spans)) if spans else None
-        self._plan = StepPlan(batch, sequences, tuple(preempted))
+        self._plan = StepPlan(batch, sequences, tuple(preempted), tuple(copies))
         return self._plan
 
     def done(self, chosen: Mapping[int, int]) -> None:
@@ -226,13 +228,16 @@ class Scheduler:
                 self._give_way(sequence)
                 sequence.become_long()
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[tuple[int, int]]:
+        """Lets sequences run; which blocks are to be copied for them."""
+        copies: list[tuple[int, int]] = []
         while len(self._running) < self.limits.max_running:
             sequence = self._waiting.next()
             if sequence is None:
-                return
+                break
             found: list[int] = []
             names: list[bytes] = []
+            beginning: tuple[int, int] | None = None
             if self.shares_prefixes:
                 found = self._prefixes.find(sequence) if sequence.may_use_prefix else []
                 names = self._prefixes.names(sequence)[len(found) :]
@@ -240,17 +245,25 @@ class Scheduler:
                 if sequence.may_use_prefix and self._work.follow(sequence, shared):
                     self._waiting.remove(sequence)
                     continue
+                if sequence.may_use_prefix:
+                    beginning = self._prefixes.find_beginning(sequence, len(found))
             if not self._give_blocks(sequence, found):
-                return
+                break
             self._waiting.remove(sequence)
             self._waiting.count_admission()
             self._work.promise(sequence.id, names)
             sequence.phase = SequencePhase.RUNNING
-            sequence.num_computed = sequence.num_from_prefix = len(found) * BLOCK_TOKENS
+            sequence.num_computed = len(found) * BLOCK_TOKENS
+            if beginning is not None:
+                block, num_tokens = beginning
+                copies.append((block, sequence.blocks[len(found)]))
+                sequence.num_computed += num_tokens
+            sequence.num_from_prefix = sequence.num_computed
             self._prefixes.count(sequence)
             self._running.append(sequence)
             # Else those that come would go before those that run, for as long as some come.
             self._served[sequence.id] = self._num_plans - 1
+        return copies
 
     def _give_blocks(self, sequence: Sequence, found: list[int]) -> bool:
         """Blocks for all its tokens, and a slot if need be; or nothing, if blocks are too few."""
@@ -352,6 +365,8 @@ class Scheduler:
         return spans
 
     def _release(self, sequence: Sequence) -> None:
+        if self.shares_prefixes:
+            self._prefixes.leave(sequence)
         self._pool.release(sequence.blocks)
         sequence.blocks = []
         if self._slots is not None and sequence.state is not None:

@@ -38,5 +38,8 @@ class Executor(Protocol):
         the store lost what the step computed with: then repeat it; and what the store raises.
         """
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Gives one block all keys and values of another; asked only if it shares prefixes."""
+
     def close(self) -> None:
         """Gives its memory back; twice is harmless."""

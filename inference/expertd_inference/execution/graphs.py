@@ -156,6 +156,10 @@ class GraphsExecutor:
         wanted = [row for row, span in enumerate(batch.spans) if span.wanted is not Wanted.NONE]
         return logits if len(wanted) == len(logits) else logits[wanted]
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Of Executor."""
+        self._modules.copy_block(source, target)
+
     def close(self) -> None:
         """Lets go of what was recorded, and of keys and values."""
         self._steps.clear()

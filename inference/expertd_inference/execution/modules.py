@@ -99,6 +99,10 @@ class ModulesExecutor:
             around=self._around,
         )
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Of :class:`.executor.Executor`."""
+        self.memory.copy_block(source, target)
+
     def close(self) -> None:
         """Unmaps the blocks."""
         self.memory.close()

@@ -116,6 +116,10 @@ class ProgramExecutor:
             parts.append(logits[:num].clone())
         return torch.cat(parts)
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Of :class:`.executor.Executor`."""
+        self.memory.copy_block(source, target)
+
     def close(self) -> None:
         """Gives keys and values back; twice is harmless."""
         self.memory.close()

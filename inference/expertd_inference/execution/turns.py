@@ -56,6 +56,9 @@ class TurnsExecutor:
         """[batch.num_wanted, vocabulary]; of any number of spans, each on its own."""
         return torch.cat([self._span(span) for span in batch.spans])
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Nobody asks: it shares no prefixes."""
+
     def close(self) -> None:
         """Forgets all sequences."""
         self._texts.clear()

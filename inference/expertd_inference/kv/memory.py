@@ -89,6 +89,11 @@ class KvMemory(Closing):
             ) from error
         self.keys, self.values = tensors[::2], tensors[1::2]
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Gives block ``target`` what block ``source`` has, of all layers."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target].copy_(tensor[source])
+
     def close(self) -> None:
         """Gives the memory back, also under tensors that are still there. Twice is harmless."""
         self.keys, self.values = [], []

@@ -291,13 +291,13 @@ def test_continuations_go_on_without_the_one_that_computed_their_prompt() -> Non
     world.check_texts()
 
 
-def test_all_full_blocks_are_found_but_for_the_last_token() -> None:
+def test_all_is_found_but_for_the_last_tokens() -> None:
     """Whichever chunk computed them."""
     world = World(limits(max_rows=70), 10)
     for id, length in enumerate([200, 193, 192]):  # noqa: A001
         world.add(make(id, prompt(200)[:length], 1))
         world.drain(9)
-    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 192, 128]
+    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 192, 190]
 
 
 def test_equal_blocks_that_two_computed_are_kept_once() -> None:
@@ -361,8 +361,37 @@ def test_the_last_token_is_computed_in_any_case() -> None:
     for id in range(2):  # noqa: A001
         world.add(make(id, prompt(128), 3))
         world.drain(9)
-    assert world.sequences[1].num_from_prefix == 64
+    assert world.sequences[1].num_from_prefix == 126
     world.check_texts()
+
+
+def test_a_block_that_is_only_in_part_the_same_is_copied() -> None:
+    world = World(limits(), 20)
+    text, other = prompt(230), prompt(60, seed=1)
+    world.add(make(0, text, 1))
+    world.drain(9)
+    # One goes another way within the last block, which is not full; one within a full one.
+    for id, begin in ((1, 220), (2, 100)):  # noqa: A001
+        world.add(make(id, [*text[:begin], *other], 1))
+        plan = world.plan()
+        ((source, target),) = plan.copies
+        assert target in world.sequences[id].blocks
+        assert source not in world.sequences[id].blocks
+        assert world.sequences[id].num_from_prefix == begin
+        world.scheduler.done(world.compute(plan))
+        world.scheduler.finish(id)
+    # Of few tokens it is not worth it.
+    world.add(make(3, [*text[: 64 + 7], *other], 1))
+    assert not world.plan().copies
+    assert world.sequences[3].num_from_prefix == 64
+
+
+def test_an_equal_end_of_a_text_is_kept_once() -> None:
+    world = World(limits(), 20)
+    for id in range(3):  # noqa: A001
+        world.add(make(id, prompt(100), 1))
+        world.drain(9)
+    assert world.pool.num_kept == 2
 
 
 def test_equal_blocks_after_other_beginnings_are_others() -> None:
@@ -381,7 +410,7 @@ def test_another_salt_shares_nothing() -> None:
     for id, salt in enumerate(["", "other", "other", "x" * 1000, "x" * 999 + "y", "x" * 65]):  # noqa: A001
         world.add(Sequence(id, prompt(100), asked, Origin(salt=salt)))
         world.drain(9)
-    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 64, 0, 0, 0]
+    assert [one.num_from_prefix for one in world.sequences.values()] == [0, 0, 98, 0, 0, 0]
 
 
 def test_a_prompt_past_the_turning_point_is_never_computed_as_a_short_one() -> None:

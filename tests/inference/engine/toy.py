@@ -82,6 +82,10 @@ class ToyExecutor:
         first = end if span.wanted is Wanted.LAST else span.position + 1
         return [logits_of(known[:length]) for length in range(first, end + 1)]
 
+    def copy_block(self, source: int, target: int) -> None:
+        """As an executor's."""
+        self.blocks[target] = self.blocks[source]
+
     def close(self) -> None:
         """No step may come afterwards."""
         self.closed = True

@@ -91,6 +91,8 @@ class World:
 
     def plan(self, ms_per_row: float | None = None) -> StepPlan:
         plan = self.scheduler.plan(ms_per_row)
+        for source, target in plan.copies:
+            self.cells[target] = [*self.cells[source]]
         self._check_plan(plan)
         self.check_blocks()
         return plan

@@ -35,6 +35,18 @@ def test_layers_have_their_own_form_and_do_not_meet() -> None:
     assert memory.keys == memory.values == []
 
 
+def test_a_block_is_copied_in_all_layers() -> None:
+    with KvMemory(LAYERS, 3, torch.bfloat16) as memory:
+        tensors = [*memory.keys, *memory.values]
+        for number, tensor in enumerate(tensors):
+            tensor.zero_()
+            tensor[2] = number + 1
+        memory.copy_block(2, 0)
+        for number, tensor in enumerate(tensors):
+            assert (tensor[0] == number + 1).all()
+            assert not tensor[1].any()
+
+
 def test_memory_is_taken_by_what_is_written_and_given_back() -> None:
     layer = KvLayer(8, 64, 64)
     num_blocks = (64 << 30) // bytes_per_block([layer], torch.float32)
