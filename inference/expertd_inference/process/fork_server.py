@@ -1,6 +1,7 @@
 """The process that engines on the CPU are forked from, which has imported torch already."""
 
 import multiprocessing
+import os
 import signal
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -24,3 +25,14 @@ def start_imports() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stop_imports() -> None:
+    """Ends that process, also in the midst of them; for a command that is about to end.
+
+    Else it ended by itself only after them, and whoever reads this process's stderr to its end
+    would wait for that.
+    """
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)

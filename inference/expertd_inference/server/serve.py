@@ -242,8 +242,7 @@ async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:
         first = entries
     parts = []
     for entry in first:
-        greetings = await entry.hosted.ready()
-        await catalog.text(entry)
+        greetings, _ = await asyncio.gather(entry.hosted.ready(), catalog.text(entry))
         engines = [
             f"executor {ready.executor} on {seat.spec.place}, room for {ready.stats.kv_tokens} "
             "tokens"

@@ -1,5 +1,10 @@
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
+from expertd_inference.server import serve
 from expertd_inference.server.serve import ServerSettings
 from expertstore.errors import InvalidInputError
 
@@ -16,3 +21,29 @@ def test_others_may_ask_only_with_keys_or_if_that_is_said(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_this_host_may_ask(host: str) -> None:
     assert ServerSettings(host=host).host == host
+
+
+async def test_the_tokenizer_is_loaded_while_the_engine_starts() -> None:
+    """Each waits here for the other to have begun."""
+    loading, starting = asyncio.Event(), asyncio.Event()
+
+    class Hosted:
+        seats = ()
+
+        async def ready(self) -> list[Any]:
+            starting.set()
+            await loading.wait()
+            return []
+
+    entry = SimpleNamespace(name="m", hosted=Hosted())
+
+    class Catalog:
+        async def entries(self) -> list[Any]:
+            return [entry]
+
+        async def text(self, _: object) -> None:
+            loading.set()
+            await starting.wait()
+
+    async with asyncio.timeout(10):
+        assert await serve._preload(cast("Any", Catalog()), ()) == "m ()"
