@@ -502,3 +502,23 @@ def test_the_page_can_reach_no_other_host(browser: Browser, server: Server) -> N
     )
     assert violated == "connect-src"
     page.close()
+
+
+def test_of_a_long_conversation_the_end_is_shown_and_the_rest_when_it_comes(page: Page) -> None:
+    one = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": MARKDOWN}]
+    long = {"id": "long", "title": "Long", "model": "", "system": "", "settings": {}}
+    page.evaluate(
+        "(one) => localStorage.setItem('expertd.conversation.long', JSON.stringify(one))",
+        {**long, "messages": one * 60, "updated": 0},
+    )
+    page.reload()
+    page.get_by_role("button", name="Long", exact=True).click()
+    expect(page.locator("article .text").last).to_be_in_viewport()
+    from_end = "scroll => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight"
+    assert page.locator("#scroll").evaluate(from_end) < 2
+    laid_out = "article => article.checkVisibility({ contentVisibilityAuto: true })"
+    first = page.locator("article h2").first
+    assert not first.evaluate(laid_out)
+    first.scroll_into_view_if_needed()
+    expect(first).to_be_in_viewport()
+    assert first.evaluate(laid_out)
