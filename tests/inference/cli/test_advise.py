@@ -12,7 +12,7 @@ from expertd_inference.advice import probes
 from expertd_inference.cli.commands import app
 from expertstore.errors import ExpertdError
 from tests.inference.advice.test_models import TINY
-from tests.inference.cli.test_commands import AT_ONCE, assert_refused, run
+from tests.inference.cli.test_commands import AT_ONCE, assert_refused, run, run_forked
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def refusal(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_pack_is_advised_on(pack: Path) -> None:
-    done = run("advise", "--model", pack, "--json", "--threads", "1")
+    done = run_forked("advise", "--model", pack, "--json", "--threads", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["model"] == "small-pack"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from expertd_testing.daemon import Daemon, serving
+from expertd_testing.forked_command import ForkedCommand
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]
@@ -56,10 +57,21 @@ def daemon(packed: Make) -> Iterator[Daemon]:
         yield daemon
 
 
+def run_forked(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, in a fraction of the time."""
+    process = ForkedCommand(*arguments, stdin=stdin)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(
+        process.arguments, process.returncode, stdout.decode(), stderr.decode()
+    )
+
+
 def generate(
-    daemon: Daemon, *arguments: str | Path, command: list[str] = COMMAND
+    daemon: Daemon, *arguments: str | Path, command: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return run("generate", "--socket", daemon.socket, *arguments, command=command)
+    whole = ("generate", "--socket", daemon.socket, *arguments)
+    return run_forked(*whole) if command is None else run(*whole, command=command)
 
 
 PROMPT = "def __repr__(self):"
@@ -69,7 +81,8 @@ PROMPT = "def __repr__(self):"
 def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
     from transformers import AutoTokenizer
 
-    done = generate(daemon, "--model", "tiny", "-p", PROMPT, "--max-new-tokens", "20", "--json")
+    arguments = ("--model", "tiny", "-p", PROMPT, "--max-new-tokens", "20", "--json")
+    done = generate(daemon, *arguments, command=COMMAND)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no noise"
     assert done.stdout.count("\n") == 1
@@ -108,7 +121,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
 
 
 def test_text_and_stdin(daemon: Daemon) -> None:
-    done = run(
+    done = run_forked(
         *("generate", "--socket", daemon.socket, "--model", "tiny", "--prompt", "-"),
         *("--max-new-tokens", "8", "--dtype", "float32", "--threads", "1"),
         stdin=PROMPT.encode(),
@@ -149,7 +162,7 @@ def test_many_prompts_of_a_file(daemon: Daemon, packed: Make, tmp_path: Path) ->
 
 
 def test_embedded_with_stream(packed: Make) -> None:
-    done = run(
+    done = run_forked(
         *("generate", "--embedded", packed("example"), "--ram", "16MiB", "-p", PROMPT),
         *("--max-new-tokens", "8", "--json", "--stream"),
     )
@@ -161,13 +174,9 @@ def test_embedded_with_stream(packed: Make) -> None:
 
 def test_embedded_daemon_that_is_killed(packed: Make) -> None:
     pack = packed("example")
-    process = subprocess.Popen(
-        [
-            *(*COMMAND, "generate", "--embedded", pack, "-p", PROMPT, "--json", "--stream"),
-            *("--max-new-tokens", "900"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    process = ForkedCommand(
+        *("generate", "--embedded", pack, "-p", PROMPT, "--json", "--stream"),
+        *("--max-new-tokens", "900"),
     )
     wait_for_text(process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -358,35 +367,25 @@ def test_interrupted(daemon: Daemon) -> None:
 
 
 def test_reader_that_leaves(daemon: Daemon) -> None:
-    read_end, write_end = os.pipe()
-    process = subprocess.Popen(
-        [*COMMAND, "generate", "--socket", daemon.socket, "--model", "tiny", "-p", PROMPT],
-        stdout=write_end,
-        stderr=subprocess.PIPE,
+    process = ForkedCommand(
+        *("generate", "--socket", daemon.socket, "--model", "tiny", "-p", PROMPT)
     )
-    os.close(write_end)
-    os.close(read_end)
+    process.stdout.close()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert b"Traceback" not in stderr
 
 
-def start(socket: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(socket: Path, *arguments: str) -> ForkedCommand:
     """A generation whose text goes to stderr while it comes."""
-    return subprocess.Popen(
-        [
-            *(*COMMAND, "generate", "--socket", socket, "--model", "tiny", "-p", PROMPT),
-            *("--json", "--stream", *arguments),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    return ForkedCommand(
+        *("generate", "--socket", socket, "--model", "tiny", "-p", PROMPT),
+        *("--json", "--stream", *arguments),
     )
 
 
-def wait_for_text(process: subprocess.Popen[bytes]) -> None:
-    assert process.stderr is not None
-    # Unbuffered: communicate() must find the rest.
-    assert os.read(process.stderr.fileno(), 1)
+def wait_for_text(process: ForkedCommand) -> None:
+    assert process.stderr.read(1)
 
 
 def generate_json(socket: Path, *arguments: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ GREEDY = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0}
 def chat(http: httpx2.Client, **body: Any) -> dict[str, Any]:
     response = http.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
     answer: dict[str, Any] = response.json()
     return answer
 

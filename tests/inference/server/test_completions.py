@@ -21,6 +21,7 @@ def complete(http: httpx2.Client, **body: Any) -> dict[str, Any]:
 def test_an_answer_has_openai_s_form(http: httpx2.Client) -> None:
     answer = complete(http, **GREEDY)
     choice = answer["choices"][0]
+    assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
     assert answer["object"] == "text_completion"
     assert answer["id"].startswith("cmpl-")
     assert answer["model"] == "example"
@@ -126,7 +127,7 @@ def test_a_prompt_s_tokens_and_their_probabilities(http: httpx2.Client) -> None:
     # An echo has as many of the likeliest as it asks for.
     echo = complete(http, **asked, echo=True, logprobs=1)["choices"][0]
     assert echo["prompt_logprobs"] == choice["prompt_logprobs"]
-    assert all(len(top) <= 2 for top in echo["logprobs"]["top_logprobs"][1:])
+    assert {len(top) for top in echo["logprobs"]["top_logprobs"][1:3]} == {2}, "and its own"
     assert echo["logprobs"]["token_logprobs"][1] == places[0]["50"]["logprob"]
 
 

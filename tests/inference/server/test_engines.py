@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
@@ -18,7 +18,7 @@ from expertd_testing.daemon import Daemon, serving
 from expertd_testing.patience import HANG_SECONDS
 from expertd_testing.server import Server, serving_http
 from tests.inference.conftest import Make
-from tests.inference.server.events import stream, text_of
+from tests.inference.server.events import events_of, text_of
 
 CLIENTS = 4
 TOKENS = 300
@@ -68,29 +68,24 @@ def test_a_daemon_s_models_and_what_becomes_of_them(daemon: Daemon, packed: Make
                 assert _all(server, until=done) == expected
 
 
-def test_the_end_waits_for_answers_and_leaves_nothing(packed: Make) -> None:
-    with serving_http("--embedded", packed("example", "4bit")) as server:
-        with _meanwhile(lambda: (time.sleep(0.3), server.signal(signal.SIGTERM))):
-            texts = _all(server)
-        engines = server.engines
-        assert all(texts)
-        assert server.wait() == 0
-        _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines))
-
-
 def test_a_new_server_on_the_same_socket_refuses_nobody(daemon: Daemon) -> None:
+    """The one before it answers what it began, and leaves nothing behind."""
     arguments = ["--socket", daemon.socket, "--preload", "example", "--exact"]
     with (
         socket.create_server(("127.0.0.1", 0), backlog=100) as listening,
         ThreadPoolExecutor(1) as pool,
     ):
         done = threading.Event()
-        with serving_http(*arguments, passed=listening) as first:
+        with serving_http(*arguments, passed=listening) as first, ExitStack() as stack:
             assert first.url == f"http://127.0.0.1:{listening.getsockname()[1]}"
             expected = _all(first)
+            begun = [stack.enter_context(_begun(first, number)) for number in range(CLIENTS)]
             found = pool.submit(_all, first, done)
+            started = first.descendants
             first.signal(signal.SIGTERM)
+            assert [text_of(events_of(response)) for response in begun] == expected
             assert first.wait() == 0
+            _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
         with serving_http(*arguments, passed=listening):
             done.set()
             assert found.result() == expected
@@ -107,18 +102,27 @@ def _all(server: Server, until: threading.Event | None = None) -> list[str]:
 
 
 def _text(server: Server, number: int) -> str:
-    with httpx2.Client(base_url=server.url, timeout=120) as client:
-        body = {
-            "model": "example",
-            "prompt": f"def function_{number}(",
-            "max_tokens": TOKENS,
-            "temperature": 0.8,
-            "seed": number,
-            "ignore_eos": True,
-        }
-        events = stream(client, "/v1/completions", body)
-    assert not any("error" in event for event in events)
-    return text_of(events)
+    with _begun(server, number) as response:
+        return text_of(events_of(response))
+
+
+@contextmanager
+def _begun(server: Server, number: int) -> Iterator[httpx2.Response]:
+    """An answer whose head has come."""
+    body = {
+        "model": "example",
+        "prompt": f"def function_{number}(",
+        "max_tokens": TOKENS,
+        "temperature": 0.8,
+        "seed": number,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with (
+        httpx2.Client(base_url=server.url, timeout=120) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        yield response
 
 
 class _meanwhile:  # noqa: N801 - a with statement's word

@@ -114,12 +114,15 @@ def test_a_chat_has_what_vllm_tells_of_tokens(http: httpx2.Client) -> None:
     assert len(first["token_ids"]) == 4
     assert "stop_reason" not in first
 
-    events = stream(http, "/v1/chat/completions", {**asked, "n": 1})
+    events = stream(http, "/v1/chat/completions", asked)
     assert events[0]["prompt_token_ids"] == prompt
     assert events[0]["prompt_logprobs"] == known
-    assert all("prompt_token_ids" not in one for one in events[1:])
-    ids = [one["choices"][0].get("token_ids", []) for one in events]
-    assert [one for some in ids for one in some] == first["token_ids"]
+    for name in ("prompt_token_ids", "prompt_logprobs"):
+        assert all(name not in one for one in events[1:])
+    choices = [one["choices"][0] for one in events]
+    for index in range(2):
+        ids = [one.get("token_ids", []) for one in choices if one["index"] == index]
+        assert [one for some in ids for one in some] == first["token_ids"]
 
     plain = http.post("/v1/chat/completions", json=CHAT).json()
     assert "prompt_logprobs" not in plain

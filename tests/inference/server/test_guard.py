@@ -190,7 +190,7 @@ async def until_refused(address: tuple[str, int]) -> None:
         while True:
             try:
                 _, writer = await asyncio.open_connection(*address)
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, ConnectionResetError):
                 return
             writer.close()
             await asyncio.sleep(0.01)

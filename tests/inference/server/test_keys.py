@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from expertd_inference.cli.commands import app
-from expertd_inference.server.keys import Keys, digest, new_key
-from expertstore.errors import ConfigError
+from expertd_inference.server.keys import Keys, check_key, digest, new_key
+from expertstore.errors import ConfigError, InvalidInputError
 
 
 def test_the_command_s_entry_is_the_file_s(tmp_path: Path) -> None:
@@ -26,6 +26,8 @@ def test_the_command_s_entry_is_the_file_s(tmp_path: Path) -> None:
     assert name == "alice"
     assert (limits.requests_per_minute, limits.tokens_per_minute) == (0.5, 1234567)
     assert (limits.max_sequences, limits.priority) == (2, 3)
+    assert Keys(path).limits_of("alice") == limits
+    assert Keys(path).limits_of("bob") is None
     assert Keys(path).find(key + "x") is None
     assert Keys(path).find("") is None
 
@@ -69,14 +71,36 @@ def test_an_empty_file_or_none_has_no_keys_any_more(tmp_path: Path, empty: str |
     path.write_text(entry)
     keys = Keys(path)
     assert keys.find(key) is not None
-    path.unlink() if empty is None else path.write_text(empty)
+    aside = path.rename(tmp_path / "aside")
+    if empty is not None:
+        path.write_text(empty)
     for _ in range(2):
         assert keys.find(key) is None
         assert keys.complaint is not None
         assert "is empty or gone: nobody has a key" in keys.complaint
-    path.write_text(entry)
+    # The file that was there before, with its time.
+    aside.rename(path)
     assert keys.find(key) is not None
     assert keys.complaint is None
+
+
+def test_a_file_that_cannot_be_read_any_more_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    key = new_key()
+    path.write_text(f'[keys.a]\nsha256 = "{digest(key)}"\n')
+    keys = Keys(path)
+    path.unlink()
+    path.mkdir()
+    assert keys.find(key) is not None
+    assert "The keys that were read before still count" in (keys.complaint or "")
+
+
+def test_a_key_that_no_header_can_carry() -> None:
+    for key in ("a\nb", "kéy", "a\x7f"):
+        with pytest.raises(InvalidInputError, match="has a line's end, or a character that is not"):
+            check_key(key)
+    check_key(None)
+    check_key(new_key())
 
 
 @pytest.mark.parametrize(

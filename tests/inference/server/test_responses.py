@@ -103,6 +103,11 @@ def test_a_kept_response_is_gone_on_with_and_deleted(
     assert second.output_text == greedy_text(http, f"{chat}<assistant>")
     with pytest.raises(openai.BadRequestError, match="is complete, and cannot be cancelled"):
         client.responses.cancel(first.id)
+    kept = http.get(f"/v1/responses/{first.id}")
+    assert kept.headers["content-type"] == "application/json"
+    streamed = http.get(f"/v1/responses/{first.id}", params={"stream": "true"})
+    assert streamed.status_code == 400
+    assert "A kept response is complete" in streamed.json()["error"]["message"]
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError, match="There is no response"):
         client.responses.retrieve(first.id)

@@ -6,7 +6,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from expertd_inference.server.variants import read_variants
+from expertd_inference.server.api.chat import ChatRequest
+from expertd_inference.server.variants import Variant, read_variants
 from expertstore.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "Once"}]
@@ -76,6 +77,25 @@ def test_values_count_where_a_request_says_nothing(
         assert first[name] == second[name], "temperature 0"
     else:
         assert first["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "arguments"),
+    [
+        ({}, {"enable_thinking": False, "a": 1}),
+        ({"chat_template_kwargs": {"a": 2, "b": 3}}, {"enable_thinking": False, "a": 2, "b": 3}),
+        ({"reasoning_effort": "high"}, {"a": 1}),
+    ],
+)
+def test_a_template_s_arguments(asked: dict[str, Any], arguments: dict[str, Any]) -> None:
+    body = ChatRequest(messages=[], **asked)
+    variant = Variant(
+        chat_template_kwargs={"enable_thinking": False, "a": 1}, reasoning_effort="low"
+    )
+    body.fill(variant)
+    assert body.chat_template_kwargs == arguments
+    assert body.reasoning_effort == asked.get("reasoning_effort", "low")
+    assert variant.chat_template_kwargs == {"enable_thinking": False, "a": 1}
 
 
 def test_other_interfaces(http: httpx2.Client) -> None:

@@ -151,8 +151,8 @@ class _Chat:
     async def answer(self, user: str) -> ChatAnswer:
         """All at once."""
         choices = []
-        known: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
-        for index, tokens in enumerate(await read_all(self._begin(user))):
+        continuations = await read_all(self._begin(user))
+        for index, tokens in enumerate(continuations):
             reader = self._chat.reader(self._asked)
             pieces = [self._read(reader, token) for token in tokens]
             choices.append(
@@ -165,7 +165,6 @@ class _Chat:
                     self._body.stop_of(tokens[-1]),
                 )
             )
-            known = known or self._prompt_logprobs(tokens[0])
         return ChatAnswer(
             self._id,
             "chat.completion",
@@ -174,7 +173,7 @@ class _Chat:
             choices,
             self._counter.usage,
             prompt_token_ids=self._prompt_ids,
-            prompt_logprobs=known,
+            prompt_logprobs=self._prompt_logprobs(continuations[0][0]),
         )
 
     async def events(self, user: str) -> AsyncGenerator[bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_killed_at_any_moment_it_loses_nothing_and_asks_nothing_twice(
         after = target.read_bytes() if target.exists() else b""
         assert after.startswith(before[: before.rfind(b"\n") + 1])
     before = target.read_bytes()
-    asked = num_asked(server)
+    asked = num_answered(server)
     code, out, err = ended(start(*arguments, "--json"))
     assert code == 2
     assert err.endswith(f"2 of 60 requests failed; their lines in {target} say why.\n")
@@ -81,18 +82,27 @@ def test_killed_at_any_moment_it_loses_nothing_and_asks_nothing_twice(
     assert totals["num_answered"] == 60 - totals["num_before"]
     left = [line for line in target.read_bytes()[len(before) :].splitlines() if b'"usage"' in line]
     assert totals["new_tokens"] == 4 * len(left)
-    assert num_asked(server) - asked == len(left)
+    assert num_answered(server) - asked == len(left)
     assert target.read_bytes().startswith(before)
 
 
-def num_asked(server: Server) -> int:
-    text = httpx2.get(f"{server.url}/metrics").text
-    line = next(
-        line
-        for line in text.splitlines()
-        if line.startswith("vllm:request_generation_tokens_count")
-    )
-    return int(float(line.split()[-1]))
+def num_answered(server: Server) -> int:
+    """How many requests it has answered, once it has let go of those whose client is gone."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while True:
+        text = httpx2.get(f"{server.url}/metrics").text
+        begun, ended, failed = (
+            sum(int(float(number)) for number in re.findall(rf"(?m)^{name}{{.* (\S+)$", text))
+            for name in (
+                "vllm:request_prompt_tokens_count",
+                "vllm:request_generation_tokens_count",
+                "expertd:sequence_failures_total",
+            )
+        )
+        if begun == ended + failed:
+            return ended
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_full_disk_is_said_and_the_next_run_does_the_rest(server: Server, tmp_path: Path) -> None:
