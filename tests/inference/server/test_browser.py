@@ -458,6 +458,13 @@ def test_a_narrow_window(page: Page) -> None:
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="New conversation").first).to_be_hidden()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.set_viewport_size({"width": 340, "height": 700})
+    page.goto("/host")
+    card = page.locator(".card").bounding_box()
+    section = page.locator("#ram").bounding_box()
+    assert card is not None
+    assert section is not None
+    assert card["width"] <= section["width"]
 
 
 def test_the_host(context: BrowserContext, http: httpx2.Client) -> None:
