@@ -52,11 +52,7 @@ def read_cases(junit: Path, not_applicable: Mapping[str, str]) -> Iterator[Case]
     for case in ElementTree.parse(junit).iter("testcase"):
         file, name = case.get("classname", ""), case.get("name", "")
         skipped = case.find("skipped")
-        said = " ".join(
-            f"{one.get('message', '')} {one.text or ''}"
-            for kind in ("failure", "error")
-            for one in case.findall(kind)
-        )
+        said = " ".join(_said(one) for kind in ("failure", "error") for one in case.findall(kind))
         pairs = not_applicable.items()
         reasons = (why for what, why in pairs if re.search(what, f"{name} {said}", re.DOTALL))
         if skipped is not None:
@@ -67,6 +63,12 @@ def read_cases(junit: Path, not_applicable: Mapping[str, str]) -> Iterator[Case]
             yield Case(file, name, Outcome.NOT_APPLICABLE, reason)
         else:
             yield Case(file, name, Outcome.FAILED, said.strip().partition("\n")[0][:200])
+
+
+def _said(failure: ElementTree.Element) -> str:
+    """The message, and pytest's lines of the error: no source, which has other errors' words."""
+    lines = (failure.text or "").splitlines()
+    return "\n".join([failure.get("message", ""), *(one for one in lines if one[:2] == "E ")])
 
 
 def overview_of(reports: Sequence[Report]) -> str:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from tests.conformance.cases import Case, Outcome, Report, details_of, overview_of, read_cases
 
@@ -7,7 +8,7 @@ REPORT = """<testsuites><testsuite name="pytest">
 <testcase classname="tests.api_resources.chat.test_completions.TestAsyncCompletions" name="bad">
 <failure message="it broke&#10;here">more</failure></testcase>
 <testcase classname="tests.api_resources.test_models.TestModels" name="other">
-<error message="x">suffix is not supported</error></testcase>
+<error message="x">E   suffix is not supported</error></testcase>
 <testcase classname="unit.test_models" name="skipped"><skipped message="not on linux"/></testcase>
 </testsuite></testsuites>"""
 
@@ -46,6 +47,18 @@ def test_a_reason_may_be_of_a_name_and_what_it_says(tmp_path: Path) -> None:
     cases = [*read_cases(path, {"bad.*it broke": "words of its own model"})]
     assert cases[1].reason == "words of its own model"
     assert cases[2].outcome is Outcome.FAILED
+
+
+def test_reasons_are_not_found_in_the_source_of_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "report.xml"
+    said = "def ask():\n>   assert text, 'is empty'\nE   KeyError: 'text'"
+    path.write_text(
+        f'<s><testcase name="n"><failure message="m">{escape(said)}</failure></testcase></s>'
+    )
+    (case,) = read_cases(path, {"is empty": "never"})
+    assert (case.outcome, case.reason) == (Outcome.FAILED, "m")
+    (case,) = read_cases(path, {"KeyError: 'text'": "no texts"})
+    assert case.reason == "no texts"
 
 
 def test_one_file_needs_no_table_of_files() -> None:

@@ -79,20 +79,23 @@ def test_llama_s_cases_are_sorted() -> None:
     ids = [
         "unit/test_embedding.py::test_a",
         "unit/test_basic.py::test_b",
-        "unit/test_basic.py::test_slow",
+        "unit/test_basic.py::test_real_model[tool-a/Hermes-3-8B-chatml-x]",
+        "unit/test_tool_call.py::test_weather[a/Hermes-3-8B-None]",
         "unit/test_security.py::test_c",
         "unit/test_template.py::test_d[some-template-on]",
     ]
-    left = [*not_run(ids, {*ids} - {"unit/test_basic.py::test_slow"})]
+    left = [*not_run(ids)]
     assert [(case.file, case.name) for case in left] == [
         ("unit.test_embedding", "test_a"),
-        ("unit.test_basic", "test_slow"),
+        ("unit.test_tool_call", "test_weather[a/Hermes-3-8B-None]"),
     ]
-    groups = groups_of(ids[1:], [Path("some-template.jinja"), Path("some.jinja")], Path("keys"))
+    templates = [Path("some-template.jinja"), Path("some.jinja"), Path("chatml.jinja")]
+    groups = groups_of([ids[1], ids[2], *ids[4:]], templates, Path("keys"))
     assert {name: group.cases for name, group in groups.items()} == {
-        "the example model": ids[1:3],
-        "with a key": [ids[3]],
-        "template some-template": [ids[4]],
+        "the example model": [ids[1]],
+        "template chatml": [ids[2]],
+        "with a key": [ids[4]],
+        "template some-template": [ids[5]],
     }
     assert groups["template some-template"].template == Path("some-template.jinja")
     assert groups["with a key"].arguments[:3] == ("--keys", Path("keys"), "--cors-origin")

@@ -99,7 +99,8 @@ class Guard:
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if self._keys is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
-        found = self._keys.find(_key_of(headers))
+        key = _key_of(headers)
+        found = self._keys.find(key)
         if self._keys.complaint != self._complained:
             self._complained = self._keys.complaint
             if self._complained is not None:
@@ -107,7 +108,8 @@ class Guard:
         if found is None:
             raise ApiError(
                 401,
-                "There is no such API key here; send yours as `Authorization: Bearer KEY`.",
+                f"{'There is no such API key here' if key else 'This server wants an API key'}; "
+                "send yours as `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
             )
         name, limits = found

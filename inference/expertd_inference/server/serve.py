@@ -123,6 +123,8 @@ async def _serve(
     with listening:
         try:
             serves = await _preload(catalog, settings.preload)
+            for name in catalog.unserved:
+                say(f"{name} is an alias or a variant of a model that is not there; it may come.")
             front = Front(
                 catalog,
                 metrics,

@@ -257,6 +257,13 @@ def test_what_comes_in_pieces_is_shown_as_what_comes_at_once(page: Page) -> None
     assert shown is True
 
 
+def test_text_that_is_no_markdown_keeps_its_lines(page: Page) -> None:
+    answers(page, {"content": "def f(x):\n    return x"})
+    ask(page, "f?")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    assert page.locator(f"{ANSWER} > .text").inner_text() == "def f(x):\n    return x"
+
+
 def test_reasoning_is_folded(page: Page) -> None:
     bodies = answers(page, {"reasoning_content": "Hm, "}, {"reasoning": "so."}, {"content": "42"})
     ask(page, "What?")
@@ -278,6 +285,11 @@ def test_an_error_is_a_sentence(page: Page) -> None:
     ask(page, "Hello?")
     expect(page.get_by_role("alert")).to_contain_text(sentence)
     expect(page.get_by_role("alert")).to_contain_text("another model")
+    page.unroute(CHAT)
+    full = json.dumps({"error": {"message": "This model's maximum context length is 9 tokens."}})
+    page.route(CHAT, lambda route: route.fulfill(status=400, body=full))
+    page.get_by_role("button", name="Retry").click()
+    expect(page.get_by_role("alert")).to_contain_text("begin a new one")
     page.unroute(CHAT)
     page.route(CHAT, lambda route: route.abort())
     page.get_by_role("button", name="Retry").click()
@@ -319,6 +331,15 @@ def test_what_came_of_an_answer_stays_when_the_page_is_left(page: Page) -> None:
     page.reload()
     expect(page.locator(f"{ANSWER} footer")).to_contain_text("stopped")
     expect(page.locator(f"{ANSWER} > .text")).not_to_be_empty()
+
+
+def test_leaving_the_page_before_an_answer_is_no_failure(page: Page) -> None:
+    page.route(CHAT, lambda _: None)
+    ask(page, "Hello?")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.reload()
+    expect(page.locator(f"{ANSWER} footer")).to_contain_text("stopped")
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 @pytest.mark.parametrize("path", ["/", "/host"])
@@ -437,6 +458,13 @@ def test_a_narrow_window(page: Page) -> None:
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="New conversation").first).to_be_hidden()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.set_viewport_size({"width": 340, "height": 700})
+    page.goto("/host")
+    card = page.locator(".card").bounding_box()
+    section = page.locator("#ram").bounding_box()
+    assert card is not None
+    assert section is not None
+    assert card["width"] <= section["width"]
 
 
 def test_the_host(context: BrowserContext, http: httpx2.Client) -> None:

@@ -83,12 +83,15 @@ async def test_keys(keys: Keys) -> None:
     refused = await ask(app, "GET", "/who")
     assert refused.status_code == 401
     assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert "wants an API key; send" in refused.json()["error"]["message"]
     assert refused.headers["www-authenticate"] == "Bearer"
     # Clients of Anthropic try again for minutes otherwise.
     assert refused.headers["x-should-retry"] == "false"
     assert (await ask(app, "GET", "/who", authorization=f"Bearer {KEY}")).text == "alice"
     assert (await ask(app, "GET", "/who", x_api_key=KEY)).text == "alice"
-    assert (await ask(app, "GET", "/who", authorization="Bearer ek-bob")).status_code == 401
+    refused = await ask(app, "GET", "/who", authorization="Bearer ek-bob")
+    assert refused.status_code == 401
+    assert "no such API key" in refused.json()["error"]["message"]
     assert (await ask(app, "GET", "/health")).status_code == 200
     assert (await ask(app, "GET", "/v1/messages")).json()["type"] == "error"
     # A browser asks first whether it may, and sends no key with that.

@@ -76,6 +76,7 @@ def test_a_stream_has_the_same_calls(model: str, http: httpx2.Client) -> None:
     wanted = [call["function"] for call in choice["message"]["tool_calls"]]
     assert [call["function"] for call in calls] == wanted
     assert text_of(events) == ""
+    assert deltas[0] == {"role": "assistant"}, "no content, as OpenAI has it"
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 

@@ -118,8 +118,9 @@ async def test_a_stream_says_the_same_a_token_an_event(recital: Recital) -> None
     deltas = [event["choices"][0]["delta"] for event in events[:-1]]
     assert deltas[0] == {"role": "assistant", "content": ""}
     assert deltas[-1] == {}
-    # The end's token, too, has its event.
+    # The end's token, too, has its event; a token that gives nothing has an empty one.
     assert len(deltas) == len(HERMES.text) + 1 + 2
+    assert all(delta.get("content") != "" for delta in deltas[1:])
     joined = {
         name: "".join(delta.get(name) or "" for delta in deltas)
         for name in ("content", "reasoning_content", "reasoning")

@@ -186,7 +186,9 @@ class _Chat:
                     known = msgspec.UNSET if readers else self._prompt_logprobs(token)
                     ids = msgspec.UNSET if readers else self._prompt_ids
                     readers[index] = self._chat.reader(self._asked)
-                    begun = ChunkChoice(index, Delta("assistant", ""), None, None)
+                    # As OpenAI's, which has no content where only calls may come.
+                    content = None if self._chat.tools.required else ""
+                    begun = ChunkChoice(index, Delta("assistant", content), None, None)
                     yield event(self._answer([begun], self._usage, ids, known))
                 reader = readers[index]
                 num_before = reader.num_calls

@@ -109,13 +109,15 @@ def message_of(pieces: Sequence[Piece]) -> AnswerMessage:
 
 
 def delta_of(piece: Piece, num_calls: int) -> Delta:
-    """What a token gave; ``num_calls`` came before it."""
+    """What a token gave, which may be nothing; ``num_calls`` came before it."""
     calls = [
         DeltaCall(index, call.id, CalledFunction(call.name, call.arguments))
         for index, call in enumerate(piece.calls, num_calls)
     ]
     reasoning = piece.reasoning or None
-    content = piece.content if piece.content or not (reasoning or calls) else None
     return Delta(
-        content=content, reasoning_content=reasoning, reasoning=reasoning, tool_calls=calls or None
+        content=piece.content or None,
+        reasoning_content=reasoning,
+        reasoning=reasoning,
+        tool_calls=calls or None,
     )

@@ -21,17 +21,17 @@ def for_template(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_one(f"messages[{at}]", message) for at, message in enumerate(messages)]
 
 
-def with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of :func:`for_template` for a template that takes one system message, the first.
+def with_few_systems(messages: Sequence[dict[str, Any]], *, first: bool) -> list[dict[str, Any]]:
+    """Messages of :func:`for_template` for a template that takes no system message, or ``first``.
 
-    Those that begin the chat are joined. A later one is told by the user, and messages of the user
+    Those that begin the chat are joined. The others are told by the user, and messages of the user
     side by side are joined, as some templates have user and assistant in turns.
     """
     joined: list[dict[str, Any]] = []
     for message in messages:
         last = joined[-1] if joined else message
         role = message["role"]
-        if role == "system" and last["role"] != "system":
+        if role == "system" and (last["role"] != "system" or not first):
             role = "user"
         if joined and role == last["role"] and role in ("system", "user"):
             joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}

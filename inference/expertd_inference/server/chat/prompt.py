@@ -10,7 +10,7 @@ from expertd_inference.server.chat.answer import AnswerParser, AnswerReader
 from expertd_inference.server.chat.answer_grammar import AnswerGrammar, Reasoning
 from expertd_inference.server.chat.families import Family, family_named
 from expertd_inference.server.chat.forced_calls import FORCED, rules_of_tools
-from expertd_inference.server.chat.messages import for_template, with_one_system
+from expertd_inference.server.chat.messages import for_template, with_few_systems
 from expertd_inference.server.chat.recognition import family_of, family_that_calls
 from expertd_inference.server.chat.regions import Kind
 from expertd_inference.server.chat.tools import Tools, chosen_tools
@@ -177,16 +177,19 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
 def _rendered(text: ModelText, messages: Sequence[dict[str, Any]], **how: Any) -> str:  # noqa: ANN401
     """The messages in the template, without the loss of any that instructs the model.
 
-    Agents send system messages in the middle of a chat. Some templates refuse them, and some leave
-    them out: these get what :func:`with_one_system` makes of the messages.
+    Agents send system messages, also in the middle of a chat. Some templates refuse them, and some
+    leave later ones out: these get what :func:`with_few_systems` makes of the messages.
     """
     later = [one["content"].strip() for one in messages[1:] if one["role"] == "system"]
     try:
         rendered = text.render(messages, **how)
     except InvalidInputError:
-        if not later:
+        if all(one["role"] != "system" for one in messages):
             raise
     else:
         if all(one in rendered for one in later):
             return rendered
-    return text.render(with_one_system(messages), **how)
+    try:
+        return text.render(with_few_systems(messages, first=True), **how)
+    except InvalidInputError:
+        return text.render(with_few_systems(messages, first=False), **how)

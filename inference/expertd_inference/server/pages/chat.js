@@ -157,9 +157,15 @@ function drawFoot(article, message, at) {
   }
 }
 
+const HINTS = [
+  [/has no chat template/, "A model without one continues texts only; another model of the list above may be made for chats."],
+  [/maximum context length/, "This conversation is as long as the model takes: begin a new one."],
+];
+
 function failure({ message, status }) {
-  const hint = /has no chat template/.test(message) ? " A model without one continues texts only; another model of the list above may be made for chats." : "";
-  return element("p", { className: "failure", role: "alert" }, message + hint + (status === 429 ? " Others are being served first." : ""));
+  const hints = HINTS.filter(([about]) => about.test(message)).map(([, hint]) => hint);
+  if (status === 429) hints.push("Others are being served first.");
+  return element("p", { className: "failure", role: "alert" }, [message, ...hints].join(" "));
 }
 
 function figures({ tokens, seconds, first, stopped, cut }) {
@@ -403,10 +409,11 @@ byId("message").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
 };
 addEventListener("pagehide", () => {
-  // What has come of an answer stays.
-  for (const one of coming.keys()) {
+  // What has come of an answer stays, and the end of its request is no failure.
+  for (const [one, abort] of coming) {
     one.messages.at(-1).stopped = true;
     save(one);
+    abort.abort();
   }
 });
 document.onkeydown = (event) => {

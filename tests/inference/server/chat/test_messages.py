@@ -1,4 +1,4 @@
-"""Messages of the system in a chat's middle, in templates of three kinds."""
+"""Messages of the system, in templates of four kinds."""
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,14 @@ LEAVES_OUT = """\
 {%- if messages[0].role == 'system' -%}[system]{{ messages[0].content }}{%- endif -%}
 {%- for one in messages if one.role != 'system' -%}
 [{{ one.role }}]{{ one.content }}
+{%- endfor -%}"""
+
+KNOWS_NONE = """\
+{%- for one in messages -%}
+{%- if one.role == 'system' or one.role == messages[loop.index0 - 1].role and not loop.first -%}
+{{ raise_exception('Roles must be user and assistant in turns.') }}
+{%- endif -%}
+[{{ one.role }}]{{ one.content | trim }}
 {%- endfor -%}"""
 
 
@@ -62,6 +70,13 @@ def test_a_template_that_takes_them_gets_them(pack: Path) -> None:
 def test_a_template_that_does_not_has_them_told_by_the_user(pack: Path, template: str) -> None:
     assert rendered(pack, template, *CHAT) == (
         "[system]Be kind.\n\nBe brief.[user]One?\n\nToday is Monday. \n\nTwo?"
+        "[assistant]Three.[user]Use no tools."
+    )
+
+
+def test_a_template_that_knows_no_system_has_all_told_by_the_user(pack: Path) -> None:
+    assert rendered(pack, KNOWS_NONE, *CHAT) == (
+        "[user]Be kind.\n\nBe brief.\n\nOne?\n\nToday is Monday. \n\nTwo?"
         "[assistant]Three.[user]Use no tools."
     )
 

@@ -48,7 +48,7 @@ def metrics() -> ServerMetrics:
 async def catalog(metrics: ServerMetrics, tmp_path: Path) -> AsyncIterator[Catalog]:
     made = Catalog(
         [EngineSpec(model="", socket=str(tmp_path))],
-        aliases={},
+        aliases={"lost": "gone"},
         variants={},
         template=None,
         idle_seconds=None,
@@ -91,6 +91,16 @@ async def test_the_daemon_is_asked_once_for_all(
     daemon.error = None
     with pytest.raises(NotFoundError, match="name one of: a"):
         await catalog.find("b")
+
+
+async def test_names_of_models_that_are_not_there_are_not_offered(catalog: Catalog) -> None:
+    daemon = daemon_of(catalog, "a")
+    with pytest.raises(NotFoundError, match=r"name one of: a\.$"):
+        await catalog.find("lost")
+    assert catalog.unserved == ["lost"]
+    daemon.names = ("a", "gone")
+    assert (await catalog.find("lost")).name == "gone"
+    assert catalog.unserved == []
 
 
 async def test_an_unloaded_model_is_forgotten(
