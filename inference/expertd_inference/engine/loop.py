@@ -93,6 +93,13 @@ class Loop:
             return False
         self._note_begun(plan)
         try:
+            # Once: a block may be the target of one copy after it was the source of another.
+            for source, target in plan.copies:
+                self._executor.copy_block(source, target)
+        except Exception as error:
+            self.end_all(_unforeseen(error))
+            return True
+        try:
             chosen = self._computed(plan)
         except Exception as error:
             self._fail(plan, error)
@@ -102,8 +109,6 @@ class Loop:
 
     def _computed(self, plan: StepPlan) -> Choices:
         assert plan.batch is not None
-        for source, target in plan.copies:
-            self._executor.copy_block(source, target)
         return self._sample(plan, self._forward(plan.batch))
 
     def _schedule(self) -> StepPlan:
