@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from expertstore.errors import (
 STORE_GONE = (*SESSION_ENDED, NotFoundError, PreconditionError, DeviceLostError)
 """Errors of a step that the next step would meet as well: they end all sequences."""
 
+Result = TypeVar("Result")
 Choices = dict[int, Chosen | ExpertdError]
 """The next token of each sequence that chooses one, by its id; or why it has none."""
 
@@ -92,8 +95,8 @@ class Loop:
             return False
         self._note_begun(plan)
         try:
-            for source, target in plan.copies:
-                self._executor.copy_block(source, target)
+            for blocks in plan.copies:
+                _until_kept(partial(self._executor.copy_block, *blocks))
             logits = self._forward(plan.batch)
             chosen = self._sample(plan, logits)
         except Exception as error:
@@ -124,12 +127,7 @@ class Loop:
         return logits
 
     def _computed(self, batch: Batch) -> Tensor:
-        while True:
-            try:
-                return self._executor.forward(batch)
-            except StepLostError:
-                # A step changes nothing but what it appends, and the next one overwrites that.
-                continue
+        return _until_kept(partial(self._executor.forward, batch))
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> Choices:
         lives = [self._live[sequence.id] for sequence in plan.choosing]
@@ -193,6 +191,16 @@ class Loop:
                 self._scheduler.finish(live.sequence.id)
                 del self._live[live.sequence.id]
             live.outlet.end(error)
+
+
+def _until_kept(step: Callable[[], Result]) -> Result:
+    """Computes a step, or a part of one, again for as long as it is lost."""
+    while True:
+        try:
+            return step()
+        except StepLostError:
+            # A step changes nothing but what it appends, and the next one overwrites that.
+            continue
 
 
 def _token(live: Live, new: Chosen) -> Token:
