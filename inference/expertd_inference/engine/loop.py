@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from expertstore.errors import (
 STORE_GONE = (*SESSION_ENDED, NotFoundError, PreconditionError, DeviceLostError)
 """Errors of a step that the next step would meet as well: they end all sequences."""
 
+Result = TypeVar("Result")
 Choices = dict[int, Chosen | ExpertdError]
 """The next token of each sequence that chooses one, by its id; or why it has none."""
 
@@ -95,7 +98,7 @@ class Loop:
         try:
             # Once: a block may be the target of one copy after it was the source of another.
             for source, target in plan.copies:
-                self._executor.copy_block(source, target)
+                _until_kept(partial(self._executor.copy_block, source, target))
         except Exception as error:
             self.end_all(_unforeseen(error))
             return True
@@ -133,12 +136,7 @@ class Loop:
         return logits
 
     def _repeated(self, batch: Batch) -> Tensor:
-        while True:
-            try:
-                return self._executor.forward(batch)
-            except StepLostError:
-                # A step changes nothing but what it appends, and the next one overwrites that.
-                continue
+        return _until_kept(partial(self._executor.forward, batch))
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> Choices:
         lives = [self._live[sequence.id] for sequence in plan.choosing]
@@ -218,6 +216,16 @@ class Loop:
                 self._scheduler.finish(live.sequence.id)
                 del self._live[live.sequence.id]
             live.outlet.end(error)
+
+
+def _until_kept(step: Callable[[], Result]) -> Result:
+    """Computes a step, or a part of one, again for as long as it is lost."""
+    while True:
+        try:
+            return step()
+        except StepLostError:
+            # A step changes nothing but what it appends, and the next one overwrites that.
+            continue
 
 
 def _token(live: Live, new: Chosen) -> Token:

@@ -39,7 +39,10 @@ class Executor(Protocol):
         """
 
     def copy_block(self, source: int, target: int) -> None:
-        """Gives one block all keys and values of another; asked only if it shares prefixes."""
+        """Gives one block all keys and values of another; asked only if it shares prefixes.
+
+        Raises as :meth:`forward`.
+        """
 
     def close(self) -> None:
         """Gives its memory back; twice is harmless."""

@@ -101,7 +101,8 @@ class ModulesExecutor:
 
     def copy_block(self, source: int, target: int) -> None:
         """Of :class:`.executor.Executor`."""
-        self.memory.copy_block(source, target)
+        with self._around():
+            self.memory.copy_block(source, target)
 
     def close(self) -> None:
         """Unmaps the blocks."""

@@ -295,3 +295,30 @@ def test_a_step_with_which_all_fail_is_the_engines_fault() -> None:
     for client in clients:
         client.read()
         assert type(client.error) is StepFailedError
+
+
+def test_a_copy_that_is_lost_is_made_again() -> None:
+    rig = Rig(Room(num_blocks=20, num_sequences=4, num_rows=100))
+    copy, made = rig.executor.copy_block, list[tuple[int, int]]()
+
+    def copy_block(source: int, target: int) -> None:
+        made.append((source, target))
+        if len(made) == 1:
+            raise StepLostError("lost")
+        copy(source, target)
+
+    rig.executor.copy_block = copy_block  # type: ignore[method-assign]
+    settings = GenerationSettings(max_new_tokens=4, temperature=0.0, ignore_eos=True)
+    clients = []
+    for last in (1, 2):
+        clients.append(rig.submit([1] * 40 + [last] * 9, settings))
+        while rig.loop.step():
+            pass
+    assert made[0] == made[1]
+    assert len(made) == 2
+    for client in clients:
+        client.read()
+        assert client.ended
+        assert client.tokens == client.alone().tokens
+    assert clients[1].opening is not None
+    assert clients[1].opening.num_cached_tokens == 40
