@@ -1,7 +1,7 @@
 """How a generation is asked for; needs no torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from expertd_inference.field_types import check_types
@@ -232,6 +232,25 @@ class DeviceSettings:
                 f"each of {self.layers_guessed} layers are guessed, which need "
                 f"{self.num_guesses}; give as many, or guess less."
             )
+
+    def for_exact(self) -> "DeviceSettings":
+        """These, but no expert is computed on the CPU, and no step is recorded.
+
+        Both round otherwise, and depend on what is cached and what else is computed. Raises
+        InvalidInputError if one of them was asked for.
+        """
+        graphs = self.decode_graphs
+        if self.on_miss is OnMiss.CPU:
+            raise InvalidInputError(
+                "With --on-miss cpu an expert's bits depend on whether it is in the GPU's cache, "
+                "which --exact rules out; leave out one of them, or give --on-miss copy."
+            )
+        if graphs in (DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE):
+            raise InvalidInputError(
+                f"Recorded steps round otherwise than prompts (--decode-graphs {graphs}), which "
+                "--exact rules out; leave out one of them."
+            )
+        return replace(self, on_miss=OnMiss.COPY, decode_graphs=DecodeGraphsMode.OFF)
 
     @property
     def layers_guessed(self) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from expertd_client import Session, TlsFiles
 from expertd_inference.device.group import DeviceGroup, open_devices
-from expertd_inference.device.placement import CPU
+from expertd_inference.device.placement import CPU, device_names
 from expertd_inference.device.stats import DeviceStats
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.engine import Engine
@@ -81,8 +81,8 @@ class Worker(Closing):
         the bits of a result do not depend on what else is computed beside it; ``activations`` are
         the bits, 16 or 8, of what meets quantized weights where a step has several rows.
         ``limits`` are those of :attr:`engine`. Raises PackError if the pack cannot be loaded,
-        InvalidInputError if the device's cache would be too small or ``kernels`` are not exact,
-        PreconditionError if there are none that are, DeviceError.
+        InvalidInputError if the device's cache would be too small, or if ``kernels`` or ``device``
+        ask for what is not exact, PreconditionError if no kernels are, DeviceError.
         """
         self._attachment = attachment
         self.session = session = attachment.session
@@ -94,6 +94,8 @@ class Worker(Closing):
             undo.callback(attachment.close)
             self.manifest = _manifest_of(session, self.pack)
             settings = device or DeviceSettings()
+            if exact and device_names(settings):
+                settings = settings.for_exact()
             devices = open_devices(self.manifest, settings, say)
             for each in devices.values():
                 undo.callback(each.close)
@@ -135,6 +137,7 @@ class Worker(Closing):
                     devices,
                     kv_bytes=_kv_reserve(loaded.model, limits),
                     fill=self.kernels.fill_slots,
+                    exact=exact,
                 )
                 undo.callback(self._runner.close)
                 self._runner.connect(

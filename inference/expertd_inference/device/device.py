@@ -133,8 +133,8 @@ class Device(Protocol):
     def fill_slots_cached(self, slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
         """Queues the experts that have a slot of the cache: their results, into ``slots``.
 
-        As ``kernels.cpu.reference.fill_slots`` does, into [T, k, H]. All tensors lie on this
-        device.
+        As ``kernels.cpu.reference.fill_slots`` does, into [T, k, H]; of a wave that is ``exact``
+        row by row. All tensors lie on this device.
         """
 
     def recorder(self) -> GraphRecorder:

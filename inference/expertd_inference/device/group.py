@@ -87,13 +87,15 @@ class DeviceGroup:
         kv_bytes: int = 0,
         rates: Rates | None = None,
         fill: FillSlots = fill_slots,
+        exact: bool = False,
     ) -> None:
         """``devices`` are those of the MoE layers, opened, with their part of the trunk on them.
 
         ``kv_bytes`` are what the keys and values of all layers may come to: an automatic cache
         leaves room for them, on each device for its layers' share. ``rates`` are measured when it
-        connects, unless they are given or nobody asks. Allocates the devices' caches. Raises
-        InvalidInputError, DeviceMemoryError.
+        connects, unless they are given or nobody asks. With ``exact`` the bits of a row do not
+        depend on the other rows. Allocates the devices' caches. Raises InvalidInputError,
+        DeviceMemoryError.
         """
         self._stats = DeviceStats()
         self.devices = list({id(device): device for device in devices.values()}.values())
@@ -122,6 +124,7 @@ class DeviceGroup:
                 {layer: layouts[layer].record_bytes for layer in own},
                 CostModel(rates or TYPICAL),
                 fill,
+                exact,
             )
             runner = DeviceExpertsRunner(
                 parts, source, self.transaction, settings, self._stats, source.hint

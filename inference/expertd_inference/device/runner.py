@@ -62,6 +62,8 @@ class DeviceParts:
     """By layer."""
     cost: CostModel = field(default_factory=lambda: CostModel(TYPICAL))
     fill_slots: FillSlots = fill_slots
+    exact: bool = False
+    """Whether the bits of a row may not depend on the other rows."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class DeviceExpertsRunner:
         self._record_bytes = parts.record_bytes
         self.cost = parts.cost
         self.fill_slots = parts.fill_slots
+        self._exact = parts.exact
         self._engine = CopyEngine(parts.device, parts.slots, source)
         self._table = SlotUpload(parts.device)
         self._routers: Mapping[int, ExpertGuesser] = {}
@@ -276,7 +279,9 @@ class DeviceExpertsRunner:
             call.num_experts, [(place.expert, place.slot) for place in places]
         )
         self.device.fill_slots_cached(
-            block.slots, call.routed, CachedWave(self._engine.slots, slot_of, call.spec)
+            block.slots,
+            call.routed,
+            CachedWave(self._engine.slots, slot_of, call.spec, self._exact),
         )
         self._engine.read([place.slot for place in places])
 

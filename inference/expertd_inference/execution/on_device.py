@@ -30,8 +30,7 @@ def device_executor(
     around = group.transaction.forward_pass
     executor = choose_for(model, _with_scratch(room), say, exact=exact, around=around)
     if (
-        exact
-        or not group.records
+        not group.records
         or not isinstance(executor, ModulesExecutor)
         or executor.recurrent
         or executor.turning_point is not None

@@ -94,3 +94,5 @@ class CachedWave:
     slot_of: Tensor
     """[num_experts], int32: the slot of each expert; -1 leaves the rows of that expert alone."""
     spec: ExpertsSpec
+    exact: bool = False
+    """Whether the bits of a row may not depend on the other rows."""

@@ -297,7 +297,7 @@ class FakeDevice:
             self._deliver(begin)
         records = [places[e] * cache.shape[1] for e in experts]
         arena = ArenaTensors(cache.data_ptr(), cache.nbytes)
-        fill_slots(slots, routed, Wave(experts, records, arena, wave.spec))
+        fill_slots(slots, routed, Wave(experts, records, arena, wave.spec), row_by_row=wave.exact)
         num_bytes = len(experts) * wave.spec.layout.record_bytes
         self._compute_time = begin + num_bytes / self._speed.memory_bytes_per_second
         read = tuple(cache[places[e]].data_ptr() for e in experts)

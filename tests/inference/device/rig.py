@@ -59,6 +59,7 @@ def make_rig(
     dtype: torch.dtype = torch.bfloat16,
     reattach_seconds: float = 1.0,
     stepped: bool = True,
+    exact: bool = False,
     say: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Rig:
@@ -81,6 +82,7 @@ def make_rig(
         {layer: by_name[name] for layer, name in place_layers(layers, list(by_name)).items()},
         rates=rates,
         fill=fill_slots,
+        exact=exact,
     )
 
     group.connect(trunk.model, trunk.experts, source.manifest, say)

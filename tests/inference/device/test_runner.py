@@ -104,6 +104,20 @@ def test_a_batch_equals_its_rows(packed: Make) -> None:
         assert torch.allclose(rig.logits(row)[0], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_exact_rows_do_not_depend_on_others(num_rows: int, packed: Make) -> None:
+    settings = {"num_slots": 12, "dtype": torch.float32, "on_miss": OnMiss.COPY}
+    rig = make_rig(HeldPackSource(packed("mixtral")), exact=True, **settings)
+    experts = rig.model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(num_rows)
+    rows = torch.randn(40, 128, generator=generator)
+    index = torch.rand(40, 8, generator=generator).argsort(1)[:, :2]
+    weights = torch.rand(40, 2, generator=generator)
+    together = experts(rows, index, weights)
+    parts = (x.split(num_rows) for x in (rows, index, weights))
+    assert torch.equal(torch.cat([experts(*part) for part in zip(*parts, strict=True)]), together)
+
+
 def test_threads_take_turns(packed: Make) -> None:
     # The source asserts that no lease is taken while another is held.
     rig = make_rig(HeldPackSource(packed("mixtral")), num_slots=8)

@@ -53,6 +53,11 @@ def record_bytes(pack: Path) -> int:
     return max(layout["record_bytes"] for layout in layouts)
 
 
+def exact_worker(daemon: Daemon, **settings: Any) -> Worker:
+    device = DeviceSettings(device="fake", **settings)
+    return Worker(attach("m", daemon.socket), device=device, exact=True)
+
+
 @pytest.fixture(scope="module")
 def pack(packed: Make) -> Path:
     path: Path = packed("mixtral")
@@ -316,3 +321,31 @@ def test_a_runner_that_fails_to_close_ends_the_session_all_the_same(
             with pytest.raises(ZeroDivisionError):
                 worker.close()
         eventually(lambda: number not in {each["id"] for each in store.stats()["sessions"]})
+
+
+def test_exact_computes_no_expert_on_the_cpu(pack: Path, roomy: Daemon) -> None:
+    settings = GenerationSettings(max_new_tokens=8)
+    with exact_worker(roomy, cache_bytes=7 * record_bytes(pack)) as worker:
+        worker.engine.generate([PROMPT[:4]], settings)
+        assert worker.device_stats is not None
+        assert worker.device_stats.host_hits > 0
+        assert worker.device_stats.cpu_computed == 0
+        assert worker.engine.executor == "modules"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"on_miss": OnMiss.CPU}, "--on-miss cpu.*give --on-miss copy"),
+        ({"decode_graphs": DecodeGraphsMode.SEGMENTS}, "--decode-graphs segments.*leave out one"),
+        ({"decode_graphs": DecodeGraphsMode.WHOLE}, "--decode-graphs whole.*leave out one"),
+    ],
+)
+def test_what_is_not_exact_is_refused(
+    settings: dict[str, Any], words: str, fakes: list[FakeDevice], roomy: Daemon
+) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        exact_worker(roomy, **settings)
+    assert not fakes
+    # Nothing of this is about a worker without a device.
+    Worker(attach("m", roomy.socket), device=DeviceSettings(**settings), exact=True).close()

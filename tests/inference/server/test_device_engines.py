@@ -16,7 +16,13 @@ from tests.inference.conftest import Make
 from tests.inference.server.events import stream
 
 DEVICES = ("fake:0", "fake:1")
-TOKENS = 100
+BODY = {
+    "prompt": "def f(",
+    "max_tokens": 100,
+    "temperature": 0,
+    "ignore_eos": True,
+    "logprobs": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +32,12 @@ def served(packed: Make) -> Iterator[Server]:
         arguments += ["--device", device]
     with serving_http(*arguments, fake_devices=True) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def expected(served: Server) -> list[Any]:
+    """The answer that nothing happens to."""
+    return _answer(served)
 
 
 def test_each_device_has_an_engine(served: Server) -> None:
@@ -40,17 +52,18 @@ def test_each_device_has_an_engine(served: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1], ids=["killed", "GPU lost"])
-def test_the_other_goes_on_and_it_is_started_again(served: Server, number: int) -> None:
+def test_the_other_goes_on_and_it_is_started_again(
+    served: Server, expected: list[Any], number: int
+) -> None:
     before = _engines(served)
-    found: list[int] = []
-    asking = threading.Thread(target=lambda: found.append(_num_tokens(served)))
+    found: list[list[Any]] = []
+    asking = threading.Thread(target=lambda: found.append(_answer(served)))
     asking.start()
     _until(lambda: any(engine["running"] for engine in _engines(served)))
     (ended,) = [engine for engine in _engines(served) if engine["running"]]
     os.kill(ended["pid"], number)
     asking.join()
-    # No bit more is promised of devices than that it goes on, so the text may be another.
-    assert found == [TOKENS]
+    assert found == [expected]
     _until(lambda: all(engine["pid"] is not None for engine in _engines(served)))
     after = _engines(served)
     assert sum(engine["deaths"] for engine in after) == 1 + sum(one["deaths"] for one in before)
@@ -63,19 +76,16 @@ def _engines(server: Server) -> list[dict[str, Any]]:
     return found
 
 
-def _num_tokens(server: Server) -> int:
-    """Of an answer, as its client gets them."""
+def _answer(server: Server) -> list[Any]:
+    """Tokens, how likely each was, and which others were likely."""
     with httpx2.Client(base_url=server.url, timeout=120) as client:
-        body = {
-            "prompt": "def f(",
-            "max_tokens": TOKENS,
-            "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }
-        events = stream(client, "/v1/completions", body)
+        events = stream(client, "/v1/completions", BODY)
     assert not any("error" in event for event in events)
-    num_tokens: int = events[-1]["usage"]["completion_tokens"]
-    return num_tokens
+    found = [one["logprobs"] for event in events for one in event["choices"] if one["logprobs"]]
+    names = ("tokens", "token_logprobs", "top_logprobs")
+    answer = [[each for one in found for each in one[name]] for name in names]
+    assert {*map(len, answer)} == {BODY["max_tokens"]}
+    return answer
 
 
 def _until(true: Any) -> None:

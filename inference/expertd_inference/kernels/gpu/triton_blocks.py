@@ -24,6 +24,8 @@ from expertd_inference.kernels.gpu.triton_form import Form
 
 MAX_GEMV_TOKENS = 8
 """Up to so many tokens each (token, expert) pair reads its expert by itself."""
+MAX_GEMV_PAIRS = 65_535
+"""CUDA's limit of a grid's second dimension, which pairs are."""
 MAX_LINEAR_GEMV_TOKENS = 2
 """The trunk's rows are shared by all tokens: from three on a tensor core reads them once."""
 

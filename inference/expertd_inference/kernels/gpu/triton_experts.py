@@ -2,14 +2,15 @@
 
 Up to ``MAX_GEMV_TOKENS`` tokens take :mod:`.triton_gemv`, two launches that a CUDA graph can
 hold; more take :mod:`.triton_gemm`. Neither waits for the device, and which of them runs
-depends on the number of tokens alone.
+depends on the number of tokens alone; of an exact wave any number takes the first, whose sums are
+those of each pair by itself.
 """
 
 import torch
 from torch import Tensor
 
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
-from expertd_inference.kernels.gpu.triton_blocks import MAX_GEMV_TOKENS, gemm_blocks
+from expertd_inference.kernels.gpu.triton_blocks import MAX_GEMV_PAIRS, MAX_GEMV_TOKENS, gemm_blocks
 from expertd_inference.kernels.gpu.triton_form import TRITON_DTYPES, record_form
 from expertd_inference.kernels.gpu.triton_gemm import launch_experts_gemm
 from expertd_inference.kernels.gpu.triton_gemv import aligned, launch_experts_gemv
@@ -34,9 +35,13 @@ def fill_slots_cached(slots: Tensor, routed: Routed, wave: CachedWave, /) -> Non
     _check(slots, routed, wave)
     if not len(routed):
         return
+    num_at_once = len(routed)
+    if wave.exact:
+        num_at_once = min(num_at_once, MAX_GEMV_PAIRS // routed.top_k)
     # Triton launches on the current device, which is another thread's or another worker's choice.
     with torch.cuda.device_of(routed.rows):  # type: ignore[no-untyped-call]
-        _launch(slots, routed, wave)
+        for part, rows in zip(slots.split(num_at_once), routed.split(num_at_once), strict=True):
+            _launch(part, rows, wave)
 
 
 def _launch(slots: Tensor, routed: Routed, wave: CachedWave) -> None:
@@ -46,7 +51,7 @@ def _launch(slots: Tensor, routed: Routed, wave: CachedWave) -> None:
     gate_up, down = record_form(spec.layout, GATE_UP), record_form(spec.layout, DOWN)
     rows, weights = aligned(routed.rows), routed.weights.contiguous()
     inner = torch.empty(num_tokens * top_k, down.columns, dtype=rows.dtype, device=rows.device)
-    if num_tokens <= MAX_GEMV_TOKENS:
+    if wave.exact or num_tokens <= MAX_GEMV_TOKENS:
         routing = (index.contiguous(), weights, slot_of, cache)
         launch_experts_gemv(inner, rows, *routing, gate_up, spec.activation)
         launch_experts_gemv(slots, inner, *routing, down, None)

@@ -1,6 +1,7 @@
 """The GPU's MoE layer against the reference: under Triton's interpreter where no GPU is."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,6 +192,23 @@ def test_an_expert_may_take_all_tokens() -> None:
     )
     expected = layer.expected(torch.zeros(40, 1, 32), hidden, index, weights, [63])
     assert_close(slots.cpu(), expected, torch.bfloat16)
+
+
+def test_bits_of_a_row_of_an_exact_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = CachedLayer(matrices("4g32", 64, 32), device=DEVICE)
+    hidden = torch.randn(MANY, 64, device=DEVICE, dtype=torch.bfloat16)
+    index, weights = routed(MANY, 2, layer.num_experts, DEVICE)
+    wave = replace(layer.wave, exact=True)
+    together, alone, parts = torch.zeros(3, MANY, 2, 64, device=DEVICE)
+    fill_slots_cached(together, Routed(hidden, index, weights), wave)
+    for at in range(MANY):
+        one = slice(at, at + 1)
+        fill_slots_cached(alone[one], Routed(hidden[one], index[one], weights[one]), wave)
+    assert torch.equal(together, alone)
+    # A grid of CUDA's has no more pairs than this.
+    monkeypatch.setattr(triton_experts, "MAX_GEMV_PAIRS", 7)
+    fill_slots_cached(parts, Routed(hidden, index, weights), wave)
+    assert torch.equal(together, parts)
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
