@@ -136,6 +136,10 @@ class StepFailedError(ExpertdError):
     """A step of a worker's engine failed in an unforeseen way: ``__cause__``. Never by RPC."""
 
 
+class SequenceFailedError(StepFailedError):
+    """One sequence failed in an unforeseen way while others of its step did not. Never by RPC."""
+
+
 class DeviceError(ExpertdError):
     """A worker's own device failed it; other workers and the daemon do not notice."""
 

@@ -59,10 +59,10 @@ class Engine(Closing):
     its prompt, settings and seed; what else is computed changes them only as far as rounding
     depends on the number of rows, and with ``Worker(exact=True)`` not at all.
 
-    An error of a step ends the sequences of that step, and of all sequences where the next step
-    would meet it as well (the daemon is gone for longer than the worker waits, the model was
-    unloaded): their streams raise it. The engine can be used again then: once the daemon is back,
-    new sequences are computed. The worker's ``close`` closes the engine, too.
+    An error of a step ends those of its sequences that also fail when they are computed alone, and
+    all sequences where the next step would meet it as well (the daemon is gone for longer than the
+    worker waits, the model was unloaded): their streams raise it. The engine can be used again
+    then: once the daemon is back, new sequences are computed. The worker's ``close`` closes the engine, too.
     """
 
     def __init__(
@@ -113,6 +113,11 @@ class Engine(Closing):
     def executor(self) -> str:
         """What computes the steps: ``program``, ``graphs``, ``modules`` or ``turns``."""
         return self._executor.name
+
+    @property
+    def closed(self) -> bool:
+        """Whether it computes no more: :meth:`close` was called, or its thread met a fault."""
+        return self._closed
 
     @property
     def reason(self) -> str:

@@ -24,6 +24,7 @@ from expertstore.errors import (
     ExpertdError,
     NotFoundError,
     PreconditionError,
+    SequenceFailedError,
     StepFailedError,
 )
 
@@ -92,13 +93,16 @@ class Loop:
             return False
         self._note_begun(plan)
         try:
-            logits = self._forward(plan.batch)
-            chosen = self._sample(plan, logits)
+            chosen = self._computed(plan)
         except Exception as error:
             self._fail(plan, error)
         else:
             self._deliver(chosen)
         return True
+
+    def _computed(self, plan: StepPlan) -> Choices:
+        assert plan.batch is not None
+        return self._sample(plan, self._forward(plan.batch))
 
     def _schedule(self) -> StepPlan:
         with self._lock:
@@ -113,15 +117,15 @@ class Loop:
     def _forward(self, batch: Batch) -> Tensor:  # [batch.num_wanted, vocabulary]
         began = time.perf_counter()
         if self._executor.fits(batch):
-            logits = self._computed(batch)
+            logits = self._repeated(batch)
         else:
-            logits = torch.cat([self._computed(Batch((span,))) for span in batch.spans])
+            logits = torch.cat([self._repeated(Batch((span,))) for span in batch.spans])
         self._pace.took(1e3 * (time.perf_counter() - began), batch)
         self.num_steps += 1
         self.num_rows += batch.num_rows
         return logits
 
-    def _computed(self, batch: Batch) -> Tensor:
+    def _repeated(self, batch: Batch) -> Tensor:
         while True:
             try:
                 return self._executor.forward(batch)
@@ -135,13 +139,6 @@ class Loop:
             self._rows_that_choose(plan, logits),
             [live.sampler for live in lives],
             [live.sequence.tokens for live in lives],
-        )
-        follow(
-            [
-                (live.sampler.matcher, new.token)
-                for live, new in zip(lives, chosen, strict=True)
-                if live.sampler.matcher is not None and isinstance(new, Chosen)
-            ]
         )
         return {live.sequence.id: new for live, new in zip(lives, chosen, strict=True)}
 
@@ -160,6 +157,14 @@ class Loop:
         return logits if len(rows) == len(logits) else logits[rows]
 
     def _deliver(self, chosen: Choices) -> None:
+        follow(
+            [
+                (matcher, new.token)
+                for id_, new in chosen.items()
+                if isinstance(new, Chosen)
+                and (matcher := self._live[id_].sampler.matcher) is not None
+            ]
+        )
         tokens = {id_: new.token for id_, new in chosen.items() if isinstance(new, Chosen)}
         with self._lock:
             self._scheduler.done(tokens)
@@ -171,19 +176,34 @@ class Loop:
             try:
                 token = _token(live, new)
             except Exception as error:
-                self._end([live], _unforeseen(error))
+                self._end([live], _of_one(error))
                 continue
             live.outlet.send([token])
             if token.finish_reason is not None:
                 self._end([live])
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
+        """Ends the sequences that a step fails with: those that fail when computed alone."""
+        chosen: Choices = {}
+        errors = {sequence.id: error for sequence in plan.sequences}
+        if not isinstance(error, STORE_GONE) and len(errors) > 1:
+            assert plan.batch is not None
+            for sequence, span in zip(plan.sequences, plan.batch.spans, strict=True):
+                try:
+                    chosen |= self._computed(StepPlan(Batch((span,)), (sequence,), ()))
+                except Exception as own:
+                    errors[sequence.id] = error = own
+                    if isinstance(own, STORE_GONE):
+                        break
+                else:
+                    del errors[sequence.id]
         if isinstance(error, STORE_GONE):
             self.end_all(error)
             return
-        if not isinstance(error, ExpertdError):
-            error = _unforeseen(error)
-        self._end([self._live[sequence.id] for sequence in plan.sequences], error)
+        put = _unforeseen if len(errors) == len(plan.sequences) else _of_one
+        for id_, own in errors.items():
+            self._end([self._live[id_]], own if isinstance(own, ExpertdError) else put(own))
+        self._deliver(chosen)
 
     def _end(self, lives: Iterable[Live], error: BaseException | None = None) -> None:
         for live in lives:
@@ -237,6 +257,15 @@ def _unforeseen(error: Exception) -> StepFailedError:
     failed = StepFailedError(
         f"A step of the engine failed ({reason_of(error)}), and with it the sequences that it "
         "computed; this is a fault of expertd or of what it runs on: please report it."
+    )
+    failed.__cause__ = error
+    return failed
+
+
+def _of_one(error: Exception) -> SequenceFailedError:
+    failed = SequenceFailedError(
+        f"This sequence could not be computed ({reason_of(error)}), while others can; this is a "
+        "fault of expertd or of the model's files: please report it."
     )
     failed.__cause__ = error
     return failed

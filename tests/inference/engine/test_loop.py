@@ -14,8 +14,10 @@ from expertd_inference.engine.live import live_of
 from expertd_inference.engine.loop import Loop
 from expertd_inference.engine.scheduler import Scheduler
 from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.stops import TextPiece, TokenText
 from expertd_inference.engine.token import Opening, Token
 from expertd_inference.engine.wishes import resolve
+from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BlockPool
 from expertd_inference.settings import GenerationSettings
@@ -23,6 +25,7 @@ from expertstore.errors import (
     ExpertdError,
     PreconditionError,
     RecordLostError,
+    SequenceFailedError,
     StepFailedError,
     UnavailableError,
 )
@@ -72,7 +75,9 @@ class Rig:
         self.loop = Loop(self.executor, Scheduler(limits, self.pool))
         self.num_clients = 0
 
-    def submit(self, prompt: list[int], settings: GenerationSettings) -> "Client":
+    def submit(
+        self, prompt: list[int], settings: GenerationSettings, text: type[TokenText] = TokenText
+    ) -> "Client":
         sequence = Sequence(self.num_clients, prompt, settings)
         self.num_clients += 1
         channel: Channel[Token] = Channel()
@@ -82,7 +87,7 @@ class Rig:
             lambda: live_of(
                 sequence, channel, self.worker.tokenizer, wishes.sampling, wishes.end_tokens
             ),
-        )
+        ).text.__class__ = text
         return Client(sequence, channel)
 
 
@@ -177,9 +182,34 @@ class World(RuleBasedStateMachine):
         if not computed or isinstance(error, StepLostError):
             assert not failed
             return
-        assert failed == set(alive if isinstance(error, OF_ALL) else in_step)
+        # Sequences that fail together are tried alone, where this fault is gone.
+        lasts = {*in_step} if len({*in_step}) == 1 else set()
+        assert failed == set(alive if isinstance(error, OF_ALL) else lasts)
         expected = OF_THE_STEP.get(type(error), type(error))
         assert {type(alive[id_].error) for id_ in failed} <= {expected}
+
+    @precondition(lambda self: any(not client.ended for client in self.clients))
+    @rule(data=st.data(), fault=st.sampled_from(FAULTS[1:3]))
+    def fail_with(self, data: st.DataObject, fault: Any) -> None:
+        """Every step that has one of the sequences fails: that one ends, and no other."""
+        alive = {one.sequence.id: one for one in self.clients if not one.ended}
+        victim = data.draw(st.sampled_from([*alive]))
+        steps: list[set[int]] = []
+
+        def meet(batch: Batch) -> None:
+            steps.append({span.sequence for span in batch.spans})
+            if victim in steps[-1]:
+                raise fault()
+
+        self.rig.executor.before = meet
+        self.rig.loop.step()
+        self.rig.executor.before = lambda _: None
+        self.read()
+        failed = {id_ for id_, one in alive.items() if one.error is not None}
+        assert failed == ({victim} if steps and victim in steps[0] else set())
+        if failed and isinstance(fault(), RuntimeError):
+            alone = len(steps[0]) == 1
+            assert type(alive[victim].error) is (StepFailedError if alone else SequenceFailedError)
 
     @invariant()
     def forgets_what_has_ended(self) -> None:
@@ -223,3 +253,45 @@ for kind in (Batched, Recurrent, InTurns):
 TestBatched = Batched.TestCase
 TestRecurrent = Recurrent.TestCase
 TestInTurns = InTurns.TestCase
+
+
+class Garbled(TokenText):
+    """A text of which nothing can be made."""
+
+    def feed(self, token: int, *, ends: bool = False) -> TextPiece:
+        raise RuntimeError("no such letter")
+
+
+def test_a_text_that_fails_ends_its_sequence_alone() -> None:
+    rig = Rig(Room(20, 2, 1000))
+    settings = GenerationSettings(max_new_tokens=5, ignore_eos=True)
+    bad, good = rig.submit([1, 2], settings, Garbled), rig.submit([3], settings)
+    while rig.loop.step():
+        pass
+    bad.read()
+    good.read()
+    assert type(bad.error) is SequenceFailedError
+    assert "no such letter" in str(bad.error)
+    assert len(good.tokens) == 5
+
+
+def test_an_error_of_the_store_that_comes_when_sequences_are_tried_alone_ends_all() -> None:
+    rig = Rig(Room(20, 2, 1000))
+    settings = GenerationSettings(max_new_tokens=5, ignore_eos=True)
+    clients = [rig.submit([number], settings) for number in range(3)]
+    rig.executor.faults = [RuntimeError("unforeseen"), UnavailableError("The daemon is gone.")]
+    rig.loop.step()
+    for client in clients:
+        client.read()
+        assert type(client.error) is UnavailableError
+
+
+def test_a_step_with_which_all_fail_is_the_engines_fault() -> None:
+    rig = Rig(Room(20, 2, 1000))
+    settings = GenerationSettings(max_new_tokens=5, ignore_eos=True)
+    clients = [rig.submit([number], settings) for number in range(2)]
+    rig.executor.faults = [RuntimeError("unforeseen")] * 3
+    rig.loop.step()
+    for client in clients:
+        client.read()
+        assert type(client.error) is StepFailedError

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from expertd_client import TlsFiles
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.token import Token
@@ -122,7 +124,9 @@ class Outbox:
     def refuse(self, id_: int, error: ExpertdError) -> None:
         """Says from any thread that a sequence did not begin."""
         self.relays.pop(id_, None)
-        self._send(Progress([], [(id_, Failure.of(error))]))
+        refuses = self.engine is not None and not self.engine.closed
+        failure = structs.replace(Failure.of(error), refuses=refuses)
+        self._send(Progress([], [(id_, failure)]))
 
     def add(self, id_: int, tokens: Sequence[Token]) -> None:
         """For the next message."""

@@ -197,14 +197,16 @@ class HostedModel:
         for id_, token in progress.tokens:
             if (asked := seat.sequences.get(id_)) is not None:
                 self._take(asked, token, now)
+        lost = False
         for id_, failure in progress.ended:
             error = None if failure is None else failure.error()
-            if type(error) in LOST:
-                # Its sequences go on with another engine.
-                seat.abandon()
-                break
-            if (asked := seat.sequences.get(id_)) is not None:
+            if failure is not None and not failure.refuses and type(error) in LOST:
+                lost = True
+            elif (asked := seat.sequences.get(id_)) is not None:
                 self._end(asked, error)
+        if lost:
+            # Its sequences go on with another engine.
+            seat.abandon()
 
     def broke(self, fault: BaseException) -> None:
         """Of SeatOwner. Nobody may wait for an engine that does not come."""

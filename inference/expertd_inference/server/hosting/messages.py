@@ -34,11 +34,15 @@ class Cancel(Message, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
-    """An error on its way to another process; ``kind`` is its class's name."""
+    """An error on its way to another process; ``kind`` is its class's name.
+
+    ``refuses`` says that the engine did not begin the sequence, and computes others.
+    """
 
     kind: str
     message: str
     arguments: dict[str, int] = {}
+    refuses: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":

@@ -210,6 +210,37 @@ async def test_a_lost_store_moves_sequences_and_another_error_ends_one(
             await anext(streams[0])
 
 
+async def test_what_an_engine_refuses_ends_one_whatever_the_error(
+    engines: dict[str, Played | ExpertdError],
+) -> None:
+    async with Hosted(engines) as hosted:
+        await hosted.model.ready()
+        streams = [hosted.ask(number) for number in range(3)]
+        one, other = hosted.engine(0).begun
+        hosted.engine(0).end(one, Failure("PreconditionError", "not installed", refuses=True))
+        hosted.engine(0).end(other, Failure("SequenceFailedError", "it fails alone"))
+        await settle()
+        assert hosted.model.num_deaths == 0
+        for stream, why in ((streams[0], "not installed"), (streams[2], "it fails alone")):
+            with pytest.raises(ExpertdError, match=why):
+                await anext(stream)
+
+
+async def test_what_ended_as_the_engine_was_lost_is_not_computed_again(
+    engines: dict[str, Played | ExpertdError],
+) -> None:
+    async with Hosted(engines) as hosted:
+        await hosted.model.ready()
+        streams = [hosted.ask(number) for number in range(3)]
+        one, other = hosted.engine(0).begun
+        failure = Failure("DeviceLostError", "the GPU is gone")
+        hosted.engine(0).on_progress(Progress([], [(one.id, failure), (other.id, None)]))
+        await settle()
+        assert [token async for token in streams[2]] == []
+        assert hosted.model.num_deaths == 1
+        assert hosted.begun == ([], [[1], [0]])
+
+
 async def test_those_that_wait_take_places_that_become_free(
     engines: dict[str, Played | ExpertdError],
 ) -> None:
