@@ -8,12 +8,13 @@ from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.files import (
     batches_of,
     json_response,
+    not_kept,
     not_there,
     owner_of,
     page_of,
 )
 from expertd_inference.server.api.requests import read_body
-from expertd_inference.server.batches.batch_worker import WINDOW, BatchObject
+from expertd_inference.server.batches.batch_object import WINDOW, BatchObject
 from expertd_inference.server.front import front_of
 
 MAX_LISTED = 100
@@ -42,7 +43,10 @@ async def create_batch(request: Request) -> Response:
     file = batches.files.find(owner, body.input_file_id)
     if file is None:
         raise not_there("file", body.input_file_id)
-    return json_response(batches.worker.create(owner, body.endpoint, file, body.metadata))
+    try:
+        return json_response(batches.worker.create(owner, body.endpoint, file, body.metadata))
+    except OSError as error:
+        raise not_kept("batch", error) from error
 
 
 async def list_batches(request: Request) -> Response:
@@ -61,8 +65,11 @@ async def cancel_batch(request: Request) -> Response:
     batch = _asked(request)
     if batch.over:
         raise ApiError(409, f"{batch.id} is {batch.status} already.", code="batch_is_over")
-    batches_of(request).worker.cancel(batch.id)
-    return json_response(batch)
+    try:
+        batches_of(request).worker.cancel(batch.id)
+    except OSError as error:
+        raise not_kept("batch", error) from error
+    return json_response(_asked(request))
 
 
 def _asked(request: Request) -> BatchObject:

@@ -57,9 +57,7 @@ async def upload_file(request: Request) -> Response:
     except ClientDisconnect as gone:
         raise ApiError(400, "The client left before its file was complete.") from gone
     except OSError as error:
-        raise ApiError(
-            507, f"The file cannot be kept: {error.strerror}.", kind="server_error", code="no_space"
-        ) from error
+        raise not_kept("file", error) from error
 
 
 async def list_files(request: Request) -> Response:
@@ -131,6 +129,13 @@ def page_of(request: Request, found: Sequence[Any], most: int) -> dict[str, Any]
 def json_response(value: Any) -> Response:  # noqa: ANN401 - what msgspec encodes
     """200 with ``value`` as JSON."""
     return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def not_kept(what: str, error: OSError) -> ApiError:
+    """The error for what the server's disk does not take."""
+    return ApiError(
+        507, f"The {what} cannot be kept: {error.strerror}.", kind="server_error", code="no_space"
+    )
 
 
 def not_there(what: str, id_: str) -> ApiError:

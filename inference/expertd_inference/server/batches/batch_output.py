@@ -4,6 +4,7 @@ import fcntl
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,16 @@ class BatchOutput:
         self.close()
 
     def append(self, line: AnswerLine) -> None:
-        """Raises PreconditionError if the file takes no more."""
+        """Raises PreconditionError if the file takes no more; then it is as it was."""
         data = msgspec.json.encode(line) + b"\n"
+        end = os.fstat(self._descriptor).st_size
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
+            # Another line may follow.
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, end)
             raise PreconditionError(
                 f"{self._path} cannot be written: {error.strerror}; start again once it can, and "
                 "what is missing is asked."
@@ -111,7 +116,18 @@ class BatchOutput:
         self._count(line.custom_id, failed=line.failed)
 
     def split(self, answers: Path, errors: Path) -> None:
-        """Copies its lines: those of requests that failed to ``errors``, others to ``answers``."""
+        """Copies its lines: those of requests that failed to ``errors``, others to ``answers``.
+
+        Raises OSError; then there are no such files.
+        """
+        try:
+            self._split(answers, errors)
+        except OSError:
+            for path in (answers, errors):
+                path.unlink(missing_ok=True)
+            raise
+
+    def _split(self, answers: Path, errors: Path) -> None:
         with (
             open(self._descriptor, "rb", closefd=False) as file,
             answers.open("wb") as good,

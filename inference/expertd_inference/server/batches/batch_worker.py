@@ -4,14 +4,22 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
+from msgspec import structs
 
+from expertd_inference.process.reasons import reason_of
 from expertd_inference.server.batches.batch_file import ENDPOINTS, BatchFile, BatchRequest
+from expertd_inference.server.batches.batch_object import (
+    BatchErrors,
+    BatchObject,
+    RequestCounts,
+    errors_of,
+)
 from expertd_inference.server.batches.batch_output import BatchOutput
 from expertd_inference.server.batches.batch_run import Ask, Reply, run_batch
 from expertd_inference.server.batches.stored_files import (
@@ -20,76 +28,17 @@ from expertd_inference.server.batches.stored_files import (
     read_struct,
     write_struct,
 )
-from expertstore.errors import BusyError, ExpertdError, InvalidInputError
+from expertstore.errors import BusyError, ExpertdError, InvalidInputError, PreconditionError
 
 MAX_OPEN = 64
 """Batches that are not complete."""
 MAX_KEPT = 10_000
 """Batches that are described; beyond them the oldest complete ones are forgotten."""
-WINDOW = "24h"
+WRITE_SECONDS = 2.0
+"""After which what could not be written is tried again."""
 FileT = TypeVar("FileT", BatchFile, BatchOutput)
 ResultT = TypeVar("ResultT")
-_OVER = {"completed", "failed", "cancelled"}
 _PURPOSE = "batch_output"
-
-
-class RequestCounts(msgspec.Struct):
-    """Of a batch's lines."""
-
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-
-
-class BatchError(msgspec.Struct):
-    """Why a batch failed as a whole."""
-
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
-
-
-class BatchErrors(msgspec.Struct):
-    """OpenAI's list of them."""
-
-    data: list[BatchError]
-    object: str = "list"
-
-
-class BatchObject(msgspec.Struct, kw_only=True):
-    """A batch as OpenAI describes it; no batch expires here."""
-
-    id: str
-    object: str = "batch"
-    endpoint: str
-    errors: BatchErrors | None = None
-    input_file_id: str
-    completion_window: str = WINDOW
-    status: str = "validating"
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    created_at: int
-    in_progress_at: int | None = None
-    expires_at: int | None = None
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-    request_counts: RequestCounts
-    metadata: Mapping[str, str] | None = None
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more becomes of it."""
-        return self.status in _OVER
-
-    def become(self, status: str) -> None:
-        """Changes its status, and notes when."""
-        self.status = status
-        setattr(self, f"{status}_at", int(time.time()))
 
 
 class _Kept(msgspec.Struct):
@@ -151,7 +100,10 @@ class BatchWorker:
     def create(
         self, owner: str, endpoint: str, file: FileObject, metadata: Mapping[str, str] | None
     ) -> BatchObject:
-        """Raises BusyError if too many are not complete, InvalidInputError for another endpoint."""
+        """Raises BusyError if too many are not complete, InvalidInputError for another endpoint.
+
+        And OSError if it cannot be kept.
+        """
         if endpoint not in ENDPOINTS:
             raise InvalidInputError(
                 f"endpoint is {endpoint!r:.80}; give one of {', '.join(ENDPOINTS)}."
@@ -170,18 +122,18 @@ class BatchWorker:
             request_counts=RequestCounts(),
             metadata=metadata,
         )
-        kept = self._kept[batch.id] = _Kept(owner, batch)
+        kept = _Kept(owner, batch)
         self._save(kept)
+        self._kept[batch.id] = kept
         self._begin(kept)
         return batch
 
     def cancel(self, id_: str) -> None:
-        """Asks no more of it; what it has becomes its output."""
+        """Asks no more of it; what it has becomes its output. Raises OSError."""
         kept = self._kept[id_]
         if kept.batch.over or kept.batch.status == "cancelling":
             return
-        kept.batch.become("cancelling")
-        self._save(kept)
+        self._become(kept, "cancelling")
         self._tasks[id_].cancel()
         self._begin(kept)
 
@@ -206,27 +158,38 @@ class BatchWorker:
         """All of one batch, once the task ``before`` has let go of its answers."""
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
-        batch = kept.batch
         end = "cancelled"
-        if batch.status != "cancelling":
-            end = await self._outcome(self._compute(kept), batch, "completed")
-        end = await self._outcome(self._finish(kept), batch, end)
-        batch.become(end)
-        self._save(kept)
-        self._answers(batch).unlink(missing_ok=True)
+        if kept.batch.status != "cancelling":
+            try:
+                await self._compute(kept)
+                end = "completed"
+            except (ExpertdError, OSError) as error:
+                kept.batch.errors = errors_of(str(error))
+                end = "failed"
+        await self._end(kept, end)
 
-    async def _outcome(self, part: Coroutine[Any, Any, None], batch: BatchObject, end: str) -> str:
-        """``end``, or failed with the reason."""
-        try:
-            await part
-        except (ExpertdError, OSError) as error:
-            batch.errors = BatchErrors([BatchError("invalid_batch", str(error))])
-            return "failed"
-        return end
+    async def _end(self, kept: _Kept, end: str) -> None:
+        """Makes its files and says that it is over, once all of that can be written."""
+        errors = kept.batch.errors
+        while True:
+            try:
+                if damage := await self._finish(kept):
+                    errors, end = damage, "failed"
+                kept.batch.errors = errors
+                self._become(kept, end)
+                break
+            except (OSError, PreconditionError) as error:
+                why = (
+                    f"The answers cannot be written ({reason_of(error)}); they are kept, and it is "
+                    "tried again until they can: make room on the server's disk."
+                )
+                kept.batch.errors = errors_of(why, "not_written")
+                await asyncio.sleep(WRITE_SECONDS)
+        self._answers(kept.batch).unlink(missing_ok=True)
 
     async def _compute(self, kept: _Kept) -> None:
         batch, door = kept.batch, self._door(kept.owner)
-        counts = batch.request_counts
+        counts = batch.request_counts  # of each description of it that follows
 
         async def ask(request: BatchRequest) -> Reply:
             async with self._places:
@@ -245,8 +208,7 @@ class BatchWorker:
 
             count()
             if batch.status == "validating":
-                batch.become("in_progress")
-                self._save(kept)
+                self._become(kept, "in_progress")
             await run_batch(
                 file,
                 output,
@@ -255,18 +217,24 @@ class BatchWorker:
                 done=lambda _: count(),
                 patience=math.inf,
             )
-        batch.become("finalizing")
-        self._save(kept)
+        # The next server would find out by itself.
+        kept.batch.become("finalizing")
 
-    async def _finish(self, kept: _Kept) -> None:
-        """Makes files of its answers; the same ones again, if it was ended before it was over."""
+    async def _finish(self, kept: _Kept) -> BatchErrors | None:
+        """Makes files of its answers; the same ones again, if it was ended before it was over.
+
+        Returns what is wrong with the answers.
+        """
         batch = kept.batch
         if not self._answers(batch).exists():
-            return
+            return None
         ids = {name: f"file-{batch.id}-{name}" for name in ("output", "error")}
         paths = [self._files.path(id_) for id_ in ids.values()]
-        with await _opened(partial(BatchOutput, self._answers(batch))) as output:
-            await _to_its_end(asyncio.create_task(asyncio.to_thread(output.split, *paths)))
+        try:
+            with await _opened(partial(BatchOutput, self._answers(batch))) as output:
+                await _to_its_end(asyncio.create_task(asyncio.to_thread(output.split, *paths)))
+        except InvalidInputError as error:
+            return errors_of(str(error))
         for name, id_ in ids.items():
             path = self._files.path(id_)
             if path.stat().st_size:
@@ -274,6 +242,7 @@ class BatchWorker:
                 setattr(batch, f"{name}_file_id", id_)
             else:
                 path.unlink()
+        return None
 
     def _forget_oldest(self) -> None:
         over = sorted(
@@ -285,6 +254,13 @@ class BatchWorker:
 
     def _answers(self, batch: BatchObject) -> Path:
         return self._directory / f"{batch.id}.jsonl"
+
+    def _become(self, kept: _Kept, status: str) -> None:
+        """Raises OSError if that cannot be written; then its status is what it was."""
+        changed = _Kept(kept.owner, structs.replace(kept.batch))
+        changed.batch.become(status)
+        self._save(changed)
+        kept.batch = changed.batch
 
     def _save(self, kept: _Kept) -> None:
         write_struct(self._directory / f"{kept.batch.id}.json", kept)

@@ -1,5 +1,6 @@
 """Files of answers, cut where a kill may cut them."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,41 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) ->
     with pytest.raises(InvalidInputError, match="precious, line 1: it is no answer of a batch"):
         BatchOutput(path)
     assert path.read_text() == content
+
+
+def test_a_line_for_which_there_is_no_room_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    whole = written(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with BatchOutput(path) as output:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
+            with pytest.raises(PreconditionError, match="File too large; start again once it can"):
+                output.append(new_line("d", LineResponse(200, "r", {})))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == whole
+        # That of another request, which was answered meanwhile.
+        output.append(new_line("e", LineResponse(200, "r", {})))
+    with BatchOutput(path) as output:
+        assert [*output.answered] == ["a", "b", "é", "e"]
+
+
+def test_files_for_which_there_is_no_room_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    written(path)
+    files = [tmp_path / name for name in ("good", "bad")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with BatchOutput(path) as output:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+            with pytest.raises(OSError, match="File too large"):
+                output.split(*files)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not any(file.exists() for file in files)
+        output.split(*files)
+        assert [len(file.read_bytes().splitlines()) for file in files] == [1, 2]
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

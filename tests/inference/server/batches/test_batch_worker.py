@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 
 from expertd_inference.server.api import files as files_api
 from expertd_inference.server.app import make_app
-from expertd_inference.server.batches import batch_worker, batches, stored_files
+from expertd_inference.server.batches import batch_output, batch_worker, batches, stored_files
 from expertd_inference.server.batches.batch_file import BatchRequest
 from expertd_inference.server.batches.batch_run import Reply
 from expertd_inference.server.front import Front
@@ -85,6 +85,11 @@ async def client(tmp_path: Path, model: Model) -> AsyncGenerator[httpx2.AsyncCli
     async with serving(tmp_path / "state", model) as client:
         await opened(client)
         yield client
+
+
+def full(*_: object) -> None:
+    """As a disk without room."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 async def opened(client: httpx2.AsyncClient) -> None:
@@ -269,6 +274,83 @@ async def test_a_batch_that_fails_midway_has_what_was_answered(
         assert [*answers_of(await content(client, batch["output_file_id"]))] == ["now-a"]
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        pytest.param(batch_worker, "write_struct", id="the batch"),
+        pytest.param(stored_files, "write_struct", id="a file's description"),
+        pytest.param(batch_output.BatchOutput, "_split", id="a file's content"),
+    ],
+)
+async def test_a_disk_that_is_full_at_the_end_is_waited_for(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
+    monkeypatch.setattr(batch_worker, "WRITE_SECONDS", 0.01)
+    async with serving(tmp_path / "state", model) as client:
+        await opened(client)
+        id_ = (await begin(client, tmp_path / "in.jsonl", "a", "wrong"))["id"]
+        await until(lambda: client.get("/v1/files"), lambda _: len(model.asked) == 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            model.going.set()
+            batch = await until(
+                lambda: client.get(f"/v1/batches/{id_}"), lambda one: one.json()["errors"]
+            )
+            (error,) = batch.json()["errors"]["data"]
+            assert (batch.json()["status"], error["code"]) == ("finalizing", "not_written")
+            assert re.fullmatch(
+                r"The answers cannot be written \(.*No space left on device\); they are kept, and "
+                r"it is tried again until they can: make room on the server's disk\.",
+                error["message"],
+            )
+        batch = await ended(client, id_)
+        assert (batch["status"], batch["errors"]) == ("completed", None)
+        assert [*answers_of(await content(client, batch["output_file_id"]))] == ["a"]
+        assert [*answers_of(await content(client, batch["error_file_id"]))] == ["wrong"]
+    async with serving(tmp_path / "state", model) as second:
+        await opened(second)
+        assert await ended(second, id_) == batch
+        assert len(model.asked) == 2
+
+
+async def test_a_server_that_ends_with_a_full_disk_leaves_it_to_the_next(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.going.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_output.BatchOutput, "_split", full)
+        async with serving(tmp_path / "state", model) as client:
+            await opened(client)
+            id_ = (await begin(client, tmp_path / "in.jsonl", "a"))["id"]
+            await until(lambda: client.get(f"/v1/batches/{id_}"), lambda one: one.json()["errors"])
+    async with serving(tmp_path / "state", model) as second:
+        await opened(second)
+        batch = await ended(second, id_)
+        assert [*answers_of(await content(second, batch["output_file_id"]))] == ["a"]
+        assert len(model.asked) == 1
+
+
+async def test_what_cannot_be_noted_does_not_happen(
+    client: httpx2.AsyncClient, tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await begin(client, tmp_path / "in.jsonl", "a")
+    id_ = batch["id"]
+    body = {"endpoint": END, "input_file_id": batch["input_file_id"], "completion_window": "24h"}
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_worker, "write_struct", full)
+        for path in (f"/v1/batches/{id_}/cancel", "/v1/batches"):
+            response = await client.post(path, json=body)
+            assert response.status_code == 507, response.text
+            assert response.json()["error"]["message"] == (
+                "The batch cannot be kept: No space left on device."
+            )
+    after = (await client.get("/v1/batches")).json()
+    assert [one["id"] for one in after["data"]] == [id_]
+    assert after["data"][0]["cancelling_at"] is None
+    model.going.set()
+    assert (await ended(client, id_))["status"] == "completed"
+
+
 async def test_lines_ask_the_batch_s_endpoint(client: httpx2.AsyncClient, tmp_path: Path) -> None:
     lines = [request("a", "/v1/chat/completions")]
     file = await upload(client, write_lines(tmp_path / "in", lines).read_bytes())
@@ -367,9 +449,6 @@ async def test_what_is_refused(client: httpx2.AsyncClient, monkeypatch: pytest.M
 async def test_a_full_disk_is_said(
     client: httpx2.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
         patch.setattr(files_api.shutil, "copyfileobj", full)
         response = await upload(client, b"x")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from tests.inference.conftest import Make
 from tests.inference.server.batches.lines import answers_of, request, write_lines
 
 COMMAND = [sys.executable, "-c", "from expertd_inference.cli import main; main()", "batch"]
+FULL = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); {COMMAND[2]}"
+"""The same, where no file may have more bytes."""
 KILLS = 4
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, command: Sequence[str] = COMMAND) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*command, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,6 +93,22 @@ def num_asked(server: Server) -> int:
         if line.startswith("vllm:request_generation_tokens_count")
     )
     return int(float(line.split()[-1]))
+
+
+def test_a_full_disk_is_said_and_the_next_run_does_the_rest(server: Server, tmp_path: Path) -> None:
+    requests = [request(f"r{number}", max_tokens=4) for number in range(6)]
+    source, target = write_lines(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
+    arguments = (source, target, "--url", server.url, "--at-once", "2")
+    returncode, _, err = ended(start(*arguments, command=(*COMMAND[:2], FULL, "batch")))
+    assert returncode == 2
+    assert f"{target} cannot be written: File too large; start again once it can" in err
+    before = answers_of(target.read_text())
+    assert 0 < len(before) < 6
+    returncode, _, err = ended(start(*arguments))
+    assert (returncode, err.count("6 of 6 requests answered")) == (0, 1)
+    after = answers_of(target.read_text())
+    assert len(after) == 6
+    assert after.items() >= before.items()
 
 
 def test_ctrl_c_leaves_whole_lines_and_the_next_run_does_the_rest(
