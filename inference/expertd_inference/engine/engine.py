@@ -62,7 +62,8 @@ class Engine(Closing):
     An error of a step ends those of its sequences that also fail when they are computed alone, and
     all sequences where the next step would meet it as well (the daemon is gone for longer than the
     worker waits, the model was unloaded): their streams raise it. The engine can be used again
-    then: once the daemon is back, new sequences are computed. The worker's ``close`` closes the engine, too.
+    then: once the daemon is back, new sequences are computed. The worker's ``close`` closes the
+    engine, too.
     """
 
     def __init__(
