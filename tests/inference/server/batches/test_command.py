@@ -105,7 +105,7 @@ def test_a_full_disk_is_said_and_the_next_run_does_the_rest(server: Server, tmp_
     before = answers_of(target.read_text())
     assert 0 < len(before) < 6
     returncode, _, err = ended(start(*arguments))
-    assert (returncode, err.count("6 of 6 requests answered")) == (0, 1)
+    assert returncode == 0, err
     after = answers_of(target.read_text())
     assert len(after) == 6
     assert after.items() >= before.items()
