@@ -100,7 +100,7 @@ class Loop:
             for source, target in plan.copies:
                 _until_kept(partial(self._executor.copy_block, source, target))
         except Exception as error:
-            self.end_all(_unforeseen(error))
+            self.end_all(error if isinstance(error, ExpertdError) else _unforeseen(error))
             return True
         try:
             chosen = self._computed(plan)
@@ -206,8 +206,8 @@ class Loop:
             self.end_all(error)
             return
         put = _unforeseen if len(errors) == len(plan.sequences) else _of_one
-        for id_, own in errors.items():
-            self._end([self._live[id_]], own if isinstance(own, ExpertdError) else put(own))
+        for id_, why in errors.items():
+            self._end([self._live[id_]], why if isinstance(why, ExpertdError) else put(why))
         self._deliver(chosen)
 
     def _end(self, lives: Iterable[Live], error: BaseException | None = None) -> None:

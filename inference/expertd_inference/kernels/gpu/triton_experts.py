@@ -40,7 +40,8 @@ def fill_slots_cached(slots: Tensor, routed: Routed, wave: CachedWave, /) -> Non
         num_at_once = min(num_at_once, MAX_GEMV_PAIRS // routed.top_k)
     # Triton launches on the current device, which is another thread's or another worker's choice.
     with torch.cuda.device_of(routed.rows):  # type: ignore[no-untyped-call]
-        for part, rows in zip(slots.split(num_at_once), routed.split(num_at_once), strict=True):
+        parts = torch.split(slots, num_at_once)
+        for part, rows in zip(parts, routed.split(num_at_once), strict=True):
             _launch(part, rows, wave)
 
 
