@@ -121,22 +121,6 @@ def test_a_full_disk_is_said_and_the_next_run_does_the_rest(server: Server, tmp_
     assert after.items() >= before.items()
 
 
-def test_a_full_disk_is_said_and_the_next_run_does_the_rest(server: Server, tmp_path: Path) -> None:
-    requests = [request(f"r{number}", max_tokens=4) for number in range(6)]
-    source, target = write_lines(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
-    arguments = (source, target, "--url", server.url, "--at-once", "2")
-    returncode, _, err = ended(start(*arguments, command=(*COMMAND[:2], FULL, "batch")))
-    assert returncode == 2
-    assert f"{target} cannot be written: File too large; start again once it can" in err
-    before = answers_of(target.read_text())
-    assert 0 < len(before) < 6
-    returncode, _, err = ended(start(*arguments))
-    assert returncode == 0, err
-    after = answers_of(target.read_text())
-    assert len(after) == 6
-    assert after.items() >= before.items()
-
-
 def test_ctrl_c_leaves_whole_lines_and_the_next_run_does_the_rest(
     packed: Make, tmp_path: Path
 ) -> None:
