@@ -47,7 +47,7 @@ def test_engines_that_round_otherwise_are_not_exact() -> None:
     assert [spec.place for spec in replicas(SPEC, devices, 1)] == devices
     exact = replace(SPEC, exact=True)
     assert len(replicas(exact, ["cuda:0", "cuda:1,cuda:2"], 1)) == 2
-    with pytest.raises(InvalidInputError, match="cuda and cpu round otherwise.*leave out --exact"):
+    with pytest.raises(InvalidInputError, match=r"cuda and cpu round otherwise.*leave out --exact"):
         replicas(exact, devices, 1)
 
 
