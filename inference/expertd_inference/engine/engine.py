@@ -59,11 +59,11 @@ class Engine(Closing):
     its prompt, settings and seed; what else is computed changes them only as far as rounding
     depends on the number of rows, and with ``Worker(exact=True)`` not at all.
 
-    An error of a step ends those of its sequences that also fail when they are computed alone, and
-    all sequences where the next step would meet it as well (the daemon is gone for longer than the
-    worker waits, the model was unloaded): their streams raise it. The engine can be used again
-    then: once the daemon is back, new sequences are computed. The worker's ``close`` closes the
-    engine, too.
+    An error of a step ends those of its sequences that also fail when they are computed alone (all
+    of them, if the model is recurrent), and all sequences where the next step would meet it as well
+    (the daemon is gone for longer than the worker waits, the model was unloaded): their streams
+    raise it. The engine can be used again then: once the daemon is back, new sequences are
+    computed. The worker's ``close`` closes the engine, too.
     """
 
     def __init__(

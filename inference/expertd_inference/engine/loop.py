@@ -188,10 +188,14 @@ class Loop:
                 self._end([live])
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
-        """Ends the sequences that a step fails with: those that fail when computed alone."""
+        """Ends the sequences that a step fails with: those that fail when computed alone.
+
+        Recurrent states may have gone on already, so that there it ends all of the step.
+        """
         chosen: Choices = {}
         errors = {sequence.id: error for sequence in plan.sequences}
-        if not isinstance(error, STORE_GONE) and len(errors) > 1:
+        tries = len(errors) > 1 and not self._executor.recurrent
+        if tries and not isinstance(error, STORE_GONE):
             assert plan.batch is not None
             for sequence, span in zip(plan.sequences, plan.batch.spans, strict=True):
                 try:

@@ -27,6 +27,12 @@ def replicas(spec: EngineSpec, devices: Sequence[str], num_engines: int) -> list
                 f"A device is named twice (--device {' --device '.join(devices)}); an engine takes "
                 "all of a device. For several engines on the CPU give --engines."
             )
+        kinds = list(dict.fromkeys(device.partition(":")[0] for device in devices))
+        if spec.exact and len(kinds) > 1:
+            raise InvalidInputError(
+                f"{' and '.join(kinds)} round otherwise, and with --exact a text may not depend on "
+                "which of them computes it; leave out --exact, or name devices of one kind."
+            )
         return [replace(spec, device=replace(spec.device, device=device)) for device in devices]
     if [*devices] != [CPU]:
         raise InvalidInputError(

@@ -1,6 +1,7 @@
 """The devices and cores of a model's engines."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,15 @@ def test_engines_on_the_cpu_share_cores_and_memory(monkeypatch: pytest.MonkeyPat
 def test_what_does_not_fit_is_refused(devices: list[str], num_engines: int, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         replicas(SPEC, devices, num_engines)
+
+
+def test_engines_that_round_otherwise_are_not_exact() -> None:
+    devices = ["cuda:0", "cpu"]
+    assert [spec.place for spec in replicas(SPEC, devices, 1)] == devices
+    exact = replace(SPEC, exact=True)
+    assert len(replicas(exact, ["cuda:0", "cuda:1,cuda:2"], 1)) == 2
+    with pytest.raises(InvalidInputError, match=r"cuda and cpu round otherwise.*leave out --exact"):
+        replicas(exact, devices, 1)
 
 
 def test_the_parts_are_neighbours() -> None:
