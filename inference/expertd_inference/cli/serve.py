@@ -12,7 +12,7 @@ from expertd_inference.cli.text_output import complain, status
 from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.process.attachment import DEFAULT_REATTACH_SECONDS
 from expertd_inference.process.embedded import EmbeddedDaemon
-from expertd_inference.process.environment import prepare_front
+from expertd_inference.process.environment import garbage_kept, prepare_front
 from expertd_inference.process.fork_server import start_imports
 from expertd_inference.settings import Activations, DeviceSettings, KernelsName
 from expertstore.errors import InvalidInputError
@@ -190,7 +190,7 @@ def serve(
     prepare_front()
     if all(one == options.DEFAULTS.device for one in device or ()):
         start_imports()
-    with options.extra_serve("serve"):
+    with garbage_kept(), options.extra_serve("serve"):
         from expertd_inference.server.hosting.engine_child import EngineSpec
         from expertd_inference.server.hosting.replicas import replicas
         from expertd_inference.server.serve import ServerSettings, run_server
