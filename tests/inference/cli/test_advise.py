@@ -44,12 +44,6 @@ def test_a_pack_is_advised_on(pack: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_help_comes_at_once_with_an_example() -> None:
-    done = run("advise", "--help", command=AT_ONCE)
-    assert done.returncode == 0
-    assert "expert-run advise --model mixtral-8x7b" in done.stdout
-
-
 def test_a_budget_below_a_token_s_experts(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal("--model", pack, "--ram", "8KiB", monkeypatch=monkeypatch)
     assert "--ram is 8.0 KiB, and one token of small-pack uses" in message

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,39 @@ Make = Callable[..., Any]
 COMMAND = [sys.executable, "-c", "from expertd_inference.cli import main; main()"]
 ON_FAKES = [sys.executable, "-m", "expertd_testing.expert_run"]
 """The command that also offers fake devices."""
-AT_ONCE = [
-    sys.executable,
-    "-c",
-    "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'numpy']));"
-    " from expertd_inference.cli import main; main()",
-]
+QUICK = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'numpy']))"
+AT_ONCE = [sys.executable, "-c", f"{QUICK}; from expertd_inference.cli import main; main()"]
 """The command where whatever takes long to import cannot be imported."""
+WITH_TORCH = """
+from expertd_inference.process.environment import prepare_environment
+prepare_environment(device="fake:0")
+import expertd_inference.generation
+import expertd_inference.worker
+import transformers.modeling_layers
+import transformers.models.auto.tokenization_auto
+"""
+ONE_AFTER_THE_OTHER = """
+import os
+import sys
+
+import expertd_inference.cli.commands
+from expertd_inference.cli import main
+
+for arguments in sys.stdin.read().splitlines():
+    if not arguments:
+        from expertd_testing.fake_device import offer_fake_devices
+        offer_fake_devices()
+        continue
+    if (child := os.fork()) == 0:
+        sys.argv[1:] = arguments.split()
+        main()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("code", code, file=sys.stderr, flush=True)
+"""
+"""Commands, each in a fork of a process that has imported what they need.
+
+After an empty line they are offered fake devices.
+"""
 
 
 def run(
@@ -40,6 +67,18 @@ def run(
     return subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
+
+
+def one_after_the_other(imports: str, commands: list[str]) -> list[tuple[int, str]]:
+    """Exit codes, and what each command, none of which prints anything, says on stderr."""
+    done = run(
+        stdin="\n".join(commands).encode(),
+        command=[sys.executable, "-c", imports + ONE_AFTER_THE_OTHER],
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    *parts, rest = re.split(r"code (-?\d+)\n", done.stderr)
+    assert not rest
+    return [(int(code), said) for said, code in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -205,24 +244,26 @@ def test_unknown_model(daemon: Daemon) -> None:
     assert_refused(done, "'nope'; there are: mixtral, tiny")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--embedded", "/tmp"), "is not a pack"),
-        (("--embedded", "/nonexistent/pack"), "is not a pack"),
-        (("--embedded", "/tmp", "--model", "m"), "--embedded and --model"),
-        (("--ram", "8GiB"), "--ram belongs to --embedded"),
-        (("--top-p", "0"), "top_p"),
-        (("--seed", "-1"), "seed"),
-        (("--prompt-file", "x"), "Give one of --prompt and --prompt-file"),
-        (("--stream", "--prompt-file", "x"), "--stream shows one text; with --prompt-file, leave"),
-        (("--kv-tokens", "10"), "kv_tokens is 10, too few for one sequence; give at least 64"),
-        (("--exact", "--kernels", "reference", "--embedded", "/tmp"), "is not a pack"),
-        (("--socket", "/" + "x" * 120, "--model", "m"), "at most 107"),
-    ],
-)
-def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
-    assert_refused(run("generate", "-p", "x", *arguments, command=AT_ONCE), message)
+def test_wrong_arguments() -> None:
+    refused = {
+        "--embedded /tmp": "is not a pack",
+        "--embedded /nonexistent/pack": "is not a pack",
+        "--embedded /tmp --model m": "--embedded and --model",
+        "--ram 8GiB": "--ram belongs to --embedded",
+        "--top-p 0": "top_p",
+        "--seed -1": "seed",
+        "--prompt-file x": "Give one of --prompt and --prompt-file",
+        "--stream --prompt-file x": "--stream shows one text; with --prompt-file, leave",
+        "--kv-tokens 10": "kv_tokens is 10, too few for one sequence; give at least 64",
+        "--exact --kernels reference --embedded /tmp": "is not a pack",
+        f"--socket /{'x' * 120} --model m": "at most 107",
+    }
+    done = one_after_the_other(QUICK, [f"generate -p x {one}" for one in refused])
+    for (arguments, message), (code, said) in zip(refused.items(), done, strict=True):
+        assert code == 2, arguments
+        assert said.startswith("expert-run: ")
+        assert said.count("\n") == 1, "one sentence"
+        assert message in said
 
 
 def test_ram_too_small(packed: Make) -> None:
@@ -286,22 +327,14 @@ def test_bytes_in_arguments_that_are_no_text(tmp_path: Path) -> None:
         assert (b"not UTF-8" in done.stderr) == (option == "-p")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--prompt",),
-        ("-p", "x", "--max-new-tokens", "0"),
-        ("-p", "x", "--max-new-tokens", "many"),
-        ("-p", "x", "--dtype", "int8"),
-        ("-p", "x", "--temperature", "nan"),
-        ("-p", "x", "--no-such-option"),
-    ],
-)
-def test_usage(arguments: tuple[str, ...]) -> None:
-    done = run("generate", *arguments, command=AT_ONCE)
-    assert done.returncode == 2
-    assert "Error" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_usage() -> None:
+    wrong = ["--prompt", "--max-new-tokens 0", "--max-new-tokens many", "--dtype int8"]
+    wrong += ["--temperature nan", "--no-such-option"]
+    done = one_after_the_other(QUICK, [f"generate -p x {one}" for one in wrong])
+    for arguments, (code, said) in zip(wrong, done, strict=True):
+        assert code == 2, arguments
+        assert "Error" in said
+        assert "Traceback" not in said
 
 
 def test_a_prompt_is_needed() -> None:
@@ -313,12 +346,16 @@ def test_a_prompt_is_needed() -> None:
 
 
 def test_help_and_version_come_at_once() -> None:
-    for arguments in (["--help"], ["generate", "--help"], ["advise", "--help"], ["--version"]):
-        done = run(*arguments, command=AT_ONCE)
+    for arguments, words in (
+        ("--help", ""),
+        ("generate --help", "expert-run generate --embedded"),
+        ("advise --help", "expert-run advise --model mixtral-8x7b"),
+        ("--version", "expert-run "),
+    ):
+        done = run(*arguments.split(), command=AT_ONCE)
         assert done.returncode == 0, done.stderr
         assert done.stdout
-    assert "expert-run generate --embedded" in run("generate", "--help", command=AT_ONCE).stdout
-    assert run("--version", command=AT_ONCE).stdout.startswith("expert-run ")
+        assert words in done.stdout
 
 
 def test_daemon_killed_while_it_generates(packed: Make, stock: Make) -> None:
@@ -409,33 +446,6 @@ def test_device(daemon: Daemon, stock: Make) -> None:
     assert ours["device"]["nvme_misses"] == 0
 
 
-ONE_AFTER_THE_OTHER = """
-import os
-import sys
-
-from expertd_inference.process.environment import prepare_environment
-
-prepare_environment(device="fake:0")
-import expertd_inference.generation
-from expertd_inference.cli import main
-from expertd_testing.fake_device import offer_fake_devices
-
-for arguments in sys.stdin.read().splitlines():
-    if not arguments:
-        offer_fake_devices()
-        continue
-    if (child := os.fork()) == 0:
-        sys.argv[1:] = arguments.split()
-        main()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print("code", code, file=sys.stderr, flush=True)
-"""
-"""Commands, each in a fork of a process that has imported what they need.
-
-After an empty line they are offered fake devices.
-"""
-
-
 def test_devices_that_cannot_be(daemon: Daemon) -> None:
     no_fakes = {"--device fake:0": "There is no device 'fake:0'; give cpu, or such as cuda:0."}
     fakes = {
@@ -447,13 +457,9 @@ def test_devices_that_cannot_be(daemon: Daemon) -> None:
     }
     begin = f"generate --socket {daemon.socket} --model mixtral -p x"
     asked = [f"{begin} {arguments}" for arguments in (*no_fakes, *fakes)]
-    done = run(
-        stdin="\n".join([*asked[:1], "", *asked[1:]]).encode(),
-        command=[sys.executable, "-c", ONE_AFTER_THE_OTHER],
-    )
-    assert (done.returncode, done.stdout) == (0, "")
-    lines = done.stderr.splitlines()
-    assert lines[1::2] == ["code 2"] * len(asked)
-    for line, (arguments, message) in zip(lines[::2], (no_fakes | fakes).items(), strict=True):
-        assert line.startswith("expert-run: "), arguments
-        assert message in line
+    done = one_after_the_other(WITH_TORCH, [*asked[:1], "", *asked[1:]])
+    for (arguments, message), (code, said) in zip((no_fakes | fakes).items(), done, strict=True):
+        assert code == 2, arguments
+        assert said.startswith("expert-run: ")
+        assert said.count("\n") == 1, "one sentence"
+        assert message in said

@@ -156,6 +156,22 @@ def test_blocks_become_messages() -> None:
     ]
 
 
+def test_text_before_a_tool_s_result_stays_before_it() -> None:
+    text, result = {"type": "text", "text": "a"}, {"type": "tool_result", "tool_use_id": "t"}
+    content = [text, text, {**result, "content": "b"}, text]
+    assert fields(messages=[{"role": "user", "content": content}])["messages"] == [
+        {"role": "user", "content": "a\na"},
+        {"role": "tool", "tool_call_id": "t", "content": "b"},
+        {"role": "user", "content": "a"},
+    ]
+
+
+def test_max_tokens_is_needed(http: httpx2.Client) -> None:
+    refused = http.post("/v1/messages", json={"messages": HELLO})
+    assert refused.status_code == 400
+    assert "max_tokens is missing" in refused.json()["error"]["message"]
+
+
 def test_tools_and_choices_and_thinking_are_openai_s() -> None:
     schema = {"type": "object", "properties": {"at": {"type": "string"}}}
     tools = [{"name": "look", "description": "Looks.", "input_schema": schema}]
@@ -167,6 +183,8 @@ def test_tools_and_choices_and_thinking_are_openai_s() -> None:
     named = fields(tools=tools, tool_choice={"type": "tool", "name": "look"})["tool_choice"]
     assert named == {"type": "function", "function": {"name": "look"}}
     assert fields(tools=tools)["tool_choice"] == "auto"
+    (strict,) = fields(tools=[{**tools[0], "strict": True}])["tools"]
+    assert strict["function"] == {**function, "strict": True}
     for kind, thinks in (("enabled", True), ("adaptive", True), ("disabled", False)):
         asked = fields(thinking={"type": kind, "budget_tokens": 1024})
         assert asked["chat_template_kwargs"] == {"enable_thinking": thinks}
@@ -184,6 +202,18 @@ def test_tools_and_choices_and_thinking_are_openai_s() -> None:
         ({"thinking": {"type": "long"}}, "thinking.type is 'long'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role is 'robot'"),
         ({"messages": [{"role": "user", "content": 3}]}, "no text and no list of blocks"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is no text"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "tool_result", "tool_use_id": "t", "content": 3}],
+                    }
+                ]
+            },
+            "no text and no list of blocks",
+        ),
         ({"container": "c"}, "container is not supported"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers is not supported"),
         ({"output_config": {"format": {"type": "xml"}}}, "may only be of type json_schema"),

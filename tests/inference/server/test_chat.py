@@ -42,6 +42,21 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason(http: httpx2.Cli
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"), [("/v1/chat/completions", GREEDY), ("/v1/completions", {"prompt": "a"})]
+)
+def test_a_stream_counts_tokens_if_asked(
+    path: str, asked: dict[str, Any], http: httpx2.Client
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = stream(
+        http, path, {**asked, "max_tokens": 3, "ignore_eos": True, "stream_options": options}
+    )
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert {*counts} >= {1, 2, 3}
+
+
 def test_parts_roles_and_the_last_message_continued(http: httpx2.Client) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     asked = {**GREEDY, "messages": [{"role": "developer", "content": parts}]}
@@ -86,6 +101,7 @@ def test_logprobs_have_bytes_and_the_likeliest(http: httpx2.Client) -> None:
         ),
         ({"messages": MESSAGES, "continue_final_message": True}, "exclude each other"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"messages": MESSAGES, "echo": True}, "echo is not supported for chats"),
         ({"messages": MESSAGES, "modalities": ["audio"]}, "modalities may only be text"),
         ({"messages": MESSAGES, "chat_template": "{{ 1 }}"}, "start it with --request-templates"),
     ],

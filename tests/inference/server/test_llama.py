@@ -1,10 +1,14 @@
 """What llama-server has of its own, as its clients ask for it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+
+from expertd_inference.server.hosting.model_text import ModelText
+from expertd_testing.recital import RecitedModel, make_tokenizer, reciting_client
 
 PROMPT = "def read(path):\n"
 
@@ -173,3 +177,20 @@ def test_a_model_without_tokens_for_gaps_fills_none(http: httpx2.Client) -> None
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "input_suffix"
     assert "has no tokens for filling gaps" in response.json()["error"]["message"]
+
+
+async def test_a_gap_is_filled(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    model = RecitedModel(ModelText("coder", tmp_path))
+    model.recitals.append("x): ")
+    body = {
+        "input_prefix": "def f(",
+        "input_suffix": "return x",
+        "input_extra": [{"filename": "a.py", "text": "A"}],
+        "prompt": "y, ",
+    }
+    async with reciting_client(tmp_path, model) as client:
+        answer = (await client.post("/infill", json=body)).raise_for_status().json()
+    assert answer["content"] == "x): "
+    gap = "<|fim_prefix|>def f(<|fim_suffix|>return x<|fim_middle|>y, "
+    assert model.prompts == [f"A\n\n{gap}"]

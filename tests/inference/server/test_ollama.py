@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -11,6 +12,7 @@ import pytest
 
 from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.api.ollama import LINES, _Answer, _error_lines
+from expertd_inference.server.api.ollama_models import _read
 from expertd_inference.server.api.ollama_request import (
     OllamaChatRequest,
     OllamaGenerateRequest,
@@ -18,7 +20,10 @@ from expertd_inference.server.api.ollama_request import (
     generate_fields,
 )
 from expertd_inference.server.chat.answer import Piece
+from expertd_inference.server.hosting.model_text import ModelText
+from expertd_testing.recital import RecitedModel, make_tokenizer, reciting_client
 from expertd_testing.server import Server
+from expertstore.errors import PackError
 from tests.inference.server.said import Said, streamed
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -192,3 +197,26 @@ def test_a_gap_needs_a_model_with_tokens_for_gaps(http: httpx2.Client) -> None:
     response = http.post("/api/generate", json=body)
     assert response.status_code == 400
     assert "example has no tokens for filling gaps" in response.json()["error"]
+
+
+def test_a_model_is_loaded_and_shown(http: httpx2.Client, tmp_path: Path) -> None:
+    loaded = http.post("/api/chat", json={"model": "example", "stream": False}).json()
+    assert loaded["message"] == {"role": "assistant", "content": ""}
+    assert loaded["done_reason"] == "load"
+    refused = http.post("/api/show", json={})
+    assert (refused.status_code, refused.json()["error"]) == (400, "model is missing; name one.")
+    for name, capabilities in (("example", ["completion"]), ("thinks", ["completion", "thinking"])):
+        shown = http.post("/api/show", json={"model": name}).json()
+        assert shown["capabilities"] == capabilities
+    with pytest.raises(PackError, match=r"none cannot be read: No such file"):
+        _read(tmp_path / "none")
+
+
+async def test_a_template_shows_what_a_model_can_do(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    model = RecitedModel(ModelText("recited", tmp_path, "{{ tools }}{{ enable_thinking }}"))
+    for name in ("config.json", "pack.json"):
+        (tmp_path / name).write_text("{}")
+    async with reciting_client(tmp_path, model) as client:
+        shown = (await client.post("/api/show", json={"name": "recited"})).raise_for_status()
+    assert shown.json()["capabilities"] == ["completion", "tools", "thinking"]

@@ -1,14 +1,19 @@
 """The pages' files, and what the page of the host is told."""
 
+import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 from expertd_inference.server.accounts import Accounts
+from expertd_inference.server.api import host
 from expertd_inference.server.app import make_app
 from expertd_inference.server.front import Front
 from expertd_inference.server.guard import Guard
@@ -153,3 +158,25 @@ def _luminance(colour: str) -> float:
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+async def test_the_host_s_state_while_a_daemon_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "DAEMON_SECONDS", 0.01)
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    spec = SimpleNamespace(place="cpu")
+    seat = SimpleNamespace(
+        spec=spec, pid=None, num_deaths=3, total_stats=None, sequences={1: None, 2: None}
+    )
+    hosted = SimpleNamespace(name="m", num_tokens=0, seats=[seat])
+    front = SimpleNamespace(catalog=SimpleNamespace(entries=never, loaded=[hosted]))
+    app = SimpleNamespace(state=SimpleNamespace(front=front))
+    request = Request({"type": "http", "query_string": b"", "headers": [], "app": app})
+    state = json.loads((await host.host_state(request)).body)
+    assert state["away"] == "The daemon has not answered within 0.01 s."
+    (engine,) = state["models"][0]["engines"]
+    assert (engine["waiting"], engine["deaths"], engine["pid"]) == (2, 3, None)

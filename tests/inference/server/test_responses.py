@@ -108,7 +108,9 @@ def test_a_kept_response_is_gone_on_with_and_deleted(
     streamed = http.get(f"/v1/responses/{first.id}", params={"stream": "true"})
     assert streamed.status_code == 400
     assert "A kept response is complete" in streamed.json()["error"]["message"]
-    client.responses.delete(first.id)
+    assert http.post("/v1/responses/resp_none/cancel").status_code == 404
+    deleted = http.delete(f"/v1/responses/{first.id}").json()
+    assert deleted == {"id": first.id, "object": "response", "deleted": True}
     with pytest.raises(openai.NotFoundError, match="There is no response"):
         client.responses.retrieve(first.id)
     with pytest.raises(openai.NotFoundError, match="send the whole conversation"):
@@ -116,6 +118,13 @@ def test_a_kept_response_is_gone_on_with_and_deleted(
     unkept = client.responses.create(**GREEDY, input="Hello", store=False)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(unkept.id)
+
+
+def test_what_was_asked_for_is_told(client: openai.OpenAI) -> None:
+    plain = client.responses.create(**GREEDY, input="Hello")
+    assert (plain.top_p, plain.top_logprobs) == (1, 0)
+    asked = client.responses.create(**GREEDY, input="Hello", top_p=0.5, top_logprobs=2)
+    assert (asked.top_p, asked.top_logprobs) == (0.5, 2)
 
 
 def test_a_streamed_response_is_kept_too(client: openai.OpenAI) -> None:
@@ -194,6 +203,11 @@ async def test_functions_of_a_namespace_are_called_by_it(call_of_tool: Any) -> N
         ("look", None),
     ]
     assert answer["tools"][1] == tools[1]
+
+
+def test_a_format_of_the_chat_s_own_stays() -> None:
+    body = msgspec.convert({"text": {"format": {"type": "json_object"}}}, ResponsesRequest)
+    assert openai_fields(body, [])["response_format"] == {"type": "json_object"}
 
 
 def test_tools_formats_and_effort_are_a_chat_s() -> None:

@@ -130,3 +130,10 @@ def test_limits() -> None:
     for max_new_tokens, logprobs in ((0, None), (1, 21), (1, -1)):
         with pytest.raises(ApiError):
             settings(max_new_tokens, logprobs)
+
+
+def test_any_object_by_vllm_s_field() -> None:
+    found = settings(structured_outputs={"json_object": True}).grammar
+    assert found == settings(response_format={"type": "json_object"}).grammar
+    assert found is not None
+    assert settings(structured_outputs={"json_object": False}).grammar is None

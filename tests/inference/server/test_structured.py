@@ -117,6 +117,12 @@ def test_plain_text_is_no_grammar(http: httpx2.Client) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format", "has no schema"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs", "Lark"),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "leave it out"),
+        ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs", "whitespace"),
+        (
+            {"structured_outputs": {"disable_additional_properties": True}},
+            "structured_outputs",
+            "say additionalProperties in the schema",
+        ),
         ({"grammar": "start: <|nope|>"}, None, "unknown special token"),
     ],
     ids=lambda x: str(x)[:40],

@@ -129,9 +129,9 @@ class BatchWorker:
         return batch
 
     def cancel(self, id_: str) -> None:
-        """Asks no more of it; what it has becomes its output. Raises OSError."""
+        """Asks no more of one that is not over; what it has becomes its output. Raises OSError."""
         kept = self._kept[id_]
-        if kept.batch.over or kept.batch.status == "cancelling":
+        if kept.batch.status == "cancelling":
             return
         self._become(kept, "cancelling")
         self._tasks[id_].cancel()

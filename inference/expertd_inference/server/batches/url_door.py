@@ -93,5 +93,3 @@ async def _reply(connection: h11.Connection, reader: asyncio.StreamReader) -> Re
         elif isinstance(event, h11.EndOfMessage):
             request_id = headers.get(b"x-request-id", b"").decode("latin-1")
             return Reply(status, request_id, bytes(body), seconds_of(headers.get(b"retry-after")))
-        elif isinstance(event, h11.ConnectionClosed):
-            raise h11.RemoteProtocolError("the connection was closed before an answer")

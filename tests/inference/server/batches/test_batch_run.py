@@ -10,7 +10,7 @@ import pytest
 from expertd_inference.server.batches import batch_run
 from expertd_inference.server.batches.batch_file import BatchFile, BatchRequest
 from expertd_inference.server.batches.batch_output import BatchOutput
-from expertd_inference.server.batches.batch_run import Reply, check_resumed, run_batch
+from expertd_inference.server.batches.batch_run import Reply, _message, check_resumed, run_batch
 from expertstore.errors import InvalidInputError, UnavailableError
 from tests.inference.server.batches.lines import answers_of, request, write_lines
 
@@ -162,3 +162,13 @@ async def test_the_end_cancels_what_is_asked(run: Run) -> None:
     with pytest.raises(InvalidInputError):
         await run(ask, at_once=3)
     assert cancelled == 2
+
+
+def test_what_a_server_says_of_a_failure() -> None:
+    for body, said in (
+        (b'{"error": {"message": "No."}}', "No."),
+        (b'{"error": "No."}', '{"error": "No."}'),
+        (b"<html>\xff" + b"x" * 500, "<html>\ufffd" + "x" * 193),
+        (b" ", "it does not say why."),
+    ):
+        assert _message(body) == said

@@ -172,10 +172,16 @@ async def test_a_batch_goes_on_with_the_next_server(tmp_path: Path, model: Model
         assert batch["error_file_id"] is None
     assert sorted(name for _, name in model.asked) == ["b", "c", "d"]
     assert not [*(state / "batches").glob("*.jsonl")]
+    stray = state / "batches/batch_none.jsonl"
+    stray.write_text("")
     async with serving(state, model) as third:
         await opened(third)
+        assert not stray.exists()
         assert (await ended(third, id_)) == batch
         assert [one["id"] for one in (await third.get("/v1/batches")).json()["data"]] == [id_]
+        # What was complete is not begun again.
+        await ended(third, (await begin(third, tmp_path / "in.jsonl", "e"))["id"])
+        assert sorted(name for _, name in model.asked) == ["b", "c", "d", "e"]
 
 
 async def test_an_end_while_files_are_made_makes_them_again(
@@ -238,7 +244,9 @@ async def test_a_batch_cancelled_while_it_opens_its_files_lets_go_of_them(
     monkeypatch.setattr(batch_worker, name, slow)
     id_ = (await begin(client, tmp_path / "in.jsonl", "a"))["id"]
     assert await asyncio.to_thread(opening.wait, HANG_SECONDS)
-    await client.post(f"/v1/batches/{id_}/cancel")
+    for _ in range(2):
+        cancelling = await client.post(f"/v1/batches/{id_}/cancel")
+        assert cancelling.json()["status"] == "cancelling"
     going.set()
     batch = await ended(client, id_)
     assert (batch["status"], batch["errors"]) == ("cancelled", None)
@@ -417,6 +425,78 @@ async def test_files(client: httpx2.AsyncClient, tmp_path: Path, model: Model) -
     assert (used.status_code, used.json()["error"]["code"]) == (409, "in_use")
 
 
+async def test_how_files_are_listed(client: httpx2.AsyncClient) -> None:
+    ids = [(await upload(client, content)).json()["id"] for content in (b"one", b"two")]
+    got = await client.get(f"/v1/files/{ids[0]}/content")
+    assert got.headers["content-type"] == "application/jsonl"
+
+    async def listed(**asked: str) -> dict[str, Any]:
+        answer = await client.get("/v1/files", params=asked)
+        assert answer.headers["content-type"] == "application/json"
+        found: dict[str, Any] = answer.json()
+        return found
+
+    newest = await listed()
+    assert newest["data"] == (await listed(order="asc"))["data"][::-1]
+    assert newest["first_id"] == newest["data"][0]["id"]
+    assert len((await listed(purpose="batch"))["data"]) == 2
+    none = await listed(purpose="batch_output")
+    assert (none["data"], none["first_id"], none["last_id"]) == ([], None, None)
+
+
+@pytest.mark.parametrize("form", ["multipart/form-data", "multipart/form-data; boundary=x"])
+async def test_a_form_that_is_none(client: httpx2.AsyncClient, form: str) -> None:
+    answer = await client.post("/v1/files", content=b"x", headers={"content-type": form})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+async def test_a_file_that_does_not_come(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_api, "UPLOAD_SECONDS", 0.01)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"--x"
+        await asyncio.Event().wait()
+
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    late = await client.post("/v1/files", content=slowly(), headers=form)
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "timeout")
+
+
+async def test_a_client_that_leaves_its_file_half(client: httpx2.AsyncClient) -> None:
+    said: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    form = (b"content-type", b"multipart/form-data; boundary=x")
+    scope = {"type": "http", "method": "POST", "path": "/v1/files", "query_string": b""}
+    transport: Any = client._transport
+    await transport.app({**scope, "headers": [form]}, receive, send)
+    assert said[0]["status"] == 400
+    assert b"left before its file was complete" in said[1]["body"]
+
+
+async def test_the_oldest_complete_batches_are_forgotten(
+    client: httpx2.AsyncClient, tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_worker, "MAX_KEPT", 2)
+    model.going.set()
+    ids = []
+    for name in "abc":
+        ids.append((await begin(client, tmp_path / "in.jsonl", name))["id"])
+        await ended(client, ids[-1])
+    listed = {one["id"] for one in (await client.get("/v1/batches")).json()["data"]}
+    assert len(listed) == 2
+    assert ids[2] in listed
+    assert {path.stem for path in (tmp_path / "state/batches").glob("*.json")} == listed
+
+
 async def test_what_is_refused(client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refusal(response: httpx2.Response) -> tuple[int, str]:
         return response.status_code, response.json()["error"]["message"]
@@ -461,7 +541,14 @@ async def test_a_full_disk_is_said(
 
 async def test_without_a_directory_there_are_none(tmp_path: Path, model: Model) -> None:
     (tmp_path / "file").write_text("")
-    for state, why in ((None, "--state DIR"), (tmp_path / "file", "cannot be used (File exists)")):
+    damaged = tmp_path / "damaged/files"
+    damaged.mkdir(parents=True)
+    (damaged / "file-a.json").write_text("{")
+    for state, why in (
+        (None, "--state DIR"),
+        (tmp_path / "file", "cannot be used (File exists)"),
+        (tmp_path / "damaged", "file-a.json cannot be used: "),
+    ):
         async with serving(state, model) as client:
             found = await until(
                 lambda client=client: client.get("/v1/batches"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from expertd_inference.server.api.errors import ApiError
 from expertd_inference.server.chat.prompt import Chat, prompt_of
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_testing.recital import make_tokenizer
@@ -86,3 +87,21 @@ def test_another_refusal_is_one(pack: Path) -> None:
     for messages in (CHAT, [said("user", "One?")]):
         with pytest.raises(InvalidInputError, match="does not take these messages: No;"):
             rendered(pack, template, *messages)
+
+
+def test_content_of_parts_is_one_text(pack: Path) -> None:
+    parts: Any = ["One?", {"type": "text", "text": "Two?"}, {"type": "refusal", "refusal": "No."}]
+    assert rendered(pack, TAKES, {"role": "user", "content": parts}) == "[user]One?\nTwo?\nNo."
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"\[0\].text is no text"),
+        ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "has no function with a name"),
+        ({"role": "assistant", "tool_calls": [3]}, "has no function with a name"),
+    ],
+)
+def test_messages_that_say_nothing(pack: Path, message: dict[str, Any], words: str) -> None:
+    with pytest.raises(ApiError, match=words):
+        rendered(pack, TAKES, message)

@@ -6,7 +6,14 @@ import socket
 import msgspec
 
 from expertd_inference.server.hosting.link import BlockingLink, Frames, LoopLink, _framed
+from expertd_inference.server.hosting.messages import Failure
 from expertd_testing.patience import HANG_SECONDS
+from expertstore.errors import (
+    BusyError,
+    ExpertdError,
+    PromptTooLongError,
+    StepFailedError,
+)
 
 
 class Word(msgspec.Struct, tag=True):
@@ -66,3 +73,19 @@ async def test_the_front_s_end() -> None:
             assert await said.get() is None
         assert theirs.recv(1 << 16) == _framed(SAID[2])
         assert theirs.recv(1) == b""
+
+
+def test_failures_are_the_same_in_the_other_process() -> None:
+    def passed_on(error: Exception) -> ExpertdError:
+        sent = msgspec.json.encode(Failure.of(error))
+        return msgspec.json.decode(sent, type=Failure).error()
+
+    busy = passed_on(BusyError("Why."))
+    assert (type(busy), str(busy)) == (BusyError, "Why.")
+    long = passed_on(PromptTooLongError("Why.", num_tokens=3, limit=2))
+    assert isinstance(long, PromptTooLongError)
+    assert (str(long), long.num_tokens, long.limit) == ("Why.", 3, 2)
+    bug = passed_on(ZeroDivisionError("Why."))
+    assert (type(bug), str(bug)) == (StepFailedError, "Why.")
+    unknown = Failure("PromptTooLongError", "Why.").error()
+    assert (type(unknown), str(unknown)) == (StepFailedError, "Why.")

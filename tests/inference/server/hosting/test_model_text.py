@@ -1,14 +1,20 @@
 import asyncio
+import copy
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from expertd_inference.server.front import LONG_BYTES
-from expertd_inference.server.hosting.model_text import ModelText
+from expertd_inference.server.hosting.model_text import (
+    GENERATION_CONFIG,
+    ModelText,
+    _wished_temperature,
+)
 from expertd_testing.patience import HANG_SECONDS
 from expertd_testing.recital import RecitedModel, make_tokenizer, reciting_client
-from expertstore.errors import InvalidInputError
+from expertstore.errors import InvalidInputError, PackError
 from tests.inference.conftest import Make
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -25,6 +31,52 @@ def test_tokens_are_the_tokenizer_s_own(text: ModelText, given: str, special: bo
     given = given.replace("SPECIAL", "a" + "".join(text.special_tokens.values()) + "b")
     own = text.tokenizer(given, add_special_tokens=special).input_ids
     assert text.encode(given, special=special) == own
+
+
+def test_a_tokenizer_that_is_slow_or_fails(text: ModelText) -> None:
+    slow = copy.copy(text)
+    slow._fast = None
+    assert slow.encode("def f") == text.encode("def f")
+    slow.tokenizer = None
+    with pytest.raises(PackError, match=r"tokenizer of example fails: .*; copy its files again"):
+        slow.encode("def f")
+
+
+def test_without_a_template_there_are_no_chats(text: ModelText) -> None:
+    with pytest.raises(InvalidInputError, match="The model example has no chat template"):
+        text.in_format("", None).render([{"role": "user", "content": "x"}])
+
+
+def test_bytes_of_tokens(text: ModelText) -> None:
+    names = {0: None, 1: "<0xE2>", 2: "\u0120a", 3: "é€", 4: "\u0120€"}
+    spelled = copy.copy(text)
+    spelled.tokenizer = SimpleNamespace(
+        convert_ids_to_tokens=names.get, decode=lambda ids, **_: f"[{names[ids[0]]}]"
+    )
+    spelled._byte_of_character = {"\u0120": 32, "a": 97, "é": 233}
+    found = [spelled.token_bytes(token) for token in names]
+    assert found == [b"", b"\xe2", b" a", "[é€]".encode(), "[\u0120€]".encode()]
+
+
+@pytest.mark.parametrize(
+    ("said", "temperature"),
+    [
+        ('{"temperature": 0.5}', 0.5),
+        ('{"temperature": 0}', 0.0),
+        ('{"temperature": -1}', 1.0),
+        ('{"temperature": "hot"}', 1.0),
+        ("{}", 1.0),
+        ("[]", 1.0),
+        ("{", 1.0),
+        (None, 1.0),
+    ],
+)
+def test_the_temperature_that_a_pack_wishes(
+    tmp_path: Path, said: str | None, temperature: float
+) -> None:
+    if said is not None:
+        (tmp_path / GENERATION_CONFIG).write_text(said)
+    assert _wished_temperature(tmp_path) == temperature
 
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}"])
