@@ -9,9 +9,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from expertd_inference.engine.stops import FinishReason
+
 if TYPE_CHECKING:
     from expertd_inference.server.hosting.hosted_model import HostedModel
 
+ABORTED = "abort"
+"""The reason of a sequence that was cancelled, as vLLM has it."""
 _LABELS = ("model_name",)
 _SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0),
@@ -80,6 +84,17 @@ class ServerMetrics(Collector):
             "request_decode_time_seconds", "From the first token to the last.", _SECONDS
         )
         registry.register(self)
+
+    def add(self, model: "HostedModel") -> None:
+        """A model is served from now on.
+
+        Its ends are counted from 0: Prometheus sees no increase in the first value of a series.
+        """
+        self.models.append(model)
+        for seat in model.seats:
+            self._deaths.labels(model.name, seat.number)
+        for reason in (*FinishReason, ABORTED):
+            self._success.labels(model.name, reason)
 
     def text(self) -> tuple[bytes, str]:
         """All of it as Prometheus reads it, and the content's type."""

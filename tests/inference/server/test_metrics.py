@@ -91,6 +91,18 @@ def test_failures_and_deaths() -> None:
     assert found["expertd:engine_deaths_total"] == 1
 
 
+def test_the_first_death_and_the_first_end_are_increases() -> None:
+    metrics = ServerMetrics()
+    seats = [SimpleNamespace(number=number, total_stats=None) for number in range(2)]
+    model: Any = SimpleNamespace(name="example", seats=seats)
+    metrics.add(model)
+    found = metrics.text()[0].decode()
+    assert 'engine_deaths_total{engine="1",model_name="example"} 0.0' in found
+    for reason in ("stop", "length", "abort"):
+        labels = f'{{finished_reason="{reason}",model_name="example"}}'
+        assert f"request_success_total{labels} 0.0" in found
+
+
 @pytest.mark.parametrize("pid", [None, 7])
 def test_what_an_engine_said_last(pid: int | None) -> None:
     names = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from expertd_inference.engine.channel import Channel
 from expertd_inference.engine.token import Token
 from expertd_inference.server.hosting.messages import Begin
-from expertd_inference.server.metrics import Times
+from expertd_inference.server.metrics import ABORTED, Times
 
 if TYPE_CHECKING:
     from expertd_inference.server.hosting.engine_seat import EngineSeat
@@ -25,7 +25,7 @@ class Asked:
     seat: "EngineSeat"
     generated: list[int] = field(default_factory=list)
     num_deaths: int = 0
-    reason: str = "abort"
+    reason: str = ABORTED
 
     @property
     def is_suspect(self) -> bool:

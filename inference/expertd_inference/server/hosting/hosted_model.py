@@ -24,7 +24,7 @@ from expertd_inference.server.hosting.engine_choice import find_relief
 from expertd_inference.server.hosting.engine_seat import LOST, EngineSeat, choose_seat
 from expertd_inference.server.hosting.link import check_sendable
 from expertd_inference.server.hosting.messages import Begin, Cancel, Progress, Ready
-from expertd_inference.server.metrics import ServerMetrics, Times
+from expertd_inference.server.metrics import ABORTED, ServerMetrics, Times
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import ExpertdError, PreconditionError, StepFailedError
 
@@ -58,7 +58,6 @@ class HostedModel:
         """Generated, of all sequences."""
         self._accounts = accounts
         self._metrics = metrics
-        metrics.models.append(self)
         self._idle_seconds = idle_seconds
         self._say = say
         self._ids = itertools.count()
@@ -69,6 +68,7 @@ class HostedModel:
         """What is told to those who ask, once there will be no engine any more."""
         self.seats = [EngineSeat(number, spec, self) for number, spec in enumerate(specs)]
         """Of its engines."""
+        metrics.add(self)
 
     def __repr__(self) -> str:
         return f"<HostedModel {self.name}: {self.seats!r}>"
@@ -267,7 +267,7 @@ class HostedModel:
         if asked in self._asked:
             asked.seat.send(Cancel(asked.begin.id))
             self._leave(asked)
-            self._metrics.ended(self.name, asked.times, self._last_used, "abort")
+            self._metrics.ended(self.name, asked.times, self._last_used, ABORTED)
 
     def _leave(self, asked: Asked) -> None:
         self._asked.remove(asked)
