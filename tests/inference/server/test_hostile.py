@@ -28,7 +28,7 @@ DEEP = "[" * 100_000
         (b'{"prompt": ' + DEEP.encode(), "nested too deep"),
         (b'{"prompt": "a", "metadata": {"a": ' + DEEP.encode(), "nested too deep"),
         (b'{"prompt": "\xff\xfe"}', "not JSON"),
-        (b'{"prompt": "\\ud800"}', "not JSON"),
+        (b'{"prompt": "\\ud800"}', "one half of a character"),
         (b'{"prompt": "a"', "not JSON"),
         (b"", "not JSON"),
         (json.dumps({"prompt": ["a"] * 10_000}).encode(), "prompt has 10000 of them; give 1 to"),

@@ -101,6 +101,8 @@ def test_biases_are_of_tokens_or_of_texts(http: httpx2.Client) -> None:
         assert {one["token"] for one in other["generation_settings"]["logit_bias"]} == {first}
     assert "give a number" in refused(http, logit_bias=[[first, True]])
     assert "is no token" in refused(http, logit_bias={"1" * 5000: 1.0})
+    arabic = greedy(http, logit_bias={"\u0661": 1.0})["generation_settings"]["logit_bias"]
+    assert 1 not in {one["token"] for one in arabic}, "which is a text"
 
 
 def test_probabilities_are_openai_s_with_ids(http: httpx2.Client) -> None:

@@ -158,8 +158,16 @@ def test_responses(choice: Any, http: httpx2.Client) -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"type": "strnig"}, "The parameters of look: its type is not object"),
-        ({"properties": {"x": {"type": "strnig"}}}, "The parameters of look: The JSON schema"),
+        (
+            {"$ref": "#"},
+            "tools[0].function.parameters: The JSON schema of the tool 'look' cannot be used: "
+            "circular references",
+        ),
+        ({"type": "strnig"}, "The JSON schema of the tool 'look' is of type 'strnig'"),
+        (
+            {"properties": {"x": {"type": "strnig"}}},
+            "tools[0].function.parameters: The JSON schema of the tool 'look' cannot",
+        ),
     ],
 )
 def test_a_schema_that_cannot_be_obeyed_is_refused(
@@ -174,7 +182,9 @@ def test_a_schema_that_cannot_be_obeyed_is_refused(
     for body in (forced, {**forced, "tool_choice": "auto", "tools": [strict]}):
         response = http.post("/v1/chat/completions", json=body)
         assert response.status_code == 400, response.text
-        assert words in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert words in error["message"]
+        assert error["param"] == "tools[0].function.parameters"
     response = http.post(
         "/v1/chat/completions", json={**forced, "tool_choice": "auto", "max_tokens": 2}
     )

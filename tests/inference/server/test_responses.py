@@ -156,10 +156,10 @@ def test_items_become_messages() -> None:
     hear = {"id": "c2", "type": "function", "function": {"name": "hear", "arguments": "{}"}}
     assert messages_of(items) == [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "input_text", "text": "Look"}]},
+        {"role": "user", "content": "Look"},
         {
             "role": "assistant",
-            "content": [{"type": "output_text", "text": "Well"}],
+            "content": "Well",
             "reasoning_content": "Hm",
             "tool_calls": [{"id": "c1", **call}, hear],
         },

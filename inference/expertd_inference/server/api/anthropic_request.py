@@ -23,6 +23,14 @@ class Thinking(msgspec.Struct, kw_only=True):
 class MessagesRequest(msgspec.Struct, kw_only=True):
     """The body of ``/v1/messages``, and of ``count_tokens``, which has no ``max_tokens``."""
 
+    names: ClassVar = {
+        "stop": "stop_sequences",
+        "reasoning_effort": "output_config.effort",
+        "response_format.json_schema": "output_config.format",
+        "response_format": "output_config.format",
+        "tools[].function.parameters": "tools[].input_schema",
+        "tools[].function": "tools[]",
+    }
     idle: ClassVar = frozenset(
         {
             *("metadata", "service_tier", "inference_geo", "context_management", "cache_control"),

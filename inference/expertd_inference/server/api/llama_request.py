@@ -1,10 +1,11 @@
 """What clients of llama-server send to ``/completion``, in OpenAI's fields."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.sampling_fields import is_token
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import MAX_BIAS
 
@@ -27,8 +28,9 @@ Prompt = str | list[Any] | dict[str, Any]
 
 
 class LlamaFields(msgspec.Struct, kw_only=True):
-    """How to continue a prompt."""
+    """How to continue a prompt, which is in the field ``prompt_name``."""
 
+    prompt_name: ClassVar = "prompt"
     model: str | None = None
     stream: bool = False
     n_predict: int | None = None
@@ -68,6 +70,16 @@ class LlamaFields(msgspec.Struct, kw_only=True):
     n_keep: int | None = None
     samplers: Any = None
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What fields of OpenAI's are called here."""
+        return {
+            "messages": self.prompt_name,
+            "max_tokens": "max_tokens" if self.n_predict is None else "n_predict",
+            "repetition_penalty": "repeat_penalty",
+            "logprobs": "n_probs",
+        }
+
 
 class LlamaRequest(LlamaFields, kw_only=True):
     """The body of ``/completion``."""
@@ -85,6 +97,7 @@ class ExtraFile(msgspec.Struct, kw_only=True):
 class InfillRequest(LlamaFields, kw_only=True):
     """The body of ``/infill``; ``prompt`` is what fills the gap so far."""
 
+    prompt_name: ClassVar = "input_prefix"
     input_prefix: str
     input_suffix: str
     input_extra: list[ExtraFile] = msgspec.field(default_factory=list)
@@ -162,12 +175,13 @@ def _biases(body: LlamaFields, text: ModelText) -> dict[int, float]:
                 400, "logit_bias has true; give a number, or false for never.", param="logit_bias"
             )
         bias = -float(MAX_BIAS) if value is False else value
-        is_token = isinstance(key, int) or key.isdecimal()
-        try:
-            tokens = [int(key)] if is_token else text.encode(str(key), special=False)
-        except ValueError as error:  # Python reads no number of thousands of digits.
+        is_number = isinstance(key, int) or is_token(key)
+        if not is_number and str(key).isdecimal() and str(key).isascii():
             raise ApiError(
-                400, f"logit_bias has a key that is no token: {error}.", param="logit_bias"
-            ) from error
+                400,
+                f"logit_bias has the key {key!r:.80}, which is no token; give one of fewer digits.",
+                param="logit_bias",
+            )
+        tokens = [int(key)] if is_number else text.encode(str(key), special=False)
         biases |= dict.fromkeys(tokens, bias)
     return biases

@@ -26,7 +26,27 @@ class Options(msgspec.Struct, kw_only=True):
     mirostat: int | None = None
 
 
+_OPTIONS = {
+    "max_tokens": "options.num_predict",
+    "repetition_penalty": "options.repeat_penalty",
+    **{
+        name: f"options.{name}"
+        for name in (
+            *("temperature", "top_k", "top_p", "min_p", "seed", "stop"),
+            *("presence_penalty", "frequency_penalty"),
+        )
+    },
+}
+
+
 class _Asked(msgspec.Struct, kw_only=True):
+    names: ClassVar = {
+        **_OPTIONS,
+        "logprobs": "top_logprobs",
+        "reasoning_effort": "think",
+        "response_format.json_schema.schema": "format",
+        "response_format": "format",
+    }
     idle: ClassVar = frozenset({"keep_alive"})
     model: str
     stream: bool | None = True

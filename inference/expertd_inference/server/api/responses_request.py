@@ -7,10 +7,12 @@ import msgspec
 
 from expertd_inference.server.api.errors import ApiError, unsupported
 from expertd_inference.server.api.sampling_fields import StreamOptions
+from expertd_inference.server.chat.messages import text_of
 from expertd_inference.server.front import new_id
 
 LOGPROBS = "message.output_text.logprobs"
 Item = dict[str, Any]
+_ROLES = ("user", "assistant", "system", "developer")
 _VLLM = (
     "priority",
     "cache_salt",
@@ -42,6 +44,15 @@ class Reasoning(msgspec.Struct, kw_only=True):
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """The body of ``/v1/responses``, and of ``input_tokens``."""
 
+    names: ClassVar = {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "logprobs": "top_logprobs",
+        "reasoning_effort": "reasoning.effort",
+        "response_format.json_schema": "text.format",
+        "response_format": "text.format",
+        "tools[].function": "tools[]",
+    }
     idle: ClassVar = frozenset(
         {
             *("max_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
@@ -193,13 +204,15 @@ def items_of(given: str | Sequence[Item] | None) -> list[Item]:
 
 
 def _add_message(messages: list[Item], where: str, item: Item) -> None:
-    content = item.get("content")
-    message = {"role": item.get("role"), "content": content}
-    if not isinstance(content, (str, list)):
-        raise ApiError(400, f"{where}.content is no text and no list of parts.", param=where)
+    if (role := item.get("role")) not in _ROLES:
+        raise ApiError(
+            400, f"{where}.role is {role!r:.80}; give one of {', '.join(_ROLES)}.", param=where
+        )
+    content = text_of(f"{where}.content", item.get("content"))
+    message = {"role": role, "content": content}
     last = messages[-1] if messages else {}
     thinks = last.get("reasoning_content") and not last["content"] and "tool_calls" not in last
-    if item.get("role") == "assistant" and thinks:
+    if role == "assistant" and thinks:
         # The reasoning before it is this message's.
         last["content"] = content
     else:
@@ -207,9 +220,7 @@ def _add_message(messages: list[Item], where: str, item: Item) -> None:
 
 
 def _output(messages: Sequence[Item], where: str, item: Item) -> Item:
-    output = item.get("output")
-    if not isinstance(output, (str, list)):
-        raise ApiError(400, f"{where}.output is no text and no list of parts.", param=where)
+    output = text_of(f"{where}.output", item.get("output"))
     call_id = _field(where, item, "call_id")
     message = {"role": "tool", "tool_call_id": call_id, "content": output}
     for earlier in messages:

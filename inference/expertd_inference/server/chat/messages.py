@@ -21,23 +21,31 @@ def for_template(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_one(f"messages[{at}]", message) for at, message in enumerate(messages)]
 
 
-def with_one_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of :func:`for_template` for a template that takes one system message, the first.
+def in_turns(
+    messages: Sequence[dict[str, Any]], *, first_system: bool = True
+) -> list[dict[str, Any]]:
+    """Messages of :func:`for_template` for a template that takes user and assistant in turns.
 
-    Those that begin the chat are joined. A later one is told by the user, and messages of the user
-    side by side are joined, as some templates have user and assistant in turns.
+    Only the beginning of the chat is the system's, or nothing without ``first_system``: what else
+    it says the user says. Messages side by side of one role are joined, but for those with calls of
+    tools and their results.
     """
     joined: list[dict[str, Any]] = []
     for message in messages:
-        last = joined[-1] if joined else message
+        last = joined[-1] if joined else None
         role = message["role"]
-        if role == "system" and last["role"] != "system":
+        begins = first_system and (last is None or last["role"] == "system")
+        if role == "system" and not begins:
             role = "user"
-        if joined and role == last["role"] and role in ("system", "user"):
+        if last is not None and role == last["role"] and _may_join(last) and _may_join(message):
             joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
         else:
             joined.append({**message, "role": role})
     return joined
+
+
+def _may_join(message: dict[str, Any]) -> bool:
+    return message["role"] in ("system", "user", "assistant") and not message.get("tool_calls")
 
 
 def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +54,9 @@ def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
         raise ApiError(
             400, f"{where}.role is {role!r}; give one of {', '.join(sorted(ROLES))}.", param=where
         )
-    result = {**message, "content": _text(f"{where}.content", message.get("content"))}
+    content = message.get("content")
+    text = "" if content is None else text_of(f"{where}.content", content)
+    result = {**message, "content": text}
     if role == "developer":
         # Which is what models were trained to know it by.
         result["role"] = "system"
@@ -59,9 +69,8 @@ def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _text(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
-    if content is None:
-        return ""
+def text_of(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
+    """The text of a content, which may be in parts. Raises ApiError that says ``where``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
