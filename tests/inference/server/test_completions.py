@@ -130,11 +130,29 @@ def test_a_prompt_s_tokens_and_their_probabilities(http: httpx2.Client) -> None:
     assert echo["logprobs"]["token_logprobs"][1] == places[0]["50"]["logprob"]
 
 
+def test_an_echo_alone_may_fill_the_context(http: httpx2.Client) -> None:
+    most = http.get("/v1/models").json()["data"][0]["max_model_len"]
+    asked = {"prompt": [5] * most, "echo": True, "max_tokens": 0, "logprobs": 1}
+    answer = complete(http, **asked)
+    (choice,) = answer["choices"]
+    assert len(choice["logprobs"]["token_logprobs"]) == most
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    events = stream(http, "/v1/completions", {**asked, "stream_options": {"include_usage": True}})
+    assert events[0]["choices"][0]["logprobs"] == choice["logprobs"]
+    assert events[-1]["usage"] == answer["usage"]
+    for wrong in ({"prompt": [5] * (most + 1)}, {"max_tokens": 1}):
+        refused = http.post("/v1/completions", json={**asked, **wrong})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_an_alias_is_the_model(http: httpx2.Client) -> None:
     assert complete(http, **GREEDY, model="alias")["model"] == "example"
     listed = http.get("/v1/models").json()["data"]
     assert {"example", "alias"} <= {model["id"] for model in listed}
-    assert http.get("/v1/models/alias").json()["root"] == "example"
+    described = http.get("/v1/models/alias").json()
+    assert described["root"] == "example"
+    assert described["max_input_tokens"] == described["max_model_len"] - 1 == 1023
 
 
 @pytest.mark.parametrize(

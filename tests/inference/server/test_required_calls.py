@@ -67,16 +67,23 @@ def test_a_chat_calls_what_it_has_to(model: str, choice: Any, http: httpx2.Clien
         assert choice != LOOK or len(one["message"]["tool_calls"]) == 1, "as OpenAI has it"
 
 
-@pytest.mark.parametrize("model", ["example", "coder", "mistral", "gemma"])
-def test_a_stream_has_the_same_calls(model: str, http: httpx2.Client) -> None:
-    (choice,) = chat(http, model=model, **several(model))["choices"]
-    events = stream(http, "/v1/chat/completions", {**CHAT, "model": model, **several(model)})
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        *((model, "required") for model in ("example", "coder", "mistral", "gemma")),
+        ("example", LOOK),
+    ],
+)
+def test_a_stream_has_the_same_calls(model: str, choice: Any, http: httpx2.Client) -> None:
+    body = {"model": model, "tool_choice": choice, **several(model)}
+    (whole,) = chat(http, **body)["choices"]
+    events = stream(http, "/v1/chat/completions", {**CHAT, **body})
     deltas = [one["choices"][0]["delta"] for one in events]
     calls = [call for delta in deltas for call in delta.get("tool_calls") or []]
-    wanted = [call["function"] for call in choice["message"]["tool_calls"]]
+    wanted = [call["function"] for call in whole["message"]["tool_calls"]]
     assert [call["function"] for call in calls] == wanted
     assert text_of(events) == ""
-    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert events[-1]["choices"][0]["finish_reason"] == whole["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize(
