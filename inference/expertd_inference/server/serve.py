@@ -239,7 +239,7 @@ def _with_cors(app: Starlette, origins: tuple[str, ...]) -> Starlette | CORSMidd
 async def check_names(
     catalog: Catalog, settings: ServerSettings, say: Callable[[str], None]
 ) -> None:
-    """Says which names wait for a model. Raises InvalidInputError for an alias that waits in vain."""
+    """Says which names wait for a model. Raises InvalidInputError for an alias that gets none."""
     served = ", ".join(entry.name for entry in await catalog.entries())
     for name, model in catalog.waiting_names().items():
         if settings.is_embedded and name in settings.aliases:
