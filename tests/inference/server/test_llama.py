@@ -82,9 +82,9 @@ def test_prompts_are_texts_tokens_or_both(http: httpx2.Client) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "prompt has none"),
-        ([[]], "prompt is no text"),
-        ([1, None], "prompt is no text"),
+        ([], "prompt is []; give at least one"),
+        ([[]], "give a text, or a list of texts, tokens or prompts"),
+        ([1, None], "give a text, or a list of texts, tokens or prompts"),
         ({"prompt_string": "a", "multimodal_data": ["x"]}, "multimodal_data is not supported"),
     ],
 )

@@ -26,6 +26,7 @@ from expertstore.errors import (
 )
 
 RETRY_AFTER_SECONDS = 1
+MAX_SHOWN = 80
 ANTHROPIC = "anthropic-version"
 """A header that Anthropic's clients send, and no others: some paths are several interfaces'."""
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
@@ -115,6 +116,17 @@ class ApiError(Exception):
         if path.startswith("/api/"):
             return self.ollama()
         return self.openai()
+
+
+def shown(value: object) -> str:
+    """A value of a request in an error's message, as the client's JSON has it."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def wrong_value(param: str, value: object, wanted: str = "a text") -> ApiError:
+    """A field has a value that is not ``wanted``."""
+    return ApiError(400, f"{param} is {shown(value)}; give {wanted}.", param=param)
 
 
 def unsupported(param: str, why: str) -> ApiError:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.errors import ApiError, unsupported, wrong_value
 from expertd_inference.server.api.sampling_fields import is_token
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import MAX_BIAS
@@ -143,7 +143,7 @@ def prompts_of(prompt: Prompt, text: ModelText) -> list[list[int]]:
     is_several = isinstance(prompt, list) and not any(isinstance(one, int) for one in prompt)
     prompts = [_tokens(one, text) for one in (prompt if is_several else [prompt])]
     if not prompts:
-        raise ApiError(400, "prompt has none; give at least one.", param="prompt")
+        raise wrong_value("prompt", [], "at least one text or token")
     return prompts
 
 
@@ -160,9 +160,7 @@ def _tokens(prompt: Any, text: ModelText) -> list[int]:  # noqa: ANN401 - of any
             for at, part in enumerate(parts):
                 tokens += text.encode(part, special=at == 0) if isinstance(part, str) else [part]
             return tokens
-    raise ApiError(
-        400, "prompt is no text, and no list of texts, tokens or prompts.", param="prompt"
-    )
+    raise wrong_value("prompt", prompt, "a text, or a list of texts, tokens or prompts")
 
 
 def _biases(body: LlamaFields, text: ModelText) -> dict[int, float]:

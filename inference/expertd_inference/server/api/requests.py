@@ -25,6 +25,7 @@ _ESCAPE = re.compile(
     _HALF % b"89abAB" + _HALF % b"c-fC-F" + b"|(" + _HALF % b"89a-fA-F" + rb")|\\."
 )
 """JSON's escapes; the group is half of a character without the other half beside it."""
+_MISSING = re.compile("Object missing required field `(.*)`")
 _named: set[tuple[str, str]] = set()
 """What has no effect and is in the log already, by path."""
 
@@ -80,6 +81,9 @@ def in_form(fields: dict[str, Any], kind: type[BodyT]) -> BodyT:
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
         param = place.strip("`$").removeprefix(".") or None
+        if (found := _MISSING.fullmatch(message)) is not None:
+            param = f"{param}.{found[1]}" if param else found[1]
+            raise ApiError(400, f"{param} is missing; give it.", param=param) from error
         where = f"{param}: " if param else ""
         raise ApiError(400, f"{where}{message}.", param=param) from error
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.errors import ApiError, shown, unsupported, wrong_value
 from expertd_inference.server.api.sampling_fields import StreamOptions
 from expertd_inference.server.chat.messages import text_of
 from expertd_inference.server.front import new_id
@@ -181,7 +181,7 @@ def messages_of(given: str | Sequence[Item] | None, earlier: Sequence[Item] = ()
         else:
             raise unsupported(
                 where,
-                f"is of type {kind!r}; this server takes message, function_call, "
+                f"is of type {shown(kind)}; this server takes message, function_call, "
                 "function_call_output and reasoning.",
             )
     return messages
@@ -205,9 +205,7 @@ def items_of(given: str | Sequence[Item] | None) -> list[Item]:
 
 def _add_message(messages: list[Item], where: str, item: Item) -> None:
     if (role := item.get("role")) not in _ROLES:
-        raise ApiError(
-            400, f"{where}.role is {role!r:.80}; give one of {', '.join(_ROLES)}.", param=where
-        )
+        raise wrong_value(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
     content = text_of(f"{where}.content", item.get("content"))
     message = {"role": role, "content": content}
     last = messages[-1] if messages else {}
@@ -239,7 +237,7 @@ def _of(item: Item) -> str:
 def _field(where: str, item: Item, name: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        raise ApiError(400, f"{where}.{name} is no text.", param=where)
+        raise wrong_value(f"{where}.{name}", value)
     return value
 
 
@@ -270,7 +268,8 @@ def _tool(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise unsupported(
             where,
-            f"is of type {tool.get('type')!r}; this server runs no tools: it takes functions only.",
+            f"is of type {shown(tool.get('type'))}; this server runs no tools: it takes functions "
+            "only.",
         )
     return {"type": "function", "function": {name: value for name, value in tool.items()
                                              if name != "type"}}  # fmt: skip
@@ -293,7 +292,7 @@ def _tool_choice(choice: str | Mapping[str, Any] | None) -> Any:  # noqa: ANN401
         }
     raise unsupported(
         "tool_choice",
-        f"is of type {kind!r}; give none, auto, required, a function or allowed_tools.",
+        f"is of type {shown(kind)}; give none, auto, required, a function or allowed_tools.",
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.errors import ApiError, shown, wrong_value
 
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
@@ -51,9 +51,7 @@ def _may_join(message: dict[str, Any]) -> bool:
 def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
-        raise ApiError(
-            400, f"{where}.role is {role!r}; give one of {', '.join(sorted(ROLES))}.", param=where
-        )
+        raise wrong_value(f"{where}.role", role, f"one of {', '.join(sorted(ROLES))}")
     content = message.get("content")
     text = "" if content is None else text_of(f"{where}.content", content)
     result = {**message, "content": text}
@@ -64,6 +62,8 @@ def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(reasoning, str):
         result["reasoning_content"] = result["reasoning"] = reasoning
     if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise wrong_value(f"{where}.tool_calls", calls, "a list of calls")
         result["tool_calls"] = [_call(f"{where}.tool_calls[{at}]", one)
                                 for at, one in enumerate(calls)]  # fmt: skip
     return result
@@ -74,7 +74,7 @@ def text_of(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"{where} is no text and no list of parts.", param=where)
+        raise wrong_value(where, content, "a text, or a list of parts")
     texts = []
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -83,12 +83,12 @@ def text_of(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
         elif kind in _TEXT_PARTS:
             text = part.get("text", part.get("refusal"))
             if not isinstance(text, str):
-                raise ApiError(400, f"{where}[{at}].text is no text.", param=where)
+                raise wrong_value(f"{where}[{at}].text", text)
             texts.append(text)
         else:
             raise ApiError(
                 400,
-                f"{where}[{at}] is of type {kind!r}, and this server takes text only.",
+                f"{where}[{at}] is of type {shown(kind)}, and this server takes text only.",
                 code="unsupported_content",
                 param=where,
             )
@@ -98,7 +98,7 @@ def text_of(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
 def _call(where: str, call: Any) -> dict[str, Any]:  # noqa: ANN401 - of any JSON
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ApiError(400, f"{where} has no function with a name.", param=where)
+        raise ApiError(400, f"{where} has no function with a name; give one.", param=where)
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
         with suppress(ValueError):  # As the model wrote it; the template shows it so.

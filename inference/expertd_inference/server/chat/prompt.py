@@ -21,6 +21,19 @@ from expertstore.errors import InvalidInputError
 FOREIGN = "hermes"
 """The format of calls that are required of a model which knows none."""
 
+_OWN_ARGUMENTS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *(
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "processor_kwargs",
+    ),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What templates are given in any case, or what would change how transformers renders them."""
 LONG_CHARACTERS = 40
 """A shorter text may stand in another by chance."""
 
@@ -152,6 +165,13 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         )
     tools = chosen_tools(chat.tools, chat.tool_choice)
     arguments = dict(chat.arguments)
+    if own := sorted(_OWN_ARGUMENTS & arguments.keys()):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs has {own[0]!r}, which the server gives the template itself; use "
+            "the request's own field for it.",
+            param="chat_template_kwargs",
+        )
     if chat.reasoning_effort is not None:
         arguments.setdefault("reasoning_effort", chat.reasoning_effort)
         if chat.reasoning_effort == "none":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expertd_inference.grammar import grammar_of_json_schema
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.errors import ApiError, shown, wrong_value
 from expertstore.errors import InvalidInputError
 
 _NAME = re.compile(r"[^\s\"'\\<>{}()\[\]]+")
@@ -70,7 +70,7 @@ def chosen_tools(
                 400,
                 f"{place}.function.name is {name!r:.80}, as is that of {places[name]}; give each "
                 "tool a name of its own.",
-                param=place,
+                param=f"{place}.function.name",
             )
         known[name], places[name] = tool, place
     return replace(_chosen(known, choice), places=places)
@@ -98,7 +98,7 @@ def _chosen(
             return Tools(found.allowed, required=mode == "required")
         case {"type": "function"}:
             return replace(_required(known, [_choice_name(choice)]), single=True)
-    raise _wrong(f"is {choice!r:.100}; give {_CHOICES}.")
+    raise _wrong(f"is {shown(choice)}; give {_CHOICES}.")
 
 
 def _required(known: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Tools:
@@ -106,7 +106,7 @@ def _required(known: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> T
         raise _wrong("wants a call, and there are no tools; send tools.")
     missing = [name for name in names if name not in known]
     if missing:
-        raise _wrong(f"names {missing[0]!r}, which is not among the tools.")
+        raise _wrong(f"names {missing[0]!r:.80}, which is not among the tools; name one of them.")
     return Tools(tuple(known[name] for name in names), required=True)
 
 
@@ -122,7 +122,7 @@ def _choice_name(choice: object) -> str:
     match choice:
         case {"function": {"name": str(name)}} | {"name": str(name)}:
             return name
-    raise _wrong(f"has {choice!r:.100}, which names no function.")
+    raise _wrong(f"has {shown(choice)}, which names no function; name one.")
 
 
 def _name(where: str, tool: Mapping[str, Any]) -> str:
@@ -130,9 +130,9 @@ def _name(where: str, tool: Mapping[str, Any]) -> str:
     if tool.get("type") != "function":
         raise ApiError(
             400,
-            f"{where}.type is {tool.get('type')!r}, and this server takes tools of type "
-            "'function' only.",
-            param=where,
+            f"{where}.type is {shown(tool.get('type'))}, and this server takes tools of type "
+            '"function" only.',
+            param=f"{where}.type",
         )
     match tool.get("function"):
         case {"name": str(name), **rest} if name:
@@ -141,13 +141,13 @@ def _name(where: str, tool: Mapping[str, Any]) -> str:
                     400,
                     f"{where}.function.name is {name!r:.80}; give one without spaces, quotes and "
                     "brackets.",
-                    param=where,
+                    param=f"{where}.function.name",
                 )
             parameters = rest.get("parameters")
             if parameters is not None and not isinstance(parameters, Mapping):
-                raise ApiError(400, f"{where}.function.parameters is no JSON schema.", param=where)
+                raise wrong_value(f"{where}.function.parameters", parameters, "a JSON schema")
             return name
-    raise ApiError(400, f"{where}.function has no name.", param=where)
+    raise ApiError(400, f"{where}.function has no name; give one.", param=f"{where}.function")
 
 
 def _wrong(what: str) -> ApiError:
