@@ -159,7 +159,7 @@ def test_an_alias_is_the_model(http: httpx2.Client) -> None:
     ("body", "status", "message"),
     [
         ({}, 400, "prompt is missing"),
-        ({"prompt": []}, 400, "prompt has 0 of them"),
+        ({"prompt": []}, 400, "prompt is a list of 0; give 1 to 1024"),
         ({"prompt": ["a", 3]}, 400, "prompt mixes tokens and texts"),
         ({"prompt": ""}, 400, "The prompt is empty"),
         ({"prompt": [1 << 20]}, 400, "has token 1048576"),

@@ -111,6 +111,7 @@ def test_paths_that_are_several_interfaces(http: httpx2.Client) -> None:
     check("/v1/messages", http.get(path, headers=version), 404)
     check("/api/none", http.post("/api/none"), 404)
     check("/api/embed", http.post("/api/embed"), 501)
+    check("/v1/responses", http.post("/v1/responses/compact", json={}), 501)
 
 
 SCHEMA = {"$ref": "#"}

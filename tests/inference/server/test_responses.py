@@ -228,7 +228,7 @@ def test_tools_formats_and_effort_are_a_chat_s() -> None:
         ({"tools": [FUNCTION, {**GROUP, "tools": [FUNCTION]}]}, "tools[1].tools[0] has the name"),
         ({"tools": [{**GROUP, "tools": [{"type": "custom"}]}]}, "tools[0].tools[0] is of type"),
         ({"tools": [{"type": "namespace"}]}, "tools[0].name is null; give a text"),
-        ({"tools": [{**GROUP, "tools": 3}]}, "tools[0].tools is no list"),
+        ({"tools": [{**GROUP, "tools": 3}]}, "tools[0].tools is 3; give a list of functions"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, 'of type "item_reference"'),
         (
             {"input": [{"role": "user", "content": 3}]},

@@ -104,7 +104,7 @@ def _prompts(body: CompletionRequest, text: ModelText) -> list[list[int]]:
         return [body.cut(tokens)]
     if not 1 <= len(asked) <= MAX_PROMPTS:
         raise ApiError(
-            400, f"prompt has {len(asked)} of them; give 1 to {MAX_PROMPTS}.", param="prompt"
+            400, f"prompt is a list of {len(asked)}; give 1 to {MAX_PROMPTS}.", param="prompt"
         )
     return [
         body.cut(

@@ -65,7 +65,7 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, _why_no_json(bytes(body), error)) from error
     if not isinstance(fields, dict):
-        raise ApiError(400, "The body is not a JSON object.")
+        raise ApiError(400, "The body is not a JSON object; send one.")
     for name, why in _without_effect(fields, kind):
         say_once(request, f"the field {name!r:.80} {why}", say)
     asked_names.set(NO_NAMES)
@@ -149,5 +149,7 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(
-        413, f"The request has more than {most} bytes, the most that this server reads."
+        413,
+        f"The request has more than {most} bytes, the most that this server reads (--max-body); "
+        "send less.",
     )

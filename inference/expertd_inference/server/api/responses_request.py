@@ -251,7 +251,7 @@ def _tools(tools: Sequence[Item]) -> list[Item]:
             _field(where, tool, "name")
             group = tool.get("tools")
             if not isinstance(group, list) or not all(isinstance(one, dict) for one in group):
-                raise ApiError(400, f"{where}.tools is no list of functions.", param=where)
+                raise wrong_value(f"{where}.tools", group, "a list of functions")
         for number, one in enumerate(group):
             place = f"{where}.tools[{number}]" if in_one else where
             function = _tool(place, one)
