@@ -35,13 +35,15 @@ COMMANDS = [
 def test_help_by_either_name(names: str) -> None:
     program, *arguments = names.split()
     short, long = (
-        CliRunner().invoke(APPS[program], [*arguments, option]) for option in ("-h", "--help")
+        CliRunner().invoke(APPS[program], [*arguments, option], env={"COLUMNS": "80"})
+        for option in ("-h", "--help")
     )
     assert (short.exit_code, long.exit_code) == (0, 0), short.output
     assert short.output == long.output
     assert "Usage:" in short.output
     assert "--help" in short.output
     assert "-h" in short.output
+    assert "…" not in short.output, "cut"
 
 
 def test_a_walk_finds_them_all() -> None:

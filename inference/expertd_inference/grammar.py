@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,10 @@ CHECKED_BYTES = 1 << 14
 JSON_OPTIONS = {"whitespace_pattern": r"\r?\n?[ \t]{0,40}"}
 """llguidance's. Without a bound between JSON's parts, some models write spaces for ever."""
 _EXCERPT = re.compile(r"\s*(\d+ \||\^|<non-verbose)")
+
+
+_NOTHING = "NoExtensionBias"
+"""What llguidance says of a grammar that allows nothing."""
 
 
 class GrammarKind(StrEnum):
@@ -59,12 +64,14 @@ class GrammarSpec:
 
     :func:`grammar_of_json_schema` and the others below make it from what a program has. Unless it
     is empty, ``frame`` is a grammar in Lark of the whole text, in which ``@inner`` stands for this
-    one. Raises InvalidInputError for a kind that there is not.
+    one. Errors call it ``name`` if that is not empty. Raises InvalidInputError for a kind that is
+    none of them.
     """
 
     kind: GrammarKind
     text: str = ""
     frame: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -84,6 +91,13 @@ class GrammarSpec:
         )
         if is_wrong:
             raise wrong(self, reasons[0])
+        # That did not look at what it allows. Special tokens are another tokenizer's.
+        matcher = library().LLMatcher(
+            _any_tokenizer(), source_of(self), log_level=0, limits=limits()
+        )
+        matcher.compute_logit_bias()
+        if (reason := matcher.get_error()).startswith(_NOTHING):
+            raise wrong(self, reason)
 
 
 def grammar_of_json_schema(schema: Mapping[str, Any] | bool) -> GrammarSpec:
@@ -119,7 +133,7 @@ def source_of(spec: GrammarSpec) -> str:
     num_bytes = len((spec.text + spec.frame).encode(errors="surrogatepass"))
     if num_bytes > MAX_BYTES:
         raise InvalidInputError(
-            f"The {_NAMES[spec.kind]} has {num_bytes} bytes; give at most {MAX_BYTES}."
+            f"The {spec.name or _NAMES[spec.kind]} has {num_bytes} bytes; give at most {MAX_BYTES}."
         )
     try:
         spec.text.encode()
@@ -136,10 +150,13 @@ def wrong(spec: GrammarSpec, reason: str) -> InvalidInputError:
     # Without excerpts of the grammar, and places in them.
     said = " ".join(line for line in reason.splitlines() if not _EXCERPT.match(line))
     said = " ".join(said.split())
+    if said == _NOTHING:
+        said = "no text fits it, as where a part of it is only itself"
     if len(said) > MAX_CHARACTERS:
         said = f"{said[:MAX_CHARACTERS]}..."
+    name = spec.name or _NAMES[spec.kind]
     return InvalidInputError(
-        f"The {_NAMES[spec.kind]} cannot be used: {said.rstrip('.')}; mend it, or leave it out."
+        f"The {name} cannot be used: {said.rstrip('.')}; mend it, or leave it out."
     )
 
 
@@ -151,6 +168,12 @@ def pattern_of(text: str) -> str:
 def limits() -> Any:  # noqa: ANN401 - LLParserLimits
     """What a grammar may take: the library's own limits, and reasons without its state."""
     return library().LLParserLimits(verbose_errors=False)
+
+
+@cache
+def _any_tokenizer() -> Any:  # noqa: ANN401 - LLTokenizer
+    """One that makes every text, whose tokens are bytes."""
+    return library().LLTokenizer("byte")
 
 
 def library() -> ModuleType:

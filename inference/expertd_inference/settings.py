@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from expertd_inference.field_types import check_types
 from expertd_inference.grammar import GrammarSpec
-from expertstore.errors import InvalidInputError
+from expertstore.errors import InvalidInputError, SettingError
 
 
 class ComputeDtype(StrEnum):
@@ -62,9 +62,11 @@ class GenerationSettings:
 
     What is given: the text without special tokens, if ``skip_special_tokens``; with each token its
     log-probability and the ``logprobs`` likeliest ones (0 to 20; None for nothing of this), by the
-    model's own scores; ``prompt_logprobs`` is the same for the tokens of the prompt.
+    model's own scores; ``prompt_logprobs`` is the same for the tokens of the prompt. Of a
+    ``prompt_only`` nothing else is wanted: it may fill the whole context, and the one token that
+    comes after it carries what is known of it.
 
-    Raises InvalidInputError if a value makes no sense.
+    Raises SettingError, and InvalidInputError for a value of another type, if that makes no sense.
     """
 
     max_new_tokens: int = 128
@@ -87,53 +89,53 @@ class GenerationSettings:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_only: bool = False
     grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
-            raise InvalidInputError(f"stop is a text, {self.stop!r}; give a tuple of texts.")
+            raise _wrong("stop", f"is a text, {self.stop!r}; give a tuple of texts.")
         check_types(self)
         if self.max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1.")
+            raise _wrong("max_new_tokens", f"is {self.max_new_tokens}; give at least 1.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise InvalidInputError(
-                f"min_new_tokens is {self.min_new_tokens}; give 0 to max_new_tokens, "
-                f"{self.max_new_tokens}."
+            raise _wrong(
+                "min_new_tokens",
+                f"is {self.min_new_tokens}; give 0 to {self.max_new_tokens}, the most tokens that "
+                "may come.",
             )
         if not 0 <= self.temperature <= 100:
-            raise InvalidInputError(f"temperature is {self.temperature}; give 0 to 100.")
+            raise _wrong("temperature", f"is {self.temperature}; give 0 to 100.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InvalidInputError(f"top_p is {self.top_p}; give more than 0 and at most 1.")
+            raise _wrong("top_p", f"is {self.top_p}; give more than 0 and at most 1.")
         if self.top_k is not None and self.top_k < 0:
-            raise InvalidInputError(f"top_k is {self.top_k}; give at least 1, or 0 for none.")
+            raise _wrong("top_k", f"is {self.top_k}; give at least 1, or 0 for none.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise InvalidInputError(f"min_p is {self.min_p}; give 0 to 1.")
+            raise _wrong("min_p", f"is {self.min_p}; give 0 to 1.")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty <= 100:
-            raise InvalidInputError(
-                f"repetition_penalty is {self.repetition_penalty}; give more than 0 and at most "
-                "100; 1 is none."
+            raise _wrong(
+                "repetition_penalty",
+                f"is {self.repetition_penalty}; give more than 0 and at most 100; 1 is none.",
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(value := getattr(self, name)) <= 100:
-                raise InvalidInputError(f"{name} is {value}; give -100 to 100; 0 is none.")
+                raise _wrong(name, f"is {value}; give -100 to 100; 0 is none.")
         for token, bias in self.logit_bias.items():
             if not abs(bias) <= MAX_BIAS:
-                raise InvalidInputError(
-                    f"logit_bias of token {token} is {bias}; give {-MAX_BIAS} to {MAX_BIAS}."
+                raise _wrong(
+                    "logit_bias", f"of token {token} is {bias}; give {-MAX_BIAS} to {MAX_BIAS}."
                 )
         if self.allowed_tokens is not None and not self.allowed_tokens:
-            raise InvalidInputError("allowed_tokens has no token; give at least one, or None.")
+            raise _wrong("allowed_tokens", "has no token; give at least one, or leave it out.")
         if not all(self.bad_words):
-            raise InvalidInputError("bad_words has one without tokens; leave it out.")
+            raise _wrong("bad_words", "has an empty word; leave that word out.")
         if not all(self.stop):
-            raise InvalidInputError("stop has an empty text, which is everywhere; leave it out.")
+            raise _wrong("stop", "has an empty text, which is everywhere; leave that text out.")
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
-            raise InvalidInputError(f"seed is {self.seed}; give 0 to 2**64 - 1.")
+            raise _wrong("seed", f"is {self.seed}; give 0 to 2**64 - 1.")
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
-                raise InvalidInputError(
-                    f"{name} is {value}; give 0 to {MAX_LOGPROBS}, or None for none."
-                )
+                raise _wrong(name, f"is {value}; give 0 to {MAX_LOGPROBS}, or leave it out.")
 
     def named_tokens(self) -> Iterator[tuple[str, int]]:
         """Each token that a field names, with the field's name."""
@@ -141,6 +143,10 @@ class GenerationSettings:
         yield from (("allowed_tokens", token) for token in self.allowed_tokens or ())
         yield from (("stop_tokens", token) for token in self.stop_tokens)
         yield from (("bad_words", token) for word in self.bad_words for token in word)
+
+
+def _wrong(setting: str, problem: str) -> SettingError:
+    return SettingError(f"{setting} {problem}", setting=setting)
 
 
 def check_prompt(prompt: str) -> None:

@@ -9,6 +9,7 @@
     │   ├── CheckpointError      what was to be packed is not a usable checkpoint
     │   ├── PackError            what was to be served is not a usable pack
     │   ├── TraceError           what was to be replayed is not a usable trace
+    │   ├── SettingError         a setting of a generation
     │   └── PromptTooLongError   more tokens than the model's context or a worker's memory takes
     ├── NotFoundError            no such model, or no such expert in it
     ├── PreconditionError        possible in another state: fix that first
@@ -60,6 +61,14 @@ class PackError(InvalidInputError):
 
 class TraceError(InvalidInputError):
     """What was to be replayed is not a usable trace, or one cannot be written."""
+
+
+class SettingError(InvalidInputError):
+    """``setting``, a field of GenerationSettings, is wrong; the message begins with its name."""
+
+    def __init__(self, message: str, *, setting: str) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class PromptTooLongError(InvalidInputError):

@@ -22,7 +22,7 @@ _MODELS = ("gpt-3.5-turbo-instruct", "gpt-6-astra")
 _NOT_APPLICABLE = {
     r"suffix needs a prompt of one text, and no echo": "`suffix` with `echo`: refused",
     r"functions is the old form of tools": "`functions`, `logit_bias` for foo, no tokens: refused",
-    r"max_tokens is 0": "`max_completion_tokens` 0: refused",
+    r"max_completion_tokens is 0": "`max_completion_tokens` 0: refused",
     r"background is not supported": "`background`: refused",
     r"conversation is not supported": "`conversation`: refused",
 }

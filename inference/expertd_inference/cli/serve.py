@@ -128,7 +128,7 @@ def serve(
         Path | None,
         typer.Option(
             help="Where clients' files and batches are kept. Default: $STATE_DIRECTORY, as systemd "
-            "sets it, else $XDG_STATE_HOME/expert-run.",
+            "sets it, else expert-run in $XDG_STATE_HOME.",
             metavar="DIR",
             readable=False,
         ),
@@ -212,6 +212,7 @@ def serve(
         https_key=https_key,
         max_body_bytes=options.size_of("--max-body", max_body) or 0,
         state=state or _default_state(),
+        is_embedded=embedded is not None,
     )
     places = device or [options.DEFAULTS.device]
     on_device = DeviceSettings(

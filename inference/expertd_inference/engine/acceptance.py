@@ -2,23 +2,26 @@
 
 from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.engine.sequence import Sequence
-from expertstore.errors import InvalidInputError, PromptTooLongError
+from expertstore.errors import InvalidInputError, PromptTooLongError, SettingError
 
 
 def check_sequence(sequence: Sequence, limits: SchedulerLimits, max_tokens: int) -> None:
     """Checks a new sequence, of which the context and the KV memory take ``max_tokens``.
 
     Raises InvalidInputError for a prompt without tokens or a token that the model does not have,
-    in the prompt or in a setting, and PromptTooLongError if nothing could follow the prompt.
+    in the prompt, SettingError for one in a setting, and PromptTooLongError if nothing could follow
+    the prompt, which may fill the context only if nothing shall.
     """
     if not sequence.tokens:
         raise InvalidInputError("The prompt is empty; this model needs at least one token.")
     if (num_tokens := limits.vocabulary) is not None:
-        _check_token("The prompt", min(sequence.tokens), num_tokens)
-        _check_token("The prompt", max(sequence.tokens), num_tokens)
+        for token in (min(sequence.tokens), max(sequence.tokens)):
+            if not 0 <= token < num_tokens:
+                raise InvalidInputError(f"The prompt {_unknown(token, num_tokens)}")
         for name, token in sequence.settings.named_tokens():
-            _check_token(name, token, num_tokens)
-    if sequence.num_prompt < max_tokens:
+            if not 0 <= token < num_tokens:
+                raise SettingError(f"{name} {_unknown(token, num_tokens)}", setting=name)
+    if sequence.num_prompt < max_tokens + sequence.settings.prompt_only:
         return
     if max_tokens == limits.context_tokens:
         place, advice = f"the model's context of {max_tokens}", "shorten it"
@@ -32,8 +35,5 @@ def check_sequence(sequence: Sequence, limits: SchedulerLimits, max_tokens: int)
     )
 
 
-def _check_token(where: str, token: int, num_tokens: int) -> None:
-    if not 0 <= token < num_tokens:
-        raise InvalidInputError(
-            f"{where} has token {token}, and the model has 0 to {num_tokens - 1}; leave it out."
-        )
+def _unknown(token: int, num_tokens: int) -> str:
+    return f"has token {token}, and the model has 0 to {num_tokens - 1}; leave that token out."

@@ -5,7 +5,9 @@ MAX_CHARACTERS = 300
 
 def reason_of(error: BaseException) -> str:
     """What ``error`` says, in one line and without a stop; its type where it says nothing."""
-    text = " ".join(str(error).split()).rstrip(".")
+    text = " ".join(str(error).split())
+    if not text.endswith("..."):
+        text = text.rstrip(".")
     if isinstance(error, KeyError):
         text = f"unknown: {text}"
     if len(text) > MAX_CHARACTERS:

@@ -48,8 +48,8 @@ class ServerSettings:
     None keeps it. On its end the server waits for ``drain_seconds`` until answers are complete.
     ``keys`` is a file of users (:mod:`.keys`); without it, and without ``no_auth``, it listens to
     this host only. Pages of ``cors_origins`` may use it. Files and batches of clients are kept in
-    ``state``; without it there are none. Raises InvalidInputError if that does
-    not fit.
+    ``state``; without it there are none. If it ``is_embedded``, no other models come than those at
+    the start. Raises InvalidInputError if that does not fit.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +69,7 @@ class ServerSettings:
     https_key: Path | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     state: Path | None = None
+    is_embedded: bool = False
 
     def __post_init__(self) -> None:
         if self.chat_format is not None:
@@ -122,6 +123,7 @@ async def _serve(
     )
     with listening:
         try:
+            await check_names(catalog, settings, say)
             serves = await _preload(catalog, settings.preload)
             for name in catalog.unserved:
                 say(f"{name} is an alias or a variant of a model that is not there; it may come.")
@@ -238,6 +240,19 @@ def _with_cors(app: Starlette, origins: tuple[str, ...]) -> Starlette | CORSMidd
     if not origins:
         return app
     return CORSMiddleware(app, allow_origins=origins, allow_methods=("*",), allow_headers=("*",))
+
+
+async def check_names(
+    catalog: Catalog, settings: ServerSettings, say: Callable[[str], None]
+) -> None:
+    """Says which names wait for a model. Raises InvalidInputError for an alias that gets none."""
+    served = ", ".join(entry.name for entry in await catalog.entries())
+    for name, model in catalog.waiting_names().items():
+        if settings.is_embedded and name in settings.aliases:
+            raise InvalidInputError(
+                f"--alias {name}={model} names a model that is not served; give one of: {served}."
+            )
+        say(f"{name} waits for a model {model!r}, which the daemon does not have yet")
 
 
 async def _preload(catalog: Catalog, names: tuple[str, ...]) -> str:

@@ -26,6 +26,7 @@ from expertstore.errors import (
     PackError,
     PreconditionError,
     PromptTooLongError,
+    SettingError,
     StepFailedError,
     UnavailableError,
 )
@@ -345,9 +346,25 @@ def test_a_prompt_longer_than_the_pool(worker: ToyWorker) -> None:
         engine.submit([1] * 128)
 
 
+@pytest.mark.parametrize("kv_tokens", [None, 128], ids=["context", "pool"])
+def test_a_prompt_of_which_nothing_else_is_wanted_may_fill_all_room(
+    worker: ToyWorker, kv_tokens: int | None
+) -> None:
+    most = kv_tokens or 512
+    alone = GenerationSettings(max_new_tokens=1, prompt_only=True, prompt_logprobs=1)
+    with Engine(worker, EngineLimits(kv_tokens=kv_tokens)) as engine:
+        (token,) = engine.submit([1] * most, alone)
+        assert token.finish_reason is FinishReason.LENGTH
+        assert token.opening is not None
+        assert len(token.opening.prompt_logprobs or ()) == most - 1
+        with pytest.raises(PromptTooLongError, match=f"{most + 1} tokens"):
+            engine.submit([1] * (most + 1), alone)
+
+
 def test_settings_with_tokens_that_there_are_not(engine: Engine) -> None:
-    with pytest.raises(InvalidInputError, match="logit_bias has token 300, and the model has"):
+    with pytest.raises(SettingError, match="logit_bias has token 300, and the model has") as wrong:
         engine.submit("a", GenerationSettings(logit_bias={300: 1.0}))
+    assert wrong.value.setting == "logit_bias"
 
 
 def test_closing_ends_all(worker: ToyWorker) -> None:

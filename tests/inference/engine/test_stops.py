@@ -155,7 +155,7 @@ def test_the_packs_own_stops_count_as_well() -> None:
         ({"logit_bias": {5: float("nan")}}, "token 5 is nan"),
         ({"logit_bias": {5: 1e308}}, r"token 5 is 1e\+308; give -1000000000 to"),
         ({"allowed_tokens": ()}, "no token"),
-        ({"bad_words": ((1,), ())}, "without tokens"),
+        ({"bad_words": ((1,), ())}, "bad_words has an empty word"),
         ({"min_new_tokens": 200}, "min_new_tokens is 200"),
         ({"logprobs": 21}, "logprobs is 21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),

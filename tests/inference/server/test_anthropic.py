@@ -109,7 +109,7 @@ def test_errors_have_anthropic_s_form(client: anthropic.Anthropic) -> None:
         client.messages.create(**long)
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
     asked: Any = {**GREEDY, "messages": [{"role": "user", "content": [image]}]}
-    with pytest.raises(anthropic.BadRequestError, match="of type 'image'"):
+    with pytest.raises(anthropic.BadRequestError, match='of type "image"'):
         client.messages.create(**asked)
 
 
@@ -199,10 +199,13 @@ def test_tools_and_choices_and_thinking_are_openai_s() -> None:
     [
         ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "cannot run"),
         ({"tools": [{"name": "x"}], "tool_choice": {"type": "all"}}, "give auto, any"),
-        ({"thinking": {"type": "long"}}, "thinking.type is 'long'"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "role is 'robot'"),
-        ({"messages": [{"role": "user", "content": 3}]}, "no text and no list of blocks"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is no text"),
+        ({"thinking": {"type": "long"}}, 'thinking.type is "long"'),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 'role is "robot"'),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "messages[0].content is 3; give a text, or a list of blocks",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text is "),
         (
             {
                 "messages": [
@@ -212,7 +215,7 @@ def test_tools_and_choices_and_thinking_are_openai_s() -> None:
                     }
                 ]
             },
-            "no text and no list of blocks",
+            "content is 3; give a text",
         ),
         ({"container": "c"}, "container is not supported"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers is not supported"),

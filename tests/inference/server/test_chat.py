@@ -93,11 +93,11 @@ def test_logprobs_have_bytes_and_the_likeliest(http: httpx2.Client) -> None:
     [
         ({"messages": []}, "messages is empty"),
         ({}, "missing required field"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role is 'robot'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 'messages[0].role is "robot"'),
         ({"messages": [{"role": "user", "content": 3}]}, "no text and no list of parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "of type 'image_url', and this server takes text only",
+            'of type "image_url", and this server takes text only',
         ),
         ({"messages": MESSAGES, "continue_final_message": True}, "exclude each other"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs"),

@@ -131,18 +131,36 @@ def test_a_prompt_s_tokens_and_their_probabilities(http: httpx2.Client) -> None:
     assert echo["logprobs"]["token_logprobs"][1] == places[0]["50"]["logprob"]
 
 
+def test_an_echo_alone_may_fill_the_context(http: httpx2.Client) -> None:
+    most = http.get("/v1/models").json()["data"][0]["max_model_len"]
+    asked = {"prompt": [5] * most, "echo": True, "max_tokens": 0, "logprobs": 1}
+    answer = complete(http, **asked)
+    (choice,) = answer["choices"]
+    assert len(choice["logprobs"]["token_logprobs"]) == most
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    events = stream(http, "/v1/completions", {**asked, "stream_options": {"include_usage": True}})
+    assert events[0]["choices"][0]["logprobs"] == choice["logprobs"]
+    assert events[-1]["usage"] == answer["usage"]
+    for wrong in ({"prompt": [5] * (most + 1)}, {"max_tokens": 1}):
+        refused = http.post("/v1/completions", json={**asked, **wrong})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_an_alias_is_the_model(http: httpx2.Client) -> None:
     assert complete(http, **GREEDY, model="alias")["model"] == "example"
     listed = http.get("/v1/models").json()["data"]
     assert {"example", "alias"} <= {model["id"] for model in listed}
-    assert http.get("/v1/models/alias").json()["root"] == "example"
+    described = http.get("/v1/models/alias").json()
+    assert described["root"] == "example"
+    assert described["max_input_tokens"] == described["max_model_len"] - 1 == 1023
 
 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         ({}, 400, "prompt is missing"),
-        ({"prompt": []}, 400, "prompt has 0 of them"),
+        ({"prompt": []}, 400, "prompt is a list of 0; give 1 to 1024"),
         ({"prompt": ["a", 3]}, 400, "prompt mixes tokens and texts"),
         ({"prompt": ""}, 400, "The prompt is empty"),
         ({"prompt": [1 << 20]}, 400, "has token 1048576"),
@@ -154,8 +172,8 @@ def test_an_alias_is_the_model(http: httpx2.Client) -> None:
         ({"prompt": "a", "n": 2, "best_of": 3}, 400, "best_of is not supported"),
         ({"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
         ({"prompt": "a", "stop": [""]}, 400, "stop has an empty text"),
-        ({"prompt": "a", "logprobs": 21}, 400, "21 log-probabilities"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias has a key"),
+        ({"prompt": "a", "logprobs": 21}, 400, "logprobs is 21; give 0 to 20"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias has the key 'x'; give tokens"),
         ({"prompt": "a", "logit_bias": {"9999999": 1}}, 400, "logit_bias has token 9999999"),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
         ({"prompt": "a", "max_tokens": 2, "min_tokens": 3}, 400, "min_tokens is 3"),

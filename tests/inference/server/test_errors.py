@@ -111,3 +111,119 @@ def test_paths_that_are_several_interfaces(http: httpx2.Client) -> None:
     check("/v1/messages", http.get(path, headers=version), 404)
     check("/api/none", http.post("/api/none"), 404)
     check("/api/embed", http.post("/api/embed"), 501)
+    check("/v1/responses", http.post("/v1/responses/compact", json={}), 501)
+
+
+SCHEMA = {"$ref": "#"}
+FORMAT = {"type": "json_schema", "name": "x", "schema": SCHEMA}
+TOOL: dict[str, Any] = {"name": "look", "parameters": {"type": "array"}}
+CALL = {"tool_choice": "required"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/chat/completions", {"stop_token_ids": [9999]}, "stop_token_ids"),
+        ("/v1/chat/completions", {**CALL, "tools": [{"type": "x"}]}, "tools[0].type"),
+        ("/v1/chat/completions", {"messages": [{"role": "x"}]}, 'messages[0].role is "x"'),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "assistant", "tool_calls": 5}]},
+            "messages[0].tool_calls is 5; give a list of calls",
+        ),
+        (
+            "/v1/chat/completions",
+            {"chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs has 'messages', which the server gives",
+        ),
+        (
+            "/api/chat",
+            {"messages": [{"role": "assistant", "tool_calls": 5}]},
+            "messages[0].tool_calls is 5; give a list of calls",
+        ),
+        ("/v1/messages", {"messages": [{"role": None}]}, "messages[0].role is null; give user"),
+        ("/completion", {"prompt": None}, "prompt: Expected"),
+        ("/infill", {"input_prefix": "a"}, "input_suffix is missing; give it."),
+        (
+            "/v1/messages",
+            {"tools": [{"name": "f"}, {"name": "f"}]},
+            "tools[1].name is 'f', as is that of tools[0]; give each tool a name of its own.",
+        ),
+        ("/v1/completions", {"allowed_token_ids": [9999]}, "allowed_token_ids"),
+        ("/v1/completions", {"min_tokens": 17}, "min_tokens"),
+        ("/v1/responses", {"max_output_tokens": 0}, "max_output_tokens"),
+        ("/v1/responses", {"top_logprobs": 21}, "top_logprobs"),
+        ("/v1/responses", {"text": {"format": FORMAT}}, "text.format"),
+        (
+            "/v1/responses",
+            {**CALL, "tools": [{"type": "function", **TOOL}]},
+            "tools[0].parameters",
+        ),
+        ("/v1/responses", {"input": [{"role": "x", "content": "a"}]}, "input[0].role"),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0]",
+        ),
+        ("/v1/messages", {"stop_sequences": [""]}, "stop_sequences"),
+        (
+            "/v1/messages",
+            {"tool_choice": {"type": "any"}, "tools": [{"name": "f", "input_schema": SCHEMA}]},
+            "tools[0].input_schema",
+        ),
+        ("/v1/messages", {"output_config": {"format": FORMAT}}, "output_config.format"),
+        ("/v1/messages", {"output_config": {"effort": 1}}, "output_config.effort"),
+        ("/api/chat", {"options": {"num_predict": 0}}, "options.num_predict"),
+        ("/api/chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
+        ("/api/chat", {"options": {"stop": [""]}}, "options.stop"),
+        ("/api/chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/api/generate", {"format": SCHEMA}, "format"),
+        ("/completion", {"n_predict": 0}, "n_predict"),
+        ("/completion", {"max_tokens": 0}, "max_tokens"),
+        ("/completion", {"repeat_penalty": 0}, "repeat_penalty"),
+        ("/completion", {"n_probs": 21}, "n_probs"),
+    ],
+    ids=lambda one: str(one)[:40],
+)
+def test_the_field_is_named_as_the_client_named_it(
+    path: str, fields: dict[str, Any], param: str, streamed: bool, http: httpx2.Client
+) -> None:
+    body = {**BODIES.get(path, {"prompt": "Hello"}), **fields, "stream": streamed}
+    response = http.post(path, json=body)
+    assert check(path, response, 400).startswith(param)
+    if not path.startswith(("/v1/messages", "/api/")):
+        assert param.startswith(response.json()["error"]["param"])
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+    ],
+)
+def test_where_a_prompt_is_that_is_too_long(path: str, param: str, http: httpx2.Client) -> None:
+    long = "Hello " * 2000
+    content = [{"role": "user", "content": long}] if param == "messages" else long
+    error = http.post(path, json={**BODIES[path], param: content}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (rb'{"prompt": "\ud83d\ude00 \ud800"}', r"has \ud800 (byte 25), which is one half"),
+        (rb'{"prompt": "\\ud800 \uDC00"}', r"has \uDC00 (byte 20), which is one half"),
+        (rb'{"prompt": "\ud800\ud800"}', r"has \ud800 (byte 12), which is one half"),
+        (b'{"prompt": "\xff"}', "not JSON: its byte 12 is not UTF-8"),
+        (b'{"prompt": 1e999}', "not JSON: Number out of range."),
+        (rb'{"prompt": "\ude"}', "not JSON"),
+    ],
+)
+def test_what_is_no_text(body: bytes, words: str, http: httpx2.Client) -> None:
+    assert words in check("/v1/completions", http.post("/v1/completions", content=body), 400)

@@ -86,9 +86,9 @@ def test_prompts_are_texts_tokens_or_both(http: httpx2.Client) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "prompt has none"),
-        ([[]], "prompt is no text"),
-        ([1, None], "prompt is no text"),
+        ([], "prompt is []; give at least one"),
+        ([[]], "give a text, or a list of texts, tokens or prompts"),
+        ([1, None], "give a text, or a list of texts, tokens or prompts"),
         ({"prompt_string": "a", "multimodal_data": ["x"]}, "multimodal_data is not supported"),
     ],
 )
@@ -105,6 +105,8 @@ def test_biases_are_of_tokens_or_of_texts(http: httpx2.Client) -> None:
         assert {one["token"] for one in other["generation_settings"]["logit_bias"]} == {first}
     assert "give a number" in refused(http, logit_bias=[[first, True]])
     assert "is no token" in refused(http, logit_bias={"1" * 5000: 1.0})
+    arabic = greedy(http, logit_bias={"\u0661": 1.0})["generation_settings"]["logit_bias"]
+    assert 1 not in {one["token"] for one in arabic}, "which is a text"
 
 
 def test_probabilities_are_openai_s_with_ids(http: httpx2.Client) -> None:

@@ -67,17 +67,24 @@ def test_a_chat_calls_what_it_has_to(model: str, choice: Any, http: httpx2.Clien
         assert choice != LOOK or len(one["message"]["tool_calls"]) == 1, "as OpenAI has it"
 
 
-@pytest.mark.parametrize("model", ["example", "coder", "mistral", "gemma"])
-def test_a_stream_has_the_same_calls(model: str, http: httpx2.Client) -> None:
-    (choice,) = chat(http, model=model, **several(model))["choices"]
-    events = stream(http, "/v1/chat/completions", {**CHAT, "model": model, **several(model)})
+@pytest.mark.parametrize(
+    ("model", "choice"),
+    [
+        *((model, "required") for model in ("example", "coder", "mistral", "gemma")),
+        ("example", LOOK),
+    ],
+)
+def test_a_stream_has_the_same_calls(model: str, choice: Any, http: httpx2.Client) -> None:
+    body = {"model": model, "tool_choice": choice, **several(model)}
+    (whole,) = chat(http, **body)["choices"]
+    events = stream(http, "/v1/chat/completions", {**CHAT, **body})
     deltas = [one["choices"][0]["delta"] for one in events]
     calls = [call for delta in deltas for call in delta.get("tool_calls") or []]
-    wanted = [call["function"] for call in choice["message"]["tool_calls"]]
+    wanted = [call["function"] for call in whole["message"]["tool_calls"]]
     assert [call["function"] for call in calls] == wanted
     assert text_of(events) == ""
     assert deltas[0] == {"role": "assistant"}, "no content, as OpenAI has it"
-    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert events[-1]["choices"][0]["finish_reason"] == whole["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize(
@@ -159,8 +166,16 @@ def test_responses(choice: Any, http: httpx2.Client) -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"type": "strnig"}, "The parameters of look: its type is not object"),
-        ({"properties": {"x": {"type": "strnig"}}}, "The parameters of look: The JSON schema"),
+        (
+            {"$ref": "#"},
+            "tools[0].function.parameters: The JSON schema of the tool 'look' cannot be used: "
+            "circular references",
+        ),
+        ({"type": "strnig"}, "The JSON schema of the tool 'look' is of type 'strnig'"),
+        (
+            {"properties": {"x": {"type": "strnig"}}},
+            "tools[0].function.parameters: The JSON schema of the tool 'look' cannot",
+        ),
     ],
 )
 def test_a_schema_that_cannot_be_obeyed_is_refused(
@@ -175,7 +190,9 @@ def test_a_schema_that_cannot_be_obeyed_is_refused(
     for body in (forced, {**forced, "tool_choice": "auto", "tools": [strict]}):
         response = http.post("/v1/chat/completions", json=body)
         assert response.status_code == 400, response.text
-        assert words in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert words in error["message"]
+        assert error["param"] == "tools[0].function.parameters"
     response = http.post(
         "/v1/chat/completions", json={**forced, "tool_choice": "auto", "max_tokens": 2}
     )

@@ -170,10 +170,10 @@ def test_items_become_messages() -> None:
     hear = {"id": "c2", "type": "function", "function": {"name": "hear", "arguments": "{}"}}
     assert messages_of(items) == [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "input_text", "text": "Look"}]},
+        {"role": "user", "content": "Look"},
         {
             "role": "assistant",
-            "content": [{"type": "output_text", "text": "Well"}],
+            "content": "Well",
             "reasoning_content": "Hm",
             "tool_calls": [{"id": "c1", **call}, hear],
         },
@@ -243,14 +243,20 @@ def test_tools_formats_and_effort_are_a_chat_s() -> None:
         ({"truncation": "auto"}, "truncation may only be disabled"),
         ({"context_management": [{"type": "compaction"}]}, "context_management is not"),
         ({"tools": [{"type": "web_search"}]}, "it takes functions only"),
-        ({"tools": [FUNCTION], "tool_choice": {"type": "mcp"}}, "of type 'mcp'"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "mcp"}}, 'of type "mcp"'),
         ({"tools": [FUNCTION, {**GROUP, "tools": [FUNCTION]}]}, "tools[1].tools[0] has the name"),
         ({"tools": [{**GROUP, "tools": [{"type": "custom"}]}]}, "tools[0].tools[0] is of type"),
-        ({"tools": [{"type": "namespace"}]}, "tools[0].name is no text"),
-        ({"tools": [{**GROUP, "tools": 3}]}, "tools[0].tools is no list"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "of type 'item_reference'"),
-        ({"input": [{"role": "user", "content": 3}]}, "no text and no list of parts"),
-        ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "output is no text"),
+        ({"tools": [{"type": "namespace"}]}, "tools[0].name is null; give a text"),
+        ({"tools": [{**GROUP, "tools": 3}]}, "tools[0].tools is 3; give a list of functions"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, 'of type "item_reference"'),
+        (
+            {"input": [{"role": "user", "content": 3}]},
+            "input[0].content is 3; give a text, or a list of parts",
+        ),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "x"}]},
+            "input[0].output is null; give a text",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused(body: dict[str, Any], message: str) -> None:

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from expertd_inference.engine.token import Token
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.errors import ApiError, api_error_of
 from expertd_inference.server.api.sampling_fields import NO_LIMIT, SamplingFields
 from expertd_inference.settings import GenerationSettings
+from expertstore.errors import SettingError
 
 
 class Text:
@@ -124,12 +125,50 @@ def test_limits() -> None:
         ({"logits_processors": []}, "logits_processors"),
         ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
     ):
-        with pytest.raises(ApiError) as refused:
+        with pytest.raises((ApiError, SettingError)) as refused:
             _ = fields(**body).num_choices, settings(**body)
-        assert refused.value.openai()["error"]["param"] == param
-    for max_new_tokens, logprobs in ((0, None), (1, 21), (1, -1)):
-        with pytest.raises(ApiError):
+        assert api_error_of(refused.value).param == param
+    for max_new_tokens, logprobs, param in (
+        (0, None, "max_tokens"),
+        (1, 21, "logprobs"),
+        (1, -1, "logprobs"),
+    ):
+        with pytest.raises(SettingError) as refused_setting:
             settings(max_new_tokens, logprobs)
+        assert api_error_of(refused_setting.value).param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1.0; give 0 to 100."),
+        ({"top_p": 0}, "top_p is 0.0; give more than 0 and at most 1."),
+        ({"min_p": 2}, "min_p is 2.0; give 0 to 1."),
+        ({"frequency_penalty": 101}, "frequency_penalty is 101.0; give -100 to 100; 0 is none."),
+        ({"min_tokens": -1}, "min_tokens is -1; give 0 to 9, the most tokens that may come."),
+        (
+            {"allowed_token_ids": []},
+            "allowed_token_ids has no token; give at least one, or leave it out.",
+        ),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21; give 0 to 20, or leave it out."),
+        ({"bad_words": [""]}, "bad_words has an empty word; leave that word out."),
+        ({"stop": ""}, "stop has an empty text, which is everywhere; leave that text out."),
+    ],
+)
+def test_an_error_names_the_field_as_clients_call_it(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        settings(**body)
+    told = api_error_of(refused.value)
+    assert (told.message, told.param) == (message, next(iter(body)))
+
+
+@pytest.mark.parametrize("key", [" 1_0 ", "+1", "-1", "1.0", "\u0661", "", "x", "1" * 5000])
+def test_a_bias_is_of_a_token_in_plain_digits(key: str) -> None:
+    with pytest.raises(ApiError, match="logit_bias has the key") as refused:
+        settings(logit_bias={key: 1})
+    assert refused.value.param == "logit_bias"
+    assert len(refused.value.message) < 200
+    assert settings(logit_bias={"10": 1}).logit_bias == {10: 1}
 
 
 def test_any_object_by_vllm_s_field() -> None:

@@ -114,7 +114,11 @@ def test_plain_text_is_no_grammar(http: httpx2.Client) -> None:
         ({"guided_choice": []}, "guided_choice", "it has no text"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "exclude each other"),
         ({"response_format": {"type": "structural_tag"}}, "response_format", "structural_tag"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "has no schema"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "has no schema",
+        ),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs", "Lark"),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "leave it out"),
         ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs", "whitespace"),

@@ -259,7 +259,7 @@ async def test_a_choice_of_tools(recital: Recital, choice: Any, offered: str | N
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"tools": [{"type": "custom"}]}, "tools[0].type is 'custom'"),
+        ({"tools": [{"type": "custom"}]}, 'tools[0].type is "custom"'),
         ({"tools": [{"type": "function"}]}, "tools[0].function has no name"),
         (
             {"tools": [{"type": "function", "function": {"name": "a b"}}]},
@@ -267,10 +267,10 @@ async def test_a_choice_of_tools(recital: Recital, choice: Any, offered: str | N
         ),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]},
-            "tools[0].function.parameters is no JSON schema",
+            "give a JSON schema",
         ),
         ({"tool_choice": "required"}, "wants a call, and there are no tools"),
-        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice is 'sometimes'"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, 'tool_choice is "sometimes"'),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
             "names 'g', which is not among the tools",

@@ -3,13 +3,11 @@
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-import msgspec
-
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.engine.token import Token
 from expertd_inference.server.api.chat import ChatRequest, chat_of
 from expertd_inference.server.api.continuing import Counter
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.requests import in_form
 from expertd_inference.server.api.sampling_fields import NO_LIMIT
 from expertd_inference.server.chat.answer import Piece
 from expertd_inference.server.chat.gaps import gap
@@ -76,13 +74,7 @@ def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
 
     Raises ApiError for values that OpenAI's interface would not take.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
-    try:
-        return msgspec.convert(given, ChatRequest)
-    except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at ")
-        where = place.strip("`$").removeprefix(".")
-        raise ApiError(400, f"{where}: {message}." if where else f"{message}.") from error
+    return in_form({name: one for name, one in fields.items() if one is not None}, ChatRequest)
 
 
 async def answering(front: Front, fields: Mapping[str, Any]) -> Answering:

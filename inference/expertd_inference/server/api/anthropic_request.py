@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.errors import ApiError, shown, unsupported, wrong_value
 
+_TEXT_OR_BLOCKS = "a text, or a list of blocks"
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -23,6 +24,14 @@ class Thinking(msgspec.Struct, kw_only=True):
 class MessagesRequest(msgspec.Struct, kw_only=True):
     """The body of ``/v1/messages``, and of ``count_tokens``, which has no ``max_tokens``."""
 
+    names: ClassVar = {
+        "stop": "stop_sequences",
+        "reasoning_effort": "output_config.effort",
+        "response_format.json_schema": "output_config.format",
+        "response_format": "output_config.format",
+        "tools[].function.parameters": "tools[].input_schema",
+        "tools[].function": "tools[]",
+    }
     idle: ClassVar = frozenset(
         {
             *("metadata", "service_tier", "inference_geo", "context_management", "cache_control"),
@@ -93,12 +102,12 @@ def _messages(at: int, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     where = f"messages[{at}]"
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
-        raise ApiError(400, f"{where}.role is {role!r}; give user or assistant.", param=where)
+        raise wrong_value(f"{where}.role", role, "user or assistant")
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
     if not isinstance(content, list):
-        raise ApiError(400, f"{where}.content is no text and no list of blocks.", param=where)
+        raise wrong_value(f"{where}.content", content, _TEXT_OR_BLOCKS)
     if role == "assistant":
         yield _assistant(f"{where}.content", content)
         return
@@ -170,7 +179,7 @@ def _text(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"{where} is no text and no list of blocks.", param=where)
+        raise wrong_value(where, content, _TEXT_OR_BLOCKS)
     return "\n".join(_text_block(f"{where}[{at}]", block) for at, block in enumerate(content))
 
 
@@ -179,8 +188,8 @@ def _text_block(where: str, block: Any) -> str:  # noqa: ANN401
     if kind != "text":
         raise ApiError(
             400,
-            f"{where} is of type {kind!r}, and this server takes text, tool_use, tool_result and "
-            "thinking only.",
+            f"{where} is of type {shown(kind)}, and this server takes text, tool_use, tool_result "
+            "and thinking only.",
             param=where,
         )
     return _field(where, block, "text")
@@ -189,7 +198,7 @@ def _text_block(where: str, block: Any) -> str:  # noqa: ANN401
 def _field(where: str, block: dict[str, Any], name: str) -> str:
     value = block.get(name)
     if not isinstance(value, str):
-        raise ApiError(400, f"{where}.{name} is no text.", param=where)
+        raise wrong_value(f"{where}.{name}", value)
     return value
 
 
@@ -197,7 +206,8 @@ def _tool(where: str, tool: dict[str, Any]) -> dict[str, Any]:
     kind = tool.get("type")
     if kind not in (None, "custom"):
         raise unsupported(
-            where, f"is of type {kind!r}, which this server cannot run; give tools of your own."
+            where,
+            f"is of type {shown(kind)}, which this server cannot run; give tools of your own.",
         )
     function = {
         "name": _field(where, tool, "name"),
@@ -220,7 +230,7 @@ def _tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
     else:
         raise ApiError(
             400,
-            f"tool_choice.type is {kind!r}; give auto, any, tool or none.",
+            f"tool_choice.type is {shown(kind)}; give auto, any, tool or none.",
             param="tool_choice",
         )
     if choice.get("disable_parallel_tool_use"):
@@ -234,7 +244,9 @@ def _thinking(thinking: Thinking | None) -> dict[str, Any]:
         return {}
     if kind not in ("enabled", "disabled", "adaptive"):
         raise ApiError(
-            400, f"thinking.type is {kind!r}; give enabled, adaptive or disabled.", param="thinking"
+            400,
+            f"thinking.type is {shown(kind)}; give enabled, adaptive or disabled.",
+            param="thinking",
         )
     return {"chat_template_kwargs": {"enable_thinking": kind != "disabled"}}
 

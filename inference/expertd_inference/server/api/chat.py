@@ -59,6 +59,13 @@ class ChatRequest(SamplingFields, kw_only=True):
     reasoning_effort: str | None = None
 
     @property
+    def names(self) -> dict[str, str]:
+        """What the client called fields of which there are two."""
+        given = self.max_completion_tokens is not None
+        limit = "max_completion_tokens" if given else "max_tokens"
+        return {"max_tokens": limit, "logprobs": "top_logprobs"}
+
+    @property
     def most_tokens(self) -> int | None:
         """How many may come; None for what there is room for."""
         most = self.max_completion_tokens

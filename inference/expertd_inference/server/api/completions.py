@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import cast
+from typing import ClassVar, cast
 
 import msgspec
 from starlette.requests import Request
@@ -36,6 +36,7 @@ FINGERPRINT = "b1-expertd"
 class CompletionRequest(SamplingFields, kw_only=True):
     """The body of a request."""
 
+    names: ClassVar = {"messages": "prompt"}
     prompt: str | list[str | int | list[int]] | None = None
     suffix: str | None = None
     echo: bool = False
@@ -103,7 +104,7 @@ def _prompts(body: CompletionRequest, text: ModelText) -> list[list[int]]:
         return [body.cut(tokens)]
     if not 1 <= len(asked) <= MAX_PROMPTS:
         raise ApiError(
-            400, f"prompt has {len(asked)} of them; give 1 to {MAX_PROMPTS}.", param="prompt"
+            400, f"prompt is a list of {len(asked)}; give 1 to {MAX_PROMPTS}.", param="prompt"
         )
     return [
         body.cut(
@@ -129,9 +130,10 @@ class _Completion:
         self._id = new_id("cmpl-")
         self._created = now()
         asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        # Of an echo alone nothing is wanted but the prompt; one token is computed for it.
+        # Of an echo alone nothing is wanted but the prompt; one token comes with what it tells.
         self._echoes_only = body.echo and asked == 0
         settings = body.settings(text, asked or int(body.echo), body.logprobs)
+        settings = replace(settings, prompt_only=self._echoes_only)
         if body.echo and body.logprobs is not None:
             most = max(body.logprobs, body.prompt_logprobs or 0)
             settings = replace(settings, prompt_logprobs=most)
@@ -150,7 +152,7 @@ class _Completion:
         choices = []
         for index, tokens in enumerate(await read_all(self._begin(user))):
             for token in tokens:
-                self._counter.count(token)
+                self._count(token)
             choices.append(self._choice(index, tokens))
         return self._answer(choices, self._counter.usage)
 
@@ -162,7 +164,7 @@ class _Completion:
         begun: set[int] = set()
         async with aclosing(interleaved(streams)) as tokens:
             async for index, token in tokens:
-                self._counter.count(token)
+                self._count(token)
                 if wanted.continuous_usage_stats:
                     usage = self._counter.usage
                 choice = self._choice(index, [token], whole=index not in begun)
@@ -171,6 +173,11 @@ class _Completion:
         if wanted.include_usage:
             yield event(self._answer([], self._counter.usage))
         yield DONE
+
+    def _count(self, token: Token) -> None:
+        self._counter.count(token)
+        if self._echoes_only:
+            self._counter.num_new_tokens = 0
 
     def _answer(
         self, choices: list[Choice], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET

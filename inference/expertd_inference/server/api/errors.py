@@ -1,7 +1,10 @@
 """What a client is told when something is wrong, in the form of the interface that it uses."""
 
 import asyncio
-from collections.abc import Container
+import re
+from collections.abc import Container, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -17,13 +20,28 @@ from expertstore.errors import (
     PackError,
     PreconditionError,
     PromptTooLongError,
+    SettingError,
     StepFailedError,
     UnavailableError,
 )
 
 RETRY_AFTER_SECONDS = 1
+MAX_SHOWN = 80
 ANTHROPIC = "anthropic-version"
 """A header that Anthropic's clients send, and no others: some paths are several interfaces'."""
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+asked_names: ContextVar[Mapping[str, str]] = ContextVar("asked_names", default=NO_NAMES)
+"""How the request that this task answers calls fields of OpenAI's chats, where it differs.
+
+A name may begin a longer one; ``[]`` is the place in a list. The first that fits counts.
+"""
+_OF_SETTINGS = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_tokens": "stop_token_ids",
+    "allowed_tokens": "allowed_token_ids",
+}
+"""OpenAI's and vLLM's fields, where those of GenerationSettings have other names."""
 
 
 class ApiError(Exception):
@@ -46,6 +64,16 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.more = more
+
+    def in_names(self, names: Mapping[str, str]) -> "ApiError":
+        """The same of the field that the client sent, if it has another name in ``names``."""
+        if self.param is None or (said := _said(self.param, names)) == self.param:
+            return self
+        message = self.message
+        if message.startswith(self.param):
+            message = said + message.removeprefix(self.param)
+        kind, code = self.kind, self.code
+        return ApiError(self.status, message, kind=kind, code=code, param=said, **self.more)
 
     def openai(self) -> dict[str, Any]:
         """The body as OpenAI has it."""
@@ -90,13 +118,36 @@ class ApiError(Exception):
         return self.openai()
 
 
+def shown(value: object) -> str:
+    """A value of a request in an error's message, as the client's JSON has it."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def wrong_value(param: str, value: object, wanted: str = "a text") -> ApiError:
+    """A field has a value that is not ``wanted``."""
+    return ApiError(400, f"{param} is {shown(value)}; give {wanted}.", param=param)
+
+
 def unsupported(param: str, why: str) -> ApiError:
     """A field asks for something that is not done here."""
     return ApiError(400, f"{param} {why}", code="unsupported_parameter", param=param)
 
 
+def _said(name: str, names: Mapping[str, str]) -> str:
+    for known, said in names.items():
+        pattern = re.escape(known).replace(r"\[\]", r"(\[\d+\])")
+        if (found := re.match(rf"{pattern}(?=[.\[]|$)", name)) is not None:
+            return said.replace("[]", "".join(found.groups())) + name[found.end() :]
+    return name
+
+
 def api_error_of(error: BaseException) -> ApiError:
-    """What an expected failure is to a client."""
+    """What an expected failure is to a client, with fields named as the client named them."""
+    return _api_error_of(error).in_names(asked_names.get())
+
+
+def _api_error_of(error: BaseException) -> ApiError:
     message = str(error)
     match error:
         case ApiError():
@@ -114,6 +165,9 @@ def api_error_of(error: BaseException) -> ApiError:
                 n_prompt_tokens=error.num_tokens,
                 n_ctx=error.limit,
             )
+        case SettingError():
+            field = _OF_SETTINGS.get(error.setting, error.setting)
+            return ApiError(400, field + message.removeprefix(error.setting), param=field)
         case PackError():
             return ApiError(500, message, kind="server_error", code="model_unusable")
         case InvalidInputError():

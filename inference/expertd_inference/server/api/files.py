@@ -114,7 +114,7 @@ def page_of(request: Request, found: Sequence[Any], most: int) -> dict[str, Any]
     ids = [one.id for one in found]
     if after is not None:
         if after not in ids:
-            raise ApiError(400, f"after is {after!r:.80}, which there is not.", param="after")
+            raise ApiError(400, f"after is {after!r:.80}; give an id of this list.", param="after")
         found = found[ids.index(after) + 1 :]
     data = found[: int(limit)]
     return {
@@ -140,7 +140,9 @@ def not_kept(what: str, error: OSError) -> ApiError:
 
 def not_there(what: str, id_: str) -> ApiError:
     """404."""
-    return ApiError(404, f"There is no {what} {id_!r:.80}.", code="not_found", param="id")
+    listed = "files" if what == "file" else "batches"
+    message = f"There is no {what} {id_!r:.80}; GET /v1/{listed} has those that there are."
+    return ApiError(404, message, code="not_found", param="id")
 
 
 def _asked(request: Request) -> FileObject:

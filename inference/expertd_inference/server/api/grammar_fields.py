@@ -51,7 +51,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
                     raise ApiError(
                         400,
                         "response_format.json_schema has no schema; give one.",
-                        param="response_format",
+                        param="response_format.json_schema",
                     )
                 return _of(schema)
         raise unsupported(
@@ -106,7 +106,7 @@ class GrammarFields(msgspec.Struct, kw_only=True):
                 spec: GrammarSpec = make(value)
                 spec.check()
             except InvalidInputError as error:
-                raise ApiError(400, str(error), param=name) from error
+                raise ApiError(400, f"{name}: {error}", param=name) from error
             return spec
         return None
 

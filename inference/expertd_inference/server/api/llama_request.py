@@ -1,10 +1,11 @@
 """What clients of llama-server send to ``/completion``, in OpenAI's fields."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
-from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.errors import ApiError, unsupported, wrong_value
+from expertd_inference.server.api.sampling_fields import is_token
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.settings import MAX_BIAS
 
@@ -27,8 +28,9 @@ Prompt = str | list[Any] | dict[str, Any]
 
 
 class LlamaFields(msgspec.Struct, kw_only=True):
-    """How to continue a prompt."""
+    """How to continue a prompt, which is in the field ``prompt_name``."""
 
+    prompt_name: ClassVar = "prompt"
     model: str | None = None
     stream: bool = False
     n_predict: int | None = None
@@ -68,6 +70,16 @@ class LlamaFields(msgspec.Struct, kw_only=True):
     n_keep: int | None = None
     samplers: Any = None
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What fields of OpenAI's are called here."""
+        return {
+            "messages": self.prompt_name,
+            "max_tokens": "max_tokens" if self.n_predict is None else "n_predict",
+            "repetition_penalty": "repeat_penalty",
+            "logprobs": "n_probs",
+        }
+
 
 class LlamaRequest(LlamaFields, kw_only=True):
     """The body of ``/completion``."""
@@ -85,6 +97,7 @@ class ExtraFile(msgspec.Struct, kw_only=True):
 class InfillRequest(LlamaFields, kw_only=True):
     """The body of ``/infill``; ``prompt`` is what fills the gap so far."""
 
+    prompt_name: ClassVar = "input_prefix"
     input_prefix: str
     input_suffix: str
     input_extra: list[ExtraFile] = msgspec.field(default_factory=list)
@@ -130,7 +143,7 @@ def prompts_of(prompt: Prompt, text: ModelText) -> list[list[int]]:
     is_several = isinstance(prompt, list) and not any(isinstance(one, int) for one in prompt)
     prompts = [_tokens(one, text) for one in (prompt if is_several else [prompt])]
     if not prompts:
-        raise ApiError(400, "prompt has none; give at least one.", param="prompt")
+        raise wrong_value("prompt", [], "at least one text or token")
     return prompts
 
 
@@ -147,9 +160,7 @@ def _tokens(prompt: Any, text: ModelText) -> list[int]:  # noqa: ANN401 - of any
             for at, part in enumerate(parts):
                 tokens += text.encode(part, special=at == 0) if isinstance(part, str) else [part]
             return tokens
-    raise ApiError(
-        400, "prompt is no text, and no list of texts, tokens or prompts.", param="prompt"
-    )
+    raise wrong_value("prompt", prompt, "a text, or a list of texts, tokens or prompts")
 
 
 def _biases(body: LlamaFields, text: ModelText) -> dict[int, float]:
@@ -162,12 +173,13 @@ def _biases(body: LlamaFields, text: ModelText) -> dict[int, float]:
                 400, "logit_bias has true; give a number, or false for never.", param="logit_bias"
             )
         bias = -float(MAX_BIAS) if value is False else value
-        is_token = isinstance(key, int) or key.isdecimal()
-        try:
-            tokens = [int(key)] if is_token else text.encode(str(key), special=False)
-        except ValueError as error:  # Python reads no number of thousands of digits.
+        is_number = isinstance(key, int) or is_token(key)
+        if not is_number and str(key).isdecimal() and str(key).isascii():
             raise ApiError(
-                400, f"logit_bias has a key that is no token: {error}.", param="logit_bias"
-            ) from error
+                400,
+                f"logit_bias has the key {key!r:.80}, which is no token; give one of fewer digits.",
+                param="logit_bias",
+            )
+        tokens = [int(key)] if is_number else text.encode(str(key), special=False)
         biases |= dict.fromkeys(tokens, bias)
     return biases

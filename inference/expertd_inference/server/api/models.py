@@ -68,13 +68,21 @@ def _one(entry: Entry, name: str) -> dict[str, Any]:
         "owned_by": "expertd",
         "root": root.name,
         "parent": None if name == parent.name else parent.name,
-        "max_model_len": entry.hosted.max_tokens,
+        **_limits(entry),
         # Anthropic's.
         "type": "model",
         "display_name": name,
         "lifecycle": "active",
         "created_at": datetime.fromtimestamp(entry.created, UTC).isoformat(),
     }
+
+
+def _limits(entry: Entry) -> dict[str, int]:
+    """By vLLM's name and Anthropic's; an engine that has not started yet has not said."""
+    most = entry.hosted.max_tokens
+    if most is None:
+        return {}
+    return {"max_model_len": most, "max_input_tokens": most - 1, "max_tokens": most - 1}
 
 
 def _json(value: Any, status: int = 200) -> Response:  # noqa: ANN401

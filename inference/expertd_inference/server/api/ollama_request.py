@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.errors import ApiError, unsupported, wrong_value
 
 
 class Options(msgspec.Struct, kw_only=True):
@@ -26,7 +26,27 @@ class Options(msgspec.Struct, kw_only=True):
     mirostat: int | None = None
 
 
+_OPTIONS = {
+    "max_tokens": "options.num_predict",
+    "repetition_penalty": "options.repeat_penalty",
+    **{
+        name: f"options.{name}"
+        for name in (
+            *("temperature", "top_k", "top_p", "min_p", "seed", "stop"),
+            *("presence_penalty", "frequency_penalty"),
+        )
+    },
+}
+
+
 class _Asked(msgspec.Struct, kw_only=True):
+    names: ClassVar = {
+        **_OPTIONS,
+        "logprobs": "top_logprobs",
+        "reasoning_effort": "think",
+        "response_format.json_schema.schema": "format",
+        "response_format": "format",
+    }
     idle: ClassVar = frozenset({"keep_alive"})
     model: str
     stream: bool | None = True
@@ -143,12 +163,16 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if thinking := message.get("thinking"):
             one["reasoning_content"] = thinking
         if calls := message.get("tool_calls"):
+            if not isinstance(calls, list):
+                raise wrong_value(f"messages[{at}].tool_calls", calls, "a list of calls")
             waiting = []
             one["tool_calls"] = []
             for call in calls:
                 function = call.get("function") if isinstance(call, dict) else None
                 if not isinstance(function, dict):
-                    raise ApiError(400, f"messages[{at}].tool_calls has one without a function.")
+                    raise ApiError(
+                        400, f"messages[{at}].tool_calls has one without a function; give it one."
+                    )
                 id_ = f"call_{num_calls}"
                 num_calls += 1
                 waiting.append((id_, str(function.get("name"))))

@@ -1,13 +1,14 @@
 """Reads a request's JSON into a typed structure, and what all interfaces ask of a model."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.errors import NO_NAMES, ApiError, asked_names
 from expertd_inference.server.front import body_bytes
 
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
@@ -19,6 +20,12 @@ MAX_MARKS = 1 << 20
 """Commas and brackets, of which JSON has one for each value. Nothing else goes on while they are
 read, and a value takes up to a hundred bytes of memory: a tenth of a second, 100 MiB.
 """
+_HALF = rb"\\u[dD][%b][0-9a-fA-F]{2}"
+_ESCAPE = re.compile(
+    _HALF % b"89abAB" + _HALF % b"c-fC-F" + b"|(" + _HALF % b"89a-fA-F" + rb")|\\."
+)
+"""JSON's escapes; the group is half of a character without the other half beside it."""
+_MISSING = re.compile("Object missing required field `(.*)`")
 _named: set[tuple[str, str]] = set()
 """What has no effect and is in the log already, by path."""
 
@@ -26,7 +33,8 @@ _named: set[tuple[str, str]] = set()
 async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], None]) -> BodyT:
     """The request's JSON as a ``kind``; ``say`` is told once of each field without an effect.
 
-    ``idle`` of a kind are those that are known to have none. Raises ApiError for anything else.
+    ``idle`` of a kind are those that are known to have none, ``names`` what it calls fields of
+    OpenAI's. Raises ApiError for anything else.
     """
     length = request.headers.get("content-length", "")
     most = request.app.state.front.max_body_bytes
@@ -55,18 +63,43 @@ async def read_body(request: Request, kind: type[BodyT], say: Callable[[str], No
     try:
         fields = msgspec.json.decode(bytes(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"The body is not JSON: {error}.") from error
+        raise ApiError(400, _why_no_json(bytes(body), error)) from error
     if not isinstance(fields, dict):
-        raise ApiError(400, "The body is not a JSON object.")
+        raise ApiError(400, "The body is not a JSON object; send one.")
     for name, why in _without_effect(fields, kind):
         say_once(request, f"the field {name!r:.80} {why}", say)
+    asked_names.set(NO_NAMES)
+    converted = in_form(fields, kind)
+    asked_names.set(getattr(converted, "names", NO_NAMES))
+    return converted
+
+
+def in_form(fields: dict[str, Any], kind: type[BodyT]) -> BodyT:
+    """A ``kind`` of these fields. Raises ApiError for a value of another type."""
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
         param = place.strip("`$").removeprefix(".") or None
+        if (found := _MISSING.fullmatch(message)) is not None:
+            param = f"{param}.{found[1]}" if param else found[1]
+            raise ApiError(400, f"{param} is missing; give it.", param=param) from error
         where = f"{param}: " if param else ""
         raise ApiError(400, f"{where}{message}.", param=param) from error
+
+
+def _why_no_json(body: bytes, error: Exception) -> str:
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        return f"The body is not JSON: its byte {wrong.start} is not UTF-8."
+    for found in _ESCAPE.finditer(body):
+        if half := found[1]:
+            return (
+                f"The body has {half.decode()} (byte {found.start()}), which is one half of a "
+                "character (a lone surrogate); send the whole character."
+            )
+    return f"The body is not JSON: {str(error).partition(' - at ')[0]}."
 
 
 def say_once(request: Request, what: str, say: Callable[[str], None]) -> None:
@@ -116,5 +149,7 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(
-        413, f"The request has more than {most} bytes, the most that this server reads."
+        413,
+        f"The request has more than {most} bytes, the most that this server reads (--max-body); "
+        "send less.",
     )

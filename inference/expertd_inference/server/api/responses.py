@@ -69,7 +69,9 @@ async def input_items(request: Request) -> Response:
         begin = ids.index(asked["after"]) + 1 if "after" in asked else 0
         limit = int(asked.get("limit", MAX_ITEMS))
     except ValueError as error:
-        raise ApiError(400, f"after or limit names no item and no number: {error}.") from error
+        raise ApiError(
+            400, f"after names an item of this list, and limit is 1 to {MAX_ITEMS}; mend the query."
+        ) from error
     if not 1 <= limit <= MAX_ITEMS:
         raise ApiError(400, f"limit is {limit}; give 1 to {MAX_ITEMS}.", param="limit")
     page = items[begin : begin + limit]

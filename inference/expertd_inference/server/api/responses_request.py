@@ -5,12 +5,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from expertd_inference.server.api.errors import ApiError, unsupported
+from expertd_inference.server.api.errors import ApiError, shown, unsupported, wrong_value
 from expertd_inference.server.api.sampling_fields import StreamOptions
+from expertd_inference.server.chat.messages import text_of
 from expertd_inference.server.front import new_id
 
 LOGPROBS = "message.output_text.logprobs"
 Item = dict[str, Any]
+_ROLES = ("user", "assistant", "system", "developer")
 _VLLM = (
     "priority",
     "cache_salt",
@@ -42,6 +44,15 @@ class Reasoning(msgspec.Struct, kw_only=True):
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """The body of ``/v1/responses``, and of ``input_tokens``."""
 
+    names: ClassVar = {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "logprobs": "top_logprobs",
+        "reasoning_effort": "reasoning.effort",
+        "response_format.json_schema": "text.format",
+        "response_format": "text.format",
+        "tools[].function": "tools[]",
+    }
     idle: ClassVar = frozenset(
         {
             *("max_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
@@ -170,7 +181,7 @@ def messages_of(given: str | Sequence[Item] | None, earlier: Sequence[Item] = ()
         else:
             raise unsupported(
                 where,
-                f"is of type {kind!r}; this server takes message, function_call, "
+                f"is of type {shown(kind)}; this server takes message, function_call, "
                 "function_call_output and reasoning.",
             )
     return messages
@@ -193,13 +204,13 @@ def items_of(given: str | Sequence[Item] | None) -> list[Item]:
 
 
 def _add_message(messages: list[Item], where: str, item: Item) -> None:
-    content = item.get("content")
-    message = {"role": item.get("role"), "content": content}
-    if not isinstance(content, (str, list)):
-        raise ApiError(400, f"{where}.content is no text and no list of parts.", param=where)
+    if (role := item.get("role")) not in _ROLES:
+        raise wrong_value(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
+    content = text_of(f"{where}.content", item.get("content"))
+    message = {"role": role, "content": content}
     last = messages[-1] if messages else {}
     thinks = last.get("reasoning_content") and not last["content"] and "tool_calls" not in last
-    if item.get("role") == "assistant" and thinks:
+    if role == "assistant" and thinks:
         # The reasoning before it is this message's.
         last["content"] = content
     else:
@@ -207,9 +218,7 @@ def _add_message(messages: list[Item], where: str, item: Item) -> None:
 
 
 def _output(messages: Sequence[Item], where: str, item: Item) -> Item:
-    output = item.get("output")
-    if not isinstance(output, (str, list)):
-        raise ApiError(400, f"{where}.output is no text and no list of parts.", param=where)
+    output = text_of(f"{where}.output", item.get("output"))
     call_id = _field(where, item, "call_id")
     message = {"role": "tool", "tool_call_id": call_id, "content": output}
     for earlier in messages:
@@ -228,7 +237,7 @@ def _of(item: Item) -> str:
 def _field(where: str, item: Item, name: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        raise ApiError(400, f"{where}.{name} is no text.", param=where)
+        raise wrong_value(f"{where}.{name}", value)
     return value
 
 
@@ -242,7 +251,7 @@ def _tools(tools: Sequence[Item]) -> list[Item]:
             _field(where, tool, "name")
             group = tool.get("tools")
             if not isinstance(group, list) or not all(isinstance(one, dict) for one in group):
-                raise ApiError(400, f"{where}.tools is no list of functions.", param=where)
+                raise wrong_value(f"{where}.tools", group, "a list of functions")
         for number, one in enumerate(group):
             place = f"{where}.tools[{number}]" if in_one else where
             function = _tool(place, one)
@@ -259,7 +268,8 @@ def _tool(where: str, tool: Mapping[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise unsupported(
             where,
-            f"is of type {tool.get('type')!r}; this server runs no tools: it takes functions only.",
+            f"is of type {shown(tool.get('type'))}; this server runs no tools: it takes functions "
+            "only.",
         )
     return {"type": "function", "function": {name: value for name, value in tool.items()
                                              if name != "type"}}  # fmt: skip
@@ -282,7 +292,7 @@ def _tool_choice(choice: str | Mapping[str, Any] | None) -> Any:  # noqa: ANN401
         }
     raise unsupported(
         "tool_choice",
-        f"is of type {kind!r}; give none, auto, required, a function or allowed_tools.",
+        f"is of type {shown(kind)}; give none, auto, required, a function or allowed_tools.",
     )
 
 

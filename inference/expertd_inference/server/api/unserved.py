@@ -7,6 +7,7 @@ from expertd_inference.server.api.errors import ApiError
 
 UNSERVED = {
     "/embeddings": "embed texts",
+    "/responses/compact": "make a conversation shorter",
     "/rerank": "rank documents",
     "/score": "score texts",
     "/classify": "classify texts",

@@ -15,6 +15,7 @@ from expertd_inference.server.chat.families import Family
 from expertd_inference.server.chat.forced_calls import CallRules
 from expertd_inference.server.chat.regions import Kind, Region
 
+_OF_TOOLS = "grammar of the tools' schemas"
 _HEAD = "%llguidance {}"
 _GAP = r"/\n{0,2}/"
 """What models write between reasoning and the rest."""
@@ -41,7 +42,7 @@ class AnswerGrammar:
     def of_calls(self, calls: CallRules) -> GrammarSpec:
         """Calls, and nothing else."""
         lines = [_HEAD, "start: prelude calls", *self._prelude(), *calls.rules]
-        return GrammarSpec(GrammarKind.LARK, "\n".join(lines))
+        return GrammarSpec(GrammarKind.LARK, "\n".join(lines), name=_OF_TOOLS)
 
     def of_content(self, content: GrammarSpec, calls: CallRules | None = None) -> GrammarSpec:
         """Content of a grammar, or calls instead if there may be some."""
@@ -56,7 +57,9 @@ class AnswerGrammar:
 
     def of_text_with_calls(self, calls: CallRules) -> GrammarSpec:
         """Any text, in which calls are as they should be."""
-        return GrammarSpec(GrammarKind.LARK, "\n".join([_HEAD, *self._text_with(calls)]))
+        return GrammarSpec(
+            GrammarKind.LARK, "\n".join([_HEAD, *self._text_with(calls)]), name=_OF_TOOLS
+        )
 
     def _prelude(self) -> Iterator[str]:
         """Rule ``prelude``: reasoning, if there may be some."""

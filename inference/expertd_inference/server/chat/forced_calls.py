@@ -16,10 +16,9 @@ from expertd_inference.server.chat.call_grammar import (
     rules_of_calls,
 )
 from expertd_inference.server.chat.schemas import fits_tags
+from expertd_inference.server.chat.tools import schema_of
 
 _OBJECT = '{"name": "NAME", "arguments": '
-_COMPOSED = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}
-"""What else may say which arguments there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,7 @@ def rules_of_tools(
     if family == "mistral" and "[ARGS]" in special_tokens:
         form = _MISTRAL_WITH_TOKENS
     functions = [tool["function"] for tool in tools]
-    schemas = [_schema_of(function) for function in functions]
+    schemas = [schema_of(function) for function in functions]
     if form.argument is not None and not all(map(fits_tags, schemas)):
         form = form.in_json
     forms = [
@@ -191,14 +190,6 @@ def rules_of_tools(
     # After a lead there is one call, unless all are between tags: the next one has a lead again.
     several = form.between if parallel else None
     return CallRules(form.lead, rules(several), rules(several if form.before else None, form.lead))
-
-
-def _schema_of(function: Mapping[str, Any]) -> dict[str, Any]:
-    """What a tool's arguments have to be; it knows no others than it names."""
-    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
-    if "properties" in schema and not _COMPOSED & schema.keys():
-        schema.setdefault("additionalProperties", False)
-    return schema
 
 
 def _of_tool(form: _Form, name: str, schema: Mapping[str, Any]) -> CallForm | TaggedForm:

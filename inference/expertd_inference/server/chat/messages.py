@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.errors import ApiError, shown, wrong_value
 
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TEXT_PARTS = {"text", "input_text", "output_text", "refusal"}
@@ -21,32 +21,40 @@ def for_template(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_one(f"messages[{at}]", message) for at, message in enumerate(messages)]
 
 
-def with_few_systems(messages: Sequence[dict[str, Any]], *, first: bool) -> list[dict[str, Any]]:
-    """Messages of :func:`for_template` for a template that takes no system message, or ``first``.
+def in_turns(
+    messages: Sequence[dict[str, Any]], *, first_system: bool = True
+) -> list[dict[str, Any]]:
+    """Messages of :func:`for_template` for a template that takes user and assistant in turns.
 
-    Those that begin the chat are joined. The others are told by the user, and messages of the user
-    side by side are joined, as some templates have user and assistant in turns.
+    Only the beginning of the chat is the system's, or nothing without ``first_system``: what else
+    it says the user says. Messages side by side of one role are joined, but for those with calls of
+    tools and their results.
     """
     joined: list[dict[str, Any]] = []
     for message in messages:
-        last = joined[-1] if joined else message
+        last = joined[-1] if joined else None
         role = message["role"]
-        if role == "system" and (last["role"] != "system" or not first):
+        begins = first_system and (last is None or last["role"] == "system")
+        if role == "system" and not begins:
             role = "user"
-        if joined and role == last["role"] and role in ("system", "user"):
+        if last is not None and role == last["role"] and _may_join(last) and _may_join(message):
             joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
         else:
             joined.append({**message, "role": role})
     return joined
 
 
+def _may_join(message: dict[str, Any]) -> bool:
+    return message["role"] in ("system", "user", "assistant") and not message.get("tool_calls")
+
+
 def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
-        raise ApiError(
-            400, f"{where}.role is {role!r}; give one of {', '.join(sorted(ROLES))}.", param=where
-        )
-    result = {**message, "content": _text(f"{where}.content", message.get("content"))}
+        raise wrong_value(f"{where}.role", role, f"one of {', '.join(sorted(ROLES))}")
+    content = message.get("content")
+    text = "" if content is None else text_of(f"{where}.content", content)
+    result = {**message, "content": text}
     if role == "developer":
         # Which is what models were trained to know it by.
         result["role"] = "system"
@@ -54,18 +62,19 @@ def _one(where: str, message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(reasoning, str):
         result["reasoning_content"] = result["reasoning"] = reasoning
     if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise wrong_value(f"{where}.tool_calls", calls, "a list of calls")
         result["tool_calls"] = [_call(f"{where}.tool_calls[{at}]", one)
                                 for at, one in enumerate(calls)]  # fmt: skip
     return result
 
 
-def _text(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
-    if content is None:
-        return ""
+def text_of(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
+    """The text of a content, which may be in parts. Raises ApiError that says ``where``."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ApiError(400, f"{where} is no text and no list of parts.", param=where)
+        raise wrong_value(where, content, "a text, or a list of parts")
     texts = []
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -74,12 +83,12 @@ def _text(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
         elif kind in _TEXT_PARTS:
             text = part.get("text", part.get("refusal"))
             if not isinstance(text, str):
-                raise ApiError(400, f"{where}[{at}].text is no text.", param=where)
+                raise wrong_value(f"{where}[{at}].text", text)
             texts.append(text)
         else:
             raise ApiError(
                 400,
-                f"{where}[{at}] is of type {kind!r}, and this server takes text only.",
+                f"{where}[{at}] is of type {shown(kind)}, and this server takes text only.",
                 code="unsupported_content",
                 param=where,
             )
@@ -89,7 +98,7 @@ def _text(where: str, content: Any) -> str:  # noqa: ANN401 - of any JSON
 def _call(where: str, call: Any) -> dict[str, Any]:  # noqa: ANN401 - of any JSON
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ApiError(400, f"{where} has no function with a name.", param=where)
+        raise ApiError(400, f"{where} has no function with a name; give one.", param=where)
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
         with suppress(ValueError):  # As the model wrote it; the template shows it so.

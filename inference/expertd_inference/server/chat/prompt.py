@@ -10,7 +10,7 @@ from expertd_inference.server.chat.answer import AnswerParser, AnswerReader
 from expertd_inference.server.chat.answer_grammar import AnswerGrammar, Reasoning
 from expertd_inference.server.chat.families import Family, family_named
 from expertd_inference.server.chat.forced_calls import FORCED, rules_of_tools
-from expertd_inference.server.chat.messages import for_template, with_few_systems
+from expertd_inference.server.chat.messages import for_template, in_turns
 from expertd_inference.server.chat.recognition import family_of, family_that_calls
 from expertd_inference.server.chat.regions import Kind
 from expertd_inference.server.chat.tools import Tools, chosen_tools
@@ -20,6 +20,22 @@ from expertstore.errors import InvalidInputError
 
 FOREIGN = "hermes"
 """The format of calls that are required of a model which knows none."""
+
+_OWN_ARGUMENTS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *(
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "processor_kwargs",
+    ),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What templates are given in any case, or what would change how transformers renders them."""
+LONG_CHARACTERS = 40
+"""A shorter text may stand in another by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +165,13 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         )
     tools = chosen_tools(chat.tools, chat.tool_choice)
     arguments = dict(chat.arguments)
+    if own := sorted(_OWN_ARGUMENTS & arguments.keys()):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs has {own[0]!r}, which the server gives the template itself; use "
+            "the request's own field for it.",
+            param="chat_template_kwargs",
+        )
     if chat.reasoning_effort is not None:
         arguments.setdefault("reasoning_effort", chat.reasoning_effort)
         if chat.reasoning_effort == "none":
@@ -175,21 +198,68 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
 
 
 def _rendered(text: ModelText, messages: Sequence[dict[str, Any]], **how: Any) -> str:  # noqa: ANN401
-    """The messages in the template, without the loss of any that instructs the model.
+    """The messages in the template, without the loss of any that tells the model something.
 
-    Agents send system messages, also in the middle of a chat. Some templates refuse them, and some
-    leave later ones out: these get what :func:`with_few_systems` makes of the messages.
+    Agents send system messages in the middle of a chat, and several of the user's side by side.
+    Some templates refuse them, and some leave system messages out: these get what :func:`in_turns`
+    makes of the messages. Raises InvalidInputError if the template takes none of it.
     """
-    later = [one["content"].strip() for one in messages[1:] if one["role"] == "system"]
+    forms = [[*messages], in_turns(messages), in_turns(messages, first_system=False)]
+    refused: InvalidInputError | None = None
+    for at, form in enumerate(forms):
+        if form in forms[:at]:
+            continue
+        try:
+            rendered = text.render(form, **how)
+        except InvalidInputError as error:
+            refused = refused or error
+            continue
+        if not _has_system(text, form, rendered, **how):
+            continue
+        results = _places_of("tool", form)
+        if results and not _has(text, form, results, rendered, **how):
+            raise ApiError(
+                400,
+                f"messages has results of tools, which the chat template of {text.name} leaves "
+                "out; ask a model that knows tools, or send the results as the user's.",
+                param="messages",
+            )
+        return rendered
+    raise refused or InvalidInputError(
+        f"The chat template of {text.name} leaves out system messages; send them as the user's."
+    )
+
+
+def _has_system(
+    text: ModelText,
+    messages: list[dict[str, Any]],
+    rendered: str,
+    **how: Any,  # noqa: ANN401
+) -> bool:
+    for at in _places_of("system", messages):
+        content = messages[at]["content"]
+        is_told = len(content) >= LONG_CHARACTERS and content.strip() in rendered
+        if not is_told and not _has(text, messages, {at}, rendered, **how):
+            return False
+    return True
+
+
+def _places_of(role: str, messages: list[dict[str, Any]]) -> set[int]:
+    """Where one of that role says something."""
+    said = {at for at, one in enumerate(messages) if one["role"] == role}
+    return {at for at in said if messages[at]["content"].strip()}
+
+
+def _has(
+    text: ModelText,
+    messages: list[dict[str, Any]],
+    places: set[int],
+    rendered: str,
+    **how: Any,  # noqa: ANN401
+) -> bool:
+    """Whether the template's text would be another without the contents in ``places``."""
+    emptied = [{**one, "content": ""} if at in places else one for at, one in enumerate(messages)]
     try:
-        rendered = text.render(messages, **how)
+        return text.render(emptied, **how) != rendered
     except InvalidInputError:
-        if all(one["role"] != "system" for one in messages):
-            raise
-    else:
-        if all(one in rendered for one in later):
-            return rendered
-    try:
-        return text.render(with_few_systems(messages, first=True), **how)
-    except InvalidInputError:
-        return text.render(with_few_systems(messages, first=False), **how)
+        return True

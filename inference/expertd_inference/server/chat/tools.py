@@ -2,22 +2,28 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expertd_inference.grammar import grammar_of_json_schema
-from expertd_inference.server.api.errors import ApiError
+from expertd_inference.server.api.errors import ApiError, shown, wrong_value
 from expertstore.errors import InvalidInputError
 
 _NAME = re.compile(r"[^\s\"'\\<>{}()\[\]]+")
+_COMPOSED = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}
+"""What else may say which arguments there are."""
 _CHOICES = "none, auto, required, or the function to call"
 
 
 @dataclass(frozen=True)
 class Tools:
-    """``allowed`` may be called; one of them has to be if ``required``, and once if ``single``."""
+    """``allowed`` may be called; one of them has to be if ``required``, and once if ``single``.
+
+    ``places`` say by name where in the request a tool is.
+    """
 
     allowed: tuple[Mapping[str, Any], ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
     required: bool = False
     single: bool = False
 
@@ -34,16 +40,18 @@ class Tools:
         """
         for tool in self.allowed:
             function = tool["function"]
-            schema = function.get("parameters") or {}
+            name = f"JSON schema of the tool {function['name']!r:.80}"
+            schema = schema_of(function)
             try:
-                if schema.get("type", "object") != "object":
-                    raise InvalidInputError("its type is not object.")
-                grammar_of_json_schema(schema).check()
+                if schema["type"] != "object":
+                    raise InvalidInputError(
+                        f"The {name} is of type {schema['type']!r:.80}; tools take an object."
+                    )
+                replace(grammar_of_json_schema(schema), name=name).check()
             except InvalidInputError as error:
                 if self.required or function.get("strict"):
-                    raise ApiError(
-                        400, f"The parameters of {function['name']}: {error}", param="tools"
-                    ) from error
+                    place = f"{self.places[function['name']]}.function.parameters"
+                    raise ApiError(400, f"{place}: {error}", param=place) from error
                 yield {"function": {**function, "parameters": {"type": "object"}}}
             else:
                 yield tool
@@ -53,7 +61,24 @@ def chosen_tools(
     tools: Sequence[Mapping[str, Any]] | None, choice: str | Mapping[str, Any] | None
 ) -> Tools:
     """OpenAI's ``tools`` and ``tool_choice``. Raises ApiError for what is none."""
-    known = {_name(f"tools[{at}]", tool): tool for at, tool in enumerate(tools or ())}
+    known: dict[str, Mapping[str, Any]] = {}
+    places: dict[str, str] = {}
+    for at, tool in enumerate(tools or ()):
+        name = _name(place := f"tools[{at}]", tool)
+        if name in known:
+            raise ApiError(
+                400,
+                f"{place}.function.name is {name!r:.80}, as is that of {places[name]}; give each "
+                "tool a name of its own.",
+                param=f"{place}.function.name",
+            )
+        known[name], places[name] = tool, place
+    return replace(_chosen(known, choice), places=places)
+
+
+def _chosen(
+    known: Mapping[str, Mapping[str, Any]], choice: str | Mapping[str, Any] | None
+) -> Tools:
     match choice:
         case "none":
             return Tools()
@@ -73,7 +98,7 @@ def chosen_tools(
             return Tools(found.allowed, required=mode == "required")
         case {"type": "function"}:
             return replace(_required(known, [_choice_name(choice)]), single=True)
-    raise _wrong(f"is {choice!r:.100}; give {_CHOICES}.")
+    raise _wrong(f"is {shown(choice)}; give {_CHOICES}.")
 
 
 def _required(known: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Tools:
@@ -81,15 +106,23 @@ def _required(known: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> T
         raise _wrong("wants a call, and there are no tools; send tools.")
     missing = [name for name in names if name not in known]
     if missing:
-        raise _wrong(f"names {missing[0]!r}, which is not among the tools.")
+        raise _wrong(f"names {missing[0]!r:.80}, which is not among the tools; name one of them.")
     return Tools(tuple(known[name] for name in names), required=True)
+
+
+def schema_of(function: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tool's arguments have to be; it knows no others than it names."""
+    schema = {"type": "object", **(function.get("parameters") or {"properties": {}})}
+    if "properties" in schema and not _COMPOSED & schema.keys():
+        schema.setdefault("additionalProperties", False)
+    return schema
 
 
 def _choice_name(choice: object) -> str:
     match choice:
         case {"function": {"name": str(name)}} | {"name": str(name)}:
             return name
-    raise _wrong(f"has {choice!r:.100}, which names no function.")
+    raise _wrong(f"has {shown(choice)}, which names no function; name one.")
 
 
 def _name(where: str, tool: Mapping[str, Any]) -> str:
@@ -97,9 +130,9 @@ def _name(where: str, tool: Mapping[str, Any]) -> str:
     if tool.get("type") != "function":
         raise ApiError(
             400,
-            f"{where}.type is {tool.get('type')!r}, and this server takes tools of type "
-            "'function' only.",
-            param=where,
+            f"{where}.type is {shown(tool.get('type'))}, and this server takes tools of type "
+            '"function" only.',
+            param=f"{where}.type",
         )
     match tool.get("function"):
         case {"name": str(name), **rest} if name:
@@ -108,13 +141,13 @@ def _name(where: str, tool: Mapping[str, Any]) -> str:
                     400,
                     f"{where}.function.name is {name!r:.80}; give one without spaces, quotes and "
                     "brackets.",
-                    param=where,
+                    param=f"{where}.function.name",
                 )
             parameters = rest.get("parameters")
             if parameters is not None and not isinstance(parameters, Mapping):
-                raise ApiError(400, f"{where}.function.parameters is no JSON schema.", param=where)
+                raise wrong_value(f"{where}.function.parameters", parameters, "a JSON schema")
             return name
-    raise ApiError(400, f"{where}.function has no name.", param=where)
+    raise ApiError(400, f"{where}.function has no name; give one.", param=f"{where}.function")
 
 
 def _wrong(what: str) -> ApiError:

@@ -102,6 +102,11 @@ class Catalog:
         await self._list()
         return [self._entries[name] for name in sorted(self._entries)]
 
+    def waiting_names(self) -> dict[str, str]:
+        """Aliases and variants of models that the daemon does not have, by those models' names."""
+        names = {name: one.model or "" for name, one in self._variants.items()} | {**self._aliases}
+        return {name: model for name, model in sorted(names.items()) if self._known(name) is None}
+
     async def find(self, name: str | None) -> Entry:
         """The model that a request names; without a name the only one there is.
 

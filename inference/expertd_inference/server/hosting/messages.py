@@ -9,7 +9,7 @@ from expertd_inference.engine.stats import EngineStats
 from expertd_inference.engine.token import Token
 from expertd_inference.settings import GenerationSettings
 from expertstore import errors
-from expertstore.errors import ExpertdError, PromptTooLongError, StepFailedError
+from expertstore.errors import ExpertdError, PromptTooLongError, SettingError, StepFailedError
 
 PULSE_SECONDS = 5.0
 
@@ -41,15 +41,17 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
     kind: str
     message: str
-    arguments: dict[str, int] = {}
+    arguments: dict[str, int | str] = {}
     refuses: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         """Of an expected failure; any other is a StepFailedError."""
         if isinstance(error, PromptTooLongError):
-            arguments = {"num_tokens": error.num_tokens, "limit": error.limit}
+            arguments: dict[str, int | str] = {"num_tokens": error.num_tokens, "limit": error.limit}
             return cls("PromptTooLongError", str(error), arguments)
+        if isinstance(error, SettingError):
+            return cls("SettingError", str(error), {"setting": error.setting})
         known = isinstance(error, ExpertdError)
         return cls(type(error).__name__ if known else "StepFailedError", str(error))
 

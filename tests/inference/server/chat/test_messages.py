@@ -33,6 +33,8 @@ KNOWS_NONE = """\
 [{{ one.role }}]{{ one.content | trim }}
 {%- endfor -%}"""
 
+CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
 
 def said(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
@@ -82,6 +84,70 @@ def test_a_template_that_knows_no_system_has_all_told_by_the_user(pack: Path) ->
     )
 
 
+IN_TURNS = """\
+{%- for one in messages -%}
+{%- if (one.role == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('Roles must alternate user/assistant/...') }}
+{%- endif -%}
+[{{ one.role }}]{{ one.content }}
+{%- endfor -%}"""
+USER_AND_ASSISTANT = """\
+{%- for one in messages if one.role in ('user', 'assistant') -%}
+[{{ one.role }}]{{ one.content }}
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt"),
+    [
+        ([said("user", "a"), said("user", "b")], "[user]a\n\nb"),
+        ([said("system", "s"), said("user", "a")], "[user]s\n\na"),
+        (
+            [said("user", "a"), said("assistant", "b"), said("assistant", "c"), said("user", "d")],
+            "[user]a[assistant]b\n\nc[user]d",
+        ),
+        (
+            [said("user", "a"), said("assistant", "b"), said("system", "s"), said("user", "c")],
+            "[user]a[assistant]b[user]s\n\nc",
+        ),
+    ],
+)
+def test_a_template_of_turns_gets_turns(
+    pack: Path, messages: list[dict[str, Any]], prompt: str
+) -> None:
+    assert rendered(pack, IN_TURNS, *messages) == prompt
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [said("assistant", "a"), said("user", "b")],
+        [said("user", "a"), {**said("assistant", ""), "tool_calls": CALLS}, said("tool", "r")],
+    ],
+)
+def test_what_no_turns_can_say_is_refused(pack: Path, messages: list[dict[str, Any]]) -> None:
+    words = r"does not take these messages: Roles must alternate user/assistant/\.\.\.; send"
+    with pytest.raises(InvalidInputError, match=words):
+        rendered(pack, IN_TURNS, *messages)
+
+
+def test_a_first_system_message_is_not_left_out(pack: Path) -> None:
+    told = rendered(pack, USER_AND_ASSISTANT, said("system", " "), said("user", "a"))
+    assert told == "[user]a"
+    told = rendered(pack, USER_AND_ASSISTANT, said("system", "s"), said("user", "a"))
+    assert told == "[user]s\n\na"
+
+
+def test_results_of_tools_are_not_left_out(pack: Path) -> None:
+    calls = {**said("assistant", ""), "tool_calls": CALLS}
+    chat = [said("user", "a"), calls, said("tool", "user")]
+    with pytest.raises(ApiError, match="has results of tools, which the chat template of model"):
+        rendered(pack, USER_AND_ASSISTANT, *chat)
+    assert rendered(pack, TAKES, *chat) == "[user]a[assistant][tool]user"
+    empty = [*chat[:2], said("tool", "")]
+    assert rendered(pack, USER_AND_ASSISTANT, *empty) == "[user]a[assistant]"
+
+
 def test_another_refusal_is_one(pack: Path) -> None:
     template = "{{ raise_exception('No.') }}"
     for messages in (CHAT, [said("user", "One?")]):
@@ -97,7 +163,7 @@ def test_content_of_parts_is_one_text(pack: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"\[0\].text is no text"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"\[0\].text is 3; give a text"),
         ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "has no function with a name"),
         ({"role": "assistant", "tool_calls": [3]}, "has no function with a name"),
     ],

@@ -13,8 +13,10 @@ from expertd_inference.server.hosting import catalog as catalog_module
 from expertd_inference.server.hosting.catalog import Catalog
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.metrics import ServerMetrics
+from expertd_inference.server.serve import ServerSettings, check_names
+from expertd_inference.server.variants import Variant
 from expertd_testing.patience import HANG_SECONDS
-from expertstore.errors import NotFoundError, UnavailableError
+from expertstore.errors import InvalidInputError, NotFoundError, UnavailableError
 from tests.inference.server.hosting.pretended import Link, Stage
 
 
@@ -123,3 +125,28 @@ async def test_an_unloaded_model_is_forgotten(
     second = await catalog.find("a")
     assert second.hosted is not first.hosted
     assert {id(model) for model in metrics.models} == {id(one) for one in catalog.loaded}
+
+
+async def test_names_of_models_that_are_not_there(metrics: ServerMetrics, tmp_path: Path) -> None:
+    aliases = {"short": "a", "wrong": "zz", "brief": "v"}
+    made = Catalog(
+        [EngineSpec(model="", socket=str(tmp_path))],
+        aliases=aliases,
+        variants={"v": Variant(model="a"), "w": Variant(model="b")},
+        template=None,
+        idle_seconds=None,
+        accounts=Accounts(),
+        metrics=metrics,
+        say=lambda _: None,
+    )
+    await made.client.close()
+    daemon_of(made, "a")
+    said: list[str] = []
+    await check_names(made, ServerSettings(aliases=aliases), said.append)
+    assert said == [
+        "w waits for a model 'b', which the daemon does not have yet",
+        "wrong waits for a model 'zz', which the daemon does not have yet",
+    ]
+    with pytest.raises(InvalidInputError, match=r"--alias wrong=zz names .*; give one of: a\."):
+        await check_names(made, ServerSettings(aliases=aliases, is_embedded=True), said.append)
+    await made.close()
