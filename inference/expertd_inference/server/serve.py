@@ -125,8 +125,6 @@ async def _serve(
         try:
             await check_names(catalog, settings, say)
             serves = await _preload(catalog, settings.preload)
-            for name in catalog.unserved:
-                say(f"{name} is an alias or a variant of a model that is not there; it may come.")
             front = Front(
                 catalog,
                 metrics,

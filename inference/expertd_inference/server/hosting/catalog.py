@@ -91,12 +91,6 @@ class Catalog:
         """Those that were asked for."""
         return [entry.hosted for entry in self._entries.values()]
 
-    @property
-    def unserved(self) -> list[str]:
-        """Aliases and variants of models that the daemon does not have now."""
-        names = sorted({*self._aliases, *self._variants})
-        return [name for name in names if self._known(name) is None]
-
     async def entries(self) -> list[Entry]:
         """All that the daemon serves, in order of their names. Raises as an AsyncClient does."""
         await self._list()
@@ -124,7 +118,7 @@ class Catalog:
                 return entry
             entry = self._known(name)
         if entry is None:
-            known = {*self._entries, *self._aliases, *self._variants} - {*self.unserved}
+            known = {*self._entries, *self._aliases, *self._variants} - {*self.waiting_names()}
             names = ", ".join(sorted(known)) or "none"
             what = "Several models are served" if name is None else f"There is no model {name!r}"
             raise NotFoundError(f"{what}; name one of: {names}.")
