@@ -92,9 +92,12 @@ def test_logprobs_have_bytes_and_the_likeliest(http: httpx2.Client) -> None:
     ("body", "message"),
     [
         ({"messages": []}, "messages is empty"),
-        ({}, "missing required field"),
+        ({}, "messages is missing; give it."),
         ({"messages": [{"role": "robot", "content": "x"}]}, 'messages[0].role is "robot"'),
-        ({"messages": [{"role": "user", "content": 3}]}, "no text and no list of parts"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "messages[0].content is 3; give a text, or a list of parts",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             'of type "image_url", and this server takes text only',
