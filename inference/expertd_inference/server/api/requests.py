@@ -22,7 +22,7 @@ BODY_SECONDS = 60.0
 MAX_NAMED = 1000
 MAX_MARKS = 1 << 20
 """Commas and brackets, of which JSON has one for each value. Nothing else goes on while they are
-read, and a value takes up to a hundred bytes of memory: twice a tenth of a second, 100 MiB.
+read, and a value takes up to a hundred bytes of memory: a tenth of a second for lists, 100 MiB.
 """
 _HALF = rb"\\u[dD][%b][0-9a-fA-F]{2}"
 _ESCAPE = re.compile(
