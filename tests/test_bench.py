@@ -348,7 +348,8 @@ def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
         assert first == sorted(first)
     leaves = f"{shape}: from one client's leaving to the first token of one that waits"
     assert figures[leaves]["goal"] == "steps <= 2.5"
-    schemas = f"{shape}: a step of 16 sequences, each with a JSON schema of its own / without"
+    step = f"{shape}: a step of 16 sequences drawn by chance"
+    schemas = f"{step}, each with a JSON schema of its own / without"
     assert figures[schemas]["ours"] > 0
     assert len(figures) == 2 * 7 + 5
 

@@ -100,6 +100,11 @@ class Sampler:
         """
         wanted = self.sampling
         allowed = None if self.matcher is None else self.matcher.allowed()
+        if allowed is not None and wanted.temperature == 0 and not wanted.edits:
+            # A model mostly wants what its grammar allows; then there is nothing to leave out.
+            likeliest = int(row.argmax())
+            if allowed[likeliest] and isfinite(row[likeliest]):
+                return likeliest
         scores = self._edited(row, tokens, allowed)
         if not isfinite(scores.max()):
             return None

@@ -277,6 +277,36 @@ def test_transformers_processors_choose_among_what_may_follow() -> None:
     grammars.close()
 
 
+GREEDY = Sampling()
+
+
+def test_the_likeliest_of_what_may_follow_is_chosen() -> None:
+    grammars = Grammars(ToyWorker())
+    x, y, z = ids_of("xyz")
+    nan, infinite = float("nan"), float("inf")
+
+    def chosen(scores: dict[int, float], sampling: Sampling = GREEDY, seed: int = 0) -> int | None:
+        matcher = grammars.matcher(grammar_of_regex("[xy]"), frozenset([END]))
+        row = np.zeros(VOCAB, np.float32)
+        row[[*scores]] = [*scores.values()]
+        return Sampler(sampling, seed, 1, matcher).choose(row, [1])
+
+    assert chosen({x: 2, y: 3, z: 1}) == y
+    assert chosen({x: 2, y: 3, z: 4}) == y
+    assert chosen({x: 3, y: 3}) == min(x, y)
+    assert chosen({x: 3, y: 3, z: 4}) == min(x, y)
+    # What may not follow may be no number; what may follow may not.
+    assert chosen({x: 3, z: nan}) == x
+    assert chosen({x: 3, z: infinite}) == x
+    assert chosen({x: 3, y: nan}) is None
+    assert chosen({x: 3, y: infinite}) is None
+    assert chosen({x: 3, y: 2}, Sampling(logit_bias={y: 2.0})) == y
+    assert chosen({x: 3, y: 2}, Sampling(banned_tokens=(x,))) == y
+    warm = Sampling(temperature=1.0)
+    assert {chosen({x: 3, y: 3}, warm, seed) for seed in range(20)} == {x, y}
+    grammars.close()
+
+
 @pytest.fixture(scope="module")
 def grammars() -> Iterator[Grammars]:
     worker = ToyWorker()
