@@ -151,7 +151,7 @@ async def test_one_continuation_that_fails_fails_all() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "Object missing required field `messages`."),
+        ({}, "messages is missing; give it."),
         ({"messages": [], "seed": "x"}, "seed: Expected `int | null`, got `str`."),
         ({"messages": [], "stop": None, "n": None}, None),
     ],
