@@ -75,12 +75,3 @@ async def test_a_long_body_is_read_in_another_thread(
     request = request_of(body)
     await read_body(request, CompletionRequest, said.append)
     assert [one is not threading.main_thread() for one in threads] == [is_long]
-
-
-async def test_what_has_no_effect_is_named_up_to_a_bound() -> None:
-    said: list[str] = []
-    fields = ", ".join(f'"unknown{number}": 1' for number in range(3000))
-    await read_body(
-        request_of(b'{"prompt": "a", %s}' % fields.encode()), CompletionRequest, said.append
-    )
-    assert len(said) <= 1000
