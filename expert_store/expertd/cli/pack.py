@@ -135,9 +135,9 @@ def pack(
     Of a model on a hub, a few files are on the disk at a time: each is fetched, checked, packed
     and removed. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they always mean.
 
-    Examples: `expertd pack Qwen/Qwen3-30B-A3B`
+    Example: `expertd pack Qwen/Qwen3-30B-A3B`
 
-    `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
+    Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
     from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
     from expertd.hub.reference import parse_reference

@@ -2,9 +2,9 @@
 
 ::
 
-    FOLDER/checkpoint/    config, tokenizer, index; of each shard a link if it is here, or else a
-                          stub: its header, and a hole as long as the rest
-    FOLDER/fetched/       shards as they were fetched, and what huggingface_hub notes of them
+    FOLDER/COMMIT/checkpoint/    config, tokenizer, index; of each shard a link if it is here, or
+                                 else a stub: its header, and a hole as long as the rest
+    FOLDER/COMMIT/fetched/       shards as they were fetched, and what the library notes of them
 
 So whatever reads names, shapes and sizes reads this directory like any other checkpoint. Bytes of
 tensors are another matter: ask :meth:`HubFolder.is_here`, and :meth:`HubFolder.read` if not.
@@ -13,6 +13,7 @@ tensors are another matter: ask :meth:`HubFolder.is_here`, and :meth:`HubFolder.
 import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,10 +55,11 @@ class HubFolder:
         ``keep``: shards go into the hub's cache on this host, and stay there.
         """
         self.repository = repository
-        self.path = folder / "checkpoint"
+        self._folder = folder
+        self.path = folder / repository.commit / "checkpoint"
         self.shards: dict[str, HubFile] = {}
         """By name, in the index's order of names; known after :meth:`prepare`."""
-        self._fetched = folder / "fetched"
+        self._fetched = folder / repository.commit / "fetched"
         self._keep = keep
         self._on_bytes = on_bytes
         self.wanted_bytes = 0
@@ -93,6 +95,10 @@ class HubFolder:
         ``side_files`` are patterns of names. What is there already is left as it is. ``on_file``
         gets how many shards were looked at, of how many.
         """
+        if self._folder.is_dir():
+            for other in self._folder.iterdir():
+                if other.name != self.repository.commit:
+                    shutil.rmtree(other)
         self.path.mkdir(parents=True, exist_ok=True)
         names = self.repository.files
         if CONFIG_NAME not in names:
@@ -191,9 +197,8 @@ class HubFolder:
             came += num_bytes
             self._on_bytes(num_bytes)
 
-        cached = self.repository.cached(shard.name)
         place = None if self._keep else self._fetched
-        file = cached or self.repository.download(shard.name, place, count)
+        file = self.repository.download(shard.name, place, count)
         self._on_bytes(shard.num_bytes - came)
         self._link(self.path / shard.name, file)
 
@@ -255,6 +260,9 @@ class HubFolder:
         if place.exists():
             return
         place.parent.mkdir(parents=True, exist_ok=True)
+        if cached := self.repository.cached(shard.name):
+            self._link(place, cached)
+            return
         start = self.repository.read(shard.name, 0, min(_HEADER_BYTES, shard.num_bytes))
         (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
         if 8 + length > shard.num_bytes or length > _MAX_HEADER_BYTES:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -28,6 +27,8 @@ from expertd.hub.reference import HubReference
 from expertd.hub.repository import HubFile
 from expertstore.errors import CheckpointError
 
+TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What its HTTP client raises: httpx's or httpx2's, as its version has it."""
 NUM_ATTEMPTS = 2
 """Of a download that does not have the hub's checksum."""
 
@@ -77,13 +78,15 @@ class HuggingFaceRepository:
     def download(self, name: str, folder: Path | None, on_bytes: Callable[[int], None]) -> Path:
         """Fetches the file by huggingface_hub, and checks it."""
         expected = self.files[name]
+        # In the cache the branch is noted too, for those who ask it offline.
+        revision = self.commit if folder else self.reference.revision
         for attempt in range(NUM_ATTEMPTS):
             with self._said(name):
                 file = Path(
                     hf_hub_download(
                         self.reference.name,
                         name,
-                        revision=self.commit,
+                        revision=revision,
                         local_dir=folder,
                         endpoint=self._endpoint,
                         force_download=attempt > 0,
@@ -130,7 +133,7 @@ class HuggingFaceRepository:
             ) from error
         except HfHubHTTPError as error:
             raise CheckpointError(_answered(what, error)) from error
-        except (httpx2.HTTPError, OSError) as error:
+        except (TransportError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,5 +1,7 @@
 """The repository that a user named, on the hub that it is on."""
 
+import logging
+import os
 from pathlib import Path
 
 from expertd.hub.reference import MODELSCOPE, HubReference
@@ -8,7 +10,14 @@ from expertstore.errors import CheckpointError, PreconditionError
 
 
 def open_repository(reference: HubReference) -> Repository:
-    """Asks the hub. Raises CheckpointError, and PreconditionError without the hub's library."""
+    """Asks the hub. Raises CheckpointError, and PreconditionError without the hub's library.
+
+    From now on the libraries' own bars and lines are not shown: what they try again is of no
+    concern if it succeeds, and an error if it does not.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported
+    for library in ("huggingface_hub", "modelscope_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if reference.hub == MODELSCOPE:
         try:
             from expertd.hub.modelscope import ModelScopeRepository

@@ -8,7 +8,9 @@ from expertstore.errors import ConfigError
 HUGGING_FACE, MODELSCOPE = "hf", "ms"
 _NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _REVISION = r"[\w.-][\w./-]*"
-_REFERENCE = re.compile(rf"(?:(?P<hub>[a-z]+)://)?(?P<name>{_NAME})(?:@(?P<revision>{_REVISION}))?")
+_REFERENCE = re.compile(
+    rf"(?:(?P<hub>[a-z0-9]+)://)?(?P<name>{_NAME})(?:@(?P<revision>{_REVISION}))?"
+)
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,12 @@ def find_pack(directory: Path, name: str) -> ShelvedPack:
 def remove_pack(pack: ShelvedPack) -> None:
     """Removes it with what is left of its packing. Raises :class:`PackError`."""
     try:
-        for place in (partial_of(pack.path), pack.path):
+        if (pack.path / MANIFEST_NAME).exists():
             # Without its manifest it is no pack any more, whatever happens next.
-            (place / MANIFEST_NAME).unlink(missing_ok=True)
-            if place.exists():
-                shutil.rmtree(place)
+            (pack.path / MANIFEST_NAME).unlink()
+            shutil.rmtree(pack.path)
+        if partial_of(pack.path).exists():
+            shutil.rmtree(partial_of(pack.path))
     except OSError as error:
         raise PackError(f"{error.filename} cannot be removed: {error.strerror}.") from error
 

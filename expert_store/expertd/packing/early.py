@@ -35,8 +35,6 @@ def check_early(
     """All of it. Raises ConfigError, CheckpointError and PackError."""
     absolute = destination.absolute()
     try:
-        if not absolute.parent.is_dir():
-            raise ConfigError(f"{absolute.parent} is not a directory; make it first.")
         check_checkpoint(source)
         check_destination(absolute, force=force)
         check_room(source, absolute, scheme, beside_bytes)
@@ -61,9 +59,13 @@ def check_checkpoint(source: Path) -> None:
 def check_destination(destination: Path, *, force: bool) -> None:
     """Raises PackError if something is there that is not to be replaced.
 
+    Raises ConfigError if it has no parent.
+
     A packing that was interrupted after its last step has a pack and no work left; the packer
     knows whether it was this one.
     """
+    if not destination.parent.is_dir():
+        raise ConfigError(f"{destination.parent} is not a directory; make it first.")
     partial = partial_of(destination)
     if (partial / "journal").is_file() and not (partial / "pack").exists():
         return

@@ -1,4 +1,4 @@
-"""A hub like Hugging Face's on loopback: commits, LFS files behind a redirect, ranges, and faults."""
+"""A hub like Hugging Face's on loopback: commits, LFS behind a redirect, ranges, and faults."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS_BYTES = 1 << 12
@@ -22,6 +22,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Path] = {}
         """Directories by ``ORG/NAME``."""
+        self.commit = COMMIT
         self.token = ""
         """Who lacks it may not see the repositories that are gated or private."""
         self.gated: set[str] = set()
@@ -37,6 +38,8 @@ class Hub:
         """Bytes of content by file."""
         self.asked: list[str] = []
         """Names of the files whose content was asked for."""
+        self.downloads: list[str] = []
+        """Of them those of which all was asked for, or all from some byte on."""
         self.url = ""
 
 
@@ -48,7 +51,11 @@ def serving_hub() -> Iterator[Hub]:
     class Handler(_Handler):
         served = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that leaves is no error."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -73,7 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
+        asked = parse_qs(urlsplit(self.path).query)
+        if found := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo(/files)?", path):
+            self._modelscope(found[1], asked, is_list=bool(found[2]))
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             self._list(found[1], found[2])
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(found[1], found[2], found[3])
@@ -99,8 +109,33 @@ class _Handler(BaseHTTPRequestHandler):
                 checksum = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": checksum, "size": len(data), "pointerSize": 134}
             files.append(entry)
-        body = {"id": name, "sha": COMMIT, "siblings": files, "private": False, "gated": False}
+        body = {"id": name, "sha": self.served.commit, "siblings": files}
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _modelscope(self, name: str, asked: dict[str, list[str]], *, is_list: bool) -> None:
+        """The same repositories as ModelScope's API has them."""
+        hub = self.served
+        knows = self.headers.get("Authorization") == f"Bearer {hub.token}"
+        if name in hub.gated and not knows:
+            self._refuse(403, "")
+        elif name not in hub.repositories or asked["Revision"] not in (["master"], ["v1"]):
+            self._refuse(404, "")
+        elif is_list:
+            root = hub.repositories[name]
+            files = [
+                {
+                    "Path": str(file.relative_to(root)),
+                    "Size": file.stat().st_size,
+                    "Sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                    "Type": "blob",
+                }
+                for file in sorted(root.rglob("*"))
+            ]
+            body = {"Code": 200, "Success": True, "Data": {"Files": files}}
+            self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        else:
+            file_name = asked["FilePath"][0]
+            self._content(hub.repositories[name] / file_name, file_name)
 
     def _resolve(self, name: str, revision: str, file_name: str) -> None:
         if not self._allowed(name, revision):
@@ -110,16 +145,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
             return
         data = file.read_bytes()
-        headers = {"X-Repo-Commit": COMMIT}
+        headers = {"X-Repo-Commit": self.served.commit}
         if len(data) < LFS_BYTES:
-            headers["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'  # noqa: S324 - git's
+            headers["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'
             self._content(file, file_name, headers)
             return
+        # Another host, as a content network is: its answers have no X-Repo-Commit.
+        content = self.served.url.replace("127.0.0.1", "localhost")
         headers |= {
             "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
             "X-Linked-Size": str(len(data)),
-            # Another host, as a content network is: its answers have no X-Repo-Commit.
-            "Location": f"{self.served.url}/cdn/{name}/{file_name}".replace("127.0.0.1", "localhost"),
+            "Location": f"{content}/cdn/{name}/{file_name}",
         }
         self._send(302, b"", headers)
 
@@ -132,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         data = hub.replaced.get(name) or file.read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if self.command == "GET" and not (asked and asked[2]):
+            hub.downloads.append(name)
         status = 200
         if asked and hub.has_ranges:
             begin, end = int(asked[1]), int(asked[2] or len(data) - 1)
@@ -148,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401 if not knows else 404, "RepoNotFound")
         elif name in hub.gated and not knows:
             self._refuse(403, "GatedRepo")
-        elif revision not in {None, "main", COMMIT}:
+        elif revision not in {None, "main", hub.commit}:
             self._refuse(404, "RevisionNotFound")
         else:
             return True
