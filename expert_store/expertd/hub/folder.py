@@ -148,10 +148,11 @@ class HubFolder:
             self._horizon = max(self._horizon, self._order.index(file) + NUM_AHEAD)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self.is_here(file) or self._error or self._closed)
+            if self.is_here(file):
+                return
             if self._error is not None:
                 raise self._error
-            if self._closed:
-                raise RuntimeError("closed while waited for")
+            raise RuntimeError("closed while waited for")
 
     def drop(self, file: Path) -> None:
         """Forgets the bytes of a shard that nobody needs any more, unless a cache has them."""
