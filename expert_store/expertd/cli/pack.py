@@ -141,10 +141,10 @@ def pack(
     """
     from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
     from expertd.hub.reference import parse_reference
-    from expertd.hub.shelf import packs_directory
     from expertd.packing.early import check_destination, check_early
     from expertd.packing.schemes import choose_scheme, default_scheme
     from expertstore.pack.files import check_path
+    from expertstore.pack.place import packs_directory
 
     checkpoint = Path(source)
     reference = None if checkpoint.exists() else parse_reference(source)

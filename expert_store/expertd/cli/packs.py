@@ -39,7 +39,8 @@ def packs(
 
     Example: `expertd packs`
     """
-    from expertd.hub.shelf import list_packs, packs_directory
+    from expertd.hub.shelf import list_packs
+    from expertstore.pack.place import packs_directory
 
     place = directory or packs_directory()
     found = list_packs(place)
@@ -98,7 +99,8 @@ def remove(
 
     Example: `expertd remove Qwen3-30B-A3B-4bit`
     """
-    from expertd.hub.shelf import find_pack, packs_directory, remove_pack
+    from expertd.hub.shelf import find_pack, remove_pack
+    from expertstore.pack.place import packs_directory
 
     found = [find_pack(directory or packs_directory(), name) for name in names]
     total = format_bytes(sum(pack.num_bytes for pack in found))

@@ -1,6 +1,5 @@
 """The directory in which packs lie unless a user says otherwise, and what is in it."""
 
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,8 +8,6 @@ from pathlib import Path
 from expertd.packing.early import HUB_FOLDER, PARTIAL_SUFFIX, partial_of
 from expertstore.errors import ConfigError, PackError
 from expertstore.pack.manifest import MANIFEST_NAME, read_manifest
-
-PACKS_VARIABLE = "EXPERTD_PACKS"
 
 
 @dataclass(frozen=True)
@@ -31,23 +28,6 @@ class ShelvedPack:
     def name(self) -> str:
         """Its name in the directory."""
         return self.path.name
-
-
-def packs_directory() -> Path:
-    """``$EXPERTD_PACKS``, else ``$XDG_DATA_HOME/expertd/packs``; it need not be there.
-
-    Raises :class:`ConfigError` if there is neither, nor a home directory.
-    """
-    if named := os.environ.get(PACKS_VARIABLE):
-        return Path(named).absolute()
-    if base := os.environ.get("XDG_DATA_HOME"):
-        return Path(base).absolute() / "expertd/packs"
-    try:
-        return Path.home() / ".local/share/expertd/packs"
-    except RuntimeError as error:
-        raise ConfigError(
-            f"There is no home directory to put packs in; name a directory in {PACKS_VARIABLE}."
-        ) from error
 
 
 def list_packs(directory: Path) -> list[ShelvedPack]:

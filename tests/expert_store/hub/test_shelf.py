@@ -4,21 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from expertd.hub.shelf import find_pack, list_packs, packs_directory, remove_pack
+from expertd.hub.shelf import find_pack, list_packs, remove_pack
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertstore.errors import ConfigError
-
-
-def test_where_packs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EXPERTD_PACKS", raising=False)
-    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert packs_directory() == tmp_path / ".local/share/expertd/packs"
-    monkeypatch.setenv("XDG_DATA_HOME", "/data")
-    assert packs_directory() == Path("/data/expertd/packs")
-    monkeypatch.setenv("EXPERTD_PACKS", "packs")
-    assert packs_directory() == Path.cwd() / "packs"
 
 
 def test_what_is_there(sharded: Path, tmp_path: Path) -> None:
