@@ -192,11 +192,10 @@ class Checkpoint:
         """
         parameter = self._parameters[module.parameter(leaf)]
         last = module.num_experts - 1
-        if parameter.is_mxfp4 or any(s.name in self._scales for s, _ in parameter.of_expert(last)):
+        if parameter.is_mxfp4:
             weight = self._weight(module, leaf, last // 2, Scratch())
-            if isinstance(weight, Mxfp4Weight):
-                weight = weight.dequantize(torch.float32)
-            return scale_type(_largest(weight), bits)
+            assert isinstance(weight, Mxfp4Weight)
+            return scale_type(_largest(weight.dequantize(torch.float32)), bits)
         experts = {0, last // 2, last}
         samples = [
             [self._sample(*piece, expert) for piece in parameter.of_expert(expert)]
@@ -209,15 +208,26 @@ class Checkpoint:
 
     def trunk_scale_type(self, tensor: CheckpointTensor, bits: int) -> str:
         """The same for a matrix of the trunk."""
-        if tensor.name in self._scales:
-            return scale_type(_largest(self.read(tensor)), bits)
         return scale_type(self._sample(tensor, False, 0), bits)
 
     def _sample(self, tensor: CheckpointTensor, is_fused: bool, expert: int) -> float:
         """The largest of the first weights of a tensor, or of an expert's in it."""
         num_bytes = tensor.entry.num_bytes // (tensor.entry.shape[0] if is_fused else 1)
-        buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
-        return _largest(self._read_slice(tensor, expert * num_bytes * is_fused, buffer))
+        begin = expert * num_bytes * is_fused
+        scale = self._scales.get(tensor.name)
+        if scale is None:
+            buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
+            return _largest(self._read_slice(tensor, begin, buffer))
+        block = self.architecture.fp8_block
+        assert block is not None, "scales are looked for where there are blocks"
+        num_rows, width = min(block[0], tensor.entry.shape[-2]), tensor.entry.shape[-1]
+        values = self._read_slice(tensor, begin, Scratch().take(num_rows * width))
+        scales_bytes = scale.entry.num_bytes // (scale.entry.shape[0] if is_fused else 1)
+        row = Scratch().take(scales_bytes // scale.entry.shape[-2])
+        scales = self._read_slice(scale, expert * scales_bytes * is_fused, row)
+        return _largest(
+            fp8.dequantize(values.view(num_rows, width), scales[None], block, torch.float32)
+        )
 
     def has_mxfp4(self, module: ExpertsModule) -> bool:
         """Whether both matrices of the module's experts come in MXFP4."""
