@@ -1,9 +1,8 @@
-"""``expertd pack``, ``verify`` and ``inspect``: making a pack, checking it, looking into it."""
+"""``expertd pack``: from a checkpoint, here or on a hub, to a pack."""
 
-import json
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,33 +13,31 @@ from expertstore.interrupts import importing, interruptible
 from expertstore.sizes import format_bytes, size_to_give
 from expertstore.socket_directory import where_to_serve
 
-_EXIT_DAMAGED = 1
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to ``app``."""
-    commands: tuple[Callable[..., None], ...] = (pack, verify, inspect)
-    for command in commands:
-        app.command()(command)
+    """Adds the command to ``app``."""
+    app.command()(pack)
 
 
 def pack(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="CHECKPOINT",
-            readable=False,
-            help="Directory of the model in Hugging Face's form (config.json and safetensors).",
+            help="Directory of the model in Hugging Face's form (config.json and safetensors); or "
+            "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope).",
         ),
     ],
     destination: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="PACK", readable=False, help="Directory to make; its parent must exist."
+            metavar="PACK",
+            readable=False,
+            help="Directory to make; its parent must exist. Default: MODEL-SCHEME where `expertd "
+            "packs` looks.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +101,14 @@ def pack(
             "not finite, which are named.",
         ),
     ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Leave the fetched checkpoint beside the pack, in PACK.checkpoint; else its files "
+            "go as they are packed.",
+        ),
+    ] = False,
 ) -> None:
     """Makes a pack of a checkpoint: quantized expert by expert, ready to serve.
 
@@ -127,46 +132,86 @@ def pack(
     A few experts are in memory at a time. After an interruption, even a hard one, the same command
     goes on where it was; the work lies in PACK.partial until the pack is whole.
 
+    Of a model on a hub, a few files are on the disk at a time: each is fetched, checked, packed
+    and removed. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they always mean.
+
+    Example: `expertd pack Qwen/Qwen3-30B-A3B`
+
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
     """
-    from expertd.packing.early import check_early
+    from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
+    from expertd.hub.reference import parse_reference
+    from expertd.packing.early import check_destination, check_early
     from expertd.packing.schemes import choose_scheme, default_scheme
     from expertstore.pack.files import check_path
+    from expertstore.pack.place import packs_directory
 
+    checkpoint = Path(source)
+    reference = None if checkpoint.exists() else parse_reference(source)
+    if destination is None:
+        name = reference.model if reference else checkpoint.resolve().name
+        destination = packs_directory() / (f"{name}-{scheme}" if scheme else name)
+        destination.parent.mkdir(parents=True, exist_ok=True)
     check_path(destination.absolute())
-    chosen = choose_scheme(scheme or default_scheme(source), experts, attention, dense, head)
-    check_early(source, destination, chosen, force=force)
-    # torch takes seconds to import: only once the arguments are known to be good.
-    _check_installed("torch", "transformers")
-    title = f"packing {source.name} as {chosen.name}"
-    typer.echo(title, err=True)
-    _import_quietly()
-    from expertd.packing.packer import Progress, Request
-    from expertd.packing.packer import pack as make_pack
+    shards, meter, why = None, FetchMeter(), ""
+    with ExitStack() as stack:
+        if reference is not None:
+            check_destination(destination.absolute(), force=force)
+            checkpoint, shards = look_at(reference, destination.absolute(), meter, stack, keep=keep)
+            if scheme is None:
+                scheme, why = advised_scheme(checkpoint, destination.absolute())
+        scheme = scheme or default_scheme(checkpoint)
+        chosen = choose_scheme(scheme, experts, attention, dense, head)
+        check_early(
+            checkpoint,
+            destination,
+            chosen,
+            force=force,
+            beside_bytes=shards.most_bytes if shards else 0,
+        )
+        # torch takes seconds to import: only once the arguments are known to be good.
+        _check_installed("torch", "transformers")
+        for sentence in (why, needs(shards, chosen) if shards else ""):
+            if sentence:
+                typer.echo(sentence, err=True)
+        title = f"packing {reference or checkpoint.name} as {chosen.name}"
+        typer.echo(title, err=True)
+        _import_quietly()
+        from expertd.packing.packer import Progress, Request
+        from expertd.packing.packer import pack as make_pack
 
-    request = Request(
-        source,
-        destination.absolute(),
-        chosen,
-        optimize=optimize,
-        device=device,
-        force=force,
-    )
-    with interruptible(), ProgressDisplay(title) as display:
+        request = Request(
+            checkpoint,
+            destination.absolute(),
+            chosen,
+            optimize=optimize,
+            device=device,
+            force=force,
+            shards=shards,
+        )
+        with interruptible(), ProgressDisplay(title) as display:
+            progress = Progress(0, 0, 0, 0, 0)
 
-        def show(progress: Progress) -> None:
-            display.update(
-                progress.done_bytes,
-                progress.total_bytes,
-                f"{progress.done_steps} of {progress.total_steps} tensors and experts",
-                skipped=progress.resumed_bytes,
-            )
+            def show(latest: Progress | None = None) -> None:
+                nonlocal progress
+                progress = latest or progress
+                text = f"{progress.done_steps} of {progress.total_steps} tensors and experts"
+                if shards is None or not shards.wanted_bytes:
+                    display.update(
+                        progress.done_bytes,
+                        progress.total_bytes,
+                        text,
+                        skipped=progress.resumed_bytes,
+                    )
+                else:  # what takes the time is the network, or as long as it
+                    display.update(meter.num_bytes, shards.wanted_bytes, text)
 
-        try:
-            make_pack(request, on_progress=show, on_notice=display.note)
-        except KeyboardInterrupt:
-            display.note("Interrupted; the same command goes on where it was.")
-            raise
+            meter.on_change = show
+            try:
+                make_pack(request, on_progress=show, on_notice=display.note)
+            except KeyboardInterrupt:
+                display.note("Interrupted; the same command goes on where it was.")
+                raise
     from expertd.settings.config import name_of_pack
     from expertstore.pack.inspect import inspect as inspect_pack
     from expertstore.shared.host_memory import default_ram_bytes
@@ -181,182 +226,6 @@ def pack(
     name = name_of_pack(destination.absolute())
     budget = default_ram_bytes(found.manifest)
     typer.echo(f"Next: {serve_command(name, destination, budget, *where_to_serve())}")
-
-
-def verify(
-    pack: Annotated[
-        Path, typer.Argument(metavar="PACK", readable=False, help="The pack's directory.")
-    ],
-) -> None:
-    """Reads a whole pack and checks every record and the trunk against their checksums.
-
-    Lists each damaged record by file, layer and expert. Exit code 0: all is well, 1: something
-    is damaged, 2: not a pack.
-
-    Example: `expertd verify /packs/mixtral`
-    """
-    from expertstore.pack.verify import verify as verify_pack
-
-    with interruptible(), ProgressDisplay(f"verifying {pack}") as display:
-        result = verify_pack(pack, lambda done, total: display.update(done, total, ""))
-    for damage in result.damages:
-        where = damage.file
-        if damage.layer is not None:
-            where += f", layer {damage.layer}, expert {damage.expert}"
-        typer.echo(f"damaged: {where}: {damage.reason}")
-    if result.damages:
-        typer.echo(
-            f"{pack}: {len(result.damages)} damages found; copy or make the pack again. What is "
-            "whole can still be served."
-        )
-        raise typer.Exit(_EXIT_DAMAGED)
-    typer.echo(
-        f"{pack}: all {result.num_records} records and the trunk are whole "
-        f"({format_bytes(result.num_bytes)} read)."
-    )
-
-
-def inspect(
-    pack: Annotated[
-        Path, typer.Argument(metavar="PACK", readable=False, help="The pack's directory.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Shows what is in a pack: model, scheme, layers, sizes, and the parts of a record.
-
-    Example: `expertd inspect /packs/mixtral`
-    """
-    report = _report(pack)
-    if as_json:
-        typer.echo(json.dumps(report, indent=1))
-    else:
-        _print_report(report)
-
-
-def _report(pack: Path) -> dict[str, Any]:
-    import msgspec
-
-    from expertstore.pack.inspect import inspect as inspect_pack
-    from expertstore.pack.inspect import num_weights
-
-    found = inspect_pack(pack)
-    manifest = found.manifest
-    return {
-        "pack": str(pack),
-        "architecture": manifest.architecture,
-        "model_type": manifest.model_type,
-        "scheme": manifest.scheme,
-        "dtype": manifest.dtype,
-        "gate_order": str(manifest.gate_order),
-        "format_version": manifest.format_version,
-        "fingerprint": found.pack.fingerprint,
-        "num_experts": manifest.num_experts,
-        "expert_bytes": manifest.expert_bytes,
-        "expert_weights": found.expert_weights,
-        "expert_bits_per_weight": round(found.expert_bits, 3),
-        "trunk_bytes": manifest.trunk.num_bytes,
-        "trunk_weights": found.trunk_weights,
-        "trunk_bits_per_weight": round(found.trunk_bits, 3),
-        "trunk_quantized_tensors": len(manifest.trunk_quantized),
-        "trunk_plain_matrices": [
-            {"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype,
-             "num_bytes": tensor.num_bytes}
-            for tensor in found.trunk_plain
-        ],
-        "working_set_bytes": manifest.working_set_bytes,
-        "files": [msgspec.to_builtins(file) for file in (*manifest.files, manifest.trunk)],
-        "layers": [
-            {
-                "layer": layer.layer,
-                "num_experts": layer.num_experts,
-                "experts_per_token": layer.experts_per_token,
-                "layout": layer.layout,
-            }
-            for layer in manifest.layers
-        ],
-        "layouts": [
-            {**msgspec.to_builtins(layout), "bits_per_weight": round(
-                8 * layout.record_bytes / num_weights(layout), 3)}
-            for layout in manifest.layouts
-        ],
-    }  # fmt: skip
-
-
-def _print_report(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.print(report["pack"], highlight=False, soft_wrap=True)
-    table = Table(show_header=False)
-    layers = report["layers"]
-    for key, value in (
-        ("architecture", report["architecture"]),
-        ("scheme", f"{report['scheme']}, 16-bit weights in {report['dtype']}"),
-        ("layers with experts", _ranges([layer["layer"] for layer in layers])),
-        (
-            "experts",
-            f"{report['num_experts']} ({_distinct(layers, 'num_experts')} per layer, "
-            f"{_distinct(layers, 'experts_per_token')} per token)",
-        ),
-        (
-            "size of the experts",
-            f"{format_bytes(report['expert_bytes'])}, "
-            f"{report['expert_bits_per_weight']:.2f} bits per weight",
-        ),
-        (
-            "size of the trunk",
-            f"{format_bytes(report['trunk_bytes'])}, "
-            f"{report['trunk_bits_per_weight']:.2f} bits per weight, "
-            f"{report['trunk_quantized_tensors']} matrices quantized",
-        ),
-        ("of it not quantized", _largest(report["trunk_plain_matrices"])),
-        ("least RAM to serve", f"{size_to_give(report['working_set_bytes'])} (one token)"),
-        ("fingerprint", report["fingerprint"]),
-    ):
-        table.add_row(key, value)
-    console.print(table)
-    for index, layout in enumerate(report["layouts"]):
-        of = [layer["layer"] for layer in layers if layer["layout"] == index]
-        console.print(
-            f"record in layers {_ranges(of)}: {format_bytes(layout['record_bytes'])}, "
-            f"{layout['bits_per_weight']:.2f} bits per weight",
-            highlight=False,
-        )
-        parts = Table()
-        for column in ("part", "shape", "dtype", "offset", "bytes"):
-            parts.add_column(column, justify="right" if column in {"offset", "bytes"} else "left")
-        for part in layout["parts"]:
-            parts.add_row(
-                part["name"],
-                " x ".join(map(str, part["shape"])),
-                part["dtype"],
-                str(part["offset"]),
-                str(part["num_bytes"]),
-            )
-        console.print(parts)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
-
-
-def _largest(tensors: list[dict[str, Any]], num_shown: int = 2) -> str:
-    """The first few of ``tensors`` with their sizes, and how many more there are."""
-    shown = [f"{item['name']} ({format_bytes(item['num_bytes'])})" for item in tensors[:num_shown]]
-    rest = len(tensors) - len(shown)
-    return ", ".join(shown + ([f"{rest} smaller matrices"] if rest else [])) or "no matrix"
-
-
-def _distinct(layers: list[dict[str, Any]], key: str) -> str:
-    return " or ".join(map(str, sorted({layer[key] for layer in layers})))
 
 
 def _check_installed(*names: str) -> None:

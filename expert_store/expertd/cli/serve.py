@@ -34,7 +34,11 @@ def serve(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PACK", help="A pack to serve; may be given several times."),
+        typer.Option(
+            metavar="NAME=PACK",
+            help="A pack to serve; may be given several times. A NAME alone is that of a pack that "
+            "`expertd packs` lists.",
+        ),
     ] = None,
     disk_io: Annotated[
         str | None,

@@ -18,6 +18,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
@@ -36,6 +37,7 @@ from expertd.packing.checkpoint_files import (
 from expertd.packing.mxfp4 import BITS_PER_WEIGHT, Mxfp4Weight
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
+from expertd.packing.shards import Shards
 from expertd.packing.sorting import Sorter
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
@@ -62,13 +64,17 @@ class Checkpoint:
     What is read lies in the :class:`Scratch` given, or in new memory.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Reads the configuration and all headers. Raises :class:`CheckpointError`."""
+    def __init__(self, path: Path, shards: Shards | None = None) -> None:
+        """Reads the configuration and all headers. Raises :class:`CheckpointError`.
+
+        ``shards``: its files are here only for a time; what is read of others is asked of these.
+        """
         self.path = path
+        self._shards = shards
         config = read_config(path)
         self.architecture: Architecture = read_architecture(path)
         listing = find_tensors(path, config)
-        self.fingerprint = fingerprint(path, listing.tensors)
+        self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
         self._scales = fp8.find_scales(path, listing.tensors, self.architecture.fp8_block)
@@ -112,6 +118,22 @@ class Checkpoint:
         """Closes all files; twice is harmless."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+    def drop(self, file: Path) -> None:
+        """Closes a file of which nothing is left to read, and says so to its :class:`Shards`."""
+        fd = self._fds.pop(file, None)
+        if fd is not None:
+            os.close(fd)
+        if self._shards is not None:
+            self._shards.drop(file)
+
+    def expert_files(self, module: ExpertsModule, expert: int) -> set[Path]:
+        """The files that hold something of the expert."""
+        return {tensor.file for tensor, _ in self._tensors_of(module, expert)}
+
+    def trunk_files(self, source: CheckpointTensor) -> set[Path]:
+        """The files that hold a tensor of the trunk, and its scales."""
+        return {each.file for each in (source, self._scales.get(source.name)) if each is not None}
 
     def read(self, tensor: CheckpointTensor, scratch: Scratch | None = None) -> Tensor:
         """The whole tensor, of type :meth:`type_of`. Raises :class:`CheckpointError`."""
@@ -170,11 +192,10 @@ class Checkpoint:
         """
         parameter = self._parameters[module.parameter(leaf)]
         last = module.num_experts - 1
-        if parameter.is_mxfp4 or any(s.name in self._scales for s, _ in parameter.of_expert(last)):
+        if parameter.is_mxfp4:
             weight = self._weight(module, leaf, last // 2, Scratch())
-            if isinstance(weight, Mxfp4Weight):
-                weight = weight.dequantize(torch.float32)
-            return scale_type(_largest(weight), bits)
+            assert isinstance(weight, Mxfp4Weight)
+            return scale_type(_largest(weight.dequantize(torch.float32)), bits)
         experts = {0, last // 2, last}
         samples = [
             [self._sample(*piece, expert) for piece in parameter.of_expert(expert)]
@@ -187,15 +208,26 @@ class Checkpoint:
 
     def trunk_scale_type(self, tensor: CheckpointTensor, bits: int) -> str:
         """The same for a matrix of the trunk."""
-        if tensor.name in self._scales:
-            return scale_type(_largest(self.read(tensor)), bits)
         return scale_type(self._sample(tensor, False, 0), bits)
 
     def _sample(self, tensor: CheckpointTensor, is_fused: bool, expert: int) -> float:
         """The largest of the first weights of a tensor, or of an expert's in it."""
         num_bytes = tensor.entry.num_bytes // (tensor.entry.shape[0] if is_fused else 1)
-        buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
-        return _largest(self._read_slice(tensor, expert * num_bytes * is_fused, buffer))
+        begin = expert * num_bytes * is_fused
+        scale = self._scales.get(tensor.name)
+        if scale is None:
+            buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
+            return _largest(self._read_slice(tensor, begin, buffer))
+        block = self.architecture.fp8_block
+        assert block is not None, "scales are looked for where there are blocks"
+        num_rows, width = min(block[0], tensor.entry.shape[-2]), tensor.entry.shape[-1]
+        values = self._read_slice(tensor, begin, Scratch().take(num_rows * width))
+        scales_bytes = scale.entry.num_bytes // (scale.entry.shape[0] if is_fused else 1)
+        row = Scratch().take(scales_bytes // scale.entry.shape[-2])
+        scales = self._read_slice(scale, expert * scales_bytes * is_fused, row)
+        return _largest(
+            fp8.dequantize(values.view(num_rows, width), scales[None], block, torch.float32)
+        )
 
     def has_mxfp4(self, module: ExpertsModule) -> bool:
         """Whether both matrices of the module's experts come in MXFP4."""
@@ -208,14 +240,20 @@ class Checkpoint:
 
         As the files have it: blocks, FP8 and the scales of these are tensors of their own.
         """
+        for each, is_fused in self._tensors_of(module, expert):
+            num_bytes = each.entry.num_bytes // (each.entry.shape[0] if is_fused else 1)
+            buffer = Scratch().take(num_bytes)
+            yield each, self._read_slice(each, expert * num_bytes * is_fused, buffer)
+
+    def _tensors_of(
+        self, module: ExpertsModule, expert: int
+    ) -> Iterator[tuple[CheckpointTensor, bool]]:
+        """Each tensor that holds something of the expert, and whether of all others as well."""
         for name in module.parameters():
             for source, is_fused in self._parameters[name].of_expert(expert):
                 for each in (source, self._scales.get(source.name)):
-                    if each is None:
-                        continue
-                    num_bytes = each.entry.num_bytes // (each.entry.shape[0] if is_fused else 1)
-                    buffer = Scratch().take(num_bytes)
-                    yield each, self._read_slice(each, expert * num_bytes * is_fused, buffer)
+                    if each is not None:
+                        yield each, is_fused
 
     def is_scaled(self, tensor: CheckpointTensor) -> bool:
         """Whether it is in FP8, and read as what it is with its scales."""
@@ -319,6 +357,10 @@ class Checkpoint:
                 f"{tensor.name} in {tensor.file} has the type {tensor.entry.dtype}, which cannot "
                 "be packed yet; pack a checkpoint in 16 or 32 bits."
             )
+        if self._shards is not None and not self._shards.is_here(tensor.file):
+            data = self._shards.read(tensor.file, tensor.entry.offset + begin, buffer.numel())
+            buffer.numpy()[:] = np.frombuffer(data, np.uint8)
+            return buffer.view(dtype)
         try:
             with self._opening:
                 if tensor.file not in self._fds:

@@ -4,7 +4,6 @@ The packer has the last word on each: this looks at names, sizes and headers alo
 what it is not sure of.
 """
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +13,6 @@ import msgspec
 
 from expertd.packing.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_config
 from expertd.packing.schemes import Precision, Scheme
-from expertstore.command_line import command
 from expertstore.errors import CheckpointError, ConfigError, PackError
 from expertstore.pack.layout import Encoding
 from expertstore.pack.manifest import MANIFEST_NAME
@@ -23,27 +21,28 @@ from expertstore.sizes import format_bytes
 
 PARTIAL_SUFFIX = ".partial"
 """Of the directory beside a pack to be in which the work lies."""
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FOLDER = "hub"
+"""In that directory: what is here of a checkpoint that is fetched meanwhile."""
 _SURE = 0.9
 """Of the weights: some checkpoints have tensors that no model has a place for."""
 _WEIGHT_BYTES = {"BF16": 2.0, "F16": 2.0, "F32": 4.0, "F64": 8.0, "F8_E4M3": 1.0, "U8": 0.5}
 """Bytes of a weight by its type; of MXFP4 two share one."""
 
 
-def check_early(source: Path, destination: Path, scheme: Scheme, *, force: bool) -> None:
+def check_early(
+    source: Path, destination: Path, scheme: Scheme, *, force: bool, beside_bytes: int = 0
+) -> None:
     """All of it. Raises ConfigError, CheckpointError and PackError."""
     absolute = destination.absolute()
     try:
-        if not absolute.parent.is_dir():
-            raise ConfigError(f"{absolute.parent} is not a directory; make it first.")
-        check_checkpoint(source, destination)
+        check_checkpoint(source)
         check_destination(absolute, force=force)
-        check_room(source, absolute, scheme)
+        check_room(source, absolute, scheme, beside_bytes)
     except OSError as error:  # of directories that this user may not look into
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
-def check_checkpoint(source: Path, destination: Path) -> None:
+def check_checkpoint(source: Path) -> None:
     """Raises CheckpointError if ``source`` is no checkpoint, and says what to do instead."""
     if source.suffix == ".gguf" or (source.is_dir() and _only_gguf(source)):
         raise CheckpointError(
@@ -54,22 +53,19 @@ def check_checkpoint(source: Path, destination: Path) -> None:
         raise CheckpointError(
             f"{source} is a pack already; serve it, or give the checkpoint that it was made of."
         )
-    if not source.exists() and _HUB_NAME.fullmatch(str(source)):
-        folder = Path(source.name)
-        download = command("hf", "download", str(source), "--local-dir", folder)
-        raise CheckpointError(
-            f"{source} is not a directory here, and nothing is downloaded by itself: run "
-            f"`{download}`, then `{command('expertd', 'pack', folder, destination)}`."
-        )
     read_config(source)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
     """Raises PackError if something is there that is not to be replaced.
 
+    Raises ConfigError if it has no parent.
+
     A packing that was interrupted after its last step has a pack and no work left; the packer
     knows whether it was this one.
     """
+    if not destination.parent.is_dir():
+        raise ConfigError(f"{destination.parent} is not a directory; make it first.")
     partial = partial_of(destination)
     if (partial / "journal").is_file() and not (partial / "pack").exists():
         return
@@ -81,28 +77,38 @@ def check_destination(destination: Path, *, force: bool) -> None:
         raise PackError(f"{destination} exists and is not a pack; --force replaces only packs.")
 
 
-def check_room(source: Path, destination: Path, scheme: Scheme) -> None:
-    """Raises PackError if the disk of ``destination`` cannot have room for the pack."""
+def check_room(source: Path, destination: Path, scheme: Scheme, beside_bytes: int = 0) -> None:
+    """Raises PackError if the disk of ``destination`` cannot have room for the pack.
+
+    ``beside_bytes``: what else is on the disk while it is made.
+    """
     partial = partial_of(destination)
     begun = sum(512 * file.stat().st_blocks for file in partial.rglob("*") if file.is_file())
     free = shutil.disk_usage(destination.parent).free + begun
-    least = least_bytes(source, scheme)
+    least = least_bytes(source, scheme) + beside_bytes
     if least > free:
         raise PackError(
-            f"The disk of {destination.parent} has {format_bytes(free)} free, and the pack takes "
-            f"{format_bytes(least)} or more; free some, choose another place, or fewer bits."
+            f"The disk of {destination.parent} has {format_bytes(free)} free, and making the pack "
+            f"takes {format_bytes(least)} or more; free some, choose another place, or fewer bits."
         )
 
 
 def least_bytes(source: Path, scheme: Scheme) -> int:
     """What a pack of the checkpoint takes at least, by what can be read of its files."""
-    experts = _bits(scheme.experts)
+    return int(_SURE * sum(about_bytes(source, scheme)))
+
+
+def about_bytes(source: Path, scheme: Scheme) -> tuple[int, int]:
+    """About what a pack's experts take, and what the rest does, by the files' headers."""
+    bits = _bits(scheme.experts)
     others = min(_bits(each) for each in (scheme.attention, scheme.dense, scheme.head))
-    total = 0.0
+    of_experts = of_others = 0.0
     for entry in _entries(source):
-        bits = experts if ".experts." in entry.name else others
-        total += _num_weights(entry) * bits / 8
-    return int(_SURE * total)
+        if ".experts." in entry.name:
+            of_experts += _num_weights(entry) * bits / 8
+        else:
+            of_others += _num_weights(entry) * others / 8
+    return int(of_experts), int(of_others)
 
 
 def partial_of(destination: Path) -> Path:

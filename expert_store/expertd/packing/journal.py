@@ -23,7 +23,7 @@ class Journal:
         self.key = key
         self.done: dict[int, str] = {}
         """Checksums of the finished steps, by step."""
-        self._pending: list[str] = []
+        self._pending: list[int] = []
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             try:
@@ -61,14 +61,16 @@ class Journal:
         """Notes a finished step; :meth:`commit` makes it last, or another run does it again."""
         self.done[step] = checksum
         if lasting:
-            self._pending.append(f"{step} {checksum}\n")
+            self._pending.append(step)
 
-    def commit(self) -> None:
-        """Writes what was added; the data of these steps must be on the disk."""
-        if self._pending:
-            os.write(self._fd, "".join(self._pending).encode())
+    def commit(self) -> list[int]:
+        """Writes the steps that were added, and returns them; their data must be on the disk."""
+        written, self._pending = self._pending, []
+        if written:
+            lines = "".join(f"{step} {self.done[step]}\n" for step in written)
+            os.write(self._fd, lines.encode())
             os.fsync(self._fd)
-            self._pending.clear()
+        return written
 
     def close(self) -> None:
         """Closes the file and gives up the lock; twice is harmless."""

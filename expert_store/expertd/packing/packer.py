@@ -4,6 +4,7 @@ The work lies in ``DST.partial``, beside the pack to be::
 
     DST.partial/journal    what is done
     DST.partial/pack/      the pack, renamed to DST when it is complete
+    DST.partial/hub/       what is here of a checkpoint that is fetched meanwhile
 
 1. Refuse what cannot work: the destination, the checkpoint, the scheme.
 2. Take up the journal if it is of the same packing, else begin anew.
@@ -27,10 +28,10 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 
 import expertstore
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.early import check_destination, partial_of
+from expertd.packing.early import HUB_FOLDER, check_destination, partial_of
 from expertd.packing.encoder import Encoder
+from expertd.packing.feeding import Feeder
 from expertd.packing.journal import Journal
-from expertd.packing.missing_files import why_not_there
 from expertd.packing.notices import Flawed, peculiarities
 from expertd.packing.pipeline import encode_ahead
 from expertd.packing.plan import (
@@ -40,6 +41,8 @@ from expertd.packing.plan import (
     make_plan,
 )
 from expertd.packing.schemes import PARTS, Scheme
+from expertd.packing.shards import Shards
+from expertd.packing.side_files import find_side_files
 from expertd.packing.solver import ChosenSolver, Solver, choose_solver
 from expertstore.errors import CheckpointError, PackError
 from expertstore.pack.layout import Encoding
@@ -48,21 +51,6 @@ from expertstore.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_mani
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 256 << 20
 """How much work an interruption may cost; each commit waits for the disk."""
-DOCUMENTS = ("LICENSE*", "NOTICE*", "README.md")
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    *DOCUMENTS,
-)
 
 
 @dataclass(frozen=True)
@@ -91,6 +79,8 @@ class Request:
     """Replace the pack at ``destination``, and pack weights that are not finite."""
     max_file_bytes: int = MAX_FILE_BYTES
     """Of each file of records; a larger record gets a file of its own."""
+    shards: Shards | None = None
+    """Brings the files of ``source`` one by one, where they are not all there."""
 
 
 def pack(
@@ -106,8 +96,8 @@ def pack(
     """
     chosen = choose_solver(request.device)
     try:
-        side_files = _side_files(request.source)
-        with Checkpoint(request.source) as checkpoint:
+        side_files = find_side_files(request.source)
+        with Checkpoint(request.source, request.shards) as checkpoint:
             _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)
     except BrokenPipeError:  # of what on_notice writes to
         raise
@@ -151,7 +141,8 @@ def _pack(
                 _prepare(plan, partial, journal, on_notice)
                 encoder = Encoder(checkpoint, chosen.solver, request.optimize)
                 flawed = Flawed(request.force, on_notice)
-                _run_steps(plan, encoder, partial, journal, on_progress, flawed)
+                feeder = Feeder(plan, checkpoint, journal.done, request.shards)
+                _run_steps(plan, encoder, partial, journal, on_progress, flawed, feeder)
                 flawed.conclude()
                 _finish(plan, checkpoint, request, side_files, partial, journal)
             except CheckpointError as error:
@@ -160,21 +151,6 @@ def _pack(
         raise
     except OSError as error:
         raise PackError(_cannot_write(error, plan, partial)) from error
-
-
-def _side_files(source: Path) -> list[Path]:
-    """The files that a pack brings along. Raises :class:`CheckpointError` if one is unreadable."""
-    found = []
-    for pattern in COPIED_FILES:
-        for file in sorted(source.glob(pattern)):
-            if (reason := why_not_there(file)) and pattern not in DOCUMENTS:
-                raise CheckpointError(reason)
-            if not file.is_file():
-                continue
-            if not os.access(file, os.R_OK):
-                raise CheckpointError(f"{file} cannot be read: {os.strerror(errno.EACCES)}.")
-            found.append(file)
-    return found
 
 
 def _was_completed(destination: Path, partial: Path, key: str) -> bool:
@@ -191,7 +167,7 @@ def _was_completed(destination: Path, partial: Path, key: str) -> bool:
 def _check_partial(partial: Path) -> None:
     """Nothing that is not ours may be lost when a packing begins anew."""
     if partial.exists() and not (partial / "journal").exists():
-        foreign = sorted({entry.name for entry in partial.iterdir()} - {"pack"})
+        foreign = sorted({entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER})
         if foreign:
             raise PackError(f"{partial} is needed for the work and holds other files; move them.")
 
@@ -248,6 +224,7 @@ def _run_steps(
     journal: Journal,
     on_progress: Callable[[Progress], None],
     flawed: Flawed,
+    feeder: Feeder,
 ) -> None:
     total_bytes = sum(step.source_bytes for step in plan.steps)
     done_bytes = resumed = sum(plan.steps[index].source_bytes for index in journal.done)
@@ -262,8 +239,7 @@ def _run_steps(
         for file in plan.files:
             fd = os.open(partial / "pack" / file.name, os.O_WRONLY | os.O_CLOEXEC)
             fds.append(fd)  # one by one, so that an error closes those that are open
-        todo = [item for item in enumerate(plan.steps) if item[0] not in journal.done]
-        with closing(encode_ahead(encoder.encode, todo)) as encoded:
+        with closing(encode_ahead(encoder.encode, feeder)) as encoded:
             report()
             for index, step, result in encoded:
                 if result.flaws:
@@ -277,7 +253,7 @@ def _run_steps(
                 uncommitted_bytes += len(result.data)
                 now = time.monotonic()
                 if now - last_commit >= COMMIT_SECONDS or uncommitted_bytes >= COMMIT_BYTES:
-                    _commit(dirty, journal)
+                    feeder.lasting(_commit(dirty, journal))
                     last_commit, uncommitted_bytes = time.monotonic(), 0
                 report()
     finally:
@@ -289,12 +265,12 @@ def _run_steps(
                 os.close(fd)
 
 
-def _commit(dirty: set[int], journal: Journal) -> None:
-    """Flushes the data of the files ``dirty``, then notes the steps that wrote it."""
+def _commit(dirty: set[int], journal: Journal) -> list[int]:
+    """Flushes the data of the files ``dirty``, then notes the steps that wrote it: these."""
     for fd in dirty:
         os.fdatasync(fd)
     dirty.clear()
-    journal.commit()
+    return journal.commit()
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

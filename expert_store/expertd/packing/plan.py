@@ -7,6 +7,7 @@ be done, or done again, without looking at the others.
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from expertd.packing.architecture import Architecture, ExpertsModule
@@ -34,6 +35,8 @@ from expertstore.pack.manifest import (
 from expertstore.pack.tensor_file import build_header
 
 MAX_FILE_BYTES = 4 << 30
+NUM_SAMPLERS = 8
+"""Layers whose weights are looked at side by side: on a network, most of that is waiting."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,11 @@ def make_plan(
     """Raises :class:`CheckpointError` if the scheme does not fit the checkpoint's sizes."""
     layouts: list[RecordLayout] = []
     records: list[tuple[ExpertsModule, int, RecordLayout]] = []
-    for module in checkpoint.architecture.experts:
-        layout = _layout(checkpoint, module, scheme.experts)
+    modules = checkpoint.architecture.experts
+    with ThreadPoolExecutor(NUM_SAMPLERS) as pool:
+        found = pool.map(lambda module: _layout(checkpoint, module, scheme.experts), modules)
+        of_modules = list(zip(modules, found, strict=True))
+    for module, layout in of_modules:
         if layout not in layouts:
             layouts.append(layout)
         records += [(module, expert, layout) for expert in range(module.num_experts)]

@@ -14,6 +14,7 @@ from expertd.settings.policy_names import DEFAULT_POLICY, PolicyName
 from expertd.settings.tcp_config import TcpConfig
 from expertd.settings.users import uid_of
 from expertstore.errors import ConfigError
+from expertstore.pack.place import named_pack
 from expertstore.sizes import parse_bytes
 from expertstore.socket_directory import socket_directories
 
@@ -154,12 +155,19 @@ def name_of_pack(pack: Path) -> str:
 
 
 def parse_model(text: str) -> tuple[str, ModelConfig]:
-    """``NAME=PACK`` as given on the command line. Raises :class:`ConfigError`."""
+    """``NAME=PACK`` as given on the command line, or the name of a pack in its usual place.
+
+    Raises :class:`ConfigError`.
+    """
     name, equals, path = text.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"{text!r} is not a model: write --model NAME=PACK.")
+    pack = named_pack(Path(path or name))
+    if (equals and not path) or (not equals and pack == Path(name)):
+        raise ConfigError(
+            f"{text!r} is not a model: write --model NAME=PACK, or a name that `expertd packs` "
+            "lists."
+        )
     check_model_name(name)
-    return name, ModelConfig(Path(path).absolute())
+    return name, ModelConfig(pack.absolute())
 
 
 def load_config(path: Path | None, **overrides: Any) -> ServeConfig:  # noqa: ANN401

@@ -39,6 +39,7 @@ def chat(
             metavar="PACK",
             readable=False,
             rich_help_panel=options.DAEMON,
+            callback=options.find_pack,
         ),
     ] = None,
     ram: options.Ram = None,

@@ -18,6 +18,7 @@ from expertd_inference.settings import (
     OnMiss,
 )
 from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.pack.place import named_pack
 from expertstore.sizes import parse_bytes
 
 # The groups of --help.
@@ -112,13 +113,21 @@ Socket = Annotated[
     ),
 ]
 
+
+def find_pack(path: Path | None) -> Path | None:
+    """The pack that an option names, by its path or as ``expertd packs`` lists it."""
+    return None if path is None else named_pack(path)
+
+
 Embedded = Annotated[
     Path | None,
     typer.Option(
-        help="Without a daemon: start one for this pack, and stop it at the end.",
+        help="Without a daemon: start one for this pack, a path or a name that `expertd packs` "
+        "lists, and stop it at the end.",
         metavar="PACK",
         readable=False,
         rich_help_panel=DAEMON,
+        callback=find_pack,
     ),
 ]
 

@@ -53,11 +53,7 @@ def test_stats_of_a_daemon(daemon: Daemon) -> None:
         (("pack", "/", "/tmp/pack"), "is not a checkpoint: it has no config.json"),
         (("pack", EXAMPLE, "/tmp"), "/tmp exists already; give --force to replace it"),
         (("pack", EXAMPLE, "/tmp", "--force"), "is not a pack; --force replaces only packs"),
-        (
-            ("pack", "mistralai/Mixtral-8x7B-v0.1", "/tmp/my pack"),
-            "run `hf download mistralai/Mixtral-8x7B-v0.1 --local-dir Mixtral-8x7B-v0.1`, then "
-            "`expertd pack Mixtral-8x7B-v0.1 '/tmp/my pack'`.",
-        ),
+        (("pack", "s3://mistralai/Mixtral-8x7B-v0.1", "/tmp/pack"), "is on no hub that is known"),
         (("pack", "model.gguf", "/tmp/pack"), "model.gguf is GGUF"),
         (("pack", "/", "/tmp/pack", "--scheme", "1bit"), "1bit"),
     ],

@@ -9,15 +9,16 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from expertd.cli import progress
-from expertd.cli.pack import register
+from expertd.cli import pack as pack_command
+from expertd.cli import packs, progress
 from expertstore.errors import CheckpointError, ConfigError, PackError
 from tests.expert_store.packing.conftest import MakeCheckpoint
 
 
 def run(*arguments: object, columns: int = 200) -> Result:
     app = typer.Typer()
-    register(app)
+    pack_command.register(app)
+    packs.register(app)
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(word) for word in arguments])
 
 

@@ -239,10 +239,10 @@ def test_the_journal_never_runs_ahead_of_the_disk(
         unflushed.discard(fd)
         fdatasync(fd)
 
-    def on_commit(journal: Journal) -> None:
+    def on_commit(journal: Journal) -> list[int]:
         assert not unflushed
         commits.append(len(journal.done))
-        commit(journal)
+        return commit(journal)
 
     monkeypatch.setattr(packer, "_write", on_write)
     monkeypatch.setattr(os, "fdatasync", on_flush)

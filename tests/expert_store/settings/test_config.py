@@ -206,6 +206,16 @@ def test_models_on_the_command_line() -> None:
     assert parse_model("a=packs/x") == ("a", ModelConfig(Path("packs/x").absolute()))
 
 
+def test_a_pack_in_its_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTD_PACKS", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/pack.json").touch()
+    assert parse_model("there") == ("there", ModelConfig(tmp_path / "there"))
+    assert parse_model("a=there") == ("a", ModelConfig(tmp_path / "there"))
+    with pytest.raises(ConfigError, match="or a name that `expertd packs` lists"):
+        parse_model("absent")
+
+
 @pytest.mark.parametrize("text", ["", "a", "a=", "=/p", "a/b=/p", "a\n=/p", "x" * 129 + "=/p"])
 def test_what_is_no_model(text: str) -> None:
     with pytest.raises(ConfigError, match="model"):
