@@ -255,13 +255,23 @@ class Campaign:
             await ask(self._url, self._requests[0])
         await self._until(lambda: len(self._engines()) == 1, "there is not one engine")
         await self._until(lambda: len(self._sessions()) == 1, "there is not one session")
-        first = self.report.stocks.get("a few engines died")
         stock = self._stock()
         deadline = time.monotonic() + 10
-        while first and stock.left_since(first) and time.monotonic() < deadline:
+        # The daemon, too, closes what its clients have closed when it comes to that.
+        while self._left(name, stock) and time.monotonic() < deadline:
             await asyncio.sleep(0.5)
             stock = self._stock()
         self.report.stocks[name] = stock
+
+    def _left(self, name: str, stock: Stock) -> dict[str, tuple[int, int]]:
+        """What there is more of than after the first kills; the daemon may be another later."""
+        first = self.report.stocks.get("a few engines died")
+        if first is None:
+            return {}
+        left = stock.left_since(first)
+        if name == "engines died":
+            left |= stock.left_at_the_daemon(first)
+        return left
 
     def _stock(self) -> Stock:
         return take_stock(
@@ -271,9 +281,7 @@ class Campaign:
     def _compare_stocks(self, name: str) -> None:
         stocks = self.report.stocks
         first, last = stocks["a few engines died"], stocks[name]
-        left = last.left_since(first)
-        if name == "engines died":
-            left |= last.left_at_the_daemon(first)
+        left = self._left(name, last)
         more = last.server.num_threads - first.server.num_threads
         if more <= MAX_THREAD_GROWTH:
             left.pop("threads of the server", None)
