@@ -2,10 +2,15 @@
 
 import json
 
+import httpx2
 import pytest
 from starlette.requests import Request
 
 from expertd_inference.server.api.errors import ApiError, answer_error, api_error_of
+from expertd_inference.server.app import make_app
+from expertd_inference.server.batches.batches import BatchRoom
+from expertd_inference.server.front import Front
+from expertd_inference.server.metrics import ServerMetrics
 from expertstore.errors import (
     BusyError,
     DeadlineError,
@@ -54,6 +59,20 @@ def test_json_that_is_nested_too_deep() -> None:
         400,
         None,
     )
+
+
+async def test_a_request_nested_too_deep_is_not_logged_as_a_mistake_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nested(_: BatchRoom) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(BatchRoom, "batches", property(nested))
+    front = Front(None, ServerMetrics(), lambda _: None)  # type: ignore[arg-type]
+    # It raises what the server would log.
+    transport = httpx2.ASGITransport(make_app(front))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+        assert (await client.get("/v1/files")).status_code == 400
 
 
 def test_what_was_said_stays() -> None:
