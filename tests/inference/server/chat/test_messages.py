@@ -163,7 +163,10 @@ def test_content_of_parts_is_one_text(pack: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "user", "content": [{"type": "text", "text": 3}]}, r"\[0\].text is 3; give a text"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": 3}]},
+            r"\[0\].text is 3; give a text",
+        ),
         ({"role": "assistant", "tool_calls": [{"id": "a"}]}, "has no function with a name"),
         ({"role": "assistant", "tool_calls": [3]}, "has no function with a name"),
     ],
