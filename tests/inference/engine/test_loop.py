@@ -289,6 +289,8 @@ def test_an_error_of_the_store_that_comes_when_sequences_are_tried_alone_ends_al
     for client in clients:
         client.read()
         assert type(client.error) is UnavailableError
+    # The others would wait for the daemon each in turn.
+    assert rig.executor.num_rows == [2, 1]
 
 
 def test_a_step_with_which_all_fail_is_the_engines_fault() -> None:
@@ -327,3 +329,18 @@ def test_a_copy_that_is_lost_is_made_again() -> None:
         assert client.tokens == client.alone().tokens
     assert clients[1].opening is not None
     assert clients[1].opening.num_cached_tokens == 40
+
+
+def test_a_step_of_recurrent_layers_is_not_tried_again() -> None:
+    rig = Rig(Room(20, 2, 1000), shares_prefixes=False, recurrent=True)
+    settings = GenerationSettings(max_new_tokens=50, ignore_eos=True)
+    clients = [rig.submit([number], settings) for number in range(2)]
+    while not all(client.tokens for client in clients):
+        rig.loop.step()
+        for client in clients:
+            client.read()
+    rig.executor.faults = [RuntimeError("unforeseen")]
+    rig.loop.step()
+    for client in clients:
+        client.read()
+        assert type(client.error) is StepFailedError
