@@ -172,7 +172,9 @@ function figures({ tokens, seconds, first, stopped, cut }) {
   if (!tokens) return stopped ? "stopped" : "";
   const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
   if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
-  if (first !== undefined) parts.push(`first after ${first.toFixed(1)} s`);
+  if (first !== undefined) {
+    parts.push(`first after ${first < 1 ? `${Math.round(1000 * first)} ms` : `${first.toFixed(1)} s`}`);
+  }
   if (stopped) parts.push("stopped");
   if (cut) parts.push("cut: as long as it may be");
   return parts.join(" · ");

@@ -109,7 +109,7 @@ function showDaemon(daemon, old, seconds) {
   byId("ram").replaceChildren(
     element("p", {}, `${bytes(arena.bytes_used)} of the RAM budget of ${bytes(arena.bytes_total)} in use`, element("span", { className: "note" }, ` · policy ${daemon.policy} · daemon up for ${duration(daemon.uptime_seconds)}`)),
     element("progress", { max: Math.max(1, arena.bytes_total), value: arena.bytes_used, "aria-label": "RAM budget in use" }),
-    ...daemon.warnings.map((warning) => element("p", { className: "note" }, warning)),
+    ...daemon.warnings.map((warning) => element("p", { className: "note" }, warning[0].toUpperCase() + warning.slice(1))),
   );
   byId("tiers").replaceChildren(...daemon.models.map((model) => {
     const earlier = old?.models.find((one) => one.name === model.name);
