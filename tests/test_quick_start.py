@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from expertd_testing.hub import serving_hub
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = re.findall(
     r"^(expertd? .*|expert-run .*)$",
@@ -20,7 +22,6 @@ AS_USER = [] if os.geteuid() else ["unshare", "--user", "--map-user=1234"]
 def test_quick_start(tmp_path: Path) -> None:
     if AS_USER and subprocess.run([*AS_USER, "true"], capture_output=True).returncode:
         pytest.skip("this user may not become another in a namespace of its own")
-    (tmp_path / "Mixtral-8x7B-Instruct").symlink_to(ROOT / "examples/tiny-mixtral")
     runtime = tmp_path / "runtime"
     runtime.mkdir(mode=0o700)
     commands = {line.split()[1]: line.replace("24GiB", "64MiB") for line in COMMANDS}
@@ -28,6 +29,7 @@ def test_quick_start(tmp_path: Path) -> None:
     commands["top"] += " --once"
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"XDG_RUNTIME_DIR": str(runtime), "PATH": programs}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
 
     def run(line: str) -> str:
         done = subprocess.run(
@@ -38,7 +40,10 @@ def test_quick_start(tmp_path: Path) -> None:
         return done.stdout
 
     assert "where one may serve" in run(commands["doctor"])
-    assert "Next: expertd serve" in run(f"{commands['pack']} --no-optimize")
+    with serving_hub() as hub:
+        hub.repositories["mistralai/Mixtral-8x7B-Instruct-v0.1"] = ROOT / "examples/tiny-mixtral"
+        environment["HF_ENDPOINT"] = hub.url
+        assert "Next: expertd serve" in run(f"{commands['pack']} --no-optimize")
     with subprocess.Popen(
         [*AS_USER, "sh", "-c", f"exec {commands['serve']}"], cwd=tmp_path, env=environment,
         stdout=subprocess.PIPE, text=True,

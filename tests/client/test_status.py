@@ -111,6 +111,7 @@ def test_every_exception_has_a_code() -> None:
         errors.PromptTooLongError,
         errors.ScoresError,
         errors.SequenceFailedError,
+        errors.SettingError,
         errors.StepFailedError,
     }
     by_rpc = below(errors.ExpertdError) - below(errors.DeviceError) - of_a_worker

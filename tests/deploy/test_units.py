@@ -76,7 +76,14 @@ def test_sample_config_holds_the_defaults() -> None:
 
 def test_requirements_are_the_daemons_part_of_the_distributions() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    packs_and_workers = {"torch", "transformers", "accelerate", "safetensors", "hqq"}
+    packs_and_workers = {
+        "torch",
+        "transformers",
+        "accelerate",
+        "huggingface-hub",
+        "safetensors",
+        "hqq",
+    }
     lines = (DEPLOY / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == [
         requirement

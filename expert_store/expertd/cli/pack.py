@@ -156,6 +156,7 @@ def pack(
     shards, meter, why = None, FetchMeter(), ""
     with ExitStack() as stack:
         if reference is not None:
+            _check_installed("torch", "transformers", "huggingface_hub")
             check_destination(destination.absolute(), force=force)
             checkpoint, shards = look_at(reference, destination.absolute(), meter, stack, keep=keep)
             if scheme is None:

@@ -93,15 +93,24 @@ async def test_all_models_again_and_again(pack: Path, monkeypatch: pytest.Monkey
 async def test_what_is_being_verified_is_not_evicted(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    under_way, go_on = threading.Event(), threading.Event()
+    is_slow, under_way, go_on = threading.Event(), threading.Event(), threading.Event()
+    num_verified = 0
 
-    def slow(record: memoryview, checksum: str) -> bool:
+    def verify(record: memoryview, checksum: str) -> bool:
+        nonlocal num_verified
+        num_verified += 1
+        if not is_slow.is_set():
+            return True
         under_way.set()
         return go_on.wait(10)
 
-    monkeypatch.setattr(expertd.hosting.scrubber, "matches", slow)
+    monkeypatch.setattr(expertd.hosting.scrubber, "matches", verify)
     worker = Worker(store)
     await worker.fetch_and_release(*range(8))
+    # Rounds that began before all of them were there have ended: each verifies eight at most.
+    seen = num_verified
+    await until(lambda: num_verified >= seen + 16)
+    is_slow.set()
     await asyncio.to_thread(under_way.wait, 10)
     fetch = asyncio.create_task(worker.fetch(*range(8, 16)))
     await asyncio.sleep(0.05)

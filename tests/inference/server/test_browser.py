@@ -5,6 +5,7 @@ The browser's loop runs in this thread while it is open: no test here is asynchr
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,8 +118,8 @@ def test_a_chat_streams(page: Page) -> None:
     settings(page, System_prompt="Be brief.", Most_new_tokens="8", Temperature="0")
     ask(page, "Once upon a time")
     expect(page.locator("article.user .text")).to_have_text("Once upon a time")
-    expect(page.locator(f"{ANSWER} footer")).to_contain_text("tokens/s")
-    expect(page.locator(f"{ANSWER} footer")).to_contain_text("cut")
+    # Without tokens/s if all of them came at once.
+    expect(page.locator(f"{ANSWER} footer")).to_contain_text(re.compile("8 tokens .*cut"))
     assert page.locator(f"{ANSWER} > .text").inner_text()
     expect(page.get_by_role("status")).to_contain_text("The answer is complete")
     assert bodies[0]["messages"][0] == {"role": "system", "content": "Be brief."}
