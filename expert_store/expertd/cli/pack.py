@@ -33,8 +33,8 @@ def pack(
         typer.Argument(
             metavar="PACK",
             readable=False,
-            help="Directory to make; its parent must exist. Default: MODEL-SCHEME where `expertd "
-            "packs` looks.",
+            help="Directory to make; its parent must exist. Default: MODEL, or MODEL-SCHEME with "
+            "--scheme, where `expertd packs` looks.",
             show_default=False,
         ),
     ] = None,
@@ -105,7 +105,7 @@ def pack(
         bool,
         typer.Option(
             "--keep",
-            help="Leave the fetched checkpoint beside the pack, in PACK.checkpoint; else its files "
+            help="Of a model on a hub: leave its files in the hub's cache on this host; else they "
             "go as they are packed.",
         ),
     ] = False,

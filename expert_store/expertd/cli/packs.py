@@ -39,7 +39,7 @@ def packs(
 
     Example: `expertd packs`
     """
-    from expertd.hub.shelf import list_packs
+    from expertd.packing.shelf import list_packs
     from expertstore.pack.place import packs_directory
 
     place = directory or packs_directory()
@@ -99,7 +99,7 @@ def remove(
 
     Example: `expertd remove Qwen3-30B-A3B-4bit`
     """
-    from expertd.hub.shelf import find_pack, remove_pack
+    from expertd.packing.shelf import find_pack, remove_pack
     from expertstore.pack.place import packs_directory
 
     found = [find_pack(directory or packs_directory(), name) for name in names]

@@ -247,6 +247,11 @@ class HubFolder:
                 f"{main} of {self.repository.reference} names no shards; give another revision."
             ) from error
         for name in shards:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(
+                    f"{main} of {self.repository.reference} names {name}, which lies outside of "
+                    "the repository; give another revision, or ask its owner."
+                )
             if name not in names:
                 raise CheckpointError(
                     f"{self.repository.reference} lacks {name}, which its {main} names; its upload "

@@ -178,6 +178,14 @@ def test_a_cache_that_was_cleaned(hub: Hub, tmp_path: Path) -> None:
         ),
         (lambda path: (path / INDEX).write_text("{}"), "names no shards"),
         (
+            lambda path: (path / INDEX).write_text('{"weight_map": {"w": "../out.safetensors"}}'),
+            r"names \.\./out\.safetensors, which lies outside of the repository",
+        ),
+        (
+            lambda path: (path / INDEX).write_text('{"weight_map": {"w": "/out.safetensors"}}'),
+            "which lies outside of the repository",
+        ),
+        (
             lambda path: (path / "model-00003-of-00005.safetensors").unlink(),
             "lacks model-00003-of-00005.safetensors, which its model.safetensors.index.json names",
         ),

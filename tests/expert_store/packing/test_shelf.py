@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from expertd.hub.shelf import find_pack, list_packs, remove_pack
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd.packing.shelf import find_pack, list_packs, remove_pack
 from expertstore.errors import ConfigError
+from tests.expert_store.packing.conftest import MakeCheckpoint
 
 
-def test_what_is_there(sharded: Path, tmp_path: Path) -> None:
+def test_what_is_there(checkpoint_of: MakeCheckpoint, tmp_path: Path) -> None:
     assert list_packs(tmp_path / "absent") == []
-    pack(Request(sharded, tmp_path / "whole", choose_scheme("4bit")))
+    pack(Request(checkpoint_of("mixtral"), tmp_path / "whole", choose_scheme("4bit")))
     (tmp_path / "begun.partial/hub").mkdir(parents=True)
     (tmp_path / "begun.partial/hub/shard").write_bytes(b"x" * 8192)
     (tmp_path / "interrupted.partial").mkdir()
