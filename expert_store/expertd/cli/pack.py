@@ -133,7 +133,7 @@ def pack(
     goes on where it was; the work lies in PACK.partial until the pack is whole.
 
     Of a model on a hub, a few files are on the disk at a time: each is fetched, checked, packed
-    and removed. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they always mean.
+    and removed. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as in huggingface_hub.
 
     Example: `expertd pack Qwen/Qwen3-30B-A3B`
 

@@ -117,11 +117,14 @@ class HubFolder:
 
     @property
     def most_bytes(self) -> int:
-        """What shards take on the disk of the folder at a time, about."""
+        """The most that shards take on the folder's disk at a time.
+
+        An expert may lie in two of them, and some are fetched ahead.
+        """
         if self._keep:
             return 0
         largest = sorted((shard.num_bytes for shard in self.shards.values()), reverse=True)
-        return sum(largest[: 1 + NUM_AHEAD])
+        return sum(largest[: 2 + NUM_AHEAD])
 
     def is_here(self, file: Path) -> bool:
         """Whether the shard's bytes can be read from ``file``."""
