@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from expertd_client.annex import PackPlace
 from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
-from expertstore.errors import InvalidInputError
+from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.pack.files import check_path
 from expertstore.pack.manifest import Encoding, Matrix, Part, RecordLayout
 from expertstore.plain import to_plain
@@ -23,7 +23,11 @@ MAX_LAYER_OR_EXPERT = (1 << 32) - 1
 _ENCODINGS = {
     pb.ENCODING_PLAIN: Encoding.PLAIN,
     pb.ENCODING_HQQ: Encoding.HQQ,
+    pb.ENCODING_INT: Encoding.INT,
     pb.ENCODING_MXFP4: Encoding.MXFP4,
+    pb.ENCODING_NVFP4: Encoding.NVFP4,
+    pb.ENCODING_FP8: Encoding.FP8,
+    pb.ENCODING_MXFP8: Encoding.MXFP8,
 }
 
 
@@ -241,13 +245,24 @@ def _layout(layout: pb.RecordLayout) -> RecordLayout:
         matrices=tuple(
             Matrix(
                 name=matrix.name,
-                encoding=_ENCODINGS[matrix.encoding],
+                encoding=_encoding(matrix),
                 out_features=matrix.out_features,
                 in_features=matrix.in_features,
                 bits=matrix.bits,
                 group_size=matrix.group_size,
                 meta_group_size=matrix.meta_group_size,
+                group_rows=max(1, matrix.group_rows),  # daemons before NVFP4 and FP8 say none
             )
             for matrix in layout.matrices
         ),
     )
+
+
+def _encoding(matrix: pb.MatrixEncoding) -> Encoding:
+    try:
+        return _ENCODINGS[matrix.encoding]
+    except KeyError:
+        raise PreconditionError(
+            f"The daemon's {matrix.name} is written in a form that this client does not know "
+            f"(number {matrix.encoding}); use a client of the daemon's version."
+        ) from None

@@ -4,20 +4,20 @@ import pytest
 
 from expertd.serving import messages
 from expertd_client import calls
-from expertstore.pack.layout import Encoding, Matrix, record_layout
+from expertd_testing.forms import form
+from expertstore.errors import PreconditionError
+from expertstore.pack.layout import Encoding, record_layout
 
 
 @pytest.mark.parametrize("encoding", list(Encoding))
 def test_layouts_survive_the_wire(encoding: Encoding) -> None:
-    matrix = Matrix(name="down", encoding=encoding, out_features=64, in_features=128)
-    if encoding is not Encoding.PLAIN:
-        matrix = Matrix(
-            name="down",
-            encoding=encoding,
-            out_features=64,
-            in_features=128,
-            bits=4,
-            group_size=32,
-        )
+    matrix = form(encoding, 64, 128)
     layout = record_layout((matrix,), "BF16", has_bias=True)
     assert calls._layout(messages._layout(layout)) == layout
+
+
+def test_a_form_of_a_newer_daemon_is_refused_in_a_sentence() -> None:
+    layout = messages._layout(record_layout((form(Encoding.FP8, 64, 128),), "BF16", has_bias=False))
+    layout.matrices[0].encoding = 99  # type: ignore[assignment]
+    with pytest.raises(PreconditionError, match=r"^The daemon's down is .* \(number 99\); use a "):
+        calls._layout(layout)

@@ -11,7 +11,11 @@ _STATES = {
 _ENCODINGS = {
     Encoding.PLAIN: pb.ENCODING_PLAIN,
     Encoding.HQQ: pb.ENCODING_HQQ,
+    Encoding.INT: pb.ENCODING_INT,
     Encoding.MXFP4: pb.ENCODING_MXFP4,
+    Encoding.NVFP4: pb.ENCODING_NVFP4,
+    Encoding.FP8: pb.ENCODING_FP8,
+    Encoding.MXFP8: pb.ENCODING_MXFP8,
 }
 
 
@@ -90,6 +94,7 @@ def _layout(layout: RecordLayout) -> pb.RecordLayout:
                 bits=matrix.bits,
                 group_size=matrix.group_size,
                 meta_group_size=matrix.meta_group_size,
+                group_rows=matrix.group_rows,
             )
             for matrix in layout.matrices
         ],

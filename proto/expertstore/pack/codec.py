@@ -12,7 +12,8 @@ one below the other: the low two bits as a 2-bit matrix, then the high bits as a
 
 So of [2I, H] gate-and-up weights a 4-bit byte has gate row r in its high and up row r in its
 low half, and 3 bits take 3.0 bits instead of the 3.2 of HQQ's ten to an int32. The nibbles of
-MXFP4 lie as those of 4 bit do; they stand for :data:`E2M1`, not for an integer.
+MXFP4 and NVFP4 lie as those of 4 bit do; they stand for :data:`E2M1`, not for an integer. Bytes of
+FP8 and MXFP8 stand for torch's ``float8_e4m3fn``.
 """
 
 from collections.abc import Mapping
@@ -35,11 +36,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 """torch's types by safetensors' names."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""What the nibbles of MXFP4 stand for: one bit of sign, two of exponent, one of mantissa."""
+"""What nibbles of MXFP4 and NVFP4 stand for: one bit of sign, two of exponent, one of mantissa."""
 
 E8M0_BIAS = 127
 E8M0_NAN = 255
-"""A scale of MXFP4 is 2 ** (byte - 127); the last byte is not a number."""
+"""A scale of MXFP4 and MXFP8 is 2 ** (byte - 127); the last byte is not a number."""
 
 
 def encode(q: Tensor, bits: int) -> Tensor:
@@ -73,18 +74,29 @@ def dequantize(matrix: Matrix, parts: Mapping[str, Tensor], dtype: torch.dtype) 
     """
     if matrix.encoding is Encoding.PLAIN:
         return parts[f"{matrix.name}.weight"].to(dtype)
+    values = _values(matrix, decode(parts[f"{matrix.name}.q"], matrix.bits))
+    scale = _scales(matrix, parts)
+    if matrix.encoding is Encoding.FP8:
+        scale = scale.repeat_interleave(matrix.group_rows, 0)[: matrix.out_features]
+        scale = scale.repeat_interleave(matrix.group_size, 1)[:, : matrix.in_features]
+        return (values * scale).to(dtype)
     groups = (matrix.out_features, matrix.in_features // matrix.group_size, 1)
-    if matrix.encoding is Encoding.MXFP4:
-        values = torch.tensor(E2M1)[decode(parts[f"{matrix.name}.q"], matrix.bits).int()]
-        scales = parts[f"{matrix.name}.scale"].int().view(groups)
-        weight = torch.ldexp(values.view(*groups[:2], matrix.group_size), scales - E8M0_BIAS)
-        weight = weight.masked_fill(scales == E8M0_NAN, torch.nan)
-        return weight.view(matrix.out_features, matrix.in_features).to(dtype)
-    scale = _per_group(matrix, parts, "scale").view(groups)
-    zero = _per_group(matrix, parts, "zero").view(groups)
-    q = decode(parts[f"{matrix.name}.q"], matrix.bits).to(torch.float32)
-    weight = (q.view(*groups[:2], matrix.group_size) - zero) * scale
+    values = values.view(*groups[:2], matrix.group_size)
+    if matrix.encoding is Encoding.HQQ:
+        values = values - _per_group(matrix, parts, "zero").view(groups)
+    weight = values * scale.view(groups)
     return weight.view(matrix.out_features, matrix.in_features).to(dtype)
+
+
+def e4m3(codes: Tensor) -> Tensor:
+    """The float32 values of FP8 numbers: four bits of exponent, three of mantissa."""
+    return codes.view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def e8m0(codes: Tensor) -> Tensor:
+    """The float32 powers of two of bytes that are exponents; the last byte is NaN."""
+    powers = torch.ldexp(torch.ones(codes.shape), codes.int() - E8M0_BIAS)
+    return powers.masked_fill(codes == E8M0_NAN, torch.nan)
 
 
 def record_parts(record: bytes | bytearray | memoryview, layout: RecordLayout) -> dict[str, Tensor]:
@@ -98,6 +110,25 @@ def record_parts(record: bytes | bytearray | memoryview, layout: RecordLayout) -
         ).view(part.shape)
         for part in layout.parts
     }
+
+
+def _values(matrix: Matrix, q: Tensor) -> Tensor:
+    """The float32 values [out, in] of codes, before scale and HQQ's zero."""
+    if matrix.encoding in {Encoding.MXFP4, Encoding.NVFP4}:
+        return torch.tensor(E2M1)[q.int()]
+    if matrix.encoding in {Encoding.FP8, Encoding.MXFP8}:
+        return e4m3(q)
+    values = q.to(torch.float32)
+    return values - (1 << matrix.bits - 1) if matrix.encoding is Encoding.INT else values
+
+
+def _scales(matrix: Matrix, parts: Mapping[str, Tensor]) -> Tensor:
+    """The float32 scales of the matrix's groups or blocks."""
+    if matrix.encoding in {Encoding.MXFP4, Encoding.MXFP8}:
+        return e8m0(parts[f"{matrix.name}.scale"])
+    if matrix.encoding is Encoding.NVFP4:
+        return e4m3(parts[f"{matrix.name}.scale"]) * parts[f"{matrix.name}.global"].view(-1, 1)
+    return _per_group(matrix, parts, "scale")
 
 
 def _per_group(matrix: Matrix, parts: Mapping[str, Tensor], which: str) -> Tensor:

@@ -6,8 +6,8 @@ A record is one expert. Its parts lie one after the other, each on a 64-byte bou
 
 ``gate_up`` is [2I, H], gate rows before up rows whatever the model's own order, and ``down``
 is [H, I]. A matrix is quantized in groups of ``group_size`` weights along its input
-dimension: ``w = (q - zero) * scale``, with a scale and a zero per group; or it came as MXFP4
-and is kept so: ``w = e2m1(q) * 2 ** (scale - 127)``, without a zero. The integers are
+dimension: ``w = (q - zero) * scale``, with a scale and a zero per group; or it came in a form
+that is kept as it is (:class:`Encoding` has them all). The integers are
 packed along the output dimension (:mod:`expertstore.pack.codec` has the bits), so a part of q
 is a byte matrix of ``out_features * bits / 8`` rows.
 
@@ -30,7 +30,8 @@ DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64":
 """Size of a value, by safetensors' name of its type."""
 
 SCALE_TYPES = {"F16", "BF16"}
-"""Of scales that are not MXFP4's: BF16 where the weights are far larger or smaller than usual."""
+"""Of HQQ's and INT's scales: BF16 where the weights are far larger or smaller than usual, or come
+with such scales."""
 
 ROWS_PER_BYTE = {8: 1, 4: 2, 3: 8, 2: 4}
 """By bit width, what the number of rows must be a multiple of: rows share bytes."""
@@ -50,9 +51,29 @@ class Encoding(StrEnum):
     """The tensor itself."""
     HQQ = "hqq"
     """q, scale and zero with w = (q - zero) * scale, groups along the input dimension."""
+    INT = "int"
+    """q and scale with w = (q - 2 ** (bits - 1)) * scale: as HQQ, with one zero for all."""
     MXFP4 = "mxfp4"
     """q and scale with w = e2m1(q) * 2 ** (scale - 127): the OCP Microscaling format, whose 4 bits
     are a sign, two bits of exponent and one of mantissa, in groups of 32."""
+    NVFP4 = "nvfp4"
+    """q, scale and global with w = e2m1(q) * (e4m3(scale) * global), in groups of 16: NVIDIA's
+    form, whose global scale is a whole tensor's; a row here has its own, so that matrices of
+    several tensors can be one."""
+    FP8 = "fp8"
+    """q and scale with w = e4m3(q) * scale: 8 bits are a sign, four bits of exponent, bias 7, and
+    three of mantissa (no infinities, 0x7f and 0xff are NaN). A block of ``group_rows`` x
+    ``group_size`` weights has a scale; so has a row, or a tensor, if blocks are as large."""
+    MXFP8 = "mxfp8"
+    """q and scale with w = e4m3(q) * 2 ** (scale - 127), in groups of 32: OCP Microscaling's."""
+
+
+FIXED_FORMS = {
+    Encoding.MXFP4: (MXFP4_BITS, MXFP4_GROUP_SIZE),
+    Encoding.NVFP4: (4, 16),
+    Encoding.MXFP8: (8, 32),
+}
+"""Bits and group size of encodings that have no others."""
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,20 +97,25 @@ class Matrix(Struct, frozen=True):
     part                    shape                         dtype  where
     ======================  ============================  =====  ==========================
     ``NAME.weight``         [out, in]                     model  plain
-    ``NAME.q``              [out * bits / 8, in]          U8     HQQ
+    ``NAME.q``              [out * bits / 8, in]          U8     all others
     ``NAME.scale, .zero``   [out, in / group_size]        F16 *  HQQ without meta groups
     ``NAME.scale.q``        [out, in / group_size]        U8     HQQ with meta groups, and
                                                                  so for ``NAME.zero``
     ``NAME.scale.scale``    [out * in / group_size /      F16 *  the same; ``.zero`` too
                             meta_group_size]
-    ``NAME.q``              [out / 2, in]                 U8     MXFP4
-    ``NAME.scale``          [out, in / 32]                U8     MXFP4
+    ``NAME.scale``          [out, in / group_size]        F16 *  INT
+    ``NAME.scale``          [out, in / group_size]        U8     MXFP4, MXFP8: e8m0
+    ``NAME.scale``          [out, in / 16]                U8     NVFP4: e4m3
+    ``NAME.global``         [out]                         F32    NVFP4
+    ``NAME.scale``          [out / group_rows,            F32    FP8; both rounded up: the
+                            in / group_size]                     last blocks may be smaller
     ``NAME.bias``           [out]                         model  experts with biases
     ======================  ============================  =====  ==========================
 
     Meta groups run over the flattened ``NAME.scale.q``: element i belongs to group
-    ``i // meta_group_size``. ``meta_group_size`` is 0 where scale and zero are F16. MXFP4 has
-    4 bits, groups of 32 and no meta groups.
+    ``i // meta_group_size``. ``meta_group_size`` is 0 where scale and zero are F16. FIXED_FORMS
+    have bits and a group size of their own; only HQQ has meta groups, and only FP8 ``group_rows``
+    other than 1.
 
     * What scales the weights (``NAME.scale``, ``NAME.scale.scale``) is BF16 where these are far
     larger or smaller than usual; zeros count in steps of it, and stay F16.
@@ -102,6 +128,7 @@ class Matrix(Struct, frozen=True):
     bits: Annotated[int, Meta(ge=0, le=8)] = 0
     group_size: Annotated[int, Meta(ge=0)] = 0
     meta_group_size: Annotated[int, Meta(ge=0)] = 0
+    group_rows: Annotated[int, Meta(ge=1)] = 1
 
 
 class RecordLayout(Struct, frozen=True):
@@ -137,31 +164,17 @@ def matrix_parts(
     shape = (matrix.out_features, matrix.in_features)
     if matrix.encoding is Encoding.PLAIN:
         return [(f"{matrix.name}.weight", shape, dtype)]
-    if matrix.encoding is Encoding.MXFP4 and (
-        (matrix.bits, matrix.group_size, matrix.meta_group_size)
-        != (MXFP4_BITS, MXFP4_GROUP_SIZE, 0)
-    ):
-        raise ValueError(
-            f"{matrix.name} is MXFP4, which has {MXFP4_BITS} bits and groups of {MXFP4_GROUP_SIZE}"
-        )
-    rows_per_byte = ROWS_PER_BYTE.get(matrix.bits)
-    if rows_per_byte is None:
-        raise ValueError(f"{matrix.name} has {matrix.bits} bits; known are 2, 3, 4 and 8")
-    if matrix.out_features % rows_per_byte:
-        raise ValueError(
-            f"{matrix.name} has {matrix.out_features} rows, and {matrix.bits} bits need a "
-            f"multiple of {rows_per_byte}"
-        )
-    if not matrix.group_size or matrix.in_features % matrix.group_size:
-        raise ValueError(
-            f"the group size {matrix.group_size} does not divide the {matrix.in_features} "
-            f"inputs of {matrix.name}"
-        )
-    groups = (matrix.out_features, matrix.in_features // matrix.group_size)
+    _check_form(matrix)
+    columns = -(-matrix.in_features // matrix.group_size)
+    groups = (-(-matrix.out_features // matrix.group_rows), columns)
     q_shape = (matrix.out_features * matrix.bits // 8, matrix.in_features)
     parts: list[tuple[str, tuple[int, ...], str]] = [(f"{matrix.name}.q", q_shape, "U8")]
-    if matrix.encoding is Encoding.MXFP4:
-        return [*parts, (f"{matrix.name}.scale", groups, "U8")]
+    if matrix.encoding is not Encoding.HQQ:
+        own = {Encoding.INT: scales, Encoding.FP8: "F32"}.get(matrix.encoding, "U8")
+        parts.append((f"{matrix.name}.scale", groups, own))
+        if matrix.encoding is Encoding.NVFP4:
+            parts.append((f"{matrix.name}.global", (matrix.out_features,), "F32"))
+        return parts
     for name in (f"{matrix.name}.scale", f"{matrix.name}.zero"):
         own = scales if name.endswith(".scale") else "F16"
         if not matrix.meta_group_size:
@@ -178,8 +191,38 @@ def matrix_parts(
     return parts
 
 
+def _check_form(matrix: Matrix) -> None:
+    """Raises ValueError unless the encoding has such bits and groups, and they fit the shape."""
+    name, encoding = matrix.name, matrix.encoding
+    fixed = FIXED_FORMS.get(encoding)
+    if fixed is not None and (matrix.bits, matrix.group_size) != fixed:
+        raise ValueError(
+            f"{name} is {encoding.upper()}, which has {fixed[0]} bits and groups of {fixed[1]}"
+        )
+    if encoding is Encoding.FP8 and matrix.bits != 8:
+        raise ValueError(f"{name} is FP8 and has {matrix.bits} bits")
+    if encoding is not Encoding.HQQ and matrix.meta_group_size:
+        raise ValueError(f"{name} is {encoding.upper()}, which has no meta groups")
+    if encoding is not Encoding.FP8 and matrix.group_rows != 1:
+        raise ValueError(f"{name} is {encoding.upper()}, whose groups have one row")
+    rows_per_byte = ROWS_PER_BYTE.get(matrix.bits)
+    if rows_per_byte is None:
+        raise ValueError(f"{name} has {matrix.bits} bits; known are 2, 3, 4 and 8")
+    if matrix.out_features % rows_per_byte:
+        raise ValueError(
+            f"{name} has {matrix.out_features} rows, and {matrix.bits} bits need a "
+            f"multiple of {rows_per_byte}"
+        )
+    divides = matrix.group_size and not matrix.in_features % matrix.group_size
+    if not matrix.group_size or (encoding is not Encoding.FP8 and not divides):
+        raise ValueError(
+            f"the group size {matrix.group_size} does not divide the {matrix.in_features} "
+            f"inputs of {name}"
+        )
+
+
 def scale_part(matrix: Matrix) -> str:
-    """The full name of what scales an HQQ matrix: its scales, or those of its meta groups."""
+    """The full name of what scales a quantized matrix: its scales, or those of its meta groups."""
     return f"{matrix.name}.scale.scale" if matrix.meta_group_size else f"{matrix.name}.scale"
 
 

@@ -58,7 +58,9 @@ __all__ = [
 MANIFEST_NAME = "pack.json"
 TRUNK_NAME = "trunk.safetensors"
 FORMAT_NAME = "expertd-pack"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = range(1, FORMAT_VERSION + 1)
+"""1 knew plain matrices, HQQ and MXFP4 only; whatever it says means the same in 2."""
 MAX_MANIFEST_BYTES = 256 << 20
 
 Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
@@ -185,10 +187,11 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Fingerprinted:
         ) from error
     if name != FORMAT_NAME:
         raise PackError(f"{where} is not an expertd pack; make one with `expertd pack`.")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise PackError(
             f"{where} has pack format version {version!r}, and this expertd reads "
-            f"{FORMAT_VERSION}; pack the checkpoint again or use a matching expertd."
+            f"{READABLE_VERSIONS[0]} to {FORMAT_VERSION}; pack the checkpoint again or use a "
+            f"matching expertd."
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)

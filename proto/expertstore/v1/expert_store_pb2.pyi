@@ -52,6 +52,14 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """HQQ: w = (q - zero) * scale, groups along the input dimension."""
     ENCODING_MXFP4: _Encoding.ValueType  # 3
     """MXFP4: w = e2m1(q) * 2^(scale - 127), groups of 32 along the input dimension."""
+    ENCODING_NVFP4: _Encoding.ValueType  # 4
+    """NVFP4: w = e2m1(q) * (e4m3(scale) * global), groups of 16, a global scale for each row."""
+    ENCODING_FP8: _Encoding.ValueType  # 5
+    """FP8: w = e4m3(q) * scale, blocks of group_rows x group_size weights."""
+    ENCODING_MXFP8: _Encoding.ValueType  # 6
+    """MXFP8: w = e4m3(q) * 2^(scale - 127), groups of 32 along the input dimension."""
+    ENCODING_INT: _Encoding.ValueType  # 7
+    """As HQQ, with 2^(bits - 1) for every zero."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper): ...
 
@@ -62,6 +70,14 @@ ENCODING_HQQ: Encoding.ValueType  # 2
 """HQQ: w = (q - zero) * scale, groups along the input dimension."""
 ENCODING_MXFP4: Encoding.ValueType  # 3
 """MXFP4: w = e2m1(q) * 2^(scale - 127), groups of 32 along the input dimension."""
+ENCODING_NVFP4: Encoding.ValueType  # 4
+"""NVFP4: w = e2m1(q) * (e4m3(scale) * global), groups of 16, a global scale for each row."""
+ENCODING_FP8: Encoding.ValueType  # 5
+"""FP8: w = e4m3(q) * scale, blocks of group_rows x group_size weights."""
+ENCODING_MXFP8: Encoding.ValueType  # 6
+"""MXFP8: w = e4m3(q) * 2^(scale - 127), groups of 32 along the input dimension."""
+ENCODING_INT: Encoding.ValueType  # 7
+"""As HQQ, with 2^(bits - 1) for every zero."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 class _ModelState:
@@ -228,6 +244,7 @@ class MatrixEncoding(_message.Message):
     BITS_FIELD_NUMBER: _builtins.int
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     META_GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    GROUP_ROWS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"gate_up" or "down"."""
     encoding: Global___Encoding.ValueType
@@ -237,13 +254,15 @@ class MatrixEncoding(_message.Message):
     in_features: _builtins.int
     """Columns of the matrix."""
     bits: _builtins.int
-    """HQQ only."""
+    """Bits of a weight, of all but ENCODING_PLAIN."""
     group_size: _builtins.int
-    """HQQ only: weights of a row that share a scale and a zero."""
+    """Of all but ENCODING_PLAIN: weights of a row that share a scale."""
     meta_group_size: _builtins.int
     """HQQ only; group size of 8-bit quantized scales and zeros; 0: they are not quantized, and
     their part says whether they are F16 or BF16.
     """
+    group_rows: _builtins.int
+    """Rows that share a scale: more than 1 with ENCODING_FP8 only."""
     def __init__(
         self,
         *,
@@ -254,10 +273,11 @@ class MatrixEncoding(_message.Message):
         bits: _builtins.int = ...,
         group_size: _builtins.int = ...,
         meta_group_size: _builtins.int = ...,
+        group_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "encoding", b"encoding", "group_size", b"group_size", "in_features", b"in_features", "meta_group_size", b"meta_group_size", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "encoding", b"encoding", "group_rows", b"group_rows", "group_size", b"group_size", "in_features", b"in_features", "meta_group_size", b"meta_group_size", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

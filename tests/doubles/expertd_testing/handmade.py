@@ -6,6 +6,7 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest
 
 from expertstore.pack.manifest import (
+    FORMAT_VERSION,
     Encoding,
     GateOrder,
     Layer,
@@ -62,7 +63,7 @@ def make_pack(
     )
     manifest = Manifest(
         format="expertd-pack",
-        format_version=1,
+        format_version=FORMAT_VERSION,
         architecture="HandmadeForCausalLM",
         model_type="handmade",
         scheme="bf16",

@@ -134,8 +134,8 @@ def test_unusable_pack(flaw: str, says: str, tmp_path: Path) -> None:
         manifest.write_text('{"model_type": "llama"}')
     elif flaw == "version":
         text = manifest.read_text()
-        assert '"format_version": 1' in text
-        manifest.write_text(text.replace('"format_version": 1', '"format_version": 7'))
+        assert '"format_version": 2' in text
+        manifest.write_text(text.replace('"format_version": 2', '"format_version": 7'))
     elif flaw == "no experts":
         (path / "experts-00000.safetensors").unlink()
     elif flaw == "fifo":

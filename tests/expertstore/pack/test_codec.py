@@ -1,5 +1,8 @@
 """The codec: its bytes are HQQ's own, and decoding undoes encoding."""
 
+import math
+
+import msgspec
 import pytest
 import torch
 from hqq.core.bitpack import BitPack
@@ -7,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from expertd_testing.forms import form, random_parts
 from expertstore.pack.codec import decode, dequantize, encode, record_parts
 from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, record_layout
 
@@ -132,6 +136,77 @@ def test_mxfp4_is_transformers() -> None:
         mxfp4(rows, columns), {"m.q": encode(nibbles, 4), "m.scale": scales}, torch.bfloat16
     )
     assert torch.equal(ours.view(torch.int16), theirs.contiguous().view(torch.int16))
+
+
+def by_hand(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> float:
+    """A small float's value, as OCP's document words it; no infinities."""
+    sign = -1.0 if code >> exponent_bits + mantissa_bits else 1.0
+    exponent = code >> mantissa_bits & (1 << exponent_bits) - 1
+    mantissa = code & (1 << mantissa_bits) - 1
+    fraction = mantissa / (1 << mantissa_bits)
+    if exponent == 0:
+        return sign * fraction * 2.0 ** (1 - bias)
+    if (exponent_bits, exponent, mantissa) == (4, 15, 7):
+        return math.nan
+    return sign * (1 + fraction) * 2.0 ** (exponent - bias)
+
+
+def same_bits(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    """NaN is NaN; zeros have signs."""
+    nan = torch.isnan(expected)
+    alike = ours.view(torch.int32) == expected.view(torch.int32)
+    return bool((alike | nan).all()) and torch.equal(torch.isnan(ours), nan)
+
+
+E4M3 = torch.tensor([by_hand(code, 4, 3, 7) for code in range(256)])
+
+
+def test_nvfp4_by_hand() -> None:
+    """Every nibble with every scale, the upper half of rows with another global scale."""
+    matrix = form(Encoding.NVFP4, 256, 32)
+    nibbles = torch.arange(16, dtype=torch.uint8).repeat(256, 2)
+    scale = torch.arange(512).remainder(256).to(torch.uint8).view(256, 2)
+    own = torch.tensor([0.1, 3e-5]).repeat_interleave(128)
+    parts = {"down.q": encode(nibbles, 4), "down.scale": scale, "down.global": own}
+    values = torch.tensor([by_hand(code, 2, 1, 1) for code in range(16)]).repeat(256, 2)
+    scales = (E4M3[scale.int()] * own.view(-1, 1)).repeat_interleave(16, 1)
+    assert same_bits(dequantize(matrix, parts, torch.float32), values * scales)
+
+
+def test_fp8_by_hand() -> None:
+    """Every code; blocks of 100 x 5 weights of 256 x 12, those at the edges smaller."""
+    matrix = form(Encoding.FP8, 256, 12, group_size=5, group_rows=100)
+    codes = torch.arange(256, dtype=torch.uint8).view(-1, 1).repeat(1, 12)
+    scale = torch.tensor([[0.5, 3.0, 0.1], [1e-3, 2.0, 7.0], [1.5, 1e3, 0.3]])
+    expected = E4M3.view(-1, 1).repeat(1, 12)
+    for row in range(256):
+        for column in range(12):
+            expected[row, column] *= scale[row // 100, column // 5]
+    parts = {"down.q": codes, "down.scale": scale}
+    assert same_bits(dequantize(matrix, parts, torch.float32), expected)
+
+
+def test_mxfp8_by_hand() -> None:
+    """Every code with every scale: powers of two that float32 holds are exact."""
+    matrix = form(Encoding.MXFP8, 256, 256)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scale = torch.arange(256, dtype=torch.uint8).view(-1, 1).repeat(1, 8)
+    powers = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan])
+    parts = {"down.q": codes, "down.scale": scale}
+    expected = (E4M3.double() * powers.double().view(-1, 1)).float()
+    assert same_bits(dequantize(matrix, parts, torch.float32), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_int_is_hqq_with_one_zero(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    matrix = form(Encoding.INT, 64, 128, bits=bits)
+    parts = random_parts(matrix, generator, "BF16")
+    zero = torch.full((64, 4), 2.0 ** (bits - 1), dtype=torch.float16)
+    hqq = msgspec.structs.replace(matrix, encoding=Encoding.HQQ)
+    weights = dequantize(matrix, parts, torch.float32)
+    assert torch.equal(weights, dequantize(hqq, parts | {"down.zero": zero}, torch.float32))
+    assert weights.unique().numel() > 1 << bits - 1
 
 
 def test_parts_are_views_of_the_record() -> None:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertd_testing.forms import form
 from expertstore.pack.layout import (
     PAGE_BYTES,
     PART_ALIGNMENT,
@@ -36,6 +37,10 @@ def mxfp4(name: str, **changes: int) -> Matrix:
     return msgspec.structs.replace(matrix, encoding=Encoding.MXFP4, **changes)
 
 
+def kept(encoding: Encoding, **changes: int) -> Matrix:
+    return msgspec.structs.replace(form(encoding, 128, 64), **changes)
+
+
 def plain(name: str, rows: int, columns: int) -> Matrix:
     return Matrix(name=name, encoding=Encoding.PLAIN, out_features=rows, in_features=columns)
 
@@ -62,6 +67,41 @@ def test_layout_of_mxfp4() -> None:
         ("gate_up.bias", (128,), "BF16"),
     ]
     check_layout(layout)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "parts"),
+    [
+        (kept(Encoding.MXFP8), [("q", (128, 64), "U8"), ("scale", (128, 2), "U8")]),
+        (kept(Encoding.INT), [("q", (64, 64), "U8"), ("scale", (128, 2), "BF16")]),
+        (
+            kept(Encoding.NVFP4),
+            [("q", (64, 64), "U8"), ("scale", (128, 4), "U8"), ("global", (128,), "F32")],
+        ),
+        # 130 x 72: whole blocks, and smaller ones at the right and the bottom.
+        (
+            kept(Encoding.FP8, out_features=130, in_features=72, group_rows=32),
+            [("q", (130, 72), "U8"), ("scale", (5, 3), "F32")],
+        ),
+    ],
+)
+def test_layouts_of_forms_that_are_kept(
+    matrix: Matrix, parts: list[tuple[str, tuple[int, ...], str]]
+) -> None:
+    layout = record_layout((matrix,), "BF16", has_bias=False, scales=["BF16"])
+    found = [(part.name.removeprefix("down."), part.shape, part.dtype) for part in layout.parts]
+    assert found == parts
+    check_layout(layout)
+    for i, part in enumerate(layout.parts):
+        # Of the same size, so that the next part stays where it is.
+        other = {"U8": "I8", "F32": "I32", "BF16": "I16"}[part.dtype]
+        bent = msgspec.structs.replace(part, dtype=other)
+        with pytest.raises(ValueError, match=f"part {part.name} (is missing|has the unknown type)"):
+            check_layout(
+                msgspec.structs.replace(
+                    layout, parts=(*layout.parts[:i], bent, *layout.parts[i + 1 :])
+                )
+            )
 
 
 @given(
@@ -96,9 +136,18 @@ def test_what_is_built_passes_the_check(
         (hqq("down", 5, 128, 64, 64), "5 bits; known are 2, 3, 4 and 8"),
         (mxfp4("down", bits=8), "down is MXFP4, which has 4 bits and groups of 32"),
         (mxfp4("down", group_size=64), "groups of 32"),
-        (mxfp4("down", meta_group_size=128), "groups of 32"),
+        (mxfp4("down", meta_group_size=128), "down is MXFP4, which has no meta groups"),
         (mxfp4("down", in_features=48), "group size 32 does not divide the 48 inputs"),
         (mxfp4("down", out_features=127), "127 rows, and 4 bits need a multiple of 2"),
+        (kept(Encoding.NVFP4, group_size=32), "down is NVFP4, which has 4 bits and groups of 16"),
+        (kept(Encoding.MXFP8, bits=4), "down is MXFP8, which has 8 bits and groups of 32"),
+        (kept(Encoding.FP8, bits=4), "down is FP8 and has 4 bits"),
+        (kept(Encoding.FP8, group_size=0), "group size 0 does not divide the 64 inputs"),
+        (kept(Encoding.FP8, meta_group_size=128), "down is FP8, which has no meta groups"),
+        (kept(Encoding.INT, meta_group_size=128), "down is INT, which has no meta groups"),
+        (kept(Encoding.INT, group_rows=2), "down is INT, whose groups have one row"),
+        (kept(Encoding.INT, bits=6), "6 bits; known are 2, 3, 4 and 8"),
+        (kept(Encoding.INT, in_features=48), "group size 32 does not divide the 48 inputs"),
         (hqq("down", 4, 2, 64, 64, 128), "meta group size 128 does not divide the 2 groups"),
     ],
 )

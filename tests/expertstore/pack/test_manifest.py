@@ -57,7 +57,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         offset += experts * layout.record_bytes
     return Manifest(
         format="expertd-pack",
-        format_version=1,
+        format_version=2,
         architecture=draw(st.text()),
         model_type="m",
         scheme="s",
@@ -151,7 +151,7 @@ def one_manifest() -> dict[str, Any]:
     )
     manifest = Manifest(
         format="expertd-pack",
-        format_version=1,
+        format_version=2,
         architecture="A",
         model_type="m",
         scheme="s",
@@ -172,7 +172,7 @@ def one_manifest() -> dict[str, Any]:
     ("path", "value", "message"),
     [
         (("format",), "zip", "is not an expertd pack"),
-        (("format_version",), 2, "has pack format version 2, and this expertd reads 1"),
+        (("format_version",), 3, "has pack format version 3, and this expertd reads 1 to 2; pack"),
         (("layers",), [], "no MoE layers"),
         (("surprise",), 1, "unknown field"),
         (("files", 0, "name"), "../e", "leads out of the pack"),
@@ -188,6 +188,13 @@ def one_manifest() -> dict[str, Any]:
         (("layouts", 0, "matrices", 0, "group_size"), 0, "group size 0"),
         (("trunk_quantized", 0, "matrix", "name"), "k", "does not say how it is quantized"),
         (("trunk_quantized", 0, "matrix", "group_size"), 63, "group size 63"),
+        (
+            ("layouts", 0, "matrices", 0, "encoding"),
+            "nvfp4",
+            "is NVFP4, which has 4 bits and groups",
+        ),
+        (("layouts", 0, "matrices", 0, "encoding"), "int5", "Invalid enum value 'int5'"),
+        (("layouts", 0, "matrices", 0, "group_rows"), 0, "group_rows"),
     ],
 )
 def test_each_check_has_its_sentence(path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -201,6 +208,16 @@ def test_each_check_has_its_sentence(path: tuple[Any, ...], value: Any, message:
         decode_manifest(json.dumps(tree).encode(), "x/pack.json")
     assert str(caught.value).startswith("x/pack.json ")
     assert "\n" not in str(caught.value)
+
+
+def test_packs_of_format_version_1_stay_readable() -> None:
+    """They had no ``group_rows``."""
+    new = one_manifest()
+    old = new | {"format_version": 1}
+    for matrix in [old["layouts"][0]["matrices"][0], old["trunk_quantized"][0]["matrix"]]:
+        del matrix["group_rows"]
+    read = decode_manifest(json.dumps(old).encode()).manifest
+    assert read == msgspec.convert(one_manifest() | {"format_version": 1}, Manifest)
 
 
 def test_no_pack(tmp_path: Path) -> None:

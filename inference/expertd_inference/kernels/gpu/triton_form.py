@@ -30,6 +30,8 @@ _PLAIN_DTYPES = {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}
 _PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+_ENCODINGS = {Encoding.PLAIN, Encoding.HQQ, Encoding.MXFP4}
+
 _Part = TypeVar("_Part")
 
 
@@ -124,6 +126,8 @@ def weight_form(matrix: Matrix, parts: Mapping[str, Tensor]) -> Form:
 def _form(matrix: Matrix, dtype: str, has_bias: bool) -> Form:
     if dtype not in _PLAIN_DTYPES:
         raise ValueError(f"{matrix.name} is of {dtype}, for which there is no GPU kernel")
+    if matrix.encoding not in _ENCODINGS:
+        raise ValueError(f"{matrix.name} is {matrix.encoding}, for which there is no GPU kernel")
     plain = matrix.encoding is Encoding.PLAIN
     return Form(
         encoding=str(matrix.encoding),
