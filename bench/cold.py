@@ -14,7 +14,7 @@ from unittest import mock
 
 import expertd.disk.loader
 from bench.figures import Bench, Figure, compared, timed
-from bench.page_cache import fill_with_file, forget_file
+from bench.page_cache import fill_with_file, forget_file, write_out
 from expertd.disk.loader import Loader, ReadJob
 from expertd.disk.record_file import RecordFile
 from expertd.settings.config import ServeConfig
@@ -47,7 +47,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
             experts_per_token=min(8, experts),
             record_bytes=size,
         )
-        os.sync()
+        write_out(pack)
         num_bytes = layers * experts * size
         memory = place(num_bytes)
         with serving({"m": pack}, ram=num_bytes, socket=bench.folder / f"s{size}") as daemon:

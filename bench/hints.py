@@ -1,12 +1,12 @@
 """Part 3: how long a demanded record waits because others are being read ahead."""
 
-import os
 import random
 import time
 from collections.abc import Iterator
 
 from bench.cold import median_read_seconds
 from bench.figures import Bench, Figure, counted, timed
+from bench.page_cache import write_out
 from expertd_client import Client, Session
 from expertd_testing.daemon import serving
 from expertd_testing.handmade import make_pack
@@ -24,7 +24,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
     pack = make_pack(
         bench.folder / "hints", layers=layers, experts=_EXPERTS, record_bytes=_RECORD_BYTES
     )
-    os.sync()
+    write_out(pack)
     count = layers * _EXPERTS
     one = median_read_seconds(pack, _RECORD_BYTES, min(count, 64))
     experts = [divmod(entry, _EXPERTS) for entry in random.Random(0).sample(range(count), count)]

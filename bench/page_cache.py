@@ -14,6 +14,16 @@ def forget_file(path: Path) -> None:
         os.close(fd)
 
 
+def write_out(directory: Path) -> None:
+    """Waits until the disk has every file of a directory: only these, since others may write."""
+    for path in directory.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def fill_with_file(path: Path) -> None:
     """Has it hold all of a file."""
     with path.open("rb", buffering=0) as file:

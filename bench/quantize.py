@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.figures import timed
+from bench.page_cache import forget_file
 from expertd.packing.hqq_solver import HqqSolver
 from expertd.packing.packer import Request, pack
 from expertd.packing.quantizer import quantize
@@ -163,7 +164,7 @@ def measure_packs(
 
 def measure_pack(source: Path, destination: Path, scheme: str, *, optimize: bool) -> PackRow:
     """From a checkpoint that is not in memory to a pack that is on the disk."""
-    drop_from_memory(source / "model.safetensors")
+    forget_file(source / "model.safetensors")
     request = Request(source, destination, choose_scheme(scheme), optimize=optimize, force=True)
     seconds = timed(lambda: pack(request))
     weights = (source / "model.safetensors").stat().st_size // 2
@@ -225,13 +226,6 @@ def write_checkpoint(path: Path, scale: int) -> None:
                 start = 0
         file.flush()
         os.fsync(file.fileno())
-
-
-def drop_from_memory(path: Path) -> None:
-    """Forgets the file's pages, so that it is read from the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
 
 
 def show_matrices(rows: Sequence[MatrixRow]) -> None:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cold import place, read_plainly
+from bench.page_cache import write_out
 from expertd_client import Client, TlsFiles
 from expertd_testing.handmade import make_pack
 
@@ -49,7 +50,7 @@ def main() -> None:
 def measure(directory: Path) -> dict[str, float]:
     """GiB/s of each way, the median of the rounds."""
     pack = make_pack(directory / "pack", layers=LAYERS, experts=EXPERTS, record_bytes=RECORD_BYTES)
-    os.sync()
+    write_out(pack)
     num_bytes = LAYERS * EXPERTS * RECORD_BYTES
     tls = certificates(directory)
     rounds: dict[str, list[float]] = {}

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from xxhash import xxh3_64_intdigest
 
 from bench.figures import Bench, Figure, compared, timed
+from bench.page_cache import write_out
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_client import Client
@@ -83,7 +84,7 @@ def _daemon(bench: Bench) -> Iterator[Figure]:
     handmade = make_pack(
         bench.folder / "handmade", layers=4, experts=experts, record_bytes=_RECORD_BYTES
     )
-    os.sync()
+    write_out(handmade)
     turns, rates = [], []
     direct = ["--disk-io", "direct"]
     with (
