@@ -51,10 +51,10 @@ def render(page: str) -> str:
 
 def _row(name: str) -> tuple[str, ...]:
     needs = {need.scheme: need for need in find_model(name).needs}
-    four = needs["mxfp4" if "mxfp4" in needs else "4bit"]
+    four = needs["as-is" if "as-is" in needs else "4bit"]
     return (
         f"`{name}`",
-        _gib(four.expert_bytes) + (" (MXFP4)" if four.scheme == "mxfp4" else ""),
+        _gib(four.expert_bytes) + (" (MXFP4)" if four.scheme == "as-is" else ""),
         *(_experts(needs.get(scheme)) for scheme in ("paper-3bit", "paper-2bit")),
         _gib(four.trunk_bytes),
         _gib(four.working_set_bytes),

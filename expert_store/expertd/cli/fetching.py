@@ -13,8 +13,9 @@ from expertd.cli.progress import ProgressDisplay
 from expertd.hub.folder import HubFolder
 from expertd.hub.opening import cached_snapshot, open_repository
 from expertd.hub.reference import HubReference
+from expertd.packing.default_scheme import default_scheme
 from expertd.packing.early import HUB_FOLDER, about_bytes, partial_of
-from expertd.packing.schemes import Scheme, default_scheme
+from expertd.packing.schemes import Scheme
 from expertd.packing.side_files import COPIED_FILES
 from expertstore.errors import PackError, PreconditionError
 from expertstore.interrupts import interruptible
@@ -81,11 +82,11 @@ def needs(folder: HubFolder, scheme: Scheme) -> str:
 def advised_scheme(checkpoint: Path, destination: Path) -> tuple[str, str]:
     """The scheme that ``expert-run advise`` chooses for this host, and its sentence.
 
-    Weights that come in MXFP4 stay as they are. Raises PreconditionError if the host cannot serve
+    Weights that come quantized stay as they are. Raises PreconditionError if the host cannot serve
     the model in any scheme, and if nobody can tell.
     """
     if (kept := default_scheme(checkpoint)) != "4bit":
-        return kept, f"Its experts come as {kept}, and stay as they are."
+        return kept, "Its weights come quantized, and stay as they are."
     typer.echo("Measuring this host to choose a scheme; --scheme NAME leaves that out.", err=True)
     program = Path(sys.executable).with_name("expert-run")
     done = subprocess.run(

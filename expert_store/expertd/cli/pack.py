@@ -42,8 +42,8 @@ def pack(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="bf16, 8bit, 4bit, 4bit-fast, mxfp4, paper-3bit or paper-2bit: see above. 4bit "
-            "unless given; mxfp4 for a checkpoint that is.",
+            help="bf16, 8bit, 4bit, 4bit-fast, as-is, paper-3bit or paper-2bit: see above. 4bit "
+            "unless given; as-is for a checkpoint that is quantized already.",
             show_default=False,
         ),
     ] = None,
@@ -51,8 +51,8 @@ def pack(
         str | None,
         typer.Option(
             metavar="PRECISION",
-            help="Precision of the experts in place of the scheme's: 16, or bits and group size "
-            "like 3g64; 2g16m has 8-bit scales.",
+            help="Precision of the experts in place of the scheme's: 16, as-is, or bits and group "
+            "size like 3g64; 2g16m has 8-bit scales.",
             show_default=False,
         ),
     ] = None,
@@ -120,8 +120,9 @@ def pack(
     - `8bit` (8.25), `4bit` (4.5): experts, attention, dense layers and shared experts, in groups
     of 128 and 64. `4bit-fast` is `4bit` with the output head in 8 bits.
 
-    - `mxfp4` (4.25): experts that come in MXFP4, as GPT-OSS does, stay bit for bit what they are.
-    Other schemes make of them what they make of any weights. `--experts mxfp4` keeps them too.
+    - `as-is`: weights that come quantized, as GPT-OSS does in MXFP4, stay bit for bit what they
+    are. Other schemes make of them what they make of any weights. `--experts as-is` keeps those of
+    the experts.
 
     - `paper-3bit` (3.26), `paper-2bit` (3.03): experts in 3 bits (groups of 64) or 2 bits
     (groups of 16), attention in 4, scales in 8; as in arXiv 2312.17238.
@@ -141,8 +142,9 @@ def pack(
     """
     from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
     from expertd.hub.reference import parse_reference
+    from expertd.packing.default_scheme import default_scheme
     from expertd.packing.early import check_destination, check_early
-    from expertd.packing.schemes import choose_scheme, default_scheme
+    from expertd.packing.schemes import choose_scheme
     from expertstore.pack.files import check_path
     from expertstore.pack.place import packs_directory
 

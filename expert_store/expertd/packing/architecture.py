@@ -15,9 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertd.packing import fp8
-from expertd.packing.checkpoint_files import CONFIG_NAME, quantization_method, read_config
-from expertd.packing.mxfp4 import METHOD as MXFP4
+from expertd.packing.checkpoint_files import CONFIG_NAME, read_config
 from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import GateOrder
 
@@ -65,10 +63,6 @@ class Architecture:
     model_type: str
     model: Any
     experts: tuple[ExpertsModule, ...]
-    is_mxfp4: bool = False
-    """Whether the configuration says that the experts come in MXFP4."""
-    fp8_block: fp8.Block | None = None
-    """Rows and columns that share a scale, where the configuration has matrices in FP8."""
 
     def attention_linears(self) -> set[str]:
         """The weights of the linear layers under an attention module, by full name."""
@@ -122,8 +116,6 @@ def read_architecture(path: Path) -> Architecture:
             f"{path / CONFIG_NAME}: quantization_config is {described!r}, and must be an object; "
             "take it out if the weights are not quantized."
         )
-    method = quantization_method(raw)
-    block = fp8.block_size(raw) if method == fp8.METHOD else None
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
@@ -158,8 +150,6 @@ def read_architecture(path: Path) -> Architecture:
         model_type=str(config.model_type),
         model=model,
         experts=tuple(sorted(experts, key=lambda module: module.layer)),
-        is_mxfp4=method == MXFP4,
-        fp8_block=block,
     )
 
 

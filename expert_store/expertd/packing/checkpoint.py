@@ -5,14 +5,16 @@ would do when it loads the model: its conversion mapping (``transformers.convers
 internal; the range of versions in pyproject is the tested one) names the checkpoint's tensors
 of each fused parameter and the operations from one to the other. These are applied to one
 expert's slice. So per-expert tensors (Mixtral's w1, w2, w3), fused ones (GPT-OSS, GraniteMoE)
-and renamed modules need no code here. What comes in MXFP4 (:mod:`expertd.packing.mxfp4`) is read
-as it is, what comes in FP8 (:mod:`expertd.packing.fp8`) as the 16-bit weights that it stands for.
+and renamed modules need no code here. Weights that are quantized already, of several tensors each,
+are one tensor to all of that (:mod:`expertd.packing.stored`): read as the 16-bit weights that they
+stand for, or as they are.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -23,22 +25,23 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from expertd.packing import fp8
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
 from expertd.packing.checkpoint_files import (
-    MXFP4_BLOCKS,
-    MXFP4_SCALES,
     CheckpointTensor,
     find_tensors,
     fingerprint,
     quantization_method,
     read_config,
 )
-from expertd.packing.mxfp4 import BITS_PER_WEIGHT, Mxfp4Weight
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
 from expertd.packing.shards import Shards
-from expertd.packing.sorting import Sorter
+from expertd.packing.sorting import Parameter, Sorter
+from expertd.packing.stored.description import read_description
+from expertd.packing.stored.finding import find_stored
+from expertd.packing.stored.matrix import StoredMatrix
+from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
+from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
@@ -52,8 +55,8 @@ SAMPLE_BYTES = 64 << 10
 class ExpertTensors:
     """One expert in the order of a record: gate rows before up rows, [out, in]."""
 
-    gate_up: Tensor | Mxfp4Weight  # [2I, H]
-    down: Tensor | Mxfp4Weight  # [H, I]
+    gate_up: Tensor | StoredMatrix  # [2I, H]
+    down: Tensor | StoredMatrix  # [H, I]
     gate_up_bias: Tensor | None  # [2I]
     down_bias: Tensor | None  # [H]
 
@@ -77,11 +80,10 @@ class Checkpoint:
         self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
-        self._scales = fp8.find_scales(path, listing.tensors, self.architecture.fp8_block)
-        scales = {scale.name for scale in self._scales.values()}
-        tensors = [tensor for tensor in listing.tensors if tensor.name not in scales]
-        sorter = Sorter(path, config, self.architecture, set(self._scales))
-        found = sorter.sort(replace(listing, tensors=tensors), self._convert)
+        description = read_description(config)
+        listing, self._stored = find_stored(path, listing, description)
+        sorter = Sorter(path, config, self.architecture, self._stored)
+        found = sorter.sort(listing, self._convert)
         self._parameters = found.experts
         self.trunk = found.trunk
         """All but the experts, each with the model's own name of the parameter it fills: one that
@@ -95,13 +97,8 @@ class Checkpoint:
         self.dtype = "F16" if self._holds_all() else "BF16"
         """Of the model's 16-bit weights, in safetensors' names: the one that has the range of all
         types that its tensors come in; float32 becomes BF16."""
-        self.is_mxfp4 = any(parameter.is_mxfp4 for parameter in self._parameters.values())
-        self.disagrees = "" if self.is_mxfp4 or self._scales else quantization_method(config)
+        self.disagrees = "" if self._stored else quantization_method(config)
         """The method by which config.json has the checkpoint quantized, though it is not."""
-        self.expert_bits = BITS_PER_WEIGHT if self.is_mxfp4 else 16.0
-        if self._scales:
-            self.expert_bits = 8.0
-        """Size of an expert's weights in the checkpoint, about: one in float32 is twice that."""
 
     def __enter__(self) -> Self:
         return self
@@ -132,19 +129,30 @@ class Checkpoint:
         return {tensor.file for tensor, _ in self._tensors_of(module, expert)}
 
     def trunk_files(self, source: CheckpointTensor) -> set[Path]:
-        """The files that hold a tensor of the trunk, and its scales."""
-        return {each.file for each in (source, self._scales.get(source.name)) if each is not None}
+        """The files that hold a tensor of the trunk, or its pieces."""
+        return {each.file for each in self._physical(source)}
 
     def read(self, tensor: CheckpointTensor, scratch: Scratch | None = None) -> Tensor:
         """The whole tensor, of type :meth:`type_of`. Raises :class:`CheckpointError`."""
-        buffer = (scratch or Scratch()).take(tensor.entry.num_bytes)
-        values = self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
-        scale = self._scales.get(tensor.name)
-        return values if scale is None else self._dequantize(values, self.read(scale))
+        scratch = scratch or Scratch()
+        weight = self._stored.get(tensor.name)
+        if weight is not None:
+            return self._read_weight(weight, scratch)
+        buffer = scratch.take(tensor.entry.num_bytes)
+        return self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
+
+    def read_stored(
+        self, tensor: CheckpointTensor, scratch: Scratch | None = None
+    ) -> StoredMatrix | Tensor:
+        """As :meth:`read`, but a matrix of the trunk that a record can hold as it is comes so."""
+        weight = self._stored.get(tensor.name)
+        if weight is None or weight.is_fused:
+            return self.read(tensor, scratch)
+        return self._matrix(weight, None, scratch or Scratch())
 
     def type_of(self, tensor: CheckpointTensor) -> str:
-        """As what the tensor is read, in safetensors' names: FP8 as 16-bit weights."""
-        return self.dtype if tensor.name in self._scales else tensor.entry.dtype
+        """As what the tensor is read, in safetensors' names: stored weights as 16-bit ones."""
+        return self.dtype if tensor.name in self._stored else tensor.entry.dtype
 
     def expert(
         self, module: ExpertsModule, expert: int, scratch: Scratch | None = None
@@ -170,20 +178,76 @@ class Checkpoint:
 
     def _weight(
         self, module: ExpertsModule, leaf: str, expert: int, scratch: Scratch
-    ) -> Tensor | Mxfp4Weight:
+    ) -> Tensor | StoredMatrix:
         """The expert's matrix [out, in], gate rows first."""
         name = module.parameter(leaf)
         interleaved = leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED
         order = _gate_rows_first if interleaved else Tensor.contiguous
-        parameter = self._parameters[name]
-        if parameter.is_mxfp4:
-            blocks, scales = (
-                self._slice_fused(parameter.sources[end][0], expert, scratch)
-                for end in (MXFP4_BLOCKS, MXFP4_SCALES)
-            )
-            return Mxfp4Weight.from_blocks(order(blocks), order(scales))
+        stored = self._stored_pieces(module, self._parameters[name], expert)
+        matrices = [self._matrix(weight, expert, scratch) for weight in stored]
+        if kept := [each for each in matrices if isinstance(each, StoredMatrix)]:
+            return StoredMatrix.stacked(kept).reordered(order)
         weight = self._slice_parameter(name, expert, scratch)
         return order(weight.T if module.is_transposed else weight)
+
+    def _stored_pieces(
+        self, module: ExpertsModule, parameter: Parameter, expert: int
+    ) -> list[StoredWeight]:
+        """The stored weights of one form that are the expert's matrix, one below the other.
+
+        None if one of them is not stored, or more is to be done than to move rows.
+        """
+        sources = parameter.stacked(expert)
+        if parameter.converter is None:
+            sources = parameter.sources[""]
+        found = [self._stored[source.name] for source in sources if source.name in self._stored]
+        kinds = {(weight.packing, weight.form, weight.is_transposed) for weight in found}
+        fits = len(found) == len(sources) and len(kinds) == 1
+        if not fits or found[0].form is None or not found[0].form.precision.bits:
+            return []
+        return found if found[0].is_transposed == module.is_transposed else []
+
+    def stored_form(self, module: ExpertsModule, leaf: str) -> Form | None:
+        """The form in which a record holds the matrix ``leaf`` of all experts as it is stored.
+
+        None if it is not stored. Raises :class:`CheckpointError` if no form does that.
+        """
+        parameter = self._parameters[module.parameter(leaf)]
+        forms = {
+            weight.exact_form(self.path) if weight is not None else None
+            for sources in parameter.sources.values()
+            for weight in (self._stored.get(source.name) for source in sources)
+        }
+        if len(forms) > 1:
+            kinds = sorted(
+                {source.entry.dtype for each in parameter.sources.values() for source in each}
+            )
+            raise CheckpointError(
+                f"{self.path} has the experts of layer {module.layer} in several forms "
+                f"({', '.join(kinds)}), and a record has one; --scheme 4bit, or --experts 4g64 and "
+                "the like, quantizes them anew."
+            )
+        (form,) = forms
+        if form is None or not form.precision.bits:
+            return form
+        return form if self._stored_pieces(module, parameter, 0) else PLAIN_FORM
+
+    def kept_kinds(self) -> str:
+        """What the experts are stored in that a record can hold as it is; empty if they are not."""
+        sources = (
+            source
+            for parameter in self._parameters.values()
+            for sources in parameter.sources.values()
+            for source in sources
+        )
+        found = (self._stored.get(source.name) for source in sources)
+        kinds = {each.packing for each in found if each and each.form and each.form.precision.bits}
+        return ", ".join(sorted(kinds))
+
+    def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
+        """The same for a matrix of the trunk."""
+        weight = self._stored.get(tensor.name)
+        return None if weight is None else weight.exact_form(self.path)
 
     def scale_type(self, module: ExpertsModule, leaf: str, bits: int) -> str:
         """In which type the scales of the experts' matrix ``leaf`` are to be stored in ``bits``.
@@ -192,10 +256,6 @@ class Checkpoint:
         """
         parameter = self._parameters[module.parameter(leaf)]
         last = module.num_experts - 1
-        if parameter.is_mxfp4:
-            weight = self._weight(module, leaf, last // 2, Scratch())
-            assert isinstance(weight, Mxfp4Weight)
-            return scale_type(_largest(weight.dequantize(torch.float32)), bits)
         experts = {0, last // 2, last}
         samples = [
             [self._sample(*piece, expert) for piece in parameter.of_expert(expert)]
@@ -212,38 +272,23 @@ class Checkpoint:
 
     def _sample(self, tensor: CheckpointTensor, is_fused: bool, expert: int) -> float:
         """The largest of the first weights of a tensor, or of an expert's in it."""
+        weight = self._stored.get(tensor.name)
+        if weight is not None:
+            matrix = self._matrix(weight, expert if is_fused else 0, Scratch(), only_head=True)
+            return _largest(dequantized(matrix))
         num_bytes = tensor.entry.num_bytes // (tensor.entry.shape[0] if is_fused else 1)
-        begin = expert * num_bytes * is_fused
-        scale = self._scales.get(tensor.name)
-        if scale is None:
-            buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
-            return _largest(self._read_slice(tensor, begin, buffer))
-        block = self.architecture.fp8_block
-        assert block is not None, "scales are looked for where there are blocks"
-        num_rows, width = min(block[0], tensor.entry.shape[-2]), tensor.entry.shape[-1]
-        values = self._read_slice(tensor, begin, Scratch().take(num_rows * width))
-        scales_bytes = scale.entry.num_bytes // (scale.entry.shape[0] if is_fused else 1)
-        row = Scratch().take(scales_bytes // scale.entry.shape[-2])
-        scales = self._read_slice(scale, expert * scales_bytes * is_fused, row)
-        return _largest(
-            fp8.dequantize(values.view(num_rows, width), scales[None], block, torch.float32)
-        )
-
-    def has_mxfp4(self, module: ExpertsModule) -> bool:
-        """Whether both matrices of the module's experts come in MXFP4."""
-        return all(self._parameters[name].is_mxfp4 for name in module.parameters()[:2])
+        buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
+        return _largest(self._read_slice(tensor, expert * num_bytes * is_fused, buffer))
 
     def pieces(
         self, module: ExpertsModule, expert: int
     ) -> Iterator[tuple[CheckpointTensor, Tensor]]:
         """Each tensor that holds something of the expert, and what of it is the expert's.
 
-        As the files have it: blocks, FP8 and the scales of these are tensors of their own.
+        As the files have it: the pieces of stored weights are tensors of their own.
         """
         for each, is_fused in self._tensors_of(module, expert):
-            num_bytes = each.entry.num_bytes // (each.entry.shape[0] if is_fused else 1)
-            buffer = Scratch().take(num_bytes)
-            yield each, self._read_slice(each, expert * num_bytes * is_fused, buffer)
+            yield each, self._read_piece(each, expert if is_fused else None, Scratch())
 
     def _tensors_of(
         self, module: ExpertsModule, expert: int
@@ -251,44 +296,100 @@ class Checkpoint:
         """Each tensor that holds something of the expert, and whether of all others as well."""
         for name in module.parameters():
             for source, is_fused in self._parameters[name].of_expert(expert):
-                for each in (source, self._scales.get(source.name)):
-                    if each is not None:
-                        yield each, is_fused
+                for each in self._physical(source):
+                    yield each, is_fused and each.entry.shape[:1] == source.entry.shape[:1]
 
-    def is_scaled(self, tensor: CheckpointTensor) -> bool:
-        """Whether it is in FP8, and read as what it is with its scales."""
-        return tensor.name in self._scales
+    def _physical(self, tensor: CheckpointTensor) -> list[CheckpointTensor]:
+        """The tensor, or the pieces of the stored weight that it is."""
+        weight = self._stored.get(tensor.name)
+        return [tensor] if weight is None else [*weight.pieces.values()]
+
+    def is_stored(self, tensor: CheckpointTensor) -> bool:
+        """Whether it is of several tensors, and read as what these stand for."""
+        return tensor.name in self._stored
 
     def trunk_pieces(self, source: CheckpointTensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
-        """A tensor of the trunk, and that of its scales, as the files have them."""
-        for each in (source, self._scales.get(source.name)):
-            if each is not None:
-                yield each, self._read_slice(each, 0, Scratch().take(each.entry.num_bytes))
+        """A tensor of the trunk, or its pieces, as the files have them."""
+        for each in self._physical(source):
+            yield each, self._read_piece(each, None, Scratch())
+
+    def expert_bits(self, module: ExpertsModule) -> float:
+        """Bits of a weight of an expert in the checkpoint, about."""
+        num_bytes = sum(
+            each.entry.num_bytes / (each.entry.shape[0] if is_fused else 1)
+            for each, is_fused in self._tensors_of(module, 0)
+        )
+        return 8 * num_bytes / (3 * module.hidden_size * module.intermediate_size)
 
     def _types(self) -> set[str]:
-        """Of the experts' weights and biases, in safetensors' names; what is FP8 counts as BF16."""
+        """Of the experts' weights and biases, in safetensors' names."""
         return {
-            "BF16" if source.name in self._scales else source.entry.dtype
+            self._range_of(source)
             for parameter in self._parameters.values()
-            if not parameter.is_mxfp4
             for sources in parameter.sources.values()
             for source in sources
-        } or {"BF16"}
+        }
 
     def _holds_all(self) -> bool:
         """Whether F16 has the range of all 16-bit tensors, and of the experts' others."""
-        trunk = {source.entry.dtype for _, source in self.trunk}
-        return self.types == {"F16"} and "BF16" not in trunk and not self._scales
+        return self.types == {"F16"} and "BF16" not in {
+            self._range_of(source) for _, source in self.trunk
+        }
 
-    def _dequantize(self, values: Tensor, scales: Tensor) -> Tensor:
-        """A weight in FP8 as what it stands for; of all experts, or of one."""
-        block = self.architecture.fp8_block
-        assert block is not None, "scales are looked for where there are blocks"
+    def _range_of(self, tensor: CheckpointTensor) -> str:
+        """Its type, or the 16-bit one that has the range of the stored weight that it is."""
+        weight = self._stored.get(tensor.name)
+        return tensor.entry.dtype if weight is None else weight.dtype
+
+    def _matrix(
+        self,
+        weight: StoredWeight,
+        expert: int | None,
+        scratch: Scratch,
+        *,
+        only_head: bool = False,
+    ) -> StoredMatrix | Tensor:
+        """One matrix [out, in] of ``weight``: if that is of all experts, the ``expert``'s."""
+        fused = expert if weight.is_fused else None
+        pieces = {}
+        for part, piece in weight.pieces.items():
+            sliced = fused if piece.entry.shape[:1] == weight.shape[:1] else None
+            rows = weight.head[part] if only_head else None
+            pieces[part] = self._read_piece(piece, sliced, scratch, rows)
+        return unpack(weight, pieces)
+
+    def _read_weight(self, weight: StoredWeight, scratch: Scratch) -> Tensor:
+        """What a stored weight stands for, in the model's 16-bit type, in its shape."""
         dtype = TORCH_DTYPES[self.dtype]
-        if values.dim() == 2:
-            return fp8.dequantize(values, scales, block, dtype)
-        pairs = zip(values, scales, strict=True)
-        return torch.stack([fp8.dequantize(*pair, block, dtype) for pair in pairs])
+        if not weight.is_fused:
+            return dequantized(self._matrix(weight, None, scratch)).to(dtype)
+        matrices = [
+            dequantized(self._matrix(weight, expert, scratch)).to(dtype)
+            for expert in range(weight.shape[0])
+        ]
+        stacked = torch.stack(matrices)
+        return stacked.transpose(1, 2) if weight.is_transposed else stacked
+
+    def _read_piece(
+        self,
+        tensor: CheckpointTensor,
+        expert: int | None,
+        scratch: Scratch,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """A tensor as the file has it; of one of all experts, the ``expert``'s.
+
+        With ``num_rows`` its first rows.
+        """
+        shape = tensor.entry.shape if expert is None else tensor.entry.shape[1:]
+        num_bytes = tensor.entry.num_bytes // (1 if expert is None else tensor.entry.shape[0])
+        begin = 0 if expert is None else expert * num_bytes
+        if num_rows is not None and shape and num_rows < shape[0]:
+            num_bytes = num_bytes // shape[0] * num_rows
+            shape = (num_rows, *shape[1:])
+        values = self._read_slice(tensor, begin, scratch.take(num_bytes))
+        # F4 has two values a byte, which are read as bytes.
+        return values.view(shape) if values.numel() == prod(shape) else values.view(shape[0], -1)
 
     def _slice_parameter(self, name: str, expert: int, scratch: Scratch) -> Tensor:
         """The expert's slice of the module's parameter."""
@@ -309,19 +410,16 @@ class Checkpoint:
         return result[0]
 
     def _slice_fused(self, tensor: CheckpointTensor, expert: int, scratch: Scratch) -> Tensor:
-        """One expert's piece of a tensor of all experts, in the tensor's dtype."""
-        shape = tensor.entry.shape
-        num_bytes = tensor.entry.num_bytes // shape[0]
-        buffer = scratch.take(num_bytes)
-        values = self._read_slice(tensor, expert * num_bytes, buffer).view(shape[1:])
-        scale = self._scales.get(tensor.name)
-        if scale is None:
-            return values
-        return self._dequantize(values, self._slice_fused(scale, expert, scratch))
+        """One expert's piece of a tensor of all experts, in its type by :meth:`type_of`."""
+        weight = self._stored.get(tensor.name)
+        if weight is None:
+            return self._read_piece(tensor, expert, scratch)
+        matrix = dequantized(self._matrix(weight, expert, scratch)).to(TORCH_DTYPES[self.dtype])
+        return matrix.T if weight.is_transposed else matrix
 
     def _read_stacked(self, pieces: Sequence[CheckpointTensor], scratch: Scratch) -> Tensor:
         """Matrices of equal width and type, one below the other."""
-        if pieces[0].name in self._scales:
+        if pieces[0].name in self._stored:
             return torch.cat([self.read(piece, scratch) for piece in pieces])
         buffer = scratch.take(sum(piece.entry.num_bytes for piece in pieces))
         end = 0
@@ -349,9 +447,7 @@ class Checkpoint:
 
     def _read_slice(self, tensor: CheckpointTensor, begin: int, buffer: Tensor) -> Tensor:
         """``buffer`` (uint8), filled from the tensor's byte ``begin``, in its dtype."""
-        dtype = TORCH_DTYPES.get(tensor.entry.dtype)
-        if tensor.name in self._scales:
-            dtype = fp8.TORCH_DTYPE
+        dtype = {**TORCH_DTYPES, **READ_DTYPES}.get(tensor.entry.dtype)
         if dtype is None:
             raise CheckpointError(
                 f"{tensor.name} in {tensor.file} has the type {tensor.entry.dtype}, which cannot "

@@ -27,9 +27,6 @@ SINGLE_NAME = "model.safetensors"
 EXPLICIT_KEY = "transformers_weights"
 """What in ``config.json`` names the file of weights, or its index."""
 
-MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
-"""What the names of tensors in MXFP4 end with, after the parameter's."""
-
 
 @dataclass(frozen=True)
 class CheckpointTensor:

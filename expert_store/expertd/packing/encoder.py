@@ -9,11 +9,11 @@ from torch import Tensor
 
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.finite import flaw, flaws
-from expertd.packing.mxfp4 import Mxfp4Weight
 from expertd.packing.plan import ExpertStep, PackingStep, TrunkStep
 from expertd.packing.quantizer import quantize_to
 from expertd.packing.scratch import Scratch
 from expertd.packing.solver import Solver
+from expertd.packing.stored.matrix import StoredMatrix
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix
@@ -46,8 +46,8 @@ class Encoder:
         return Encoded(data.numpy().data, tuple(found))
 
     def _tensor(self, step: TrunkStep, scratch: Scratch) -> tuple[Tensor, list[str]]:
-        tensor = self.checkpoint.read(step.source, scratch)
         if step.matrix is None:
+            tensor = self.checkpoint.read(step.source, scratch)
             dtype = TORCH_DTYPES[step.dtype]
             used = dtype if step.stays_wide else TORCH_DTYPES[self.checkpoint.dtype]
             data = tensor.to(dtype).view(-1).view(torch.uint8)
@@ -61,15 +61,18 @@ class Encoder:
             piece = data[offset : offset + num_bytes]
             parts[name] = piece.view(TORCH_DTYPES[kind]).view(shape)
             offset += num_bytes
-        if not self._quantize(parts, tensor, step.matrix):
+        weight = self.checkpoint.read_stored(step.source, scratch)
+        if not self._write(parts, weight, step.matrix):
             return data, []
-        return data, self._trunk_flaws(step, tensor.dtype) or self._refuse(
-            step.source.name, tensor, step.matrix, "--attention, --dense or --head"
-        )
+        found = self._trunk_flaws(step, torch.float32)
+        if not found and isinstance(weight, Tensor):
+            option = "--attention, --dense or --head"
+            found = self._refuse(step.source.name, weight, step.matrix, option)
+        return data, found
 
     def _trunk_flaws(self, step: TrunkStep, dtype: torch.dtype) -> list[str]:
         found = flaws(self.checkpoint.trunk_pieces(step.source), dtype)
-        if not found and self.checkpoint.is_scaled(step.source):
+        if not found and self.checkpoint.is_stored(step.source):
             return [f"{step.source.name} times its scales is more than a number holds"]
         return found
 
@@ -92,7 +95,7 @@ class Encoder:
         return record, found
 
     def _expert_flaws(
-        self, step: ExpertStep, matrix: Matrix, weight: Tensor | Mxfp4Weight
+        self, step: ExpertStep, matrix: Matrix, weight: Tensor | StoredMatrix
     ) -> list[str]:
         pieces = list(self.checkpoint.pieces(step.module, step.expert))
         dtype = TORCH_DTYPES[self.checkpoint.dtype]
@@ -113,11 +116,11 @@ class Encoder:
         return [f"{where} times its scales is more than a number holds"]
 
     def _write(
-        self, parts: Mapping[str, Tensor], weight: Tensor | Mxfp4Weight, matrix: Matrix
+        self, parts: Mapping[str, Tensor], weight: Tensor | StoredMatrix, matrix: Matrix
     ) -> bool:
         """Fills the parts of ``matrix``; whether something in it is not a number then."""
-        if isinstance(weight, Mxfp4Weight):
-            if matrix.encoding is Encoding.MXFP4:
+        if isinstance(weight, StoredMatrix):
+            if _is_of(weight, matrix, parts):
                 for name, values in weight.parts(matrix.name).items():
                     parts[name].copy_(values)
                 return not weight.is_finite
@@ -138,3 +141,10 @@ class Encoder:
             f"{weight.abs().max():.3g}, far more than others like it, and scales in fp16 end at "
             f"65504; give {option} 16 to keep such weights in 16 bits."
         )
+
+
+def _is_of(weight: StoredMatrix, matrix: Matrix, parts: Mapping[str, Tensor]) -> bool:
+    """Whether the record holds the matrix in the very form in which it is stored."""
+    return weight.matrix(matrix.name) == matrix and all(
+        parts[f"{matrix.name}.{end}"].dtype == values.dtype for end, values in weight.values.items()
+    )

@@ -47,12 +47,15 @@ _TENSORS = (
 )
 """Ends of tensors' names that give a format away."""
 
+READ = "MXFP4 and FP8"
+"""What is read, in the words of users."""
+
 
 def quantized_error(path: Path, what: str) -> CheckpointError:
     """The error for a checkpoint that is quantized as ``what``."""
     return CheckpointError(
-        f"{path} is already quantized ({what}); only MXFP4, and FP8 with a scale per block, "
-        "can be packed; pack the 16-bit checkpoint of the model."
+        f"{path} is already quantized ({what}), in a form that is not read ({READ} are); pack "
+        "the 16-bit checkpoint of the model."
     )
 
 

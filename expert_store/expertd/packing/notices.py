@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.mxfp4 import BITS_PER_WEIGHT
-from expertd.packing.schemes import MXFP4, Scheme
+from expertd.packing.schemes import Scheme
 from expertstore.errors import CheckpointError
 
 MOST_TOLD = 20
@@ -39,10 +38,10 @@ def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
             f"The experts come in {', '.join(sorted(checkpoint.types))}: what of them is not "
             f"quantized is written as {checkpoint.dtype}, which has the range of all."
         )
-    if checkpoint.is_mxfp4 and scheme.experts != MXFP4:
+    if (kinds := checkpoint.kept_kinds()) and not scheme.experts.is_kept:
         yield (
-            f"The experts come in MXFP4, {BITS_PER_WEIGHT} bits per weight, and are made "
-            f"{scheme.experts} of that; --experts mxfp4 keeps them as they are."
+            f"The experts come in {kinds}, and are made {scheme.experts} of that; --experts as-is "
+            "keeps them as they are."
         )
 
 

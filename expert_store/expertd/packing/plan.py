@@ -14,6 +14,7 @@ from expertd.packing.architecture import Architecture, ExpertsModule
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.checkpoint_files import CheckpointTensor
 from expertd.packing.schemes import Precision, Scheme
+from expertd.packing.stored.weight import PLAIN_FORM, Form
 from expertstore.errors import CheckpointError
 from expertstore.pack.layout import (
     DTYPE_BYTES,
@@ -115,6 +116,7 @@ def make_plan(
         if layout not in layouts:
             layouts.append(layout)
         records += [(module, expert, layout) for expert in range(module.num_experts)]
+    bits = {module.name: checkpoint.expert_bits(module) for module in modules}
     files: list[PlannedFile] = []
     steps: list[PackingStep] = []
     for group in _split(records, max_file_bytes):
@@ -127,7 +129,7 @@ def make_plan(
         offset = len(header)
         for module, expert, layout in group:
             num_weights = 3 * module.hidden_size * module.intermediate_size
-            source_bytes = int(num_weights * checkpoint.expert_bits / 8)
+            source_bytes = int(num_weights * bits[module.name] / 8)
             steps.append(ExpertStep(module, expert, layout, len(files), offset, source_bytes))
             offset += layout.record_bytes
         files.append(PlannedFile(f"experts-{len(files):05d}.safetensors", header, offset))
@@ -180,23 +182,23 @@ def make_manifest(
 
 def _layout(checkpoint: Checkpoint, module: ExpertsModule, precision: Precision) -> RecordLayout:
     hidden, intermediate = module.hidden_size, module.intermediate_size
-    if precision.encoding is Encoding.MXFP4 and not checkpoint.has_mxfp4(module):
-        raise CheckpointError(
-            f"{checkpoint.path} does not have its experts in MXFP4 in layer {module.layer}, and "
-            "nothing else is made it; choose another scheme, such as 4bit."
-        )
+    matrices, scales = [], []
     try:
-        matrices = (
-            precision.matrix("gate_up", 2 * intermediate, hidden),
-            precision.matrix("down", hidden, intermediate),
+        for name, rows, columns in (
+            ("gate_up", 2 * intermediate, hidden),
+            ("down", hidden, intermediate),
+        ):
+            form = Form(precision)
+            if precision.is_kept:
+                form = checkpoint.stored_form(module, f"{name}_proj") or PLAIN_FORM
+            elif precision.bits:
+                own = checkpoint.scale_type(module, f"{name}_proj", precision.bits)
+                form = Form(precision, own)
+            matrices.append(form.precision.matrix(name, rows, columns))
+            scales.append(form.scales)
+        return record_layout(
+            tuple(matrices), checkpoint.dtype, has_bias=module.has_bias, scales=scales
         )
-        scales = [
-            checkpoint.scale_type(module, f"{matrix.name}_proj", matrix.bits)
-            if matrix.encoding is Encoding.HQQ
-            else "F16"
-            for matrix in matrices
-        ]
-        return record_layout(matrices, checkpoint.dtype, has_bias=module.has_bias, scales=scales)
     except ValueError as error:
         raise CheckpointError(
             f"The experts of layer {module.layer} cannot be written as {precision}: {error}; "
@@ -234,16 +236,18 @@ def _plan_trunk(
         stays_wide = wide and checkpoint.architecture.stays_float32(parameter)
         if wide and checkpoint.is_float32 and not stays_wide:
             dtype = checkpoint.dtype
-        matrix = None
+        matrix, scales = None, "F16"
         precision = precisions.get(parameter)
         if precision is not None and len(entry.shape) == 2:
-            matrix = precision.matrix(source.name, *entry.shape)
+            form = _trunk_form(checkpoint, source, precision)
+            matrix, scales = form.precision.matrix(source.name, *entry.shape), form.scales
             try:
                 matrix_parts(matrix, dtype)
             except ValueError as error:
                 misfits.append(str(error))
                 matrix = None
-        scales = "F16" if matrix is None else checkpoint.trunk_scale_type(source, matrix.bits)
+        if matrix is not None and matrix.encoding is Encoding.PLAIN:
+            matrix = None
         pending.append(
             TrunkStep(source, matrix, dtype, stays_wide, scales, file, 0, entry.num_bytes)
         )
@@ -259,6 +263,12 @@ def _plan_trunk(
     return PlannedFile(TRUNK_NAME, header, offset), steps, misfits
 
 
+def _trunk_form(checkpoint: Checkpoint, source: CheckpointTensor, precision: Precision) -> Form:
+    if precision.is_kept:
+        return checkpoint.trunk_form(source) or PLAIN_FORM
+    return Form(precision, checkpoint.trunk_scale_type(source, precision.bits))
+
+
 def _trunk_precisions(architecture: Architecture, scheme: Scheme) -> dict[str, Precision]:
     """The precision of each parameter of the trunk that the scheme wants quantized."""
     parts = (
@@ -266,4 +276,9 @@ def _trunk_precisions(architecture: Architecture, scheme: Scheme) -> dict[str, P
         (architecture.dense_linears(), scheme.dense),
         (architecture.head(), scheme.head),
     )
-    return {name: precision for names, precision in parts if precision.bits for name in names}
+    return {
+        name: precision
+        for names, precision in parts
+        if precision.bits or precision.is_kept
+        for name in names
+    }

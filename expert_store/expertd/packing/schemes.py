@@ -6,11 +6,9 @@ attention in 4, and embeddings, routers, norms and the output head in 16.
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from expertd.packing.checkpoint_files import MXFP4_BLOCKS, find_tensors, read_config
-from expertstore.errors import CheckpointError, ConfigError
+from expertstore.errors import ConfigError
 from expertstore.pack.layout import (
     MXFP4_BITS,
     MXFP4_GROUP_SIZE,
@@ -33,8 +31,12 @@ class Precision:
     """Group of the 8-bit scales and zeros; 0: these are fp16."""
     encoding: Encoding = Encoding.HQQ
     """Of what has bits."""
+    is_kept: bool = False
+    """Whether each matrix stays as the checkpoint has it: nothing else is given then."""
 
     def __str__(self) -> str:
+        if self.is_kept:
+            return "as-is"
         if self.encoding is Encoding.MXFP4:
             return "mxfp4"
         if not self.bits:
@@ -69,7 +71,8 @@ class Precision:
 
 PLAIN = Precision()
 MXFP4 = Precision(MXFP4_BITS, MXFP4_GROUP_SIZE, encoding=Encoding.MXFP4)
-"""As the checkpoint has it: nothing is made MXFP4 that is not."""
+"""Nothing is made MXFP4 that does not come so."""
+AS_IS = Precision(is_kept=True)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ SCHEMES = {
             dense=Precision(4, 64),
             head=Precision(8, 128),
         ),
-        Scheme("mxfp4", MXFP4, PLAIN),
+        Scheme("as-is", AS_IS, AS_IS, dense=AS_IS, head=AS_IS),
         Scheme(
             "paper-3bit",
             Precision(3, 64, META_GROUP_SIZE),
@@ -119,32 +122,18 @@ SCHEMES = {
 }
 
 
-def default_scheme(checkpoint: Path) -> str:
-    """The name of the scheme for who names none: what comes in MXFP4 is left alone.
-
-    Whether ``checkpoint`` is one at all is for others to say.
-    """
-    try:
-        listing = find_tensors(checkpoint, read_config(checkpoint))
-    except CheckpointError:
-        return "4bit"
-    # Not what its configuration says: fine-tuning makes 16-bit experts and leaves that as it was.
-    comes_so = any(tensor.name.endswith(MXFP4_BLOCKS) for tensor in listing.tensors)
-    return str(MXFP4) if comes_so else "4bit"
-
-
 def parse_precision(text: str) -> Precision:
-    """``16``, or bits and group size as in ``4g64``, with ``m`` for 8-bit scales and zeros.
+    """``16``, ``as-is``, or bits and group size as in ``4g64``, with ``m`` for 8-bit scales.
 
     Raises :class:`ConfigError`.
     """
-    if text == "16":
-        return PLAIN
+    if text in {"16", str(AS_IS)}:
+        return AS_IS if text == str(AS_IS) else PLAIN
     match = re.fullmatch(r"(\d+)g(\d+)(m?)", text)
     if match is None or int(match[1]) not in ROWS_PER_BYTE or int(match[2]) not in GROUP_SIZES:
         raise ConfigError(
-            f"{text!r} is not a precision: give 16, or one of {sorted(ROWS_PER_BYTE)} bits with "
-            f"a group size of {GROUP_SIZES}, such as 4g64, or 2g16m for 8-bit scales."
+            f"{text!r} is not a precision: give 16, as-is, or one of {sorted(ROWS_PER_BYTE)} bits "
+            f"with a group size of {GROUP_SIZES}, such as 4g64, or 2g16m for 8-bit scales."
         )
     return Precision(int(match[1]), int(match[2]), META_GROUP_SIZE if match[3] else 0)
 
@@ -165,7 +154,7 @@ def choose_scheme(
     scheme = SCHEMES[name]
     for part, text in zip(PARTS, (experts, attention, dense, head), strict=True):
         if text is not None:
-            precision = MXFP4 if part == "experts" and text == str(MXFP4) else parse_precision(text)
+            precision = parse_precision(text)
             changes: dict[str, Any] = {part: precision, "name": f"{scheme.name} {part}={precision}"}
             scheme = replace(scheme, **changes)
     return scheme

@@ -5,7 +5,7 @@ many, what has another shape or a type that is none of weights.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,10 @@ from transformers.core_model_loading import (
 )
 
 from expertd.packing.architecture import Architecture, ExpertsModule
-from expertd.packing.checkpoint_files import (
-    MXFP4_BLOCKS,
-    MXFP4_SCALES,
-    CheckpointTensor,
-    Listing,
-    check_shape,
-)
+from expertd.packing.checkpoint_files import CheckpointTensor, Listing, check_shape
 from expertd.packing.foreign import FLOATS, find_format, is_evident, quantized_error, type_error
 from expertstore.errors import CheckpointError
-from expertstore.pack.layout import DTYPE_BYTES, MXFP4_GROUP_SIZE
+from expertstore.pack.layout import DTYPE_BYTES
 
 
 @dataclass
@@ -44,13 +38,7 @@ class Parameter:
     """[num_experts, ...], as the model has it."""
     converter: WeightConverter | None = None
     sources: dict[str, list[CheckpointTensor]] = field(default_factory=dict)
-    """By the converter's source pattern; in the experts' order, or one tensor of all. Of what is
-    MXFP4, by the ends of the tensors' names."""
-
-    @property
-    def is_mxfp4(self) -> bool:
-        """Whether it comes as blocks and scales."""
-        return MXFP4_BLOCKS in self.sources or MXFP4_SCALES in self.sources
+    """By the converter's source pattern; in the experts' order, or one tensor of all."""
 
     def is_fused(self, pattern: str) -> bool:
         """Whether the checkpoint has one tensor of all experts."""
@@ -61,7 +49,7 @@ class Parameter:
         """The tensors that the expert is made of, and whether each is one of all experts."""
         return [
             (sources[0], True)
-            if self.is_mxfp4 or self.converter is None or self.is_fused(pattern)
+            if self.converter is None or self.is_fused(pattern)
             else (sources[expert], False)
             for pattern, sources in self.sources.items()
         ]
@@ -107,19 +95,19 @@ class Sorted:
 
 
 class Sorter:
-    """Finds the place of each tensor. ``in_fp8`` are those that have scales of their own."""
+    """Finds the place of each tensor. ``stored`` names those that are stored weights."""
 
     def __init__(
         self,
         path: Path,
         config: Mapping[str, Any],
         architecture: Architecture,
-        in_fp8: set[str],
+        stored: Container[str],
     ) -> None:
         self.path = path
         self.config = config
         self.architecture = architecture
-        self.in_fp8 = in_fp8
+        self.stored = stored
 
     def sort(self, listing: Listing, convert: Convert) -> Sorted:
         """Raises :class:`CheckpointError` if what there is is not the model, or not whole."""
@@ -140,29 +128,21 @@ class Sorter:
                 name, pattern = rename_source_key(source, [], [], prefix, state)
             return name, pattern or ""
 
-        def place(tensor: CheckpointTensor) -> tuple[str, str, str]:
-            stem, end = _split_end(tensor.name)
-            if end:
-                name, pattern = rename(stem)
-                if name in experts:
-                    return name, pattern, end
-            return *rename(tensor.name), ""
-
         names = [tensor.name for tensor in listing.tensors]
         # In transformers' own order, which its lazily activated renamings depend on.
         for tensor in sorted(listing.tensors, key=lambda tensor: dot_natural_key(tensor.name)):
-            name, pattern, end = place(tensor)
+            name, pattern = rename(tensor.name)
             if name not in state:
                 found.unused.append(tensor.name)
                 continue
-            if not self._can_be(tensor, state[name], end):
+            if not self._can_be(tensor, state[name]):
                 raise type_error(self.path, self.config, names, tensor)
             if name in experts:
                 parameter = found.experts.setdefault(
                     name, Parameter(name, tuple(state[name].shape))
                 )
                 parameter.converter = by_pattern[pattern] if pattern else None
-                parameter.sources.setdefault(end or pattern, []).append(tensor)
+                parameter.sources.setdefault(pattern, []).append(tensor)
                 continue
             if not pattern:
                 check_shape(tensor, tuple(state[name].shape))
@@ -175,12 +155,10 @@ class Sorter:
         found.trunk.sort(key=lambda item: item[1].name)
         return found
 
-    def _can_be(self, tensor: CheckpointTensor, parameter: Tensor, end: str) -> bool:
+    def _can_be(self, tensor: CheckpointTensor, parameter: Tensor) -> bool:
         """Whether a tensor of that type holds the values of ``parameter``."""
-        if end:
-            return tensor.entry.dtype == "U8"
         if parameter.is_floating_point():
-            return tensor.entry.dtype in FLOATS or tensor.name in self.in_fp8
+            return tensor.entry.dtype in FLOATS or tensor.name in self.stored
         return tensor.entry.dtype in DTYPE_BYTES
 
     def _check_whole(
@@ -200,7 +178,7 @@ class Sorter:
 
     def _lacks(self, what: str, listing: Listing, num_more: int = 0) -> CheckpointError:
         names = [tensor.name for tensor in listing.tensors]
-        if not self.in_fp8 and is_evident(self.config, names):
+        if not any(name in self.stored for name in names) and is_evident(self.config, names):
             method = find_format(self.path, self.config, names)
             if method and "mxfp4" not in method.lower():
                 return quantized_error(self.path, method)
@@ -224,9 +202,6 @@ class Sorter:
             parameter = parameters.get(name)
             if parameter is None:
                 raise self._lacks(f"the weights of {name}", listing)
-            if parameter.is_mxfp4:
-                self._check_mxfp4(parameter, module)
-                continue
             patterns = parameter.converter.source_patterns if parameter.converter else [""]
             for pattern in patterns:
                 sources = parameter.sources.get(pattern, [])
@@ -305,30 +280,6 @@ class Sorter:
                 f"{self.path} has {parameter.name} of each expert in the shape {list(shape[1:])}, "
                 f"and its config.json asks for {list(expected)}; download the checkpoint again."
             )
-
-    def _check_mxfp4(self, parameter: Parameter, module: ExpertsModule) -> None:
-        rows, columns = parameter.shape[1:]
-        if module.is_transposed:  # the parameter, not its blocks
-            rows, columns = columns, rows
-        groups = (module.num_experts, rows, columns // MXFP4_GROUP_SIZE)
-        for end, shape in (
-            (MXFP4_BLOCKS, (*groups, MXFP4_GROUP_SIZE // 2)),
-            (MXFP4_SCALES, groups),
-        ):
-            sources = parameter.sources.get(end)
-            if not sources:
-                raise CheckpointError(
-                    f"{self.path} lacks {parameter.name}{end}; download the checkpoint again."
-                )
-            check_shape(sources[0], shape)
-
-
-def _split_end(name: str) -> tuple[str, str]:
-    """A tensor's name without the end that tells MXFP4's blocks from its scales, and that end."""
-    for end in (MXFP4_BLOCKS, MXFP4_SCALES):
-        if name.endswith(end):
-            return name.removesuffix(end), end
-    return name, ""
 
 
 def _targets(name: str, converter: WeightConverter) -> set[str]:

@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
-from expertd.packing.checkpoint_files import CONFIG_NAME, CheckpointTensor
-from expertd.packing.mxfp4 import BITS_PER_WEIGHT
+from expertd.packing.checkpoint_files import CONFIG_NAME, CheckpointTensor, read_config
 from expertd.packing.plan import (
     ExpertStep,
     PackPlan,
@@ -35,6 +34,9 @@ from expertd.packing.plan import (
 )
 from expertd.packing.schemes import Scheme, choose_scheme
 from expertd.packing.shapes import shape_config
+from expertd.packing.stored.description import Description, read_description
+from expertd.packing.stored.expected import expected_form
+from expertd.packing.stored.weight import Form
 from expertstore.pack.codec import TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
@@ -55,8 +57,9 @@ class ImaginedCheckpoint:
     architecture: Architecture
     trunk: list[tuple[str, CheckpointTensor]]
     dtype: str = _DTYPE
+    description: Description = field(default_factory=lambda: Description({}))
+    """How its weights are quantized."""
     is_float32: bool = False
-    expert_bits: float = 16.0
 
     def type_of(self, source: CheckpointTensor) -> str:
         """What the tensor is read as."""
@@ -70,9 +73,26 @@ class ImaginedCheckpoint:
         """The same."""
         return "F16"
 
-    def has_mxfp4(self, module: ExpertsModule) -> bool:
-        """Whether the module's experts come in MXFP4."""
-        return self.architecture.is_mxfp4
+    def expert_bits(self, module: ExpertsModule) -> float:
+        """Bits of a weight of an expert."""
+        return 16.0
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the configuration has the experts in a form that records hold."""
+        return any(
+            self.stored_form(module, leaf) is not None
+            for module in self.architecture.experts
+            for leaf in ("gate_up_proj", "down_proj")
+        )
+
+    def stored_form(self, module: ExpertsModule, leaf: str) -> Form | None:
+        """The form that the configuration tells of."""
+        return expected_form(self.description, module.parameter(leaf))
+
+    def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
+        """The same for a matrix of the trunk."""
+        return expected_form(self.description, tensor.name.removesuffix(".weight"))
 
 
 def make_pack(
@@ -151,8 +171,8 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
         entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
         trunk.append((name, CheckpointTensor(directory, entry)))
-    bits = BITS_PER_WEIGHT if architecture.is_mxfp4 else 16.0
-    return ImaginedCheckpoint(directory, architecture, trunk, expert_bits=bits)
+    description = read_description(read_config(directory))
+    return ImaginedCheckpoint(directory, architecture, trunk, description=description)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401 - transformers is untyped

@@ -60,10 +60,12 @@ def _of_config(name: str, directory: Path) -> Model:
     checkpoint: Any = imagine(directory)
     needs = []
     for scheme in SCHEMES.values():
+        if scheme.experts.is_kept and not checkpoint.is_quantized:
+            continue  # as it is, it is `bf16`
         try:
             needs.append(_need_of_plan(scheme.name, make_plan(checkpoint, scheme)))
         except CheckpointError:
-            continue  # the scheme does not fit its sizes, or it does not come in MXFP4
+            continue  # the scheme does not fit its sizes
     config = msgspec.json.decode((directory / CONFIG_NAME).read_bytes())
     return Model(
         name, config, tuple(needs), kv_bytes_per_token(checkpoint.architecture.model.config)

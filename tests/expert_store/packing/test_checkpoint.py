@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.default_scheme import default_scheme
 from expertd.packing.plan import TrunkStep, make_plan
-from expertd.packing.schemes import choose_scheme, default_scheme
+from expertd.packing.schemes import choose_scheme
 from expertd_testing.tiny_models import CONFIGS, make_checkpoint, make_model, save_model
 from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import GateOrder
@@ -253,7 +254,6 @@ def test_16_bits_that_are_said_to_be_mxfp4(tmp_path: Path, checkpoint_of: MakeCh
     write_config(path, quantization_config={"quant_method": "mxfp4"})
     assert default_scheme(path) == "4bit"
     with Checkpoint(path) as checkpoint:
-        assert not checkpoint.is_mxfp4
         assert checkpoint.disagrees == "mxfp4"
         make_plan(checkpoint, choose_scheme("4bit"))
 

@@ -119,7 +119,7 @@ def test_of_many_some_are_named(tmp_path: Path, checkpoint_of: MakeCheckpoint) -
     assert notices[-1] == "4 more tensors are not finite, and packed so (--force)."
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "mxfp4", "4bit"])
+@pytest.mark.parametrize("scheme", ["bf16", "as-is", "4bit"])
 def test_of_all_experts_in_one_tensor_the_expert_is_named(scheme: str, tmp_path: Path) -> None:
     source = make_mxfp4_checkpoint(tmp_path / "m", num_hidden_layers=1)
     name = "model.layers.0.mlp.experts.down_proj"

@@ -25,7 +25,7 @@ PACKS = [
     ("qwen3_moe", "8bit", 1),
     ("olmoe", "paper-3bit", 1),
     ("qwen2_moe", "paper-2bit", 1),
-    ("gpt_oss_mxfp4", "mxfp4", 0.25),
+    ("gpt_oss_mxfp4", "as-is", 0.25),
     ("mixtral", "bf16", 1),
 ]
 

@@ -45,7 +45,7 @@ def test_quantized_is_stock_on_the_dequantized(
 
 def test_mxfp4_is_stocks(packed: Make, stock: Make) -> None:
     """transformers dequantizes to bfloat16, which holds every value of MXFP4."""
-    path = packed("gpt_oss_mxfp4", "mxfp4")
+    path = packed("gpt_oss_mxfp4", "as-is")
     layout = read_manifest(path).manifest.layouts[0]
     assert {matrix.encoding for matrix in layout.matrices} == {Encoding.MXFP4}
     ours, theirs = load(path), stock("gpt_oss_mxfp4")
@@ -67,7 +67,7 @@ needs_native = pytest.mark.skipif(
     [
         *((architecture, "4bit-fast") for architecture in CONFIGS),
         *(("gpt_oss", scheme) for scheme in SCHEMES if scheme != "4bit-fast"),
-        ("gpt_oss_mxfp4", "mxfp4"),
+        ("gpt_oss_mxfp4", "as-is"),
     ],
 )
 def test_native_kernels_say_what_the_reference_says(

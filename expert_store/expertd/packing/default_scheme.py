@@ -1,0 +1,26 @@
+"""The scheme for a user who names none."""
+
+from pathlib import Path
+
+from expertd.packing.checkpoint_files import find_tensors, read_config
+from expertd.packing.schemes import AS_IS
+from expertd.packing.stored.description import read_description
+from expertd.packing.stored.finding import find_stored
+from expertstore.errors import CheckpointError
+
+
+def default_scheme(checkpoint: Path) -> str:
+    """Its name: what is quantized already is left as it is.
+
+    Whether ``checkpoint`` is one at all is for others to say.
+    """
+    try:
+        config = read_config(checkpoint)
+        _, stored = find_stored(
+            checkpoint, find_tensors(checkpoint, config), read_description(config)
+        )
+    except CheckpointError:
+        return "4bit"
+    # Not what its configuration says: fine-tuning makes 16-bit experts and leaves that as it was.
+    is_kept = any(weight.form and weight.form.precision.bits for weight in stored.values())
+    return str(AS_IS) if is_kept else "4bit"

@@ -1,0 +1,106 @@
+"""A weight that a checkpoint holds quantized, in several tensors: plain data, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from expertd.packing.checkpoint_files import CheckpointTensor
+from expertd.packing.schemes import GROUP_SIZES, Precision
+from expertstore.errors import CheckpointError
+from expertstore.pack.layout import Encoding
+from expertstore.pack.tensor_file import TensorEntry
+
+
+class Packing(StrEnum):
+    """How the tensors of a stored weight make up its values; the name is for users."""
+
+    MXFP4_BLOCKS = "MXFP4"
+    """GPT-OSS: ``blocks`` [..., out, in / 32, 16], two nibbles a byte, the first in the low half,
+    and ``scales`` [..., out, in / 32], exponents (E8M0)."""
+    MXFP4 = "MXFP4 in rows"
+    """``packed`` [..., out, in / 2] with the same nibbles, ``scales`` [..., out, in / 32]."""
+    FP8 = "FP8"
+    """``weight`` [..., out, in] (e4m3) and ``scales``, a factor per block of it."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a matrix in a record, in which a stored weight is held exactly."""
+
+    precision: Precision
+    scales: str = "F16"
+    """The type of HQQ's scales."""
+
+
+PLAIN_FORM = Form(Precision())
+"""In 16 bits, of what no record holds as it is: dequantized and rounded once."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """The weight ``name``, as if the checkpoint had it as one tensor of ``shape``."""
+
+    name: str
+    shape: tuple[int, ...]
+    """[out, in], or [experts, out, in]; as the model's parameter has it."""
+    packing: Packing
+    pieces: Mapping[str, CheckpointTensor]
+    """The tensors that it is made of, by their parts in it. Those of a weight of all experts have
+    the experts first, too."""
+    form: Form | None
+    """The form in which a record holds it bit for bit; None if none does."""
+    why_not: str = ""
+    """Clause that says why there is none, such as "it has groups of 24"."""
+    head: Mapping[str, int] = field(default_factory=dict)
+    """How many leading rows of each piece make the smallest matrix of its own: for samples."""
+    is_transposed: bool = False
+    """Whether the pieces are those of matrices [out, in], and ``shape`` is [experts, in, out]."""
+    block: tuple[int, int] = (0, 0)
+    """FP8: rows and columns that share a scale."""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is that of all experts."""
+        return len(self.shape) == 3
+
+    @property
+    def tensor(self) -> CheckpointTensor:
+        """It as one tensor, for all that only looks at names and shapes: it has no bytes."""
+        first = next(iter(self.pieces.values()))
+        num_bytes = sum(piece.entry.num_bytes for piece in self.pieces.values())
+        return CheckpointTensor(
+            first.file, TensorEntry(self.name, str(self.packing), self.shape, 0, num_bytes)
+        )
+
+    @property
+    def dtype(self) -> str:
+        """The 16-bit type that has the range of its values, in safetensors' names."""
+        scales = self.pieces.get("scales")
+        return "F16" if scales is not None and scales.entry.dtype == "F16" else "BF16"
+
+    def exact_form(self, path: Path) -> Form:
+        """``form``. Raises :class:`CheckpointError` if there is none."""
+        if self.form is None:
+            raise CheckpointError(
+                f"{path} has {self.name} in a form ({self.packing}) that no pack holds as it is: "
+                f"{self.why_not}; --scheme 4bit, or --experts 4g64 and the like, quantizes it anew."
+            )
+        return self.form
+
+
+def hqq_form(bits: int, group_size: int, scales: str) -> Form | str:
+    """The form of integers in groups, with an integer for a zero; or a clause that says why not.
+
+    Groups that are larger than a record's repeat their scales there, and integers of a width that
+    no record has take the next one.
+    """
+    held = next((width for width in (2, 3, 4, 8) if width >= bits), 0)
+    size = next((size for size in reversed(GROUP_SIZES) if group_size % size == 0), 0)
+    if not held:
+        return f"its integers have {bits} bits"
+    if not size:
+        return f"its groups are of {group_size}"
+    if scales not in {"F16", "BF16"}:
+        return f"its scales are {scales}"
+    return Form(Precision(held, size, encoding=Encoding.HQQ), scales)
