@@ -33,11 +33,12 @@ from expertd.packing.checkpoint_files import (
     quantization_method,
     read_config,
 )
+from expertd.packing.foreign import quantized_error
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
 from expertd.packing.shards import Shards
 from expertd.packing.sorting import Parameter, Sorter
-from expertd.packing.stored.description import read_description
+from expertd.packing.stored.description import METHODS, read_description
 from expertd.packing.stored.finding import find_stored
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
@@ -80,8 +81,11 @@ class Checkpoint:
         self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
-        description = read_description(config)
+        description = read_description(path, config)
         listing, self._stored = find_stored(path, listing, description)
+        packings = {weight.packing for weight in self._stored.values()}
+        if packings and description.method not in {"", *METHODS}:
+            raise quantized_error(path, description.method)
         sorter = Sorter(path, config, self.architecture, self._stored)
         found = sorter.sort(listing, self._convert)
         self._parameters = found.experts
@@ -97,8 +101,12 @@ class Checkpoint:
         self.dtype = "F16" if self._holds_all() else "BF16"
         """Of the model's 16-bit weights, in safetensors' names: the one that has the range of all
         types that its tensors come in; float32 becomes BF16."""
-        self.disagrees = "" if self._stored else quantization_method(config)
-        """The method by which config.json has the checkpoint quantized, though it is not."""
+        self.stored_as = ", ".join(sorted(packings))
+        """How weights that are quantized already are packed, in words."""
+        self.disagrees = "" if packings else quantization_method(config)
+        """The method by which config.json has the checkpoint quantized, though it is not so."""
+        if packings - METHODS.get(description.method, packings):
+            self.disagrees = description.method
 
     def __enter__(self) -> Self:
         return self

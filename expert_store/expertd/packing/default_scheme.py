@@ -6,6 +6,7 @@ from expertd.packing.checkpoint_files import find_tensors, read_config
 from expertd.packing.schemes import AS_IS
 from expertd.packing.stored.description import read_description
 from expertd.packing.stored.finding import find_stored
+from expertd.packing.stored.weight import PLAIN_FORM
 from expertstore.errors import CheckpointError
 
 
@@ -17,10 +18,10 @@ def default_scheme(checkpoint: Path) -> str:
     try:
         config = read_config(checkpoint)
         _, stored = find_stored(
-            checkpoint, find_tensors(checkpoint, config), read_description(config)
+            checkpoint, find_tensors(checkpoint, config), read_description(checkpoint, config)
         )
     except CheckpointError:
         return "4bit"
     # Not what its configuration says: fine-tuning makes 16-bit experts and leaves that as it was.
-    is_kept = any(weight.form and weight.form.precision.bits for weight in stored.values())
+    is_kept = any(weight.form != PLAIN_FORM for weight in stored.values())
     return str(AS_IS) if is_kept else "4bit"

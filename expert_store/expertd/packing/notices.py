@@ -29,9 +29,10 @@ def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
             "it first if it is to have an effect."
         )
     if checkpoint.disagrees:
+        found = f"are in {checkpoint.stored_as}" if checkpoint.stored_as else "are not quantized"
         yield (
             f"The config.json of {checkpoint.path} names a quantization ({checkpoint.disagrees}), "
-            "and its weights are not quantized: they are packed as what they are."
+            f"and its weights {found}: they are packed as what they are."
         )
     if len(checkpoint.types) > 1:
         yield (

@@ -171,7 +171,7 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
         entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
         trunk.append((name, CheckpointTensor(directory, entry)))
-    description = read_description(read_config(directory))
+    description = read_description(directory, read_config(directory))
     return ImaginedCheckpoint(directory, architecture, trunk, description=description)
 
 

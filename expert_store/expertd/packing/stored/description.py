@@ -3,22 +3,33 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from expertd.packing.checkpoint_files import read_json
+from expertd.packing.stored.weight import Packing
+from expertstore.errors import CheckpointError
 
 _KEYS = ("quantization_config", "compression_config")
 
-METHODS = {
-    "auto-round": "AutoRound",
-    "awq": "AWQ",
-    "compressed-tensors": "compressed-tensors",
-    "fbgemm_fp8": "FP8",
-    "fp8": "FP8",
-    "gptq": "GPTQ",
-    "modelopt": "ModelOpt",
-    "mxfp4": "MXFP4",
-    "mxfp8": "MXFP8",
+METHODS: Mapping[str, frozenset[Packing]] = {
+    "awq": frozenset({Packing.AWQ}),
+    "compressed-tensors": frozenset({Packing.INTEGERS, Packing.MXFP4, Packing.FP8}),
+    "fbgemm_fp8": frozenset({Packing.FP8}),
+    "fp8": frozenset({Packing.FP8, Packing.MXFP4}),
+    "gptq": frozenset({Packing.GPTQ, Packing.GPTQ_V2}),
+    "modelopt": frozenset({Packing.FP8}),
+    "mxfp4": frozenset({Packing.MXFP4_BLOCKS, Packing.MXFP4}),
+    "mxfp8": frozenset({Packing.FP8}),
 }
-"""Values of ``quant_method`` whose tensors are read, and what users call them."""
+"""Values of ``quant_method`` that are known, and how their tensors are packed."""
+
+_SIDE_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+"""What tools write beside ``config.json``, and the method of one that names none."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,22 @@ class Description:
                 return rows, columns
         return None
 
+    @property
+    def bits(self) -> int | None:
+        """GPTQ and AWQ: of the integers."""
+        found = self.fields.get("bits", self.fields.get("w_bit"))
+        return found if isinstance(found, int) and 0 < found <= 8 else None
+
+    @property
+    def is_in_activation_order(self) -> bool:
+        """GPTQ: whether inputs are grouped by their activations (``desc_act``)."""
+        return bool(self.fields.get("desc_act"))
+
+    @property
+    def is_gptq_v2(self) -> bool:
+        """GPTQ: whether zeros are written as they are."""
+        return self.fields.get("checkpoint_format") == "gptq_v2"
+
     def num_bits(self, module: str) -> int | None:
         """compressed-tensors: the bits of the weights of ``module``, by its groups of targets."""
         widths = [
@@ -54,7 +81,7 @@ class Description:
         for group in groups.values() if isinstance(groups, dict) else ():
             weights = group.get("weights") if isinstance(group, dict) else None
             bits = weights.get("num_bits") if isinstance(weights, dict) else None
-            if isinstance(bits, int):
+            if isinstance(bits, int) and 0 < bits <= 8:
                 yield group, bits
 
     @staticmethod
@@ -73,10 +100,23 @@ class Description:
         return False
 
 
-def read_description(config: Mapping[str, Any]) -> Description:
-    """What ``config.json`` says, of the whole model or of a part such as ``text_config``."""
+def read_description(path: Path, config: Mapping[str, Any]) -> Description:
+    """What ``config`` of the checkpoint says, of the model or of a part such as ``text_config``.
+
+    Where it says nothing, a tool's own file beside it may.
+    """
     for place in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _KEYS:
             if isinstance(found := place.get(key), dict) and found:
                 return Description(found)
+    for name, method in _SIDE_FILES.items():
+        try:
+            found = read_json(path / name)
+        except (CheckpointError, FileNotFoundError):
+            continue
+        if isinstance(found, dict):
+            inner = found.get("quantization")
+            return Description(
+                {"quant_method": method, **(inner if isinstance(inner, dict) else found)}
+            )
     return Description({})

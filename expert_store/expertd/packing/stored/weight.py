@@ -20,6 +20,18 @@ class Packing(StrEnum):
     and ``scales`` [..., out, in / 32], exponents (E8M0)."""
     MXFP4 = "MXFP4 in rows"
     """``packed`` [..., out, in / 2] with the same nibbles, ``scales`` [..., out, in / 32]."""
+    INTEGERS = "compressed-tensors"
+    """``packed`` int32 [..., out, in * bits / 32], element i from bit i * bits of its row on, plus
+    2 ** (bits - 1), or int8 [..., out, in]; ``scales`` [..., out, groups]; perhaps ``zeros``,
+    packed likewise along their columns, and ``order``, the group of each input."""
+    GPTQ = "GPTQ"
+    """``packed`` int32 [in * bits / 32, out], along its rows; ``scales`` [groups, out]; ``zeros``
+    [groups, out * bits / 32], one less than they are; ``order`` as above."""
+    GPTQ_V2 = "GPTQ v2"
+    """The same with zeros as they are."""
+    AWQ = "AWQ"
+    """``packed`` int32 [in, out / 8] of 4 bits in the order 0, 2, 4, 6, 1, 3, 5, 7, ``zeros``
+    [groups, out / 8] likewise, ``scales`` [groups, out]."""
     FP8 = "FP8"
     """``weight`` [..., out, in] (e4m3) and ``scales``, a factor per block of it."""
 
@@ -56,6 +68,8 @@ class StoredWeight:
     """How many leading rows of each piece make the smallest matrix of its own: for samples."""
     is_transposed: bool = False
     """Whether the pieces are those of matrices [out, in], and ``shape`` is [experts, in, out]."""
+    bits: int = 0
+    """Of integers."""
     block: tuple[int, int] = (0, 0)
     """FP8: rows and columns that share a scale."""
 

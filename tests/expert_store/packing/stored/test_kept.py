@@ -1,0 +1,49 @@
+"""Weights that are stored quantized are kept bit for bit, whoever packed them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from expertd.packing.default_scheme import default_scheme
+from expertd.packing.packer import Request, pack
+from expertd.packing.schemes import choose_scheme
+from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.reader import PackReader
+from expertstore.pack.verify import verify
+from tests.architectures.parity import load, logits
+from tests.inference.greedy import prompt_of
+from tests.stored_weights import KINDS, make_stored
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_kept(name: str, tmp_path: Path) -> None:
+    """The pack's weights are those of the other library, and its model stock's with these."""
+    stored, plain = make_stored(tmp_path, KINDS[name])
+    assert default_scheme(stored) == "as-is"
+    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")))
+    assert not verify(tmp_path / "p").damages
+    tensors = load_file(plain / "model.safetensors")
+    precision, scales = KINDS[name].form.split()
+    with PackReader(tmp_path / "p") as reader:
+        (layout,) = reader.manifest.layouts
+        for matrix in layout.matrices:
+            integers = f"{matrix.bits}g{matrix.group_size}"
+            assert precision == (integers if matrix.encoding == "hqq" else matrix.encoding)
+            assert layout.part(f"{matrix.name}.scale").dtype == scales
+        for place in reader.places():
+            parts = record_parts(reader.read_record(place.layer, place.expert), layout)
+            stem = f"model.layers.{place.layer}.mlp.experts.{place.expert}"
+            gate, up, down = (
+                tensors[f"{stem}.{leaf}_proj.weight"] for leaf in ("gate", "up", "down")
+            )
+            for matrix, expected in (("gate_up", torch.cat((gate, up))), ("down", down)):
+                weight = dequantize(layout.matrix(matrix), parts, torch.bfloat16)
+                assert torch.equal(weight, expected)
+        names = {tensor.name for tensor in reader.manifest.trunk_quantized}
+        assert names == {name for name in tensors if ".self_attn." in name and "_proj" in name}
+    theirs = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    prompt = prompt_of(20, seed=1)
+    assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))

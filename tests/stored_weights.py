@@ -1,0 +1,219 @@
+"""Tiny checkpoints whose weights are stored as others publish them, and what these stand for.
+
+compressed-tensors' forms are packed and read by its own library, the others by loops of our own.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertd_testing.tiny_models import make_checkpoint
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight: its tensors by the ends of their names after the module's, and its values."""
+
+    pieces: dict[str, Tensor]
+    values: Tensor
+    """What it stands for in bfloat16, [out, in]."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to store weights."""
+
+    store: Callable[[tuple[int, int], torch.Generator], Stored]
+    config: dict[str, Any]
+    """Of ``quantization_config``."""
+    form: str
+    """What ``as-is`` makes of it: a precision, and the type of scales."""
+
+
+def make_stored(path: Path, kind: Kind, **overrides: Any) -> tuple[Path, Path]:
+    """A tiny Qwen3-MoE with its linear layers stored so, and the same in bfloat16."""
+    settings = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 256, **overrides}
+    plain = make_checkpoint("qwen3_moe", path / "plain", **settings)
+    tensors = load_file(plain / "model.safetensors")
+    stored = dict(tensors)
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        del stored[name]
+        made = kind.store(tuple(tensors[name].shape), generator)
+        tensors[name] = made.values.to(torch.bfloat16).contiguous()
+        stem = name.removesuffix("weight")
+        stored |= {f"{stem}{end}": piece.contiguous() for end, piece in made.pieces.items()}
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (path / "stored").mkdir()
+    save_file(stored, path / "stored/model.safetensors", {"format": "pt"})
+    config["quantization_config"] = kind.config
+    (path / "stored/config.json").write_text(json.dumps(config))
+    return path / "stored", plain
+
+
+def _scales(shape: tuple[int, ...], columns: int, generator: torch.Generator) -> Tensor:
+    """Such that integers of a few units give weights of variance 1 / columns."""
+    noise = 0.5 + torch.rand(shape, generator=generator)
+    return noise / (4 * columns**0.5)
+
+
+def library(format_name: str, config: dict[str, Any], form: str, **weights: Any) -> Kind:
+    """compressed-tensors' own."""
+    args = QuantizationArgs(**weights)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format_name)
+    compressor = BaseCompressor.get_value_from_registry(format_name)
+    group = {"targets": ["Linear"], "weights": json.loads(args.model_dump_json())}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": format_name,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        **config,
+    }
+
+    def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
+        rows, columns = shape
+        groups = columns // (args.group_size or columns)
+        state = {"weight_scale": _scales((rows, groups), columns, generator).bfloat16()}
+        if args.type == "float":
+            state["weight_scale"] = state["weight_scale"].log2().floor().exp2()
+            draw = torch.from_numpy(E2M1)[torch.randint(16, shape, generator=generator)]
+            values = draw.view(rows, groups, -1)
+        else:
+            half = 1 << args.num_bits - 1
+            drawn = torch.randint(-half, half, shape, generator=generator)
+            values = drawn.float().view(rows, groups, -1)
+            if not args.symmetric:
+                zero = torch.randint(-half, half, (rows, groups), generator=generator)
+                state["weight_zero_point"] = zero.to(torch.int8)
+                values -= zero.unsqueeze(-1)
+            values /= half / 4
+            state["weight_scale"] /= half / 4
+            values *= half / 4
+        state["weight"] = (values * state["weight_scale"].unsqueeze(-1)).view(shape).bfloat16()
+        pieces = compressor.compress(state, scheme)
+        return Stored(pieces, compressor.decompress(pieces, scheme)["weight"])
+
+    return Kind(store, config, form)
+
+
+def words(values: np.ndarray, bits: int) -> Tensor:
+    """int32 [rows, n * bits / 32] of integers [rows, n], bit by bit."""
+    digits = values.astype(np.uint8)[..., None] >> np.arange(bits) & 1
+    stream = digits.reshape(len(values), -1).astype(np.uint8)
+    data = np.packbits(stream, axis=1, bitorder="little")
+    return torch.from_numpy(data.view(np.int32).copy())
+
+
+def gptq(bits: int, group: int, form: str, *, v2: bool = False, ordered: bool = False) -> Kind:
+    """AutoGPTQ's; ``ordered`` has inputs in groups by activation order."""
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": ordered}
+    config["checkpoint_format"] = "gptq_v2" if v2 else "gptq"
+
+    def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
+        rows, columns = shape
+        groups = columns // group if group > 0 else 1
+        q = torch.randint(1 << bits, shape, generator=generator)
+        zeros = torch.randint(1, 1 << bits, (rows, groups), generator=generator)
+        scales = (_scales((rows, groups), columns, generator) * 8 / (1 << bits)).half()
+        index = torch.arange(columns) // (columns // groups)
+        if ordered:
+            index = index[torch.randperm(columns, generator=generator)]
+        values = (q - zeros[:, index]) * scales.float()[:, index]
+        pieces = {
+            "qweight": words(q.numpy(), bits).T,
+            "qzeros": words((zeros - int(not v2)).T.numpy(), bits),
+            "scales": scales.T,
+            "g_idx": index.int(),
+        }
+        return Stored(pieces, values)
+
+    return Kind(store, config, form)
+
+
+def awq(group: int, form: str) -> Kind:
+    """AutoAWQ's "gemm"."""
+
+    def packed(values: np.ndarray) -> Tensor:
+        """Eight columns to a word: 0, 2, 4, 6, 1, 3, 5, 7, from the lowest bits on."""
+        result = np.zeros((len(values), values.shape[1] // 8), np.uint32)
+        for place, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            result |= values[:, column::8].astype(np.uint32) << np.uint32(4 * place)
+        return torch.from_numpy(result.view(np.int32))
+
+    def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
+        rows, columns = shape
+        q = torch.randint(16, shape, generator=generator)
+        zeros = torch.randint(16, (rows, columns // group), generator=generator)
+        scales = (_scales((rows, columns // group), columns, generator) / 2).half()
+        values = (q - zeros.repeat_interleave(group, 1)) * scales.float().repeat_interleave(
+            group, 1
+        )
+        pieces = {
+            "qweight": packed(q.T.numpy()),
+            "qzeros": packed(zeros.T.numpy()),
+            "scales": scales.T,
+        }
+        return Stored(pieces, values)
+
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+    return Kind(store, {**config, "zero_point": True}, form)
+
+
+def deepseek_v4() -> Kind:
+    """int8 of two e2m1 each, the first in the low half, and ``scale`` in ue8m0."""
+
+    def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
+        rows, columns = shape
+        q = torch.randint(16, shape, generator=generator).numpy()
+        exponents = torch.randint(121, 124, (rows, columns // 32), generator=generator)
+        values = E2M1[q].reshape(rows, -1, 32) * np.exp2(exponents.numpy() - 127.0)[..., None]
+        packed = (q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8).view(np.int8)
+        pieces = {
+            "weight": torch.from_numpy(packed),
+            "scale": exponents.to(torch.uint8).view(torch.float8_e8m0fnu),
+        }
+        return Stored(pieces, torch.from_numpy(values.reshape(shape)))
+
+    config = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    return Kind(store, config, "mxfp4 U8")
+
+
+INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group"}
+
+KINDS = {
+    "ct-mxfp4": library(
+        "mxfp4-pack-quantized", {}, "mxfp4 U8",
+        num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8,
+    ),
+    "deepseek-v4": deepseek_v4(),
+    "ct-int4": library("pack-quantized", {}, "4g32 BF16", **INT4, group_size=32, symmetric=True),
+    "ct-int4-asymmetric": library(
+        "pack-quantized", {}, "4g128 BF16", **INT4, group_size=128, symmetric=False
+    ),
+    "ct-int8-channel": library(
+        "pack-quantized", {}, "8g128 BF16", num_bits=8, type="int", strategy="channel"
+    ),
+    "ct-int8-bytes": library(
+        "int-quantized", {}, "8g64 BF16", num_bits=8, type="int", strategy="group", group_size=64
+    ),
+    "gptq": gptq(4, 32, "4g32 F16"),
+    "gptq-v2": gptq(4, -1, "4g128 F16", v2=True),
+    "gptq-3-bits": gptq(3, 64, "3g64 F16"),
+    "awq": awq(64, "4g64 F16"),
+}  # fmt: skip
+"""By the names that tests have for them."""
+
+ACTIVATION_ORDER = gptq(4, 32, "", ordered=True)
