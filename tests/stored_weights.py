@@ -41,9 +41,9 @@ class Kind:
     """What ``as-is`` makes of it: a precision, and the type of scales."""
 
 
-def make_stored(path: Path, kind: Kind, **overrides: Any) -> tuple[Path, Path]:
+def make_stored(path: Path, kind: Kind) -> tuple[Path, Path]:
     """A tiny Qwen3-MoE with its linear layers stored so, and the same in bfloat16."""
-    settings = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 256, **overrides}
+    settings = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 256}
     plain = make_checkpoint("qwen3_moe", path / "plain", **settings)
     tensors = load_file(plain / "model.safetensors")
     stored = dict(tensors)
@@ -87,7 +87,19 @@ def library(format_name: str, config: dict[str, Any], form: str, **weights: Any)
         rows, columns = shape
         groups = columns // (args.group_size or columns)
         state = {"weight_scale": _scales((rows, groups), columns, generator).bfloat16()}
-        if args.type == "float":
+        if args.num_bits == 8 and args.type == "float":
+            values = torch.randn((rows, groups, columns // groups), generator=generator)
+            state["weight_scale"] = state["weight_scale"].log2().floor().exp2()
+        elif args.group_size == 16:
+            divisor = torch.tensor([2000 + 1000 * torch.rand((), generator=generator)])
+            scales = (state["weight_scale"].float() * divisor).to(torch.float8_e4m3fn)
+            state |= {"weight_scale": scales.float(), "weight_global_scale": divisor}
+            draw = torch.from_numpy(E2M1)[torch.randint(16, shape, generator=generator)]
+            values = (draw.view(rows, groups, -1) * scales.float()[..., None] / divisor).view(shape)
+            state["weight"] = values
+            pieces = compressor.compress(state, scheme)
+            return Stored(pieces, compressor.decompress(pieces, scheme)["weight"])
+        elif args.type == "float":
             state["weight_scale"] = state["weight_scale"].log2().floor().exp2()
             draw = torch.from_numpy(E2M1)[torch.randint(16, shape, generator=generator)]
             values = draw.view(rows, groups, -1)
@@ -172,6 +184,45 @@ def awq(group: int, form: str) -> Kind:
     return Kind(store, {**config, "zero_point": True}, form)
 
 
+def modelopt_nvfp4() -> Kind:
+    """ModelOpt's: bytes of two e2m1, e4m3 for sixteen, and ``weight_scale_2`` for all."""
+
+    def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
+        rows, columns = shape
+        q = torch.randint(16, shape, generator=generator).numpy()
+        scales = (64 + 300 * torch.rand((rows, columns // 16), generator=generator)).to(
+            torch.float8_e4m3fn
+        )
+        factor = torch.rand((), generator=generator) * 1e-4 + 2e-4
+        values = torch.from_numpy(E2M1[q]).view(rows, -1, 16) * (scales.float() * factor)[..., None]
+        pieces = {
+            "weight": torch.from_numpy((q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8)),
+            "weight_scale": scales,
+            "weight_scale_2": factor,
+            "input_scale": torch.ones(()),
+        }
+        return Stored(pieces, values.view(shape))
+
+    return Kind(store, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4 U8")
+
+
+def fp8(scale: str, block: tuple[int, int] | None, **config: Any) -> Kind:
+    """e4m3 with a float32 for each block, the last of which may be cut off, or for all."""
+
+    def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
+        height, width = block or shape
+        weight = torch.randn(shape, generator=generator).mul(40).to(torch.float8_e4m3fn)
+        scales = _scales((-(-shape[0] // height), -(-shape[1] // width)), shape[1], generator) / 10
+        values = weight.float()
+        for row in range(0, shape[0], height):
+            for column in range(0, shape[1], width):
+                place = slice(row, row + height), slice(column, column + width)
+                values[place] *= scales[row // height, column // width]
+        return Stored({"weight": weight, scale: scales if block else scales.view(())}, values)
+
+    return Kind(store, {"quant_method": "fp8", **config}, "fp8 F32")
+
+
 def deepseek_v4() -> Kind:
     """int8 of two e2m1 each, the first in the low half, and ``scale`` in ue8m0."""
 
@@ -199,15 +250,33 @@ KINDS = {
         num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8,
     ),
     "deepseek-v4": deepseek_v4(),
-    "ct-int4": library("pack-quantized", {}, "4g32 BF16", **INT4, group_size=32, symmetric=True),
+    "ct-nvfp4": library(
+        "nvfp4-pack-quantized", {}, "nvfp4 U8",
+        num_bits=4, type="float", strategy="tensor_group", group_size=16,
+    ),
+    "ct-mxfp8": library(
+        "mxfp8-quantized", {}, "mxfp8 U8",
+        num_bits=8, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8,
+    ),
+    "ct-fp8-channel": library(
+        "float-quantized", {}, "fp8 F32", num_bits=8, type="float", strategy="channel"
+    ),
+    "modelopt-nvfp4": modelopt_nvfp4(),
+    "fp8-blocks": fp8("weight_scale_inv", (96, 96), weight_block_size=[96, 96]),
+    "fp8-tensor": fp8("weight_scale", None),
+    "ct-int4": library("pack-quantized", {}, "int4g32 BF16", **INT4, group_size=32, symmetric=True),
     "ct-int4-asymmetric": library(
         "pack-quantized", {}, "4g128 BF16", **INT4, group_size=128, symmetric=False
     ),
     "ct-int8-channel": library(
-        "pack-quantized", {}, "8g128 BF16", num_bits=8, type="int", strategy="channel"
+        "pack-quantized", {}, "int8g128 BF16", num_bits=8, type="int", strategy="channel"
     ),
     "ct-int8-bytes": library(
-        "int-quantized", {}, "8g64 BF16", num_bits=8, type="int", strategy="group", group_size=64
+        "int-quantized", {}, "int8g64 BF16", num_bits=8, type="int", strategy="group", group_size=64
+    ),
+    "ct-int5": library(
+        "pack-quantized", {}, "int8g64 BF16",
+        num_bits=5, type="int", strategy="group", group_size=64,
     ),
     "gptq": gptq(4, 32, "4g32 F16"),
     "gptq-v2": gptq(4, -1, "4g128 F16", v2=True),

@@ -94,8 +94,8 @@ def render(results: Results) -> str:
 
 _MXFP4 = """
 GPT-OSS is also tried as it is published, with its experts in MXFP4: they are kept bit for bit,
-and the logits are those of transformers, which dequantizes them. Checkpoints in FP8 with a scale
-per block (DeepSeek-V3) are packed as the 16-bit weights that they stand for.
+and the logits are those of transformers, which dequantizes them. Other quantized checkpoints are
+kept as well: [as they are](packing.md#as-they-are).
 
 Checkpoints of models that also see are served as language models where transformers has one of
 them: so Qwen3.5-MoE's, whose vision part is left out, and this is tested too."""

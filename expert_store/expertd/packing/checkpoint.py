@@ -13,8 +13,8 @@ stand for, or as they are.
 import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import gcd, prod
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -42,7 +42,7 @@ from expertd.packing.stored.description import METHODS, read_description
 from expertd.packing.stored.finding import find_stored
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
-from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
+from expertd.packing.stored.weight import Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
@@ -194,7 +194,8 @@ class Checkpoint:
         stored = self._stored_pieces(module, self._parameters[name], expert)
         matrices = [self._matrix(weight, expert, scratch) for weight in stored]
         if kept := [each for each in matrices if isinstance(each, StoredMatrix)]:
-            return StoredMatrix.stacked(kept).reordered(order)
+            rows = _block_rows(stored, interleaved=interleaved)
+            return StoredMatrix.stacked([each.in_blocks_of(rows) for each in kept]).reordered(order)
         weight = self._slice_parameter(name, expert, scratch)
         return order(weight.T if module.is_transposed else weight)
 
@@ -238,7 +239,16 @@ class Checkpoint:
         (form,) = forms
         if form is None or not form.precision.bits:
             return form
-        return form if self._stored_pieces(module, parameter, 0) else PLAIN_FORM
+        stored = self._stored_pieces(module, parameter, 0)
+        if not stored:
+            raise CheckpointError(
+                f"{self.path} has {parameter.name} stored in {self.stored_as}, and transformers "
+                "does more with it than to move rows, which changes it; --scheme 4bit, or "
+                "--experts 4g64 and the like, quantizes it anew."
+            )
+        interleaved = leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED
+        rows = _block_rows(stored, interleaved=interleaved)
+        return replace(form, precision=replace(form.precision, group_rows=rows))
 
     def kept_kinds(self) -> str:
         """What the experts are stored in that a record can hold as it is; empty if they are not."""
@@ -478,6 +488,21 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
         return buffer.view(dtype)
+
+
+def _block_rows(weights: Sequence[StoredWeight], *, interleaved: bool) -> int:
+    """Rows of a block of FP8 in a matrix that is made of ``weights``, one below the other.
+
+    Where their blocks are cut off, or rows are moved, these are smaller than the weights' own.
+    """
+    form = weights[0].form
+    assert form is not None, "there is none of what is not kept"
+    if interleaved:
+        return 1
+    if len(weights) == 1:
+        return form.precision.group_rows
+    num_rows = weights[0].shape[-1 if weights[0].is_transposed else -2]
+    return gcd(form.precision.group_rows, num_rows)
 
 
 def _largest(values: Tensor) -> float:

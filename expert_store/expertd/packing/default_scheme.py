@@ -6,7 +6,6 @@ from expertd.packing.checkpoint_files import find_tensors, read_config
 from expertd.packing.schemes import AS_IS
 from expertd.packing.stored.description import read_description
 from expertd.packing.stored.finding import find_stored
-from expertd.packing.stored.weight import PLAIN_FORM
 from expertstore.errors import CheckpointError
 
 
@@ -23,5 +22,4 @@ def default_scheme(checkpoint: Path) -> str:
     except CheckpointError:
         return "4bit"
     # Not what its configuration says: fine-tuning makes 16-bit experts and leaves that as it was.
-    is_kept = any(weight.form != PLAIN_FORM for weight in stored.values())
-    return str(AS_IS) if is_kept else "4bit"
+    return str(AS_IS) if stored else "4bit"

@@ -47,7 +47,7 @@ _TENSORS = (
 )
 """Ends of tensors' names that give a format away."""
 
-READ = "MXFP4, FP8, GPTQ, AWQ and compressed-tensors's integers"
+READ = "MXFP4, NVFP4, FP8, MXFP8, GPTQ, AWQ and compressed-tensors"
 """What is read, in the words of users."""
 
 

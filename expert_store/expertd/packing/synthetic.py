@@ -88,11 +88,15 @@ class ImaginedCheckpoint:
 
     def stored_form(self, module: ExpertsModule, leaf: str) -> Form | None:
         """The form that the configuration tells of."""
-        return expected_form(self.description, module.parameter(leaf))
+        shape = (module.hidden_size, module.intermediate_size)
+        if leaf == "gate_up_proj":
+            shape = (module.intermediate_size, module.hidden_size)
+        return expected_form(self.description, module.parameter(leaf), shape)
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
-        return expected_form(self.description, tensor.name.removesuffix(".weight"))
+        rows, columns = tensor.entry.shape
+        return expected_form(self.description, tensor.name, (rows, columns))
 
 
 def make_pack(

@@ -1,9 +1,9 @@
-"""Stored weights whose values are small floats, by their headers: MXFP4 and FP8."""
+"""Stored weights whose values are small floats, by their headers."""
 
 from expertd.packing.checkpoint_files import CheckpointTensor
-from expertd.packing.schemes import MXFP4
+from expertd.packing.schemes import MXFP4, MXFP8, NVFP4
 from expertd.packing.stored.pieces import Pieces
-from expertd.packing.stored.weight import PLAIN_FORM, Form, Packing, StoredWeight
+from expertd.packing.stored.weight import Form, Packing, StoredWeight, fp8_form
 from expertstore.errors import CheckpointError
 from expertstore.pack.layout import MXFP4_GROUP_SIZE
 
@@ -41,30 +41,32 @@ def find_blocks(pieces: Pieces, tensor: CheckpointTensor) -> StoredWeight | None
 def find_nibbles(pieces: Pieces, tensor: CheckpointTensor) -> StoredWeight | None:
     """``X.weight_packed`` and ``X.weight_scale`` of compressed-tensors, or ``X.weight`` itself.
 
-    DeepSeek V4 has the latter with ``X.scale``.
+    ModelOpt has the latter in NVFP4, and DeepSeek V4 with ``X.scale`` in MXFP4.
     """
     name = tensor.name
     if tensor.entry.dtype not in _HALVES or len(tensor.entry.shape) < 2:
         return None
+    stem = name.removesuffix("_packed")
+    scales = pieces.get(f"{stem}_scale", f"{stem.removesuffix('weight')}scale")
     if name.endswith(".weight_packed"):
-        stem = name.removesuffix("_packed")
-        scales: CheckpointTensor | None = pieces.need(f"{stem}_scale")
-    else:
-        stem = name
-        scales = pieces.get(f"{stem}_scale", f"{stem.removesuffix('weight')}scale")
-    if scales is None or scales.entry.dtype not in EXPONENTS:
+        scales = pieces.need(f"{stem}_scale")
+    if scales is None or scales.entry.dtype not in {*EXPONENTS, FP8}:
         return None
+    is_nvidias = scales.entry.dtype == FP8
+    precision = NVFP4 if is_nvidias else MXFP4
     *outer, rows, width = tensor.entry.shape
     columns = width if tensor.entry.dtype == "F4" else 2 * width
-    pieces.check(scales, (*outer, rows, columns // MXFP4_GROUP_SIZE), tensor)
-    return StoredWeight(
-        stem,
-        (*outer, rows, columns),
-        Packing.MXFP4,
-        {"packed": tensor, "scales": scales},
-        Form(MXFP4),
-        head={"packed": 32, "scales": 32},
-    )
+    pieces.check(scales, (*outer, rows, -(-columns // precision.group_size)), tensor)
+    found = {"packed": tensor, "scales": scales}
+    packing = Packing.MXFP4
+    if is_nvidias:
+        divisor = pieces.get(f"{stem}_global_scale")
+        packing = Packing.NVFP4 if divisor is None else Packing.NVFP4_DIVISOR
+        found["global"] = divisor or pieces.need(f"{stem}_scale_2")
+        if found["global"].entry.shape not in {(), (1,), (*outer,), (*outer, 1), (*outer, 1, 1)}:
+            pieces.check(found["global"], (*outer, 1), tensor)
+    head = {"packed": 32, "scales": 32, "global": 1}
+    return StoredWeight(stem, (*outer, rows, columns), packing, found, Form(precision), head=head)
 
 
 def find_fp8(pieces: Pieces, tensor: CheckpointTensor) -> StoredWeight | None:
@@ -75,15 +77,11 @@ def find_fp8(pieces: Pieces, tensor: CheckpointTensor) -> StoredWeight | None:
     stem = name.removesuffix("weight")
     scales = pieces.need(f"{name}_scale_inv", f"{name}_scale", f"{stem}scale")
     block = _block(pieces, tensor, scales)
-    return StoredWeight(
-        name,
-        shape,
-        Packing.FP8,
-        {"weight": tensor, "scales": scales},
-        PLAIN_FORM,
-        head={"weight": min(block[0], _USUAL_BLOCK[0]), "scales": 1},
-        block=block,
-    )
+    found = {"weight": tensor, "scales": scales}
+    head = {"weight": min(block[0], _USUAL_BLOCK[0]), "scales": 1}
+    if block == (1, MXFP8.group_size) and scales.entry.dtype in EXPONENTS:
+        return StoredWeight(name, shape, Packing.MXFP8, found, Form(MXFP8), head=head)
+    return StoredWeight(name, shape, Packing.FP8, found, fp8_form(block), head=head)
 
 
 def _block(pieces: Pieces, weight: CheckpointTensor, scales: CheckpointTensor) -> tuple[int, int]:
@@ -93,7 +91,7 @@ def _block(pieces: Pieces, weight: CheckpointTensor, scales: CheckpointTensor) -
     known = pieces.description.block
     candidates = [*([known] if known else []), _USUAL_BLOCK, (1, columns), (rows, columns)]
     if scales.entry.dtype in EXPONENTS:
-        candidates.append((1, MXFP4_GROUP_SIZE))
+        candidates.append((1, MXFP8.group_size))
     for height, width in candidates:
         if found == (*outer, -(-rows // height), -(-columns // width)):
             return height, width

@@ -2,7 +2,7 @@
 
 from expertd.packing.checkpoint_files import CheckpointTensor
 from expertd.packing.stored.pieces import Pieces
-from expertd.packing.stored.weight import Form, Packing, StoredWeight, hqq_form
+from expertd.packing.stored.weight import Form, Packing, StoredWeight, integer_form
 from expertstore.errors import CheckpointError
 
 WORD_BITS = 32
@@ -33,7 +33,7 @@ def find_packed(pieces: Pieces, tensor: CheckpointTensor) -> StoredWeight | None
         zero_rows = -(-rows * bits // WORD_BITS) if is_packed else rows
         found["zeros"] = pieces.check(zeros, (*outer, zero_rows, groups), tensor)
         head["zeros"] = bits if is_packed else HEAD_ROWS
-    form = hqq_form(bits, columns // groups, scales.entry.dtype)
+    form = integer_form(bits, columns // groups, scales.entry.dtype, has_zeros="zeros" in found)
     if order := pieces.get(f"{name}_g_idx"):
         found["order"] = pieces.check(order, (columns,), tensor)
         head |= {"order": columns}
@@ -55,7 +55,7 @@ def find_bytes(pieces: Pieces, tensor: CheckpointTensor) -> StoredWeight | None:
     found = {"packed": tensor, "scales": pieces.check(scales, (*outer, rows, groups), tensor)}
     if zeros := pieces.get(f"{tensor.name}_zero_point"):
         found["zeros"] = pieces.check(zeros, (*outer, rows, groups), tensor)
-    form = hqq_form(8, columns // groups, scales.entry.dtype)
+    form = integer_form(8, columns // groups, scales.entry.dtype, has_zeros="zeros" in found)
     head = dict.fromkeys(found, HEAD_ROWS)
     return _stored(tensor.name, tensor.entry.shape, Packing.INTEGERS, found, form, head, 8)
 
@@ -91,7 +91,7 @@ def _gptq(
     inputs = words * WORD_BITS // bits
     _check_groups(pieces, found, inputs)
     pieces.check(found["zeros"], (groups, -(-columns * bits // WORD_BITS)), found["packed"])
-    form = hqq_form(bits, inputs // groups, found["scales"].entry.dtype)
+    form = integer_form(bits, inputs // groups, found["scales"].entry.dtype, has_zeros=True)
     size = inputs // groups
     head = {"packed": max(size * bits // WORD_BITS, 1), "scales": 1, "zeros": 1}
     if order is not None:
@@ -112,7 +112,7 @@ def _awq(pieces: Pieces, name: str, found: dict[str, CheckpointTensor]) -> Store
     pieces.check(packed, (inputs, columns * AWQ_BITS // WORD_BITS), found["scales"])
     pieces.check(found["zeros"], (groups, words), packed)
     size = inputs // groups
-    form = hqq_form(AWQ_BITS, size, found["scales"].entry.dtype)
+    form = integer_form(AWQ_BITS, size, found["scales"].entry.dtype, has_zeros=True)
     head = {"packed": size, "scales": 1, "zeros": 1}
     return _stored(name, (columns, inputs), Packing.AWQ, found, form, head, AWQ_BITS)
 

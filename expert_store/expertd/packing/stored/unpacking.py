@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from expertd.packing.schemes import MXFP4
+from expertd.packing.schemes import MXFP4, MXFP8, NVFP4
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.weight import Packing, StoredWeight
 from expertstore.errors import CheckpointError
-from expertstore.pack.codec import E8M0_BIAS, E8M0_NAN
+from expertstore.pack.codec import e8m0
+from expertstore.pack.layout import Encoding
 
 READ_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -41,8 +42,15 @@ def _mxfp4_blocks(weight: StoredWeight, pieces: Pieces) -> StoredMatrix:
 
 
 def _mxfp4(weight: StoredWeight, pieces: Pieces) -> StoredMatrix:
-    q = nibbles(pieces["packed"])
-    return StoredMatrix(MXFP4, {"q": q, "scale": pieces["scales"]})
+    return StoredMatrix(MXFP4, {"q": nibbles(pieces["packed"]), "scale": pieces["scales"]})
+
+
+def _nvfp4(weight: StoredWeight, pieces: Pieces) -> StoredMatrix:
+    q, scales = nibbles(pieces["packed"]), pieces["scales"].view(torch.uint8)
+    factor = pieces["global"].float().view(1)
+    if weight.packing is Packing.NVFP4_DIVISOR:
+        factor = 1 / factor
+    return StoredMatrix(NVFP4, {"q": q, "scale": scales, "global": factor.repeat(len(q))})
 
 
 def nibbles(packed: Tensor) -> Tensor:
@@ -87,7 +95,9 @@ def _gptq(weight: StoredWeight, pieces: Pieces) -> StoredMatrix | Tensor:
 
 def _awq(weight: StoredWeight, pieces: Pieces) -> StoredMatrix | Tensor:
     q, zeros = (
-        _unpack_words(pieces[part], weight.bits).unflatten(1, (-1, 8))[:, :, _AWQ_PLACES].flatten(1)
+        _unpack_words(pieces[part], weight.bits)
+        .view(len(pieces[part]), -1, 8)[:, :, _AWQ_PLACES]
+        .flatten(1)
         for part in ("packed", "zeros")
     )
     return _grouped(weight, q.T, pieces["scales"].T, zeros.T, None)
@@ -110,12 +120,13 @@ def _grouped(
         return (q.float() - zeros.float()[:, inputs]) * scales.float()[:, inputs]
     precision = weight.form.precision
     repeats = size // precision.group_size
-    values = {
-        "q": q.contiguous(),
-        "scale": scales.repeat_interleave(repeats, dim=1),
-        "zero": zeros.to(torch.float16).repeat_interleave(repeats, dim=1),
-    }
-    return StoredMatrix(precision, values)
+    scales = scales.repeat_interleave(repeats, dim=1)
+    if precision.encoding is Encoding.INT:
+        # In more bits, if there are, the one zero is larger.
+        q = q + ((1 << precision.bits - 1) - (1 << weight.bits - 1))
+        return StoredMatrix(precision, {"q": q, "scale": scales})
+    zeros = zeros.to(torch.float16).repeat_interleave(repeats, dim=1)
+    return StoredMatrix(precision, {"q": q.contiguous(), "scale": scales, "zero": zeros})
 
 
 def _unpack_words(words: Tensor, bits: int) -> Tensor:
@@ -132,23 +143,18 @@ def _unpack_words(words: Tensor, bits: int) -> Tensor:
     return (pairs[:, first // 32] >> first % 32 & (1 << bits) - 1).to(torch.uint8)
 
 
-def _fp8(weight: StoredWeight, pieces: Pieces) -> Tensor:
-    values = pieces["weight"].float()
-    rows, columns = values.shape
-    height, width = weight.block
-    scales = _factors(pieces["scales"]).view(-1, -(-columns // width))
-    factors = scales.repeat_interleave(width, dim=1)[:, :columns]
-    for begin, row in zip(range(0, rows, height), factors, strict=True):
-        values[begin : begin + height] *= row
-    return values
+def _fp8(weight: StoredWeight, pieces: Pieces) -> StoredMatrix:
+    assert weight.form is not None, "all FP8 has one"
+    precision = weight.form.precision
+    q, scales = pieces["weight"].view(torch.uint8), pieces["scales"]
+    scales = e8m0(scales) if scales.dtype == torch.uint8 else scales.float()
+    scales = scales.view(-1, -(-q.shape[1] // precision.group_size))
+    return StoredMatrix(precision, {"q": q, "scale": scales})
 
 
-def _factors(scales: Tensor) -> Tensor:
-    """Scales in float32; those that are bytes are exponents."""
-    if scales.dtype != torch.uint8:
-        return scales.float()
-    powers = torch.ldexp(torch.ones(()), scales.int() - E8M0_BIAS)
-    return powers.masked_fill(scales == E8M0_NAN, torch.nan)
+def _mxfp8(weight: StoredWeight, pieces: Pieces) -> StoredMatrix:
+    q = pieces["weight"].view(torch.uint8)
+    return StoredMatrix(MXFP8, {"q": q, "scale": pieces["scales"]})
 
 
 _UNPACK: dict[Packing, Unpack] = {
@@ -158,5 +164,8 @@ _UNPACK: dict[Packing, Unpack] = {
     Packing.GPTQ: _gptq,
     Packing.GPTQ_V2: _gptq,
     Packing.AWQ: _awq,
+    Packing.NVFP4: _nvfp4,
+    Packing.NVFP4_DIVISOR: _nvfp4,
     Packing.FP8: _fp8,
+    Packing.MXFP8: _mxfp8,
 }

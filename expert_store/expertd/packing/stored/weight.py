@@ -32,8 +32,15 @@ class Packing(StrEnum):
     AWQ = "AWQ"
     """``packed`` int32 [in, out / 8] of 4 bits in the order 0, 2, 4, 6, 1, 3, 5, 7, ``zeros``
     [groups, out / 8] likewise, ``scales`` [groups, out]."""
+    NVFP4 = "NVFP4"
+    """``packed`` [..., out, in / 2] as MXFP4's, ``scales`` [..., out, in / 16] (e4m3) and a factor
+    ``global`` of them."""
+    NVFP4_DIVISOR = "NVFP4 in compressed-tensors"
+    """The same with the reciprocal of the factor."""
     FP8 = "FP8"
     """``weight`` [..., out, in] (e4m3) and ``scales``, a factor per block of it."""
+    MXFP8 = "MXFP8"
+    """The same in blocks of 32 along the rows, with exponents (E8M0)."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,11 @@ class Form:
 
     precision: Precision
     scales: str = "F16"
-    """The type of HQQ's scales."""
+    """The type of the scales of integers."""
 
 
 PLAIN_FORM = Form(Precision())
-"""In 16 bits, of what no record holds as it is: dequantized and rounded once."""
+"""In 16 bits: of what is not stored quantized."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,6 @@ class StoredWeight:
     """Whether the pieces are those of matrices [out, in], and ``shape`` is [experts, in, out]."""
     bits: int = 0
     """Of integers."""
-    block: tuple[int, int] = (0, 0)
-    """FP8: rows and columns that share a scale."""
 
     @property
     def is_fused(self) -> bool:
@@ -103,8 +108,14 @@ class StoredWeight:
         return self.form
 
 
-def hqq_form(bits: int, group_size: int, scales: str) -> Form | str:
-    """The form of integers in groups, with an integer for a zero; or a clause that says why not.
+def fp8_form(block: tuple[int, int]) -> Form:
+    """The form of FP8 whose blocks of rows and columns share a scale."""
+    rows, columns = block
+    return Form(Precision(8, columns, encoding=Encoding.FP8, group_rows=rows), "F32")
+
+
+def integer_form(bits: int, group_size: int, scales: str, *, has_zeros: bool) -> Form | str:
+    """The form of integers in groups; or a clause that says why there is none.
 
     Groups that are larger than a record's repeat their scales there, and integers of a width that
     no record has take the next one.
@@ -117,4 +128,5 @@ def hqq_form(bits: int, group_size: int, scales: str) -> Form | str:
         return f"its groups are of {group_size}"
     if scales not in {"F16", "BF16"}:
         return f"its scales are {scales}"
-    return Form(Precision(held, size, encoding=Encoding.HQQ), scales)
+    encoding = Encoding.HQQ if has_zeros else Encoding.INT
+    return Form(Precision(held, size, encoding=encoding), scales)

@@ -30,8 +30,10 @@ def test_it_is_kept(name: str, tmp_path: Path) -> None:
     with PackReader(tmp_path / "p") as reader:
         (layout,) = reader.manifest.layouts
         for matrix in layout.matrices:
-            integers = f"{matrix.bits}g{matrix.group_size}"
-            assert precision == (integers if matrix.encoding == "hqq" else matrix.encoding)
+            kind = matrix.encoding.value.replace("hqq", "")
+            if kind in {"", "int"}:
+                kind += f"{matrix.bits}g{matrix.group_size}"
+            assert kind == precision
             assert layout.part(f"{matrix.name}.scale").dtype == scales
         for place in reader.places():
             parts = record_parts(reader.read_record(place.layer, place.expert), layout)
