@@ -45,10 +45,22 @@ def make_stored(path: Path, kind: Kind) -> tuple[Path, Path]:
     """A tiny Qwen3-MoE with its linear layers stored so, and the same in bfloat16."""
     settings = {"num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 256}
     plain = make_checkpoint("qwen3_moe", path / "plain", **settings)
+    return store(path, {"_proj.weight": kind}), plain
+
+
+def store(path: Path, kinds: dict[str, Kind]) -> Path:
+    """A copy of the checkpoint ``path / "plain"`` with weights stored by what their names have.
+
+    The checkpoint gets the weights that these stand for.
+    """
+    plain = path / "plain"
     tensors = load_file(plain / "model.safetensors")
     stored = dict(tensors)
     generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    for name in tensors:
+        kind = next((kind for part, kind in kinds.items() if part in name), None)
+        if kind is None:
+            continue
         del stored[name]
         made = kind.store(tuple(tensors[name].shape), generator)
         tensors[name] = made.values.to(torch.bfloat16).contiguous()
@@ -58,9 +70,9 @@ def make_stored(path: Path, kind: Kind) -> tuple[Path, Path]:
     config = json.loads((plain / "config.json").read_text())
     (path / "stored").mkdir()
     save_file(stored, path / "stored/model.safetensors", {"format": "pt"})
-    config["quantization_config"] = kind.config
+    config |= {"quantization_config": [*kinds.values()][-1].config}
     (path / "stored/config.json").write_text(json.dumps(config))
-    return path / "stored", plain
+    return path / "stored"
 
 
 def _scales(shape: tuple[int, ...], columns: int, generator: torch.Generator) -> Tensor:
@@ -206,18 +218,23 @@ def modelopt_nvfp4() -> Kind:
     return Kind(store, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4 U8")
 
 
-def fp8(scale: str, block: tuple[int, int] | None, **config: Any) -> Kind:
-    """e4m3 with a float32 for each block, the last of which may be cut off, or for all."""
+def fp8(scale: str, block: tuple[int, int] | None, *, e8m0: bool = False, **config: Any) -> Kind:
+    """e4m3 with a float32 for each block, the last of which may be cut off, or for all.
+
+    With ``e8m0`` an exponent.
+    """
 
     def store(shape: tuple[int, int], generator: torch.Generator) -> Stored:
         height, width = block or shape
         weight = torch.randn(shape, generator=generator).mul(40).to(torch.float8_e4m3fn)
         scales = _scales((-(-shape[0] // height), -(-shape[1] // width)), shape[1], generator) / 10
+        if e8m0:
+            scales = scales.to(torch.float8_e8m0fnu)
         values = weight.float()
         for row in range(0, shape[0], height):
             for column in range(0, shape[1], width):
                 place = slice(row, row + height), slice(column, column + width)
-                values[place] *= scales[row // height, column // width]
+                values[place] *= scales[row // height, column // width].float()
         return Stored({"weight": weight, scale: scales if block else scales.view(())}, values)
 
     return Kind(store, {"quant_method": "fp8", **config}, "fp8 F32")
@@ -238,7 +255,7 @@ def deepseek_v4() -> Kind:
         }
         return Stored(pieces, torch.from_numpy(values.reshape(shape)))
 
-    config = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"}
     return Kind(store, config, "mxfp4 U8")
 
 
@@ -249,7 +266,6 @@ KINDS = {
         "mxfp4-pack-quantized", {}, "mxfp4 U8",
         num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8,
     ),
-    "deepseek-v4": deepseek_v4(),
     "ct-nvfp4": library(
         "nvfp4-pack-quantized", {}, "nvfp4 U8",
         num_bits=4, type="float", strategy="tensor_group", group_size=16,
@@ -285,4 +301,12 @@ KINDS = {
 }  # fmt: skip
 """By the names that tests have for them."""
 
+DEEPSEEK_V4 = {
+    ".ffn.experts.": deepseek_v4(),
+    ".ffn.shared_experts.w": fp8("scale", (128, 128), e8m0=True),
+    ".attn.w": fp8(
+        "scale", (128, 128), e8m0=True, weight_block_size=[128, 128], expert_dtype="fp4"
+    ),
+}  # fmt: skip
+"""What is in each of the two forms, by names; all of the configuration is the last's."""
 ACTIVATION_ORDER = gptq(4, 32, "", ordered=True)

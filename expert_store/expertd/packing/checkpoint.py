@@ -13,8 +13,8 @@ stand for, or as they are.
 import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from math import gcd, prod
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -194,7 +194,7 @@ class Checkpoint:
         stored = self._stored_pieces(module, self._parameters[name], expert)
         matrices = [self._matrix(weight, expert, scratch) for weight in stored]
         if kept := [each for each in matrices if isinstance(each, StoredMatrix)]:
-            rows = _block_rows(stored, interleaved=interleaved)
+            rows = _kept_form(stored, interleaved=interleaved).precision.group_rows
             return StoredMatrix.stacked([each.in_blocks_of(rows) for each in kept]).reordered(order)
         weight = self._slice_parameter(name, expert, scratch)
         return order(weight.T if module.is_transposed else weight)
@@ -247,8 +247,7 @@ class Checkpoint:
                 "--experts 4g64 and the like, quantizes it anew."
             )
         interleaved = leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED
-        rows = _block_rows(stored, interleaved=interleaved)
-        return replace(form, precision=replace(form.precision, group_rows=rows))
+        return _kept_form(stored, interleaved=interleaved)
 
     def kept_kinds(self) -> str:
         """What the experts are stored in that a record can hold as it is; empty if they are not."""
@@ -490,19 +489,16 @@ class Checkpoint:
         return buffer.view(dtype)
 
 
-def _block_rows(weights: Sequence[StoredWeight], *, interleaved: bool) -> int:
-    """Rows of a block of FP8 in a matrix that is made of ``weights``, one below the other.
+def _kept_form(weights: Sequence[StoredWeight], *, interleaved: bool) -> Form:
+    """The form of a matrix that is made of ``weights``, one below the other.
 
-    Where their blocks are cut off, or rows are moved, these are smaller than the weights' own.
+    ``interleaved``: its rows are moved then.
     """
     form = weights[0].form
     assert form is not None, "there is none of what is not kept"
-    if interleaved:
-        return 1
-    if len(weights) == 1:
-        return form.precision.group_rows
-    num_rows = weights[0].shape[-1 if weights[0].is_transposed else -2]
-    return gcd(form.precision.group_rows, num_rows)
+    if len(weights) == 1 and not interleaved:
+        return form
+    return form.with_rows(1 if interleaved else weights[0].num_rows)
 
 
 def _largest(values: Tensor) -> float:

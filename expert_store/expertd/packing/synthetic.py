@@ -88,10 +88,11 @@ class ImaginedCheckpoint:
 
     def stored_form(self, module: ExpertsModule, leaf: str) -> Form | None:
         """The form that the configuration tells of."""
-        shape = (module.hidden_size, module.intermediate_size)
-        if leaf == "gate_up_proj":
-            shape = (module.intermediate_size, module.hidden_size)
-        return expected_form(self.description, module.parameter(leaf), shape)
+        hidden, intermediate = module.hidden_size, module.intermediate_size
+        if leaf != "gate_up_proj":
+            return expected_form(self.description, module.parameter(leaf), (hidden, intermediate))
+        form = expected_form(self.description, module.parameter(leaf), (intermediate, hidden))
+        return form and form.with_rows(intermediate)
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""

@@ -76,7 +76,7 @@ class Description:
     @property
     def has_fp4_experts(self) -> bool:
         """DeepSeek V4: whether experts have 4 bits where the rest has FP8."""
-        return str(self.fields.get("expert_dtype", self.fields.get("moe_dtype"))) == "fp4"
+        return bool(self.fields.get("expert_dtype") == "fp4")
 
     def num_bits(self, module: str) -> int | None:
         """compressed-tensors: the bits of the weights of ``module``, by its groups of targets."""
@@ -128,7 +128,8 @@ def read_description(path: Path, config: Mapping[str, Any]) -> Description:
     for place in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _KEYS:
             if isinstance(found := place.get(key), dict) and found:
-                return Description(found)
+                # DeepSeek V4 has this beside it.
+                return Description({"expert_dtype": place.get("expert_dtype"), **found})
     for name, method in _SIDE_FILES.items():
         try:
             found = read_json(path / name)

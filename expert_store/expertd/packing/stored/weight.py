@@ -1,8 +1,9 @@
 """A weight that a checkpoint holds quantized, in several tensors: plain data, no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import gcd
 from pathlib import Path
 
 from expertd.packing.checkpoint_files import CheckpointTensor
@@ -51,6 +52,14 @@ class Form:
     scales: str = "F16"
     """The type of the scales of integers."""
 
+    def with_rows(self, num_rows: int) -> "Form":
+        """Of a matrix that is made of several of ``num_rows`` rows, one below the other.
+
+        Where that cuts blocks of FP8, they are smaller ones.
+        """
+        rows = gcd(self.precision.group_rows, num_rows)
+        return replace(self, precision=replace(self.precision, group_rows=rows))
+
 
 PLAIN_FORM = Form(Precision())
 """In 16 bits: of what is not stored quantized."""
@@ -82,6 +91,11 @@ class StoredWeight:
     def is_fused(self) -> bool:
         """Whether it is that of all experts."""
         return len(self.shape) == 3
+
+    @property
+    def num_rows(self) -> int:
+        """Of one matrix of it: outputs."""
+        return self.shape[-1 if self.is_transposed else -2]
 
     @property
     def tensor(self) -> CheckpointTensor:

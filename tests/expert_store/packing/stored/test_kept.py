@@ -1,5 +1,6 @@
 """Weights that are stored quantized are kept bit for bit, whoever packed them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,17 @@ from transformers import AutoModelForCausalLM
 from expertd.packing.default_scheme import default_scheme
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd.packing.synthetic import plan_of
+from expertd_testing.tiny_models import randomize, save_model
 from expertstore.pack.codec import dequantize, record_parts
+from expertstore.pack.layout import Encoding
+from expertstore.pack.manifest import read_manifest
 from expertstore.pack.reader import PackReader
 from expertstore.pack.verify import verify
 from tests.architectures.parity import load, logits
+from tests.architectures.tiny_configs import tiny_config
 from tests.inference.greedy import prompt_of
-from tests.stored_weights import KINDS, make_stored
+from tests.stored_weights import DEEPSEEK_V4, KINDS, make_stored, store
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -24,6 +30,10 @@ def test_it_is_kept(name: str, tmp_path: Path) -> None:
     stored, plain = make_stored(tmp_path, KINDS[name])
     assert default_scheme(stored) == "as-is"
     pack(Request(stored, tmp_path / "p", choose_scheme("as-is")))
+    # What the configuration alone tells `expert-run advise` of the sizes.
+    plan = plan_of(json.loads((stored / "config.json").read_text()), choose_scheme("as-is"))
+    assert plan.layouts == read_manifest(tmp_path / "p").manifest.layouts
+    assert plan.files[-1].num_bytes == (tmp_path / "p/trunk.safetensors").stat().st_size
     assert not verify(tmp_path / "p").damages
     tensors = load_file(plain / "model.safetensors")
     precision, scales = KINDS[name].form.split()
@@ -49,3 +59,23 @@ def test_it_is_kept(name: str, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
     prompt = prompt_of(20, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
+
+
+def test_deepseek_v4(tmp_path: Path) -> None:
+    """Experts in e2m1, the rest in FP8, all scales exponents, under its makers' own names."""
+    config = tiny_config("deepseek_v4", num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed=0)
+    save_model(model.to(torch.bfloat16), tmp_path / "plain")
+    stored = store(tmp_path, DEEPSEEK_V4)
+    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")))
+    manifest = read_manifest(tmp_path / "p").manifest
+    assert {matrix.encoding for matrix in manifest.layouts[0].matrices} == {Encoding.MXFP4}
+    kinds = {tensor.matrix.encoding for tensor in manifest.trunk_quantized}
+    assert kinds == {Encoding.FP8}
+    names = {tensor.name.split(".")[-2] for tensor in manifest.trunk_quantized}
+    assert {"wq_a", "wq_b", "wkv", "w1", "w2", "w3"} <= names
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    prompt = prompt_of(20, seed=1)
+    expected = logits(theirs, prompt)
+    assert torch.equal(logits(load(tmp_path / "p"), prompt), expected)

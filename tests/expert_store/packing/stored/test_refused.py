@@ -58,7 +58,7 @@ def repack(name: str, end: str, change: Callable[[Tensor], Tensor | None]) -> An
         (repack("ct-int4", "weight_scale", lambda _: None), rf"lacks {EXPERT}\.weight_scale;"),
         (repack("gptq", "qzeros", lambda _: None), rf"lacks {EXPERT}\.qzeros; download"),
         (repack("awq", "scales", lambda _: None), rf"lacks {EXPERT}\.scales; download"),
-        (repack("deepseek-v4", "scale", lambda t: t[:, :3]), r"scale in the shape \[256, 3\], and"),
+        (repack("ct-mxfp4", "weight_scale", lambda t: t[:, :3]), r"in the shape \[256, 3\], and"),
         (repack("ct-int4", "weight_scale", lambda t: t[:7]), r"_scale in the shape \[7, 4\], and"),
         (repack("awq", "qweight", lambda t: t[:, :9]), r"qweight in the shape \[128, 9\], and"),
         (repack("gptq", "scales", lambda t: t[:3]), r"groups do not divide the 128 inputs"),
