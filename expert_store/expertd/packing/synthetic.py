@@ -96,7 +96,7 @@ class ImaginedCheckpoint:
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
-        rows, columns = tensor.entry.shape
+        rows, columns = tensor.entry.shape[-2:]
         return expected_form(self.description, tensor.name, (rows, columns))
 
 

@@ -12,6 +12,7 @@ from expertd.packing.default_scheme import default_scheme
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd.packing.synthetic import plan_of
+from expertd_inference.kernels.cpu.choice import ReferenceKernels
 from expertd_testing.tiny_models import randomize, save_model
 from expertstore.pack.codec import dequantize, record_parts
 from expertstore.pack.layout import Encoding
@@ -68,7 +69,12 @@ def test_deepseek_v4(tmp_path: Path) -> None:
     randomize(model, seed=0)
     save_model(model.to(torch.bfloat16), tmp_path / "plain")
     stored = store(tmp_path, DEEPSEEK_V4)
-    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")))
+    notices: list[str] = []
+    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")), on_notice=notices.append)
+    grouped = (
+        "layers.0.attn.wo_a.weight is stored quantized and is no linear layer: it stays in 16 "
+    )
+    assert notices == [f"model.{grouped}bits, and so do 1 more matrices of the trunk."]
     manifest = read_manifest(tmp_path / "p").manifest
     assert {matrix.encoding for matrix in manifest.layouts[0].matrices} == {Encoding.MXFP4}
     kinds = {tensor.matrix.encoding for tensor in manifest.trunk_quantized}
@@ -79,3 +85,6 @@ def test_deepseek_v4(tmp_path: Path) -> None:
     prompt = prompt_of(20, seed=1)
     expected = logits(theirs, prompt)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), expected)
+    # Its output in groups is no linear layer to replace.
+    computed = logits(load(tmp_path / "p", torch.bfloat16, ReferenceKernels()), prompt)
+    assert (computed - expected).norm() < 0.05 * expected.norm()
