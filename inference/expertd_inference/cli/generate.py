@@ -100,6 +100,8 @@ def generate(
         int, typer.Option(min=1, help="With --prompt-file: how many are computed together.")
     ] = _LIMITS.max_sequences,
     kv_tokens: options.KvTokens = None,
+    experts_per_token: options.ExpertsPerToken = None,
+    expert_threshold: options.ExpertThreshold = None,
     device: options.Device = options.DEFAULTS.device,
     cache_bytes: options.CacheBytes = None,
     cache_policy: options.Policy = options.DEFAULTS.cache_policy,
@@ -140,6 +142,8 @@ def generate(
         max_sequences=max_sequences,
         max_waiting=max(_LIMITS.max_waiting, 2 * max_sequences),
         kv_tokens=kv_tokens,
+        experts_per_token=experts_per_token,
+        expert_threshold=expert_threshold,
     )
     options.check_places(ram, embedded=embedded)
     tls = options.tls_files(tls_ca, tls_cert, tls_key)
