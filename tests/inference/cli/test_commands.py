@@ -143,6 +143,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "finish_reason",
         "reason",
         "rows_mean",
+        "experts_mean",
         "native_rows",
         "hints",
         "device",
@@ -155,7 +156,12 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
     assert result["new_tokens"] == 20
     assert 0 < result["ttft_seconds"] < 100
     assert result["tokens_per_second"] > 0
-    assert result["host_hits"] + result["nvme_misses"] >= 20 * 2 * 6
+    needed = result["host_hits"] + result["nvme_misses"]
+    assert needed >= 20 * 2 * 6
+    assert result["experts_mean"] == 2
+    few = json.loads(generate(daemon, *arguments, "--experts-per-token", "1").stdout)
+    assert few["experts_mean"] == 1
+    assert few["host_hits"] + few["nvme_misses"] < 0.7 * needed
     assert result["peak_pss_bytes"] > 10 << 20
 
 

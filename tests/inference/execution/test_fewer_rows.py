@@ -15,6 +15,7 @@ from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.choose import choose_for
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.on_device import device_executor
+from expertd_inference.execution.program import ProgramExecutor
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.turns import TurnsExecutor
 from expertd_inference.experts.cpu import connect
@@ -172,6 +173,8 @@ def test_each_row_is_computed_by_the_experts_that_it_keeps(
     # As all kinds' in one step, but where each has steps of its own, and the first keeps all.
     assert executor.tally.num_experts == sum(kept[len(KINDS) - counted :])
     assert kept[1] == rows * NUM_LAYERS < kept[2] < kept[0] == TOP_K * kept[1]
+    if isinstance(executor, ProgramExecutor):
+        assert executor._held is None or executor._held.num_done == (way == "held") * NUM_LAYERS
     if way == "turns":
         return  # It would compute all of the sequence again.
     before = len(source.waves_taken)

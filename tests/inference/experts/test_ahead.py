@@ -97,6 +97,10 @@ def test_what_this_layer_lacks_is_said_first_and_for_one_token() -> None:
     ahead.begin(2, ONE, chosen, NUM_EXPERTS)
     assert target.sent == [[(1, 4)], []]
     assert target.needed == [[(0, 2)], []], "of the chosen, those that are absent"
+    target.gone.add((0, NUM_EXPERTS))
+    ahead.begin(0, ONE, torch.tensor([[NUM_EXPERTS, 3]]), NUM_EXPERTS)
+    assert target.needed[-1] == [(0, 3)], "there is no expert of that number"
+    target.gone.discard((0, NUM_EXPERTS))
     target.gone.add((2, 6))
     ahead.begin(2, ONE, chosen, NUM_EXPERTS)
     assert target.needed.pop() == [(2, 6)], "without a hint, too"
