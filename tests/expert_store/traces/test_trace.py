@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.traces.trace import (
+from expertstore.errors import TraceError
+from expertstore.trace import (
     HEADER,
     MAX_LINE_BYTES,
     Phase,
@@ -18,7 +19,6 @@ from expertd.traces.trace import (
     TraceReader,
     TraceWriter,
 )
-from expertstore.errors import TraceError
 
 MODEL = TraceModel((4, 6), (2, 3), (1, 3), {"model": "tiny"})
 HEAD = f"# layers: 2\n# experts_per_layer: 4\n# experts_per_token: 2\n{HEADER}\n"
@@ -141,7 +141,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 from expertstore.errors import TraceError
-from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
+from expertstore.trace import Phase, Row, TraceModel, TraceWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:
