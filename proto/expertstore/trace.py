@@ -296,7 +296,8 @@ class TraceWriter:
             self._session = row.session
             self._write(f"# session: {row.session}\n")
         experts = " ".join(map(str, row.experts))
-        more = f",{' '.join(f'{weight:.4g}' for weight in row.weights)}" if row.weights else ""
+        weights = " ".join(f"{weight:.4g}" for weight in row.weights)
+        more = f",{weights}" if self.model.weighted else ""
         self._write(f"{row.phase},{row.step},{self.model.layer_ids[row.layer]},{experts}{more}\n")
         self.num_rows += 1
 

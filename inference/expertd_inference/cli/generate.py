@@ -169,9 +169,9 @@ def generate(
         attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
         prepare_environment(verbose=verbose, device=device)
         with garbage_kept():
-            _import_worker()
+            import_worker()
             if threads is not None:
-                _set_threads(threads)
+                set_threads(threads)
             with status("Loading the model"):
                 worker = stack.enter_context(
                     expertd_inference.Worker(
@@ -215,7 +215,8 @@ def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, jso
     return generation.interrupted
 
 
-def _import_worker() -> None:
+def import_worker() -> None:
+    """Imports what computes. Raises PreconditionError where a part of it is not installed."""
     try:
         with importing("torch and transformers"):
             import_module("expertd_inference.generation")
@@ -226,7 +227,8 @@ def _import_worker() -> None:
         ) from error
 
 
-def _set_threads(threads: int) -> None:
+def set_threads(threads: int) -> None:
+    """Of torch."""
     import torch
 
     torch.set_num_threads(threads)

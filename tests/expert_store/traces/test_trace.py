@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from expertstore.errors import TraceError
 from expertstore.trace import (
     HEADER,
     MAX_LINE_BYTES,
+    WEIGHTED_HEADER,
     Phase,
     Row,
     TraceModel,
@@ -22,6 +24,7 @@ from expertstore.trace import (
 
 MODEL = TraceModel((4, 6), (2, 3), (1, 3), {"model": "tiny"})
 HEAD = f"# layers: 2\n# experts_per_layer: 4\n# experts_per_token: 2\n{HEADER}\n"
+WEIGHTED = HEAD.replace(HEADER, WEIGHTED_HEADER)
 
 rows = st.builds(
     Row,
@@ -30,19 +33,25 @@ rows = st.builds(
     st.integers(0, 1),
     st.lists(st.integers(0, 3), min_size=1, unique=True).map(tuple),
     st.integers(0, 3),
+    st.just(()),
 )
 
 
-@given(st.lists(rows))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, written: list) -> None:
+@given(st.lists(rows), st.booleans())
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, written: list, weighted: bool
+) -> None:
     path = tmp_path_factory.mktemp("trace") / "t.csv"
-    with TraceWriter(path, MODEL) as writer:
+    model = replace(MODEL, weighted=weighted)
+    if weighted:
+        written = [row._replace(weights=tuple(0.5 * x for x in row.experts)) for row in written]
+    with TraceWriter(path, model) as writer:
         for row in written:
             writer.write(row)
         writer.write_gap(2, 70)
         writer.commit()
     with TraceReader(path) as reader:
-        assert reader.model == MODEL
+        assert reader.model == model
         assert list(reader) == written
         assert reader.num_lost == 70
 
@@ -78,6 +87,10 @@ def test_other_columns_of_comments_and_blank_lines_are_no_rows(tmp_path: Path) -
         (HEAD + "decode,0,0,1e0\n", 5, "no number"),
         (HEAD + "decode,0,0,٣\n", 5, "no number"),
         (HEAD + "# session: me\n", 5, "the session is 'me'"),
+        (WEIGHTED + "decode,0,0,1\n", 5, "5 fields"),
+        (WEIGHTED + "decode,0,0,1 2,0.5\n", 5, "2 experts and 1 weights"),
+        (WEIGHTED + "decode,0,0,1,nan\n", 5, "a weight is 'nan'"),
+        (WEIGHTED + "decode,0,0,1,-1\n", 5, "a weight is '-1'"),
         (HEAD + "decode,0,0," + "1 " * MAX_LINE_BYTES, 5, "longer than"),
     ],
 )
