@@ -23,6 +23,7 @@ from expertd.packing.pruning import prune
 from expertd.packing.schemes import choose_scheme
 from expertd.traces.usage import PruneBy, Usage
 from expertd_inference.engine.budget import EngineLimits
+from expertd_inference.engine.engine import Engine
 from expertd_inference.experts.tracing import traced
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import GenerationSettings
@@ -120,7 +121,7 @@ def _measure(
     return base or 0.0
 
 
-def _seconds(engine: Any, prompt: list[int], settings: GenerationSettings) -> float:
+def _seconds(engine: Engine, prompt: list[int], settings: GenerationSettings) -> float:
     """Of a token after the first, by the time that this process has computed."""
     with engine.submit(prompt, settings) as stream:
         next(stream)
@@ -129,7 +130,12 @@ def _seconds(engine: Any, prompt: list[int], settings: GenerationSettings) -> fl
         return (time.process_time() - began) / num
 
 
-def _nats(engine: Any, window: Any, most: int | None, share: float) -> float:
+def _nats(
+    engine: Engine,
+    window: Any,  # noqa: ANN401 - of the example's own scoring
+    most: int | None,
+    share: float,
+) -> float:
     ids = [*window.ids.tolist(), int(window.targets[-1])]
     settings = GenerationSettings(
         1, prompt_logprobs=0, prompt_only=True, experts_per_token=most, expert_threshold=share

@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from expertd.cli import pack as pack_command
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.forked_command import ForkedCommand
+from expertstore.errors import InvalidInputError
+from expertstore.pack.manifest import read_manifest
+from expertstore.trace import TraceReader
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]
@@ -175,6 +181,32 @@ def test_text_and_stdin(daemon: Daemon) -> None:
     assert done.stderr == ""
     assert done.stdout.strip()
     assert done.stdout.endswith("\n")
+
+
+def test_a_trace_is_what_a_pack_is_pruned_by(daemon: Daemon, packed: Make, tmp_path: Path) -> None:
+    texts, trace = tmp_path / "texts.jsonl", tmp_path / "trace.csv"
+    texts.write_text('{"prompt": "import os"}\n\n{"tokens": [1, 2, 3]}\n')
+    place = ("--socket", daemon.socket, "--model", "mixtral")
+    done = run_forked("trace", texts, trace, *place)
+    num_tokens = len("import os") + 3
+    said = f"expert-run: wrote {num_tokens} tokens of 2 texts to {trace}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
+    assert trace.stat().st_mode & 0o777 == 0o600
+    with TraceReader(trace) as reader:
+        rows = [*reader]
+    assert len(rows) == num_tokens * 3, "of three layers"
+    assert {len(row.experts) for row in rows} == {2}
+    assert all(min(row.weights) > 0 for row in rows)
+    share = ("--prune", trace, "--keep-experts", "0.75")
+    app = typer.Typer()
+    pack_command.register(app)
+    command = CliRunner().invoke(app, [*map(str, (packed("mixtral"), tmp_path / "few", *share))])
+    assert command.exit_code == 0, command.output
+    assert read_manifest(tmp_path / "few").manifest.layers[0].num_experts == 6
+    for more in (("--scheme", "4bit"), ("--prune-by", "counts", "--keep-experts", "1")):
+        wrong = (packed("mixtral"), tmp_path / "x", *share, *more)
+        refused = CliRunner().invoke(app, [*map(str, wrong)])
+        assert isinstance(refused.exception, InvalidInputError)
 
 
 def test_many_prompts_of_a_file(daemon: Daemon, packed: Make, tmp_path: Path) -> None:
