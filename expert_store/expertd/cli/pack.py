@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from expertd.cli.progress import ProgressDisplay
+from expertd.traces.usage import PruneBy
 from expertstore.command_line import serve_command
-from expertstore.errors import PreconditionError
+from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.interrupts import importing, interruptible
 from expertstore.sizes import format_bytes, size_to_give
 from expertstore.socket_directory import where_to_serve
@@ -109,6 +110,28 @@ def pack(
             "go as they are packed.",
         ),
     ] = False,
+    prune: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            readable=False,
+            help="Of a pack in the place of CHECKPOINT: make one of the experts that this trace of "
+            "`expertd record` or `expert-run trace` says are used most.",
+        ),
+    ] = None,
+    keep_experts: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="With --prune: of the experts of every layer."
+        ),
+    ] = None,
+    prune_by: Annotated[
+        PruneBy | None,
+        typer.Option(
+            help="With --prune: how often experts were used, or how much they added to tokens. "
+            "Default: activation, if the trace has it.",
+        ),
+    ] = None,
 ) -> None:
     """Makes a pack of a checkpoint: quantized expert by expert, ready to serve.
 
@@ -139,6 +162,8 @@ def pack(
     Example: `expertd pack Qwen/Qwen3-30B-A3B`
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
+
+    Example: `expertd pack /packs/qwen /packs/qwen-96 --prune trace.csv --keep-experts 0.75`
     """
     from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
     from expertd.hub.reference import parse_reference
@@ -148,6 +173,17 @@ def pack(
     from expertstore.pack.files import check_path
     from expertstore.pack.place import packs_directory
 
+    if prune is not None:
+        of_scheme = (scheme, experts, attention, dense, head)
+        if keep_experts is None or destination is None or any(of_scheme):
+            raise InvalidInputError(
+                "--prune takes a pack, the pack to make, and --keep-experts SHARE; weights stay as "
+                "they are, so leave out schemes and precisions."
+            )
+        _prune(Path(source), destination.absolute(), prune, keep_experts, prune_by, force=force)
+        return
+    if keep_experts is not None or prune_by is not None:
+        raise InvalidInputError("--keep-experts and --prune-by belong to --prune TRACE.")
     checkpoint = Path(source)
     reference = None if checkpoint.exists() else parse_reference(source)
     if destination is None:
@@ -215,6 +251,43 @@ def pack(
             except KeyboardInterrupt:
                 display.note("Interrupted; the same command goes on where it was.")
                 raise
+    _say_what_it_is(destination)
+
+
+def _prune(
+    source: Path,
+    destination: Path,
+    trace: Path,
+    share: float,
+    by: PruneBy | None,
+    *,
+    force: bool,
+) -> None:
+    from expertd.traces.usage import read_usage
+    from expertstore.pack.manifest import read_manifest
+    from expertstore.pack.place import named_pack
+
+    source = named_pack(source)
+    read_manifest(source)
+    usage = read_usage(trace, by)
+    _check_installed("torch", "transformers")
+    _import_quietly()
+    from expertd.packing.pruning import prune
+
+    title = f"pruning {source.name}"
+    with interruptible(), ProgressDisplay(title) as display:
+        prune(
+            source,
+            destination,
+            usage,
+            share,
+            force=force,
+            on_progress=lambda done, total: display.update(done, total, "of the experts kept"),
+        )
+    _say_what_it_is(destination)
+
+
+def _say_what_it_is(destination: Path) -> None:
     from expertd.settings.config import name_of_pack
     from expertstore.pack.inspect import inspect as inspect_pack
     from expertstore.shared.host_memory import default_ram_bytes

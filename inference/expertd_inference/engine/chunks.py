@@ -59,4 +59,5 @@ def span_of(sequence: Sequence, end: int) -> Span:
         blocks=sequence.blocks,
         state=sequence.state,
         wanted=wanted,
+        fewer=sequence.settings.fewer_experts,
     )

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from expertd_inference.fewer_experts import FewerExperts
+
 
 class Wanted(Enum):
     """Which rows of a span want logits."""
@@ -21,6 +23,7 @@ class Span:
     ``position`` is that of the first row, so the keys and values of so many tokens are in the
     sequence's blocks already. ``blocks`` is its table of KV blocks, with room for ``position`` and
     these rows; ``state`` its slot for what the model keeps beside keys and values, None if nothing.
+    ``fewer`` says which of the experts that routers choose compute the rows, None for all.
     """
 
     sequence: int
@@ -29,6 +32,7 @@ class Span:
     blocks: Sequence[int]
     state: int | None
     wanted: Wanted
+    fewer: FewerExperts | None = None
 
     @property
     def num_rows(self) -> int:
