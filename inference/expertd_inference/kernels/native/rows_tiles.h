@@ -3,7 +3,7 @@
 //
 // A tile is 16 units by 64 columns. Its register k has in lane i columns 4k to 4k + 3 of unit i, a
 // byte each. A byte holds a field of one row of the unit, or one of two: the lower in its low four
-// bits, the other above it, which is found as the difference of byte and low bits. Of MXFP4, whose
+// bits, the other above it, which is found as the difference of byte and low bits. Of e2m1, whose
 // values take more than four bits, the two rows have registers of their own.
 #pragma once
 
@@ -17,7 +17,7 @@ constexpr int64_t LANES = 16; // units of a tile
 enum Fields { WHOLE_BYTE, NIBBLES, TWO_BYTES };
 
 constexpr Fields fields_of(int32_t format) {
-    return format == HQQ8 ? WHOLE_BYTE : format == MXFP4 ? TWO_BYTES : NIBBLES;
+    return format == HQQ8 ? WHOLE_BYTE : is_e2m1(format) ? TWO_BYTES : NIBBLES;
 }
 
 constexpr int num_fields(Fields fields) { return fields == WHOLE_BYTE ? 1 : 2; }
@@ -29,7 +29,7 @@ constexpr int tiles_per_vector(int32_t format) {
 
 // Of 16 registers each.
 constexpr int registers_per_vector(int32_t format) {
-    return 16 * (format == MXFP4 ? 2 : tiles_per_vector(format));
+    return 16 * (is_e2m1(format) ? 2 : tiles_per_vector(format));
 }
 
 // Which row of its unit a tile's field is; field 0 is the upper one.
@@ -39,7 +39,7 @@ constexpr int row_of_field(int32_t format, int tile, int field) {
     return field;
 }
 
-// Of MXFP4 a tile has twice the values, from 0 to 24: zero is 12.
+// Of e2m1 a tile has twice the values, from 0 to 24: zero is 12.
 constexpr float E2M1_ZERO = 12;
 
 INLINE __m512i load_pair(const uint8_t* lower, const uint8_t* upper) {
@@ -99,13 +99,13 @@ INLINE __m512i doubled_e2m1(__m512i bytes) {
 #endif
 }
 
-// The tiles of 16 units, 64 columns of them: tile t, or the second row of MXFP4, begins at
+// The tiles of 16 units, 64 columns of them: tile t, or the second row of e2m1, begins at
 // tiles + t * apart. A unit's bytes are `stride` apart from the next one's.
 template <int32_t FORMAT>
 INLINE void make_tiles(const Places& from, int64_t stride, __m512i* tiles, int64_t apart) {
     const __m512i pairs = _mm512_set1_epi8(0x33);
     transpose(from.low, stride, [&](int k, __m512i value) INLINE_LAMBDA {
-        if constexpr (FORMAT == MXFP4) {
+        if constexpr (is_e2m1(FORMAT)) {
             tiles[k] = doubled_e2m1(_mm512_srli_epi16(value, 4));
             tiles[apart + k] = doubled_e2m1(value);
         } else if constexpr (FORMAT == HQQ2) {
