@@ -125,7 +125,9 @@ def _is_large(matrix: Matrix) -> bool:
 
 def form_of(matrix: Matrix, dtype: torch.dtype) -> str:
     """What tells one form of matrix from another."""
-    group = f"{matrix.group_rows} x {matrix.group_size}" if matrix.group_rows > 1 else matrix.group_size
+    group = (
+        f"{matrix.group_rows} x {matrix.group_size}" if matrix.group_rows > 1 else matrix.group_size
+    )
     own = f"{matrix.encoding} {matrix.bits} {group} {matrix.meta_group_size}"
     rows = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()

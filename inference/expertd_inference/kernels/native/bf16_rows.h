@@ -73,11 +73,11 @@ void prepare_columns(const float* row, int64_t count, int32_t format, uint8_t* o
     }
 }
 
-// A row of bfloat16s for e4m3_bf16.h, padded with zeros to 64: of each 64 columns the first eight of
+// A row of bfloat16s for e4m3_bf16.h, padded with zeros to 128: of each 64 columns the first eight of
 // each sixteen, then the others.
 void prepare_e4m3(const float* row, int64_t columns, uint8_t* out) {
     auto* values = reinterpret_cast<uint16_t*>(out);
-    for (int64_t i = 0; i < round_up(columns, COLUMNS); ++i) {
+    for (int64_t i = 0; i < round_up(columns, 2 * COLUMNS); ++i) {
         const int64_t within = i % COLUMNS;
         const int64_t column = i - within + within % 32 / 8 * 16 + within / 32 * 8 + within % 8;
         values[i] = column < columns ? static_cast<uint16_t>(to_bits(row[column]) >> 16) : 0;

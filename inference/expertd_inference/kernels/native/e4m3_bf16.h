@@ -35,18 +35,21 @@ struct E4m3Halves {
 
 alignas(64) constexpr E4m3Halves E4M3_HALVES;
 
-struct E4m3ByPairs {
-    static constexpr int COLUMNS = 64, ROW_BYTES = 2;
-    static constexpr bool TWO_SCALES = true; // of columns 0 to 31, and the others
+// A step is of so many VECTORS of 64 columns; of one it may have two scales.
+template <int VECTORS> struct E4m3ByPairs {
+    static constexpr int COLUMNS = 64 * VECTORS, ROW_BYTES = 2;
+    static constexpr bool TWO_SCALES = VECTORS == 1; // of columns 0 to 31, and the others
     using Sum = __m512;
     using Scale = __m512;
 
-    // Columns 16 i to 16 i + 7 and 16 i + 8 to 16 i + 15, i being the quarter of a register.
-    struct Weights {
-        __m512i first, second;
+    // Of each vector columns 16 i to 16 i + 7, i being the quarter of a register, and the others.
+    struct Step {
+        __m512i of[2 * VECTORS];
     };
+    using Row = Step;
 
     static INLINE __m512 scale(float low, float high) {
+        if (VECTORS > 1) return _mm512_set1_ps(low);
         return _mm512_mask_mov_ps(_mm512_set1_ps(low), 0xff00, _mm512_set1_ps(high));
     }
 
@@ -55,24 +58,36 @@ struct E4m3ByPairs {
                                         _mm512_load_si512(table + 64));
     }
 
-    static INLINE Weights weights(const uint8_t* from, __m512) {
-        const __m512i codes = _mm512_loadu_si512(from);
-        const __m512i low = look_up(E4M3_HALVES.low, codes);
-        // The sign of the code, or the table's bits.
-        const __m512i high = _mm512_ternarylogic_epi32(
-            look_up(E4M3_HALVES.high, codes), codes, _mm512_set1_epi8(-0x80), 0xf8);
-        return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+    static INLINE Step weights(const uint8_t* from, __m512) {
+        Step step;
+        each<VECTORS>([&](auto v) INLINE_LAMBDA {
+            __m512i codes = _mm512_loadu_si512(from + v * 64);
+            asm("" : "+v"(codes)); // kept in a register: loads are scarce
+            const __m512i low = look_up(E4M3_HALVES.low, codes);
+            // The sign of the code, or the table's bits.
+            const __m512i high = _mm512_ternarylogic_epi32(
+                look_up(E4M3_HALVES.high, codes), codes, _mm512_set1_epi8(-0x80), 0xf8);
+            step.of[2 * v] = _mm512_unpacklo_epi8(low, high);
+            step.of[2 * v + 1] = _mm512_unpackhi_epi8(low, high);
+        });
+        return step;
     }
 
-    static INLINE void add(__m512& sum, const Weights& weights, __m512 scale, const uint8_t* row) {
-        __m512 products = _mm512_setzero_ps();
-        // By assembly, since GCC 12 would copy the sum to another register and back.
-        asm("vdpbf16ps %2, %1, %0"
-            : "+v"(products)
-            : "v"(weights.first), "m"(*reinterpret_cast<const __m512i*>(row)));
-        asm("vdpbf16ps %2, %1, %0"
-            : "+v"(products)
-            : "v"(weights.second), "m"(*reinterpret_cast<const __m512i*>(row + 64)));
+    static INLINE Row row(const uint8_t* from) {
+        Row row;
+        each<2 * VECTORS>([&](auto i) INLINE_LAMBDA {
+            row.of[i] = _mm512_loadu_si512(from + i * 64);
+        });
+        return row;
+    }
+
+    // By assembly: GCC 12 would copy a zero, and sums from register to register.
+    static INLINE void add(__m512& sum, const Step& weights, __m512 scale, const Row& row) {
+        __m512 products;
+        asm volatile("vpxord %x0, %x0, %x0" : "=v"(products));
+        each<2 * VECTORS>([&](auto i) INLINE_LAMBDA {
+            asm("vdpbf16ps %2, %1, %0" : "+v"(products) : "v"(weights.of[i]), "vm"(row.of[i]));
+        });
         sum = _mm512_fmadd_ps(products, scale, sum);
     }
 

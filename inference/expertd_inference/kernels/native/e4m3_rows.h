@@ -14,7 +14,7 @@ struct E4m3ByFloats {
     static constexpr bool TWO_SCALES = false;
     typedef uint8_t Bytes __attribute__((vector_size(LANES)));
     using Sum = Lanes;
-    using Weights = Lanes;
+    using Row = Lanes;
     using Scale = Lanes;
 
     static INLINE Lanes scale(float value, float) { return value + Lanes{}; }
@@ -29,10 +29,10 @@ struct E4m3ByFloats {
         return (Lanes)((Words)value | rest) * scale;
     }
 
-    static INLINE void add(Lanes& sum, const Lanes& weights, const Lanes&, const uint8_t* row) {
-        Lanes x;
-        memcpy(&x, row, sizeof x);
-        sum += weights * x;
+    static INLINE Lanes row(const uint8_t* from) { return ByFloats<F32>::row(from); }
+
+    static INLINE void add(Lanes& sum, const Lanes& weights, const Lanes&, const Lanes& row) {
+        sum += weights * row;
     }
 
     static INLINE void finish(const Lanes* sums, float* results) {
@@ -67,11 +67,11 @@ template <class Way, int N>
 INLINE void add_step(const uint8_t* const* weights, int64_t column, const uint8_t* const* rows,
                      int64_t at, const typename Way::Scale (&scales)[AT_ONCE],
                      typename Way::Sum (&sums)[N][AT_ONCE]) {
+    typename Way::Row x[N];
+    each<N>([&](auto n) INLINE_LAMBDA { x[n] = Way::row(rows[n] + at * Way::ROW_BYTES); });
     each<AT_ONCE>([&](auto i) INLINE_LAMBDA {
         const auto w = Way::weights(weights[i] + column, scales[i]);
-        each<N>([&](auto n) INLINE_LAMBDA {
-            Way::add(sums[n][i], w, scales[i], rows[n] + at * Way::ROW_BYTES);
-        });
+        each<N>([&](auto n) INLINE_LAMBDA { Way::add(sums[n][i], w, scales[i], x[n]); });
     });
 }
 

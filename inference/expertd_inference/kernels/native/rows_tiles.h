@@ -52,12 +52,9 @@ INLINE __m512i load_pair(const uint8_t* lower, const uint8_t* upper) {
     return value;
 }
 
-// Half of a transposition of 16 rows of 16 double words: store(j, register) for j in 0 ... 7, the
-// register has in lane i word j of row i. load(i) is row i below row i + 4, of both the 32 bytes
-// with these words.
-template <class Load, class Store>
-INLINE void transpose_half(const Load& load, const Store& store) {
-    __m512i pairs[8];
+// The first steps of half a transposition: of pairs[j] and pairs[4 + j] the even quarters are word j
+// of the 16 rows, the odd ones word 4 + j.
+template <class Load> INLINE void transpose_pairs(const Load& load, __m512i* pairs) {
     each<2>([&](auto b) INLINE_LAMBDA {
         const __m512i a0 = load(b * 8), a1 = load(b * 8 + 1);
         const __m512i a2 = load(b * 8 + 2), a3 = load(b * 8 + 3);
@@ -68,6 +65,15 @@ INLINE void transpose_half(const Load& load, const Store& store) {
         pairs[b * 4 + 2] = _mm512_unpacklo_epi64(t1, t3);
         pairs[b * 4 + 3] = _mm512_unpackhi_epi64(t1, t3);
     });
+}
+
+// Half of a transposition of 16 rows of 16 double words: store(j, register) for j in 0 ... 7, the
+// register has in lane i word j of row i. load(i) is row i below row i + 4, of both the 32 bytes
+// with these words.
+template <class Load, class Store>
+INLINE void transpose_half(const Load& load, const Store& store) {
+    __m512i pairs[8];
+    transpose_pairs(load, pairs);
     each<4>([&](auto j) INLINE_LAMBDA {
         store(j, _mm512_shuffle_i32x4(pairs[j], pairs[4 + j], 0x88));
         store(std::integral_constant<int, 4 + j>(),

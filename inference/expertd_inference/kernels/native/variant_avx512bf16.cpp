@@ -308,9 +308,12 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
     if (m.format == BF16)
         return plain::multiply_with<plain::ByPairs>(m, base, first, last, prepared, results,
                                                     num_rows);
-    if (is_e4m3(m.format))
-        return plain::multiply_e4m3<plain::E4m3ByPairs>(m, base, first, last, prepared, results,
-                                                        num_rows);
+    if (is_e4m3(m.format)) {
+        const bool long_groups = m.group_size % 128 == 0 || m.group_size >= m.columns;
+        const auto multiply_e4m3 = long_groups ? plain::multiply_e4m3<plain::E4m3ByPairs<2>>
+                                               : plain::multiply_e4m3<plain::E4m3ByPairs<1>>;
+        return multiply_e4m3(m, base, first, last, prepared, results, num_rows);
+    }
     form = form_here(m, type, form);
     if (form != ONE_ROW)
         return multiply_quantized_rows(m, base, first, last, prepared, results, num_rows,
