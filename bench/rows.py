@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from bench.forms import KEPT, matrix_named, scales_of
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from expertd_inference.kernels.cpu.library import (
 from expertd_inference.kernels.cpu.native import isa, matrix_of
 from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.weights import QuantizedWeight
-from expertd_testing.forms import random_parts
+from expertd_testing.forms import is_kept, named, random_parts
 
 PRECISIONS = (
     *("4g64", "8g128", "3g64m", "2g16m"),
@@ -95,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def weights_of(precision: str, rows: int, columns: int, cold: bool) -> list[QuantizedWeight]:
     """Matrices of one precision: copies of one, if they are to come from memory."""
     generator = torch.Generator().manual_seed(1)
-    matrix = matrix_named(precision, "w", rows, columns)
-    if precision in KEPT:
-        parts = random_parts(matrix, generator, scales_of(precision))
+    matrix = named(precision, "w", rows, columns)
+    if is_kept(matrix):
+        parts = random_parts(matrix, generator, "BF16")
     else:
         values = torch.randn(rows, columns, generator=generator)
         parts = quantize(values / columns**0.5, matrix, optimize=False)
