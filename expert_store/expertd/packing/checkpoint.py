@@ -11,7 +11,7 @@ stand for, or as they are.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -34,6 +34,9 @@ from expertd.packing.checkpoint_files import (
     read_config,
 )
 from expertd.packing.foreign import quantized_error
+from expertd.packing.gguf.folder import gguf_of
+from expertd.packing.gguf.listing import list_tensors
+from expertd.packing.gguf.model_file import read_model
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
 from expertd.packing.shards import Shards
@@ -77,12 +80,18 @@ class Checkpoint:
         self._shards = shards
         config = read_config(path)
         self.architecture: Architecture = read_architecture(path)
-        listing = find_tensors(path, config)
-        self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
         description = read_description(path, config)
-        listing, self._stored = find_stored(path, listing, description)
+        self._stored: Mapping[str, StoredWeight]
+        if (file := gguf_of(path)) is not None:
+            listing, self._stored = list_tensors(read_model(file), self.architecture)
+            files = [each for tensor in listing.tensors for each in self._physical(tensor)]
+        else:
+            listing = find_tensors(path, config)
+            files = listing.tensors
+            listing, self._stored = find_stored(path, listing, description)
+        self.fingerprint = shards.fingerprint if shards else fingerprint(path, files)
         packings = {weight.packing for weight in self._stored.values()}
         if packings and description.method not in {"", *METHODS}:
             raise quantized_error(path, description.method)
@@ -222,10 +231,16 @@ class Checkpoint:
         None if it is not stored. Raises :class:`CheckpointError` if no form does that.
         """
         parameter = self._parameters[module.parameter(leaf)]
-        forms = {
-            weight.exact_form(self.path) if weight is not None else None
+        weights = [
+            self._stored.get(source.name)
             for sources in parameter.sources.values()
-            for weight in (self._stored.get(source.name) for source in sources)
+            for source in sources
+        ]
+        if weights[0] is not None and (nearest := weights[0].nearest) is not None:
+            bits = nearest.bits
+            return Form(nearest, self.scale_type(module, leaf, bits)) if bits else PLAIN_FORM
+        forms = {
+            weight.exact_form(self.path) if weight is not None else None for weight in weights
         }
         if len(forms) > 1:
             kinds = sorted(
@@ -258,13 +273,19 @@ class Checkpoint:
             for source in sources
         )
         found = (self._stored.get(source.name) for source in sources)
-        kinds = {each.packing for each in found if each and each.form and each.form.precision.bits}
+        kinds = {each.kind for each in found if each and each.form and each.form.precision.bits}
         return ", ".join(sorted(kinds))
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
         weight = self._stored.get(tensor.name)
-        return None if weight is None else weight.exact_form(self.path)
+        if weight is None:
+            return None
+        if (nearest := weight.nearest) is None:
+            return weight.exact_form(self.path)
+        if not nearest.bits:
+            return PLAIN_FORM
+        return Form(nearest, self.trunk_scale_type(tensor, nearest.bits))
 
     def scale_type(self, module: ExpertsModule, leaf: str, bits: int) -> str:
         """In which type the scales of the experts' matrix ``leaf`` are to be stored in ``bits``.

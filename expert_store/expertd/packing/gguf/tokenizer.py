@@ -1,0 +1,110 @@
+"""The tokenizer of a GGUF file, written as transformers reads tokenizers.
+
+transformers builds it from the file's vocabulary (``transformers.integrations``, internal); ways to
+split text that it does not know are refused, since a wrong one is a model that reads other tokens
+than it was trained on.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from expertd.packing.gguf.model_file import GgufModel
+from expertstore.errors import CheckpointError
+
+_PREFIX = "tokenizer.ggml."
+_FIELDS = {
+    "model": "tokenizer_type",
+    "pre": "pre_tokenizer_type",
+    "tokens": "tokens",
+    "scores": "scores",
+    "token_type": "token_type",
+    "merges": "merges",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "unknown_token_id": "unk_token_id",
+    "padding_token_id": "pad_token_id",
+    "add_space_prefix": "add_prefix_space",
+}
+"""llama.cpp's names of what transformers takes, with its names."""
+_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def special_tokens(model: GgufModel) -> dict[str, Any]:
+    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of a configuration.
+
+    The tokens that end a turn or a message end a text, too.
+    """
+    ends = [
+        model.get(f"{_PREFIX}{name}", -1) for name in ("eos_token_id", "eot_token_id", "eom_token_id")
+    ]
+    ends = list(dict.fromkeys(end for end in ends if end >= 0))
+    found: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    for ours, theirs in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):
+        number = model.get(f"{_PREFIX}{theirs}", -1)
+        found[ours] = number if number >= 0 else None
+    return found
+
+
+def write_tokenizer(model: GgufModel, folder: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and the chat template to ``folder``.
+
+    Raises :class:`CheckpointError` if the file has none that can be read.
+    """
+    fields = {
+        theirs: model.metadata[f"{_PREFIX}{ours}"]
+        for ours, theirs in _FIELDS.items()
+        if f"{_PREFIX}{ours}" in model.metadata
+    }
+    _check(model, fields)
+    if fields.get("tokenizer_type") == "gpt2":
+        fields.setdefault("merges", [])
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer
+
+    try:
+        backend, _ = convert_gguf_tokenizer(model.architecture, fields)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=model.text("tokenizer.chat_template") or None,
+            clean_up_tokenization_spaces=False,
+            model_max_length=model.get(f"{model.architecture}.context_length", 1 << 30),
+            **_names(model, fields["tokens"]),
+        )
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # whatever transformers and tokenizers meet in a vocabulary
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"{model.file} has a tokenizer of which transformers can make none ({reason}); pack "
+            "the model's checkpoint in Hugging Face's form."
+        ) from error
+
+
+def _check(model: GgufModel, fields: dict[str, Any]) -> None:
+    """Raises :class:`CheckpointError` unless the vocabulary is one."""
+    tokens = fields.get("tokens")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise CheckpointError(
+            f"{model.file} has no tokenizer ({_PREFIX}tokens); get another file of the model."
+        )
+    for name in ("scores", "token_type"):
+        values = fields.get(name)
+        if values is not None and (not isinstance(values, list) or len(values) != len(tokens)):
+            raise CheckpointError(
+                f"{model.file} has {len(tokens)} tokens and other numbers of {name} for them; "
+                "download it again."
+            )
+
+
+def _names(model: GgufModel, tokens: list[str]) -> dict[str, str]:
+    """The special tokens by transformers' names of them."""
+    found = {}
+    for ours, theirs in _TOKENS.items():
+        number = model.get(f"{_PREFIX}{theirs}", -1)
+        if 0 <= number < len(tokens):
+            found[ours] = tokens[number]
+    return found
