@@ -276,6 +276,16 @@ class Checkpoint:
         kinds = {each.kind for each in found if each and each.form and each.form.precision.bits}
         return ", ".join(sorted(kinds))
 
+    def samples_by_kind(self) -> Iterator[tuple[StoredWeight, dict[str, Tensor]]]:
+        """Of each way in which matrices of experts are stored: one, and first rows of its pieces."""
+        seen = set()
+        for parameter in self._parameters.values():
+            for source, is_fused in parameter.of_expert(0):
+                weight = self._stored.get(source.name)
+                if weight is not None and weight.kind not in seen:
+                    seen.add(weight.kind)
+                    yield weight, self._read_pieces(weight, 0 if is_fused else None, only_head=True)
+
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
         weight = self._stored.get(tensor.name)
@@ -388,13 +398,24 @@ class Checkpoint:
         only_head: bool = False,
     ) -> StoredMatrix | Tensor:
         """One matrix [out, in] of ``weight``: if that is of all experts, the ``expert``'s."""
+        return unpack(weight, self._read_pieces(weight, expert, scratch, only_head=only_head))
+
+    def _read_pieces(
+        self,
+        weight: StoredWeight,
+        expert: int | None,
+        scratch: Scratch | None = None,
+        *,
+        only_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """What :meth:`_matrix` is made of."""
         fused = expert if weight.is_fused else None
         pieces = {}
         for part, piece in weight.pieces.items():
             sliced = fused if piece.entry.shape[:1] == weight.shape[:1] else None
             rows = weight.head[part] if only_head else None
-            pieces[part] = self._read_piece(piece, sliced, scratch, rows)
-        return unpack(weight, pieces)
+            pieces[part] = self._read_piece(piece, sliced, scratch or Scratch(), rows)
+        return pieces
 
     def _read_weight(self, weight: StoredWeight, scratch: Scratch) -> Tensor:
         """What a stored weight stands for, in the model's 16-bit type, in its shape."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from expertd.packing.checkpoint_files import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from expertd.packing.gguf.configs import make_config
 from expertd.packing.gguf.model_file import SUFFIX, is_gguf, model_name, read_model
-from expertd.packing.gguf.tokenizer import special_tokens, write_tokenizer
+from expertd.packing.gguf.tokenizer import special_tokens
 from expertstore.errors import CheckpointError
 
 _VISION = "mmproj"
@@ -46,9 +46,3 @@ def unfold(file: Path, folder: Path) -> None:
     for part in model.files:
         (folder / part.name).symlink_to(part.absolute())
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def unfold_tokenizer(file: Path, folder: Path) -> None:
-    """Adds the tokenizer, for which transformers is imported. Raises :class:`CheckpointError`."""
-    write_tokenizer(read_model(file), folder)
-

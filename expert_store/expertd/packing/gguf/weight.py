@@ -8,23 +8,20 @@ import torch
 from torch import Tensor
 
 from expertd.packing.checkpoint_files import CheckpointTensor
+from expertd.packing.gguf.blocks import dequantize, split
 from expertd.packing.gguf.model_file import GgufModel
 from expertd.packing.gguf.origins import Origin
-from expertd.packing.gguf.types import (
-    KEPT,
-    PLAIN_TYPES,
-    Type,
-    dequantize,
-    is_known,
-    precision_of,
-    split,
-)
+from expertd.packing.gguf.types import KEPT, PLAIN_TYPES, Type, is_known, precision_of
 from expertd.packing.schemes import Precision
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.weight import PLAIN_FORM, Form, Packing, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.tensor_file import TensorEntry
+
+
+SAMPLE_ROWS = 64
+"""Of a matrix, to see how large its weights are and what they lose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,7 @@ def make_weight(
         Packing.GGUF,
         pieces,
         _form(types, origin, is_matrix=len(shape) - of_experts == 2),
-        head=dict.fromkeys(pieces, 1),
+        head=dict.fromkeys(pieces, SAMPLE_ROWS),
         is_transposed=is_transposed,
         origin=origin,
         types=tuple(types),
@@ -128,7 +125,7 @@ def _form(types: list[Type], origin: Origin, *, is_matrix: bool) -> Form | None:
     if not is_matrix or kind in PLAIN_TYPES:
         return PLAIN_FORM
     if kind in KEPT and set(types) == {kind} and origin.undo is None:
-        return Form(KEPT[kind].precision)
+        return Form(KEPT[kind])
     return None
 
 
