@@ -145,8 +145,7 @@ def pack(
     from expertd.hub.reference import parse_reference
     from expertd.packing.default_scheme import default_scheme
     from expertd.packing.early import GGUF_FOLDER, check_destination, check_early, partial_of
-    from expertd.packing.gguf.folder import gguf_of, unfold
-    from expertd.packing.gguf.model_file import model_name, read_model
+    from expertd.packing.gguf.names import gguf_of, model_name
     from expertd.packing.schemes import choose_scheme
     from expertstore.pack.files import check_path
     from expertstore.pack.place import packs_directory
@@ -170,7 +169,10 @@ def pack(
                 scheme, why = advised_scheme(checkpoint, destination.absolute())
         title = f"packing {reference or (gguf or checkpoint).name}"
         if gguf is not None:
+            _check_installed("torch", "transformers", "gguf")
             check_destination(destination.absolute(), force=force)
+            from expertd.packing.gguf.folder import unfold
+
             checkpoint = partial_of(destination.absolute()) / GGUF_FOLDER
             unfold(gguf, checkpoint)
         scheme = scheme or default_scheme(checkpoint)
@@ -191,6 +193,7 @@ def pack(
         typer.echo(title, err=True)
         _import_quietly()
         if gguf is not None:
+            from expertd.packing.gguf.model_file import read_model
             from expertd.packing.gguf.tokenizer import write_tokenizer
 
             write_tokenizer(read_model(gguf), checkpoint)

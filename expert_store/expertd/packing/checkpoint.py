@@ -34,9 +34,9 @@ from expertd.packing.checkpoint_files import (
     read_config,
 )
 from expertd.packing.foreign import quantized_error
-from expertd.packing.gguf.folder import gguf_of
 from expertd.packing.gguf.listing import list_tensors
 from expertd.packing.gguf.model_file import read_model
+from expertd.packing.gguf.names import gguf_of
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
 from expertd.packing.shards import Shards
@@ -239,9 +239,7 @@ class Checkpoint:
         if weights[0] is not None and (nearest := weights[0].nearest) is not None:
             bits = nearest.bits
             return Form(nearest, self.scale_type(module, leaf, bits)) if bits else PLAIN_FORM
-        forms = {
-            weight.exact_form(self.path) if weight is not None else None for weight in weights
-        }
+        forms = {weight.exact_form(self.path) if weight is not None else None for weight in weights}
         if len(forms) > 1:
             kinds = sorted(
                 {source.entry.dtype for each in parameter.sources.values() for source in each}
@@ -277,7 +275,7 @@ class Checkpoint:
         return ", ".join(sorted(kinds))
 
     def samples_by_kind(self) -> Iterator[tuple[StoredWeight, dict[str, Tensor]]]:
-        """Of each way in which matrices of experts are stored: one, and first rows of its pieces."""
+        """Of each way in which experts' matrices are stored: one, and first rows of its pieces."""
         seen = set()
         for parameter in self._parameters.values():
             for source, is_fused in parameter.of_expert(0):

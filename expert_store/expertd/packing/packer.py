@@ -168,7 +168,9 @@ def _was_completed(destination: Path, partial: Path, key: str) -> bool:
 def _check_partial(partial: Path) -> None:
     """Nothing that is not ours may be lost when a packing begins anew."""
     if partial.exists() and not (partial / "journal").exists():
-        foreign = sorted({entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER, GGUF_FOLDER})
+        foreign = sorted(
+            {entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER, GGUF_FOLDER}
+        )
         if foreign:
             raise PackError(f"{partial} is needed for the work and holds other files; move them.")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.gguf.blocks import dequantize, split
-from expertd.packing.gguf.types import EXACT, KEPT, PLAIN_TYPES, Type
+from expertd.packing.gguf.types import EXACT, PLAIN_TYPES, Type
 from expertd.packing.gguf.weight import GgufWeight
 from expertd.packing.quantizer import quantize
 from expertstore.pack.codec import dequantize as dequantize_matrix

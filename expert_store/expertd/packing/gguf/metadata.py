@@ -18,7 +18,7 @@ class Metadata:
     model: GgufModel
 
     def get(self, key: str, default: T) -> T:
-        """The value, or ``default`` where there is none; a float as it was before it had 32 bits."""
+        """The value, or ``default`` where there is none; of a float the shortest decimal."""
         value = self.model.get(f"{self.model.architecture}.{key}", default)
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -68,7 +68,10 @@ class Metadata:
     def rope(self, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - what JSON holds
         """``rope_parameters`` of a configuration, with ``more`` of the architecture."""
         kind = self.get("rope.scaling.type", "none")
-        found: dict[str, Any] = {"rope_type": "default", "rope_theta": self.get("rope.freq_base", 1e4)}
+        found: dict[str, Any] = {
+            "rope_type": "default",
+            "rope_theta": self.get("rope.freq_base", 1e4),
+        }
         if kind in {"linear", "yarn"}:
             found |= {"rope_type": kind, "factor": self.get("rope.scaling.factor", 1.0)}
         elif kind != "none":

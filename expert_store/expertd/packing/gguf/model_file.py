@@ -1,17 +1,13 @@
 """A model in GGUF: one file, or the parts into which it was split."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from expertd.packing.gguf.header import GgufHeader, GgufTensor, Value, read_header
+from expertd.packing.gguf.names import part_names
 from expertstore.errors import CheckpointError
-
-SUFFIX = ".gguf"
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-MAX_PARTS = 9999
 
 T = TypeVar("T", int, float, bool, str)
 
@@ -53,26 +49,6 @@ class GgufModel:
         if key not in self.metadata:
             raise CheckpointError(f"{self.file} lacks {key}; get a newer file of the model.")
         return self.get(key, 0)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether ``path`` is named as a GGUF file is."""
-    return path.suffix.lower() == SUFFIX
-
-
-def model_name(file: Path) -> str:
-    """The file's name without what tells a part, and without its suffix."""
-    part = _PART.fullmatch(file.name)
-    return part["stem"] if part else file.stem
-
-
-def part_names(name: str) -> list[str]:
-    """The names of all parts of the model of which ``name`` is one, in order."""
-    part = _PART.fullmatch(name)
-    if part is None:
-        return [name]
-    count = int(part["count"])
-    return [f"{part['stem']}-{1 + number:05d}-of-{count:05d}.gguf" for number in range(count)]
 
 
 def read_model(file: Path) -> GgufModel:

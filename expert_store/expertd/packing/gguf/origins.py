@@ -60,9 +60,7 @@ def find_origins(model: GgufModel, architecture: Architecture) -> dict[str, Orig
     return found
 
 
-def _experts_origins(
-    model: GgufModel, architecture: Architecture
-) -> Iterator[tuple[str, Origin]]:
+def _experts_origins(model: GgufModel, architecture: Architecture) -> Iterator[tuple[str, Origin]]:
     """Of the fused parameters of all experts modules: [experts, rows, columns]."""
     for module in architecture.experts:
         stem = f"blk.{module.layer}.ffn"

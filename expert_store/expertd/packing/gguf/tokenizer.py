@@ -40,7 +40,8 @@ def special_tokens(model: GgufModel) -> dict[str, Any]:
     The tokens that end a turn or a message end a text, too.
     """
     ends = [
-        model.get(f"{_PREFIX}{name}", -1) for name in ("eos_token_id", "eot_token_id", "eom_token_id")
+        model.get(f"{_PREFIX}{name}", -1)
+        for name in ("eos_token_id", "eot_token_id", "eom_token_id")
     ]
     ends = list(dict.fromkeys(end for end in ends if end >= 0))
     found: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}

@@ -19,7 +19,6 @@ from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.tensor_file import TensorEntry
 
-
 SAMPLE_ROWS = 64
 """Of a matrix, to see how large its weights are and what they lose."""
 
@@ -133,7 +132,8 @@ def unpack(weight: GgufWeight, pieces: Mapping[str, Tensor]) -> StoredMatrix | T
     """The matrix of ``pieces``, or of their first rows for a sample: as kept, or float32."""
     blocks = list(pieces.values())
     is_whole = all(
-        piece.shape[-2:] == weight.pieces[part].entry.shape[-2:] for part, piece in pieces.items()
+        tuple(piece.shape) == weight.pieces[part].entry.shape[weight.is_of_experts :]
+        for part, piece in pieces.items()
     )
     rows = weight.origin.rows if is_whole else None
     if weight.form is not None and weight.form.precision.bits:
