@@ -153,7 +153,9 @@ def test_parts(tmp_path: Path) -> None:
     assert len(read_model(parts[0]).tensors) == 13
     saved = parts[1].read_bytes()
     parts[1].unlink()
-    with pytest.raises(CheckpointError, match=rf"{parts[1].name} is not there, a part of the model"):
+    with pytest.raises(
+        CheckpointError, match=rf"{parts[1].name} is not there, a part of the model"
+    ):
         read_model(parts[0])
     parts[1].write_bytes(parts[2].read_bytes())
     with pytest.raises(CheckpointError, match=r"is part 2 by its metadata .* another by its name"):
