@@ -22,11 +22,14 @@ def make_config(model: GgufModel) -> Config:
     """``config.json`` of the model, without its special tokens. Raises :class:`CheckpointError`."""
     make = _CONFIGS.get(model.architecture)
     about = Metadata(model)
-    if make is None or not about.has("expert_count"):
+    if make is None:
         raise CheckpointError(
-            f"{model.file} has llama.cpp's architecture {model.architecture[:32]}"
-            + (", which is not read" if make is None else " without experts")
-            + f"; read are {', '.join(sorted(_CONFIGS))}, with experts."
+            f"{model.file} has llama.cpp's architecture {model.architecture[:32]}, which is not "
+            f"read; read are {', '.join(sorted(_CONFIGS))}."
+        )
+    if not about.has("expert_count"):
+        raise CheckpointError(
+            f"{model.file} has no experts; expertd serves Mixture-of-Experts models."
         )
     if about.has_tensor("rope_freqs.weight"):
         raise CheckpointError(

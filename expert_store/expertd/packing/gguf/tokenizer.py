@@ -54,6 +54,14 @@ _KIMI = (
 _SPLITS: dict[str, tuple[str, ...]] = {
     "bailingmoe": (rf"'(?i:[sdmt]|ll|ve|re)|{_WORDS}|\p{{N}}|{_REST}",),
     "chatglm-bpe": _GPT4,
+    "deepseek-llm": (
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}+",
+    ),
     "deepseek-v3": _DEEPSEEK,
     "glm4": _GPT4,
     "glm5": _GPT4,

@@ -52,6 +52,10 @@ def model(**changes: Any) -> GgufModel:
             ["it", "'s", " ", "1", "2", "3", "4", " 中文ab", " foo", "_bar", "\n\n", " x"],
         ),
         (
+            "deepseek-llm",
+            ["it", "'", "s", " ", "1234", " ", "中文", "ab", " foo", "_", "bar", "\n", "\n", " x"],
+        ),
+        (
             "deepseek-v3",
             ["it", "'s", " ", "123", "4", " ", "中文", "ab", " foo", "_bar", "\n\n", " x"],
         ),
