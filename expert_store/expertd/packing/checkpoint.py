@@ -45,7 +45,7 @@ from expertd.packing.stored.description import METHODS, read_description
 from expertd.packing.stored.finding import find_stored
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
-from expertd.packing.stored.weight import Form, StoredWeight
+from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
