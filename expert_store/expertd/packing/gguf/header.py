@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -30,7 +30,7 @@ _MAX_ALIGNMENT = 1 << 20
 _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 """Of an entry of the table: an empty name, one dimension, type and offset."""
 
-_NUMBERS = {
+_NUMBERS: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
     GGUFValueType.INT8: np.dtype("<i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),

@@ -20,7 +20,9 @@ class Metadata:
     def get(self, key: str, default: T) -> T:
         """The value, or ``default`` where there is none; of a float the shortest decimal."""
         value = self.model.get(f"{self.model.architecture}.{key}", default)
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        if isinstance(value, float):
+            return type(default)(str(np.float32(value)))
+        return value
 
     def has(self, key: str) -> bool:
         """Whether there is a value."""

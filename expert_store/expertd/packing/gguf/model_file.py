@@ -42,7 +42,7 @@ class GgufModel:
             raise CheckpointError(
                 f"{self.file} has {key} of another kind ({str(value)[:32]}); download it again."
             )
-        return value  # type: ignore[return-value] # checked above
+        return value
 
     def number(self, key: str) -> int:
         """A whole number that must be there. Raises :class:`CheckpointError`."""

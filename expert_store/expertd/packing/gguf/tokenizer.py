@@ -102,7 +102,7 @@ def write_tokenizer(model: GgufModel, folder: Path) -> None:
         for ours, theirs in _FIELDS.items()
         if f"{_PREFIX}{ours}" in model.metadata
     }
-    _check(model, fields)
+    tokens = _check(model, fields)
     if fields.get("tokenizer_type") == "gpt2":
         fields.setdefault("merges", [])
     from transformers import PreTrainedTokenizerFast
@@ -117,7 +117,7 @@ def write_tokenizer(model: GgufModel, folder: Path) -> None:
             tokenizer_object=backend,
             clean_up_tokenization_spaces=False,
             model_max_length=model.get(f"{model.architecture}.context_length", 1 << 30),
-            **_names(model, fields["tokens"]),
+            **_names(model, tokens),
             **({"chat_template": template} if template else {}),
         )
         tokenizer.save_pretrained(folder)
@@ -149,8 +149,8 @@ def _split_words(model: GgufModel, backend: Any) -> None:  # noqa: ANN401 - of t
         )
 
 
-def _check(model: GgufModel, fields: dict[str, Any]) -> None:
-    """Raises :class:`CheckpointError` unless the vocabulary is one."""
+def _check(model: GgufModel, fields: dict[str, Any]) -> list[str]:
+    """The tokens. Raises :class:`CheckpointError` unless the vocabulary is one."""
     tokens = fields.get("tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise CheckpointError(
@@ -163,6 +163,7 @@ def _check(model: GgufModel, fields: dict[str, Any]) -> None:
                 f"{model.file} has {len(tokens)} tokens and other numbers of {name} for them; "
                 "download it again."
             )
+    return tokens
 
 
 def _names(model: GgufModel, tokens: list[str]) -> dict[str, str]:
