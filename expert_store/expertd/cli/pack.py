@@ -25,7 +25,8 @@ def pack(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Directory of the model in Hugging Face's form (config.json and safetensors); or "
+            help="Directory of the model in Hugging Face's form (config.json and safetensors); a "
+            "file in GGUF, or any part of one that is split; or "
             "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope).",
         ),
     ],
@@ -168,7 +169,8 @@ def pack(
     from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
     from expertd.hub.reference import parse_reference
     from expertd.packing.default_scheme import default_scheme
-    from expertd.packing.early import check_destination, check_early
+    from expertd.packing.early import GGUF_FOLDER, check_destination, check_early, partial_of
+    from expertd.packing.gguf.names import gguf_of, model_name
     from expertd.packing.schemes import choose_scheme
     from expertstore.pack.files import check_path
     from expertstore.pack.place import packs_directory
@@ -186,8 +188,10 @@ def pack(
         raise InvalidInputError("--keep-experts and --prune-by belong to --prune TRACE.")
     checkpoint = Path(source)
     reference = None if checkpoint.exists() else parse_reference(source)
+    gguf = None if reference else gguf_of(checkpoint)
     if destination is None:
         name = reference.model if reference else checkpoint.resolve().name
+        name = name if gguf is None else model_name(gguf.absolute())
         destination = packs_directory() / (f"{name}-{scheme}" if scheme else name)
         destination.parent.mkdir(parents=True, exist_ok=True)
     check_path(destination.absolute())
@@ -199,6 +203,14 @@ def pack(
             checkpoint, shards = look_at(reference, destination.absolute(), meter, stack, keep=keep)
             if scheme is None:
                 scheme, why = advised_scheme(checkpoint, destination.absolute())
+        title = f"packing {reference or (gguf or checkpoint).name}"
+        if gguf is not None:
+            _check_installed("torch", "transformers", "gguf")
+            check_destination(destination.absolute(), force=force)
+            from expertd.packing.gguf.folder import unfold
+
+            checkpoint = partial_of(destination.absolute()) / GGUF_FOLDER
+            unfold(gguf, checkpoint)
         scheme = scheme or default_scheme(checkpoint)
         chosen = choose_scheme(scheme, experts, attention, dense, head)
         check_early(
@@ -213,9 +225,14 @@ def pack(
         for sentence in (why, needs(shards, chosen) if shards else ""):
             if sentence:
                 typer.echo(sentence, err=True)
-        title = f"packing {reference or checkpoint.name} as {chosen.name}"
+        title += f" as {chosen.name}"
         typer.echo(title, err=True)
         _import_quietly()
+        if gguf is not None:
+            from expertd.packing.gguf.model_file import read_model
+            from expertd.packing.gguf.tokenizer import write_tokenizer
+
+            write_tokenizer(read_model(gguf), checkpoint)
         from expertd.packing.packer import Progress, Request
         from expertd.packing.packer import pack as make_pack
 

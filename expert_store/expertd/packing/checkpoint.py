@@ -11,7 +11,7 @@ stand for, or as they are.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -34,6 +34,9 @@ from expertd.packing.checkpoint_files import (
     read_config,
 )
 from expertd.packing.foreign import quantized_error
+from expertd.packing.gguf.listing import list_tensors
+from expertd.packing.gguf.model_file import read_model
+from expertd.packing.gguf.names import gguf_of
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
 from expertd.packing.shards import Shards
@@ -42,7 +45,7 @@ from expertd.packing.stored.description import METHODS, read_description
 from expertd.packing.stored.finding import find_stored
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
-from expertd.packing.stored.weight import Form, StoredWeight
+from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
@@ -77,12 +80,18 @@ class Checkpoint:
         self._shards = shards
         config = read_config(path)
         self.architecture: Architecture = read_architecture(path)
-        listing = find_tensors(path, config)
-        self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
         description = read_description(path, config)
-        listing, self._stored = find_stored(path, listing, description)
+        self._stored: Mapping[str, StoredWeight]
+        if (file := gguf_of(path)) is not None:
+            listing, self._stored = list_tensors(read_model(file), self.architecture)
+            files = [each for tensor in listing.tensors for each in self._physical(tensor)]
+        else:
+            listing = find_tensors(path, config)
+            files = listing.tensors
+            listing, self._stored = find_stored(path, listing, description)
+        self.fingerprint = shards.fingerprint if shards else fingerprint(path, files)
         packings = {weight.packing for weight in self._stored.values()}
         if packings and description.method not in {"", *METHODS}:
             raise quantized_error(path, description.method)
@@ -222,11 +231,15 @@ class Checkpoint:
         None if it is not stored. Raises :class:`CheckpointError` if no form does that.
         """
         parameter = self._parameters[module.parameter(leaf)]
-        forms = {
-            weight.exact_form(self.path) if weight is not None else None
+        weights = [
+            self._stored.get(source.name)
             for sources in parameter.sources.values()
-            for weight in (self._stored.get(source.name) for source in sources)
-        }
+            for source in sources
+        ]
+        if weights[0] is not None and (nearest := weights[0].nearest) is not None:
+            bits = nearest.bits
+            return Form(nearest, self.scale_type(module, leaf, bits)) if bits else PLAIN_FORM
+        forms = {weight.exact_form(self.path) if weight is not None else None for weight in weights}
         if len(forms) > 1:
             kinds = sorted(
                 {source.entry.dtype for each in parameter.sources.values() for source in each}
@@ -258,13 +271,29 @@ class Checkpoint:
             for source in sources
         )
         found = (self._stored.get(source.name) for source in sources)
-        kinds = {each.packing for each in found if each and each.form and each.form.precision.bits}
+        kinds = {each.kind for each in found if each and each.form and each.form.precision.bits}
         return ", ".join(sorted(kinds))
+
+    def samples_by_kind(self) -> Iterator[tuple[StoredWeight, dict[str, Tensor]]]:
+        """Of each way in which experts' matrices are stored: one, and first rows of its pieces."""
+        seen = set()
+        for parameter in self._parameters.values():
+            for source, is_fused in parameter.of_expert(0):
+                weight = self._stored.get(source.name)
+                if weight is not None and weight.kind not in seen:
+                    seen.add(weight.kind)
+                    yield weight, self._read_pieces(weight, 0 if is_fused else None, only_head=True)
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
         weight = self._stored.get(tensor.name)
-        return None if weight is None else weight.exact_form(self.path)
+        if weight is None:
+            return None
+        if (nearest := weight.nearest) is None:
+            return weight.exact_form(self.path)
+        if not nearest.bits:
+            return PLAIN_FORM
+        return Form(nearest, self.trunk_scale_type(tensor, nearest.bits))
 
     def scale_type(self, module: ExpertsModule, leaf: str, bits: int) -> str:
         """In which type the scales of the experts' matrix ``leaf`` are to be stored in ``bits``.
@@ -367,13 +396,24 @@ class Checkpoint:
         only_head: bool = False,
     ) -> StoredMatrix | Tensor:
         """One matrix [out, in] of ``weight``: if that is of all experts, the ``expert``'s."""
+        return unpack(weight, self._read_pieces(weight, expert, scratch, only_head=only_head))
+
+    def _read_pieces(
+        self,
+        weight: StoredWeight,
+        expert: int | None,
+        scratch: Scratch | None = None,
+        *,
+        only_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """What :meth:`_matrix` is made of."""
         fused = expert if weight.is_fused else None
         pieces = {}
         for part, piece in weight.pieces.items():
             sliced = fused if piece.entry.shape[:1] == weight.shape[:1] else None
             rows = weight.head[part] if only_head else None
-            pieces[part] = self._read_piece(piece, sliced, scratch, rows)
-        return unpack(weight, pieces)
+            pieces[part] = self._read_piece(piece, sliced, scratch or Scratch(), rows)
+        return pieces
 
     def _read_weight(self, weight: StoredWeight, scratch: Scratch) -> Tensor:
         """What a stored weight stands for, in the model's 16-bit type, in its shape."""

@@ -19,6 +19,7 @@ from expertd.packing.checkpoint_files import (
     Listing,
     read_config,
 )
+from expertd.packing.gguf.names import gguf_of
 from expertd.packing.schemes import Precision, Scheme
 from expertd.packing.stored.description import read_description
 from expertd.packing.stored.finding import find_stored
@@ -32,6 +33,8 @@ PARTIAL_SUFFIX = ".partial"
 """Of the directory beside a pack to be in which the work lies."""
 HUB_FOLDER = "hub"
 """In that directory: what is here of a checkpoint that is fetched meanwhile."""
+GGUF_FOLDER = "gguf"
+"""In that directory: a model in GGUF as a checkpoint."""
 _SURE = 0.9
 """Of the weights: some checkpoints have tensors that no model has a place for."""
 _FLOATS = {"BF16", "F16", "F32", "F64"}
@@ -53,11 +56,6 @@ def check_early(
 
 def check_checkpoint(source: Path) -> None:
     """Raises CheckpointError if ``source`` is no checkpoint, and says what to do instead."""
-    if source.suffix == ".gguf" or (source.is_dir() and _only_gguf(source)):
-        raise CheckpointError(
-            f"{source} is GGUF, whose weights are quantized in a form of its own; download the "
-            "model's 16-bit checkpoint (config.json and safetensors), and pack that."
-        )
     if (source / MANIFEST_NAME).is_file():
         raise CheckpointError(
             f"{source} is a pack already; serve it, or give the checkpoint that it was made of."
@@ -124,12 +122,11 @@ def partial_of(destination: Path) -> Path:
     return destination.parent / (destination.name + PARTIAL_SUFFIX)
 
 
-def _only_gguf(directory: Path) -> bool:
-    return any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors"))
-
-
 def _entries(source: Path) -> Iterator[tuple[TensorEntry, bool]]:
     """Of the files that are read, for others may lie beside them; stored weights are one each."""
+    if (file := gguf_of(source)) is not None:
+        yield from _gguf_entries(file)
+        return
     try:
         index = msgspec.json.decode((source / INDEX_NAME).read_bytes())
         names = {*index["weight_map"].values()}
@@ -147,6 +144,17 @@ def _entries(source: Path) -> Iterator[tuple[TensorEntry, bool]]:
         listing, stored = find_stored(source, listing, description)
     for tensor in listing.tensors:
         yield tensor.entry, tensor.name in stored
+
+
+def _gguf_entries(file: Path) -> Iterator[tuple[TensorEntry, bool]]:
+    from expertd.packing.gguf.model_file import read_model
+    from expertd.packing.gguf.types import PLAIN_TYPES, precision_of
+
+    for tensor in read_model(file).tensors.values():
+        name = tensor.name.replace("_exps.", ".experts.")
+        num_bytes = int(math.prod(tensor.shape) * _bits(precision_of(tensor.type)) / 8)
+        entry = TensorEntry(name, "BF16", tensor.shape, tensor.offset, num_bytes)
+        yield entry, tensor.type not in PLAIN_TYPES
 
 
 def _num_bytes(entry: TensorEntry, precision: Precision, *, is_stored: bool) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.gguf.losses import losses
 from expertd.packing.schemes import Scheme
 from expertstore.errors import CheckpointError
 
@@ -39,6 +40,8 @@ def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
             f"The experts come in {', '.join(sorted(checkpoint.types))}: what of them is not "
             f"quantized is written as {checkpoint.dtype}, which has the range of all."
         )
+    if scheme.experts.is_kept:
+        yield from losses(checkpoint)
     if (kinds := checkpoint.kept_kinds()) and not scheme.experts.is_kept:
         yield (
             f"The experts come in {kinds}, and are made {scheme.experts} of that; --experts as-is "

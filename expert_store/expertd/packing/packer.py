@@ -5,6 +5,7 @@ The work lies in ``DST.partial``, beside the pack to be::
     DST.partial/journal    what is done
     DST.partial/pack/      the pack, renamed to DST when it is complete
     DST.partial/hub/       what is here of a checkpoint that is fetched meanwhile
+    DST.partial/gguf/      a model in GGUF as a checkpoint
 
 1. Refuse what cannot work: the destination, the checkpoint, the scheme.
 2. Take up the journal if it is of the same packing, else begin anew.
@@ -28,7 +29,7 @@ from xxhash import xxh3_64_hexdigest
 
 import expertstore
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.early import HUB_FOLDER, check_destination, partial_of
+from expertd.packing.early import GGUF_FOLDER, HUB_FOLDER, check_destination, partial_of
 from expertd.packing.encoder import Encoder
 from expertd.packing.feeding import Feeder
 from expertd.packing.finished_files import file_checksum, flush
@@ -168,7 +169,9 @@ def _was_completed(destination: Path, partial: Path, key: str) -> bool:
 def _check_partial(partial: Path) -> None:
     """Nothing that is not ours may be lost when a packing begins anew."""
     if partial.exists() and not (partial / "journal").exists():
-        foreign = sorted({entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER})
+        foreign = sorted(
+            {entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER, GGUF_FOLDER}
+        )
         if foreign:
             raise PackError(f"{partial} is needed for the work and holds other files; move them.")
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from expertd.packing.gguf.weight import GgufWeight
+from expertd.packing.gguf.weight import unpack as unpack_blocks
 from expertd.packing.schemes import MXFP4, MXFP8, NVFP4
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.weight import Packing, StoredWeight
@@ -28,6 +30,8 @@ Unpack = Callable[[StoredWeight, Pieces], StoredMatrix | Tensor]
 
 def unpack(weight: StoredWeight, pieces: Pieces) -> StoredMatrix | Tensor:
     """The matrix [out, in] of ``pieces``: as a record holds it, or float32 if none does."""
+    if isinstance(weight, GgufWeight):
+        return unpack_blocks(weight, pieces)
     return _UNPACK[weight.packing](weight, pieces)
 
 

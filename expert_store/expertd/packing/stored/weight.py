@@ -42,6 +42,8 @@ class Packing(StrEnum):
     """``weight`` [..., out, in] (e4m3) and ``scales``, a factor per block of it."""
     MXFP8 = "MXFP8"
     """The same in blocks of 32 along the rows, with exponents (E8M0)."""
+    GGUF = "GGUF"
+    """Rows of blocks: :class:`expertd.packing.gguf.weight.GgufWeight`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ class StoredWeight:
     """Of integers."""
 
     @property
+    def kind(self) -> str:
+        """How it is stored, for users."""
+        return str(self.packing)
+
+    @property
+    def nearest(self) -> Precision | None:
+        """What it is quantized to where the scheme keeps what it can, if no form keeps this.
+
+        None: nothing; a user has to choose.
+        """
+        return None
+
+    @property
     def is_fused(self) -> bool:
         """Whether it is that of all experts."""
         return len(self.shape) == 3
@@ -103,7 +118,7 @@ class StoredWeight:
         first = next(iter(self.pieces.values()))
         num_bytes = sum(piece.entry.num_bytes for piece in self.pieces.values())
         return CheckpointTensor(
-            first.file, TensorEntry(self.name, str(self.packing), self.shape, 0, num_bytes)
+            first.file, TensorEntry(self.name, self.kind, self.shape, 0, num_bytes)
         )
 
     @property
@@ -116,7 +131,7 @@ class StoredWeight:
         """``form``. Raises :class:`CheckpointError` if there is none."""
         if self.form is None:
             raise CheckpointError(
-                f"{path} has {self.name} in a form ({self.packing}) that no pack holds as it is: "
+                f"{path} has {self.name} in a form ({self.kind}) that no pack holds as it is: "
                 f"{self.why_not}; --scheme 4bit, or --experts 4g64 and the like, quantizes it anew."
             )
         return self.form
