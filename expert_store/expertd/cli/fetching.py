@@ -15,10 +15,11 @@ from expertd.hub.opening import cached_snapshot, open_repository
 from expertd.hub.reference import HubReference
 from expertd.packing.default_scheme import default_scheme
 from expertd.packing.early import HUB_FOLDER, about_bytes, partial_of
-from expertd.packing.schemes import Scheme
+from expertd.packing.schemes import SCHEMES, Scheme
 from expertd.packing.side_files import COPIED_FILES
 from expertstore.errors import PackError, PreconditionError
 from expertstore.interrupts import interruptible
+from expertstore.shared.host_memory import memory_total
 from expertstore.sizes import format_bytes
 
 
@@ -82,10 +83,11 @@ def needs(folder: HubFolder, scheme: Scheme) -> str:
 def advised_scheme(checkpoint: Path, destination: Path) -> tuple[str, str]:
     """The scheme that ``expert-run advise`` chooses for this host, and its sentence.
 
-    Weights that come quantized stay as they are. Raises PreconditionError if the host cannot serve
-    the model in any scheme, and if nobody can tell.
+    Weights that come quantized stay as they are if RAM can hold that. Raises PreconditionError if
+    the host cannot serve the model in any scheme, and if nobody can tell.
     """
-    if (kept := default_scheme(checkpoint)) != "4bit":
+    kept = default_scheme(checkpoint)
+    if kept != "4bit" and sum(about_bytes(checkpoint, SCHEMES[kept])) <= memory_total():
         return kept, "Its weights come quantized, and stay as they are."
     typer.echo("Measuring this host to choose a scheme; --scheme NAME leaves that out.", err=True)
     program = Path(sys.executable).with_name("expert-run")

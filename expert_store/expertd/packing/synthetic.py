@@ -37,7 +37,7 @@ from expertd.packing.shapes import shape_config
 from expertd.packing.stored.description import Description, read_description
 from expertd.packing.stored.expected import expected_form
 from expertd.packing.stored.weight import Form
-from expertstore.pack.codec import TORCH_DTYPES, record_parts
+from expertstore.pack.codec import E2M1, E8M0_BIAS, TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
 from expertstore.pack.tensor_file import TensorEntry, build_header
@@ -287,6 +287,8 @@ def fill(
     if matrix.encoding is Encoding.PLAIN:
         weight = parts[f"{name}.weight"]
         weight.copy_(torch.randn(weight.shape, generator=generator).mul_(deviation))
+    elif matrix.encoding is not Encoding.HQQ:
+        _fill_kept(matrix, parts, deviation, generator)
     else:
         parts[f"{name}.q"].random_(0, 256, generator=generator)
         levels = 1 << matrix.bits
@@ -296,6 +298,32 @@ def fill(
         _fill_groups(matrix, parts, "zero", (levels - 1) / 2, generator)
     if f"{name}.bias" in parts:
         parts[f"{name}.bias"].zero_()
+
+
+def _fill_kept(
+    matrix: Matrix, parts: Mapping[str, Tensor], deviation: float, generator: torch.Generator
+) -> None:
+    """As :func:`fill`, of what only checkpoints have."""
+    encoding, name = matrix.encoding, matrix.name
+    q, scale = parts[f"{name}.q"], parts[f"{name}.scale"]
+    if encoding in {Encoding.FP8, Encoding.MXFP8}:
+        usual = 64.0
+        drawn = torch.randn(q.shape, generator=generator).mul_(usual).clamp_(-448, 448)
+        q.copy_(drawn.to(torch.float8_e4m3fn).view(torch.uint8))
+    else:
+        q.random_(0, 256, generator=generator)
+        levels = torch.arange(1 << matrix.bits) - (1 << matrix.bits - 1) + 0.0
+        usual = float((levels if encoding is Encoding.INT else torch.tensor(E2M1)).square().mean())
+        usual = math.sqrt(usual)
+    factor = deviation / usual
+    if encoding in {Encoding.MXFP4, Encoding.MXFP8}:
+        scale.fill_(E8M0_BIAS + round(math.log2(factor)))
+    elif encoding is Encoding.NVFP4:
+        scale.copy_(torch.ones(()).to(torch.float8_e4m3fn).view(torch.uint8))
+        parts[f"{name}.global"].fill_(factor)
+    else:
+        around = torch.rand(scale.shape, generator=generator).mul_(0.2).add_(0.9)
+        scale.copy_(around.mul_(factor))
 
 
 def _fill_groups(

@@ -66,6 +66,9 @@ def _of_config(name: str, directory: Path) -> Model:
             needs.append(_need_of_plan(scheme.name, make_plan(checkpoint, scheme)))
         except CheckpointError:
             continue  # the scheme does not fit its sizes
+    if kept := next((need for need in needs if SCHEMES[need.scheme].experts.is_kept), None):
+        # To make anything else of it loses precision, and is only for fewer bits.
+        needs = [need for need in needs if need is kept or need.expert_bits < kept.expert_bits]
     config = msgspec.json.decode((directory / CONFIG_NAME).read_bytes())
     return Model(
         name, config, tuple(needs), kv_bytes_per_token(checkpoint.architecture.model.config)

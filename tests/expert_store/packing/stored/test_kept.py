@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from expertd.packing.default_scheme import default_scheme
 from expertd.packing.packer import Request, pack
-from expertd.packing.schemes import choose_scheme
-from expertd.packing.synthetic import plan_of
+from expertd.packing.schemes import Precision, choose_scheme
+from expertd.packing.synthetic import fill, plan_of
 from expertd_inference.kernels.cpu.choice import ReferenceKernels
 from expertd_testing.tiny_models import randomize, save_model
-from expertstore.pack.codec import dequantize, record_parts
-from expertstore.pack.layout import Encoding
+from expertstore.pack.codec import TORCH_DTYPES, dequantize, record_parts
+from expertstore.pack.layout import FIXED_FORMS, Encoding, matrix_parts
 from expertstore.pack.manifest import read_manifest
 from expertstore.pack.reader import PackReader
 from expertstore.pack.verify import verify
@@ -60,6 +60,21 @@ def test_it_is_kept(name: str, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
     prompt = prompt_of(20, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
+
+
+@pytest.mark.parametrize("encoding", [encoding for encoding in Encoding if encoding != "hqq"])
+def test_imagined_packs_have_weights_of_usual_size(encoding: Encoding) -> None:
+    bits, size = FIXED_FORMS.get(encoding, (8, 128))
+    if encoding is Encoding.PLAIN:
+        bits = size = 0
+    matrix = Precision(bits, size, encoding=encoding).matrix("w", 128, 256)
+    parts = {
+        name: torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+        for name, shape, dtype in matrix_parts(matrix, "BF16")
+    }
+    fill(matrix, parts, 2.0, torch.Generator().manual_seed(0))
+    weight = dequantize(matrix, parts, torch.float32)
+    assert 0.65 < weight.std() * 256**0.5 / 2 < 1.5  # exponents are whole numbers
 
 
 def test_deepseek_v4(tmp_path: Path) -> None:
