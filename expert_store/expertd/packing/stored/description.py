@@ -50,12 +50,7 @@ class Description:
     @property
     def block(self) -> tuple[int, int] | None:
         """FP8: rows and columns of a block, if they are given."""
-        size = self.fields.get("weight_block_size")
-        if isinstance(size, list) and len(size) == 2:
-            rows, columns = size
-            if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
-                return rows, columns
-        return None
+        return read_block(self.fields.get("weight_block_size"))
 
     @property
     def bits(self) -> int | None:
@@ -100,6 +95,15 @@ class Description:
     def is_ignored(self, module: str) -> bool:
         """Whether ``module`` is named among those that are not quantized."""
         return any(_fits(self.fields.get(key), module, is_class=False) for key in _IGNORED)
+
+
+def read_block(size: object) -> tuple[int, int] | None:
+    """Rows and columns, if ``size`` is a list of two such numbers."""
+    if isinstance(size, list) and len(size) == 2:
+        rows, columns = size
+        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
+            return rows, columns
+    return None
 
 
 _IGNORED = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")

@@ -13,7 +13,7 @@ from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import Precision, choose_scheme
 from expertd.packing.synthetic import fill, plan_of
 from expertd_inference.kernels.cpu.choice import ReferenceKernels
-from expertd_testing.tiny_models import randomize, save_model
+from expertd_testing.tiny_models import make_checkpoint, randomize, save_model
 from expertstore.pack.codec import TORCH_DTYPES, dequantize, record_parts
 from expertstore.pack.layout import FIXED_FORMS, Encoding, matrix_parts
 from expertstore.pack.manifest import read_manifest
@@ -75,6 +75,18 @@ def test_imagined_packs_have_weights_of_usual_size(encoding: Encoding) -> None:
     fill(matrix, parts, 2.0, torch.Generator().manual_seed(0))
     weight = dequantize(matrix, parts, torch.float32)
     assert 0.65 < weight.std() * 256**0.5 / 2 < 1.5  # exponents are whole numbers
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "fp8-tensor", "modelopt-nvfp4", "ct-int4"])
+def test_all_experts_in_one_tensor(kind: str, tmp_path: Path) -> None:
+    make_checkpoint("granitemoe", tmp_path / "plain", num_hidden_layers=1, num_local_experts=4)
+    stored = store(tmp_path, {"linear.weight": KINDS[kind]})
+    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")))
+    (layout,) = read_manifest(tmp_path / "p").manifest.layouts
+    assert all(KINDS[kind].form.startswith(matrix.encoding) for matrix in layout.matrices)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    prompt = prompt_of(20, seed=1)
+    assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
 
 
 def test_deepseek_v4(tmp_path: Path) -> None:
