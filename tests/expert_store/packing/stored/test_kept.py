@@ -13,6 +13,8 @@ from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import Precision, choose_scheme
 from expertd.packing.synthetic import fill, plan_of
 from expertd_inference.kernels.cpu.choice import ReferenceKernels
+from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_testing.tiny_models import make_checkpoint, randomize, save_model
 from expertstore.pack.codec import TORCH_DTYPES, dequantize, record_parts
 from expertstore.pack.layout import FIXED_FORMS, Encoding, matrix_parts
@@ -60,6 +62,12 @@ def test_it_is_kept(name: str, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
     prompt = prompt_of(20, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))
+    if native_library().library is not None:
+        native, reference = (
+            logits(load(tmp_path / "p", torch.float32, kernels), prompt)
+            for kernels in (NativeKernels(), ReferenceKernels())
+        )
+        assert (native - reference).norm() < 1e-5 * reference.norm()
 
 
 @pytest.mark.parametrize("encoding", [encoding for encoding in Encoding if encoding != "hqq"])
