@@ -47,10 +47,17 @@ class Description:
         """Its ``quant_method``, in lower case."""
         return str(self.fields.get("quant_method") or "").lower()
 
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """FP8: rows and columns of a block, if they are given."""
-        return read_block(self.fields.get("weight_block_size"))
+    def block(self, module: str) -> tuple[int, int] | None:
+        """FP8: rows and columns of a block of ``module``, if they are given."""
+        found = read_block(self.fields.get("weight_block_size"))
+        return found or read_block((self.weights(module) or {}).get("block_structure"))
+
+    def algorithm(self, module: str) -> str:
+        """ModelOpt: its name for the form of the weights of ``module``, such as NVFP4."""
+        layers = self.fields.get("quantized_layers")
+        of_module = layers.get(module) if isinstance(layers, dict) else None
+        place = of_module if isinstance(of_module, dict) else self.fields
+        return str(place.get("quant_algo") or "").upper()
 
     @property
     def bits(self) -> int | None:

@@ -30,7 +30,7 @@ def expected_form(description: Description, parameter: str, shape: tuple[int, in
     if method == "compressed-tensors":
         weights = description.weights(module)
         return None if weights is None else _of_weights(weights, shape)
-    algorithm = str(fields.get("quant_algo") or "").upper()
+    algorithm = description.algorithm(module)
     if "NVFP4" in algorithm:
         return Form(NVFP4)
     if method == "mxfp8" or "MXFP8" in algorithm:
@@ -38,7 +38,7 @@ def expected_form(description: Description, parameter: str, shape: tuple[int, in
     if method in {"fp8", "fbgemm_fp8", "modelopt"}:
         if ".experts." in module and description.has_fp4_experts:
             return Form(MXFP4)
-        return _fp8(description.block or shape, shape)
+        return _fp8(description.block(module) or shape, shape)
     return None
 
 

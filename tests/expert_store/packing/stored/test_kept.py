@@ -32,7 +32,9 @@ def test_it_is_kept(name: str, tmp_path: Path) -> None:
     """The pack's weights are those of the other library, and its model stock's with these."""
     stored, plain = make_stored(tmp_path, KINDS[name])
     assert default_scheme(stored) == "as-is"
-    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")))
+    notices: list[str] = []
+    pack(Request(stored, tmp_path / "p", choose_scheme("as-is")), on_notice=notices.append)
+    assert not notices
     # What the configuration alone tells `expert-run advise` of the sizes.
     plan = plan_of(json.loads((stored / "config.json").read_text()), choose_scheme("as-is"))
     assert plan.layouts == read_manifest(tmp_path / "p").manifest.layouts
