@@ -149,7 +149,8 @@ void multiply_e4m3(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
         int64_t row_of[AT_ONCE];
         for (int i = 0; i < AT_ONCE; ++i) // the last one again where there are none
             row_of[i] = row + std::min(i, count - 1);
-        const uint8_t* after = std::min(end, base + m.weight + (row + AT_ONCE) * m.columns);
+        // Not the next rows, but those after them: a row of bytes is short.
+        const uint8_t* after = std::min(end, base + m.weight + (row + 2 * AT_ONCE) * m.columns);
         Prefetch next = {after, after, after < end ? step : 0};
         multiply_e4m3_rows<Way, MOST_ROWS>(m, base, row_of, row, count, rows, results, num_rows,
                                            next);
