@@ -11,6 +11,7 @@ import typer
 
 from expertd.cli.progress import ProgressDisplay
 from expertd.hub.folder import HubFolder
+from expertd.hub.gguf_files import fetch_gguf, find_gguf
 from expertd.hub.opening import cached_snapshot, open_repository
 from expertd.hub.reference import HubReference
 from expertd.packing.default_scheme import default_scheme
@@ -41,6 +42,8 @@ def look_at(
 ) -> tuple[Path, HubFolder | None]:
     """The checkpoint's directory, and what fetches its shards unless they are all there.
 
+    Of a model in GGUF its file, which is fetched whole.
+
     Raises CheckpointError, PackError and PreconditionError.
     """
     snapshot = cached_snapshot(reference)
@@ -50,6 +53,18 @@ def look_at(
     title = f"looking at {reference}"
     with interruptible(), ProgressDisplay(title) as display:
         repository = open_repository(reference)
+        if files := find_gguf(repository):
+            place = None if keep else partial_of(destination) / HUB_FOLDER / repository.commit
+            total = sum(file.num_bytes for file in files)
+            came = 0
+
+            def count(num_bytes: int) -> None:
+                nonlocal came
+                came += num_bytes
+                display.update(came, total, f"of {len(files)} files in GGUF")
+
+            found = fetch_gguf(repository, files, place, count, place=destination.parent)
+            return found, None
         folder = HubFolder(
             repository, partial_of(destination) / HUB_FOLDER, keep=keep, on_bytes=meter.add
         )

@@ -27,7 +27,8 @@ def pack(
             metavar="CHECKPOINT",
             help="Directory of the model in Hugging Face's form (config.json and safetensors); a "
             "file in GGUF, or any part of one that is split; or "
-            "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope).",
+            "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope), of "
+            "GGUF ORG/NAME:Q4_K_M or hf://ORG/NAME/FILE.gguf.",
         ),
     ],
     destination: Annotated[
@@ -201,7 +202,8 @@ def pack(
             _check_installed("torch", "transformers", "huggingface_hub")
             check_destination(destination.absolute(), force=force)
             checkpoint, shards = look_at(reference, destination.absolute(), meter, stack, keep=keep)
-            if scheme is None:
+            gguf = gguf_of(checkpoint)
+            if scheme is None and gguf is None:
                 scheme, why = advised_scheme(checkpoint, destination.absolute())
         title = f"packing {reference or (gguf or checkpoint).name}"
         if gguf is not None:
