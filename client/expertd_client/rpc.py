@@ -17,6 +17,7 @@ from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
+_HINT_SECONDS = 10.0
 
 
 class Rpc:
@@ -51,6 +52,13 @@ class Rpc:
             # Without its cause: a gRPC error prints as a page of its own insides.
             raise self._address.error(error) from None
         return call.decode(response)
+
+    def send(self, call: Call[ResultT], metadata: Metadata = ()) -> None:
+        """Sends a hint: nobody waits for the answer, or hears of an error."""
+        self._check_open()
+        getattr(self._stub, call.method).future(
+            call.request, timeout=_HINT_SECONDS, metadata=metadata
+        )
 
     def stream(
         self, call: Call[ResultT], *, timeout_seconds: float | None, metadata: Metadata = ()

@@ -109,6 +109,24 @@ class Session(BaseSession):
             return 0
         return self._call(calls.prefetch(absent, priority))
 
+    def fetch_rows(self, table: int, rows: bytes, used: bytes = b"") -> bytes:
+        """Rows of a table by numbers of 8 bytes each; see :mod:`expertd_client.table_rows`.
+
+        ``used`` are rows that were found in the arena. Raises NotFoundError, RecordLostError, and
+        as :meth:`acquire` where the session is over.
+        """
+        call = calls.fetch_rows(table, rows, used, self.model.name)
+        if self.shares_memory:
+            return self._call(call)
+        try:
+            return self._call(call)
+        except SESSION_OVER as error:
+            raise self._over(error) from None
+
+    def prefetch_rows(self, table: int, rows: bytes, used: bytes = b"") -> None:
+        """Hints which rows are wanted next, and waits for nothing; any thread may."""
+        self._rpc.send(calls.prefetch_rows(table, rows, used), self._attachment.credentials)
+
     def pin(self, experts: Sequence[tuple[int, int]]) -> int:
         """Keeps (layer, expert) pairs resident while the session lasts; how many it pinned.
 

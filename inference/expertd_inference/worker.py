@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from expertd_client import Session, TlsFiles
+from expertd_client.table_rows import TableRows
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU, device_names
 from expertd_inference.device.stats import DeviceStats
@@ -32,6 +33,7 @@ from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.model.prompts import encode
+from expertd_inference.model.row_source import SessionRows
 from expertd_inference.model.tokenizer import load_tokenizer
 from expertd_inference.process.attachment import (
     DEFAULT_REATTACH_SECONDS,
@@ -126,6 +128,8 @@ class Worker(Closing):
             if steps is not None:
                 use_native_linears(loaded.model, steps)  # before anything holds its modules
             recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
+            self.tables = loaded.tables
+            self.tables.connect(lambda name: SessionRows(TableRows(session, name), recovery))
             self._runner: CpuExperts | DeviceGroup
             self._ahead: RouterAhead | None = None
             if devices:

@@ -13,7 +13,7 @@ measure disks give ``distinct_records=None``.
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class ImaginedCheckpoint:
     description: Description = field(default_factory=lambda: Description({}))
     """How its weights are quantized."""
     is_float32: bool = False
+    tables: Mapping[str, Sequence[CheckpointTensor]] = field(default_factory=dict)
+    """None: what could be a table is drawn as a part of the trunk."""
 
     def type_of(self, source: CheckpointTensor) -> str:
         """What the tensor is read as."""
