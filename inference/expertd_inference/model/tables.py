@@ -41,9 +41,10 @@ class TableEmbedding(nn.Module):
 
     def __init__(self, embedding: Any, table: Table) -> None:  # noqa: ANN401 - transformers'
         super().__init__()
-        embedding.register_parameter("weight", None)
+        del embedding.weight  # the parameter; from now on a tensor that no state dict has
+        embedding.weight = torch.empty(0, table.num_columns)
         # Else transformers would draw random weights for what it takes for missing.
-        embedding._is_hf_initialized = self._is_hf_initialized = True
+        embedding.weight._is_hf_initialized = True
         self.embedding = embedding
         self.table = table
         self.dtype = torch.get_default_dtype()
@@ -68,12 +69,12 @@ class TableEmbedding(nn.Module):
         values = decode_rows(stored, self.table.num_columns, self.table.encoding, self.table.dtype)
         # The module may do more than look rows up (Gemma scales them).
         embedding: Any = self.embedding
-        embedding.weight = nn.Parameter(values.to(ids.device, self.dtype), requires_grad=False)
+        nothing, embedding.weight = embedding.weight, values.to(ids.device, self.dtype)
         try:
             index = torch.arange(len(rows), device=ids.device).view(ids.shape)
             result: Tensor = embedding(index)
         finally:
-            embedding.weight = None
+            embedding.weight = nothing
         return result
 
 
