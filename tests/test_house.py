@@ -26,6 +26,7 @@ FLOORS = {
         "disk",
         "residency",
         "traces",
+        "tables",
         "hosting",
         "manager",
         "store",

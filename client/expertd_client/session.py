@@ -127,6 +127,10 @@ class Session(BaseSession):
         """Hints which rows are wanted next, and waits for nothing; any thread may."""
         self._rpc.send(calls.prefetch_rows(table, rows, used), self._attachment.credentials)
 
+    def tell_used(self, table: int, used: bytes) -> None:
+        """Tells which rows were found in the arena, and waits until the daemon knows."""
+        self._call(calls.prefetch_rows(table, b"", used))
+
     def pin(self, experts: Sequence[tuple[int, int]]) -> int:
         """Keeps (layer, expert) pairs resident while the session lasts; how many it pinned.
 

@@ -79,6 +79,11 @@ class TableRows:
             if len(absent):
                 self._session.prefetch_rows(self._number, absent.tobytes())
 
+    def tell(self) -> None:
+        """Tells the daemon what was found in the arena: before the session ends."""
+        if self._used and self._session.shares_memory:
+            self._session.tell_used(self._number, self._take_used())
+
     def _copy(self, rows: Rows, out: RowBytes) -> npt.NDArray[np.bool_]:
         """Copies into ``out`` those that are in the arena; which these are."""
         view = self._session.arena_view

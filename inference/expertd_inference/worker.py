@@ -237,6 +237,10 @@ class Worker(Closing):
         """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""
         return encode(self.model, self.tokenizer, prompt)
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        """Hints at what a text of these tokens reads for certain: rows of tables."""
+        self.tables.expect(tokens)
+
     def open_executor(self, room: Room) -> Executor:
         """What computes this model's steps, with memory for as much as ``room``.
 
@@ -262,6 +266,7 @@ class Worker(Closing):
         """Ends its engines, and the session; its leases are free at once."""
         for call in [*self._before_close.values()]:
             call()
+        self.tables.close()
         try:
             self._runner.close()
         finally:

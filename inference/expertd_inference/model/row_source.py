@@ -1,5 +1,7 @@
 """Rows of a table by way of a session, which may end and be attached again meanwhile."""
 
+from contextlib import suppress
+
 from expertd_client.table_rows import RowBytes, Rows, TableRows
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery
 from expertstore.errors import ExpertdError
@@ -20,9 +22,12 @@ class SessionRows:
             except SESSION_ENDED as error:
                 self._recovery.recover(error)
 
+    def close(self) -> None:
+        """Tells the daemon what it does not know yet, if it is there."""
+        with suppress(ExpertdError):
+            self.rows.tell()
+
     def expect(self, rows: Rows) -> None:
         """Hints at them. Whoever reads is told what is wrong."""
-        try:
+        with suppress(ExpertdError):
             self.rows.expect(rows)
-        except ExpertdError:
-            return

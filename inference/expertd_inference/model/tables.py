@@ -32,6 +32,9 @@ class RowSource(Protocol):
     def expect(self, rows: Rows) -> None:
         """These are read soon; waits for nothing."""
 
+    def close(self) -> None:
+        """Nothing is asked any more."""
+
 
 class TableEmbedding(nn.Module):
     """Takes the place of ``embedding``, an ``nn.Embedding`` of any kind, and has its result.
@@ -89,6 +92,12 @@ class Tables:
         """Gives each its source of rows, by the table's name."""
         for name, module in self.modules.items():
             module.source = open_source(name)
+
+    def close(self) -> None:
+        """Ends what gives rows."""
+        for module in self.modules.values():
+            if module.source is not None:
+                module.source.close()
 
     @torch.no_grad()
     def expect(self, tokens: Sequence[int]) -> None:
