@@ -64,7 +64,7 @@ class TableRows:
                 self._number, distinct[part].tobytes(), self._take_used()
             )
             out[part] = np.frombuffer(data, np.uint8).reshape(len(part), -1)
-        if time.monotonic() > self._told_at + _TELL_SECONDS:
+        if self._num_used and time.monotonic() > self._told_at + _TELL_SECONDS:
             self._session.prefetch_rows(self._number, b"", self._take_used())
         return out[order]
 
@@ -75,13 +75,13 @@ class TableRows:
         if not view:
             return  # nothing of what is read ahead would reach this process
         for part in _parts(distinct, self.info.max_rows):
-            absent = part[~self._tags_of(view, part)[1].any(axis=1)]
+            absent = part[~self._look_up(view, part)[0]]
             if len(absent):
                 self._session.prefetch_rows(self._number, absent.tobytes())
 
     def tell(self) -> None:
         """Tells the daemon what was found in the arena: before the session ends."""
-        if self._used and self._session.shares_memory:
+        if self._num_used:
             self._session.tell_used(self._number, self._take_used())
 
     def _copy(self, rows: Rows, out: RowBytes) -> npt.NDArray[np.bool_]:
@@ -91,32 +91,29 @@ class TableRows:
             return np.zeros(len(rows), np.bool_)
         if not view:
             self._session.check_revoked()  # says why
-        tags, here = self._tags_of(view, rows)
-        found = here.any(axis=1)
-        which = here[found].argmax(axis=1)
-        places, sets = self.info.places, (rows % self.info.places.num_sets)[found]
+        found, ways, tags = self._look_up(view, rows)
+        places = self.info.places
         begin, end = places.rows_offset, places.num_slots * places.row_bytes
         slots = np.frombuffer(view[begin : begin + end], np.uint8)
-        out[found] = slots.reshape(-1, WAYS, places.row_bytes)[sets, which]
+        cache = slots.reshape(-1, WAYS, places.row_bytes)
+        out[found] = cache[(rows % places.num_sets)[found], ways[found]]
         # The row is what was copied if its slot has the tag that it had (row_cache.py).
-        again, _ = self._tags_of(view, rows)
-        same = (
-            again[found][np.arange(len(which)), which] == tags[found][np.arange(len(which)), which]
-        )
-        found[np.flatnonzero(found)[~same]] = False
+        found &= self._look_up(view, rows)[2] == tags
         self._session.check_revoked()
         return found
 
-    def _tags_of(
+    def _look_up(
         self, view: memoryview, rows: Rows
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-        """The tags of each row's set [n, WAYS], and which of them are the row's."""
+    ) -> tuple[npt.NDArray[np.bool_], Rows, npt.NDArray[np.uint64]]:
+        """For each row whether it is in the arena, in which slot of its set, and that one's tag."""
         places = self.info.places
         end = places.offset + places.tags_bytes
         tags = np.frombuffer(view[places.offset : end], np.uint64)[: places.num_slots]
-        found = tags.reshape(-1, WAYS)[rows % places.num_sets]
-        here = (found & np.uint64(MAX_ROWS)) == (rows + 1).astype(np.uint64)[:, None]
-        return found, here
+        own = tags.reshape(-1, WAYS)[rows % places.num_sets]
+        here = (own & np.uint64(MAX_ROWS)) == (rows + 1).astype(np.uint64)[:, None]
+        ways = here.argmax(axis=1)
+        each = np.arange(len(rows))
+        return here[each, ways], ways, own[each, ways]
 
     def _note(self, rows: Rows) -> None:
         if self._num_used + len(rows) <= self.info.max_rows:  # of more the first tell as much

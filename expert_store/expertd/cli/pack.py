@@ -331,14 +331,16 @@ def _say_what_it_is(destination: Path) -> None:
     from expertstore.shared.host_memory import default_ram_bytes
 
     found = inspect_pack(destination)
+    manifest = found.manifest
+    rows_too = f", {format_bytes(manifest.table_bytes)} of tables" if manifest.tables else ""
     typer.echo(
-        f"{destination}: {found.manifest.num_experts} experts, "
-        f"{format_bytes(found.manifest.expert_bytes)} at {found.expert_bits:.2f} bits per weight, "
-        f"and {format_bytes(found.manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
-        f"(one token's experts) is {size_to_give(found.manifest.working_set_bytes)}."
+        f"{destination}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)} at "
+        f"{found.expert_bits:.2f} bits per weight{rows_too}, and "
+        f"{format_bytes(manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
+        f"(one token's experts) is {size_to_give(manifest.working_set_bytes)}."
     )
     name = name_of_pack(destination.absolute())
-    budget = default_ram_bytes(found.manifest)
+    budget = default_ram_bytes(manifest)
     typer.echo(f"Next: {serve_command(name, destination, budget, *where_to_serve())}")
 
 

@@ -46,22 +46,22 @@ class RowSlots:
 
     def missing(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """For each row, whether it is not here."""
-        return ~self._found(rows).any(axis=1)
+        return ~self._place(rows)[0]
 
     def copy(self, rows: Rows) -> RowBytes:
         """Rows that are here. Raises ValueError if one is not."""
-        found = self._found(rows)
-        if not found.any(axis=1).all():
+        here, ways = self._place(rows)
+        if not here.all():
             raise ValueError("a row is not resident")
-        return self._rows[rows % self.places.num_sets, found.argmax(axis=1)]
+        data: RowBytes = self._rows[rows % self.places.num_sets, ways]
+        return data
 
     def touch(self, rows: Rows) -> int:
         """Rows were used just now, in this order; how many of them are here."""
-        found = self._found(rows)
-        here = found.any(axis=1)
+        here, ways = self._place(rows)
         clocks = self._clock + 1 + np.arange(len(rows))
         sets = rows % self.places.num_sets
-        self._used[sets[here], found[here].argmax(axis=1)] = clocks[here]
+        self._used[sets[here], ways[here]] = clocks[here]
         self._clock += len(rows)
         return int(here.sum())
 
@@ -88,7 +88,9 @@ class RowSlots:
         self._clock += 1
         self._used[sets, ways] = self._clock
 
-    def _found(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        """[n, WAYS]: which slot of its set has each row."""
+    def _place(self, rows: Rows) -> tuple[npt.NDArray[np.bool_], Rows]:
+        """For each row, whether it is here, and in which slot of its set."""
         tags = self._tags[rows % self.places.num_sets] & np.uint64(MAX_ROWS)
-        return tags == (rows + 1).astype(np.uint64)[:, None]
+        found = tags == (rows + 1).astype(np.uint64)[:, None]
+        ways = found.argmax(axis=1)
+        return found[np.arange(len(rows)), ways], ways
