@@ -127,6 +127,7 @@ def test_the_commented_settings_are_the_defaults(tmp_path: Path) -> None:
             "writable_uids",
             "default_quota_bytes",
             "page_cache_bytes",
+            "table_ram_bytes",
             "quotas",
             "metrics",
             "models",

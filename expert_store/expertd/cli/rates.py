@@ -53,7 +53,7 @@ def _accesses(old: Stats, new: Stats, seconds: float) -> dict[str, float | None]
 
 def _rows(model: Stats) -> Stats:
     """Accesses to rows of all tables."""
-    tables = model["tables"]
+    tables = model.get("tables", [])
     return {
         "host_hits": sum(table["hits"] for table in tables),
         "nvme_misses": sum(table["misses"] for table in tables),

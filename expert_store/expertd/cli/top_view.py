@@ -195,7 +195,7 @@ class View:
 
     def _rows(self, stats: dict[str, Any]) -> list[Text]:
         """Of tables, if any model has some."""
-        tables = [table for model in stats["models"] for table in model["tables"]]
+        tables = [table for model in stats["models"] for table in model.get("tables", [])]
         if not tables:
             return []
         resident = sum(table["num_resident"] * table["row_bytes"] for table in tables)

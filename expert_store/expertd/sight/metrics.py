@@ -274,7 +274,6 @@ class StoreMetrics:
 
     def _tables(self) -> Iterator[Metric]:
         """Of the tables of each model together."""
-        hosted = {model: model.tables for model in self._store.models.values() if model.tables}
         accesses = CounterMetricFamily(
             "expertd_row_accesses",
             "Rows of tables that workers used: found in RAM, or had to wait for NVMe.",
@@ -289,7 +288,8 @@ class StoreMetrics:
         resident = GaugeMetricFamily(
             "expertd_rows_resident_bytes", "Rows of tables in RAM.", labels=["model"]
         )
-        for model, tables in hosted.items():
+        for model in self._store.models.values():
+            tables = model.tables
             counters = [table.counters for table in tables]
             accesses.add_metric([model.name, "host_hit"], sum(each.hits for each in counters))
             accesses.add_metric([model.name, "nvme_miss"], sum(each.misses for each in counters))

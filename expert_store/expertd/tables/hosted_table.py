@@ -6,6 +6,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
@@ -24,8 +25,8 @@ MAX_ROWS_PER_CALL = 8192
 NUM_THREADS = 16
 """Reads in flight: an NVMe's random reads are slow one by one."""
 
-_MOST_PER_READ = 32
-"""Blocks that one thread reads in turn."""
+_LEAST_PER_READ, _MOST_PER_READ = 4, 64
+"""Blocks that one thread reads in turn: handing a read to another thread costs as much as one."""
 
 _HINTED_AT_ONCE = 256
 """Rows read for hints before one looks whether somebody waits."""
@@ -144,8 +145,12 @@ class HostedTable:
         blocks, which = np.unique(rows // self.table.rows_per_block, return_inverse=True)
         self._begin(blocks)
         coming = [self._reads[block] for block in blocks.tolist()]
-        by_block = np.stack([(await asyncio.shield(run))[index] for run, index in coming])
-        data: RowBytes = by_block[which, rows % self.table.rows_per_block]
+        # All of a run's blocks at once: there may be thousands.
+        runs = {run: await asyncio.shield(run) for run in dict.fromkeys(run for run, _ in coming)}
+        starts = dict(zip(runs, accumulate(map(len, runs.values()), initial=0), strict=False))
+        blocks_at = np.array([starts[run] + index for run, index in coming])
+        by_block = np.concatenate([*runs.values()])
+        data: RowBytes = by_block[blocks_at[which], rows % self.table.rows_per_block]
         self.slots.put(rows, data)
         return data
 
@@ -153,7 +158,7 @@ class HostedTable:
         """Begins to read blocks, but for those that are being read."""
         new = np.array([block for block in blocks.tolist() if block not in self._reads], np.int64)
         loop = asyncio.get_running_loop()
-        length = max(1, min(_MOST_PER_READ, -(-len(new) // NUM_THREADS)))
+        length = max(_LEAST_PER_READ, min(_MOST_PER_READ, -(-len(new) // NUM_THREADS)))
         for start in range(0, len(new), length):
             part = new[start : start + length]
             run = loop.run_in_executor(self._threads, self._file.read, part)

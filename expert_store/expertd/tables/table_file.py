@@ -38,9 +38,10 @@ class TableFile:
         Raises :class:`RecordLostError`.
         """
         table = self.table
-        size, used = table.block_bytes, table.rows_per_block * table.row_bytes
+        size = table.block_bytes
         buffer = self._buffer()
-        out = np.empty((len(blocks), table.rows_per_block, table.row_bytes), np.uint8)
+        rows = np.frombuffer(buffer, np.uint8)[: table.rows_per_block * table.row_bytes]
+        out = np.empty((len(blocks), len(rows)), np.uint8)
         for index, block in enumerate(blocks.tolist()):
             try:
                 self._file.read_into(buffer, table.offset + block * size)
@@ -50,8 +51,8 @@ class TableFile:
                 raise self._lost(block, str(error.strerror)) from error
             if not is_sound(buffer, block):
                 raise self._lost(block, "their checksum is wrong")
-            out[index] = np.frombuffer(buffer[:used], np.uint8).reshape(out.shape[1:])
-        return out
+            out[index] = rows
+        return out.reshape(len(blocks), table.rows_per_block, table.row_bytes)
 
     def close(self) -> None:
         """Closes the file; twice is harmless."""
