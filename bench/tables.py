@@ -140,8 +140,8 @@ def _speeds(bench: Bench, pack: Path, table: Table) -> Iterator[Figure]:
             rows.expect(hinted[0])
             _settle(client)
             prompts.append((_rate(rows.read, hinted), _rate(rows.read, cold)))
-        yield compared("tables", f"a prompt of {_PROMPT_TOKENS} tokens, rows hinted at before / not",
-                       "rows/s", prompts)  # fmt: skip
+        what = f"a prompt of {_PROMPT_TOKENS} tokens, rows hinted at before / not"
+        yield compared("tables", what, "rows/s", prompts)
         yield counted("tables", f"the daemon beside its arena, {table.num_rows:,} rows", "MiB",
                       [_beside_arena(daemon.pid, row_ram + _EXPERTS_RAM) / 2**20])  # fmt: skip
     mapped.close()

@@ -294,6 +294,7 @@ class Sorter:
                 f"and its config.json asks for {list(expected)}; download the checkpoint again."
             )
 
+
 def _check_table(name: str, tensors: list[CheckpointTensor], shape: tuple[int, ...]) -> None:
     """Raises :class:`CheckpointError` unless the tensors are the table's, one below the other."""
     for tensor in tensors:
@@ -304,7 +305,6 @@ def _check_table(name: str, tensors: list[CheckpointTensor], shape: tuple[int, .
             f"{tensors[0].file.parent} has {num_rows} rows of {name} in {len(tensors)} tensors, "
             f"and its config.json asks for {shape[0]}; download the checkpoint again."
         )
-
 
 
 def _targets(name: str, converter: WeightConverter) -> set[str]:
