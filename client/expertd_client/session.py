@@ -109,6 +109,12 @@ class Session(BaseSession):
             return 0
         return self._call(calls.prefetch(absent, priority))
 
+    def expect(self, experts: Sequence[tuple[int, int]]) -> None:
+        """:meth:`prefetch` that waits for no answer; any thread may, also while a lease is held."""
+        absent = self.absent(experts) if self.shares_memory else []
+        if absent:
+            self._rpc.send(calls.prefetch(absent, 0), self._attachment.credentials)
+
     def fetch_rows(self, table: int, rows: bytes, used: bytes = b"") -> bytes:
         """Rows of a table by numbers of 8 bytes each; see :mod:`expertd_client.table_rows`.
 

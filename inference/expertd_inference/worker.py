@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.on_device import device_executor
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.ahead import RouterAhead
+from expertd_inference.experts.by_token import TokenRouter, find_token_routers
 from expertd_inference.experts.cpu import CpuExperts, connect
 from expertd_inference.experts.hints import HintStats, pays_for_prompts
 from expertd_inference.experts.recovery import Recovery, say_on_stderr
-from expertd_inference.experts.routers import find_routers
+from expertd_inference.experts.routers import LayerRouter, find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
@@ -43,7 +44,7 @@ from expertd_inference.process.attachment import (
 from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
 from expertstore.closing import Closing
-from expertstore.errors import PackError
+from expertstore.errors import ExpertdError, PackError
 from expertstore.pack.manifest import Manifest, read_manifest
 from expertstore.shared.host_memory import memory_available
 
@@ -132,6 +133,7 @@ class Worker(Closing):
             self.tables.connect(lambda name: SessionRows(TableRows(session, name), recovery))
             self._runner: CpuExperts | DeviceGroup
             self._ahead: RouterAhead | None = None
+            self._by_token: Mapping[int, TokenRouter] = {}
             if devices:
                 self._runner = DeviceGroup(
                     self.manifest,
@@ -238,8 +240,18 @@ class Worker(Closing):
         return encode(self.model, self.tokenizer, prompt)
 
     def expect(self, tokens: Sequence[int]) -> None:
-        """Hints at what a text of these tokens reads for certain: rows of tables."""
+        """Hints at what a text of these tokens reads for certain.
+
+        That is rows of tables, and experts of layers that choose them by token.
+        """
         self.tables.expect(tokens)
+        experts = [
+            (layer, expert)
+            for layer, router in self._by_token.items()
+            for expert in router.of_text(tokens)
+        ]
+        with suppress(ExpertdError):  # whoever computes is told
+            self.session.expect(experts[: self.session.max_wave])
 
     def open_executor(self, room: Room) -> Executor:
         """What computes this model's steps, with memory for as much as ``room``.
@@ -279,7 +291,11 @@ class Worker(Closing):
         # Of copies nothing is read ahead: the daemon's disk is not what is waited for.
         if not any(settings.hint_choices) or not self.session.shares_memory:
             return None
-        routers = find_routers(loaded.model, loaded.experts)
+        self._by_token = find_token_routers(loaded.model, loaded.experts)
+        routers: dict[int, LayerRouter | TokenRouter] = {
+            **find_routers(loaded.model, loaded.experts),
+            **self._by_token,
+        }
         layers = sorted(loaded.experts)
         if missing := [layer for layer in layers[1:] if layer not in routers]:
             say(
