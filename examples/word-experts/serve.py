@@ -1,7 +1,8 @@
 """Serves the word experts with a part of them in RAM, and says what was hit.
 
-Prompts are held-out modules, each followed by generated tokens; with what their tokens tell ahead of
-time, and without.
+Prompts are held-out modules, each followed by generated tokens; first without hints, then with
+what the tokens tell ahead of time.
+
 
 python examples/word-experts/serve.py /tmp/word-experts-pack --share 0.25
 """
