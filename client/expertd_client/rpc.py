@@ -29,6 +29,7 @@ class Rpc:
         self._stub = grpc_api.ExpertStoreStub(self._channel)
         self._pid = os.getpid()
         self._closed = False
+        self._sent: set[object] = set()
 
     def call(
         self,
@@ -56,9 +57,12 @@ class Rpc:
     def send(self, call: Call[ResultT], metadata: Metadata = ()) -> None:
         """Sends a hint: nobody waits for the answer, or hears of an error."""
         self._check_open()
-        getattr(self._stub, call.method).future(
+        sent = getattr(self._stub, call.method).future(
             call.request, timeout=_HINT_SECONDS, metadata=metadata
         )
+        # gRPC cancels a call that nobody refers to.
+        self._sent.add(sent)
+        sent.add_done_callback(self._sent.discard)
 
     def stream(
         self, call: Call[ResultT], *, timeout_seconds: float | None, metadata: Metadata = ()

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, DeepseekV4Config, PreTrainedToken
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tiny-mixtral"))
 import corpus
 
-LAYERS, HIDDEN, INTERMEDIATE, CONTEXT = 4, 64, 16, 128
-ROWS = 12
+LAYERS, HIDDEN, INTERMEDIATE, CONTEXT = 4, 64, 8, 128
+ROWS = 8
 
 
 def build_model(num_experts: int) -> Any:  # noqa: ANN401 - transformers is untyped
@@ -74,11 +74,11 @@ def loss_of(model: Any, batch: Tensor) -> Tensor:  # noqa: ANN401
 def train(model: Any, tokens: Tensor, minutes: float, seed: int = 0) -> int:  # noqa: ANN401
     """Adam for so long; the number of steps."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
     began, steps = time.monotonic(), 0
     while (spent := (time.monotonic() - began) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (steps + 1) / 50) * (1 - spent)
+            group["lr"] = 1e-2 * min(1.0, (steps + 1) / 20) * (1 - spent)
         starts = torch.randint(len(tokens) - CONTEXT - 1, (ROWS,), generator=generator)
         loss = loss_of(model, tokens[starts[:, None] + torch.arange(CONTEXT + 1)])
         optimizer.zero_grad()

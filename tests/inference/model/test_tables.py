@@ -1,5 +1,7 @@
 """Models whose n-gram or per-layer embeddings lie in tables: beside stock transformers."""
 
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,11 +18,15 @@ from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_client import Client
 from expertd_inference.process.attachment import attach
+from expertd_inference.settings import GenerationSettings
 from expertd_inference.worker import Worker
 from expertd_testing.daemon import Daemon
+from expertd_testing.patience import HANG_SECONDS
 from expertd_testing.tiny_models import byte_tokenizer, randomize
+from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import read_manifest
 from expertstore.pack.table import TableEncoding
+from expertstore.pack.verify import verify
 from tests.architectures.tiny_configs import tiny_config
 
 PROMPT = list(b"Of many rows a text reads a few; of these some again, and again.")
@@ -126,14 +133,63 @@ def test_rows_that_do_not_fit_together(daemon: Daemon) -> None:
         assert table["evictions"] > 0
 
 
-def test_a_prompt_that_arrives_is_hinted_at(daemon: Daemon, packed: Make) -> None:
+def test_a_prompt_that_arrives_is_hinted_at(
+    daemon: Daemon, packed: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with closing(Worker(attach("eight", daemon.socket))) as worker:
-        assert [table["prefetched"] for table in tables_of(daemon, "eight")] == [0, 0]
-        text = worker.engine.generate([PROMPT[:40]])[0]
-        assert len(text.tokens)
-        hinted = tables_of(daemon, "eight")
-        assert all(table["prefetched"] > 20 for table in hinted)
+        expect, expected = worker.expect, []
+        worker.expect(PROMPT)
+        deadline = time.monotonic() + HANG_SECONDS
+        while min(table["prefetched"] for table in tables_of(daemon, "eight")) < 50:
+            assert time.monotonic() < deadline, "the rows were not read"
+            time.sleep(0.01)
+        monkeypatch.setattr(
+            worker, "expect", lambda tokens: (expected.append(tokens), expect(tokens))
+        )
+        worker.engine.generate([PROMPT], GenerationSettings(max_new_tokens=1))
+        assert expected == [PROMPT]
+    for table in tables_of(daemon, "eight"):
+        assert table["hits"] > 50, "they were there when they were needed"
         # Rows of eight bits are the pack's, not the model's.
-        assert all(table["row_bytes"] == 16 + 2 for table in hinted)
-        sixteen = read_manifest(packed("qwen4_exp_text")).manifest.tables[0]
-        assert sixteen.row_bytes == 32
+        assert table["row_bytes"] == 16 + 2
+    assert read_manifest(packed("qwen4_exp_text")).manifest.tables[0].row_bytes == 32
+
+
+def test_verify_finds_a_block_that_was_changed(packed: Make, tmp_path: Path) -> None:
+    copy = tmp_path / "pack"
+    shutil.copytree(packed("qwen4_exp_text"), copy)
+    assert verify(copy).damages == ()
+    table = read_manifest(copy).manifest.tables[1]
+    with (copy / table.file).open("r+b") as file:
+        file.seek(table.offset + 2 * table.block_bytes + 5)
+        file.write(b"?")
+    (damage,) = verify(copy).damages
+    assert damage.file == table.file
+    first = 2 * table.rows_per_block
+    assert (
+        damage.reason == f"the checksums of 1 blocks are wrong, the first of rows from {first} on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda piece: piece[:-3], r"has 893 rows of .*ngram_embedding\.weight in 3 tensors, and"),
+        (lambda piece: piece[:, :-1].contiguous(), r"shard_1.* in the shape \[\d+, 15\]"),
+        (lambda piece: piece.fill_(torch.nan), r"ngram_embedding\.shard_1\.weight holds NaN"),
+    ],
+)
+def test_a_table_that_is_not_whole(
+    saved: Make, tmp_path: Path, edit: Callable[[Tensor], Tensor], message: str
+) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(saved("qwen4_exp_text"), copy)
+    name = "model.layers.0.ple.ple_embedding.ngram_embedding.shard_1.weight"
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = edit(tensors[name])
+            save_file(tensors, file, {"format": "pt"})
+    request = Request(copy, tmp_path / "pack", choose_scheme("bf16"), optimize=False, table_bytes=1)
+    with pytest.raises(CheckpointError, match=message):
+        pack(request)
