@@ -137,15 +137,18 @@ def test_a_prompt_that_arrives_is_hinted_at(
     daemon: Daemon, packed: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(Worker(attach("eight", daemon.socket))) as worker:
-        expect, expected = worker.expect, []
+        expect, expected = worker.expect, list[list[int]]()
         worker.expect(PROMPT)
         deadline = time.monotonic() + HANG_SECONDS
         while min(table["prefetched"] for table in tables_of(daemon, "eight")) < 50:
             assert time.monotonic() < deadline, "the rows were not read"
             time.sleep(0.01)
-        monkeypatch.setattr(
-            worker, "expect", lambda tokens: (expected.append(tokens), expect(tokens))
-        )
+
+        def note(tokens: list[int]) -> None:
+            expected.append(tokens)
+            expect(tokens)
+
+        monkeypatch.setattr(worker, "expect", note)
         worker.engine.generate([PROMPT], GenerationSettings(max_new_tokens=1))
         assert expected == [PROMPT]
     for table in tables_of(daemon, "eight"):
