@@ -185,6 +185,9 @@ class Store:
                 opened = await asyncio.to_thread(
                     open_pack, path, pack.manifest, asked, self.page_cache
                 )
+                model = await self._inherit(name, path, pack, opened, limits)
+                if model is None:
+                    model = await self._begin(name, path, pack, opened, origin, limits, disk_io)
             except BaseException:
                 await self.tables.close(tables)
                 raise
@@ -192,9 +195,6 @@ class Store:
                 self._warn(f"{path} is read through the page cache: no O_DIRECT there.")
             if opened.disk.trouble:
                 self._warn(opened.disk.trouble)
-            model = await self._inherit(name, path, pack, opened, limits)
-            if model is None:
-                model = await self._begin(name, path, pack, opened, origin, limits, disk_io)
             model.tables = tables
             self.models[name] = model
         log(
