@@ -98,6 +98,7 @@ def _need_of_plan(scheme: str, plan: PackPlan) -> Need:
         ),
         _counted(linears, names),
         plan.files[-1].num_bytes,
+        table_bytes=sum(table.num_bytes for table in plan.tables),
     )
 
 
@@ -140,6 +141,7 @@ def _need_of_pack(path: Path, manifest: Manifest) -> Need:
         _counted(linears, [*entries]),
         manifest.trunk.num_bytes,
         manifest.dtype,
+        manifest.table_bytes,
     )
 
 
