@@ -148,7 +148,7 @@ def _speeds(bench: Bench, pack: Path, table: Table) -> Iterator[Figure]:
 
 
 def _text(bench: Bench, pack: Path, table: Table) -> Iterator[Figure | Shown]:
-    tokens = text_tokens(20_000 if bench.quick else 600_000)
+    tokens = text_tokens(20_000 if bench.quick else 90_000)
     bench.say(f"tables: rows of {len(tokens):,} tokens")
     rows = token_rows(tokens, table)
     warm = 2 * len(rows) // 3
