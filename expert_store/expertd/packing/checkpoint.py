@@ -45,6 +45,7 @@ from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
+from expertstore.pack.seeing import TEXT_PART
 from expertstore.pack.tensor_file import read_into
 
 SAMPLE_BYTES = 64 << 10
@@ -67,15 +68,18 @@ class Checkpoint:
     What is read lies in the :class:`Scratch` given, or in new memory.
     """
 
-    def __init__(self, path: Path, shards: Shards | None = None) -> None:
+    def __init__(
+        self, path: Path, shards: Shards | None = None, *, text_only: bool = False
+    ) -> None:
         """Reads the configuration and all headers. Raises :class:`CheckpointError`.
 
+        With ``text_only`` the vision part is left out.
         ``shards``: its files are here only for a time; what is read of others is asked of these.
         """
         self.path = path
         self._shards = shards
         config = read_config(path)
-        self.architecture: Architecture = read_architecture(path)
+        self.architecture: Architecture = read_architecture(path, text_only=text_only)
         listing = find_tensors(path, config)
         self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
@@ -115,6 +119,16 @@ class Checkpoint:
         """Closes all files; twice is harmless."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+    @property
+    def vision_bytes(self) -> int:
+        """Of the tensors of its vision part that are packed."""
+        head = self.architecture.head()
+        return sum(
+            source.entry.num_bytes
+            for name, source in self.trunk
+            if self.architecture.sees and not name.startswith(TEXT_PART) and name not in head
+        )
 
     def drop(self, file: Path) -> None:
         """Closes a file of which nothing is left to read, and says so to its :class:`Shards`."""
@@ -438,9 +452,8 @@ class Checkpoint:
             for tensor in tensors:
                 converter.add_tensor(name, name, pattern, tensor)
         config = self.architecture.model.config
-        results: dict[str, Any] = converter.convert(
-            name, model=self.architecture.model, config=config
-        )
+        model = _OfOneExpert(self.architecture.model)
+        results: dict[str, Any] = converter.convert(name, model=model, config=config)
         result = results[name]
         fused: Tensor = result[0] if isinstance(result, list) else result
         return fused
@@ -470,6 +483,21 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
         return buffer.view(dtype)
+
+
+class _OfOneExpert:
+    """A model as operations see it that look at the shape of what they make."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """With the weights of the first expert alone."""
+        parameter: Tensor = self._model.get_parameter(name)
+        return parameter[:1]
 
 
 def _largest(values: Tensor) -> float:

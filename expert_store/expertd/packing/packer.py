@@ -79,6 +79,8 @@ class Request:
     """Replace the pack at ``destination``, and pack weights that are not finite."""
     max_file_bytes: int = MAX_FILE_BYTES
     """Of each file of records; a larger record gets a file of its own."""
+    text_only: bool = False
+    """Leave the vision part out."""
     shards: Shards | None = None
     """Brings the files of ``source`` one by one, where they are not all there."""
 
@@ -96,8 +98,11 @@ def pack(
     """
     chosen = choose_solver(request.device)
     try:
-        side_files = find_side_files(request.source)
-        with Checkpoint(request.source, request.shards) as checkpoint:
+        with Checkpoint(
+            request.source, request.shards, text_only=request.text_only
+        ) as checkpoint:
+            sees = checkpoint.architecture.sees
+            side_files = find_side_files(request.source, sees=sees)
             _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)
     except BrokenPipeError:  # of what on_notice writes to
         raise
@@ -186,6 +191,8 @@ def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
             "scheme": msgspec.to_builtins(request.scheme),
             "optimize": request.optimize,
             "max_file_bytes": request.max_file_bytes,
+            "architecture": checkpoint.architecture.name,
+            "sees": checkpoint.architecture.sees,
             "format": FORMAT_VERSION,
             "versions": [expertstore.__version__, version("torch"), solver.version],
         }

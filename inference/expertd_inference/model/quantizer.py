@@ -26,6 +26,7 @@ from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest
+from expertstore.pack.seeing import SEEING, leave_out_vision
 
 METHOD = IMPLEMENTATION
 
@@ -41,13 +42,21 @@ class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transforme
     """Carries the pack's manifest to :class:`ExpertdQuantizer`.
 
     ``trunk_names`` are those of all the trunk's tensors if its quantized matrices are to stay
-    so, and empty if they come dequantized.
+    so, and empty if they come dequantized. Of a class that sees, the vision part is taken away
+    unless the pack ``sees``.
     """
 
-    def __init__(self, manifest: Manifest, trunk_names: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        trunk_names: frozenset[str] = frozenset(),
+        *,
+        sees: bool = False,
+    ) -> None:
         self.quant_method = METHOD
         self.manifest = manifest
         self.trunk_names = trunk_names
+        self.sees = sees
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.to_dict`` shows; the manifest is not configuration."""
@@ -66,11 +75,14 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
         super().__init__(quantization_config, **kwargs)
         self.manifest = quantization_config.manifest
         self.trunk_names = quantization_config.trunk_names
+        self.sees = quantization_config.sees
         self.experts: dict[int, nn.Module] = {}
         self.linears: dict[str, QuantizedLinear] = {}
         self.shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
+        if not self.sees and self.manifest.architecture in SEEING.values():
+            leave_out_vision(model)
         self.experts = match_experts(model, self.manifest)
         module: Any
         for module in self.experts.values():

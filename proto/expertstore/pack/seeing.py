@@ -1,0 +1,37 @@
+"""Which models see, as far as expertd serves that: declared here, and nowhere else.
+
+A pack sees if its architecture is one of these and it has the settings of its image processor:
+``expertd pack --text-only`` leaves both these and the vision part's weights out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""The settings of an image processor are in one of them."""
+
+SEEING: Mapping[str, str] = {
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+"""transformers' class by ``model_type``. Each is held against transformers by a test."""
+
+TEXT_PART = "model.language_model."
+"""What the names of a language model's weights begin with, in a model that sees; its head apart."""
+
+
+def has_processor(directory: Path) -> bool:
+    """Whether a checkpoint or pack says how images are prepared."""
+    return any((directory / name).is_file() for name in PROCESSOR_FILES)
+
+
+def sees(pack: Path, model_type: str, architecture: str) -> bool:
+    """Whether the pack in that directory, of that type and class, takes images."""
+    return SEEING.get(model_type) == architecture and has_processor(pack)
+
+
+def leave_out_vision(model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+    """Takes from a model that sees what is not its language model; it must have no weights yet."""
+    for name, _ in [*model.model.named_children()]:
+        if not f"model.{name}.".startswith(TEXT_PART):
+            setattr(model.model, name, None)
