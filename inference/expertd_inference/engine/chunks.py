@@ -52,6 +52,9 @@ def span_of(sequence: Sequence, end: int) -> Span:
         wanted = Wanted.ALL
     else:
         wanted = Wanted.LAST if end == len(sequence.tokens) else Wanted.NONE
+    shift: int | None = 0
+    if sequence.seen is not None:
+        shift = sequence.seen.shift(begin, end)
     return Span(
         sequence=sequence.id,
         tokens=sequence.tokens[begin:end],
@@ -59,4 +62,6 @@ def span_of(sequence: Sequence, end: int) -> Span:
         blocks=sequence.blocks,
         state=sequence.state,
         wanted=wanted,
+        shift=shift or 0,
+        seen=sequence.seen if shift is None else None,
     )

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertd_inference.model.seen import Seen
 
 
 class Wanted(Enum):
@@ -21,6 +25,8 @@ class Span:
     ``position`` is that of the first row, so the keys and values of so many tokens are in the
     sequence's blocks already. ``blocks`` is its table of KV blocks, with room for ``position`` and
     these rows; ``state`` its slot for what the model keeps beside keys and values, None if nothing.
+    Where some of the rows are of an image, ``seen`` has them; else their angles are those of
+    ``position`` and ``shift``.
     """
 
     sequence: int
@@ -29,6 +35,8 @@ class Span:
     blocks: Sequence[int]
     state: int | None
     wanted: Wanted
+    shift: int = 0
+    seen: "Seen | None" = None
 
     @property
     def num_rows(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.delta_hook import stepping
+from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_cache import StateName, StepCache
@@ -47,13 +48,15 @@ class ModulesExecutor:
         continues: bool = True,
         alone: str = "",
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        memory: KvMemory | None = None,
     ) -> None:
         """``layers`` are those of ``model``, whose attention is hooked.
 
         Some recurrent layers compute several rows only from their beginning on: unless the model
         ``continues``, later chunks of a prompt are computed row by row.
         ``alone`` is why sequences must not share a step, if so. All of a step is computed within
-        ``around``, at whose end it may turn out to be lost.
+        ``around``, at whose end it may turn out to be lost. ``memory`` is another executor's, of
+        the same layers; without, it has its own.
         """
         self.reason = "its modules compute rows of any sequences together"
         if layers.states:
@@ -63,7 +66,7 @@ class ModulesExecutor:
         self.recurrent = bool(layers.states)
         self.shares_prefixes = not self.recurrent and not alone
         self.turning_point = layers.turning_point
-        self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype)
+        self.memory = memory or KvMemory(layers.keys, room.num_blocks, model.dtype)
         """Keys and values, by the numbers of ``layers.keys``."""
         self.layers = layers
         """Those that attend, and what all of them keep."""
@@ -164,8 +167,6 @@ class ModulesExecutor:
 
     def _rows(self, spans: Sequence[Span], cache: StepCache | None = None) -> Tensor:
         """The logits of these spans' wanted rows; with ``cache`` all have the same length."""
-        tokens = [token for span in spans for token in span.tokens]
-        positions = [span.position + row for span in spans for row in range(span.num_rows)]
         wanted = _wanted(spans)
         num_texts = 1 if cache is None else len(spans)
         # The head costs too much for rows that nobody wants; it is asked for one at least.
@@ -173,8 +174,7 @@ class ModulesExecutor:
         device = self._model.device
         with attending(_Rows(self.layers.attention, self.memory, spans)):
             logits: Tensor = self._model(
-                input_ids=torch.tensor(tokens, device=device).view(num_texts, -1),
-                position_ids=torch.tensor(positions, device=device).view(num_texts, -1),
+                **rows_of(self._model, spans, num_texts),
                 past_key_values=cache,
                 use_cache=False,
                 logits_to_keep=torch.tensor(kept, device=device),

@@ -35,3 +35,10 @@ def leave_out_vision(model: Any) -> None:  # noqa: ANN401 - transformers is unty
     for name, _ in [*model.model.named_children()]:
         if not f"model.{name}.".startswith(TEXT_PART):
             setattr(model.model, name, None)
+
+
+def why_blind(model_type: str) -> str:
+    """Why a pack of that type takes no images."""
+    if model_type in SEEING:
+        return "it was packed without its vision part; pack it without --text-only"
+    return "it is served as a model of text only"

@@ -1,0 +1,149 @@
+"""Models that see, beside stock transformers with the same weights and images."""
+
+from collections.abc import Callable
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from expertd.packing.packer import Request, pack
+from expertd.packing.schemes import choose_scheme
+from expertd_inference.engine.chunks import span_of
+from expertd_inference.engine.sequence import Sequence
+from expertd_inference.execution.batch import Batch
+from expertd_inference.execution.choose import choose_for
+from expertd_inference.execution.executor import Executor
+from expertd_inference.execution.room import Room
+from expertd_inference.kernels.cpu.library import native_library
+from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference.model.language import language_model_of
+from expertd_inference.model.sight import Sight
+from expertd_inference.settings import GenerationSettings
+from expertd_testing.tiny_seeing import BEGIN, END, IMAGE, make_seeing_checkpoint, picture
+from expertstore.pack.seeing import SEEING
+from tests.architectures.parity import load
+from tests.inference.greedy import prompt_of
+
+ROOM = Room(num_blocks=24, num_sequences=4, num_rows=512)
+ALL = GenerationSettings(prompt_logprobs=0)
+"""Logits of all rows of a prompt."""
+IMAGES = [picture(96, 130), picture(200, 60, seed=1, form="JPEG")]
+PROMPT = [*prompt_of(11, seed=1), BEGIN, IMAGE, END, *prompt_of(70, seed=2), BEGIN, IMAGE, END, 65]
+
+
+class Eyes(NamedTuple):
+    """One architecture: what stock has of it, and what is ours."""
+
+    stock: Any
+    processor: Any
+    ours: Any
+    sight: Sight
+
+    @torch.no_grad()
+    def expected(self, tokens: list[int], images: list[bytes]) -> Tensor:
+        """Stock's logits of tokens that have room for ``images``."""
+        ids = torch.tensor([tokens])
+        pictures = [Image.open(BytesIO(data)).convert("RGB") for data in images]
+        given = dict(self.processor(images=pictures, return_tensors="pt")) if images else {}
+        given.pop("num_soft_tokens_per_image", None)
+        types = (ids == IMAGE).int()
+        logits: Tensor = self.stock(input_ids=ids, mm_token_type_ids=types, **given).logits[0]
+        return logits
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Eyes]:
+    @cache
+    def make(model_type: str) -> Eyes:
+        source = make_seeing_checkpoint(model_type, tmp_path_factory.mktemp("c") / model_type)
+        target = source.parent / "pack"
+        pack(Request(source, target, choose_scheme("bf16")))
+        kind: Any = getattr(transformers, SEEING[model_type])
+        stock = kind.from_pretrained(source, dtype=torch.float32).eval()
+        ours = load(target, torch.float32)
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        return Eyes(stock, processor, ours, Sight(ours, target))
+
+    return make
+
+
+class Run:
+    """Sequences that are computed by an executor, as the scheduler would have them computed."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._logits: dict[int, list[Tensor]] = {}
+        self._num = 0
+
+    def add(self, tokens: list[int], seen: Any = None) -> Sequence:
+        sequence = Sequence(self._num, tokens, ALL, seen=seen)
+        sequence.blocks = [*range(self._num, ROOM.num_blocks, 3)][::-1]
+        sequence.state = self._num
+        self._logits[self._num] = []
+        self._num += 1
+        return sequence
+
+    def step(self, *rows: tuple[Sequence, int]) -> None:
+        """So many more rows of each, in one batch if the executor takes one."""
+        spans = [span_of(one, one.num_computed + num) for one, num in rows]
+        whole = Batch(tuple(spans))
+        batches = [whole] if self._executor.fits(whole) else [Batch((span,)) for span in spans]
+        for batch in batches:
+            counts = [span.num_wanted for span in batch.spans]
+            for span, part in zip(
+                batch.spans, torch.split(self._executor.forward(batch), counts), strict=True
+            ):
+                self._logits[span.sequence].append(part.clone())
+        for one, num in rows:
+            one.num_computed += num
+
+    def logits(self, sequence: Sequence) -> Tensor:
+        return torch.cat(self._logits[sequence.id])
+
+
+def error_of(ours: Tensor, theirs: Tensor) -> float:
+    """In the square mean."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+needs_native = pytest.mark.skipif(
+    native_library().library is None, reason="no native kernels: no compiler, or EXPERTD_NATIVE=0"
+)
+
+
+@needs_native
+@pytest.mark.parametrize("kernels", [None, NativeKernels], ids=["modules", "program"])
+@pytest.mark.parametrize("model_type", list(SEEING))
+def test_images_in_chunks_beside_text(
+    model_type: str, kernels: type[NativeKernels] | None, eyes: Callable[[str], Eyes]
+) -> None:
+    """Two images, one cut by a chunk's end; a text beside them, one more image; all go on."""
+    one = eyes(model_type)
+    executor = choose_for(
+        language_model_of(one.ours), ROOM, print, kernels=kernels and kernels()
+    )
+    tokens, seen = one.sight.see(PROMPT, IMAGES)
+    others, also_seen = one.sight.see(PROMPT[:20], IMAGES[:1])
+    text, new = prompt_of(40, seed=3), prompt_of(3, seed=4)
+    run = Run(executor)
+    first, second, third = run.add(tokens, seen), run.add(text), run.add(others, also_seen)
+    run.step((first, 20), (second, 30))
+    run.step((second, 10), (first, len(tokens) - 21), (third, len(others)))
+    run.step((first, 1))
+    for token in new:
+        for sequence in (first, second, third):
+            sequence.append(token)
+        run.step((third, 1), (first, 1), (second, 1))
+    for sequence, images in ((first, IMAGES), (second, []), (third, IMAGES[:1])):
+        assert error_of(run.logits(sequence), one.expected(sequence.tokens, images)) < 1e-4
+    # And the images matter.
+    blank = one.expected(first.tokens, [picture(96, 130, seed=2), IMAGES[1]])
+    assert error_of(run.logits(first)[:20], blank[:20]) > 1e-3
+    executor.close()
