@@ -253,7 +253,7 @@ class Worker(Closing):
             return _kv_reserve(self.model, self._limits)
         return memory_available() // 4
 
-    def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""
         return encode(self.model, self.tokenizer, prompt)
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -49,7 +49,7 @@ from expertd_inference.settings import GenerationSettings
 from expertstore.closing import Closing
 from expertstore.errors import InvalidInputError, PreconditionError
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
 
@@ -331,8 +331,8 @@ def _opened(worker: Served, room: Room) -> Executor:
 
 
 def _is_chat(
-    prompt: Sequence[int] | Sequence[Mapping[str, str]],
-) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    prompt: Sequence[int] | Sequence[Mapping[str, Any]],
+) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 

@@ -39,7 +39,7 @@ class Served(Protocol):
     def native_rows(self) -> Mapping[str, int | None]:
         """Up to how many rows native kernels multiply each form of matrix; None: any number."""
 
-    def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a text, or of a chat's messages.
 
         Raises InvalidInputError for what cannot be continued.
