@@ -80,11 +80,12 @@ def generate(
     """Continues ``prompt`` by the worker's engine, or with ``chat`` answers it as a user's message.
 
     ``images`` are the bytes of files, one for each place that the prompt has for one; those of a
-    text that is answered with ``chat`` come before it. ``on_text`` is given the text piece by piece as it comes. ``measure_memory`` samples how much
-    memory this process uses, in a thread that takes up to a tenth of a core. On SIGINT it
-    returns what there is. Several threads may generate at once; their sequences are computed
-    together. Raises as :meth:`Engine.submit` does, PackError if the pack's files cannot be used,
-    and what ends a sequence, such as PreconditionError if the model's scores are not finite.
+    text that is answered with ``chat`` come before it. ``on_text`` is given the text piece by piece
+    as it comes. ``measure_memory`` samples how much memory this process uses, in a thread that
+    takes up to a tenth of a core. On SIGINT it returns what there is. Several threads may generate
+    at once; their sequences are computed together. Raises as :meth:`Engine.submit` does, PackError
+    if the pack's files cannot be used, and what ends a sequence, such as PreconditionError if the
+    model's scores are not finite.
     """
     if chat and isinstance(prompt, str):
         content = [*[{"type": "image"}] * len(images), {"type": "text", "text": prompt}]

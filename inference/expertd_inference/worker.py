@@ -20,7 +20,6 @@ from expertd_inference.execution.crossover import measure_crossover
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.on_device import device_executor
 from expertd_inference.execution.room import Room
-from expertd_inference.model.seen import Seen
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.cpu import CpuExperts, connect
 from expertd_inference.experts.hints import HintStats, pays_for_prompts
@@ -34,6 +33,7 @@ from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.model.prompts import encode
+from expertd_inference.model.seen import Seen
 from expertd_inference.model.sight import Sight
 from expertd_inference.model.tokenizer import load_tokenizer
 from expertd_inference.process.attachment import (
@@ -265,7 +265,9 @@ class Worker(Closing):
         say = self.session.say or say_on_stderr
         if isinstance(self._runner, DeviceGroup):
             longest = self.context_tokens or CONTEXT_TOKENS
-            return device_executor(self.language, self._runner, room, longest, say, exact=self.exact)
+            return device_executor(
+                self.language, self._runner, room, longest, say, exact=self.exact
+            )
         experts, linears = measure_crossover(self.language, self.kernels, say)
         executor = choose_executor(self, room)
         # A program multiplies any number of rows.

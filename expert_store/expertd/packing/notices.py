@@ -18,8 +18,8 @@ def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
     architecture = checkpoint.architecture
     if architecture.sees:
         yield (
-            f"{architecture.name} sees: its vision part is packed as well, "
-            f"{format_bytes(checkpoint.vision_bytes)} of the checkpoint (--text-only leaves it out)."
+            f"{architecture.name} sees: its vision part is packed as well "
+            f"({format_bytes(checkpoint.vision_bytes)}); --text-only leaves it out."
         )
     elif architecture.model_type in SEEING and not has_processor(checkpoint.path):
         yield (

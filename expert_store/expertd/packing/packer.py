@@ -98,9 +98,7 @@ def pack(
     """
     chosen = choose_solver(request.device)
     try:
-        with Checkpoint(
-            request.source, request.shards, text_only=request.text_only
-        ) as checkpoint:
+        with Checkpoint(request.source, request.shards, text_only=request.text_only) as checkpoint:
             sees = checkpoint.architecture.sees
             side_files = find_side_files(request.source, sees=sees)
             _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)

@@ -43,8 +43,8 @@ from expertd_inference.engine.token import Token
 from expertd_inference.engine.wishes import Wishes, resolve
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
-from expertd_inference.model.seen import Seen
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
+from expertd_inference.model.seen import Seen
 from expertd_inference.settings import GenerationSettings
 from expertstore.closing import Closing
 from expertstore.errors import InvalidInputError, PreconditionError
@@ -169,11 +169,12 @@ class Engine(Closing):
 
         Returns at once, or once the vision part has looked at ``images``, the bytes of files, for
         each of which the prompt has one image token; the stream has the tokens as they come.
-        Messages (``role`` and ``content``) are put in the model's chat template. Raises InvalidInputError for a prompt
-        that is empty or has tokens that the model has not, PromptTooLongError for one that leaves
-        no room in the model's context or in the memory for keys and values, or for a grammar that
-        cannot be used, BusyError if ``max_waiting`` sequences wait already, and PreconditionError
-        after :meth:`close`, in a fork of the process, and for a grammar without llguidance.
+        Messages (``role`` and ``content``) are put in the model's chat template. Raises
+        InvalidInputError for a prompt that is empty or has tokens that the model has not,
+        PromptTooLongError for one that leaves no room in the model's context or in the memory for
+        keys and values, or for a grammar that cannot be used, BusyError if ``max_waiting``
+        sequences wait already, and PreconditionError after :meth:`close`, in a fork of the process,
+        and for a grammar without llguidance.
         """
         if settings is None:
             settings = GenerationSettings()

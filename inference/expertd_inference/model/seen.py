@@ -20,6 +20,7 @@ class Seen:
         deep: Sequence[Tensor] = (),  # each [image tokens, H]
         positions: Tensor | None = None,  # [3, prompt], int64
         keys: Sequence[int] = (),
+        num_images: int = 0,
     ) -> None:
         """``places`` are those of the image tokens in the prompt, in order.
 
@@ -27,6 +28,8 @@ class Seen:
         taken of, where they are others than the tokens' own. ``keys`` stand for the prompt's tokens
         where two prompts are compared: images of other content have others.
         """
+        self.num_more = len(places) - num_images
+        """Tokens that the prompt has more than one for each image."""
         self.places = [*places]
         self.rows = rows
         self.deep = tuple(deep)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from expertd_inference.model.seen import Seen
 from expertd_inference.images import open_image
+from expertd_inference.model.seen import Seen
 from expertd_inference.process.reasons import reason_of
 from expertstore.errors import InvalidInputError, PackError
 
@@ -89,7 +89,8 @@ class Sight:
             keys += [-1 - int.from_bytes(look.name[:7], "little")] * num
         positions = self._positions(expanded, looks)
         deep = [torch.cat(parts) for parts in zip(*(look.deep for look in looks), strict=True)]
-        seen = Seen(places, torch.cat([look.rows for look in looks]), deep, positions, keys)
+        rows = torch.cat([look.rows for look in looks])
+        seen = Seen(places, rows, deep, positions, keys, len(images))
         return expanded, seen
 
     def _look(self, data: bytes) -> _Look:

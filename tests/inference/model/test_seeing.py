@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -126,9 +125,7 @@ def test_images_in_chunks_beside_text(
 ) -> None:
     """Two images, one cut by a chunk's end; a text beside them, one more image; all go on."""
     one = eyes(model_type)
-    executor = choose_for(
-        language_model_of(one.ours), ROOM, print, kernels=kernels and kernels()
-    )
+    executor = choose_for(language_model_of(one.ours), ROOM, print, kernels=kernels and kernels())
     tokens, seen = one.sight.see(PROMPT, IMAGES)
     others, also_seen = one.sight.see(PROMPT[:20], IMAGES[:1])
     text, new = prompt_of(40, seed=3), prompt_of(3, seed=4)

@@ -32,7 +32,10 @@ class Answering:
         self.text = text
         self.body = body
         chat = prompt if isinstance(prompt, ChatPrompt) else None
-        self.prompt = body.cut(prompt.tokens if isinstance(prompt, ChatPrompt) else prompt)
+        self.images = () if chat is None else chat.images
+        self.prompt = body.cut(
+            prompt.tokens if isinstance(prompt, ChatPrompt) else prompt, self.images
+        )
         self.finish_reason: FinishReason | None = None
         self.stop: str | None = None
         self.counter = Counter([self.prompt])
@@ -53,7 +56,9 @@ class Answering:
     async def pieces(self, user: str) -> AsyncGenerator[tuple[Token, Piece]]:
         """Each token with what it made certain; the sequence is cancelled when this is closed."""
         origin = self.body.origin(user, 0)
-        async with self.entry.hosted.submit(self.prompt, self._settings, origin) as stream:
+        async with self.entry.hosted.submit(
+            self.prompt, self._settings, origin, self.images
+        ) as stream:
             async for token in stream:
                 self.counter.count(token)
                 self.finish_reason = token.finish_reason

@@ -111,18 +111,33 @@ def _messages(at: int, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if role == "assistant":
         yield _assistant(f"{where}.content", content)
         return
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for number, block in enumerate(content):
         place = f"{where}.content[{number}]"
-        if isinstance(block, dict) and block.get("type") == "tool_result":
-            if texts:
-                yield {"role": role, "content": "\n".join(texts)}
-                texts = []
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "tool_result":
+            if parts:
+                yield {"role": role, "content": parts}
+                parts = []
             yield _tool_result(place, block)
+        elif kind == "image" and role == "user":
+            parts.append({"type": "image_url", "image_url": _image_url(place, block)})
         else:
-            texts.append(_text_block(place, block))
-    if texts:
-        yield {"role": role, "content": "\n".join(texts)}
+            parts.append({"type": "text", "text": _text_block(place, block)})
+    if parts:
+        yield {"role": role, "content": parts}
+
+
+def _image_url(where: str, block: dict[str, Any]) -> str:
+    """As OpenAI has it: the image itself."""
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, dict) else None
+    if not isinstance(source, dict) or kind not in ("base64", "url"):
+        raise wrong_value(f"{where}.source.type", kind, "base64")
+    if kind == "url":
+        return _field(f"{where}.source", source, "url")
+    media_type = source.get("media_type") or "image/png"
+    return f"data:{media_type};base64,{_field(f'{where}.source', source, 'data')}"
 
 
 def _assistant(where: str, blocks: list[Any]) -> dict[str, Any]:
@@ -188,8 +203,8 @@ def _text_block(where: str, block: Any) -> str:  # noqa: ANN401
     if kind != "text":
         raise ApiError(
             400,
-            f"{where} is of type {shown(kind)}, and this server takes text, tool_use, tool_result "
-            "and thinking only.",
+            f"{where} is of type {shown(kind)}, and this server takes text, tool_use, tool_result, "
+            "thinking, and images of the user only.",
             param=where,
         )
     return _field(where, block, "text")

@@ -111,7 +111,7 @@ async def props(request: Request) -> Response:
             "total_slots": hosted.num_places,
             "model_alias": entry.name,
             "model_path": str(entry.pack),
-            "modalities": {"vision": False, "audio": False},
+            "modalities": {"vision": text.sees, "audio": False},
             "chat_template": text.templates,
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",

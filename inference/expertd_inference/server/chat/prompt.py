@@ -71,6 +71,8 @@ class ChatPrompt:
     tools: Tools
     max_calls: int | None = None
     continues: bool = False
+    images: tuple[bytes, ...] = ()
+    """The files of those that the tokens have a place for."""
 
     def settings(self, asked: GenerationSettings) -> GenerationSettings:
         """Those that the engine needs so that the answer can be read, and is as it was asked for.
@@ -176,9 +178,12 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         arguments.setdefault("reasoning_effort", chat.reasoning_effort)
         if chat.reasoning_effort == "none":
             arguments.setdefault("enable_thinking", False)
+    images = text.images()
+    messages = for_template(chat.messages, images)
+    images.check()
     rendered = _rendered(
         text,
-        for_template(chat.messages),
+        messages,
         tools=tools.allowed or None,
         documents=chat.documents,
         add_generation_prompt=chat.add_generation_prompt,
@@ -187,13 +192,16 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         arguments=arguments,
     )
     # The template has written what begins a text.
+    tokens = text.encode(rendered, special=False)
+    text.check_places(tokens, len(images.data))
     return ChatPrompt(
         text,
-        text.encode(rendered, special=False),
+        tokens,
         rendered,
         tools,
         None if chat.parallel_tool_calls and not tools.single else 1,
         chat.continue_final_message,
+        images.data,
     )
 
 
