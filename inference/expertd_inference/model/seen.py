@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -58,5 +59,9 @@ class Seen:
         return int(self._text_positions[begin]) - begin
 
     def angles(self, begin: int, end: int) -> Tensor | None:
-        """The positions [3, end - begin] of these tokens of the prompt; None if they are usual."""
-        return None if self.positions is None else self.positions[:, begin:end]
+        """The positions [3, end - begin] of these tokens; None if they are usual."""
+        if self.positions is None:
+            return None
+        of_prompt = self.positions[:, begin:end]
+        new = torch.arange(max(begin, self._num_prompt), max(end, self._num_prompt))
+        return torch.cat((of_prompt, (new + self._next - self._num_prompt).expand(3, -1)), dim=1)

@@ -12,6 +12,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """The settings of an image processor are in one of them."""
 
 SEEING: Mapping[str, str] = {
+    "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 """transformers' class by ``model_type``. Each is held against transformers by a test."""

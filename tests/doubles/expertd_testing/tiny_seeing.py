@@ -60,6 +60,47 @@ _QWEN_PROCESSOR: dict[str, Any] = {
 }
 
 TINY: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "glm4v_moe": (
+        {
+            "n_routed_experts": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [4, 2, 2],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": HIDDEN,
+            "patch_size": 16,
+            "image_size": 96,
+        },
+        {**_QWEN_PROCESSOR, "image_processor_type": "Glm4vImageProcessor"},
+    ),
+    "qwen3_5_moe": (
+        {
+            "num_experts": 8,
+            "shared_expert_intermediate_size": 128,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        _QWEN_VISION,
+        _QWEN_PROCESSOR,
+    ),
     "qwen3_vl_moe": (
         {"num_experts": 8, "rope_parameters": _MROPE},
         {**_QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
