@@ -14,6 +14,12 @@ def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
 
 
 def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, first: bool) -> int:
+    """Where a chunk ends, as below; but it has more rows, or fewer, where an image is to be whole."""
+    end = _chunk_end(sequence, limits, num_rows, first=first)
+    return end if sequence.seen is None else sequence.seen.cut(sequence.num_computed, end)
+
+
+def _chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, first: bool) -> int:
     """Where a chunk of at most ``num_rows`` rows ends; where it begins if there is to be none.
 
     It ends at the prompt's end or at a multiple of a block. Chunks of recurrent layers must end at

@@ -45,6 +45,10 @@ def rows_of(
             deep.append([each[begin:end].to(flat) for each in span.seen.deep])
         first += span.num_rows
     given["inputs_embeds"] = embedded
+    if getattr(model.config, "hidden_size_per_layer_input", 0):
+        # Gemma's tables of each layer have no rows of images.
+        text = ids.masked_fill(mask.view(num_texts, -1), model.config.pad_token_id)
+        given["per_layer_inputs"] = model.model.get_per_layer_inputs(text)
     if deep[0]:
         given["visual_pos_masks"] = mask.view(num_texts, -1)
         given["deepstack_visual_embeds"] = [torch.cat(parts) for parts in zip(*deep, strict=True)]

@@ -22,6 +22,7 @@ from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.delta_hook import stepping
 from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
+from expertd_inference.execution.mutual import attend_mutually, mutual_rows
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_cache import StateName, StepCache
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
@@ -198,6 +199,7 @@ class _Rows:
         self._plan = AttentionPlan(
             [AttentionSpan(span.position, span.num_rows, span.blocks) for span in spans]
         )
+        self._mutual = mutual_rows(spans)
 
     def attend(
         self,
@@ -213,18 +215,25 @@ class _Rows:
         layer = self._layers[module]
         batch, _, length, _ = query.shape
         query, key, value = (_as_rows(part) for part in (query, key, value))
+        keys, values = self._memory.keys[layer.number], self._memory.values[layer.number]
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
         attended = attend(
             self._plan,
-            self._memory.keys[layer.number],
-            self._memory.values[layer.number],
+            keys,
+            values,
             query,
             key if layer.appends else None,
             value if layer.appends else None,
-            query.shape[2] ** -0.5 if scaling is None else scaling,
+            scale,
             window=layer.window,
             sinks=others.get("s_aux"),
             softcap=others.get("softcap"),
         )
+        if layer.window is not None:
+            for image in self._mutual:
+                attended[image.rows] = attend_mutually(
+                    image, query[image.rows], keys, values, scale, layer.window
+                )
         return attended.view(batch, length, *attended.shape[1:])
 
     def mask(

@@ -21,15 +21,18 @@ class Seen:
         deep: Sequence[Tensor] = (),  # each [image tokens, H]
         positions: Tensor | None = None,  # [3, prompt], int64
         keys: Sequence[int] = (),
-        num_images: int = 0,
+        num_more: int = 0,
+        *,
+        mutual: bool = False,
     ) -> None:
         """``places`` are those of the image tokens in the prompt, in order.
 
         ``deep`` is added to what the first layers give. ``positions`` are those that angles are
         taken of, where they are others than the tokens' own. ``keys`` stand for the prompt's tokens
-        where two prompts are compared: images of other content have others.
+        where two prompts are compared: images of other content have others. In windowed layers, the
+        tokens of an image see one another if they are ``mutual``: one step has all of them.
         """
-        self.num_more = len(places) - num_images
+        self.num_more = num_more
         """Tokens that the prompt has more than one for each image."""
         self.places = [*places]
         self.rows = rows
@@ -37,6 +40,11 @@ class Seen:
         self.positions = positions
         self.keys = [*keys]
         self._num_prompt = len(self.keys)
+        there = {*self.places} if mutual else set()
+        begins = [at for at in sorted(there) if at - 1 not in there]
+        ends = [at + 1 for at in sorted(there) if at + 1 not in there]
+        self.wholes = [*zip(begins, ends, strict=True)]
+        """Where the images begin and end that are to be in one step."""
         self._text_positions = [] if positions is None else positions[0].tolist()
         self._next = 0 if positions is None else int(positions.max()) + 1
 
@@ -57,6 +65,13 @@ class Seen:
         if begin >= self._num_prompt:
             return self._next - self._num_prompt
         return int(self._text_positions[begin]) - begin
+
+    def cut(self, begin: int, end: int) -> int:
+        """Where a chunk of these tokens ends so that it parts no image that is to be whole."""
+        for first, last in self.wholes:
+            if begin < end and first < end < last:
+                return first if first > begin else last
+        return end
 
     def angles(self, begin: int, end: int) -> Tensor | None:
         """The positions [3, end - begin] of these tokens; None if they are usual."""

@@ -55,6 +55,7 @@ class Sight:
             ) from error
         self.image_token: int = model.config.image_token_id
         """It stands in a prompt for one image."""
+        self._around = _around(model.config)
         self._kept: OrderedDict[bytes, _Look] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -72,6 +73,7 @@ class Sight:
             )
         with self._lock:
             looks = [self._look(data) for data in images]
+        before, after = self._around
         expanded: list[int] = []
         keys: list[int] = []
         places: list[int] = []
@@ -83,14 +85,16 @@ class Sight:
                 continue
             look = next(rest)
             num = len(look.rows)
-            places += range(len(expanded), len(expanded) + num)
-            expanded += [token] * num
+            places += range(len(expanded) + len(before), len(expanded) + len(before) + num)
+            expanded += [*before, *[token] * num, *after]
             # No token has such a number.
-            keys += [-1 - int.from_bytes(look.name[:7], "little")] * num
+            keys += [*before, *[-1 - int.from_bytes(look.name[:7], "little")] * num, *after]
         positions = self._positions(expanded, looks)
         deep = [torch.cat(parts) for parts in zip(*(look.deep for look in looks), strict=True)]
         rows = torch.cat([look.rows for look in looks])
-        seen = Seen(places, rows, deep, positions, keys, len(images))
+        mutual = _is_mutual(self._model.config.get_text_config())
+        num_more = len(expanded) - len(tokens)
+        seen = Seen(places, rows, deep, positions, keys, num_more, mutual=mutual)
         return expanded, seen
 
     def _look(self, data: bytes) -> _Look:
@@ -138,8 +142,19 @@ class Sight:
 
 
 _GRID = "image_grid_thw"
-_GIVEN = {"pixel_values", _GRID}
+_GIVEN = {"pixel_values", _GRID, "image_position_ids"}
 """What of a processor's results goes to the vision part."""
+
+
+def _around(config: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401 - transformers is untyped
+    """The tokens that a processor puts before and after those of an image, of its own accord."""
+    if config.model_type == "gemma4":
+        return [config.boi_token_id], [config.eoi_token_id]
+    return [], []
+
+
+def _is_mutual(text: Any) -> bool:  # noqa: ANN401 - a configuration
+    return getattr(text, "use_bidirectional_attention", None) == "vision"
 
 
 def _whole(features: Any) -> Tensor:  # noqa: ANN401 - a tensor, or one for each image

@@ -12,6 +12,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """The settings of an image processor are in one of them."""
 
 SEEING: Mapping[str, str] = {
+    "gemma4": "Gemma4ForConditionalGeneration",
     "glm4v_moe": "Glm4vMoeForConditionalGeneration",
     "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",

@@ -60,6 +60,32 @@ _QWEN_PROCESSOR: dict[str, Any] = {
 }
 
 TINY: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma4": (
+        {
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": 272,
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 48,
+            "use_bidirectional_attention": "vision",
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 30.0,
+        },
+        {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "position_embedding_size": 128,
+        },
+        {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 70},
+    ),
     "glm4v_moe": (
         {
             "n_routed_experts": 8,
@@ -119,8 +145,8 @@ def make_seeing_checkpoint(model_type: str, path: Path) -> Path:
         vision_config=vision,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-        vision_start_token_id=BEGIN,
-        vision_end_token_id=END,
+        **{f"{name}_token_id": BEGIN for name in ("vision_start", "image_start", "boi")},
+        **{f"{name}_token_id": END for name in ("vision_end", "image_end", "eoi")},
     )
     model = kind(config)
     randomize(model, seed=0)

@@ -91,7 +91,7 @@ class Run:
 
     def step(self, *rows: tuple[Sequence, int]) -> None:
         """So many more rows of each, in one batch if the executor takes one."""
-        spans = [span_of(one, one.num_computed + num) for one, num in rows]
+        spans = [span_of(one, _end(one, num)) for one, num in rows]
         whole = Batch(tuple(spans))
         batches = [whole] if self._executor.fits(whole) else [Batch((span,)) for span in spans]
         for batch in batches:
@@ -100,11 +100,18 @@ class Run:
                 batch.spans, torch.split(self._executor.forward(batch), counts), strict=True
             ):
                 self._logits[span.sequence].append(part.clone())
-        for one, num in rows:
-            one.num_computed += num
+        for span, (one, _) in zip(spans, rows, strict=True):
+            one.num_computed += span.num_rows
 
     def logits(self, sequence: Sequence) -> Tensor:
         return torch.cat(self._logits[sequence.id])
+
+
+def _end(sequence: Sequence, num: int) -> int:
+    """Where a chunk of about ``num`` rows ends."""
+    begin = sequence.num_computed
+    end = min(begin + num, len(sequence.tokens))
+    return end if sequence.seen is None else sequence.seen.cut(begin, end)
 
 
 def error_of(ours: Tensor, theirs: Tensor) -> float:
@@ -132,7 +139,7 @@ def test_images_in_chunks_beside_text(
     run = Run(executor)
     first, second, third = run.add(tokens, seen), run.add(text), run.add(others, also_seen)
     run.step((first, 20), (second, 30))
-    run.step((second, 10), (first, len(tokens) - 21), (third, len(others)))
+    run.step((second, 10), (first, first.num_missing - 1), (third, len(others)))
     run.step((first, 1))
     for token in new:
         for sequence in (first, second, third):
