@@ -14,7 +14,7 @@ def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
 
 
 def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, first: bool) -> int:
-    """Where a chunk ends, as below; but it has more rows, or fewer, where an image is to be whole."""
+    """Where a chunk ends, as below; it has more rows, or fewer, where an image is to be whole."""
     end = _chunk_end(sequence, limits, num_rows, first=first)
     return end if sequence.seen is None else sequence.seen.cut(sequence.num_computed, end)
 
