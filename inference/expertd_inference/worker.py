@@ -193,7 +193,7 @@ class Worker(Closing):
     @property
     def sees(self) -> bool:
         """Whether prompts may have images."""
-        return sees(self.pack, self.manifest.model_type, self.manifest.architecture)
+        return sees(self.pack, self.manifest.model_type)
 
     def see(self, tokens: Sequence[int], images: Sequence[bytes]) -> tuple[list[int], Seen]:
         """A prompt's tokens with room for its images, and these: :meth:`.model.sight.Sight.see`.
@@ -201,10 +201,8 @@ class Worker(Closing):
         Raises InvalidInputError if the model does not see, and as that.
         """
         if not self.sees:
-            raise InvalidInputError(
-                f"The model {self.session.model.name} takes no images: "
-                f"{why_blind(self.manifest.model_type)}."
-            )
+            why = why_blind(self.session.model.name, self.manifest.model_type)
+            raise InvalidInputError(f"{why}; leave the images out, or ask a model that sees.")
         with self._sight_lock:
             if self._sight is None:
                 self._sight = Sight(self.model, self.pack)

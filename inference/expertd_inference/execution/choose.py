@@ -60,7 +60,7 @@ def choose_for(
         else:
             if not isinstance(model, LanguageModel):
                 return program
-            return SightedExecutor(program, _of_images(model, program, room))
+            return SightedExecutor(program, _of_images(model, program, room, exact=exact))
     if exact:
         make_exact(model)
     try:
@@ -72,11 +72,20 @@ def choose_for(
         return TurnsExecutor(model, str(error), around)
 
 
-def _of_images(model: Any, program: ProgramExecutor, room: Room) -> ModulesExecutor:  # noqa: ANN401
+def _of_images(
+    model: Any,  # noqa: ANN401
+    program: ProgramExecutor,
+    room: Room,
+    *,
+    exact: bool,
+) -> ModulesExecutor:
     """What computes rows of images, with the program's keys and values."""
+    if exact:
+        make_exact(model)
     with check.without_experts(model):
         layers = watch_layers(model)
-    return ModulesExecutor(model, layers, room, memory=program.memory)
+    alone = "bits count" if exact else ""
+    return ModulesExecutor(model, layers, room, alone=alone, memory=program.memory)
 
 
 def _row_by_row(model: Any, kernels: NativeKernels) -> str:  # noqa: ANN401

@@ -36,7 +36,9 @@ class SightedExecutor:
         if not seen.spans:
             return self._program.forward(batch)
         text = Batch(tuple(span for span in batch.spans if span.seen is None))
-        of_images = self._modules.forward(seen)
+        whole = self._modules.fits(seen)
+        batches = [seen] if whole else [Batch((span,)) for span in seen.spans]
+        of_images = torch.cat([self._modules.forward(batch) for batch in batches])
         if not text.spans:
             return of_images
         of_text = self._program.forward(text)

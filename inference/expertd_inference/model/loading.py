@@ -94,7 +94,7 @@ def _load(
             quantization_config=ExpertdConfig(
                 manifest,
                 trunk.names if quantized else frozenset(),
-                sees=sees(pack, manifest.model_type, manifest.architecture),
+                sees=sees(pack, manifest.model_type),
             ),
             experts_implementation=IMPLEMENTATION,
             dtype=dtype or _dtype(manifest),

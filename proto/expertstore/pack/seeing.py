@@ -28,9 +28,9 @@ def has_processor(directory: Path) -> bool:
     return any((directory / name).is_file() for name in PROCESSOR_FILES)
 
 
-def sees(pack: Path, model_type: str, architecture: str) -> bool:
-    """Whether the pack in that directory, of that type and class, takes images."""
-    return SEEING.get(model_type) == architecture and has_processor(pack)
+def sees(pack: Path, model_type: str) -> bool:
+    """Whether the pack in that directory, of a model of that type, takes images."""
+    return model_type in SEEING and has_processor(pack)
 
 
 def leave_out_vision(model: Any) -> None:  # noqa: ANN401 - transformers is untyped
@@ -40,8 +40,8 @@ def leave_out_vision(model: Any) -> None:  # noqa: ANN401 - transformers is unty
             setattr(model.model, name, None)
 
 
-def why_blind(model_type: str) -> str:
-    """Why a pack of that type takes no images."""
+def why_blind(name: str, model_type: str) -> str:
+    """That the model of that name takes no images, and why; of a sentence."""
     if model_type in SEEING:
-        return "it was packed without its vision part; pack it without --text-only"
-    return "it is served as a model of text only"
+        return f"{name} takes text only, as it was packed without its vision part"
+    return f"{name} takes text only"

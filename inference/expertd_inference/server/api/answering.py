@@ -11,7 +11,7 @@ from expertd_inference.server.api.requests import in_form
 from expertd_inference.server.api.sampling_fields import NO_LIMIT
 from expertd_inference.server.chat.answer import Piece
 from expertd_inference.server.chat.gaps import gap
-from expertd_inference.server.chat.prompt import ChatPrompt, prompt_of
+from expertd_inference.server.chat.prompt import ChatPrompt, count_tokens, prompt_of
 from expertd_inference.server.front import Front
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
@@ -47,6 +47,11 @@ class Answering:
         )
         self._settings = asked if chat is None else chat.settings(asked)
         self._reader = None if chat is None else chat.reader(asked)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """As :func:`.prompt.count_tokens`."""
+        return count_tokens(self.prompt, self.images)
 
     @property
     def temperature(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from expertd_inference.server.api.errors import ApiError, shown, unsupported, wrong_value
+from expertd_inference.server.chat.images import WHERE
 
 _TEXT_OR_BLOCKS = "a text, or a list of blocks"
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -121,23 +122,11 @@ def _messages(at: int, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 parts = []
             yield _tool_result(place, block)
         elif kind == "image" and role == "user":
-            parts.append({"type": "image_url", "image_url": _image_url(place, block)})
+            parts.append({**block, WHERE: place})
         else:
             parts.append({"type": "text", "text": _text_block(place, block)})
     if parts:
         yield {"role": role, "content": parts}
-
-
-def _image_url(where: str, block: dict[str, Any]) -> str:
-    """As OpenAI has it: the image itself."""
-    source = block.get("source")
-    kind = source.get("type") if isinstance(source, dict) else None
-    if not isinstance(source, dict) or kind not in ("base64", "url"):
-        raise wrong_value(f"{where}.source.type", kind, "base64")
-    if kind == "url":
-        return _field(f"{where}.source", source, "url")
-    media_type = source.get("media_type") or "image/png"
-    return f"data:{media_type};base64,{_field(f'{where}.source', source, 'data')}"
 
 
 def _assistant(where: str, blocks: list[Any]) -> dict[str, Any]:

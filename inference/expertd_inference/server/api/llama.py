@@ -85,7 +85,7 @@ async def apply_template(request: Request) -> Response:
 
 async def count_chat_tokens(request: Request) -> Response:
     """``POST /chat/completions/input_tokens``."""
-    return _json({"input_tokens": len((await _chat_prompt(request)).tokens)})
+    return _json({"input_tokens": (await _chat_prompt(request)).num_tokens})
 
 
 async def _chat_prompt(request: Request) -> ChatPrompt:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from expertd_inference.server.api.errors import ApiError, unsupported, wrong_value
+from expertd_inference.server.chat.images import WHERE
 
 
 class Options(msgspec.Struct, kw_only=True):
@@ -155,9 +156,11 @@ def _content(where: str, text: Any, images: Any) -> Any:  # noqa: ANN401 - of an
     """A text, or OpenAI's parts with the images, which Ollama has as base64 before it."""
     if not images:
         return text
-    if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+    if not isinstance(images, list):
         raise wrong_value(where, images, "a list of images in base64")
-    parts = [{"type": "image_url", "image_url": f"data:image;base64,{one}"} for one in images]
+    parts = [
+        {"type": "image", "base64": one, WHERE: f"{where}[{at}]"} for at, one in enumerate(images)
+    ]
     return [*parts, {"type": "text", "text": text}]
 
 

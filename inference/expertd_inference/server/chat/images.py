@@ -17,7 +17,10 @@ from expertstore.errors import InvalidInputError
 from expertstore.sizes import format_bytes
 
 IMAGE_PARTS = {"image_url", "input_image", "image"}
-"""OpenAI's names for a part of a content that is an image, in chats and in responses."""
+"""Names for a part of a content that is an image: OpenAI's in chats and responses, Anthropic's."""
+WHERE = "expertd_where"
+"""A field of such a part that says where it stood in a request of another form."""
+_BASE64 = "data:image;base64,"
 _DATA = re.compile(r"data:(?P<kind>[^;,]*)(?:;[^;,]*)*;base64,")
 
 
@@ -37,6 +40,7 @@ class Images:
 
     def take(self, where: str, part: dict[str, Any]) -> None:
         """One more: ``part`` of a content, which is at ``where``. Raises ApiError."""
+        where = str(part.get(WHERE, where))
         if self._why_not:
             raise ApiError(
                 400,
@@ -44,7 +48,7 @@ class Images:
                 code="unsupported_content",
                 param=where,
             )
-        where, url = _url_of(where, part)
+        where, url = _address(where, part)
         self._named.append((where, self._read(where, url)))
 
     def check(self) -> None:
@@ -99,18 +103,26 @@ class Images:
             raise _refused(where, f"cannot be read: {error.strerror}") from error
 
 
-def _url_of(where: str, part: dict[str, Any]) -> tuple[str, str]:
-    """Where the address of an image stands, and what it is."""
-    kind = str(part.get("type"))
-    value = part.get("image_url") if kind == "input_image" else part.get(kind)
-    if kind == "input_image" and part.get("file_id"):
+def _address(where: str, part: dict[str, Any]) -> tuple[str, str]:
+    """Where the URL of an image stands, and the URL; what is base64 alone is made one."""
+    if isinstance(source := part.get("source"), dict):  # Anthropic's
+        if source.get("type") == "base64":
+            return f"{where}.source.data", f"{_BASE64}{_text(f'{where}.source', source, 'data')}"
+        return f"{where}.source.url", _text(f"{where}.source", source, "url")
+    if "base64" in part:  # Ollama's
+        return where, f"{_BASE64}{_text(where, part, 'base64')}"
+    if part.get("file_id"):
         raise _refused(f"{where}.file_id", "is not supported; send the image as a data: URL")
-    place = f"{where}.{'image_url' if kind == 'input_image' else kind}"
-    if isinstance(value, dict):
-        place, value = f"{place}.url", value.get("url")
+    if isinstance(inner := part.get("image_url"), dict):
+        return f"{where}.image_url.url", _text(f"{where}.image_url", inner, "url")
+    return f"{where}.image_url", _text(where, part, "image_url")
+
+
+def _text(where: str, part: dict[str, Any], name: str) -> str:
+    value = part.get(name)
     if not isinstance(value, str):
-        raise wrong_value(place, value, "a data: URL")
-    return place, value
+        raise wrong_value(f"{where}.{name}", value, "an image, in base64")
+    return value
 
 
 def _refused(where: str, why: str) -> ApiError:

@@ -74,6 +74,11 @@ class ChatPrompt:
     images: tuple[bytes, ...] = ()
     """The files of those that the tokens have a place for."""
 
+    @property
+    def num_tokens(self) -> int:
+        """How many the prompt has. Raises ApiError where only an engine could tell."""
+        return count_tokens(self.tokens, self.images)
+
     def settings(self, asked: GenerationSettings) -> GenerationSettings:
         """Those that the engine needs so that the answer can be read, and is as it was asked for.
 
@@ -154,6 +159,18 @@ class ChatPrompt:
         markers = family.markers(tools=bool(self.tools.allowed))
         special = self.text.special_tokens.values()
         return {one for one in special if any(one in marker for marker in markers)}
+
+
+def count_tokens(tokens: Sequence[int], images: Sequence[bytes]) -> int:
+    """Of a prompt. Raises ApiError if it has images, whose tokens only an engine can tell."""
+    if images:
+        raise ApiError(
+            400,
+            "The tokens of images are known once they are looked at: ask for an answer, whose "
+            "usage has them, or count without the images.",
+            code="unsupported_content",
+        )
+    return len(tokens)
 
 
 def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:

@@ -11,8 +11,7 @@ from expertd_inference.process.reasons import reason_of
 from expertd_inference.server.chat.images import Images
 from expertd_inference.settings import check_prompt
 from expertstore.errors import InvalidInputError, PackError
-from expertstore.pack.manifest import read_manifest
-from expertstore.pack.seeing import has_processor, sees, why_blind
+from expertstore.pack.seeing import sees, why_blind
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -187,13 +186,11 @@ def _sight_of(name: str, pack: Path) -> tuple[int, str]:
     try:
         config = json.loads((pack / CONFIG).read_bytes())
         kind, token = str(config.get("model_type")), config.get("image_token_id")
-        if has_processor(pack) and isinstance(token, int):
-            manifest = read_manifest(pack).manifest
-            if sees(pack, manifest.model_type, manifest.architecture):
-                return token, ""
-    except (PackError, OSError, ValueError, AttributeError):
-        return -1, f"{name} takes text only"  # The engine says what is wrong with the pack.
-    return -1, f"{name} takes text only: {why_blind(kind)}"
+        if sees(pack, kind) and isinstance(token, int):
+            return token, ""
+    except (OSError, ValueError, AttributeError):
+        kind = ""  # The engine says what is wrong with the pack.
+    return -1, why_blind(name, kind)
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, Any]:  # noqa: ANN401 - transformers is untyped
