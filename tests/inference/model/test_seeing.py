@@ -1,5 +1,6 @@
 """Models that see, beside stock transformers with the same weights and images."""
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
@@ -14,8 +15,13 @@ from transformers import AutoImageProcessor
 
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd_inference.engine.budget import EngineLimits
+from expertd_inference.engine.channel import Channel
 from expertd_inference.engine.chunks import span_of
-from expertd_inference.engine.sequence import Sequence
+from expertd_inference.engine.engine import Engine
+from expertd_inference.engine.sequence import Origin, Sequence
+from expertd_inference.engine.stream import TokenStream
+from expertd_inference.engine.token import Token
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.choose import choose_for
 from expertd_inference.execution.executor import Executor
@@ -25,6 +31,7 @@ from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.model.language import language_model_of
 from expertd_inference.model.sight import Sight
 from expertd_inference.settings import GenerationSettings
+from expertd_testing.tiny_models import byte_tokenizer
 from expertd_testing.tiny_seeing import BEGIN, END, IMAGE, make_seeing_checkpoint, picture
 from expertstore.pack.seeing import SEEING
 from tests.architectures.parity import load
@@ -151,3 +158,77 @@ def test_images_in_chunks_beside_text(
     blank = one.expected(first.tokens, [picture(96, 130, seed=2), IMAGES[1]])
     assert error_of(run.logits(first)[:20], blank[:20]) > 1e-3
     executor.close()
+
+
+class SeeingWorker(NamedTuple):
+    """What an engine needs of a model, without a daemon."""
+
+    eyes: Eyes
+    num_looks: list[int] = []
+    native_rows: dict[str, int | None] = {}
+    context_tokens: int | None = 1024
+    vocabulary: int = 272
+    kv_bytes_per_token: int = 1
+    kv_bytes: int = 1 << 20
+
+    @property
+    def tokenizer(self) -> Any:
+        return byte_tokenizer()
+
+    @property
+    def generation_config(self) -> Any:
+        return self.eyes.ours.generation_config
+
+    def encode(self, prompt: Any) -> list[int]:
+        raise AssertionError(prompt)
+
+    def see(self, tokens: Any, images: Any) -> Any:
+        return self.eyes.sight.see(tokens, images)
+
+    def open_executor(self, room: Room) -> Executor:
+        kernels = NativeKernels() if native_library().library is not None else None
+        return choose_for(language_model_of(self.eyes.ours), room, print, kernels=kernels)
+
+    def before_close(self, call: Callable[[], None]) -> Callable[[], object]:
+        del call
+        return lambda: None
+
+
+@pytest.mark.parametrize(("model_type", "kv_tokens"), [("qwen3_vl_moe", 448), ("gemma4", 768)])
+def test_an_engine_goes_on_as_stock_does(
+    model_type: str, kv_tokens: int, eyes: Callable[[str], Eyes]
+) -> None:
+    """With prefixes found up to an image of other content, preempted, and in another engine."""
+    one = eyes(model_type)
+    worker = SeeingWorker(one)
+    settings = GenerationSettings(max_new_tokens=60, ignore_eos=True)
+    # Of one size: their prompts have the same tokens.
+    images = [IMAGES, [IMAGES[0], picture(200, 60, seed=5)], [picture(96, 130, seed=6), IMAGES[1]]]
+    limits = EngineLimits(max_sequences=3, kv_tokens=kv_tokens, chunk_rows=64)
+    together = threading.Event()
+    together.set()
+    with Engine(worker, limits, together.wait) as engine:
+        first = [token.id for token in engine.submit(PROMPT, settings, images=IMAGES)]
+        together.clear()
+        streams = [engine.submit(PROMPT, settings, images=each) for each in images]
+        together.set()
+        texts = [[*stream] for stream in streams]
+        assert engine.stats.num_preemptions
+        cached = [text[0].opening.num_cached_tokens for text in texts if text[0].opening]
+        num_prompt = streams[0].num_prompt_tokens
+        assert cached[0] >= num_prompt // 64 * 64
+        assert 14 <= cached[1] < num_prompt - 3
+        assert cached[2] <= 16
+        opening = texts[0][0].opening
+        assert opening is not None
+        assert opening.num_image_tokens == num_prompt - len(PROMPT)
+        outlet: Channel[Token] = Channel()
+        engine.relay(outlet, PROMPT, settings, Origin(generated=tuple(first[:5])), tuple(IMAGES))
+        rest = [token.id for token in TokenStream(outlet, lambda: None, num_prompt_tokens=0)]
+    assert rest == first[5:]
+    assert first == [token.id for token in texts[0]]
+    for each, text in zip(images, texts, strict=True):
+        tokens, _ = one.sight.see(PROMPT, each)
+        ids = [token.id for token in text]
+        expected = one.expected([*tokens, *ids], each)[len(tokens) - 1 : -1].argmax(-1)
+        assert ids == expected.tolist()
