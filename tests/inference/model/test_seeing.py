@@ -31,6 +31,7 @@ from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.model.language import language_model_of
 from expertd_inference.model.sight import Sight
 from expertd_inference.settings import GenerationSettings
+from expertd_testing.patience import HANG_SECONDS
 from expertd_testing.tiny_models import byte_tokenizer
 from expertd_testing.tiny_seeing import BEGIN, END, IMAGE, make_seeing_checkpoint, picture
 from expertstore.pack.seeing import SEEING
@@ -139,7 +140,9 @@ def test_images_in_chunks_beside_text(
 ) -> None:
     """Two images, one cut by a chunk's end; a text beside them, one more image; all go on."""
     one = eyes(model_type)
-    executor = choose_for(language_model_of(one.ours), ROOM, print, kernels=kernels and kernels())
+    executor = choose_for(
+        language_model_of(one.ours), ROOM, print, kernels=None if kernels is None else kernels()
+    )
     tokens, seen = one.sight.see(PROMPT, IMAGES)
     others, also_seen = one.sight.see(PROMPT[:20], IMAGES[:1])
     text, new = prompt_of(40, seed=3), prompt_of(3, seed=4)
@@ -164,12 +167,14 @@ class SeeingWorker(NamedTuple):
     """What an engine needs of a model, without a daemon."""
 
     eyes: Eyes
-    num_looks: list[int] = []
-    native_rows: dict[str, int | None] = {}
     context_tokens: int | None = 1024
     vocabulary: int = 272
     kv_bytes_per_token: int = 1
     kv_bytes: int = 1 << 20
+
+    @property
+    def native_rows(self) -> dict[str, int | None]:
+        return {}
 
     @property
     def tokenizer(self) -> Any:
@@ -194,6 +199,10 @@ class SeeingWorker(NamedTuple):
         return lambda: None
 
 
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(HANG_SECONDS)
+
+
 @pytest.mark.parametrize(("model_type", "kv_tokens"), [("qwen3_vl_moe", 448), ("gemma4", 768)])
 def test_an_engine_goes_on_as_stock_does(
     model_type: str, kv_tokens: int, eyes: Callable[[str], Eyes]
@@ -207,7 +216,7 @@ def test_an_engine_goes_on_as_stock_does(
     limits = EngineLimits(max_sequences=3, kv_tokens=kv_tokens, chunk_rows=64)
     together = threading.Event()
     together.set()
-    with Engine(worker, limits, together.wait) as engine:
+    with Engine(worker, limits, lambda: wait_for(together)) as engine:
         first = [token.id for token in engine.submit(PROMPT, settings, images=IMAGES)]
         together.clear()
         streams = [engine.submit(PROMPT, settings, images=each) for each in images]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeGuard
 
 from expertd_inference.server.api.errors import ApiError, shown, wrong_value
 from expertd_inference.server.chat.images import IMAGE_PARTS, Images
@@ -84,7 +84,7 @@ def _one(where: str, message: dict[str, Any], images: Images) -> dict[str, Any]:
     return result
 
 
-def has_images(content: Any) -> bool:  # noqa: ANN401 - of any JSON
+def has_images(content: Any) -> TypeGuard[list[Any]]:  # noqa: ANN401 - of any JSON
     """Whether a part of a content is an image."""
     return isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in content
