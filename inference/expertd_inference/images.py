@@ -42,7 +42,7 @@ def open_image(data: bytes, where: str = "The image") -> Any:  # noqa: ANN401 - 
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as error:
         raise PreconditionError(
-            "Images need Pillow, which is not installed: pip install 'expertd[serve]'."
+            "Images need Pillow, which is not installed: pip install 'expertd[images]'."
         ) from error
     if len(data) > MAX_BYTES:
         raise InvalidInputError(

@@ -51,7 +51,7 @@ class Sight:
         except Exception as error:  # whatever transformers meets in the settings
             raise PackError(
                 f"The image processor of {pack} cannot be used: {reason_of(error)}; install Pillow "
-                "(pip install 'expertd[serve]'), or pack the model with --text-only."
+                "(pip install 'expertd[images]'), or pack the model with --text-only."
             ) from error
         self.image_token: int = model.config.image_token_id
         """It stands in a prompt for one image."""

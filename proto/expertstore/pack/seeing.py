@@ -19,6 +19,14 @@ SEEING: Mapping[str, str] = {
 }
 """transformers' class by ``model_type``. Each is held against transformers by a test."""
 
+BLIND: Mapping[str, str] = {
+    "ernie4_5_vl_moe": "its layers have a second set of experts, for images",
+    "glm5_next, qwen4_exp": "their attention is computed in turns, which know no images yet",
+    "kimi_k25, llama4, minimax_m3_vl": "transformers prepares their images by torchvision alone",
+    "mistral_large4": "its images have rows that end with tokens of their own",
+}
+"""Why others that see are packed as text, or not at all; of a sentence."""
+
 TEXT_PART = "model.language_model."
 """What the names of a language model's weights begin with, in a model that sees; its head apart."""
 
