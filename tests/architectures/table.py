@@ -117,9 +117,13 @@ with images, whole and in chunks, beside others, and what comes after.
 
 def _seeing() -> str:
     rows = [f"| `{name}` | `{kind}` |" for kind, name in sorted(SEEING.items())]
-    return _SEEING + "\n".join(["| architecture | `model_type` |", "|---|---|", *rows, ""]) + (
-        "\nVideos and sounds are taken by none. What others would need:\n\n"
-        + "\n".join(f"- `{kind}`: {why}." for kind, why in BLIND.items())
+    return (
+        _SEEING
+        + "\n".join(["| architecture | `model_type` |", "|---|---|", *rows, ""])
+        + (
+            "\nVideos and sounds are taken by none. What others would need:\n\n"
+            + "\n".join(f"- `{kind}`: {why}." for kind, why in BLIND.items())
+        )
     )
 
 

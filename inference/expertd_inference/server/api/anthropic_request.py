@@ -118,7 +118,7 @@ def _messages(at: int, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_result":
             if parts:
-                yield {"role": role, "content": parts}
+                yield {"role": role, "content": _said(parts)}
                 parts = []
             yield _tool_result(place, block)
         elif kind == "image" and role == "user":
@@ -126,7 +126,13 @@ def _messages(at: int, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         else:
             parts.append({"type": "text", "text": _text_block(place, block)})
     if parts:
-        yield {"role": role, "content": parts}
+        yield {"role": role, "content": _said(parts)}
+
+
+def _said(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """One text, unless there are images."""
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    return "\n".join(texts) if len(texts) == len(parts) else parts
 
 
 def _assistant(where: str, blocks: list[Any]) -> dict[str, Any]:
