@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 
 from expertd_testing.tiny_models import CONFIGS
-from expertstore.pack.seeing import BLIND, SEEING
+from expertstore.pack.seeing import BLIND, SEEING, TEXT_WITHIN
 from tests.architectures import sweep
 from tests.architectures.sweep import Result, Results
 
@@ -88,7 +88,7 @@ def render(results: Results) -> str:
     lines += [
         f"- {_name(result)}: {result.refused}."
         for result in results.results
-        if result.refused and result.architecture not in SEEING
+        if result.refused and result.architecture not in {**SEEING, **TEXT_WITHIN}
     ]
     lines.append(
         "- DBRX, JetMoE, Llama 4, Switch Transformers: outside of transformers' experts interface."
@@ -116,6 +116,7 @@ with images, whole and in chunks, beside others, and what comes after.
 
 
 def _seeing() -> str:
+    within = ", ".join(f"`{kind}`" for kind in TEXT_WITHIN)
     rows = [f"| `{name}` | `{kind}` |" for kind, name in sorted(SEEING.items())]
     return (
         _SEEING
@@ -123,6 +124,8 @@ def _seeing() -> str:
         + (
             "\nVideos and sounds are taken by none. What others would need:\n\n"
             + "\n".join(f"- `{kind}`: {why}." for kind, why in BLIND.items())
+            + f"\n\nOf {within} transformers has the language model\n"
+            "only within a model that sees: it is taken out of there, and serves texts."
         )
     )
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertd.packing.checkpoint_files import CONFIG_NAME, read_config
 from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import GateOrder
-from expertstore.pack.seeing import SEEING, TEXT_PART, has_processor, leave_out_vision
+from expertstore.pack.seeing import SEEING, TEXT_PART, TEXT_WITHIN, has_processor, leave_out_vision
 
 _ATTENTION = {"self_attn", "attention", "attn"}
 """Names of attention modules."""
@@ -176,14 +176,14 @@ def read_architecture(path: Path, *, text_only: bool = False) -> Architecture:
 
 def _whole(config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
     """A model that sees."""
-    return getattr(transformers, SEEING[config.model_type])._from_config(
-        config, attn_implementation="eager"
-    )
+    name = {**SEEING, **TEXT_WITHIN}[config.model_type]
+    return getattr(transformers, name)._from_config(config, attn_implementation="eager")
 
 
 def _language_model(config: Any) -> Any:  # noqa: ANN401
     """Of a model that sees, the language model alone: transformers' class of it, or the rest."""
-    if type(config) in AutoModelForCausalLM._model_mapping or config.model_type not in SEEING:
+    whole = config.model_type in {**SEEING, **TEXT_WITHIN}
+    if type(config) in AutoModelForCausalLM._model_mapping or not whole:
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=False, attn_implementation="eager"
         )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class LanguageModel(nn.Module):
@@ -51,9 +51,10 @@ class LanguageModel(nn.Module):
         *,
         logits_to_keep: Tensor | int = 0,
         **given: Any,  # noqa: ANN401 - as the modules take it
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Logits [batch, rows to keep, vocabulary]; all rows with 0."""
-        hidden = self.model(**{**given, "return_dict": True}).last_hidden_state
+        found = self.model(**{**given, "return_dict": True})
+        hidden = found.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
@@ -61,7 +62,7 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(hidden)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        return CausalLMOutput(logits=logits)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
 
 
 def language_model_of(model: Any) -> Any:  # noqa: ANN401 - transformers is untyped

@@ -26,12 +26,15 @@ from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest
-from expertstore.pack.seeing import SEEING, leave_out_vision
+from expertstore.pack.seeing import SEEING, TEXT_WITHIN, leave_out_vision
 
 METHOD = IMPLEMENTATION
 
 _REPLACED = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 """The parameters of an experts module that records hold."""
+
+_WITH_VISION = {*SEEING.values(), *TEXT_WITHIN.values()}
+"""Classes that have a vision part as well."""
 
 _MAX_WEIGHTS_PER_BYTE = 4
 """No scheme has less than 2 bits a weight."""
@@ -81,7 +84,7 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
         self.shapes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
-        if not self.sees and self.manifest.architecture in SEEING.values():
+        if not self.sees and self.manifest.architecture in _WITH_VISION:
             leave_out_vision(model)
         self.experts = match_experts(model, self.manifest)
         module: Any

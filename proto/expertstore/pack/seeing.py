@@ -19,11 +19,17 @@ SEEING: Mapping[str, str] = {
 }
 """transformers' class by ``model_type``. Each is held against transformers by a test."""
 
+TEXT_WITHIN: Mapping[str, str] = {
+    "glm5_next": "Glm5NextForConditionalGeneration",
+    "kimi_k25": "Kimi_K25ForConditionalGeneration",
+    "mistral_large4": "MistralLarge4ForConditionalGeneration",
+}
+"""Classes whose language model transformers has nowhere else: that is served, and sees nothing."""
+
 BLIND: Mapping[str, str] = {
     "ernie4_5_vl_moe": "its layers have a second set of experts, for images",
-    "glm5_next, qwen4_exp": "their attention is computed in turns, which know no images yet",
+    "glm5_next, mistral_large4, qwen4_exp": "their attention is computed in turns, without images",
     "kimi_k25, llama4, minimax_m3_vl": "transformers prepares their images by torchvision alone",
-    "mistral_large4": "its images have rows that end with tokens of their own",
 }
 """Why others that see are packed as text, or not at all; of a sentence."""
 

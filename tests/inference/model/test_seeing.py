@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,10 +33,12 @@ from expertd_inference.model.language import language_model_of
 from expertd_inference.model.sight import Sight
 from expertd_inference.settings import GenerationSettings
 from expertd_testing.patience import HANG_SECONDS
-from expertd_testing.tiny_models import byte_tokenizer
+from expertd_testing.tiny_models import byte_tokenizer, randomize, save_model
 from expertd_testing.tiny_seeing import BEGIN, END, IMAGE, make_seeing_checkpoint, picture
-from expertstore.pack.seeing import SEEING
-from tests.architectures.parity import load
+from expertstore.pack.manifest import read_manifest
+from expertstore.pack.seeing import SEEING, sees
+from tests.architectures.parity import load, logits
+from tests.architectures.tiny_configs import tiny_config
 from tests.inference.greedy import prompt_of
 
 ROOM = Room(num_blocks=24, num_sequences=4, num_rows=512)
@@ -241,3 +244,44 @@ def test_an_engine_goes_on_as_stock_does(
         ids = [token.id for token in text]
         expected = one.expected([*tokens, *ids], each)[len(tokens) - 1 : -1].argmax(-1)
         assert ids == expected.tolist()
+
+
+def test_the_vision_part_in_8_bits_or_left_out(eyes: Callable[[str], Eyes], tmp_path: Path) -> None:
+    one = eyes("qwen3_vl_moe")
+    source = Path(one.stock.name_or_path)
+    said: list[str] = []
+    scheme = choose_scheme("bf16", vision="8g64")
+    pack(Request(source, tmp_path / "8", scheme), on_notice=said.append)
+    assert "sees: its vision part is packed as well" in said[0]
+    quantized = {tensor.name for tensor in read_manifest(tmp_path / "8").manifest.trunk_quantized}
+    assert len(quantized) > 8
+    assert all(name.startswith("model.visual.") for name in quantized)
+    tokens, exact = one.sight.see(PROMPT, IMAGES)
+    again, near = Sight(load(tmp_path / "8", torch.float32), tmp_path / "8").see(PROMPT, IMAGES)
+    assert tokens == again
+    assert 1e-5 < error_of(near.rows, exact.rows) < 0.05
+    pack(Request(source, tmp_path / "t", choose_scheme("bf16"), text_only=True))
+    assert not sees(tmp_path / "t", "qwen3_vl_moe")
+    blind = load(tmp_path / "t", torch.float32)
+    assert blind.model.visual is None
+    text = prompt_of(20, seed=1)
+    assert torch.equal(logits(blind, text)[0], one.expected(text, []))
+
+
+def test_a_language_model_that_is_only_within_one_that_sees(tmp_path: Path) -> None:
+    """Kimi K2.5, whose images transformers prepares by torchvision alone."""
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.Kimi_K25Config(
+        text_config=tiny_config("deepseek_v3", num_hidden_layers=2).to_dict(),
+        vision_config={**vision, "num_attention_heads": 2, "image_size": 64},
+        image_token_id=250,
+    )
+    model = transformers.Kimi_K25ForConditionalGeneration(config)
+    randomize(model, seed=0)
+    save_model(model.to(torch.bfloat16), tmp_path / "c")
+    said: list[str] = []
+    pack(Request(tmp_path / "c", tmp_path / "p", choose_scheme("bf16")), on_notice=said.append)
+    assert "has no place for are left out" in said[0]
+    stock = type(model).from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
+    prompt = prompt_of(30, seed=1)
+    assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(stock, prompt))
