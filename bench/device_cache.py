@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from expertd.traces.replay import HitRates
-from expertd.traces.trace import Phase, TraceReader
 from expertd_inference.device.cache import Found, SlotCache
 from expertd_inference.settings import CachePolicy
+from expertstore.trace import Phase, TraceReader
 
 
 def hit_rates(trace: Path, share: float, policy: CachePolicy) -> HitRates:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.heldout import EXAMPLE, example_module
-from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
 from expertd_inference.experts.routers import find_routers
+from expertstore.trace import Phase, Row, TraceModel, TraceWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

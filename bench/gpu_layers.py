@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from bench.gpu_turns import Run, captured
-from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.gpu.choice import gpu_kernels
@@ -15,6 +14,8 @@ from expertd_inference.kernels.gpu.triton_blocks import GemvBlocks
 from expertd_inference.kernels.gpu.triton_form import Form, record_form
 from expertd_inference.kernels.gpu.triton_gemv import launch_experts_gemv
 from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed
+from expertd_testing import forms
+from expertd_testing.forms import is_kept, named
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import Matrix, RecordLayout, matrix_parts, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -36,10 +37,9 @@ class CachedLayer:
     """A device cache full of random experts, each of another expert's number."""
 
     def __init__(self, run: Run, shape: Shape, scheme: str) -> None:
-        chosen = MXFP4 if scheme == "mxfp4" else parse_precision(scheme)
         matrices = (
-            chosen.matrix(GATE_UP, 2 * shape.inner, shape.hidden),
-            chosen.matrix(DOWN, shape.hidden, shape.inner),
+            named(scheme, GATE_UP, 2 * shape.inner, shape.hidden),
+            named(scheme, DOWN, shape.hidden, shape.inner),
         )
         self._run, self._shape = run, shape
         self._layout = record_layout(matrices, "BF16", has_bias=False)
@@ -129,11 +129,15 @@ class CachedLayer:
 
 def random_parts(matrix: Matrix, device: str) -> dict[str, Tensor]:
     """Parts of a matrix: random integers, scales near those of real weights."""
+    if is_kept(matrix):
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: part.to(device) for name, part in forms.random_parts(matrix, generator).items()
+        }
     parts = {}
     for name, shape, dtype in matrix_parts(matrix, "BF16"):
         if dtype == "U8":
-            high = 128 if matrix.encoding == "mxfp4" and name.endswith(".scale") else 256
-            part = torch.randint(high - 10 if high == 128 else 0, high, shape, device=device)
+            part = torch.randint(0, 256, shape, device=device)
         else:
             part = torch.full(shape, 0.01, device=device)
         parts[name] = part.to(TORCH_DTYPES[dtype])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expertd.traces.trace import Phase, TraceReader
+from expertstore.trace import Phase, TraceReader
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from bench.figures import Figure, compared, timed
 from bench.store import show
-from expertd.packing.schemes import MXFP4, parse_precision
+from expertd.packing.schemes import parse_precision
 from expertd_inference.advice.probes import READ_FORMS
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.arena import ArenaTensors
@@ -33,11 +33,13 @@ from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertd_testing.forms import is_kept, named
 from expertstore.pack.layout import RecordLayout, record_layout
 from expertstore.pack.manifest import GateOrder
 
 SHAPES = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}  # H, I, top k
 GOALS = {"4g64": 0.85, "3g64m": 0.7, "2g16m": 0.7, "8g128": None, "mxfp4": None, "16": None}
+GOALS |= dict.fromkeys(("nvfp4", "mxfp8", "fp8:128x128", "int4g32", "int4g128"))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
@@ -109,7 +111,7 @@ class SharedMemory:
         writable = ArenaTensors(start, self.num_bytes)
         for place in places:
             for part in layout.parts:
-                if part.dtype in {"F16", "BF16"}:
+                if part.dtype in {"F16", "BF16", "F32"}:
                     writable.part(place, part).fill_(0.01)
                 elif part.name.endswith("scale") and part.dtype == "U8":
                     writable.part(place, part).fill_(120)
@@ -149,9 +151,12 @@ class Layer:
 
     def __init__(self, memory: SharedMemory, shape: str, precision: str) -> None:
         self.h, i, self.k = SHAPES[shape]
-        chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
-        matrices = (chosen.matrix("gate_up", 2 * i, self.h), chosen.matrix("down", self.h, i))
-        layout = record_layout(matrices, "BF16", has_bias=False)
+        matrices = (
+            named(precision, "gate_up", 2 * i, self.h),
+            named(precision, "down", self.h, i),
+        )
+        scales = ["BF16" if is_kept(matrix) else "F16" for matrix in matrices]
+        layout = record_layout(matrices, "BF16", has_bias=False, scales=scales)
         self.num_bytes = sum(part.num_bytes for part in layout.parts)
         self._records = memory.records(layout)
         self._memory, self._at = memory, 0

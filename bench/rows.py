@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd.packing.quantizer import quantize
-from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.cpu.library import (
     EIGHT_BIT_ACTIVATIONS,
     EXACT,
@@ -30,8 +29,12 @@ from expertd_inference.kernels.cpu.library import (
 from expertd_inference.kernels.cpu.native import isa, matrix_of
 from expertd_inference.kernels.cpu.structures import LinearCall
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertd_testing.forms import is_kept, named, random_parts
 
-PRECISIONS = ("4g64", "8g128", "3g64m", "2g16m", "mxfp4")
+PRECISIONS = (
+    *("4g64", "8g128", "3g64m", "2g16m"),
+    *("mxfp4", "nvfp4", "mxfp8", "fp8:128x128", "int4g32", "int4g128"),
+)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 SHAPES = {  # out, in
     "cache": (512, 2048),
@@ -91,13 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def weights_of(precision: str, rows: int, columns: int, cold: bool) -> list[QuantizedWeight]:
     """Matrices of one precision: copies of one, if they are to come from memory."""
     generator = torch.Generator().manual_seed(1)
-    if precision == "mxfp4":
-        matrix = MXFP4.matrix("w", rows, columns)
-        q = torch.randint(0, 256, (rows // 2, columns), generator=generator, dtype=torch.uint8)
-        scale = torch.full((rows, columns // matrix.group_size), 120, dtype=torch.uint8)
-        parts = {"w.q": q, "w.scale": scale}
+    matrix = named(precision, "w", rows, columns)
+    if is_kept(matrix):
+        parts = random_parts(matrix, generator, "BF16")
     else:
-        matrix = parse_precision(precision).matrix("w", rows, columns)
         values = torch.randn(rows, columns, generator=generator)
         parts = quantize(values / columns**0.5, matrix, optimize=False)
     num_bytes = sum(part.nbytes for part in parts.values())

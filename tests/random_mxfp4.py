@@ -1,4 +1,4 @@
-"""Random matrices in MXFP4: any bytes are one. And GPT-OSS with such experts."""
+"""GPT-OSS with random experts in MXFP4: any bytes are one."""
 
 import json
 import math
@@ -10,19 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from expertd_testing.tiny_models import make_checkpoint
-from expertstore.pack.codec import E2M1, E8M0_BIAS, encode
-from expertstore.pack.layout import MXFP4_GROUP_SIZE, Matrix
+from expertstore.pack.codec import E2M1, E8M0_BIAS
+from expertstore.pack.layout import MXFP4_GROUP_SIZE
 
 _RMS = math.sqrt(sum(value * value for value in E2M1) / len(E2M1))
-
-
-def random_mxfp4(matrix: Matrix, generator: torch.Generator) -> dict[str, Tensor]:
-    """Parts of ``matrix`` whose weights have about the variance 1 / in_features.
-
-    All sixteen values occur, and scales that differ by up to a factor of 4.
-    """
-    nibbles, scales = _random(matrix.out_features, matrix.in_features, generator)
-    return {f"{matrix.name}.q": encode(nibbles, matrix.bits), f"{matrix.name}.scale": scales}
 
 
 def make_mxfp4_checkpoint(path: Path, **overrides: Any) -> Path:

@@ -38,9 +38,9 @@ from bench.parts import PARTS
 from bench.peer import Peer, PeerError, clean_environment
 from bench.peers import llama
 from bench.results import Curve, Plot, Result, Table, read_result, write_result
-from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
 from expertd_inference.settings import CachePolicy
 from expertstore.pack.manifest import read_manifest
+from expertstore.trace import Phase, Row, TraceModel, TraceWriter
 
 ROOT = Path(__file__).parent.parent
 

@@ -33,7 +33,8 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     share, and ``device`` is what moved to GPUs, null on the CPU; these count all that the worker
     computed meanwhile. ``kernels`` are those that the CPU computed with; ``executor`` computed the
     steps, ``reason`` says why that one, and ``rows_mean`` is how many rows a step had in the mean;
-    ``native_rows`` is that of EngineStats;
+    ``native_rows`` is that of EngineStats; ``experts_mean`` is how many experts computed a row of
+    a MoE layer;
     ``hints`` is what became of hints to the daemon, null where none are given;
     ``peak_pss_bytes`` is null unless it was asked for.
     """
@@ -55,6 +56,7 @@ class GenerationResult(msgspec.Struct, frozen=True, kw_only=True):
     executor: str = ""
     reason: str = ""
     rows_mean: float = 0.0
+    experts_mean: float = 0.0
     native_rows: Mapping[str, int | None] = {}
     hints: HintStats | None = None
 
@@ -147,6 +149,7 @@ class _CountsBefore:
             "executor": now.executor,
             "reason": now.reason,
             "rows_mean": (now.num_rows - before.num_rows) / num_steps if num_steps else 0.0,
+            "experts_mean": now.experts_mean_since(before),
             "native_rows": now.native_rows,
         }
 

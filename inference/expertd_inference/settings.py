@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from expertd_inference.fewer_experts import FewerExperts, check_fewer
 from expertd_inference.field_types import check_types
 from expertd_inference.grammar import GrammarSpec
 from expertstore.errors import InvalidInputError, SettingError
@@ -66,6 +67,11 @@ class GenerationSettings:
     ``prompt_only`` nothing else is wanted: it may fill the whole context, and the one token that
     comes after it carries what is known of it.
 
+    Which experts: of those that a router chooses for a token, the ``experts_per_token`` of
+    greatest weight, and none whose share of the weights of all that it chose is below
+    ``expert_threshold``, 0 to 1, but one in any case. Those kept have the weights that the router
+    gave them. None is what the engine has been told, or all.
+
     Raises SettingError, and InvalidInputError for a value of another type, if that makes no sense.
     """
 
@@ -91,6 +97,8 @@ class GenerationSettings:
     prompt_logprobs: int | None = None
     prompt_only: bool = False
     grammar: GrammarSpec | None = None
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -136,6 +144,12 @@ class GenerationSettings:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= MAX_LOGPROBS:
                 raise _wrong(name, f"is {value}; give 0 to {MAX_LOGPROBS}, or leave it out.")
+        check_fewer(self.experts_per_token, self.expert_threshold)
+
+    @property
+    def fewer_experts(self) -> FewerExperts | None:
+        """Which experts compute a token; None for all that routers choose."""
+        return FewerExperts.of(self.experts_per_token, self.expert_threshold)
 
     def named_tokens(self) -> Iterator[tuple[str, int]]:
         """Each token that a field names, with the field's name."""

@@ -230,6 +230,11 @@ class Worker(Closing):
         return rows
 
     @property
+    def experts_per_token(self) -> list[int]:
+        """How many experts the router of each MoE layer chooses for a token."""
+        return [layer.experts_per_token for layer in self.manifest.layers]
+
+    @property
     def context_tokens(self) -> int | None:
         """How long a sequence the model goes, prompt included; None if it does not say."""
         return context_tokens(self.model.config)

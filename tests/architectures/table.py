@@ -98,8 +98,8 @@ def render(results: Results) -> str:
 
 _MXFP4 = """
 GPT-OSS is also tried as it is published, with its experts in MXFP4: they are kept bit for bit,
-and the logits are those of transformers, which dequantizes them. Checkpoints in FP8 with a scale
-per block (DeepSeek-V3) are packed as the 16-bit weights that they stand for.
+and the logits are those of transformers, which dequantizes them. Other quantized checkpoints are
+kept as well: [as they are](packing.md#as-they-are).
 
 Checkpoints of models that see or hear as well are packed as language models where transformers
 has one of them, and their other parts are left out: so Llama 4's would be, and Qwen4's are."""

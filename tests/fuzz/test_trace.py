@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.traces.trace import TraceReader
 from expertstore.errors import TraceError
+from expertstore.trace import TraceReader
 from tests.fuzz.budget import bounded
 
 SOUND = """\

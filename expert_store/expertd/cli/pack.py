@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from expertd.cli.progress import ProgressDisplay
+from expertd.traces.usage import PruneBy
 from expertstore.command_line import serve_command
-from expertstore.errors import PreconditionError
+from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.interrupts import importing, interruptible
 from expertstore.sizes import format_bytes, size_to_give
 from expertstore.socket_directory import where_to_serve
@@ -24,7 +25,8 @@ def pack(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Directory of the model in Hugging Face's form (config.json and safetensors); or "
+            help="Directory of the model in Hugging Face's form (config.json and safetensors); a "
+            "file in GGUF, or any part of one that is split; or "
             "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope).",
         ),
     ],
@@ -124,6 +126,28 @@ def pack(
             "go as they are packed.",
         ),
     ] = False,
+    prune: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            readable=False,
+            help="Of a pack in the place of CHECKPOINT: make one of the experts that this trace of "
+            "`expertd record` or `expert-run trace` says are used most.",
+        ),
+    ] = None,
+    keep_experts: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="With --prune: of the experts of every layer."
+        ),
+    ] = None,
+    prune_by: Annotated[
+        PruneBy | None,
+        typer.Option(
+            help="With --prune: how often experts were used, or how much they added to tokens. "
+            "Default: activation, if the trace has it.",
+        ),
+    ] = None,
 ) -> None:
     """Makes a pack of a checkpoint: quantized expert by expert, ready to serve.
 
@@ -155,19 +179,35 @@ def pack(
     Example: `expertd pack Qwen/Qwen3-30B-A3B`
 
     Example: `expertd pack ~/models/Mixtral-8x7B-v0.1 /packs/mixtral --scheme 4bit`
+
+    Example: `expertd pack /packs/qwen /packs/qwen-96 --prune trace.csv --keep-experts 0.75`
     """
     from expertd.cli.fetching import FetchMeter, advised_scheme, look_at, needs
     from expertd.hub.reference import parse_reference
     from expertd.packing.default_scheme import default_scheme
-    from expertd.packing.early import check_destination, check_early
+    from expertd.packing.early import GGUF_FOLDER, check_destination, check_early, partial_of
+    from expertd.packing.gguf.names import gguf_of, model_name
     from expertd.packing.schemes import choose_scheme
     from expertstore.pack.files import check_path
     from expertstore.pack.place import packs_directory
 
+    if prune is not None:
+        of_scheme = (scheme, experts, attention, dense, head)
+        if keep_experts is None or destination is None or any(of_scheme):
+            raise InvalidInputError(
+                "--prune takes a pack, the pack to make, and --keep-experts SHARE; weights stay as "
+                "they are, so leave out schemes and precisions."
+            )
+        _prune(Path(source), destination.absolute(), prune, keep_experts, prune_by, force=force)
+        return
+    if keep_experts is not None or prune_by is not None:
+        raise InvalidInputError("--keep-experts and --prune-by belong to --prune TRACE.")
     checkpoint = Path(source)
     reference = None if checkpoint.exists() else parse_reference(source)
+    gguf = None if reference else gguf_of(checkpoint)
     if destination is None:
         name = reference.model if reference else checkpoint.resolve().name
+        name = name if gguf is None else model_name(gguf.absolute())
         destination = packs_directory() / (f"{name}-{scheme}" if scheme else name)
         destination.parent.mkdir(parents=True, exist_ok=True)
     check_path(destination.absolute())
@@ -179,6 +219,14 @@ def pack(
             checkpoint, shards = look_at(reference, destination.absolute(), meter, stack, keep=keep)
             if scheme is None:
                 scheme, why = advised_scheme(checkpoint, destination.absolute())
+        title = f"packing {reference or (gguf or checkpoint).name}"
+        if gguf is not None:
+            _check_installed("torch", "transformers", "gguf")
+            check_destination(destination.absolute(), force=force)
+            from expertd.packing.gguf.folder import unfold
+
+            checkpoint = partial_of(destination.absolute()) / GGUF_FOLDER
+            unfold(gguf, checkpoint)
         scheme = scheme or default_scheme(checkpoint)
         chosen = choose_scheme(scheme, experts, attention, dense, head, vision)
         check_early(
@@ -193,9 +241,14 @@ def pack(
         for sentence in (why, needs(shards, chosen) if shards else ""):
             if sentence:
                 typer.echo(sentence, err=True)
-        title = f"packing {reference or checkpoint.name} as {chosen.name}"
+        title += f" as {chosen.name}"
         typer.echo(title, err=True)
         _import_quietly()
+        if gguf is not None:
+            from expertd.packing.gguf.model_file import read_model
+            from expertd.packing.gguf.tokenizer import write_tokenizer
+
+            write_tokenizer(read_model(gguf), checkpoint)
         from expertd.packing.packer import Progress, Request
         from expertd.packing.packer import pack as make_pack
 
@@ -232,6 +285,43 @@ def pack(
             except KeyboardInterrupt:
                 display.note("Interrupted; the same command goes on where it was.")
                 raise
+    _say_what_it_is(destination)
+
+
+def _prune(
+    source: Path,
+    destination: Path,
+    trace: Path,
+    share: float,
+    by: PruneBy | None,
+    *,
+    force: bool,
+) -> None:
+    from expertd.traces.usage import read_usage
+    from expertstore.pack.manifest import read_manifest
+    from expertstore.pack.place import named_pack
+
+    source = named_pack(source)
+    read_manifest(source)
+    usage = read_usage(trace, by)
+    _check_installed("torch", "transformers")
+    _import_quietly()
+    from expertd.packing.pruning import prune
+
+    title = f"pruning {source.name}"
+    with interruptible(), ProgressDisplay(title) as display:
+        prune(
+            source,
+            destination,
+            usage,
+            share,
+            force=force,
+            on_progress=lambda done, total: display.update(done, total, "of the experts kept"),
+        )
+    _say_what_it_is(destination)
+
+
+def _say_what_it_is(destination: Path) -> None:
     from expertd.settings.config import name_of_pack
     from expertstore.pack.inspect import inspect as inspect_pack
     from expertstore.shared.host_memory import default_ram_bytes

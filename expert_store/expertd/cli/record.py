@@ -13,8 +13,8 @@ from expertstore.errors import ExpertdError, InvalidInputError
 from expertstore.interrupts import interruptible
 
 if TYPE_CHECKING:
-    from expertd.traces.trace import TraceModel
     from expertd_client import ModelInfo
+    from expertstore.trace import TraceModel
 
 _SHOW_SECONDS = 1.0
 
@@ -43,8 +43,8 @@ def record(
     Example: `expertd record --model mixtral --output t.csv --seconds 60`
     """
     from expertd.traces.recorder import TraceRecorder
-    from expertd.traces.trace import TraceWriter
     from expertd_client import Client
+    from expertstore.trace import TraceWriter
 
     if seconds is not None and not 0 < seconds <= 1e9:
         raise InvalidInputError(f"--seconds is {seconds:g}; give how long to record.")
@@ -91,8 +91,8 @@ def record(
 
 
 def _trace_model(model: "ModelInfo") -> "TraceModel":
-    from expertd.traces.trace import TraceModel
     from expertstore import __version__
+    from expertstore.trace import TraceModel
 
     layers = [model.layers[number] for number in sorted(model.layers)]
     return TraceModel(

@@ -102,10 +102,11 @@ class Architecture:
         }
 
     def _linears(self) -> dict[str, nn.Module]:
+        """Not those that compute something else, such as DeepSeek V4's output in groups."""
         return {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         }
 
     def missing_parameters(self, filled: set[str]) -> set[str]:

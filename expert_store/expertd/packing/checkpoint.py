@@ -11,7 +11,7 @@ stand for, or as they are.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -33,11 +33,15 @@ from expertd.packing.checkpoint_files import (
     quantization_method,
     read_config,
 )
+from expertd.packing.foreign import quantized_error
+from expertd.packing.gguf.listing import list_tensors
+from expertd.packing.gguf.model_file import read_model
+from expertd.packing.gguf.names import gguf_of
 from expertd.packing.quantizer import scale_type
 from expertd.packing.scratch import Scratch
 from expertd.packing.shards import Shards
 from expertd.packing.sorting import Parameter, Sorter
-from expertd.packing.stored.description import read_description
+from expertd.packing.stored.description import METHODS, read_description
 from expertd.packing.stored.finding import find_stored
 from expertd.packing.stored.matrix import StoredMatrix
 from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
@@ -80,12 +84,21 @@ class Checkpoint:
         self._shards = shards
         config = read_config(path)
         self.architecture: Architecture = read_architecture(path, text_only=text_only)
-        listing = find_tensors(path, config)
-        self.fingerprint = shards.fingerprint if shards else fingerprint(path, listing.tensors)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
-        description = read_description(config)
-        listing, self._stored = find_stored(path, listing, description)
+        description = read_description(path, config)
+        self._stored: Mapping[str, StoredWeight]
+        if (file := gguf_of(path)) is not None:
+            listing, self._stored = list_tensors(read_model(file), self.architecture)
+            files = [each for tensor in listing.tensors for each in self._physical(tensor)]
+        else:
+            listing = find_tensors(path, config)
+            files = listing.tensors
+            listing, self._stored = find_stored(path, listing, description)
+        self.fingerprint = shards.fingerprint if shards else fingerprint(path, files)
+        packings = {weight.packing for weight in self._stored.values()}
+        if packings and description.method not in {"", *METHODS}:
+            raise quantized_error(path, description.method)
         sorter = Sorter(path, config, self.architecture, self._stored)
         found = sorter.sort(listing, self._convert)
         self._parameters = found.experts
@@ -101,8 +114,12 @@ class Checkpoint:
         self.dtype = "F16" if self._holds_all() else "BF16"
         """Of the model's 16-bit weights, in safetensors' names: the one that has the range of all
         types that its tensors come in; float32 becomes BF16."""
-        self.disagrees = "" if self._stored else quantization_method(config)
-        """The method by which config.json has the checkpoint quantized, though it is not."""
+        self.stored_as = ", ".join(sorted(packings))
+        """How weights that are quantized already are packed, in words."""
+        self.disagrees = "" if packings else quantization_method(config)
+        """The method by which config.json has the checkpoint quantized, though it is not so."""
+        if packings - METHODS.get(description.method, packings):
+            self.disagrees = description.method
 
     def __enter__(self) -> Self:
         return self
@@ -200,7 +217,8 @@ class Checkpoint:
         stored = self._stored_pieces(module, self._parameters[name], expert)
         matrices = [self._matrix(weight, expert, scratch) for weight in stored]
         if kept := [each for each in matrices if isinstance(each, StoredMatrix)]:
-            return StoredMatrix.stacked(kept).reordered(order)
+            rows = _kept_form(stored, interleaved=interleaved).precision.group_rows
+            return StoredMatrix.stacked([each.in_blocks_of(rows) for each in kept]).reordered(order)
         weight = self._slice_parameter(name, expert, scratch)
         return order(weight.T if module.is_transposed else weight)
 
@@ -227,11 +245,15 @@ class Checkpoint:
         None if it is not stored. Raises :class:`CheckpointError` if no form does that.
         """
         parameter = self._parameters[module.parameter(leaf)]
-        forms = {
-            weight.exact_form(self.path) if weight is not None else None
+        weights = [
+            self._stored.get(source.name)
             for sources in parameter.sources.values()
-            for weight in (self._stored.get(source.name) for source in sources)
-        }
+            for source in sources
+        ]
+        if weights[0] is not None and (nearest := weights[0].nearest) is not None:
+            bits = nearest.bits
+            return Form(nearest, self.scale_type(module, leaf, bits)) if bits else PLAIN_FORM
+        forms = {weight.exact_form(self.path) if weight is not None else None for weight in weights}
         if len(forms) > 1:
             kinds = sorted(
                 {source.entry.dtype for each in parameter.sources.values() for source in each}
@@ -244,7 +266,15 @@ class Checkpoint:
         (form,) = forms
         if form is None or not form.precision.bits:
             return form
-        return form if self._stored_pieces(module, parameter, 0) else PLAIN_FORM
+        stored = self._stored_pieces(module, parameter, 0)
+        if not stored:
+            raise CheckpointError(
+                f"{self.path} has {parameter.name} stored in {self.stored_as}, and transformers "
+                "does more with it than to move rows, which changes it; --scheme 4bit, or "
+                "--experts 4g64 and the like, quantizes it anew."
+            )
+        interleaved = leaf == "gate_up_proj" and module.gate_order is GateOrder.INTERLEAVED
+        return _kept_form(stored, interleaved=interleaved)
 
     def kept_kinds(self) -> str:
         """What the experts are stored in that a record can hold as it is; empty if they are not."""
@@ -255,13 +285,29 @@ class Checkpoint:
             for source in sources
         )
         found = (self._stored.get(source.name) for source in sources)
-        kinds = {each.packing for each in found if each and each.form and each.form.precision.bits}
+        kinds = {each.kind for each in found if each and each.form and each.form.precision.bits}
         return ", ".join(sorted(kinds))
+
+    def samples_by_kind(self) -> Iterator[tuple[StoredWeight, dict[str, Tensor]]]:
+        """Of each way in which experts' matrices are stored: one, and first rows of its pieces."""
+        seen = set()
+        for parameter in self._parameters.values():
+            for source, is_fused in parameter.of_expert(0):
+                weight = self._stored.get(source.name)
+                if weight is not None and weight.kind not in seen:
+                    seen.add(weight.kind)
+                    yield weight, self._read_pieces(weight, 0 if is_fused else None, only_head=True)
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
         weight = self._stored.get(tensor.name)
-        return None if weight is None else weight.exact_form(self.path)
+        if weight is None:
+            return None
+        if (nearest := weight.nearest) is None:
+            return weight.exact_form(self.path)
+        if not nearest.bits:
+            return PLAIN_FORM
+        return Form(nearest, self.trunk_scale_type(tensor, nearest.bits))
 
     def scale_type(self, module: ExpertsModule, leaf: str, bits: int) -> str:
         """In which type the scales of the experts' matrix ``leaf`` are to be stored in ``bits``.
@@ -364,13 +410,24 @@ class Checkpoint:
         only_head: bool = False,
     ) -> StoredMatrix | Tensor:
         """One matrix [out, in] of ``weight``: if that is of all experts, the ``expert``'s."""
+        return unpack(weight, self._read_pieces(weight, expert, scratch, only_head=only_head))
+
+    def _read_pieces(
+        self,
+        weight: StoredWeight,
+        expert: int | None,
+        scratch: Scratch | None = None,
+        *,
+        only_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """What :meth:`_matrix` is made of."""
         fused = expert if weight.is_fused else None
         pieces = {}
         for part, piece in weight.pieces.items():
             sliced = fused if piece.entry.shape[:1] == weight.shape[:1] else None
             rows = weight.head[part] if only_head else None
-            pieces[part] = self._read_piece(piece, sliced, scratch, rows)
-        return unpack(weight, pieces)
+            pieces[part] = self._read_piece(piece, sliced, scratch or Scratch(), rows)
+        return pieces
 
     def _read_weight(self, weight: StoredWeight, scratch: Scratch) -> Tensor:
         """What a stored weight stands for, in the model's 16-bit type, in its shape."""
@@ -498,6 +555,18 @@ class _OfOneExpert:
         """With the weights of the first expert alone."""
         parameter: Tensor = self._model.get_parameter(name)
         return parameter[:1]
+
+
+def _kept_form(weights: Sequence[StoredWeight], *, interleaved: bool) -> Form:
+    """The form of a matrix that is made of ``weights``, one below the other.
+
+    ``interleaved``: its rows are moved then.
+    """
+    form = weights[0].form
+    assert form is not None, "there is none of what is not kept"
+    if len(weights) == 1 and not interleaved:
+        return form
+    return form.with_rows(1 if interleaved else weights[0].num_rows)
 
 
 def _largest(values: Tensor) -> float:

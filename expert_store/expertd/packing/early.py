@@ -4,6 +4,7 @@ The packer has the last word on each: this looks at names, sizes and headers alo
 what it is not sure of.
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,10 +12,19 @@ from pathlib import Path
 
 import msgspec
 
-from expertd.packing.checkpoint_files import INDEX_NAME, SINGLE_NAME, read_config
+from expertd.packing.checkpoint_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointTensor,
+    Listing,
+    read_config,
+)
+from expertd.packing.gguf.names import gguf_of
 from expertd.packing.schemes import Precision, Scheme
+from expertd.packing.stored.description import read_description
+from expertd.packing.stored.finding import find_stored
+from expertd.packing.stored.weight import StoredWeight
 from expertstore.errors import CheckpointError, ConfigError, PackError
-from expertstore.pack.layout import Encoding
 from expertstore.pack.manifest import MANIFEST_NAME
 from expertstore.pack.tensor_file import TensorEntry, read_header
 from expertstore.sizes import format_bytes
@@ -23,10 +33,12 @@ PARTIAL_SUFFIX = ".partial"
 """Of the directory beside a pack to be in which the work lies."""
 HUB_FOLDER = "hub"
 """In that directory: what is here of a checkpoint that is fetched meanwhile."""
+GGUF_FOLDER = "gguf"
+"""In that directory: a model in GGUF as a checkpoint."""
 _SURE = 0.9
 """Of the weights: some checkpoints have tensors that no model has a place for."""
-_WEIGHT_BYTES = {"BF16": 2.0, "F16": 2.0, "F32": 4.0, "F64": 8.0, "F8_E4M3": 1.0, "U8": 0.5}
-"""Bytes of a weight by its type; of MXFP4 two share one."""
+_FLOATS = {"BF16", "F16", "F32", "F64"}
+"""Types of weights that are not quantized."""
 
 
 def check_early(
@@ -44,11 +56,6 @@ def check_early(
 
 def check_checkpoint(source: Path) -> None:
     """Raises CheckpointError if ``source`` is no checkpoint, and says what to do instead."""
-    if source.suffix == ".gguf" or (source.is_dir() and _only_gguf(source)):
-        raise CheckpointError(
-            f"{source} is GGUF, whose weights are quantized in a form of its own; download the "
-            "model's 16-bit checkpoint (config.json and safetensors), and pack that."
-        )
     if (source / MANIFEST_NAME).is_file():
         raise CheckpointError(
             f"{source} is a pack already; serve it, or give the checkpoint that it was made of."
@@ -100,14 +107,13 @@ def least_bytes(source: Path, scheme: Scheme) -> int:
 
 def about_bytes(source: Path, scheme: Scheme) -> tuple[int, int]:
     """About what a pack's experts take, and what the rest does, by the files' headers."""
-    bits = _bits(scheme.experts)
-    others = min(_bits(each) for each in (scheme.attention, scheme.dense, scheme.head))
+    others = min((scheme.attention, scheme.dense, scheme.head), key=_bits)
     of_experts = of_others = 0.0
-    for entry in _entries(source):
+    for entry, is_stored in _entries(source):
         if ".experts." in entry.name:
-            of_experts += _num_weights(entry) * bits / 8
+            of_experts += _num_bytes(entry, scheme.experts, is_stored=is_stored)
         else:
-            of_others += _num_weights(entry) * others / 8
+            of_others += _num_bytes(entry, others, is_stored=is_stored)
     return int(of_experts), int(of_others)
 
 
@@ -116,32 +122,53 @@ def partial_of(destination: Path) -> Path:
     return destination.parent / (destination.name + PARTIAL_SUFFIX)
 
 
-def _only_gguf(directory: Path) -> bool:
-    return any(directory.glob("*.gguf")) and not any(directory.glob("*.safetensors"))
-
-
-def _entries(source: Path) -> Iterator[TensorEntry]:
-    """Of the files that are read: others may lie beside them."""
+def _entries(source: Path) -> Iterator[tuple[TensorEntry, bool]]:
+    """Of the files that are read, for others may lie beside them; stored weights are one each."""
+    if (file := gguf_of(source)) is not None:
+        yield from _gguf_entries(file)
+        return
     try:
         index = msgspec.json.decode((source / INDEX_NAME).read_bytes())
         names = {*index["weight_map"].values()}
     except (OSError, msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError):
         names = {SINGLE_NAME}
+    tensors = []
     for name in names:
         with suppress(OSError, ValueError):
-            yield from read_header(source / str(name)).values()
+            file = source / str(name)
+            tensors += [CheckpointTensor(file, entry) for entry in read_header(file).values()]
+    listing = Listing(tensors)
+    stored: dict[str, StoredWeight] = {}
+    with suppress(CheckpointError, FileNotFoundError):  # which the packer tells of
+        description = read_description(source, read_config(source))
+        listing, stored = find_stored(source, listing, description)
+    for tensor in listing.tensors:
+        yield tensor.entry, tensor.name in stored
 
 
-def _num_weights(entry: TensorEntry) -> float:
-    """None of what may be left out or be something else: vectors, scales, unknown types."""
-    if len(entry.shape) < 2 or "scale" in entry.name or entry.dtype not in _WEIGHT_BYTES:
+def _gguf_entries(file: Path) -> Iterator[tuple[TensorEntry, bool]]:
+    from expertd.packing.gguf.model_file import read_model
+    from expertd.packing.gguf.types import PLAIN_TYPES, precision_of
+
+    for tensor in read_model(file).tensors.values():
+        name = tensor.name.replace("_exps.", ".experts.")
+        num_bytes = int(math.prod(tensor.shape) * _bits(precision_of(tensor.type)) / 8)
+        entry = TensorEntry(name, "BF16", tensor.shape, tensor.offset, num_bytes)
+        yield entry, tensor.type not in PLAIN_TYPES
+
+
+def _num_bytes(entry: TensorEntry, precision: Precision, *, is_stored: bool) -> float:
+    """Of a matrix; none of what may be left out or be something else: vectors, unknown types."""
+    if is_stored and precision.is_kept:
+        return entry.num_bytes
+    is_weight = is_stored or entry.dtype in _FLOATS
+    if len(entry.shape) < 2 or not is_weight:
         return 0.0
-    return entry.num_bytes / _WEIGHT_BYTES[entry.dtype]
+    return math.prod(entry.shape) * _bits(precision) / 8
 
 
 def _bits(precision: Precision) -> float:
-    """Of a weight at least: each group has a scale and a zero of 8 bits, in MXFP4 no zero."""
+    """Of a weight at least: each group has a scale and a zero of 8 bits."""
     if not precision.bits:
         return 16.0
-    scale = 8 if precision.encoding is Encoding.MXFP4 else 16
-    return precision.bits + scale / precision.group_size
+    return precision.bits + 16 / precision.group_size

@@ -100,7 +100,7 @@ class Encoder:
         pieces = list(self.checkpoint.pieces(step.module, step.expert))
         dtype = TORCH_DTYPES[self.checkpoint.dtype]
         # Of quantized weights only what is no number is lost, but biases are not quantized.
-        of_weights = torch.float32 if matrix.encoding is Encoding.HQQ else dtype
+        of_weights = dtype if matrix.encoding is Encoding.PLAIN else torch.float32
         found = [
             clause
             for piece in pieces

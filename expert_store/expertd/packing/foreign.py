@@ -47,14 +47,14 @@ _TENSORS = (
 )
 """Ends of tensors' names that give a format away."""
 
-READ = "MXFP4 and FP8"
+READ = "MXFP4, NVFP4, FP8, MXFP8, GPTQ, AWQ and compressed-tensors"
 """What is read, in the words of users."""
 
 
 def quantized_error(path: Path, what: str) -> CheckpointError:
     """The error for a checkpoint that is quantized as ``what``."""
     return CheckpointError(
-        f"{path} is already quantized ({what}), in a form that is not read ({READ} are); pack "
+        f"{path} is already quantized ({what}), in a way that is not read ({READ} are); pack "
         "the 16-bit checkpoint of the model."
     )
 

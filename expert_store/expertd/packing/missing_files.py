@@ -52,8 +52,6 @@ def why_no_weights(path: Path, single: str, index: str) -> str:
             f"{lacks}, but PyTorch's own files (pytorch_model...bin), which are not read; load "
             "them with transformers and save them with save_pretrained, which writes safetensors."
         )
-    if any(name.endswith(".gguf") for name in names):
-        return f"{lacks}, but GGUF; pack the 16-bit checkpoint that it was made from."
     if any(name.endswith(".safetensors") for name in names):
         other = next(name for name in names if name.endswith(".safetensors"))
         return (

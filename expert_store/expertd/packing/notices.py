@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.gguf.losses import losses
 from expertd.packing.schemes import Scheme
 from expertstore.errors import CheckpointError
 from expertstore.pack.seeing import PROCESSOR_FILES, SEEING, has_processor
@@ -42,15 +43,18 @@ def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
             "it first if it is to have an effect."
         )
     if checkpoint.disagrees:
+        found = f"are in {checkpoint.stored_as}" if checkpoint.stored_as else "are not quantized"
         yield (
             f"The config.json of {checkpoint.path} names a quantization ({checkpoint.disagrees}), "
-            "and its weights are not quantized: they are packed as what they are."
+            f"and its weights {found}: they are packed as what they are."
         )
     if len(checkpoint.types) > 1:
         yield (
             f"The experts come in {', '.join(sorted(checkpoint.types))}: what of them is not "
             f"quantized is written as {checkpoint.dtype}, which has the range of all."
         )
+    if scheme.experts.is_kept:
+        yield from losses(checkpoint)
     if (kinds := checkpoint.kept_kinds()) and not scheme.experts.is_kept:
         yield (
             f"The experts come in {kinds}, and are made {scheme.experts} of that; --experts as-is "

@@ -5,6 +5,7 @@ The work lies in ``DST.partial``, beside the pack to be::
     DST.partial/journal    what is done
     DST.partial/pack/      the pack, renamed to DST when it is complete
     DST.partial/hub/       what is here of a checkpoint that is fetched meanwhile
+    DST.partial/gguf/      a model in GGUF as a checkpoint
 
 1. Refuse what cannot work: the destination, the checkpoint, the scheme.
 2. Take up the journal if it is of the same packing, else begin anew.
@@ -24,13 +25,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-from xxhash import xxh3_64, xxh3_64_hexdigest
+from xxhash import xxh3_64_hexdigest
 
 import expertstore
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.early import HUB_FOLDER, check_destination, partial_of
+from expertd.packing.early import GGUF_FOLDER, HUB_FOLDER, check_destination, partial_of
 from expertd.packing.encoder import Encoder
 from expertd.packing.feeding import Feeder
+from expertd.packing.finished_files import file_checksum, flush
 from expertd.packing.journal import Journal
 from expertd.packing.notices import Flawed, peculiarities
 from expertd.packing.pipeline import encode_ahead
@@ -170,7 +172,9 @@ def _was_completed(destination: Path, partial: Path, key: str) -> bool:
 def _check_partial(partial: Path) -> None:
     """Nothing that is not ours may be lost when a packing begins anew."""
     if partial.exists() and not (partial / "journal").exists():
-        foreign = sorted({entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER})
+        foreign = sorted(
+            {entry.name for entry in partial.iterdir()} - {"pack", HUB_FOLDER, GGUF_FOLDER}
+        )
         if foreign:
             raise PackError(f"{partial} is needed for the work and holds other files; move them.")
 
@@ -297,35 +301,19 @@ def _finish(
         target = folder / source.relative_to(request.source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
-        _flush(target)
-    trunk = _file_checksum(folder / plan.files[-1].name)
+        flush(target)
+    trunk = file_checksum(folder / plan.files[-1].name)
     manifest = make_manifest(plan, checkpoint, request.scheme, journal.done, trunk)
     (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     for path in (*(folder / file.name for file in plan.files), folder / MANIFEST_NAME, folder):
-        _flush(path)
+        flush(path)
     destination = request.destination
     replaced = partial / "replaced"
     if os.path.lexists(destination):
         destination.rename(replaced)
     folder.rename(destination)
-    _flush(destination.parent)
+    flush(destination.parent)
     shutil.rmtree(partial)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _file_checksum(path: Path) -> str:
-    state = xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def _kept(journal: Journal, plan: PackPlan, partial: Path) -> str:

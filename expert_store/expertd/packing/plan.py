@@ -246,6 +246,8 @@ def _plan_trunk(
             except ValueError as error:
                 misfits.append(str(error))
                 matrix = None
+        elif scheme.dense.is_kept and len(entry.shape) > 1 and checkpoint.trunk_form(source):
+            misfits.append(f"{source.name} is stored quantized and is no linear layer")
         if matrix is not None and matrix.encoding is Encoding.PLAIN:
             matrix = None
         pending.append(

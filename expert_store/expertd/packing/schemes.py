@@ -9,13 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expertstore.errors import ConfigError
-from expertstore.pack.layout import (
-    MXFP4_BITS,
-    MXFP4_GROUP_SIZE,
-    ROWS_PER_BYTE,
-    Encoding,
-    Matrix,
-)
+from expertstore.pack.layout import FIXED_FORMS, ROWS_PER_BYTE, Encoding, Matrix
 
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
@@ -31,16 +25,18 @@ class Precision:
     """Group of the 8-bit scales and zeros; 0: these are fp16."""
     encoding: Encoding = Encoding.HQQ
     """Of what has bits."""
+    group_rows: int = 1
+    """FP8: rows of a block that share a scale."""
     is_kept: bool = False
     """Whether each matrix stays as the checkpoint has it: nothing else is given then."""
 
     def __str__(self) -> str:
         if self.is_kept:
             return "as-is"
-        if self.encoding is Encoding.MXFP4:
-            return "mxfp4"
         if not self.bits:
             return "16"
+        if self.encoding not in {Encoding.HQQ, Encoding.INT}:
+            return self.encoding.value
         return f"{self.bits}g{self.group_size}" + ("m" if self.meta_group_size else "")
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Matrix:
@@ -66,12 +62,15 @@ class Precision:
             bits=self.bits,
             group_size=self.group_size,
             meta_group_size=meta_group_size,
+            group_rows=self.group_rows,
         )
 
 
 PLAIN = Precision()
-MXFP4 = Precision(MXFP4_BITS, MXFP4_GROUP_SIZE, encoding=Encoding.MXFP4)
-"""Nothing is made MXFP4 that does not come so."""
+MXFP4 = Precision(*FIXED_FORMS[Encoding.MXFP4], encoding=Encoding.MXFP4)
+NVFP4 = Precision(*FIXED_FORMS[Encoding.NVFP4], encoding=Encoding.NVFP4)
+MXFP8 = Precision(*FIXED_FORMS[Encoding.MXFP8], encoding=Encoding.MXFP8)
+"""Nothing is made one of these that does not come so."""
 AS_IS = Precision(is_kept=True)
 
 

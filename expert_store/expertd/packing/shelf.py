@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.packing.early import HUB_FOLDER, PARTIAL_SUFFIX, partial_of
+from expertd.packing.early import GGUF_FOLDER, HUB_FOLDER, PARTIAL_SUFFIX, partial_of
 from expertstore.errors import ConfigError, PackError
 from expertstore.pack.manifest import MANIFEST_NAME, read_manifest
 
@@ -89,7 +89,9 @@ def _look(place: Path) -> ShelvedPack:
 
 
 def _is_begun(partial: Path) -> bool:
-    return (partial / "journal").is_file() or (partial / HUB_FOLDER).is_dir()
+    return (partial / "journal").is_file() or any(
+        (partial / folder).is_dir() for folder in (HUB_FOLDER, GGUF_FOLDER)
+    )
 
 
 def _disk_bytes(place: Path) -> int:

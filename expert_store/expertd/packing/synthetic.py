@@ -88,11 +88,16 @@ class ImaginedCheckpoint:
 
     def stored_form(self, module: ExpertsModule, leaf: str) -> Form | None:
         """The form that the configuration tells of."""
-        return expected_form(self.description, module.parameter(leaf))
+        hidden, intermediate = module.hidden_size, module.intermediate_size
+        if leaf != "gate_up_proj":
+            return expected_form(self.description, module.parameter(leaf), (hidden, intermediate))
+        form = expected_form(self.description, module.parameter(leaf), (intermediate, hidden))
+        return form and form.with_rows(intermediate)
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""
-        return expected_form(self.description, tensor.name.removesuffix(".weight"))
+        rows, columns = tensor.entry.shape[-2:]
+        return expected_form(self.description, tensor.name, (rows, columns))
 
 
 def make_pack(
@@ -171,7 +176,7 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
         entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
         trunk.append((name, CheckpointTensor(directory, entry)))
-    description = read_description(read_config(directory))
+    description = read_description(directory, read_config(directory))
     return ImaginedCheckpoint(directory, architecture, trunk, description=description)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from expertd.traces.trace import Phase, Row, TraceModel
+from expertstore.trace import Phase, Row, TraceModel
 
 _MAX_ROWS_PER_LAYER = 16
 """Of one step: what goes on in one layer for longer is written in several steps."""

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertd.residency import Entries, Policy
-from expertd.traces.trace import Phase, TraceModel, TraceReader
 from expertstore.errors import TraceError
+from expertstore.trace import Phase, TraceModel, TraceReader
 
 _NEVER = np.iinfo(np.int64).max
 _ROWS_PER_TICK = 500

@@ -17,7 +17,7 @@ from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.process.embedded import EmbeddedDaemon
 from expertd_inference.process.environment import prepare_front
 from expertd_inference.settings import Activations, DeviceSettings, KernelsName
-from expertstore.errors import PreconditionError
+from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.interrupts import between_callbacks, exit_code, interruptible
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def batch(
     chat_template: options.ChatTemplate = None,
     max_sequences: options.MaxSequences = _LIMITS.max_sequences,
     kv_tokens: options.KvTokens = None,
+    experts_per_token: options.ExpertsPerToken = None,
+    expert_threshold: options.ExpertThreshold = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     kernels: options.Kernels = KernelsName.AUTO,
@@ -135,8 +137,18 @@ def batch(
         from expertd_inference.server.batches.url_door import UrlDoor
         from expertd_inference.server.hosting.engine_child import EngineSpec
     options.check_places(ram, url=url, socket=socket, embedded=embedded)
+    if url is not None and (experts_per_token, expert_threshold) != (None, None):
+        raise InvalidInputError(
+            "--experts-per-token and --expert-threshold are for models that this command computes; "
+            "with --url, put experts_per_token and expert_threshold in the bodies of requests."
+        )
     output = TextOutput(json=json, stream=False)
-    limits = EngineLimits(max_sequences=max_sequences, kv_tokens=kv_tokens)
+    limits = EngineLimits(
+        max_sequences=max_sequences,
+        kv_tokens=kv_tokens,
+        experts_per_token=experts_per_token,
+        expert_threshold=expert_threshold,
+    )
     with interruptible(), ExitStack() as stack:
         file = stack.enter_context(BatchFile(source))
         answers = stack.enter_context(BatchOutput(target))

@@ -59,6 +59,8 @@ def chat(
         int | None, typer.Option(min=1, help="End an answer after so many tokens.")
     ] = None,
     chat_template: options.ChatTemplate = None,
+    experts_per_token: options.ExpertsPerToken = None,
+    expert_threshold: options.ExpertThreshold = None,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="EXPERTD_API_KEY", help="Your key, if the server wants one."),
@@ -97,7 +99,12 @@ def chat(
                 url = stack.enter_context(ServerChild(own)).url
         client = ChatClient(url, api_key)
         fields: dict[str, Any] = {"model": client.model(model)}
-        wishes = {"temperature": temperature, "max_tokens": max_tokens}
+        wishes = {
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "experts_per_token": experts_per_token,
+            "expert_threshold": expert_threshold,
+        }
         fields |= {name: value for name, value in wishes.items() if value is not None}
         conversation = Conversation(client, output, system=system, fields=fields)
         if sys.stdin.isatty():

@@ -18,6 +18,7 @@ from expertd_inference.cli.generate import generate
 from expertd_inference.cli.key import key
 from expertd_inference.cli.serve import serve
 from expertd_inference.cli.text_output import complain, discard, prepare_streams
+from expertd_inference.cli.trace import trace
 from expertstore.errors import ExpertdError
 
 EXIT_USAGE = 2
@@ -85,3 +86,4 @@ app.command()(serve)
 app.command()(batch)
 app.command()(key)
 app.command()(advise)
+app.command()(trace)

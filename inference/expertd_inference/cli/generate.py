@@ -109,6 +109,8 @@ def generate(
         int, typer.Option(min=1, help="With --prompt-file: how many are computed together.")
     ] = _LIMITS.max_sequences,
     kv_tokens: options.KvTokens = None,
+    experts_per_token: options.ExpertsPerToken = None,
+    expert_threshold: options.ExpertThreshold = None,
     device: options.Device = options.DEFAULTS.device,
     cache_bytes: options.CacheBytes = None,
     cache_policy: options.Policy = options.DEFAULTS.cache_policy,
@@ -151,6 +153,8 @@ def generate(
         max_sequences=max_sequences,
         max_waiting=max(_LIMITS.max_waiting, 2 * max_sequences),
         kv_tokens=kv_tokens,
+        experts_per_token=experts_per_token,
+        expert_threshold=expert_threshold,
     )
     options.check_places(ram, embedded=embedded)
     tls = options.tls_files(tls_ca, tls_cert, tls_key)
@@ -176,9 +180,9 @@ def generate(
         attachment = stack.enter_context(attach(model, socket, tls=tls, cache_bytes=copies_bytes))
         prepare_environment(verbose=verbose, device=device)
         with garbage_kept():
-            _import_worker()
+            import_worker()
             if threads is not None:
-                _set_threads(threads)
+                set_threads(threads)
             with status("Loading the model"):
                 worker = stack.enter_context(
                     expertd_inference.Worker(
@@ -227,7 +231,8 @@ def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, jso
     return generation.interrupted
 
 
-def _import_worker() -> None:
+def import_worker() -> None:
+    """Imports what computes. Raises PreconditionError where a part of it is not installed."""
     try:
         with importing("torch and transformers"):
             import_module("expertd_inference.generation")
@@ -238,7 +243,8 @@ def _import_worker() -> None:
         ) from error
 
 
-def _set_threads(threads: int) -> None:
+def set_threads(threads: int) -> None:
+    """Of torch."""
     import torch
 
     torch.set_num_threads(threads)

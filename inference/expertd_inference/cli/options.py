@@ -233,6 +233,28 @@ MaxSequences = Annotated[
     ),
 ]
 
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Compute a token by so many of the experts that each router chooses, those of "
+        "greatest weight: faster, and not what the model was trained to do. Default: all of them.",
+        metavar="K",
+        rich_help_panel=COMPUTING,
+    ),
+]
+
+ExpertThreshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Leave out experts whose share of a token's router weights is below this.",
+        metavar="P",
+        rich_help_panel=COMPUTING,
+    ),
+]
+
 ChatTemplate = Annotated[
     Path | None,
     typer.Option(

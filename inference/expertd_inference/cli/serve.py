@@ -159,6 +159,8 @@ def serve(
         ),
     ] = _LIMITS.max_waiting,
     kv_tokens: options.KvTokens = None,
+    experts_per_token: options.ExpertsPerToken = None,
+    expert_threshold: options.ExpertThreshold = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     kernels: options.Kernels = KernelsName.AUTO,
@@ -255,7 +257,11 @@ def serve(
             activations=int(activations),
             threads=threads,
             limits=EngineLimits(
-                max_sequences=max_sequences, max_waiting=max_waiting, kv_tokens=kv_tokens
+                max_sequences=max_sequences,
+                max_waiting=max_waiting,
+                kv_tokens=kv_tokens,
+                experts_per_token=experts_per_token,
+                expert_threshold=expert_threshold,
             ),
             reattach_seconds=reattach_seconds,
         )

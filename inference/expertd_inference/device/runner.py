@@ -169,7 +169,7 @@ class DeviceExpertsRunner:
         self._transaction.verify()
         self._learn()
         on_host = Routed(rest[-2], index, rest[-1]) if to_cpu else None
-        # What is past the last expert means "none" where tokens are spread over devices.
+        # What is past the last expert means "none".
         experts = sorted({e for e in index.flatten().tolist() if e < call.num_experts})
         block = _Block(call, routed.empty_slots(), on_host)
         self._compute(block, experts)

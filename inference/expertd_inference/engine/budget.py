@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from expertd_inference.engine.limits import SchedulerLimits
 from expertd_inference.execution.room import Room
+from expertd_inference.fewer_experts import check_fewer
 from expertd_inference.field_types import check_types
 from expertd_inference.kv.pool import BLOCK_TOKENS, num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
@@ -26,7 +27,9 @@ class EngineLimits:
     model's context, but no more than the memory that the worker has for them, which ``num_engines``
     engines share. A step has at most ``chunk_rows`` rows, or one for each sequence and 64 more:
     with more rows prompts are computed faster, and sequences that have begun wait longer for their
-    next token. Raises InvalidInputError if a value makes no sense.
+    next token. ``experts_per_token`` and ``expert_threshold`` are for sequences whose settings say
+    nothing of them (:class:`.GenerationSettings`). Raises InvalidInputError if a value makes no
+    sense.
     """
 
     max_sequences: int = 64
@@ -34,12 +37,15 @@ class EngineLimits:
     kv_tokens: int | None = None
     chunk_rows: int = 512
     num_engines: int = 1
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("max_sequences", "max_waiting", "chunk_rows", "num_engines"):
             if (value := getattr(self, name)) < 1:
                 raise InvalidInputError(f"{name} is {value}; give at least 1.")
+        check_fewer(self.experts_per_token, self.expert_threshold)
         if self.kv_tokens is not None and self.kv_tokens < BLOCK_TOKENS:
             raise InvalidInputError(
                 f"kv_tokens is {self.kv_tokens}, too few for one sequence; give at least "
@@ -99,6 +105,7 @@ def scheduler_limits(
         replays_rows=replays,
         context_tokens=worker.context_tokens,
         vocabulary=worker.vocabulary,
+        experts_per_token=tuple(worker.experts_per_token),
         turning_point=executor.turning_point,
         max_waiting=limits.max_waiting,
     )

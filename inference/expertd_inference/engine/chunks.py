@@ -70,4 +70,5 @@ def span_of(sequence: Sequence, end: int) -> Span:
         wanted=wanted,
         shift=shift or 0,
         seen=sequence.seen if shift is None else None,
+        fewer=sequence.settings.fewer_experts,
     )

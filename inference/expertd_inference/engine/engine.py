@@ -20,12 +20,14 @@ import reprlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeGuard, cast
 
 import torch
 
+from expertd_inference.engine.acceptance import check_experts
 from expertd_inference.engine.budget import EngineLimits, budget_for, scheduler_limits
 from expertd_inference.engine.channel import Channel, Outlet
 from expertd_inference.engine.completion import Completion, complete_all
@@ -76,12 +78,13 @@ class Engine(Closing):
         """Takes memory for keys and values, and starts the thread.
 
         ``after_step`` is called by that thread once outlets have what came of a step. Raises
-        InvalidInputError if there is no memory for one sequence or for a step of so many rows, and
-        what the worker's executor raises.
+        InvalidInputError if there is no memory for one sequence or for a step of so many rows, or
+        if it is to keep more experts than routers choose, and what the worker's executor raises.
         """
         self._worker = worker
         self._limits = limits or EngineLimits()
         self._after_step = after_step
+        check_experts(self._limits.experts_per_token, worker.experts_per_token)
         self._budget = budget_for(self._limits, worker)
         room = self._budget.room
         self._executor = _opened(worker, room)
@@ -150,7 +153,18 @@ class Engine(Closing):
             kv_why=self._budget.why,
             kv_used=scheduler.kv_used,
             native_rows=self._worker.native_rows,
+            experts_mean=self._experts_mean(),
         )
+
+    def _experts_mean(self) -> float:
+        """Of the experts that computed a row of a MoE layer."""
+        tally, choices = self._executor.tally, self._worker.experts_per_token
+        num_rows = self._loop.num_rows * len(choices)
+        if not num_rows:
+            return 0.0
+        # Rows of the other steps had all that routers choose.
+        others = max(0, num_rows - tally.num_rows) / len(choices) * sum(choices)
+        return (tally.num_experts + others) / max(num_rows, tally.num_rows)
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """The tokens of a prompt, as :meth:`submit` takes it. Raises as that."""
@@ -256,6 +270,7 @@ class Engine(Closing):
         seen: Seen | None,
     ) -> Callable[[], None]:
         self._check_usable()
+        settings = self._with_experts(settings)
         matcher = None
         if settings.grammar is not None:
             matcher = self._grammars.matcher(settings.grammar, wishes.end_tokens, origin.generated)
@@ -277,6 +292,19 @@ class Engine(Closing):
             # It was closed meanwhile, and the thread may not have seen the sequence.
             outlet.end(_closed())
         return partial(self._orders.put, sequence.id)
+
+    def _with_experts(self, settings: GenerationSettings) -> GenerationSettings:
+        """With what the limits say where these say nothing; None is all that routers choose."""
+        num, share = settings.experts_per_token, settings.expert_threshold
+        if num is None:
+            num = self._limits.experts_per_token
+        if share is None:
+            share = self._limits.expert_threshold
+        if num == max(self._worker.experts_per_token, default=None):
+            num = None
+        if (num, share) == (settings.experts_per_token, settings.expert_threshold):
+            return settings
+        return replace(settings, experts_per_token=num, expert_threshold=share)
 
     def _run(self) -> None:
         error: BaseException = _closed()

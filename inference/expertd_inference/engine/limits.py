@@ -22,8 +22,9 @@ class SchedulerLimits:
 
     ``pause_ms`` is how long decoding sequences may wait for a chunk of a prompt; a chunk has a
     block of tokens at least. ``context_tokens`` is the model's context, ``vocabulary`` the number
-    of its embeddings. More than ``max_waiting`` sequences, or ``max_waiting_per_user`` of one
-    user, do not wait: they are refused. Raises InvalidInputError if a value makes no sense.
+    of its embeddings, ``experts_per_token`` how many experts each of its routers chooses. More than
+    ``max_waiting`` sequences, or ``max_waiting_per_user`` of one user, do not wait: they are
+    refused. Raises InvalidInputError if a value makes no sense.
     """
 
     max_running: int = 64
@@ -36,6 +37,7 @@ class SchedulerLimits:
     pause_ms: float = 200.0
     context_tokens: int | None = None
     vocabulary: int | None = None
+    experts_per_token: tuple[int, ...] = ()
     turning_point: int | None = None
     max_waiting: int = 1024
     max_waiting_per_user: int | None = None

@@ -47,6 +47,12 @@ ORIGIN = Origin()
 """Nobody in particular, from the beginning."""
 
 
+def prefix_salt(origin: Origin, settings: GenerationSettings) -> str:
+    """Sequences share prefixes if this is the same, since so are their keys and values."""
+    fewer = settings.fewer_experts
+    return origin.salt if fewer is None else origin.salt + fewer.salt
+
+
 class Sequence:
     """What the scheduler knows of a sequence; the scheduler alone changes it.
 
@@ -73,7 +79,7 @@ class Sequence:
         self.settings = settings
         self.user = origin.user
         self.priority = origin.priority
-        self.salt = origin.salt
+        self.salt = prefix_salt(origin, settings)
         self.is_long = False
         """Whether it has more tokens than the model's turning point, and keys of its own."""
         seed = secrets.randbits(64) if settings.seed is None else settings.seed

@@ -24,6 +24,10 @@ class Served(Protocol):
         """How many tokens the model has embeddings for."""
 
     @property
+    def experts_per_token(self) -> Sequence[int]:
+        """How many experts the router of each MoE layer chooses for a token."""
+
+    @property
     def context_tokens(self) -> int | None:
         """How long a sequence the model goes, prompt included; None if it does not say."""
 

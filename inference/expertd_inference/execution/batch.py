@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from expertd_inference.fewer_experts import FewerExperts
+
 if TYPE_CHECKING:
     from expertd_inference.model.seen import Seen
 
@@ -26,7 +28,8 @@ class Span:
     sequence's blocks already. ``blocks`` is its table of KV blocks, with room for ``position`` and
     these rows; ``state`` its slot for what the model keeps beside keys and values, None if nothing.
     Where some of the rows are of an image, ``seen`` has them; else their angles are those of
-    ``position`` and ``shift``.
+    ``position`` and ``shift``. ``fewer`` says which of the experts that routers choose compute the
+    rows, None for all.
     """
 
     sequence: int
@@ -37,6 +40,7 @@ class Span:
     wanted: Wanted
     shift: int = 0
     seen: "Seen | None" = None
+    fewer: FewerExperts | None = None
 
     @property
     def num_rows(self) -> int:

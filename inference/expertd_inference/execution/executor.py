@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from expertd_inference.execution.batch import Batch
+from expertd_inference.experts.keeping import ExpertTally
 
 
 class Executor(Protocol):
@@ -27,6 +28,9 @@ class Executor(Protocol):
 
     A span that ends behind it goes on from nothing, or from spans that ended behind it.
     """
+
+    tally: ExpertTally
+    """Of the steps of which some row kept fewer experts than its routers chose."""
 
     def fits(self, batch: Batch) -> bool:
         """Whether :meth:`forward` takes this batch."""

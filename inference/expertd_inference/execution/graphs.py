@@ -24,6 +24,7 @@ from expertd_inference.device.recorder import GraphRecorder, Recording
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.fewer_rows import keeping_fewer
 from expertd_inference.execution.graph_rows import GraphAttention, GraphRows
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
@@ -35,6 +36,7 @@ from expertd_inference.experts.call import (
     ExpertsSeat,
     experts_asked_of,
 )
+from expertd_inference.experts.keeping import keep_fewer
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.settings import DecodeGraphsMode
 
@@ -65,6 +67,13 @@ class GraphSegment(Segment):
     def read(self, result: Tensor) -> None:
         """As :class:`.segment.Segment`."""
         self._result[: len(result)].copy_(result)
+
+
+class _KeepingRest(ExpertsRest):
+    """The experts of one layer, of which rows may keep fewer than the recorded routing has."""
+
+    def compute(self, num_rows: int) -> Tensor:
+        return self.seat.runner.run(keep_fewer(self.call_of(num_rows)))
 
 
 class _RecordedStep:
@@ -115,6 +124,7 @@ class GraphsExecutor:
         Raises RuntimeError if the model cannot be recorded.
         """
         self._model, self._modules, self._group = model, modules, group
+        self.tally = modules.tally
         self._segments = segments
         self._device = group.devices[0]
         self._scratch = room.num_blocks
@@ -128,6 +138,7 @@ class GraphsExecutor:
         self.reason = (
             f"its steps are recorded ({self.mode}) for up to {self._sizes[-1]} sequences; prompts "
             "are computed by its modules"
+            + (", and so is what keeps fewer experts" if self._whole is not None else "")
         )
 
     @property
@@ -150,7 +161,8 @@ class GraphsExecutor:
                 return self._modules.forward(batch)
             step.rows.fill(batch.spans, self._device.to_device)
             # What is recorded writes there again.
-            logits = step.run(len(batch.spans)).clone()
+            with keeping_fewer(batch.spans, self._device.torch_device, self.tally):
+                logits = step.run(len(batch.spans)).clone()
         self._group.num_replays += 1
         self._group.steps = SEGMENTS if step.whole is None else WHOLE
         wanted = [row for row, span in enumerate(batch.spans) if span.wanted is not Wanted.NONE]
@@ -170,6 +182,8 @@ class GraphsExecutor:
         """The smallest recorded one that these spans fit; None if they fit none."""
         if not spans or any(span.num_rows > 1 or span.seen is not None for span in spans):
             return None
+        if self._whole is not None and any(span.fewer is not None for span in spans):
+            return None  # Its routing is computed as it was recorded.
         size = next((size for size in self._sizes if size >= len(spans)), None)
         longest = max(span.position // BLOCK_TOKENS + 1 for span in spans)
         width = next((width for width in _widths(self._longest) if width >= longest), None)
@@ -241,7 +255,7 @@ class _Cuts:
         recording = self._recorder.end()
         # Outside of the recordings' memory: theirs may be used again by later segments.
         result = torch.zeros_like(routed.rows)
-        rest = ExpertsRest(seat, routed)
+        rest = _KeepingRest(seat, routed)
         self._step.segments.append(GraphSegment(recording, rest, result))
         self._recorder.begin()
         return result

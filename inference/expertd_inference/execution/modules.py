@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.delta_hook import stepping
+from expertd_inference.execution.fewer_rows import keeping_fewer
 from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.mutual import attend_mutually, mutual_rows
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_cache import StateName, StepCache
+from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
 from expertd_inference.kernels.cpu.delta import Places
 from expertd_inference.kv.memory import KvMemory
@@ -71,6 +73,7 @@ class ModulesExecutor:
         """Keys and values, by the numbers of ``layers.keys``."""
         self.layers = layers
         """Those that attend, and what all of them keep."""
+        self.tally = ExpertTally()
         self._model = model
         self._continues = continues
         self._alone = alone
@@ -173,7 +176,10 @@ class ModulesExecutor:
         # The head costs too much for rows that nobody wants; it is asked for one at least.
         kept = wanted or [0] if num_texts == 1 else [0]
         device = self._model.device
-        with attending(_Rows(self.layers.attention, self.memory, spans)):
+        with (
+            attending(_Rows(self.layers.attention, self.memory, spans)),
+            keeping_fewer(spans, device, self.tally),
+        ):
             logits: Tensor = self._model(
                 **rows_of(self._model, spans, num_texts),
                 past_key_values=cache,

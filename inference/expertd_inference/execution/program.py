@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from expertd_inference.execution.assembly import Assembly
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.describe import describe_model
+from expertd_inference.execution.fewer_rows import keeping_fewer
 from expertd_inference.execution.held import HeldSegments
-from expertd_inference.execution.parts import ModelSpec, UnknownPartError
+from expertd_inference.execution.parts import ModelSpec, MoeSpec, UnknownPartError
 from expertd_inference.execution.program_check import check_program
 from expertd_inference.execution.step_rows import StepRows, use_memory
+from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kernels.cpu.library import EXACT
 from expertd_inference.kv.memory import KvLayer, KvMemory
 
+CPU = torch.device("cpu")
 MAX_WANTED = 64
 """Logits of so many rows are computed at once; of a large vocabulary they are megabytes a row."""
 REASON = "all its parts are such as the program has, and gave the modules' results"
@@ -70,6 +73,8 @@ class ProgramExecutor:
         )
         self._angles = list(assembly.angles.values())
         self._num_tokens = len(model.embedding)
+        self._num_routers = sum(isinstance(x.feed_forward, MoeSpec) for x in model.layers)
+        self.tally = ExpertTally()
         self._max_rows = max_rows
         layers = [layer.attention for layer in model.layers]
         self.memory = KvMemory(
@@ -93,6 +98,13 @@ class ProgramExecutor:
 
         Raises IndexError for what is no token, MemoryError, and what the experts raise.
         """
+        with keeping_fewer(batch.spans, CPU, self.tally):
+            logits = self._forward(batch)
+        if self._rows.step.kept:
+            self.tally.add(self._num_routers * batch.num_rows, self._rows.num_kept)
+        return logits
+
+    def _forward(self, batch: Batch) -> Tensor:
         rows = self._rows
         num_wanted = rows.fill(batch, self._num_tokens)
         for angles in self._angles:

@@ -34,12 +34,16 @@ class ExpertsRest:
 
     def compute(self, num_rows: int) -> Tensor:
         """As :class:`Rest`; raises what :meth:`.experts.call.ExpertsRunner.run` does."""
+        return self.seat.runner.run(self.call_of(num_rows))
+
+    def call_of(self, num_rows: int) -> ExpertsCall:
+        """With the rows of a step."""
         if self._last[0] != num_rows:
             call = self._one
             if num_rows > 1:
                 call = self.seat.call(*(each[:num_rows] for each in self._tensors))
             self._last = num_rows, call
-        return self.seat.runner.run(self._last[1])
+        return self._last[1]
 
 
 class ModuleRest:

@@ -24,6 +24,7 @@ class SightedExecutor:
         """``modules`` has the program's memory."""
         self.reason = f"{program.reason}; rows of images are computed by its modules"
         self._program, self._modules = program, modules
+        self.tally = modules.tally = program.tally
 
     def fits(self, batch: Batch) -> bool:
         """Whether the program has room for what is its."""

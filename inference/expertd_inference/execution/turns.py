@@ -6,13 +6,15 @@ sequence reads all weights for itself.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.fewer_rows import keeping_fewer
+from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.model.pack_config import turning_points
 
 
@@ -40,6 +42,7 @@ class TurnsExecutor:
     ) -> None:
         """Each span is computed within ``around``, at whose end it may turn out to be lost."""
         self.reason = reason
+        self.tally = ExpertTally()
         self._around = around
         self._model = model
         self._texts: dict[int | None, _Text] = {}  # by slot
@@ -83,14 +86,15 @@ class TurnsExecutor:
     def _forward(self, text: _Text, tokens: list[int], span: Span) -> Tensor:
         device = self._model.device
         end = span.position + span.num_rows
-        out = self._model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.arange(end - len(tokens), end, device=device)[None],
-            past_key_values=text.cache,
-            use_cache=True,
-            logits_to_keep=span.num_rows if span.wanted is Wanted.ALL else 1,
-            return_dict=True,
-        )
+        with keeping_fewer([replace(span, tokens=tokens)], device, self.tally):
+            out = self._model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.arange(end - len(tokens), end, device=device)[None],
+                past_key_values=text.cache,
+                use_cache=True,
+                logits_to_keep=span.num_rows if span.wanted is Wanted.ALL else 1,
+                return_dict=True,
+            )
         text.cache = out.past_key_values
         logits: Tensor = out.logits[0]
         return logits[: span.num_wanted]

@@ -97,22 +97,31 @@ class RouterAhead:
             return False
         return self._idle
 
-    def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:  # [T, H], [T, k]
-        """``layer`` is about to compute: counts what was hinted for it, and hints for the next."""
+    def begin(
+        self,
+        layer: int,
+        hidden: Tensor,  # [T, H]
+        top_k_index: Tensor,  # [T, k]
+        num_experts: int,
+    ) -> None:
+        """``layer`` is about to compute: counts what was hinted for it, and hints for the next.
+
+        A number of ``num_experts`` or more in ``top_k_index`` means "none".
+        """
         try:
             if layer == self._first_layer:
                 self._begin_step(num_tokens=len(hidden))
             if not self._idle:
-                self._look_ahead(layer, hidden, top_k_index)
+                chosen = dict.fromkeys(top_k_index.flatten().tolist())
+                self._look_ahead(layer, hidden, [x for x in chosen if x < num_experts])
         except ExpertdError:
             return  # The session is over, which whoever computes finds out now and can mend.
 
-    def _look_ahead(self, layer: int, hidden: Tensor, top_k_index: Tensor) -> None:
-        chosen = dict.fromkeys(top_k_index.flatten().tolist())
+    def _look_ahead(self, layer: int, hidden: Tensor, chosen: Sequence[int]) -> None:
         hinted = [(layer, expert) for expert in self._book.pending(layer)]
         if hinted:
             absent = {expert for _, expert in self._target.absent(hinted)}
-            self._book.arrive(layer, chosen.keys(), absent)
+            self._book.arrive(layer, chosen, absent)
         whole = len(hidden) > 1 and self._names_nearly_all(layer, chosen)
         num_layers = int(self._hints_prompts) if whole else self._foresight.num_layers
         foreseen = {
@@ -156,10 +165,8 @@ class RouterAhead:
     def _foresee(self, router: LayerRouter, hidden: Tensor) -> Sequence[int]:
         if len(hidden) > 1:
             return router.foreseen(hidden)
-        likeliest = (
-            router.chosen(hidden)[0]
-            if self._num_experts is None
-            else router.likeliest(hidden, self._num_experts)
-        )
-        experts: list[int] = likeliest.tolist()
-        return experts
+        if self._num_experts is None:
+            chosen: list[int] = router.chosen(hidden)[0].tolist()
+            return [expert for expert in chosen if expert < router.num_experts]
+        likeliest: list[int] = router.likeliest(hidden, self._num_experts).tolist()
+        return likeliest

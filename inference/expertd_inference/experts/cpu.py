@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.call import ExpertsCall, ExpertsSeat, seat_of, take_seat
+from expertd_inference.experts.keeping import keep_fewer
 from expertd_inference.experts.recovery import SESSION_ENDED, Recovery
 from expertd_inference.experts.source import DirectoryLease, DirectorySource, ExpertSource
 from expertd_inference.kernels.activation import activation_of
@@ -134,7 +135,7 @@ class CpuExperts:
         if call.layer == self._first_layer:
             self._begin_step()
         if self._ahead is not None:
-            self._ahead.begin(call.layer, routed.rows, routed.index)
+            self._ahead.begin(call.layer, routed.rows, routed.index, call.num_experts)
         if len(routed) == 1:
             return self._run_block(call)
         row_bytes = routed.top_k * routed.rows.shape[1] * torch.float32.itemsize
@@ -150,7 +151,7 @@ class CpuExperts:
         """The output for these rows, each expert leased once; in parts of ``num_rows``."""
         routed, prepared = call.routed, call.prepared
         experts = sorted({*routed.index.view(-1).tolist()})
-        # What is past the last expert means "none" where tokens are spread over devices.
+        # What is past the last expert means "none".
         while experts and experts[-1] >= call.num_experts:
             experts.pop()
             prepared = None
@@ -283,7 +284,7 @@ def _experts_forward(
     top_k_weights: Tensor,  # [T, k]
 ) -> Tensor:  # [T, H]
     seat = seat_of(self)
-    return seat.runner.run(seat.call(hidden_states, top_k_index, top_k_weights))
+    return seat.runner.run(keep_fewer(seat.call(hidden_states, top_k_index, top_k_weights)))
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertd_inference.experts.keeping import kept_of
+
 _NAMES = ("gate", "router")
 """What the attribute beside the experts is called that holds their router."""
 
@@ -33,6 +35,8 @@ class LayerRouter:
         the others by their mean probability. A layer has no more than its experts, so the
         answer may be shorter. On ``hidden``'s device; waits for nothing there.
         """
+        if (kept := kept_of(len(hidden))) is not None:
+            num = min(num, sum(kept.most_of_rows))
         return torch.topk(self._scores(hidden), min(num, self.num_experts)).indices
 
     def foreseen(self, hidden: Tensor) -> list[int]:  # [T, H]
@@ -43,7 +47,10 @@ class LayerRouter:
         return likeliest
 
     def chosen(self, hidden: Tensor) -> Tensor:  # [T, H] -> [T, k], int64
-        """The experts that the layer uses for ``hidden``, in the router's order."""
+        """The experts that the layer uses for ``hidden``, in the router's order.
+
+        Where rows keep fewer than it chooses, the others become ``num_experts``.
+        """
         with torch.no_grad():
             return self._decide(hidden)[2].to(hidden.device)
 
@@ -53,7 +60,9 @@ class LayerRouter:
             logits, weights, chosen = self._decide(hidden)
             scores = torch.softmax(logits.float(), dim=-1).mean(dim=0)
             votes = 1 + weights.float().abs()
-            return scores.scatter_add(0, chosen.flatten(), votes.flatten()).to(hidden.device)
+            scores = torch.cat((scores, scores.new_zeros(1)))  # for what is dropped
+            scores = scores.scatter_add(0, chosen.flatten(), votes.flatten())
+            return scores[: self.num_experts].to(hidden.device)
 
     def _decide(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [T, E], weights [T, k] and experts [T, k]. Raises ValueError for another answer.
@@ -75,6 +84,8 @@ class LayerRouter:
         rows = hidden.shape[0]
         if logits.shape != (rows, self.num_experts) or weights.shape != chosen.shape:
             raise ValueError("the router's answer is of another shape")
+        if (kept := kept_of(rows)) is not None:
+            chosen = kept.of(weights, chosen, self.num_experts)
         return logits, weights, chosen.long()
 
 

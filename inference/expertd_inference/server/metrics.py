@@ -150,6 +150,7 @@ class ServerMetrics(Collector):
             "vllm:kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1.",
             "expertd:kv_tokens": "Tokens that the keys and values have room for.",
             "expertd:rows_per_step": "Rows of a step, in the mean since the engine's start.",
+            "expertd:experts_per_row": "Experts that computed a row of a layer, in that mean.",
         }
         counters = {
             "vllm:prefix_cache_queries": "Tokens looked up among earlier sequences'.",
@@ -182,6 +183,7 @@ class ServerMetrics(Collector):
                 "vllm:kv_cache_usage_perc": stats.kv_used,
                 "expertd:kv_tokens": stats.kv_tokens,
                 "expertd:rows_per_step": stats.rows_mean,
+                "expertd:experts_per_row": stats.experts_mean,
                 "vllm:prefix_cache_queries": stats.prefix_queries,
                 "vllm:prefix_cache_hits": stats.prefix_hits,
                 "vllm:num_preemptions": stats.num_preemptions,

@@ -34,6 +34,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
     stop: str | list[str] | None = None
 
     @property

@@ -221,6 +221,11 @@ def _check_form(matrix: Matrix) -> None:
         )
 
 
+def has_float_scales(matrix: Matrix) -> bool:
+    """Whether the type of the matrix's scales is one of SCALE_TYPES."""
+    return matrix.encoding in {Encoding.HQQ, Encoding.INT}
+
+
 def scale_part(matrix: Matrix) -> str:
     """The full name of what scales a quantized matrix: its scales, or those of its meta groups."""
     return f"{matrix.name}.scale.scale" if matrix.meta_group_size else f"{matrix.name}.scale"

@@ -1,10 +1,12 @@
-"""A matrix in each form that a record knows, and random parts of one."""
+"""A matrix in each form that a record knows, by name as well, and random parts of one."""
 
 import math
+import re
 
 import torch
 from torch import Tensor
 
+from expertd.packing.schemes import parse_precision
 from expertstore.pack.codec import E2M1, E8M0_BIAS, TORCH_DTYPES, e4m3, encode
 from expertstore.pack.layout import FIXED_FORMS, Encoding, Matrix, matrix_parts
 
@@ -34,6 +36,28 @@ def form(
         group_size=group_size,
         group_rows=group_rows if encoding is Encoding.FP8 else 1,
     )
+
+
+def named(text: str, name: str, out_features: int, in_features: int) -> Matrix:
+    """A matrix by the name of its form.
+
+    mxfp4, nvfp4 and mxfp8 are kept as they came, and so are fp8:128x64, of blocks of 128 rows and
+    64 columns, and int4g32, of 4 bits in groups of 32; others are precisions such as 4g64.
+    """
+    if blocks := re.fullmatch(r"fp8:(\d+)x(\d+)", text):
+        kept, choice = Encoding.FP8, {"group_rows": int(blocks[1]), "group_size": int(blocks[2])}
+    elif groups := re.fullmatch(r"int(\d)g(\d+)", text):
+        kept, choice = Encoding.INT, {"bits": int(groups[1]), "group_size": int(groups[2])}
+    elif text in {each.value for each in FIXED_FORMS}:
+        kept, choice = Encoding(text), {}
+    else:
+        return parse_precision(text).matrix(name, out_features, in_features)
+    return form(kept, out_features, in_features, name=name, **choice)
+
+
+def is_kept(matrix: Matrix) -> bool:
+    """Whether nothing is made a matrix in such a form: it came so."""
+    return matrix.encoding not in {Encoding.PLAIN, Encoding.HQQ}
 
 
 def random_parts(

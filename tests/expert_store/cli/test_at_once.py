@@ -54,7 +54,7 @@ def test_stats_of_a_daemon(daemon: Daemon) -> None:
         (("pack", EXAMPLE, "/tmp"), "/tmp exists already; give --force to replace it"),
         (("pack", EXAMPLE, "/tmp", "--force"), "is not a pack; --force replaces only packs"),
         (("pack", "s3://mistralai/Mixtral-8x7B-v0.1", "/tmp/pack"), "is on no hub that is known"),
-        (("pack", "model.gguf", "/tmp/pack"), "model.gguf is GGUF"),
+        (("pack", "model.gguf", "/tmp/pack"), "model.gguf is not there; download it"),
         (("pack", "/", "/tmp/pack", "--scheme", "1bit"), "1bit"),
     ],
 )

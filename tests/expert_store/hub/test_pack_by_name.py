@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from safetensors.torch import load_file
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from expertd.cli import pack, packs
@@ -15,6 +17,8 @@ from expertd.packing import packer
 from expertd_testing.hub import Hub
 from expertstore.errors import CheckpointError, PackError, PreconditionError
 from tests.expert_store.hub.conftest import NAME, NUM_SHARDS
+from tests.expert_store.packing.editing import write_shards
+from tests.stored_weights import KINDS, make_stored
 
 
 def run(*arguments: object, given: str = "") -> Result:
@@ -64,6 +68,24 @@ def test_from_a_name_to_a_pack(hub: Hub, local: Path, place: Path) -> None:
     again = run("pack", NAME, "--scheme", "4bit")
     assert isinstance(again.exception, PackError)
     assert "exists already; give --force" in str(again.exception)
+
+
+def test_weights_whose_pieces_lie_in_several_shards(hub: Hub, place: Path, tmp_path: Path) -> None:
+    """Integers, zeros and scales of one matrix, for example; kept without a word."""
+    stored, _ = make_stored(tmp_path, KINDS["gptq"])
+    local = run("pack", stored, tmp_path / "local")
+    assert local.exit_code == 0, local.output
+    tensors = load_file(stored / "model.safetensors")
+    (stored / "model.safetensors").unlink()
+    shards: dict[str, dict[str, Tensor]] = {f"{end}.safetensors": {} for end in range(4)}
+    for index, name in enumerate(sorted(tensors)):
+        shards[f"{index % 4}.safetensors"][name] = tensors[name]
+    write_shards(stored, shards)
+    hub.repositories[NAME] = stored
+    result = run("pack", NAME)
+    assert result.exit_code == 0, result.output
+    assert "Its weights come quantized, and stay as they are." in result.stderr
+    assert same(tmp_path / "local", place / "tiny")
 
 
 def test_few_shards_are_here_at_a_time(

@@ -21,13 +21,9 @@ from tests.expert_store.packing.conftest import MakeCheckpoint
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf/model-q4.gguf").touch()
     (tmp_path / "pack").mkdir()
     (tmp_path / "pack/pack.json").touch()
     for source, message in (
-        (tmp_path / "gguf", "is GGUF, .* 16-bit checkpoint"),
-        (tmp_path / "gguf/model-q4.gguf", "is GGUF"),
         (tmp_path / "pack", "is a pack already; serve it"),
         (tmp_path / "absent", "is not a directory; give the checkpoint's"),
         (Path("../a-model"), "is not a directory; give the checkpoint's"),

@@ -19,8 +19,8 @@ WEIGHT = f"{EXPERT}.weight"
 
 
 def scaled(tensors: dict[str, Tensor]) -> None:
-    """INT8 with a scale per row."""
-    tensors[WEIGHT] = torch.ones(256, 128, dtype=torch.int8)
+    """Bytes with a scale per row, in a way that nobody has."""
+    tensors[WEIGHT] = torch.ones(256, 128, dtype=torch.uint8)
     tensors[f"{WEIGHT}_scale"] = torch.ones(256, 1)
 
 
@@ -38,7 +38,7 @@ def packed(*ends: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "files", "config", "what"),
     [
-        (scaled, {}, {}, f"{WEIGHT} in I8 with {WEIGHT}_scale beside it"),
+        (scaled, {}, {}, f"{WEIGHT} in U8 with {WEIGHT}_scale beside it"),
         (
             scaled, {}, {"compression_config": {"quant_method": "compressed-tensors"}},
             "compressed-tensors, by compression_config in config.json",
@@ -52,17 +52,7 @@ def packed(*ends: str) -> Any:
             "W8A8 of msModelSlim, by quant_model_description_w8a8.json",
         ),
         (scaled, {}, {"quantization": {"group_size": 64, "bits": 4}}, "4 bits of MLX"),
-        (
-            packed(".qweight", ".qzeros", ".scales"), {"quantize_config.json": {"bits": 4}}, {},
-            "4 bits of GPTQ, by quantize_config.json",
-        ),
-        (
-            packed(".qweight", ".qzeros"), {"quant_config.json": {"w_bit": 4}}, {},
-            "4 bits of AWQ, by quant_config.json",
-        ),
-        (packed(".qweight", ".g_idx"), {}, {}, f"GPTQ, by the tensor {EXPERT}.g_idx"),
-        (packed(".qweight"), {}, {}, f"GPTQ or AWQ, by the tensor {EXPERT}.qweight"),
-        (packed(".weight_packed"), {}, {}, "compressed-tensors, by the tensor"),
+        (packed(".W_q"), {"quantize_config.json": {"bits": 4}}, {}, "4 bits of GPTQ, by quantize"),
         (packed(".weight.absmax"), {}, {}, "bitsandbytes, by the tensor"),
         (
             packed(".weight"), {}, {"quantization_config": {"quant_method": "gptq"}},

@@ -76,7 +76,6 @@ def test_a_file_that_the_configuration_names(tmp_path: Path) -> None:
         (["consolidated.safetensors"], "maker's own format .* in the form of Hugging Face"),
         (["pytorch_model.bin"], "PyTorch's own files .* save_pretrained"),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "PyTorch's own"),
-        (["m-Q4_K_M.gguf"], "but GGUF; pack the 16-bit checkpoint"),
         (["weights.safetensors"], "no other, such as weights.safetensors, unless config.json"),
         ([], "download the whole model again"),
     ],

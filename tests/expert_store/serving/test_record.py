@@ -16,7 +16,6 @@ import pytest
 from expertd.hosting.touch_watch import MAX_WATCHERS
 from expertd.residency import make_policy
 from expertd.traces.replay import read_trace, replay
-from expertd.traces.trace import Phase, Row, TraceReader
 from expertd_client import Client
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.handmade import make_pack
@@ -24,6 +23,7 @@ from expertd_testing.raw_worker import RawWorker
 from expertd_testing.watching import eventually, expertd
 from expertstore.errors import PreconditionError
 from expertstore.shared.session_page import RING_ENTRIES
+from expertstore.trace import Phase, Row, TraceReader
 from expertstore.v1 import expert_store_pb2 as pb
 from tests.expert_store.serving.conftest import RECORD_BYTES
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertd.traces.recorder import TraceRecorder
-from expertd.traces.trace import Phase, Row, TraceModel
+from expertstore.trace import Phase, Row, TraceModel
 
 LAYERS, EXPERTS = 3, 6
 MODEL = TraceModel((EXPERTS,) * LAYERS, (2,) * LAYERS, tuple(range(LAYERS)))

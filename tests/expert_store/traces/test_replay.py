@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from expertd.residency import POLICIES, make_policy
 from expertd.traces.replay import Trace, replay, replay_optimum
-from expertd.traces.trace import TraceModel
+from expertstore.trace import TraceModel
 
 LAYERS, EXPERTS = 3, 4
 MODEL = TraceModel((EXPERTS,) * LAYERS, (2,) * LAYERS, tuple(range(LAYERS)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expertd.settings.policy_names import PolicyName
-from expertd.traces.trace import HEADER
+from expertstore.trace import HEADER
 
 HEAD = f"# layers: 2\n# experts_per_layer: 8\n# experts_per_token: 2\n{HEADER}\n"
 

@@ -3,25 +3,28 @@
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd.traces.trace import (
+from expertstore.errors import TraceError
+from expertstore.trace import (
     HEADER,
     MAX_LINE_BYTES,
+    WEIGHTED_HEADER,
     Phase,
     Row,
     TraceModel,
     TraceReader,
     TraceWriter,
 )
-from expertstore.errors import TraceError
 
 MODEL = TraceModel((4, 6), (2, 3), (1, 3), {"model": "tiny"})
 HEAD = f"# layers: 2\n# experts_per_layer: 4\n# experts_per_token: 2\n{HEADER}\n"
+WEIGHTED = HEAD.replace(HEADER, WEIGHTED_HEADER)
 
 rows = st.builds(
     Row,
@@ -30,19 +33,25 @@ rows = st.builds(
     st.integers(0, 1),
     st.lists(st.integers(0, 3), min_size=1, unique=True).map(tuple),
     st.integers(0, 3),
+    st.just(()),
 )
 
 
-@given(st.lists(rows))
-def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, written: list) -> None:
+@given(st.lists(rows), st.booleans())
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, written: list, weighted: bool
+) -> None:
     path = tmp_path_factory.mktemp("trace") / "t.csv"
-    with TraceWriter(path, MODEL) as writer:
+    model = replace(MODEL, weighted=weighted)
+    if weighted:
+        written = [row._replace(weights=tuple(0.5 * x for x in row.experts)) for row in written]
+    with TraceWriter(path, model) as writer:
         for row in written:
             writer.write(row)
         writer.write_gap(2, 70)
         writer.commit()
     with TraceReader(path) as reader:
-        assert reader.model == MODEL
+        assert reader.model == model
         assert list(reader) == written
         assert reader.num_lost == 70
 
@@ -78,6 +87,10 @@ def test_other_columns_of_comments_and_blank_lines_are_no_rows(tmp_path: Path) -
         (HEAD + "decode,0,0,1e0\n", 5, "no number"),
         (HEAD + "decode,0,0,٣\n", 5, "no number"),
         (HEAD + "# session: me\n", 5, "the session is 'me'"),
+        (WEIGHTED + "decode,0,0,1\n", 5, "5 fields"),
+        (WEIGHTED + "decode,0,0,1 2,0.5\n", 5, "2 experts and 1 weights"),
+        (WEIGHTED + "decode,0,0,1,nan\n", 5, "a weight is 'nan'"),
+        (WEIGHTED + "decode,0,0,1,-1\n", 5, "a weight is '-1'"),
         (HEAD + "decode,0,0," + "1 " * MAX_LINE_BYTES, 5, "longer than"),
     ],
 )
@@ -141,7 +154,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 from expertstore.errors import TraceError
-from expertd.traces.trace import Phase, Row, TraceModel, TraceWriter
+from expertstore.trace import Phase, Row, TraceModel, TraceWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:

@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from expertd.cli import pack as pack_command
 from expertd_testing.daemon import Daemon, serving
 from expertd_testing.forked_command import ForkedCommand
+from expertstore.errors import InvalidInputError
+from expertstore.pack.manifest import read_manifest
+from expertstore.trace import TraceReader
 from tests.inference.greedy import greedy
 
 Make = Callable[..., Any]
@@ -143,6 +149,7 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
         "finish_reason",
         "reason",
         "rows_mean",
+        "experts_mean",
         "native_rows",
         "hints",
         "device",
@@ -155,7 +162,12 @@ def test_json(daemon: Daemon, stock: Make, packed: Make) -> None:
     assert result["new_tokens"] == 20
     assert 0 < result["ttft_seconds"] < 100
     assert result["tokens_per_second"] > 0
-    assert result["host_hits"] + result["nvme_misses"] >= 20 * 2 * 6
+    needed = result["host_hits"] + result["nvme_misses"]
+    assert needed >= 20 * 2 * 6
+    assert result["experts_mean"] == 2
+    few = json.loads(generate(daemon, *arguments, "--experts-per-token", "1").stdout)
+    assert few["experts_mean"] == 1
+    assert few["host_hits"] + few["nvme_misses"] < 0.7 * needed
     assert result["peak_pss_bytes"] > 10 << 20
 
 
@@ -169,6 +181,32 @@ def test_text_and_stdin(daemon: Daemon) -> None:
     assert done.stderr == ""
     assert done.stdout.strip()
     assert done.stdout.endswith("\n")
+
+
+def test_a_trace_is_what_a_pack_is_pruned_by(daemon: Daemon, packed: Make, tmp_path: Path) -> None:
+    texts, trace = tmp_path / "texts.jsonl", tmp_path / "trace.csv"
+    texts.write_text('{"prompt": "import os"}\n\n{"tokens": [1, 2, 3]}\n')
+    place = ("--socket", daemon.socket, "--model", "mixtral")
+    done = run_forked("trace", texts, trace, *place)
+    num_tokens = len("import os") + 3
+    said = f"expert-run: wrote {num_tokens} tokens of 2 texts to {trace}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
+    assert trace.stat().st_mode & 0o777 == 0o600
+    with TraceReader(trace) as reader:
+        rows = [*reader]
+    assert len(rows) == num_tokens * 3, "of three layers"
+    assert {len(row.experts) for row in rows} == {2}
+    assert all(min(row.weights) > 0 for row in rows)
+    share = ("--prune", trace, "--keep-experts", "0.75")
+    app = typer.Typer()
+    pack_command.register(app)
+    command = CliRunner().invoke(app, [*map(str, (packed("mixtral"), tmp_path / "few", *share))])
+    assert command.exit_code == 0, command.output
+    assert read_manifest(tmp_path / "few").manifest.layers[0].num_experts == 6
+    for more in (("--scheme", "4bit"), ("--prune-by", "counts", "--keep-experts", "1")):
+        wrong = (packed("mixtral"), tmp_path / "x", *share, *more)
+        refused = CliRunner().invoke(app, [*map(str, wrong)])
+        assert isinstance(refused.exception, InvalidInputError)
 
 
 def test_many_prompts_of_a_file(daemon: Daemon, packed: Make, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from expertd_inference.engine.engine import Engine
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.room import Room
+from expertd_inference.fewer_experts import FewerExperts
 from expertd_inference.kv.pool import num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
 from expertd_inference.settings import GenerationSettings
@@ -444,3 +446,57 @@ def test_room_for_keys_and_values(worker: ToyWorker) -> None:
     worker.context_tokens = 512
     with pytest.raises(InvalidInputError, match=r"64 tokens need 62\.5 KiB: free some memory"):
         room(1000)
+
+
+def test_sequences_of_one_step_keep_their_own_numbers_of_experts(
+    worker: ToyWorker, engine: Engine, gate: Gate
+) -> None:
+    kinds = [
+        {},
+        {"experts_per_token": 1},
+        {"expert_threshold": 0.25},
+        {"experts_per_token": 2, "expert_threshold": 0.0},
+    ]
+    streams = [engine.submit("abcdefgh" * 20, replace(SHORT, **kind)) for kind in kinds]
+    gate.let(10_000)
+    for stream in streams:
+        assert len([*stream]) == 5
+    kept = {span.sequence: span.fewer for batch in gate.batches for span in batch.spans}
+    every = FewerExperts.of(None, 0.25)
+    assert [kept[one] for one in sorted(kept)] == [None, FewerExperts(1), every, None]
+    stats = engine.stats
+    assert stats.prefix_hits == 128, "of the two that keep all; others have other keys"
+    assert stats.experts_mean == 2
+    worker.executor.tally.add(2 * stats.num_rows, 2 * stats.num_rows - 4)
+    assert engine.stats.experts_mean == pytest.approx((2 * stats.num_rows - 4) / 2 / stats.num_rows)
+
+
+def test_fewer_experts_where_a_request_does_not_say() -> None:
+    worker = ToyWorker()
+    spans = []
+    with Engine(worker, EngineLimits(kv_tokens=2048, expert_threshold=0.5)) as engine:
+        worker.executor.before = lambda batch: spans.extend(batch.spans)
+        for settings in (SHORT, replace(SHORT, expert_threshold=0.0)):
+            assert len([*engine.submit("abc", settings)]) == 5
+    kept = {span.sequence: span.fewer for span in spans}
+    assert [*kept.values()] == [FewerExperts.of(None, 0.5), None]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("experts_per_token", 3, "is 3, and this model's routers choose 2; give 1 to 2."),
+        ("experts_per_token", 0, "is 0; give at least 1."),
+        ("expert_threshold", 1.5, "is 1.5; give 0 to 1, a share of a token's router weights."),
+    ],
+)
+def test_more_experts_than_routers_choose(
+    engine: Engine, field: str, value: float, said: str
+) -> None:
+    for refused in (
+        lambda: engine.submit("abc", GenerationSettings(**{field: value})),
+        lambda: Engine(ToyWorker(), EngineLimits(kv_tokens=2048, **{field: value})),
+    ):
+        with pytest.raises(SettingError) as caught:
+            refused()
+        assert (caught.value.setting, str(caught.value)) == (field, f"{field} {said}")

@@ -34,7 +34,7 @@ class Kind:
     def limits(self, max_running: int, **more: int) -> SchedulerLimits:
         """Those that the product plans with."""
         room = Room(num_blocks=1, num_sequences=max_running, num_rows=self.max_rows)
-        worker = SimpleNamespace(context_tokens=None, vocabulary=NUM_TOKENS)
+        worker = SimpleNamespace(context_tokens=None, vocabulary=NUM_TOKENS, experts_per_token=[2])
         return scheduler_limits(EngineLimits(**more), room, cast("Any", self), cast("Any", worker))
 
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from expertd_inference.execution.batch import Batch, Wanted
 from expertd_inference.execution.room import Room
+from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kv.pool import BLOCK_TOKENS
 from expertd_testing.tiny_models import VOCAB, byte_tokenizer
 
@@ -41,6 +42,7 @@ class ToyExecutor:
         self, room: Room, *, shares_prefixes: bool = True, recurrent: bool = False
     ) -> None:
         self.room = room
+        self.tally = ExpertTally()
         self.shares_prefixes = shares_prefixes
         self.recurrent = recurrent
         self.blocks: list[list[int | None]] = [[None] * BLOCK_TOKENS] * room.num_blocks
@@ -96,6 +98,7 @@ class ToyWorker:
 
     context_tokens: int | None = 512
     vocabulary = VOCAB
+    experts_per_token = (2, 2)
     kv_bytes_per_token = 1000
     kv_bytes = 1 << 40
 

@@ -15,6 +15,7 @@ from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.graphs import GraphsExecutor
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
+from expertd_inference.fewer_experts import FewerExperts
 from expertd_inference.settings import DecodeGraphsMode, OnMiss
 from tests.inference.device.held_source import HeldPackSource
 from tests.inference.device.rig import Rig, make_rig
@@ -105,6 +106,10 @@ def test_whole_steps_give_the_modules_logits(packed: Make) -> None:
     assert_same(decode(executor, STEPS), decode(executor_of(rig_of(pack, OFF)), STEPS))
     assert rig.group.num_replays == len(STEPS)
     assert rig.group.stats.steps == "whole"
+    few = Span(0, [5], 76, TABLES[0], None, Wanted.LAST, FewerExperts(1))
+    repeated(executor, Batch((few,)))
+    assert rig.group.num_replays == len(STEPS), "it was recorded with all experts"
+    assert executor.tally.num_rows == executor.tally.num_experts == 3, "of three layers"
 
 
 @interpreted

@@ -22,6 +22,7 @@ from tests.inference.greedy import greedy
 Make = Callable[..., Any]
 
 EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"
+NUM_EXPERTS = 8
 ONE = torch.zeros(1, 4)
 CHOSEN = torch.tensor([[0, 1]])
 PROMPT, ALL = torch.zeros(4, 4), torch.arange(8).view(4, 2)
@@ -79,11 +80,11 @@ def test_what_is_absent_of_the_next_layer_is_hinted() -> None:
     target = Target({(1, 3), (1, 5), (2, 2)})
     routers = {layer: FixedRouter([3, 4, 5]) for layer in range(3)}
     ahead = ahead_of(target, routers)
-    ahead.begin(0, ONE, CHOSEN)
+    ahead.begin(0, ONE, CHOSEN, NUM_EXPERTS)
     assert target.sent == [[(1, 3)]]
     target.gone.clear()
-    ahead.begin(1, ONE, torch.tensor([[3, 7]]))
-    ahead.begin(2, ONE, CHOSEN)
+    ahead.begin(1, ONE, torch.tensor([[3, 7]]), NUM_EXPERTS)
+    ahead.begin(2, ONE, CHOSEN, NUM_EXPERTS)
     assert ahead.stats == HintStats(issued=1, useful=1, layers_ahead=1, why="as told")
     assert target.sent == [[(1, 3)], []], "what is resident is not hinted at"
 
@@ -92,16 +93,20 @@ def test_what_this_layer_lacks_is_said_first_and_for_one_token() -> None:
     chosen = torch.tensor([[6, 2]])
     target = Target({(0, 2), (0, 3), (1, 4)})
     ahead = ahead_of(target, {1: FixedRouter([4])})
-    ahead.begin(0, ONE, chosen)
-    ahead.begin(2, ONE, chosen)
+    ahead.begin(0, ONE, chosen, NUM_EXPERTS)
+    ahead.begin(2, ONE, chosen, NUM_EXPERTS)
     assert target.sent == [[(1, 4)], []]
     assert target.needed == [[(0, 2)], []], "of the chosen, those that are absent"
+    target.gone.add((0, NUM_EXPERTS))
+    ahead.begin(0, ONE, torch.tensor([[NUM_EXPERTS, 3]]), NUM_EXPERTS)
+    assert target.needed[-1] == [(0, 3)], "there is no expert of that number"
+    target.gone.discard((0, NUM_EXPERTS))
     target.gone.add((2, 6))
-    ahead.begin(2, ONE, chosen)
+    ahead.begin(2, ONE, chosen, NUM_EXPERTS)
     assert target.needed.pop() == [(2, 6)], "without a hint, too"
-    ahead.begin(0, PROMPT, ALL)
+    ahead.begin(0, PROMPT, ALL, NUM_EXPERTS)
     assert target.needed.pop() == [], "a prompt's call costs little beside its reads"
-    ahead.begin(0, PROMPT[:2], torch.tensor([[6, 2], [3, 2]]))
+    ahead.begin(0, PROMPT[:2], torch.tensor([[6, 2], [3, 2]]), NUM_EXPERTS)
     assert target.needed.pop() == [(0, 2), (0, 3)], "of few rows, too"
 
 
@@ -109,21 +114,21 @@ def test_several_layers_ahead_and_all_that_a_prompt_wants() -> None:
     target = Target({(layer, expert) for layer in range(3) for expert in range(8)})
     routers = {2: FixedRouter([5, 6, 7]), 1: FixedRouter([1, 2, 3])}
     ahead = ahead_of(target, routers, choices=(2,))
-    ahead.begin(0, ONE, CHOSEN)
+    ahead.begin(0, ONE, CHOSEN, NUM_EXPERTS)
     assert target.sent.pop() == [(1, 1), (1, 2), (2, 5), (2, 6)]
-    ahead.begin(0, PROMPT[:3], torch.tensor([[0, 1], [2, 3], [4, 1]]))
+    ahead.begin(0, PROMPT[:3], torch.tensor([[0, 1], [2, 3], [4, 1]]), NUM_EXPERTS)
     guesses = [(1, expert) for expert in (1, 2, 3)] + [(2, expert) for expert in (5, 6, 7)]
     assert target.sent.pop() == guesses, "of few rows all that some of them want"
-    ahead.begin(0, PROMPT, torch.tensor([[0, 1], [2, 3], [4, 5], [5, 5]]))
+    ahead.begin(0, PROMPT, torch.tensor([[0, 1], [2, 3], [4, 5], [5, 5]]), NUM_EXPERTS)
     assert target.sent == [[(1, expert) for expert in range(8)]], "a layer in its file's order"
 
 
 def test_a_prompt_s_experts_are_not_hinted_where_that_does_not_pay() -> None:
     target = Target({(1, expert) for expert in range(8)})
     ahead = ahead_of(target, {1: FixedRouter([1, 2])}, hints_prompts=False)
-    ahead.begin(0, PROMPT, ALL)
+    ahead.begin(0, PROMPT, ALL, NUM_EXPERTS)
     assert target.sent == []
-    ahead.begin(0, ONE, CHOSEN)
+    ahead.begin(0, ONE, CHOSEN, NUM_EXPERTS)
     assert target.sent == [[(1, 1), (1, 2)]]
 
 
@@ -136,7 +141,7 @@ def test_it_looks_ahead_as_far_as_tokens_come_fastest() -> None:
 
     def step(tokens: int = 1) -> int:
         for layer in range(3):
-            ahead.begin(layer, torch.zeros(tokens, 4), CHOSEN)
+            ahead.begin(layer, torch.zeros(tokens, 4), CHOSEN, NUM_EXPERTS)
         return ahead.stats.layers_ahead
 
     for number in range(80):
@@ -161,11 +166,11 @@ def test_nothing_is_asked_while_all_is_resident() -> None:
     ahead = ahead_of(target, {1: router, 2: router})
     for _ in range(3):
         for layer in range(3):
-            ahead.begin(layer, ONE, CHOSEN)
+            ahead.begin(layer, ONE, CHOSEN, NUM_EXPERTS)
     assert (router.asked, target.looked, target.sent) == (0, 1, [])
     target.gone, target.nvme_misses = {(1, 0)}, 1
     for layer in range(3):
-        ahead.begin(layer, ONE, CHOSEN)
+        ahead.begin(layer, ONE, CHOSEN, NUM_EXPERTS)
     assert router.asked == 2
     assert target.sent == [[(1, 0)], []]
 
@@ -177,16 +182,16 @@ def test_a_session_that_is_over_is_somebody_else_s_to_mend() -> None:
         raise UnavailableError("gone")
 
     target.anything_absent = over  # type: ignore[method-assign]
-    ahead_of(target, {1: FixedRouter([0])}).begin(0, ONE, CHOSEN)
+    ahead_of(target, {1: FixedRouter([0])}).begin(0, ONE, CHOSEN, NUM_EXPERTS)
 
 
 def test_a_hint_that_has_had_its_layer_is_taken_back() -> None:
     """What of it was not begun was a wrong guess, or is asked for now."""
     target = Target({(1, 3)})
     ahead = ahead_of(target, {1: FixedRouter([3]), 2: FixedRouter([4])})
-    ahead.begin(0, ONE, CHOSEN)
-    ahead.begin(1, ONE, torch.tensor([[5, 6]]))
-    ahead.begin(2, ONE, CHOSEN)
+    ahead.begin(0, ONE, CHOSEN, NUM_EXPERTS)
+    ahead.begin(1, ONE, torch.tensor([[5, 6]]), NUM_EXPERTS)
+    ahead.begin(2, ONE, CHOSEN, NUM_EXPERTS)
     assert target.sent == [[(1, 3)], []]
     assert ahead.stats == HintStats(issued=1, wasted=1, layers_ahead=1, why="as told")
 

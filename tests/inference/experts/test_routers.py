@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
+from expertd_inference.experts.keeping import KeptExperts, keeping
 from expertd_inference.experts.routers import find_routers
+from expertd_inference.fewer_experts import FewerExperts
 from expertd_testing.tiny_models import CONFIGS, make_model
 
 EXAMPLE = Path(__file__).parents[3] / "examples/tiny-mixtral"
@@ -138,6 +140,21 @@ def test_an_answer_in_reverse() -> None:
     expected = block.gate(hidden)[2].argsort(descending=True)
     assert torch.equal(router.chosen(hidden), expected[:, :2])
     assert router.likeliest(hidden[:1], 4).tolist() == expected[0].tolist()
+
+
+def test_what_rows_will_not_keep_is_not_foreseen() -> None:
+    block = _Block(_Reversed(8, 4))
+    (router,) = find_routers(block, {5: block.experts}).values()
+    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    whole = router.chosen(hidden).tolist()
+    kept = KeptExperts([(FewerExperts(1), 2), (None, 1)], torch.device("cpu"))
+    with keeping(kept):
+        assert router.chosen(hidden).tolist() == [[whole[0][0], 4], [whole[1][0], 4], whole[2]]
+        wanted = {whole[0][0], whole[1][0], *whole[2]}
+        assert {*router.foreseen(hidden)} == wanted
+        assert router.chosen(hidden[:2]).tolist() == whole[:2], "of other rows nothing is known"
+    with keeping(KeptExperts([(FewerExperts(1), 1)], torch.device("cpu"))):
+        assert router.likeliest(hidden[:1], 3).tolist() == whole[0][:1], "no more than are kept"
 
 
 def test_the_next_layer_is_foreseen_in_a_trained_model() -> None:

@@ -171,6 +171,7 @@ class SeeingWorker(NamedTuple):
 
     eyes: Eyes
     context_tokens: int | None = 1024
+    experts_per_token: tuple[int, ...] = (2, 2, 2)
     vocabulary: int = 272
     kv_bytes_per_token: int = 1
     kv_bytes: int = 1 << 20

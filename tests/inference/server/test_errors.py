@@ -227,3 +227,16 @@ def test_where_a_prompt_is_that_is_too_long(path: str, param: str, http: httpx2.
 )
 def test_what_is_no_text(body: bytes, words: str, http: httpx2.Client) -> None:
     assert words in check("/v1/completions", http.post("/v1/completions", content=body), 400)
+
+
+@pytest.mark.parametrize("path", ANSWERING)
+def test_more_experts_than_routers_choose(path: str, http: httpx2.Client) -> None:
+    body = {**BODIES[path], "stream": False}
+    for field, value, said in (
+        ("experts_per_token", 3, "is 3, and this model's routers choose 2; give 1 to 2."),
+        ("expert_threshold", -1, "is -1.0; give 0 to 1, a share of a token's router weights."),
+    ):
+        asked = {"options": {field: value}} if path.startswith("/api/") else {field: value}
+        name = f"options.{field}" if path.startswith("/api/") else field
+        message = check(path, http.post(path, json={**body, **asked}), 400)
+        assert message == f"{name} {said}"

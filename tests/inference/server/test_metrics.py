@@ -111,6 +111,7 @@ def test_what_an_engine_said_last(pid: int | None) -> None:
         "kv_used": "vllm:kv_cache_usage_perc",
         "kv_tokens": "expertd:kv_tokens",
         "rows_mean": "expertd:rows_per_step",
+        "experts_mean": "expertd:experts_per_row",
         "prefix_queries": "vllm:prefix_cache_queries_total",
         "prefix_hits": "vllm:prefix_cache_hits_total",
         "num_preemptions": "vllm:num_preemptions_total",

@@ -54,6 +54,8 @@ def test_every_field_reaches_the_engine() -> None:
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
         "prompt_logprobs": 2,
+        "experts_per_token": 2,
+        "expert_threshold": 0.1,
     }
     assert settings(9, 20, **asked) == GenerationSettings(
         max_new_tokens=9,
@@ -76,6 +78,8 @@ def test_every_field_reaches_the_engine() -> None:
         skip_special_tokens=False,
         logprobs=20,
         prompt_logprobs=2,
+        experts_per_token=2,
+        expert_threshold=0.1,
     )
 
 

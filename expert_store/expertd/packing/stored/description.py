@@ -1,24 +1,39 @@
 """What a checkpoint's configuration says of how its weights are quantized: plain data."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
+
+from expertd.packing.checkpoint_files import read_json
+from expertd.packing.stored.weight import Packing
+from expertstore.errors import CheckpointError
 
 _KEYS = ("quantization_config", "compression_config")
 
-METHODS = {
-    "auto-round": "AutoRound",
-    "awq": "AWQ",
-    "compressed-tensors": "compressed-tensors",
-    "fbgemm_fp8": "FP8",
-    "fp8": "FP8",
-    "gptq": "GPTQ",
-    "modelopt": "ModelOpt",
-    "mxfp4": "MXFP4",
-    "mxfp8": "MXFP8",
+METHODS: Mapping[str, frozenset[Packing]] = {
+    "awq": frozenset({Packing.AWQ}),
+    "compressed-tensors": frozenset(
+        {Packing.INTEGERS, Packing.MXFP4, Packing.NVFP4_DIVISOR, Packing.FP8, Packing.MXFP8}
+    ),
+    "fbgemm_fp8": frozenset({Packing.FP8}),
+    "fp8": frozenset({Packing.FP8, Packing.MXFP8, Packing.MXFP4}),
+    "gptq": frozenset({Packing.GPTQ, Packing.GPTQ_V2}),
+    "modelopt": frozenset({Packing.NVFP4, Packing.FP8, Packing.MXFP4, Packing.MXFP8}),
+    "mxfp4": frozenset({Packing.MXFP4_BLOCKS, Packing.MXFP4}),
+    "mxfp8": frozenset({Packing.MXFP8, Packing.FP8}),
 }
-"""Values of ``quant_method`` whose tensors are read, and what users call them."""
+"""Values of ``quant_method`` that are known, and how their tensors are packed."""
+
+_SIDE_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+"""What tools write beside ``config.json``, and the method of one that names none."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +57,87 @@ class Description:
                 return rows, columns
         return None
 
+    @property
+    def bits(self) -> int | None:
+        """GPTQ and AWQ: of the integers."""
+        found = self.fields.get("bits", self.fields.get("w_bit"))
+        return found if isinstance(found, int) and 0 < found <= 8 else None
+
+    @property
+    def is_in_activation_order(self) -> bool:
+        """GPTQ: whether inputs are grouped by their activations (``desc_act``)."""
+        return bool(self.fields.get("desc_act"))
+
+    @property
+    def is_gptq_v2(self) -> bool:
+        """GPTQ: whether zeros are written as they are."""
+        return self.fields.get("checkpoint_format") == "gptq_v2"
+
+    @property
+    def has_fp4_experts(self) -> bool:
+        """DeepSeek V4: whether experts have 4 bits where the rest has FP8."""
+        return bool(self.fields.get("expert_dtype") == "fp4")
+
     def num_bits(self, module: str) -> int | None:
         """compressed-tensors: the bits of the weights of ``module``, by its groups of targets."""
-        widths = [
-            (bits, self._targets(group.get("targets"), module)) for group, bits in self._groups()
-        ]
-        return next((bits for bits, fits in widths if fits), widths[0][0] if widths else None)
+        bits = (self.weights(module) or {}).get("num_bits")
+        return bits if isinstance(bits, int) and 0 < bits <= 8 else None
 
-    def _groups(self) -> Iterator[tuple[Mapping[str, Any], int]]:
+    def weights(self, module: str) -> dict[str, Any] | None:
+        """compressed-tensors: how the weights of ``module`` are quantized."""
         groups = self.fields.get("config_groups")
-        for group in groups.values() if isinstance(groups, dict) else ():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            bits = weights.get("num_bits") if isinstance(weights, dict) else None
-            if isinstance(bits, int):
-                yield group, bits
+        known = (
+            [group for group in groups.values() if isinstance(group, dict)]
+            if isinstance(groups, dict)
+            else []
+        )
+        fitting = [group for group in known if _fits(group.get("targets"), module)]
+        for group in fitting or known:
+            if isinstance(found := group.get("weights"), dict):
+                return found
+        return None
 
-    @staticmethod
-    def _targets(targets: object, module: str) -> bool:
-        """Whether one of ``targets`` is ``module``: a class, a name or an expression for names."""
-        for target in targets if isinstance(targets, list) else ():
-            text = str(target)
-            if text.startswith("re:"):
-                try:
-                    if re.match(text.removeprefix("re:"), module):
-                        return True
-                except re.error:
-                    continue
-            elif text in {"Linear", module}:
-                return True
-        return False
+    def is_ignored(self, module: str) -> bool:
+        """Whether ``module`` is named among those that are not quantized."""
+        return any(_fits(self.fields.get(key), module, is_class=False) for key in _IGNORED)
 
 
-def read_description(config: Mapping[str, Any]) -> Description:
-    """What ``config.json`` says, of the whole model or of a part such as ``text_config``."""
+_IGNORED = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")
+
+
+def _fits(names: object, module: str, *, is_class: bool = True) -> bool:
+    """Whether one of ``names`` is ``module``'s: a class, a name, a pattern or an expression."""
+    listed = [str(name) for name in names] if isinstance(names, list) else []
+    if is_class and "Linear" in listed:
+        return True
+    for name in listed:
+        if name.startswith("re:"):
+            with suppress(re.error):
+                if re.match(name.removeprefix("re:"), module):
+                    return True
+        elif fnmatchcase(module, name) or f".{name}." in f".{module}.":
+            return True
+    return False
+
+
+def read_description(path: Path, config: Mapping[str, Any]) -> Description:
+    """What ``config`` of the checkpoint says, of the model or of a part such as ``text_config``.
+
+    Where it says nothing, a tool's own file beside it may.
+    """
     for place in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _KEYS:
             if isinstance(found := place.get(key), dict) and found:
-                return Description(found)
+                # DeepSeek V4 has this beside it.
+                return Description({"expert_dtype": place.get("expert_dtype"), **found})
+    for name, method in _SIDE_FILES.items():
+        try:
+            found = read_json(path / name)
+        except (CheckpointError, FileNotFoundError):
+            continue
+        if isinstance(found, dict):
+            inner = found.get("quantization")
+            return Description(
+                {"quant_method": method, **(inner if isinstance(inner, dict) else found)}
+            )
     return Description({})

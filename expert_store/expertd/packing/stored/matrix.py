@@ -1,7 +1,7 @@
 """One matrix of a checkpoint in the values of a record, whose rows can still be moved."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -16,8 +16,9 @@ from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix
 class StoredMatrix:
     """A matrix [out, in] as it is stored.
 
-    ``values`` are the parts of a record by the ends of their names (``q``, ``scale``, ``zero``),
-    all with ``out`` rows; ``q`` [out, in] is uint8 and not yet packed to bytes.
+    ``values`` are the parts of a record by the ends of their names (``q``, ``scale``, ``zero``,
+    ``global``), all with ``out`` rows, but FP8's scales with one for each block of rows; ``q``
+    [out, in] is uint8 and not yet packed to bytes.
     """
 
     precision: Precision
@@ -25,11 +26,25 @@ class StoredMatrix:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all scales are numbers."""
-        scale = self.values["scale"]
-        if self.precision.encoding is Encoding.MXFP4:
+        """Whether all scales are numbers, and all values that are no integers."""
+        encoding, scale = self.precision.encoding, self.values["scale"]
+        if encoding in {Encoding.FP8, Encoding.MXFP8} and _has_nan(self.values["q"]):
+            return False
+        if encoding in {Encoding.MXFP4, Encoding.MXFP8}:
             return not bool((scale == E8M0_NAN).any())
+        if encoding is Encoding.NVFP4:
+            return not _has_nan(scale) and bool(torch.isfinite(self.values["global"]).all())
         return bool(torch.isfinite(scale).all())
+
+    def in_blocks_of(self, rows: int) -> Self:
+        """FP8 with blocks of ``rows`` rows, a divisor of those that it has and of all rows."""
+        repeats = self.precision.group_rows // rows
+        if repeats == 1:
+            return self
+        scale = self.values["scale"].repeat_interleave(repeats, dim=0)
+        scale = scale[: self.values["q"].shape[0] // rows]
+        precision = replace(self.precision, group_rows=rows)
+        return type(self)(precision, {**self.values, "scale": scale})
 
     def reordered(self, order: Callable[[Tensor], Tensor]) -> Self:
         """With its rows as ``order`` has those of a tensor."""
@@ -65,3 +80,8 @@ class StoredMatrix:
             )
         matrix = padded.matrix("weight")
         return dequantize(matrix, padded.parts("weight"), dtype)[:rows]
+
+
+def _has_nan(codes: Tensor) -> bool:
+    """Whether one of the bytes is no number as e4m3."""
+    return bool((codes & 127 == 127).any())

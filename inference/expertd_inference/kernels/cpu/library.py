@@ -24,16 +24,16 @@ from expertd_inference.kernels.cpu.structures import (
 from expertd_inference.kernels.wave import ExpertsSpec
 from expertstore.native import Loaded, load
 from expertstore.pack.layout import (
-    MXFP4_GROUP_SIZE,
     Encoding,
     Matrix,
     RecordLayout,
+    has_float_scales,
     matrix_parts,
     scale_part,
 )
 
 PATH = Path(__file__).parents[1] / "native" / "libexpertd_kernels.so"
-ABI = 6
+ABI = 7
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 
@@ -43,7 +43,7 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Types of activations by number; plain weights have the same ones as formats."""
 _PLAIN = {"BF16": 0, "F16": 1, "F32": 2}
 _HQQ = {8: 3, 4: 4, 3: 5, 2: 6}
-_MXFP4 = 7
+_KEPT = {Encoding.MXFP4: 7, Encoding.NVFP4: 8, Encoding.FP8: 9, Encoding.MXFP8: 10}
 _ACTIVATIONS = {
     ActivationKind.SILU: 0,
     ActivationKind.GELU: 1,
@@ -138,6 +138,7 @@ def native_matrix(
         group_size=matrix.group_size,
         meta_group_size=matrix.meta_group_size,
         scale_format=_PLAIN[scales],
+        group_rows=matrix.group_rows,
         **dict.fromkeys(("weight", "scale", "scale_scale", "scale_zero", "zero"), -1),
         **dict.fromkeys(("zero_scale", "zero_zero", "bias"), -1),
     )
@@ -150,26 +151,29 @@ def native_matrix(
             return None
         native.format, native.weight = _PLAIN[plain], place(f"{matrix.name}.weight")
         return native
-    if matrix.group_size not in GROUP_SIZES:
+    if not _has_groups(matrix) or matrix.meta_group_size not in (0, META_GROUP_SIZE):
         return None
-    if matrix.meta_group_size not in (0, META_GROUP_SIZE):
-        return None
-    if matrix.encoding is Encoding.MXFP4 and matrix.group_size == MXFP4_GROUP_SIZE:
-        native.format = _MXFP4
-    elif matrix.encoding is Encoding.HQQ and matrix.bits in _HQQ:
-        native.format = _HQQ[matrix.bits]
-    else:
-        return None
+    native.format = _KEPT.get(matrix.encoding) or _HQQ[matrix.bits]
     for name, _, _ in matrix_parts(matrix, ""):
         part = name.removeprefix(f"{matrix.name}.")
         if part == "q":
             field = "weight"
+        elif part == "global":
+            field = "scale_scale"
         elif part.endswith(".q"):
             field = part.removesuffix(".q")
         else:
             field = part.replace(".", "_")
         setattr(native, field, place(name))
     return native
+
+
+def _has_groups(matrix: Matrix) -> bool:
+    """Whether kernels know groups of such a size; of FP8 a register may have to be of one group."""
+    if matrix.encoding is not Encoding.FP8:
+        return matrix.group_size in GROUP_SIZES
+    group = matrix.group_size
+    return group == 32 or not group % 64 or group >= matrix.in_features
 
 
 def describe(weight: Tensor, bias: Tensor | None = None) -> NativeMatrix:
@@ -211,7 +215,7 @@ def _of_record(layout: RecordLayout, name: str) -> NativeMatrix | None:
         lambda part: parts[part].offset,
         "" if weight is None else weight.dtype,
         None if bias is None else (bias.dtype, bias.offset),
-        parts[scale_part(matrix)].dtype if matrix.encoding is Encoding.HQQ else "F16",
+        parts[scale_part(matrix)].dtype if has_float_scales(matrix) else "F16",
     )
 
 

@@ -44,7 +44,15 @@ from expertd_inference.kernels.cpu.switching import LEAST, MostRows, Switching, 
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.errors import PreconditionError
-from expertstore.pack.layout import ROWS_PER_BYTE, Encoding, Matrix, matrix_parts, scale_part
+from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.layout import (
+    ROWS_PER_BYTE,
+    Encoding,
+    Matrix,
+    has_float_scales,
+    matrix_parts,
+    scale_part,
+)
 from expertstore.pack.manifest import GateOrder
 
 TILE_BYTES = 8 << 20
@@ -327,7 +335,7 @@ def measured(activations: int = 16) -> Switching:
 @lru_cache(maxsize=1)
 def _some_weight(matrix: Matrix, dtype: torch.dtype) -> QuantizedWeight:
     """A weight of that form, plain ones of the dtype."""
-    dtypes = {"U8": torch.uint8, "F16": torch.float16, "": dtype}
+    dtypes = TORCH_DTYPES | {"": dtype}
     parts = {
         name: torch.ones(shape, dtype=dtypes[kind])
         for name, shape, kind in matrix_parts(matrix, "")
@@ -409,7 +417,7 @@ def matrix_of(weight: QuantizedWeight) -> NativeMatrix | None:
     if not all(part.is_cpu and part.is_contiguous() for part in parts):
         return None
     scales = "F16"
-    if weight.matrix.encoding is Encoding.HQQ:
+    if has_float_scales(weight.matrix):
         dtype = weight.parts[scale_part(weight.matrix)].dtype
         scales = "BF16" if dtype == torch.bfloat16 else "F16"
     return native_matrix(

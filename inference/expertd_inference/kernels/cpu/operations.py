@@ -142,7 +142,9 @@ class GateCall(ctypes.Structure):
 class StepCall(ctypes.Structure):
     """What a run computes: addresses of int64 values of its rows, and the attention's plan.
 
-    ``flags`` are those of :mod:`.library`.
+    ``flags`` are those of :mod:`.library`. ``most_experts`` and the float32 ``least_share`` say
+    how few experts a row is computed by, and are null where all that routers choose compute it;
+    ``kept`` counts these.
     """
 
     _fields_ = (
@@ -150,6 +152,7 @@ class StepCall(ctypes.Structure):
         *_counts("rows", "num_wanted"),
         *_pointers("plan"),
         *_numbers("threads", "flags"),
+        *_pointers("most_experts", "least_share", "kept"),
     )
 
 

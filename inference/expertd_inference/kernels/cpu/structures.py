@@ -16,7 +16,7 @@ class NativeMatrix(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("zero", "zero_scale", "zero_zero", "bias")),
         *((name, ctypes.c_int32) for name in ("format", "group_size")),
         *((name, ctypes.c_int32) for name in ("meta_group_size", "bias_format")),
-        *((name, ctypes.c_int32) for name in ("scale_format", "padding")),
+        *((name, ctypes.c_int32) for name in ("scale_format", "group_rows")),
     )
 
 

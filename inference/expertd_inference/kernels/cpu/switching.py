@@ -125,7 +125,10 @@ def _is_large(matrix: Matrix) -> bool:
 
 def form_of(matrix: Matrix, dtype: torch.dtype) -> str:
     """What tells one form of matrix from another."""
-    own = f"{matrix.encoding} {matrix.bits} {matrix.group_size} {matrix.meta_group_size}"
+    group = (
+        f"{matrix.group_rows} x {matrix.group_size}" if matrix.group_rows > 1 else matrix.group_size
+    )
+    own = f"{matrix.encoding} {matrix.bits} {group} {matrix.meta_group_size}"
     rows = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     return f"{matrix.out_features} x {matrix.in_features} {own} by {rows} on {threads} threads"

@@ -37,7 +37,7 @@ def record_parts(record, F: tl.constexpr):
     if F.encoding == "plain":
         weight = (record + F.at.q).to(tl.pointer_type(F.dtype))
         scale = record
-    elif F.encoding == "mxfp4" or F.meta:
+    elif F.has_byte_scales:
         weight = record + F.at.q
         scale = record + F.at.scale
     else:
@@ -111,6 +111,18 @@ def e2m1(q):
 
 
 @triton.jit
+def e4m3(q):
+    """The float32 values of 8-bit floats.
+
+    As a float16's exponent and mantissa they are right but for the exponent's bias of 15 instead of
+    7, subnormal ones included; 127 is NaN.
+    """
+    bits = ((q & 128) << 8) | ((q & 127) << 7)
+    value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((q & 127) == 127, float("nan"), value)
+
+
+@triton.jit
 def e8m0(scale):
     """2 ** (scale - 127) as float32; 255 is NaN."""
     bits = scale.to(tl.int32)
@@ -145,7 +157,7 @@ def load_scales(
     SPANS: tl.constexpr,
 ):
     """Per plane, the float32 scale and zero [R, SPANS]; nothing of what is plain."""
-    row_groups: tl.constexpr = F.columns // F.group
+    row_groups: tl.constexpr = (F.columns + F.group - 1) // F.group
     groups_at_once: tl.constexpr = max(1, SPANS * F.span // F.group)
     one_each: tl.constexpr = (
         F.meta > 0 and row_groups % groups_at_once == 0 and F.meta % groups_at_once == 0
@@ -153,10 +165,18 @@ def load_scales(
     scales = ()
     for j in tl.static_range(PLANES):
         row = rows + j * (F.rows // PLANES)
-        at = row * row_groups + spans * F.span // F.group
+        at = row // F.group_rows * row_groups + spans * F.span // F.group
         mask = row_mask & span_mask
-        if F.encoding == "mxfp4":
+        if F.encoding == "mxfp4" or F.encoding == "mxfp8":
             scales += ((e8m0(tl.load(parts[1] + at, mask=mask, other=0)),),)
+        elif F.encoding == "nvfp4":
+            scale = e4m3(tl.load(parts[1] + at, mask=mask, other=0).to(tl.int32))
+            scales += ((scale * tl.load(parts[3] + row, mask=row_mask, other=0),),)
+        elif F.encoding == "fp8":
+            scales += ((tl.load(parts[1] + at, mask=mask, other=0),),)
+        elif F.encoding == "int":
+            scale = tl.load(parts[1] + at, mask=mask, other=0).to(tl.float32)
+            scales += ((scale, tl.zeros_like(scale) + (1 << (F.bits - 1))),)
         elif F.encoding == "hqq":
             scale = tl.load(parts[1] + at, mask=mask, other=0).to(tl.float32)
             zero = tl.load(parts[2] + at, mask=mask, other=0).to(tl.float32)

@@ -18,6 +18,7 @@ from expertstore.pack.layout import (
     Encoding,
     Matrix,
     RecordLayout,
+    has_float_scales,
     scale_part,
 )
 
@@ -30,7 +31,8 @@ _PLAIN_DTYPES = {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}
 _PLAIN_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-_ENCODINGS = {Encoding.PLAIN, Encoding.HQQ, Encoding.MXFP4}
+SPAN = 16
+"""Bytes that a thread reads at once."""
 
 _Part = TypeVar("_Part")
 
@@ -64,8 +66,10 @@ PART_SUFFIXES = (
 
 def find_part(parts: Mapping[str, _Part], matrix: str, suffix: str) -> _Part | None:
     """The part that kernels read in the place of ``suffix``; None if there is none."""
-    # q may be plain weights, and scale and zero may be 8-bit with a scale and zero of their own.
-    for name in ("weight", "q") if suffix == "q" else (f"{suffix}.q", suffix):
+    # q may be plain weights, and scale and zero may be 8-bit with a scale and zero of their own,
+    # or the former with a global scale.
+    names = {"q": ("weight", "q"), "scale.scale": ("global", suffix)}
+    for name in names.get(suffix, (f"{suffix}.q", suffix)):
         if f"{matrix}.{name}" in parts:
             return parts[f"{matrix}.{name}"]
     return None
@@ -82,6 +86,8 @@ class Form(NamedTuple):
     group: int
     """Weights along a row that share a scale."""
     meta: int
+    group_rows: int
+    """Rows that share a scale."""
     has_bias: bool
     dtype: tl.dtype
     """Of plain weights and of the bias."""
@@ -92,7 +98,17 @@ class Form(NamedTuple):
     @property
     def span(self) -> int:
         """Columns that a thread reads at once: 16 bytes, the widest load."""
-        return 16 * 8 // self.bits if self.encoding == "plain" else 16
+        return SPAN * 8 // self.bits if self.encoding == "plain" else SPAN
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether a weight has more bits than a tensor core's 16-bit floats."""
+        return self.encoding not in {"plain", "mxfp4", "mxfp8"}
+
+    @property
+    def has_byte_scales(self) -> bool:
+        """Whether a scale is a byte, which is decoded."""
+        return self.meta > 0 or self.encoding in {"mxfp4", "nvfp4", "mxfp8"}
 
     @property
     def rows_per_unit(self) -> int:
@@ -111,8 +127,10 @@ def record_form(layout: RecordLayout, name: str) -> Form:
     own = plain or bias
     dtype = own.dtype if own else "BF16"
     form = _form(matrix, dtype, bias is not None)._replace(at=places)
-    if matrix.encoding is Encoding.HQQ:
+    if has_float_scales(matrix):
         form = form._replace(scales=_PLAIN_DTYPES[parts[scale_part(matrix)].dtype])
+    elif matrix.encoding in {Encoding.FP8, Encoding.NVFP4}:
+        form = form._replace(scales=tl.float32)
     return form
 
 
@@ -126,9 +144,13 @@ def weight_form(matrix: Matrix, parts: Mapping[str, Tensor]) -> Form:
 def _form(matrix: Matrix, dtype: str, has_bias: bool) -> Form:
     if dtype not in _PLAIN_DTYPES:
         raise ValueError(f"{matrix.name} is of {dtype}, for which there is no GPU kernel")
-    if matrix.encoding not in _ENCODINGS:
-        raise ValueError(f"{matrix.name} is {matrix.encoding}, for which there is no GPU kernel")
     plain = matrix.encoding is Encoding.PLAIN
+    group = min(matrix.group_size, matrix.in_features)
+    if not plain and (matrix.in_features % SPAN or group % SPAN):
+        raise ValueError(
+            f"{matrix.name} has {matrix.in_features} columns, and a scale for {group} of them; a "
+            f"GPU kernel wants multiples of {SPAN}"
+        )
     return Form(
         encoding=str(matrix.encoding),
         bits=8 * DTYPE_BYTES[dtype] if plain else matrix.bits,
@@ -136,6 +158,7 @@ def _form(matrix: Matrix, dtype: str, has_bias: bool) -> Form:
         columns=matrix.in_features,
         group=matrix.group_size or matrix.in_features,
         meta=matrix.meta_group_size,
+        group_rows=matrix.group_rows,
         has_bias=has_bias,
         dtype=_PLAIN_DTYPES[dtype],
     )

@@ -17,6 +17,7 @@ from expertd_inference.kernels.gpu.triton_blocks import GemmBlocks
 from expertd_inference.kernels.gpu.triton_dequant import (
     INTERPRETED,
     e2m1,
+    e4m3,
     load_scales,
     load_unit,
     plane,
@@ -80,14 +81,19 @@ def gemm(
                 weight = unit[j]
                 if F.dtype != DTYPE:
                     weight = rounded(weight.to(tl.float32), DTYPE)
-            elif F.encoding == "mxfp4":
-                # A power of two times three bits is not rounded.
-                weight = e2m1(plane(unit, j, F)) * 16384.0 * scales[j][0][:, :, None]
-                weight = rounded(weight, DTYPE)
             else:
-                exact = plane(unit, j, F).to(tl.float32) - scales[j][1][:, :, None]
+                q = plane(unit, j, F)
+                if F.encoding == "mxfp4" or F.encoding == "nvfp4":
+                    exact = e2m1(q) * 16384.0
+                elif F.encoding == "fp8" or F.encoding == "mxfp8":
+                    exact = e4m3(q)
+                else:
+                    exact = q.to(tl.float32) - scales[j][1][:, :, None]
                 exact *= scales[j][0][:, :, None]
-                if tl.bfloat16 == DTYPE:
+                if F.encoding == "mxfp4" or F.encoding == "mxfp8":
+                    # A power of two times three or four bits is not rounded.
+                    weight = rounded(exact, DTYPE)
+                elif tl.bfloat16 == DTYPE:
                     # Cut off: one instruction, and what is left is exact in the rest.
                     near = (exact.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                     weight = near.to(DTYPE)
@@ -95,7 +101,7 @@ def gemm(
                     weight = exact.to(DTYPE)
                     near = weight.to(tl.float32)
             total = _dot(values, tl.reshape(weight, (ROWS, width)), sums[j])
-            if F.encoding == "hqq" and tl.float32 != DTYPE:
+            if F.has_rest and tl.float32 != DTYPE:
                 # What was rounded away, which a GEMV multiplies with too.
                 rest = rounded(exact - near, DTYPE)
                 total = _dot(values, tl.reshape(rest, (ROWS, width)), total)

@@ -134,9 +134,12 @@ def _products(
             if F.dtype != DTYPE:
                 weight = rounded(weight, DTYPE).to(tl.float32)
             products += (tl.sum(weight * values[0], axis=2),)
-    elif F.encoding == "mxfp4":
+    elif F.encoding == "mxfp4" or F.encoding == "nvfp4":
         for j in tl.static_range(PLANES):
             products += (_e2m1_sum(unit[0], values, j) * scales[j][0],)
+    elif F.encoding == "fp8" or F.encoding == "mxfp8":
+        for j in tl.static_range(PLANES):
+            products += (_e4m3_sum(unit[j], values) * scales[j][0],)
     else:
         values_sum = tl.sum(values[0] + values[1] + values[2] + values[3], axis=2)  # [1, SPANS]
         if F.bits == 8:
@@ -187,6 +190,20 @@ def _e2m1_sum(words, values, j: tl.constexpr):
         bits = _shifted(words, 18 + 4 * j - 8 * byte) & 0x01C00000
         bits |= _shifted(words, 24 + 4 * j - 8 * byte) & -0x80000000
         total += bits.to(tl.float32, bitcast=True) * 2.0**126 * values[byte]
+    return tl.sum(total, axis=2)
+
+
+@triton.jit
+def _e4m3_sum(words, values):
+    """sum(value * weight) over the last axis for 8-bit floats, unscaled."""
+    total = tl.zeros_like(words).to(tl.float32)
+    for byte in tl.static_range(4):
+        # As _e2m1_sum, with four bits of exponent, of which the bias is 7.
+        size = _shifted(words, 20 - 8 * byte) & 0x07F00000
+        bits = size | (_shifted(words, 24 - 8 * byte) & -0x80000000)
+        weight = bits.to(tl.float32, bitcast=True) * 2.0**120
+        weight = tl.where(size == 0x07F00000, float("nan"), weight)
+        total += weight * values[byte]
     return tl.sum(total, axis=2)
 
 

@@ -85,6 +85,24 @@ INLINE __m256 decode_e8m0(__m256i exponent) {
     return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), none));
 }
 
+INLINE __m256 decode_e4m3(__m256i codes) {
+    const __m256i size = _mm256_and_si256(codes, _mm256_set1_epi32(0x7f));
+    const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(codes, size), 24);
+    const __m256i none = _mm256_cmpeq_epi32(size, _mm256_set1_epi32(0x7f));
+    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(size, 20)),
+                                       _mm256_set1_ps(0x1p120f));
+    const __m256i rest =
+        _mm256_or_si256(sign, _mm256_and_si256(none, _mm256_set1_epi32(0x7fc00000)));
+    return _mm256_or_ps(value, _mm256_castsi256_ps(rest));
+}
+
+// One zero for all groups and units.
+template <int32_t FORMAT> void fill_zeros(float zero, float* out) {
+    for (int64_t i = 0; i < STRIP * 2; ++i)
+        _mm256_store_ps(out + i / 2 * floats_per_group<FORMAT> + LANES + i % 2 * 8,
+                        _mm256_set1_ps(zero));
+}
+
 // By what 16 units' scales or zeros of 8 bits are decoded, of the meta group that each is in.
 struct MetaLanes {
     alignas(32) float factor[LANES], offset[LANES];
@@ -173,7 +191,8 @@ INLINE void decode_halves(const Matrix& m, const uint8_t* base, int64_t at, int6
     };
     if (m.scale_format == BF16) decode(m.scale, true, out);
     else decode(m.scale, false, out);
-    decode(m.zero, false, out + LANES);
+    if (m.zero >= 0) return decode(m.zero, false, out + LANES);
+    fill_zeros<FORMAT>(middle(FORMAT), out);
 }
 
 // The same of scales of 8 bits.
@@ -193,19 +212,26 @@ void decode_metas(const Matrix& m, const uint8_t* base, int64_t at, int64_t coun
     decode(m.zero, place.zeros, place.next_zeros, out + LANES);
 }
 
+// Of one row of each of `count` units from row `row` on.
 template <int32_t FORMAT>
-void decode_e8m0(const Matrix& m, const uint8_t* base, int64_t at, int64_t count, int64_t num,
-                 float* out) {
+void decode_e2m1(const Matrix& m, const uint8_t* base, int64_t row, int64_t count, int64_t group,
+                 int64_t num, float* out) {
+    // Half, since the tiles have twice the values.
+    alignas(32) float times[LANES];
+    std::fill(times, times + LANES, 0.5f);
+    if (FORMAT == NVFP4) {
+        memcpy(times, base + m.scale_scale + row * 4, count * sizeof(float));
+        for (float& each : times) each *= 0.5f;
+    }
+    const int64_t at = row * num_groups(m) + group;
     padded<STRIP>(base + m.scale + at, num_groups(m), count, num,
                   [&](const uint8_t* rows, int64_t apart) INLINE_LAMBDA {
-        // Half, since the tiles have twice the values.
-        decode_bytes<FORMAT>(rows, apart, out, [](int, int, __m256i bytes) INLINE_LAMBDA {
-            return _mm256_mul_ps(decode_e8m0(bytes), _mm256_set1_ps(0.5f));
+        decode_bytes<FORMAT>(rows, apart, out, [&](int, int half, __m256i bytes) INLINE_LAMBDA {
+            return _mm256_mul_ps(FORMAT == NVFP4 ? decode_e4m3(bytes) : decode_e8m0(bytes),
+                                 _mm256_load_ps(times + half * 8));
         });
     });
-    for (int64_t i = 0; i < STRIP * 2; ++i)
-        _mm256_store_ps(out + i / 2 * floats_per_group<FORMAT> + LANES + i % 2 * 8,
-                        _mm256_set1_ps(E2M1_ZERO));
+    fill_zeros<FORMAT>(E2M1_ZERO, out);
 }
 
 // Those of `count` units from `unit` on, `num` groups from `group` on. Of others anything finite:
@@ -213,10 +239,10 @@ void decode_e8m0(const Matrix& m, const uint8_t* base, int64_t at, int64_t count
 template <int32_t FORMAT>
 void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count, int64_t group,
                   int64_t num, StripMetas<FORMAT>& metas, float* out) {
-    if (FORMAT != MXFP4 && m.meta_group_size) metas.load(m, base, unit, count, group);
+    if (!is_e2m1(FORMAT) && m.meta_group_size) metas.load(m, base, unit, count, group);
     for (int row = 0; row < rows_per_unit(FORMAT); ++row, out += 2 * LANES) {
-        const int64_t at = (unit + row * num_units(m)) * num_groups(m) + group;
-        if constexpr (FORMAT == MXFP4) decode_e8m0<FORMAT>(m, base, at, count, num, out);
+        const int64_t own = unit + row * num_units(m), at = own * num_groups(m) + group;
+        if constexpr (is_e2m1(FORMAT)) decode_e2m1<FORMAT>(m, base, own, count, group, num, out);
         else if (!m.meta_group_size) decode_halves<FORMAT>(m, base, at, count, num, out);
         else {
             const auto decode =

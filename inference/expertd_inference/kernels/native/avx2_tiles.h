@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t LANES = 16; // units of a tile
 
-// What a tile's bytes are, by the largest. Of MXFP4 they are twice the values, plus 12.
+// What a tile's bytes are, by the largest. Of e2m1 they are twice the values, plus 12.
 enum Fields : int32_t {
     TWO_BITS = 3,
     THREE_BITS = 7,
@@ -24,7 +24,7 @@ constexpr Fields fields_of(int32_t format) {
     return format == HQQ2    ? TWO_BITS
            : format == HQQ3  ? THREE_BITS
            : format == HQQ4  ? FOUR_BITS
-           : format == MXFP4 ? DOUBLED_E2M1
+           : is_e2m1(format) ? DOUBLED_E2M1
                              : EIGHT_BITS;
 }
 
@@ -75,7 +75,7 @@ template <int32_t FORMAT, int K> INLINE __m256i integers_of(__m256i low, __m256i
     if constexpr (FORMAT == HQQ2) return field<6 - 2 * K>(low, 0x03);
     if constexpr (FORMAT == HQQ3)
         return _mm256_or_si256(field<6 - K / 2 * 2>(low, 0x03), field<5 - K>(high, 0x04));
-    if constexpr (FORMAT == MXFP4) {
+    if constexpr (is_e2m1(FORMAT)) {
         const __m256i table = _mm256_broadcastsi128_si256(
             _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
         return _mm256_shuffle_epi8(table, field<4 - 4 * K>(low, 0x0f));

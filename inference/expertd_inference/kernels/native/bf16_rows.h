@@ -10,15 +10,13 @@ namespace {
 constexpr int64_t AHEAD = 3072, SCALES_AHEAD = 512;
 
 bool is_fast(const Matrix& m, int32_t type) {
-    return m.format >= HQQ8 ? has_planes(type) : type == BF16 && m.format == BF16;
+    const bool by_pairs = m.format == BF16 || is_e4m3(m.format);
+    return by_pairs ? type == BF16 : m.format >= HQQ8 && has_planes(type);
 }
 
-// Scales of weights of unusual size are not worth a copy of what one row by itself has, and it has
-// bfloat16s unless the integers of its weights meet planes.
+// One row by itself has bfloat16s, unless the integers of its weights meet planes.
 Form form_here(const Matrix& m, int32_t type, Form form) {
-    const bool unusual = m.format >= HQQ8 && m.format != MXFP4 && m.scale_format != F16;
-    const bool other = type != BF16 && !is_fixed(m.format);
-    return form == ONE_ROW && (unusual || other) ? TWO_PLANES : form;
+    return form == ONE_ROW && type != BF16 && !is_fixed(m.format) ? TWO_PLANES : form;
 }
 
 // Where a field of row `k` lies in its word; see bf16_words.h.
@@ -54,7 +52,7 @@ Row row_of(const Matrix& m, const uint8_t* prepared) {
 
 int64_t prepared_bytes(const Matrix& m, Form form) {
     const int64_t others = generic::prepared_bytes(m, form);
-    return m.format >= HQQ8 ? std::max(others, fixed_bytes(m, 2)) : others;
+    return m.format >= HQQ8 && !is_e4m3(m.format) ? std::max(others, fixed_bytes(m, 2)) : others;
 }
 
 // 64 columns, of which `count` are there.
@@ -75,6 +73,17 @@ void prepare_columns(const float* row, int64_t count, int32_t format, uint8_t* o
     }
 }
 
+// A row of bfloat16s for e4m3_bf16.h, padded with zeros to 128: of each 64 columns the first eight of
+// each sixteen, then the others.
+void prepare_e4m3(const float* row, int64_t columns, uint8_t* out) {
+    auto* values = reinterpret_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < round_up(columns, 2 * COLUMNS); ++i) {
+        const int64_t within = i % COLUMNS;
+        const int64_t column = i - within + within % 32 / 8 * 16 + within / 32 * 8 + within % 8;
+        values[i] = column < columns ? static_cast<uint16_t>(to_bits(row[column]) >> 16) : 0;
+    }
+}
+
 void prepare(const Matrix& m, const float* row, int32_t type, Form form, uint8_t* prepared) {
     if (!is_fast(m, type)) return generic::prepare(m, row, type, form, prepared);
     if (m.format == BF16) {
@@ -84,6 +93,7 @@ void prepare(const Matrix& m, const float* row, int32_t type, Form form, uint8_t
         memset(out + m.columns, 0, (padded - m.columns) * 2);
         return;
     }
+    if (is_e4m3(m.format)) return prepare_e4m3(row, m.columns, prepared);
     form = form_here(m, type, form);
     if (form == ONE_PLANE) return prepare_fixed<1>(m, row, prepared);
     if (form == TWO_PLANES || is_fixed(m.format)) return prepare_fixed<2>(m, row, prepared);

@@ -6,8 +6,11 @@
 namespace {
 
 // 16 values of the flattened scales or zeros from element `at`, as far as `mask` goes.
-INLINE __m512 decode_plain(const uint8_t* base, int64_t at, __mmask16 mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, base + at * 2));
+INLINE __m512 decode_plain(const uint8_t* base, int64_t at, __mmask16 mask, bool bfloat = false) {
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, base + at * 2);
+    if (bfloat)
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    return _mm512_cvtph_ps(halves);
 }
 
 // The meta groups of some units: element i of the scales, which is in meta group g = i / 128, is
@@ -23,16 +26,16 @@ struct Metas {
         const int64_t count = (end - 1) / 128 - first + 1;
         for (int64_t i = 0; i < count; i += 16) {
             const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, count - i)) - 1);
-            const auto decode_one = [&](int64_t scales, int64_t zeros, float add,
+            const auto decode_one = [&](int64_t scales, int64_t zeros, bool bfloat, float add,
                                         float* factors, float* offsets) {
-                const __m512 scale = decode_plain(base + scales, first + i, mask);
+                const __m512 scale = decode_plain(base + scales, first + i, mask, bfloat);
                 const __m512 zero = decode_plain(base + zeros, first + i, mask);
                 _mm512_storeu_ps(factors + i, scale);
                 _mm512_storeu_ps(offsets + i,
                                  _mm512_fnmadd_ps(scale, zero, _mm512_set1_ps(add)));
             };
-            decode_one(m.scale_scale, m.scale_zero, 0, scale_factors, scale_offsets);
-            decode_one(m.zero_scale, m.zero_zero, more, zero_factors, zero_offsets);
+            decode_one(m.scale_scale, m.scale_zero, m.scale_format == BF16, 0, scale_factors, scale_offsets);
+            decode_one(m.zero_scale, m.zero_zero, false, more, zero_factors, zero_offsets);
         }
     }
 
@@ -59,14 +62,24 @@ INLINE __m512 widen_bytes(const uint8_t* bytes, __mmask16 mask) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes)));
 }
 
-INLINE __m512 decode_e8m0(const uint8_t* bytes, __mmask16 mask) {
-    const __m512i exponent = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
-    __m512i bits = _mm512_slli_epi32(exponent, 23);
+INLINE __m512 decode_e8m0(__m512i exponent) {
     const __m512i least = _mm512_set1_epi32(0x00400000), nan = _mm512_set1_epi32(0x7fc00000);
+    __m512i bits = _mm512_slli_epi32(exponent, 23);
     bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponent, exponent), least);
-    bits = _mm512_mask_mov_epi32(
-        bits, _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(255)), nan);
-    return _mm512_castsi512_ps(_mm512_maskz_mov_epi32(mask, bits));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(
+        bits, _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(255)), nan));
+}
+
+// As from_e4m3.
+INLINE __m512 decode_e4m3(__m512i codes) {
+    const __m512i size = _mm512_and_si512(codes, _mm512_set1_epi32(0x7f));
+    const __m512i sign = _mm512_slli_epi32(_mm512_xor_si512(codes, size), 24);
+    const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(size, 20)),
+                                       _mm512_set1_ps(0x1p120f));
+    const __m512i bits = _mm512_or_si512(_mm512_castps_si512(value), sign);
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(
+        bits, _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(0x7f)),
+        _mm512_set1_epi32(0x7fc00000)));
 }
 
 // What all units of a product have in common.
@@ -95,7 +108,13 @@ INLINE __m512 decode_scales(const Product& p, int64_t unit, int64_t group, Mask 
     const uint8_t* scales = p.base + p.matrix.scale;
     const uint8_t* zeros = p.base + p.matrix.zero;
     const int64_t at = (unit + K * p.units) * p.groups + group;
-    if constexpr (FORMAT == MXFP4) return decode_e8m0(scales + at, mask);
+    if constexpr (is_e2m1(FORMAT)) {
+        const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, scales + at));
+        if constexpr (FORMAT == MXFP4) return _mm512_maskz_mov_ps(mask, decode_e8m0(codes));
+        float own;
+        memcpy(&own, p.base + p.matrix.scale_scale + (unit + K * p.units) * 4, sizeof own);
+        return _mm512_mul_ps(decode_e4m3(codes), _mm512_set1_ps(own));
+    }
     __m512 scale, zero;
     if constexpr (META) {
         const Metas& metas = p.metas[K];
@@ -106,8 +125,11 @@ INLINE __m512 decode_scales(const Product& p, int64_t unit, int64_t group, Mask 
                                     metas.zero_offsets + meta, left);
         scale = _mm512_maskz_mov_ps(mask, scale);
     } else {
-        scale = decode_plain(scales, at, mask);
-        zero = _mm512_add_ps(decode_plain(zeros, at, mask), _mm512_set1_ps(excess(FORMAT, K)));
+        scale = decode_plain(scales, at, mask, p.matrix.scale_format == BF16);
+        if (p.matrix.zero < 0) zero = _mm512_set1_ps(middle(FORMAT) + excess(FORMAT, K));
+        else
+            zero = _mm512_add_ps(decode_plain(zeros, at, mask),
+                                 _mm512_set1_ps(excess(FORMAT, K)));
     }
     const __m512 offset = _mm512_mul_ps(scale, zero);
     sum = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(row.sums + group), sum);
@@ -116,12 +138,12 @@ INLINE __m512 decode_scales(const Product& p, int64_t unit, int64_t group, Mask 
 
 // The scales and zeros of the units from `unit` on, for as many bytes as one has.
 template <int32_t FORMAT, bool META> INLINE void prefetch_scales(const Product& p, int64_t unit) {
-    const int64_t row_bytes = p.groups * (META || FORMAT == MXFP4 ? 1 : 2);
+    const int64_t row_bytes = p.groups * (META || is_e2m1(FORMAT) ? 1 : 2);
     each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
         const int64_t begin = (unit + k * p.units) * row_bytes + SCALES_AHEAD;
         for (int64_t at = begin; at < begin + row_bytes; at += 64) {
             __builtin_prefetch(p.base + p.matrix.scale + at);
-            if (FORMAT != MXFP4) __builtin_prefetch(p.base + p.matrix.zero + at);
+            if (p.matrix.zero >= 0) __builtin_prefetch(p.base + p.matrix.zero + at);
         }
     });
 }

@@ -1,5 +1,5 @@
-// Weights of 3-bit, 2-bit and MXFP4 matrices as bfloat16s, by a shift for several rows and one
-// operation each: no conversion, and but for MXFP4 no table.
+// Weights of 3-bit, 2-bit and e2m1 matrices as bfloat16s, by a shift for several rows and one
+// operation each: no conversion, and but for e2m1 no table.
 //
 // 64 bytes of a unit are taken as 32 words. A word's low byte is an even column, its high byte the
 // odd one after it, and both hold a field of each row. Of a word shifted so that a field lies among
@@ -50,7 +50,7 @@ INLINE Words<FORMAT> load(const Places& from, int64_t column, __mmask64 mask) {
         const __m512i a = merge(right<2>(low), right<1>(high)), b = merge(low, left<1>(high));
         const __m512i c = merge(right<2>(below), high), d = merge(below, left<2>(high));
         return {{a, right<8>(a), b, right<8>(b), c, right<8>(c), d, right<8>(d)}};
-    } else if constexpr (FORMAT == MXFP4) {
+    } else if constexpr (is_e2m1(FORMAT)) {
         return {{low, right<4>(low), right<8>(low), right<12>(low)}};
     } else {
         static_assert(FORMAT == HQQ2, "the others need no words");
@@ -86,7 +86,7 @@ constexpr uint16_t power_bits(int value) {
 
 template <int32_t FORMAT, int K, int ODD> INLINE __m512i weights_of(const Words<FORMAT>& words) {
     const __m512i word = words.template word<K, ODD>();
-    if constexpr (FORMAT == MXFP4) return e2m1(word);
+    if constexpr (is_e2m1(FORMAT)) return e2m1(word);
     else {
         constexpr int BIT = field_bit(FORMAT, K);
         constexpr int BITS = FORMAT == HQQ2 ? 2 : 3;

@@ -10,11 +10,13 @@
 namespace {
 namespace fixed {
 
-bool is_fast(const Matrix& m, int32_t type) { return has_planes(type) && m.format >= HQQ8; }
+bool is_fast(const Matrix& m, int32_t type) {
+    return has_planes(type) && m.format >= HQQ8 && !is_e4m3(m.format);
+}
 
 int64_t prepared_bytes(const Matrix& m, Form form) {
     const int64_t others = generic::prepared_bytes(m, form);
-    return m.format >= HQQ8 ? std::max(others, fixed_bytes(m, 2)) : others;
+    return m.format >= HQQ8 && !is_e4m3(m.format) ? std::max(others, fixed_bytes(m, 2)) : others;
 }
 
 void prepare(const Matrix& m, const float* row, int32_t type, Form form, uint8_t* prepared) {

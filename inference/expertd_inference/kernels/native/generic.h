@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "plain_rows.h"
+#include "e4m3_rows.h"
 #include "values.h"
 #include "variant.h"
 
@@ -17,22 +17,29 @@ constexpr int64_t BLOCK = 256; // columns decoded at a time: 8 rows of it stay i
 
 constexpr float E2M1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
-inline float e8m0(uint8_t exponent) {
-    if (exponent == 255) return from_bits(0x7fc00000);
-    return from_bits(exponent ? static_cast<uint32_t>(exponent) << 23 : 0x00400000u);
-}
-
-// Scale and zero of groups [first, first + count) of the flattened matrix.
-inline void decode_groups(const Matrix& m, const uint8_t* base, int64_t first, int64_t count,
-                          float* scale, float* zero) {
-    if (m.format == MXFP4) {
-        for (int64_t i = 0; i < count; ++i) {
-            scale[i] = e8m0(base[m.scale + first + i]);
-            zero[i] = 0;
+// Scale and zero of groups [group, group + count) of a row.
+inline void decode_groups(const Matrix& m, const uint8_t* base, int64_t row, int64_t group,
+                          int64_t count, float* scale, float* zero) {
+    const int64_t groups = (m.columns + m.group_size - 1) / m.group_size;
+    const int64_t first = row * groups + group;
+    const uint8_t* const bytes = base + m.scale + first;
+    if (m.format >= MXFP4) {
+        for (int64_t i = 0; i < count; ++i) zero[i] = 0;
+        if (m.format == FP8) {
+            const int64_t block = row / m.group_rows * groups + group;
+            memcpy(scale, base + m.scale + block * 4, count * sizeof(float));
+        } else if (m.format == NVFP4) {
+            float own;
+            memcpy(&own, base + m.scale_scale + row * 4, sizeof own);
+            for (int64_t i = 0; i < count; ++i) scale[i] = from_e4m3(bytes[i]) * own;
+        } else {
+            for (int64_t i = 0; i < count; ++i) scale[i] = from_e8m0(bytes[i]);
         }
     } else if (!m.meta_group_size) {
         widen(base + m.scale + first * 2, m.scale_format, count, scale);
-        widen(base + m.zero + first * 2, F16, count, zero);
+        if (m.zero >= 0) widen(base + m.zero + first * 2, F16, count, zero);
+        else
+            for (int64_t i = 0; i < count; ++i) zero[i] = middle(m.format);
     } else {
         const auto decode = [&](int64_t q, int64_t scales, int64_t zeros, int32_t format,
                                 float* out) {
@@ -62,7 +69,9 @@ inline void decode_integers(const Matrix& m, const uint8_t* q, int64_t unit, int
     } else if (m.format == HQQ4) {
         const int shift = k ? 0 : 4;
         for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(low[i] >> shift & 15);
-    } else if (m.format == MXFP4) {
+    } else if (is_e4m3(m.format)) {
+        for (int64_t i = 0; i < count; ++i) out[i] = from_e4m3(low[i]);
+    } else if (is_e2m1(m.format)) {
         const int shift = k ? 0 : 4;
         for (int64_t i = 0; i < count; ++i) out[i] = E2M1[low[i] >> shift & 15];
     } else if (m.format == HQQ2) {
@@ -88,14 +97,14 @@ inline void decode(const Matrix& m, const uint8_t* base, int64_t unit, int64_t k
         widen(base + m.weight + (row * m.columns + column) * size, m.format, count, out);
         return;
     }
-    float scale[BLOCK / 16], zero[BLOCK / 16];
-    const int64_t groups = m.columns / m.group_size;
-    const int64_t g = m.group_size;
-    decode_groups(m, base, row * groups + column / g, (count + g - 1) / g, scale, zero);
+    float scale[BLOCK / 16 + 1], zero[BLOCK / 16 + 1];
+    const int64_t g = m.group_size, first = column / g;
+    decode_groups(m, base, row, first, (column + count - 1) / g - first + 1, scale, zero);
     decode_integers(m, base + m.weight, unit, k, column, count, out);
     for (int64_t i = 0; i < count;) {
-        const float s = scale[i / g], z = zero[i / g];
-        const int64_t end = std::min(count, i + g);
+        const int64_t group = (column + i) / g;
+        const float s = scale[group - first], z = zero[group - first];
+        const int64_t end = std::min(count, (group + 1) * g - column);
         for (; i < end; ++i) out[i] = (out[i] - z) * s;
     }
 }
@@ -139,6 +148,9 @@ INLINE void add_block(const float (*weights)[BLOCK], const uint8_t* const* prepa
 void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
               const uint8_t* const* prepared, float* const* results, int64_t num_rows, int32_t,
               Form) {
+    if (is_e4m3(m.format))
+        return plain::multiply_e4m3<plain::E4m3ByFloats>(m, base, first, last, prepared, results,
+                                                         num_rows);
     if (m.format <= F32)
         return plain::multiply(m, base, first, last, prepared, results, num_rows);
     constexpr int AT_ONCE = plain::AT_ONCE;

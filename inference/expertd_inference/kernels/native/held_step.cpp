@@ -3,9 +3,11 @@
 #include "held_step.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "pool.h"
+#include "tasks.h"
 
 EXPERTD_API int32_t expertd_program_run(void* program, const StepCall* step);
 EXPERTD_API int32_t expertd_experts(const ExpertsCall* call);
@@ -37,6 +39,14 @@ bool find(const HeldSegment& segment, const ExpertsCall& call, std::vector<int64
     return true;
 }
 
+// Where the routing names none, the slot has what a layer before left there.
+void clear_unused(const HeldSegment& segment, const ExpertsCall& call) {
+    const int64_t bytes = call.layer->down.rows * size_of(call.slots_type);
+    for (int64_t i = 0; i < call.tokens * call.k; ++i)
+        if (call.top_k_index[i] < 0 || call.top_k_index[i] >= segment.num_experts)
+            memset(static_cast<uint8_t*>(call.slots) + i * bytes, 0, bytes);
+}
+
 int64_t run(HeldStep& held) {
     std::vector<int64_t> named, experts, records;
     for (int64_t i = held.first; i < held.num_segments; ++i) {
@@ -48,6 +58,7 @@ int64_t run(HeldStep& held) {
         call.flags = held.step->flags;
         call.arena = held.arena;
         if (!find(segment, call, named, experts, records)) return i;
+        if (held.step->most_experts) clear_unused(segment, call);
         call.experts = experts.data();
         call.records = records.data();
         call.num_experts = static_cast<int64_t>(experts.size());

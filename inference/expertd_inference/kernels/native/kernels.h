@@ -12,10 +12,14 @@
 
 // Changes with any structure or function of the C interface, in whichever header; library.py of
 // kernels/cpu has the same number.
-#define EXPERTD_ABI 6
+#define EXPERTD_ABI 7
 
 // How values are stored; the first three are also the types of activations.
-enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4 };
+enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4, NVFP4, FP8, MXFP8 };
+
+// Whether two rows share bytes of e2m1 numbers, and whether bytes are e4m3 numbers.
+constexpr bool is_e2m1(int32_t format) { return format == MXFP4 || format == NVFP4; }
+constexpr bool is_e4m3(int32_t format) { return format == FP8 || format == MXFP8; }
 
 // How a call computes, in its `flags`.
 enum Flag : int32_t {
@@ -33,12 +37,14 @@ enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS };
 struct Matrix {
     int64_t rows, columns;
     int64_t weight;                         // the plain weights, or q
-    int64_t scale, scale_scale, scale_zero; // the last two with meta groups only
-    int64_t zero, zero_scale, zero_zero;    // HQQ only
+    int64_t scale;
+    int64_t scale_scale, scale_zero; // with meta groups; of NVFP4 the rows' global scales, and none
+    int64_t zero;                    // of HQQ; -1: the middle of its integers
+    int64_t zero_scale, zero_zero;   // with meta groups
     int64_t bias;                           // -1: none
     int32_t format, group_size, meta_group_size, bias_format;
     int32_t scale_format; // of HQQ: F16 or BF16, where meta groups are of their scales; zeros are F16
-    int32_t padding;
+    int32_t group_rows; // of FP8: rows that share a scale
 };
 
 struct Activation {

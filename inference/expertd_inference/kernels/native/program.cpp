@@ -227,8 +227,11 @@ class Program final : public Job {
         case ROTATE:
             return run_rotate(call_of<RotateCall>(operation), step->positions[row], row);
         case ROUTE:
-            return run_route(call_of<RouteCall>(operation), row,
-                             reinterpret_cast<float*>(memory));
+            run_route(call_of<RouteCall>(operation), row, reinterpret_cast<float*>(memory));
+            if (step->most_experts)
+                step->kept[row] += keep_fewer(call_of<RouteCall>(operation), row,
+                                              step->most_experts[row], step->least_share[row]);
+            return;
         case ACTIVATE: return run_activate(call_of<ActivateCall>(operation), row);
         case GATE: return run_gate(call_of<GateCall>(operation), row);
         }

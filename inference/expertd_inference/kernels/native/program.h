@@ -126,4 +126,9 @@ struct StepCall {
     int64_t rows, num_wanted;
     const struct AttentionPlan* plan;
     int32_t threads, flags; // of Flag
+    // [rows]: of the experts that a router chooses, so many are kept, and none whose share of the
+    // row's weight is smaller; null if all are kept. `kept` counts them.
+    const int64_t* most_experts;
+    const float* least_share;
+    int64_t* kept;
 };

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "steps.h"
 #include "tasks.h"
@@ -190,4 +191,21 @@ void run_route(const RouteCall& c, int64_t row, float* scratch) {
     route(c, logits, choices, weights);
     for (int64_t i = 0; i < c.k; ++i) c.index[row * c.k + i] = choices[i].index;
     narrow(weights, c.k, c.weights_type, at(c.weights, row * c.k, c.weights_type));
+}
+
+int64_t keep_fewer(const RouteCall& c, int64_t row, int64_t most, float least) {
+    int64_t* const index = c.index + row * c.k;
+    std::vector<float> weights(c.k);
+    std::vector<Choice> order(c.k);
+    widen(at(c.weights, row * c.k, c.weights_type), c.weights_type, c.k, weights.data());
+    float total = 0;
+    for (int64_t i = 0; i < c.k; ++i) order[i] = {weights[i], i}, total += weights[i];
+    choose(order.data(), c.k, c.k);
+    int64_t kept = 1;
+    for (int64_t rank = 1; rank < c.k; ++rank) {
+        const int64_t i = order[rank].index;
+        if (rank >= most || weights[i] < least * total) index[i] = c.n;
+        else ++kept;
+    }
+    return kept;
 }

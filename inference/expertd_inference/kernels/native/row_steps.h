@@ -16,3 +16,8 @@ void run_activate(const ActivateCall& call, int64_t row);
 // Needs so many bytes of scratch.
 int64_t route_scratch(const RouteCall& call);
 void run_route(const RouteCall& call, int64_t row, float* scratch);
+
+// Of the experts that were chosen for a row the `most` of most weight are kept, and of these none
+// whose share of all their weights is below `least`, but one in any case. Those that are dropped
+// become `n`, which is no expert. Returns how many are kept.
+int64_t keep_fewer(const RouteCall& call, int64_t row, int64_t most, float least);

@@ -138,7 +138,8 @@ void multiply_quantized_rows(const Matrix& m, const uint8_t* base, int64_t first
                           : m.format == HQQ4 ? multiply_rows<HQQ4>
                           : m.format == HQQ3 ? multiply_rows<HQQ3>
                           : m.format == HQQ2 ? multiply_rows<HQQ2>
-                                             : multiply_rows<MXFP4>;
+                          : m.format == MXFP4 ? multiply_rows<MXFP4>
+                                              : multiply_rows<NVFP4>;
     multiply(m, base, first, last, prepared, results, num_rows, planes);
 }
 

@@ -29,13 +29,13 @@ struct Ahead {
 template <int32_t FORMAT>
 INLINE void prefetch_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
                            int64_t num) {
-    const int64_t size = m.meta_group_size || FORMAT == MXFP4 ? 1 : 2;
+    const int64_t size = m.meta_group_size || is_e2m1(FORMAT) ? 1 : 2;
     const int64_t units = num_units(m), groups = num_groups(m);
     each<rows_per_unit(FORMAT)>([&](auto k) INLINE_LAMBDA {
         const int64_t begin = ((unit + TILE_UNITS + k * units) * groups + group * TILE_UNITS) * size;
         for (int64_t at = begin; at < begin + num * TILE_UNITS * size; at += 64) {
             __builtin_prefetch(base + m.scale + at, 0, 2);
-            if (FORMAT != MXFP4) __builtin_prefetch(base + m.zero + at, 0, 2);
+            if (m.zero >= 0) __builtin_prefetch(base + m.zero + at, 0, 2);
         }
     });
 }

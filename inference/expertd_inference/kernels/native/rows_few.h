@@ -10,31 +10,39 @@ namespace {
 
 // Formats whose groups are whole halves of a transposition, and whose tile is made of one.
 constexpr bool has_few(int32_t format) {
-    return format == HQQ8 || format == HQQ4 || format == MXFP4;
+    return format == HQQ8 || format == HQQ4 || is_e2m1(format);
 }
 
-// Half a vector, 32 columns of 16 units, times R rows.
+// Or half of a half.
+constexpr bool has_two_groups(int32_t format) { return format == NVFP4; }
+
+// Register k of a vector's half, which is at columns[r] + at, times R rows.
 template <int32_t FORMAT, int PLANES, int R>
-INLINE void multiply_half(const uint8_t* from, int64_t stride, const uint8_t* const* columns,
-                          int64_t at, Integers<fields_of(FORMAT), R> (&sums)[PLANES]) {
+INLINE void multiply_register(__m512i value, int k, const uint8_t* const* columns, int64_t at,
+                              Integers<fields_of(FORMAT), R> (&sums)[PLANES]) {
     constexpr Fields FIELDS = fields_of(FORMAT);
-    const __m512i low_bits = _mm512_set1_epi8(0x0f);
-    transpose_half(
-        [&](int i) INLINE_LAMBDA { return load_pair(from + i * stride, from + (i + 4) * stride); },
-        [&](auto k, __m512i value) INLINE_LAMBDA {
-            __m512i weights = value, second = value;
-            if constexpr (FIELDS == NIBBLES) second = _mm512_and_si512(value, low_bits);
-            if constexpr (FIELDS == TWO_BYTES) {
-                weights = doubled_e2m1(_mm512_srli_epi16(value, 4));
-                second = doubled_e2m1(value);
-            }
-            each<R>([&](auto r) INLINE_LAMBDA {
-                each<PLANES>([&](auto plane) INLINE_LAMBDA {
-                    add_products<FIELDS>(sums[plane].of[r], weights, second,
-                                         columns[r] + at + plane * COLUMNS + k * 4);
-                });
-            });
+    __m512i weights = value, second = value;
+    if constexpr (FIELDS == NIBBLES) second = _mm512_and_si512(value, _mm512_set1_epi8(0x0f));
+    if constexpr (FIELDS == TWO_BYTES) {
+        weights = doubled_e2m1(_mm512_srli_epi16(value, 4));
+        second = doubled_e2m1(value);
+    }
+    each<R>([&](auto r) INLINE_LAMBDA {
+        each<PLANES>([&](auto plane) INLINE_LAMBDA {
+            add_products<FIELDS>(sums[plane].of[r], weights, second,
+                                 columns[r] + at + plane * COLUMNS + k * 4);
         });
+    });
+}
+
+// Integers of a group in one sum for each row and field.
+template <Fields FIELDS, int PLANES, int R>
+INLINE const Integers<FIELDS, R>& join_planes(Integers<FIELDS, R> (&sums)[PLANES]) {
+    if constexpr (PLANES == 2) {
+        sums[0].shift_left();
+        sums[0].add(sums[1]);
+    }
+    return sums[0];
 }
 
 // The groups of a strip, `num` of them from `group` on, of 16 units.
@@ -43,24 +51,52 @@ INLINE void multiply_few_groups(const uint8_t* from, int64_t stride, int64_t hal
                                 int64_t group, int64_t num, const float* scales, const Row* rows,
                                 const uint8_t* const* columns, const uint8_t* ahead,
                                 __m512 (*sums)[num_fields(FORMAT)]) {
-    constexpr Fields FIELDS = fields_of(FORMAT);
-    int64_t half = group * halves;
-    for (int64_t end = group + num; group < end; ++group) {
-        Integers<FIELDS, R> integers[PLANES];
+    using Sums = Integers<fields_of(FORMAT), R>;
+    const auto clear = [](Sums(&integers)[PLANES]) INLINE_LAMBDA {
         each<PLANES>([&](auto plane) INLINE_LAMBDA { integers[plane].clear(); });
-        _Pragma("GCC unroll 1") for (int64_t i = 0; i < halves; ++i, ++half) {
-            each<LANES / 2>([&](auto line) INLINE_LAMBDA {
-                __builtin_prefetch(ahead + half * (LANES * COLUMNS / 2) + line * 64, 0, 2);
+    };
+    const auto place_of_half = [](int64_t half) INLINE_LAMBDA {
+        return half / 2 * PLANES * COLUMNS + half % 2 * (COLUMNS / 2);
+    };
+    const auto load_half = [&](int64_t half) INLINE_LAMBDA {
+        each<LANES / 2>([&](auto line) INLINE_LAMBDA {
+            __builtin_prefetch(ahead + half * (LANES * COLUMNS / 2) + line * 64, 0, 2);
+        });
+        const uint8_t* here = from + half * (COLUMNS / 2);
+        return [here, stride](int i) INLINE_LAMBDA {
+            return load_pair(here + i * stride, here + (i + 4) * stride);
+        };
+    };
+    const int64_t end = group + num;
+    if constexpr (has_two_groups(FORMAT)) {
+        _Pragma("GCC unroll 1") for (int64_t half = group / 2; group < end; ++half) {
+            __m512i pairs[8];
+            transpose_pairs(load_half(half), pairs);
+            each<2>([&](auto part) INLINE_LAMBDA {
+                Sums integers[PLANES];
+                clear(integers);
+                each<4>([&](auto j) INLINE_LAMBDA {
+                    multiply_register<FORMAT, PLANES, R>(
+                        _mm512_shuffle_i32x4(pairs[j], pairs[4 + j], part ? 0xdd : 0x88),
+                        part * 4 + j, columns, place_of_half(half), integers);
+                });
+                add_group(join_planes(integers), scales, rows, group, sums);
+                scales += floats_per_group<FORMAT>;
+                ++group;
             });
-            const int64_t at = half / 2 * PLANES * COLUMNS + half % 2 * (COLUMNS / 2);
-            multiply_half<FORMAT, PLANES, R>(from + half * (COLUMNS / 2), stride, columns, at,
-                                             integers);
         }
-        if constexpr (PLANES == 2) {
-            integers[0].shift_left();
-            integers[0].add(integers[1]);
-        }
-        add_group(integers[0], scales, rows, group, sums);
+        return;
+    }
+    int64_t half = group * halves;
+    for (; group < end; ++group) {
+        Sums integers[PLANES];
+        clear(integers);
+        _Pragma("GCC unroll 1") for (int64_t i = 0; i < halves; ++i, ++half)
+            transpose_half(load_half(half), [&](auto k, __m512i value) INLINE_LAMBDA {
+                multiply_register<FORMAT, PLANES, R>(value, k, columns, place_of_half(half),
+                                                     integers);
+            });
+        add_group(join_planes(integers), scales, rows, group, sums);
         scales += floats_per_group<FORMAT>;
     }
 }
@@ -103,7 +139,8 @@ MultiplyFew few_of(const Matrix& m, const BlockKind& kind) {
             multiply_few<FORMAT, PLANES, 1>, multiply_few<FORMAT, PLANES, 2>,
             multiply_few<FORMAT, PLANES, 3>, multiply_few<FORMAT, PLANES, 4>,
             multiply_few<FORMAT, PLANES, MANY * 3 / 4>, multiply_few<FORMAT, PLANES, MANY>};
-        if (m.group_size >= COLUMNS / 2)
+        const bool whole = m.columns % (COLUMNS / 2) == 0; // of two groups both are there
+        if (has_two_groups(FORMAT) ? whole : m.group_size >= COLUMNS / 2)
             return FEW[kind.rows <= 4 ? kind.rows - 1 : kind.rows / 2 + 1];
     }
     return nullptr;

@@ -67,7 +67,10 @@ void decode_plain_strip(const Matrix& m, const uint8_t* base, int64_t unit, int6
             };
         if (bfloat) decode(base + m.scale + at * 2, true, 1 / above, to);
         else decode(base + m.scale + at * 2, false, 1 / above, to);
-        decode(base + m.zero + at * 2, false, above, to + LANES);
+        if (m.zero >= 0) return decode(base + m.zero + at * 2, false, above, to + LANES);
+        for (int64_t g = 0; g < STRIP; ++g)
+            _mm512_store_ps(to + LANES + g * floats_per_group<FORMAT>,
+                            _mm512_set1_ps(middle(FORMAT) * above));
     });
 }
 
@@ -174,15 +177,20 @@ void decode_meta_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64
     }
 }
 
-// Whole tiles of MXFP4.
-void decode_e8m0_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
+// Whole tiles of MXFP4 and NVFP4.
+template <int32_t FORMAT>
+void decode_byte_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t group,
                        int64_t num, float* out) {
     const int64_t units = num_units(m), groups = num_groups(m);
     const __mmask16 mask = first_lanes(num);
-    const __m512i all = _mm512_set1_epi32(255), nan = _mm512_set1_epi32(0x7fc00000);
     for (int place = 0; place < 2; ++place) {
         const uint8_t* from = base + m.scale + (unit + place * units) * groups + group;
         float* const to = out + place * 2 * LANES;
+        // Half, since the tiles have twice the values.
+        __m512 times = _mm512_set1_ps(0.5f);
+        if (FORMAT == NVFP4)
+            times = _mm512_mul_ps(
+                times, _mm512_loadu_ps(base + m.scale_scale + (unit + place * units) * 4));
         const auto load = [&](int i) INLINE_LAMBDA {
             const auto bytes = [&](int64_t at) INLINE_LAMBDA {
                 return _mm_maskz_loadu_epi8(mask, from + at * groups);
@@ -192,21 +200,17 @@ void decode_e8m0_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64
         transpose_half(load, [&](auto j, __m512i four) INLINE_LAMBDA {
             if constexpr (j < 4)
                 each<4>([&](auto b) INLINE_LAMBDA {
-                    const __m512i exponent = _mm512_and_si512(_mm512_srli_epi32(four, 8 * b), all);
-                    __m512i bits = _mm512_slli_epi32(exponent, 23);
-                    bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponent, exponent),
-                                                 _mm512_set1_epi32(0x00400000));
-                    bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(exponent, all), nan);
-                    float* const here = to + (j * 4 + b) * floats_per_group<MXFP4>;
-                    // Half, since the tiles have twice the values.
-                    _mm512_store_ps(here, _mm512_mul_ps(_mm512_castsi512_ps(bits),
-                                                        _mm512_set1_ps(0.5f)));
+                    const __m512i byte =
+                        _mm512_and_si512(_mm512_srli_epi32(four, 8 * b), _mm512_set1_epi32(255));
+                    const __m512 scale = FORMAT == NVFP4 ? decode_e4m3(byte) : decode_e8m0(byte);
+                    float* const here = to + (j * 4 + b) * floats_per_group<FORMAT>;
+                    _mm512_store_ps(here, _mm512_mul_ps(scale, times));
                     _mm512_store_ps(here + LANES, _mm512_set1_ps(E2M1_ZERO));
                 });
         });
         // What is not there counts nothing.
         for (int64_t g = num; g < STRIP; ++g)
-            _mm512_store_ps(to + g * floats_per_group<MXFP4>, _mm512_setzero_ps());
+            _mm512_store_ps(to + g * floats_per_group<FORMAT>, _mm512_setzero_ps());
     }
 }
 
@@ -215,7 +219,8 @@ template <int32_t FORMAT>
 void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t count, int64_t group,
                   int64_t num, StripMetas<FORMAT>& metas, float* out) {
     if (count == LANES) {
-        if constexpr (FORMAT == MXFP4) return decode_e8m0_strip(m, base, unit, group, num, out);
+        if constexpr (is_e2m1(FORMAT))
+            return decode_byte_strip<FORMAT>(m, base, unit, group, num, out);
         else if (m.meta_group_size) {
             metas.load(m, base, unit, group);
             const auto decode = metas.crossing ? decode_meta_strip<FORMAT, true>
@@ -227,18 +232,17 @@ void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t co
             return decode(m, base, unit, group, num, out);
         }
     }
-    const int64_t units = num_units(m), groups = num_groups(m);
+    const int64_t units = num_units(m);
     alignas(64) float scales[LANES][STRIP], zeros[LANES][STRIP];
     for (int place = 0; place < rows_per_unit(FORMAT); ++place) {
         const float above = too_much<FORMAT>(place);
         memset(scales, 0, sizeof scales);
         memset(zeros, 0, sizeof zeros);
         for (int64_t i = 0; i < count; ++i)
-            generic::decode_groups(
-                m, base, (unit + i + row_of_place<FORMAT>(place) * units) * groups + group, num,
-                scales[i], zeros[i]);
+            generic::decode_groups(m, base, unit + i + row_of_place<FORMAT>(place) * units, group,
+                                   num, scales[i], zeros[i]);
         float* to = out + place * 2 * LANES;
-        const float times = FORMAT == MXFP4 ? 0.5f : 1 / above;
+        const float times = is_e2m1(FORMAT) ? 0.5f : 1 / above;
         transpose(reinterpret_cast<const uint8_t*>(scales), sizeof *scales,
                   [&](int g, __m512i value) INLINE_LAMBDA {
                       const __m512 scale =
@@ -249,7 +253,7 @@ void decode_strip(const Matrix& m, const uint8_t* base, int64_t unit, int64_t co
                   [&](int g, __m512i value) INLINE_LAMBDA {
                       __m512 zero =
                           _mm512_mul_ps(_mm512_castsi512_ps(value), _mm512_set1_ps(above));
-                      if (FORMAT == MXFP4) zero = _mm512_set1_ps(E2M1_ZERO);
+                      if (is_e2m1(FORMAT)) zero = _mm512_set1_ps(E2M1_ZERO);
                       _mm512_store_ps(to + g * floats_per_group<FORMAT> + LANES, zero);
                   });
     }

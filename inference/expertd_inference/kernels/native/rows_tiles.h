@@ -3,7 +3,7 @@
 //
 // A tile is 16 units by 64 columns. Its register k has in lane i columns 4k to 4k + 3 of unit i, a
 // byte each. A byte holds a field of one row of the unit, or one of two: the lower in its low four
-// bits, the other above it, which is found as the difference of byte and low bits. Of MXFP4, whose
+// bits, the other above it, which is found as the difference of byte and low bits. Of e2m1, whose
 // values take more than four bits, the two rows have registers of their own.
 #pragma once
 
@@ -17,7 +17,7 @@ constexpr int64_t LANES = 16; // units of a tile
 enum Fields { WHOLE_BYTE, NIBBLES, TWO_BYTES };
 
 constexpr Fields fields_of(int32_t format) {
-    return format == HQQ8 ? WHOLE_BYTE : format == MXFP4 ? TWO_BYTES : NIBBLES;
+    return format == HQQ8 ? WHOLE_BYTE : is_e2m1(format) ? TWO_BYTES : NIBBLES;
 }
 
 constexpr int num_fields(Fields fields) { return fields == WHOLE_BYTE ? 1 : 2; }
@@ -29,7 +29,7 @@ constexpr int tiles_per_vector(int32_t format) {
 
 // Of 16 registers each.
 constexpr int registers_per_vector(int32_t format) {
-    return 16 * (format == MXFP4 ? 2 : tiles_per_vector(format));
+    return 16 * (is_e2m1(format) ? 2 : tiles_per_vector(format));
 }
 
 // Which row of its unit a tile's field is; field 0 is the upper one.
@@ -39,7 +39,7 @@ constexpr int row_of_field(int32_t format, int tile, int field) {
     return field;
 }
 
-// Of MXFP4 a tile has twice the values, from 0 to 24: zero is 12.
+// Of e2m1 a tile has twice the values, from 0 to 24: zero is 12.
 constexpr float E2M1_ZERO = 12;
 
 INLINE __m512i load_pair(const uint8_t* lower, const uint8_t* upper) {
@@ -52,12 +52,9 @@ INLINE __m512i load_pair(const uint8_t* lower, const uint8_t* upper) {
     return value;
 }
 
-// Half of a transposition of 16 rows of 16 double words: store(j, register) for j in 0 ... 7, the
-// register has in lane i word j of row i. load(i) is row i below row i + 4, of both the 32 bytes
-// with these words.
-template <class Load, class Store>
-INLINE void transpose_half(const Load& load, const Store& store) {
-    __m512i pairs[8];
+// The first steps of half a transposition: of pairs[j] and pairs[4 + j] the even quarters are word j
+// of the 16 rows, the odd ones word 4 + j.
+template <class Load> INLINE void transpose_pairs(const Load& load, __m512i* pairs) {
     each<2>([&](auto b) INLINE_LAMBDA {
         const __m512i a0 = load(b * 8), a1 = load(b * 8 + 1);
         const __m512i a2 = load(b * 8 + 2), a3 = load(b * 8 + 3);
@@ -68,6 +65,15 @@ INLINE void transpose_half(const Load& load, const Store& store) {
         pairs[b * 4 + 2] = _mm512_unpacklo_epi64(t1, t3);
         pairs[b * 4 + 3] = _mm512_unpackhi_epi64(t1, t3);
     });
+}
+
+// Half of a transposition of 16 rows of 16 double words: store(j, register) for j in 0 ... 7, the
+// register has in lane i word j of row i. load(i) is row i below row i + 4, of both the 32 bytes
+// with these words.
+template <class Load, class Store>
+INLINE void transpose_half(const Load& load, const Store& store) {
+    __m512i pairs[8];
+    transpose_pairs(load, pairs);
     each<4>([&](auto j) INLINE_LAMBDA {
         store(j, _mm512_shuffle_i32x4(pairs[j], pairs[4 + j], 0x88));
         store(std::integral_constant<int, 4 + j>(),
@@ -99,13 +105,13 @@ INLINE __m512i doubled_e2m1(__m512i bytes) {
 #endif
 }
 
-// The tiles of 16 units, 64 columns of them: tile t, or the second row of MXFP4, begins at
+// The tiles of 16 units, 64 columns of them: tile t, or the second row of e2m1, begins at
 // tiles + t * apart. A unit's bytes are `stride` apart from the next one's.
 template <int32_t FORMAT>
 INLINE void make_tiles(const Places& from, int64_t stride, __m512i* tiles, int64_t apart) {
     const __m512i pairs = _mm512_set1_epi8(0x33);
     transpose(from.low, stride, [&](int k, __m512i value) INLINE_LAMBDA {
-        if constexpr (FORMAT == MXFP4) {
+        if constexpr (is_e2m1(FORMAT)) {
             tiles[k] = doubled_e2m1(_mm512_srli_epi16(value, 4));
             tiles[apart + k] = doubled_e2m1(value);
         } else if constexpr (FORMAT == HQQ2) {

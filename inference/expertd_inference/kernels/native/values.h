@@ -43,6 +43,19 @@ void round_all(float* values, int64_t count, int32_t type) {
     }
 }
 
+// Of four bits of exponent, three of mantissa: subnormal numbers come of the product, too.
+inline float from_e4m3(uint8_t code) {
+    const uint32_t size = code & 0x7f;
+    const uint32_t rest = (code & 0x80u) << 24 | (size == 0x7f ? 0x7fc00000u : 0u);
+    return from_bits(to_bits(from_bits(size << 20) * 0x1p120f) | rest);
+}
+
+// A power of two by its exponent.
+inline float from_e8m0(uint8_t exponent) {
+    const uint32_t bits = exponent ? static_cast<uint32_t>(exponent) << 23 : 0x00400000u;
+    return from_bits(exponent == 255 ? 0x7fc00000u : bits);
+}
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }

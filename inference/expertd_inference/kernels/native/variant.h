@@ -7,11 +7,17 @@
 constexpr int64_t rows_per_unit(int32_t format) {
     switch (format) {
     case HQQ4:
-    case MXFP4: return 2;
+    case MXFP4:
+    case NVFP4: return 2;
     case HQQ3: return 8;
     case HQQ2: return 4;
     default: return 1;
     }
+}
+
+// The zero of integers whose matrix has none of its own.
+constexpr float middle(int32_t format) {
+    return format == HQQ8 ? 128 : format == HQQ4 ? 8 : format == HQQ3 ? 4 : 2;
 }
 
 inline int64_t num_units(const Matrix& matrix) {

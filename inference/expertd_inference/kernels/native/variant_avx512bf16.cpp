@@ -2,7 +2,7 @@
 // later): 64 columns of a unit at a time, without a detour over float32. Several rows of
 // activations are rows.h's, and this is one row by itself:
 //
-// A 64-byte load holds 64 columns of each row of the unit. Of 3 and 2 bit and MXFP4 bf16_words.h
+// A 64-byte load holds 64 columns of each row of the unit. Of 3 and 2 bit and e2m1 bf16_words.h
 // makes them bfloat16s of the value e + q, e being a small power of two; vdpbf16ps adds up pairs of
 // products in float32. A group's sum is multiplied by its scale; what the zeros contribute, and the
 // e, is known from the sum of a group's activations:
@@ -21,6 +21,7 @@
 #include "unroll.h" // before the intrinsics: see there
 
 #include "attention_bf16.h"
+#include "e4m3_bf16.h"
 #include "plain_bf16.h"
 #include "rows.h"
 
@@ -243,7 +244,7 @@ void multiply_few(const Product& p, const int64_t* units, const Row& row, float*
 // Of one row of activations two units are computed at once, in different places: memory answers
 // two streams faster than one, and the activations are loaded once for both. Below 4 bit there are
 // too few registers.
-constexpr int units_at_once(int32_t format) { return is_fixed(format) || format == MXFP4 ? 2 : 1; }
+constexpr int units_at_once(int32_t format) { return is_fixed(format) || is_e2m1(format) ? 2 : 1; }
 
 template <int32_t FORMAT, int PER_VECTOR, bool META>
 void multiply_units(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
@@ -294,7 +295,8 @@ void multiply_row(const Matrix& m, const uint8_t* base, int64_t first, int64_t l
     case HQQ4: return multiply_quantized<HQQ4>(m, base, first, last, prepared, result);
     case HQQ3: return multiply_quantized<HQQ3>(m, base, first, last, prepared, result);
     case HQQ2: return multiply_quantized<HQQ2>(m, base, first, last, prepared, result);
-    default: return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, result);
+    case MXFP4: return multiply_units<MXFP4, 2, false>(m, base, first, last, prepared, result);
+    default: return multiply_units<NVFP4, 4, false>(m, base, first, last, prepared, result);
     }
 }
 
@@ -306,6 +308,12 @@ void multiply(const Matrix& m, const uint8_t* base, int64_t first, int64_t last,
     if (m.format == BF16)
         return plain::multiply_with<plain::ByPairs>(m, base, first, last, prepared, results,
                                                     num_rows);
+    if (is_e4m3(m.format)) {
+        const bool long_groups = m.group_size % 128 == 0 || m.group_size >= m.columns;
+        const auto multiply_e4m3 = long_groups ? plain::multiply_e4m3<plain::E4m3ByPairs<2>>
+                                               : plain::multiply_e4m3<plain::E4m3ByPairs<1>>;
+        return multiply_e4m3(m, base, first, last, prepared, results, num_rows);
+    }
     form = form_here(m, type, form);
     if (form != ONE_ROW)
         return multiply_quantized_rows(m, base, first, last, prepared, results, num_rows,

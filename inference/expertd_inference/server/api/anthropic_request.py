@@ -54,6 +54,9 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     container: Any = None
     mcp_servers: list[Any] | None = None
+    # Ours.
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
     # These are idle.
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
@@ -86,6 +89,8 @@ def openai_fields(body: MessagesRequest) -> dict[str, Any]:
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": body.top_k,
+        "experts_per_token": body.experts_per_token,
+        "expert_threshold": body.expert_threshold,
         **_thinking(body.thinking),
         **_output(body.output_config or {}),
     }

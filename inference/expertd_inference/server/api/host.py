@@ -22,7 +22,8 @@ DAEMON_SECONDS = 2.0
 class EngineState(msgspec.Struct):
     """One of a model's engines; ``pid`` is None while there is none.
 
-    Counts are since the server's start and ``rows_per_step`` is their mean; ``kv_used`` is the
+    Counts are since the server's start and ``rows_per_step`` is their mean, as is
+    ``experts_per_row``, of a MoE layer; ``kv_used`` is the
     share of ``kv_tokens``, 0 to 1, that is taken.
     """
 
@@ -36,6 +37,7 @@ class EngineState(msgspec.Struct):
     steps: int = 0
     rows: int = 0
     rows_per_step: float = 0.0
+    experts_per_row: float = 0.0
     kv_tokens: int = 0
     kv_used: float = 0.0
     prefix_queries: int = 0
@@ -129,6 +131,7 @@ def _engine(seat: EngineSeat) -> EngineState:
     state.executor, state.reason = stats.executor, stats.reason
     state.running, state.waiting = stats.num_running, stats.num_waiting
     state.steps, state.rows, state.rows_per_step = stats.num_steps, stats.num_rows, stats.rows_mean
+    state.experts_per_row = stats.experts_mean
     state.kv_tokens, state.kv_used = stats.kv_tokens, stats.kv_used
     state.prefix_queries, state.prefix_hits = stats.prefix_queries, stats.prefix_hits
     state.preemptions = stats.num_preemptions

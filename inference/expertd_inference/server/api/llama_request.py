@@ -46,6 +46,8 @@ class LlamaFields(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: list[tuple[int | str, float | bool]] | dict[str, float | bool] | None = None
     stop: list[str] | str | None = None
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
     ignore_eos: bool = False
     n_probs: int = 0
     grammar: str | None = None
@@ -125,6 +127,8 @@ def fields_of(body: LlamaFields, text: ModelText) -> dict[str, Any]:
         "repetition_penalty": body.repeat_penalty,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
+        "experts_per_token": body.experts_per_token,
+        "expert_threshold": body.expert_threshold,
         "logit_bias": {str(token): bias for token, bias in _biases(body, text).items()},
         "stop": body.stop,
         "ignore_eos": body.ignore_eos,

@@ -25,6 +25,8 @@ class Options(msgspec.Struct, kw_only=True):
     typical_p: float | None = None
     tfs_z: float | None = None
     mirostat: int | None = None
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
 
 
 _OPTIONS = {
@@ -34,7 +36,7 @@ _OPTIONS = {
         name: f"options.{name}"
         for name in (
             *("temperature", "top_k", "top_p", "min_p", "seed", "stop"),
-            *("presence_penalty", "frequency_penalty"),
+            *("presence_penalty", "frequency_penalty", "experts_per_token", "expert_threshold"),
         )
     },
 }
@@ -130,6 +132,8 @@ def _fields(body: _Asked) -> dict[str, Any]:
         "repetition_penalty": options.repeat_penalty,
         "presence_penalty": options.presence_penalty,
         "frequency_penalty": options.frequency_penalty,
+        "experts_per_token": options.experts_per_token,
+        "expert_threshold": options.expert_threshold,
         "logprobs": body.logprobs,
         "top_logprobs": body.top_logprobs if body.logprobs else None,
         "response_format": _format(body.format),

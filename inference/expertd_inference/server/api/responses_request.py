@@ -23,6 +23,9 @@ _VLLM = (
     "seed",
     "stop",
     "ignore_eos",
+    # Ours.
+    "experts_per_token",
+    "expert_threshold",
 )
 
 
@@ -94,6 +97,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
     # These are idle.
     max_tool_calls: int | None = None  # of tools that the server runs: there are none
     prompt_cache_key: str | None = None

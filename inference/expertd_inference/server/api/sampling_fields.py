@@ -67,6 +67,8 @@ class SamplingFields(GrammarFields, kw_only=True):
     min_tokens: int | None = None
     max_tokens: int | None = None
     ignore_eos: bool = False
+    experts_per_token: int | None = None
+    expert_threshold: float | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     n: int | None = None
@@ -160,6 +162,8 @@ class SamplingFields(GrammarFields, kw_only=True):
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
             grammar=self.grammar_spec(),
+            experts_per_token=self.experts_per_token,
+            expert_threshold=self.expert_threshold,
         )
 
     def origin(self, user: str, continuation: int) -> Origin:

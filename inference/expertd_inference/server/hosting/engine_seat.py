@@ -280,6 +280,7 @@ def _at_rest(stats: EngineStats) -> EngineStats:
         stats,
         num_steps=0,
         num_rows=0,
+        experts_mean=0.0,
         num_running=0,
         num_waiting=0,
         prefix_queries=0,

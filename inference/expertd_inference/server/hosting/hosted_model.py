@@ -13,7 +13,7 @@ from msgspec import structs
 
 from expertd_inference.engine.channel import Channel
 from expertd_inference.engine.prefix import block_names
-from expertd_inference.engine.sequence import ORIGIN, Origin
+from expertd_inference.engine.sequence import ORIGIN, Origin, prefix_salt
 from expertd_inference.engine.stream import TokenStream
 from expertd_inference.engine.token import Token
 from expertd_inference.kv.pool import BLOCK_TOKENS
@@ -131,7 +131,7 @@ class HostedModel:
         for seat in self.seats:
             seat.want()
         candidates = [seat for seat in self.seats if seat.is_up] or self.seats
-        seat = choose_seat(candidates, begin.tokens, origin.salt)
+        seat = choose_seat(candidates, begin.tokens, prefix_salt(origin, settings))
         asked = Asked(begin, Channel(), Times(now), seat)
         self._asked.add(asked)
         seat.give(asked)
@@ -283,7 +283,7 @@ class HostedModel:
         self._last_used = time.monotonic()
         self._accounts.end(asked.begin.origin.user)
         if len(self.seats) > 1 and asked.generated:
-            tokens, salt = asked.tokens, asked.begin.origin.salt
+            tokens, salt = asked.tokens, prefix_salt(asked.begin.origin, asked.begin.settings)
             asked.seat.prefixes.remember(block_names(tokens, salt, len(tokens) // BLOCK_TOKENS))
         self._relieve()
 
@@ -301,7 +301,8 @@ class HostedModel:
 
     def _move_all(self, seat: EngineSeat, others: Sequence[EngineSeat]) -> None:
         for asked in [*seat.sequences.values()]:
-            self._move(asked, choose_seat(others, asked.tokens, asked.begin.origin.salt))
+            salt = prefix_salt(asked.begin.origin, asked.begin.settings)
+            self._move(asked, choose_seat(others, asked.tokens, salt))
 
     def _move(self, asked: Asked, seat: EngineSeat) -> None:
         asked.seat.take(asked)

@@ -16,18 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertd.packing.quantizer import quantize
-from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu import operations, reference, structures
 from expertd_inference.kernels.cpu.library import PATH, STRUCTURES, native_library
-from expertd_inference.kernels.cpu.native import MAX_SUMMED, NativeKernels, use_isa
+from expertd_inference.kernels.cpu.native import MAX_SUMMED, NativeKernels, matrix_of, use_isa
 from expertd_inference.kernels.cpu.reference import sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertd_testing.forms import is_kept, named, random_parts
 from expertstore.pack.codec import dequantize
 from expertstore.pack.manifest import GateOrder
 from tests.inference.kernels.cpu.test_reference import Layer, routed
-from tests.random_mxfp4 import random_mxfp4
 
 pytestmark = pytest.mark.skipif(
     native_library().library is None, reason=f"no native kernels: {native_library().reason}"
@@ -39,7 +38,7 @@ ISAS = ["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"]
 WHOLE_NUMBERS = ["avx2", "avx512", "avx512vnni", "avx512bf16"]
 """What multiplies bfloat16 activations as whole numbers."""
 PRECISIONS = ["16", "8g128", "8g64m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m"]
-PRECISIONS += ["2g64", "mxfp4"]
+PRECISIONS += ["2g64", "mxfp4", "nvfp4", "mxfp8", "fp8:32x32", "int4g32", "int8g64"]
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_weights_of_unusual_size(isa: str, precision: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("columns", [16, 48, 112, 2064])
-@pytest.mark.parametrize("precision", ["8g16", "4g16m", "3g16", "2g16m"])
+@pytest.mark.parametrize("precision", ["8g16", "4g16m", "3g16", "2g16m", "nvfp4", "fp8:3x4096"])
 def test_columns_that_no_register_divides(isa: str, columns: int, precision: str) -> None:
     # 2064 = 2 * 1024 + 16: meta groups of 129 groups a row, which begin anywhere in a register.
     weight = quantized(128, columns, precision)
@@ -148,7 +147,9 @@ def test_linear(isa: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("precision", ["8g64", "4g64", "3g64m", "2g16m", "mxfp4"])
+@pytest.mark.parametrize(
+    "precision", ["8g64", "4g64", "3g64m", "2g16m", "mxfp4", "nvfp4", "fp8:9x128"]
+)
 def test_float16_keeps_its_digits(isa: str, precision: str) -> None:
     # A bfloat16 has three digits less, and so a result that is off by eight times as much.
     weight = quantized(64, 1024, precision)
@@ -199,7 +200,11 @@ def test_a_power_of_two_changes_no_digit(isa: str, precision: str) -> None:
 
 
 ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 64, 65, 130)
-SCHEMES = ["8g128", "8g16m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m", "mxfp4"]
+FIXED = ["8g128", "8g16m", "4g64", "4g16", "4g32m", "4g128", "3g64m", "3g32", "2g16m", "mxfp4"]
+FIXED += ["nvfp4", "int4g32", "int3g64"]
+"""What is multiplied with activations in fixed point."""
+SCHEMES = [*FIXED, "mxfp8", "fp8:32x32", "fp8:5x128", "fp8:16x4096"]
+"""The last in several ways: two scales in a register, one, and one for a row."""
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -225,7 +230,7 @@ def test_bits_do_not_depend_on_the_number_of_rows(
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("activations", [16, 8])
-@pytest.mark.parametrize("precision", ["4g64", "3g64m", "2g16m", "mxfp4"])
+@pytest.mark.parametrize("precision", ["4g64", "3g64m", "2g16m", "mxfp4", "nvfp4", "mxfp8"])
 def test_bits_of_experts_do_not_depend_on_the_other_tokens(
     isa: str, activations: int, precision: str
 ) -> None:
@@ -250,7 +255,7 @@ def test_bits_of_experts_do_not_depend_on_the_other_tokens(
 
 
 @pytest.mark.parametrize("activations", [16, 8])
-@pytest.mark.parametrize("precision", [*SCHEMES, "8g16", "2g64", "3g128"])
+@pytest.mark.parametrize("precision", [*FIXED, "8g16", "2g64", "3g128"])
 def test_instruction_sets_that_multiply_whole_numbers_agree(
     activations: int, precision: str
 ) -> None:
@@ -258,7 +263,7 @@ def test_instruction_sets_that_multiply_whole_numbers_agree(
     kernels = NativeKernels(activations=activations, exact=True)
     # Units that no tile divides; groups that no strip of 16 does, and meta groups that cross rows.
     largest = quantized(72, 384, precision)
-    largest.parts["w.q"].fill_(0x77 if precision == "mxfp4" else 0xFF)  # of E2M1, 6
+    largest.parts["w.q"].fill_(0x77 if precision in {"mxfp4", "nvfp4"} else 0xFF)  # of E2M1, 6
     shapes = ((72, 384, 1.0), (272, 128 * 19, 1.0), (128, 2048, 2.0**-24))
     for weight in (largest, *(quantized(*shape[:2], precision, shape[2]) for shape in shapes)):
         columns = weight.matrix.in_features
@@ -308,7 +313,7 @@ def test_what_the_reference_computes_is_exact_too(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", WHOLE_NUMBERS, indirect=True)
-@pytest.mark.parametrize("precision", SCHEMES)
+@pytest.mark.parametrize("precision", FIXED)
 def test_the_error_of_one_plane_of_activations(isa: str, precision: str) -> None:
     weight = quantized(64, 1024, precision)
     x = inputs(16, 1024, torch.bfloat16)
@@ -390,7 +395,7 @@ def test_the_sum_is_torch_s(k: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("precision", ["16", "8g64", "4g64", "2g16m", "mxfp4"])
+@pytest.mark.parametrize("precision", ["16", "8g64", "4g64", "2g16m", "mxfp4", "nvfp4", "mxfp8"])
 def test_nan_stays_in_its_token(isa: str, precision: str) -> None:
     layer = layer_of(4, 64, 64, precision, torch.bfloat16)
     hidden = inputs(3, 64, torch.bfloat16)
@@ -400,6 +405,39 @@ def test_nan_stays_in_its_token(isa: str, precision: str) -> None:
     assert torch.equal(ours.isnan(), expected.isnan())
     assert ours[1].isnan().all()
     assert not ours[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_code_of_a_kept_form(isa: str, dtype: torch.dtype) -> None:
+    """With every scale of a byte: a one among zeros picks weights, and what is none is NaN.
+
+    Subnormal numbers are the smallest: a processor may take them for 0.
+    """
+    every = torch.arange(256, dtype=torch.uint8)
+    for precision in ("mxfp4", "nvfp4", "mxfp8", "fp8:1x64"):
+        weight = quantized(512, 64, precision)
+        weight.parts["w.q"].copy_(every.repeat(2).view(-1, 1)[: len(weight.parts["w.q"])])
+        scale = weight.parts["w.scale"]
+        if scale.dtype == torch.uint8:
+            # Not those whose numbers are below bfloat16's normal ones, or above its largest.
+            lowest, highest = (0, 255) if precision == "nvfp4" else (32, 240)
+            scale.copy_(every.clamp(lowest, highest).repeat(2).roll(7).view(-1, 1))
+            scale[300] = 255
+        for group in (1, 5):
+            x = torch.eye(64, dtype=dtype)[:group]
+            ours = NativeKernels().linear(x, weight)
+            expected = dequantize(weight.matrix, weight.parts, torch.float32)[:, :group].T.to(dtype)
+            assert expected.isnan().any()
+            torch.testing.assert_close(ours, expected, rtol=2**-8, atol=0, equal_nan=True)
+
+
+def test_blocks_that_kernels_do_not_know_are_the_reference_s() -> None:
+    """Of 48 columns a register would have three scales."""
+    weight = quantized(64, 128, "fp8:1x48")
+    assert matrix_of(weight) is None
+    x = inputs(3, 128, torch.bfloat16)
+    assert torch.equal(NativeKernels().linear(x, weight), reference.linear(x, weight))
 
 
 def test_slots_without_an_expert_are_zero() -> None:
@@ -525,10 +563,11 @@ GATES = {
 
 
 def quantized(rows: int, columns: int, precision: str, size: float = 1) -> QuantizedWeight:
-    if precision == "mxfp4":
-        matrix = MXFP4.matrix("w", rows, columns)
-        return QuantizedWeight(matrix, random_mxfp4(matrix, torch.Generator().manual_seed(2)))
-    matrix = parse_precision(precision).matrix("w", rows, columns)
+    matrix = named(precision, "w", rows, columns)
+    if is_kept(matrix):
+        # Zeros that are no part have bfloat16 scales here, others fp16 ones.
+        parts = random_parts(matrix, torch.Generator().manual_seed(2), "BF16")
+        return QuantizedWeight(matrix, parts)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
     return QuantizedWeight(matrix, quantize(weight * size / columns**0.5, matrix, optimize=False))
 

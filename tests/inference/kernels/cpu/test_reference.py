@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertd.packing.quantizer import quantize
-from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.reference import fill_slots, sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
+from expertd_testing.forms import is_kept, named, random_parts
 from expertstore.pack.codec import TORCH_DTYPES, dequantize
-from expertstore.pack.layout import Encoding, record_layout
+from expertstore.pack.layout import record_layout
 from expertstore.pack.manifest import GateOrder
-from tests.random_mxfp4 import random_mxfp4
 
 
 class Layer:
@@ -38,8 +37,7 @@ class Layer:
         """``sizes`` of the weights of gate_up and down beside usual ones; BF16 scales if not 1."""
         generator = torch.Generator().manual_seed(seed)
         name = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}[dtype]
-        chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
-        matrices = (chosen.matrix("gate_up", 2 * i, h), chosen.matrix("down", h, i))
+        matrices = (named(precision, "gate_up", 2 * i, h), named(precision, "down", h, i))
         scales = ["F16" if size == 1 else "BF16" for size in sizes]
         self.layout = record_layout(matrices, name, has_bias=bias, scales=scales)
         # A page before the first record: an offset of 0 hides its misuse.
@@ -55,8 +53,8 @@ class Layer:
                 shape = (matrix.out_features, matrix.in_features)
                 weight = torch.randn(shape, generator=generator).mul(size / shape[1] ** 0.5)
                 weight = weight.to(dtype)
-                if matrix.encoding is Encoding.MXFP4:
-                    parts = random_mxfp4(matrix, generator)
+                if is_kept(matrix):
+                    parts = random_parts(matrix, generator)
                 elif matrix.bits:
                     parts = quantize(weight, matrix, optimize=False)
                 else:

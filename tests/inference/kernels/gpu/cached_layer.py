@@ -12,6 +12,8 @@ from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.reference import fill_slots
 from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed, Wave
+from expertd_testing import forms
+from expertd_testing.forms import is_kept
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import Matrix, matrix_parts, record_layout
 from expertstore.pack.manifest import GateOrder
@@ -20,19 +22,21 @@ SILU = Activation(ActivationKind.SILU)
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 
 
-def random_parts(matrix: Matrix, dtype: str, *, generator: torch.Generator) -> dict[str, Tensor]:
+def random_parts(
+    matrix: Matrix, dtype: str, *, generator: torch.Generator, scales: str = "F16"
+) -> dict[str, Tensor]:
     """Parts as quantizing random weights of order in_features ** -0.5 would give them.
 
     Every integer occurs, and zeros lie outside the range of the integers now and then.
     """
+    if is_kept(matrix):
+        return forms.random_parts(matrix, generator, scales)
     parts = {}
     size = matrix.in_features**-0.5
     for name, shape, part_dtype in matrix_parts(matrix, dtype):
         kind = name.removeprefix(f"{matrix.name}.")
         noise = torch.randn(shape, generator=generator)
-        if part_dtype == "U8" and matrix.encoding == "mxfp4" and kind == "scale":
-            tensor = torch.randint(118, 124, shape, generator=generator)
-        elif part_dtype == "U8":
+        if part_dtype == "U8":
             tensor = torch.randint(0, 256, shape, generator=generator)
         elif kind == "weight":
             tensor = noise * size
@@ -84,7 +88,7 @@ class CachedLayer:
         self.offsets = [e * self.layout.record_bytes for e in range(num_experts)]
         for offset in self.offsets:
             for matrix in matrices:
-                parts = random_parts(matrix, NAMES[dtype], generator=generator)
+                parts = random_parts(matrix, NAMES[dtype], generator=generator, scales=scales)
                 if bias:
                     parts[f"{matrix.name}.bias"] = torch.randn(
                         matrix.out_features, generator=generator

@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from expertd.packing.schemes import MXFP4, parse_precision
+from expertd.packing.schemes import parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.gpu import triton_experts, triton_gather, triton_linear
 from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertd_testing.forms import named
 from expertstore.pack.layout import record_layout
 from expertstore.pack.manifest import GateOrder
 
@@ -43,6 +44,13 @@ EXPERTS = [  # precision, tokens, hidden, inner, bias
     ("2g16m", MANY, 4096, 14336, False),
     ("mxfp4", FEW, 2880, 2880, True),
     ("mxfp4", MANY, 2880, 2880, True),
+    ("nvfp4", FEW, 2048, 768, False),
+    ("nvfp4", MANY, 2048, 768, False),
+    ("mxfp8", FEW, 2048, 768, False),
+    ("fp8:128x128", FEW, 2048, 768, False),
+    ("fp8:128x128", MANY, 2048, 768, False),
+    ("int4g32", FEW, 2048, 768, False),
+    ("int4g32", MANY, 2048, 768, False),
     ("16", FEW, 37, 21, False),
 ]
 LOOKUPS = [(1, 8, 128, 20), (1, 2, 8, 2), (8, 8, 128, 128), (1, 1, 4, 1)]
@@ -74,10 +82,9 @@ def compile_all(capability: int) -> None:
     driver.set_active(shown)
     for precision, tokens, hidden, inner, bias in EXPERTS:
         shown.compiled_for = f"{precision}:{tokens}:{hidden}x{inner}"
-        chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
         matrices = (
-            chosen.matrix("gate_up", 2 * inner, hidden),
-            chosen.matrix("down", hidden, inner),
+            named(precision, "gate_up", 2 * inner, hidden),
+            named(precision, "down", hidden, inner),
         )
         layout = record_layout(matrices, "BF16", has_bias=bias)
         spec = ExpertsSpec(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertd.packing.schemes import MXFP4, parse_precision
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.wave import CachedWave, Routed
+from expertd_testing.forms import named
 from expertstore.pack.layout import Matrix
 from tests.inference.kernels.gpu.cached_layer import CachedLayer, routed
 from tests.inference.kernels.gpu.gpu import DEVICE
@@ -31,8 +31,7 @@ ATOL = {
 
 
 def matrices(precision: str, hidden: int, inner: int) -> tuple[Matrix, Matrix]:
-    chosen = MXFP4 if precision == "mxfp4" else parse_precision(precision)
-    return chosen.matrix("gate_up", 2 * inner, hidden), chosen.matrix("down", hidden, inner)
+    return named(precision, "gate_up", 2 * inner, hidden), named(precision, "down", hidden, inner)
 
 
 def run(layer: CachedLayer, tokens: int, k: int | None = None) -> tuple[Tensor, Tensor]:
@@ -61,6 +60,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     [
         *((name, torch.bfloat16) for name in ("16", "8g64", "8g16", "4g64", "4g16m", "mxfp4")),
         *((name, torch.bfloat16) for name in ("3g64", "3g32m", "2g16", "2g16m")),
+        *((name, torch.bfloat16) for name in ("nvfp4", "mxfp8", "fp8:32x64", "int4g32")),
         *((name, torch.float16) for name in ("16", "4g64", "mxfp4")),
     ],
 )
@@ -70,7 +70,7 @@ def test_every_scheme(precision: str, dtype: torch.dtype, tokens: int) -> None:
     assert_close(found, expected, dtype)
 
 
-@pytest.mark.parametrize("precision", ["4g64", "2g16m"])
+@pytest.mark.parametrize("precision", ["4g64", "2g16m", "int4g32"])
 @pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
 def test_scales_in_bfloat16(tokens: int, precision: str) -> None:
     layer = CachedLayer(
@@ -92,6 +92,11 @@ def test_scales_in_bfloat16(tokens: int, precision: str) -> None:
         ("3g64", 64, 64),  # eight rows to a unit, fewer units than a block takes
         ("2g16", 48, 16),  # one group a row
         ("mxfp4", 96, 160),
+        ("nvfp4", 48, 80),
+        ("mxfp8", 96, 32),
+        ("fp8:24x32", 80, 48),  # blocks that are smaller at both edges
+        ("fp8:1x4096", 48, 32),  # a scale for a row
+        ("int8g16", 48, 16),
     ],
 )
 def test_odd_shapes(precision: str, hidden: int, inner: int, tokens: int) -> None:
@@ -99,6 +104,15 @@ def test_odd_shapes(precision: str, hidden: int, inner: int, tokens: int) -> Non
     layer = CachedLayer(matrices(precision, hidden, inner), dtype=torch.float32, device=DEVICE)
     found, expected = run(layer, tokens)
     assert_close(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize(("precision", "hidden"), [("fp8:32x24", 48), ("fp8:1x4096", 40)])
+def test_columns_that_no_load_divides_are_refused(precision: str, hidden: int) -> None:
+    layer = CachedLayer(matrices(precision, hidden, 32), device=DEVICE)
+    with pytest.raises(
+        ValueError, match=f"gate_up has {hidden} columns, and a scale for .* of them"
+    ):
+        run(layer, FEW)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,11 @@ def test_values_round_where_the_reference_rounds(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "precision", ["16", "8g64", "4g64", "4g16m", "3g64", "3g32m", "2g16", "2g16m", "mxfp4"]
+    "precision",
+    [
+        *("16", "8g64", "4g64", "4g16m", "3g64", "3g32m", "2g16", "2g16m"),
+        *("mxfp4", "nvfp4", "mxfp8", "fp8:32x64", "int4g32"),
+    ],
 )
 def test_a_token_alone_is_what_it_is_among_many(precision: str) -> None:
     # A product per pair and tiles multiply with the same weights: only where the order of float32

@@ -16,10 +16,14 @@ differ have a number each (``# experts_per_layer: 64 128``), and ``# layer_ids``
 layers' numbers where they are not 0, 1, 2... Comments between rows: ``# session: 7`` says whose
 the rows below are, ``# gap: 7 120`` that 120 accesses of session 7 are missing here.
 
+A trace that ``expert-run trace`` writes has a row for each token and one field more, ``weights``:
+``prefill,0,0,49 19,0.31 0.12``, how much each expert added to the token.
+
 Read and written as a stream: a line is in memory at a time, and none may be longer than
 :data:`MAX_LINE_BYTES`.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -37,6 +41,7 @@ MAX_LINE_BYTES = 1 << 16
 MAX_LAYERS = 1 << 12
 MAX_EXPERTS = 1 << 14
 HEADER = "phase,step,layer,experts"
+WEIGHTED_HEADER = f"{HEADER},weights"
 
 
 class Phase(StrEnum):
@@ -47,13 +52,17 @@ class Phase(StrEnum):
 
 
 class Row(NamedTuple):
-    """One access. ``layer`` counts the MoE layers from 0; ``session`` is 0 unless told."""
+    """One access. ``layer`` counts the MoE layers from 0; ``session`` is 0 unless told.
+
+    ``weights`` has one for each of ``experts`` if the trace is weighted.
+    """
 
     phase: Phase
     step: int
     layer: int
     experts: tuple[int, ...]
     session: int = 0
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class TraceModel:
     layer_ids: tuple[int, ...]
     notes: dict[str, str] = field(default_factory=dict)
     """Other comments at the file's head, such as ``model`` and ``source``."""
+    weighted: bool = False
+    """Whether rows say how much each expert added to a token."""
 
     @property
     def num_entries(self) -> int:
@@ -131,13 +142,13 @@ class TraceReader:
                 key, _, value = line[1:].partition(":")
                 if len(notes) < 100:
                     notes[key.strip()] = value.strip()
-            elif line == HEADER:
-                return self._model(notes)
+            elif line in (HEADER, WEIGHTED_HEADER):
+                return self._model(notes, weighted=line == WEIGHTED_HEADER)
             elif line:
                 raise self._error(f"here must be the header {HEADER!r}")
         raise self._error(f"it ends before its header {HEADER!r}")
 
-    def _model(self, notes: dict[str, str]) -> TraceModel:
+    def _model(self, notes: dict[str, str], *, weighted: bool) -> TraceModel:
         (num_layers,) = self._numbers(notes, "layers", 1, MAX_LAYERS)
         num_experts = self._numbers(notes, "experts_per_layer", num_layers, MAX_EXPERTS)
         per_token = self._numbers(notes, "experts_per_token", num_layers, MAX_EXPERTS)
@@ -148,7 +159,7 @@ class TraceReader:
                 raise self._error("layer_ids above does not rise")
         if any(used > num for used, num in zip(per_token, num_experts, strict=True)):
             raise self._error("experts_per_token above is more than experts_per_layer")
-        return TraceModel(num_experts, per_token, ids, notes)
+        return TraceModel(num_experts, per_token, ids, notes, weighted)
 
     def _numbers(
         self, notes: dict[str, str], key: str, count: int, most: int, *, least: int = 1
@@ -165,8 +176,11 @@ class TraceReader:
 
     def _row(self, line: str, places: dict[int, int]) -> Row:
         parts = line.split(",")
-        if len(parts) != 4:
-            raise self._error(f"a row has 4 fields ({HEADER}), this one {len(parts)}")
+        header = WEIGHTED_HEADER if self.model.weighted else HEADER
+        if len(parts) != header.count(",") + 1:
+            raise self._error(
+                f"a row has {header.count(',') + 1} fields ({header}), this one {len(parts)}"
+            )
         try:
             phase = Phase(parts[0])
         except ValueError:
@@ -184,7 +198,12 @@ class TraceReader:
             raise self._error("the row names no expert")
         if len(set(experts)) < len(experts):
             raise self._error("an expert stands twice in the row")
-        return Row(phase, step, layer, experts, self._session)
+        if not self.model.weighted:
+            return Row(phase, step, layer, experts, self._session)
+        weights = tuple(self._weight(text) for text in parts[4].split())
+        if len(weights) != len(experts):
+            raise self._error(f"the row has {len(experts)} experts and {len(weights)} weights")
+        return Row(phase, step, layer, experts, self._session, weights)
 
     def _take_comment(self, line: str) -> None:
         key, _, value = line[1:].partition(":")
@@ -201,6 +220,15 @@ class TraceReader:
         if not least <= int(text) <= most:
             raise self._error(f"{what} is {int(text)}; it must be {least} to {most}")
         return int(text)
+
+    def _weight(self, text: str) -> float:
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = -1.0
+        if not 0 <= weight < math.inf:
+            raise self._error(f"a weight is {_shorten(text)!r}; it must be a number from 0 on")
+        return weight
 
     def _next_line(self) -> str | None:
         """The next line without its end; None after the last."""
@@ -247,7 +275,7 @@ class TraceWriter:
         if model.layer_ids != tuple(range(len(model.num_experts))):
             lines["layer_ids"] = " ".join(map(str, model.layer_ids))
         self._write("".join(f"# {key}: {value}\n" for key, value in lines.items()))
-        self._write(HEADER + "\n")
+        self._write((WEIGHTED_HEADER if model.weighted else HEADER) + "\n")
 
     def __enter__(self) -> Self:
         return self
@@ -268,7 +296,9 @@ class TraceWriter:
             self._session = row.session
             self._write(f"# session: {row.session}\n")
         experts = " ".join(map(str, row.experts))
-        self._write(f"{row.phase},{row.step},{self.model.layer_ids[row.layer]},{experts}\n")
+        weights = " ".join(f"{weight:.4g}" for weight in row.weights)
+        more = f",{weights}" if self.model.weighted else ""
+        self._write(f"{row.phase},{row.step},{self.model.layer_ids[row.layer]},{experts}{more}\n")
         self.num_rows += 1
 
     def write_gap(self, session: int, num_lost: int) -> None:
