@@ -69,6 +69,7 @@ PARTS = {
             "advise", "What expert-run advise predicts, beside what is measured", "bench.advise", 3
         ),
         Part("spill", "More model than RAM", "bench.spill", 6),
+        Part("tables", "Tables of rows", "bench.tables", 6),
         Part("sharing", "One copy for many workers", "bench.sharing", 5),
         Part("batch", "Many sequences at once, beside other engines", "bench.batch", 20),
         Part("serve", "A server with many clients, beside llama-server", "bench.serve", 25),

@@ -51,7 +51,7 @@ def make_stored(path: Path, kind: Kind) -> tuple[Path, Path]:
 def store(path: Path, kinds: dict[str, Kind]) -> Path:
     """A copy of the checkpoint ``path / "plain"`` with weights stored by what their names have.
 
-    The checkpoint gets the weights that these stand for.
+    The checkpoint gets the weights that these stand for. Of all experts in one, each is stored.
     """
     plain = path / "plain"
     tensors = load_file(plain / "model.safetensors")
@@ -62,10 +62,15 @@ def store(path: Path, kinds: dict[str, Kind]) -> Path:
         if kind is None:
             continue
         del stored[name]
-        made = kind.store(tuple(tensors[name].shape), generator)
-        tensors[name] = made.values.to(torch.bfloat16).contiguous()
+        *experts, rows, columns = tensors[name].shape
+        each = [kind.store((rows, columns), generator) for _ in range(*experts or [1])]
+        pieces = {end: torch.stack([one.pieces[end] for one in each]) for end in each[0].pieces}
+        values = torch.stack([one.values for one in each])
+        if not experts:
+            pieces, values = {end: piece[0] for end, piece in pieces.items()}, values[0]
+        tensors[name] = values.to(torch.bfloat16).contiguous()
         stem = name.removesuffix("weight")
-        stored |= {f"{stem}{end}": piece.contiguous() for end, piece in made.pieces.items()}
+        stored |= {f"{stem}{end}": piece.contiguous() for end, piece in pieces.items()}
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
     (path / "stored").mkdir()

@@ -60,6 +60,7 @@ def fields_of(kind: type) -> set[str]:
 # What a field is called where a person writes it.
 IN_TOML = {
     "ram_bytes": "ram",
+    "table_ram_bytes": "table_ram",
     "models": "[models]",
     "quotas": "[quotas]",
     "default_quota_bytes": "default_quota",

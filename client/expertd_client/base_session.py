@@ -140,6 +140,18 @@ class BaseSession:
         return self._mapping.mapped_bytes
 
     @property
+    def arena_view(self) -> memoryview | None:
+        """The arena, read-only; None in a session that has copies.
+
+        Nothing in it is to be believed that :meth:`check_revoked` has not followed.
+        """
+        return self._mapping.arena if isinstance(self._mapping, Mapping) else None
+
+    def check_revoked(self) -> None:
+        """Raises as ``acquire`` does if bytes that were read of the arena may have been reused."""
+        self._mapping.check_revoked()
+
+    @property
     def directory_address(self) -> int:
         """Where this process has mapped the directory's first entry; 0 if it has copies.
 

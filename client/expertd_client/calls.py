@@ -10,11 +10,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from google.protobuf.message import Message
 
 from expertd_client.annex import PackPlace
-from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer
+from expertd_client.model import ModelInfo, ModelState, ModelSummary, MoeLayer, TableInfo
 from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.pack.files import check_path
 from expertstore.pack.manifest import Encoding, Matrix, Part, RecordLayout
 from expertstore.plain import to_plain
+from expertstore.shared.row_cache import RowPlaces
 from expertstore.v1 import expert_store_pb2 as pb
 
 ResultT = TypeVar("ResultT")
@@ -148,6 +149,18 @@ def read(
     return Call("Read", request, lambda response: response)
 
 
+def fetch_rows(table: int, rows: bytes, used: bytes, model: str) -> Call[bytes]:
+    """Rows of a table, one behind the other; numbers are 8 bytes each."""
+    request = pb.FetchRowsRequest(table=table, rows=rows, used=used, model=model)
+    return Call("FetchRows", request, lambda response: bytes(response.data))
+
+
+def prefetch_rows(table: int, rows: bytes, used: bytes) -> Call[int]:
+    """Hints; how many rows will be read."""
+    request = pb.PrefetchRowsRequest(table=table, rows=rows, used=used)
+    return Call("PrefetchRows", request, lambda response: int(response.num_accepted))
+
+
 def get_stats() -> Call[dict[str, Any]]:
     """The daemon's stats."""
     return Call("GetStats", pb.GetStatsRequest(), lambda response: to_plain(response.stats))
@@ -226,6 +239,16 @@ def _model_info(response: pb.GetModelResponse) -> ModelInfo:
         record_bytes=summary.record_bytes,
         expert_bytes=summary.expert_bytes,
         incarnation=response.incarnation,
+        tables=tuple(
+            TableInfo(
+                name=table.name,
+                num_rows=table.num_rows,
+                row_bytes=table.row_bytes,
+                max_rows=table.max_rows,
+                places=RowPlaces(table.cache_offset, table.cache_sets, table.row_bytes),
+            )
+            for table in response.tables
+        ),
     )
 
 

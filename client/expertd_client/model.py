@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from expertstore.pack.manifest import RecordLayout
+from expertstore.shared.row_cache import RowPlaces
 
 
 class ModelState(StrEnum):
@@ -49,6 +50,20 @@ class MoeLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class TableInfo:
+    """One table of rows, and where in the arena those are that are there.
+
+    ``max_rows`` is how many of them one call can name.
+    """
+
+    name: str
+    num_rows: int
+    row_bytes: int
+    max_rows: int
+    places: RowPlaces
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One model: where its pack lies and how its records are laid out.
 
@@ -70,3 +85,4 @@ class ModelInfo:
     record_bytes: int
     expert_bytes: int
     incarnation: str
+    tables: tuple[TableInfo, ...] = ()

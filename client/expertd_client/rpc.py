@@ -17,6 +17,7 @@ from expertstore.v1 import expert_store_pb2 as pb
 from expertstore.v1 import expert_store_pb2_grpc as grpc_api
 
 ResultT = TypeVar("ResultT")
+_HINT_SECONDS = 10.0
 
 
 class Rpc:
@@ -28,6 +29,7 @@ class Rpc:
         self._stub = grpc_api.ExpertStoreStub(self._channel)
         self._pid = os.getpid()
         self._closed = False
+        self._sent: set[object] = set()
 
     def call(
         self,
@@ -51,6 +53,16 @@ class Rpc:
             # Without its cause: a gRPC error prints as a page of its own insides.
             raise self._address.error(error) from None
         return call.decode(response)
+
+    def send(self, call: Call[ResultT], metadata: Metadata = ()) -> None:
+        """Sends a hint: nobody waits for the answer, or hears of an error."""
+        self._check_open()
+        sent = getattr(self._stub, call.method).future(
+            call.request, timeout=_HINT_SECONDS, metadata=metadata
+        )
+        # gRPC cancels a call that nobody refers to.
+        self._sent.add(sent)
+        sent.add_done_callback(self._sent.discard)
 
     def stream(
         self, call: Call[ResultT], *, timeout_seconds: float | None, metadata: Metadata = ()

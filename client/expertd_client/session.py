@@ -109,6 +109,34 @@ class Session(BaseSession):
             return 0
         return self._call(calls.prefetch(absent, priority))
 
+    def expect(self, experts: Sequence[tuple[int, int]]) -> None:
+        """:meth:`prefetch` that waits for no answer; any thread may, also while a lease is held."""
+        absent = self.absent(experts) if self.shares_memory else []
+        if absent:
+            self._rpc.send(calls.prefetch(absent, 0), self._attachment.credentials)
+
+    def fetch_rows(self, table: int, rows: bytes, used: bytes = b"") -> bytes:
+        """Rows of a table by numbers of 8 bytes each; see :mod:`expertd_client.table_rows`.
+
+        ``used`` are rows that were found in the arena. Raises NotFoundError, RecordLostError, and
+        as :meth:`acquire` where the session is over.
+        """
+        call = calls.fetch_rows(table, rows, used, self.model.name)
+        if self.shares_memory:
+            return self._call(call)
+        try:
+            return self._call(call)
+        except SESSION_OVER as error:
+            raise self._over(error) from None
+
+    def prefetch_rows(self, table: int, rows: bytes, used: bytes = b"") -> None:
+        """Hints which rows are wanted next, and waits for nothing; any thread may."""
+        self._rpc.send(calls.prefetch_rows(table, rows, used), self._attachment.credentials)
+
+    def tell_used(self, table: int, used: bytes) -> None:
+        """Tells which rows were found in the arena, and waits until the daemon knows."""
+        self._call(calls.prefetch_rows(table, b"", used))
+
     def pin(self, experts: Sequence[tuple[int, int]]) -> int:
         """Keeps (layer, expert) pairs resident while the session lasts; how many it pinned.
 

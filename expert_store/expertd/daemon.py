@@ -39,6 +39,7 @@ from expertstore.v1 import expert_store_pb2 as pb
 _REFRESH_SECONDS = 0.05  # rings of 16 Ki touches: overrun only above 300 k accesses a second
 _MAX_REQUEST_BYTES = 512 << 10  # lists of 36 k experts
 _MAX_REF_BYTES = 14  # an ExpertRef with its tag and length, both numbers at their longest
+_ROW_BYTES = 8  # a row's number; a call names as many as it brings, and as many that it found
 _MAX_OTHER_BYTES = 16 << 10  # names, paths
 _MAX_CALLS = 100  # at once on one connection; further ones wait in the caller
 # Longer than workers keep what they have mapped (docs/protocol.md), and so long that systemd,
@@ -227,8 +228,10 @@ async def _stop(servers: list[grpc.aio.Server], drain_seconds: float) -> None:
 
 def _handler(store: Store, door: str) -> grpc.GenericRpcHandler:
     def longest_request() -> int:
-        experts = max((model.num_entries for model in store.models.values()), default=0)
-        return _MAX_OTHER_BYTES + experts * _MAX_REF_BYTES
+        models = store.models.values()
+        experts = max((model.num_entries for model in models), default=0)
+        rows = max((table.max_rows for model in models for table in model.tables), default=0)
+        return _MAX_OTHER_BYTES + max(experts * _MAX_REF_BYTES, 2 * rows * _ROW_BYTES)
 
     edge = Edge(store.config.stall_seconds, store.refusals, door, longest_request)
     return edge.handler(ExpertStoreService(store), _SERVICE)

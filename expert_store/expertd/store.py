@@ -5,7 +5,8 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,16 +34,18 @@ from expertd.memory.memfd import SharedMemory
 from expertd.settings.config import ServeConfig, check_model_name
 from expertd.settings.disk_io import DiskIo
 from expertd.settings.limits import NO_LIMITS, ModelLimits, pinned_bytes
+from expertd.tables.room import TableRoom, room_for
 from expertstore.errors import (
     CapacityError,
     ExpertdError,
     IncarnationError,
     NotFoundError,
+    PackError,
     PreconditionError,
     UnauthenticatedError,
 )
 from expertstore.pack.files import check_path
-from expertstore.pack.manifest import Fingerprinted, read_manifest
+from expertstore.pack.manifest import Fingerprinted, Manifest, read_manifest
 from expertstore.shared.handshake import Role
 from expertstore.shared.host_memory import memory_available
 
@@ -93,7 +96,9 @@ class Store:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pinning: dict[HostedModel, asyncio.Task[None]] = {}
         self.stopping = asyncio.Event()
-        self.budget = Budget(arena.num_bytes, self.models)
+        left = [Path(each.pack) for each in self._inheritance.of_admins()]
+        self.tables = _room_for_tables(config, arena, left)
+        self.budget = Budget(arena.num_bytes - self.tables.num_bytes, self.models)
         self.slots = Slots(
             self.budget,
             arena.copy,
@@ -175,14 +180,22 @@ class Store:
             pinned = pinned_bytes(limits.pins, pack.manifest, name)
             self.budget.check_model(name, pack.manifest, limits, pinned)
             asked = disk_io or self.config.disk_io
-            opened = await asyncio.to_thread(open_pack, path, pack.manifest, asked, self.page_cache)
+            tables = self.tables.open(name, path, pack.manifest)
+            try:
+                opened = await asyncio.to_thread(
+                    open_pack, path, pack.manifest, asked, self.page_cache
+                )
+                model = await self._inherit(name, path, pack, opened, limits)
+                if model is None:
+                    model = await self._begin(name, path, pack, opened, origin, limits, disk_io)
+            except BaseException:
+                await self.tables.close(tables)
+                raise
             if opened.disk.way is DiskIo.DIRECT and not opened.disk.past_page_cache:
                 self._warn(f"{path} is read through the page cache: no O_DIRECT there.")
             if opened.disk.trouble:
                 self._warn(opened.disk.trouble)
-            model = await self._inherit(name, path, pack, opened, limits)
-            if model is None:
-                model = await self._begin(name, path, pack, opened, origin, limits, disk_io)
+            model.tables = tables
             self.models[name] = model
         log(
             "model loaded",
@@ -355,6 +368,7 @@ class Store:
         await asyncio.to_thread(self.loader.close)
         await asyncio.sleep(0)  # lets the last reads' callbacks run
         for model in self.models.values():
+            await self.tables.close(model.tables)
             model.close(self.slots.free)
         self.models.clear()
 
@@ -390,6 +404,7 @@ class Store:
         # Only now: while a session may read, a next daemon must know of what.
         await self._fd_store.remove(self._stored_as.pop(model.name))
         await asyncio.to_thread(self._drop_page_cache, model)
+        await self.tables.close(model.tables)
         del self.models[model.name]
         model.close(self.slots.free)
         log("model unloaded", model=model.name)
@@ -423,3 +438,14 @@ class Store:
         if warning not in self.warnings:
             self.warnings.append(warning)
             log_warning("degraded", text=warning)
+
+
+def _room_for_tables(config: ServeConfig, arena: Arena, more: Iterable[Path]) -> TableRoom:
+    """For the models of the settings, and the packs ``more``; what is wrong is told on loading."""
+    manifests: list[Manifest] = []
+    for path in [*(model.path for model in config.models.values()), *more]:
+        with suppress(PackError):
+            manifests.append(read_manifest(path).manifest)
+    num_bytes = room_for(config.table_ram_bytes, arena.num_bytes, manifests)
+    with_tables = sum(bool(manifest.tables) for manifest in manifests)
+    return TableRoom(arena, num_bytes, with_tables)

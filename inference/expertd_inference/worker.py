@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from expertd_client import Session, TlsFiles
+from expertd_client.table_rows import TableRows
 from expertd_inference.device.group import DeviceGroup, open_devices
 from expertd_inference.device.placement import CPU, device_names
 from expertd_inference.device.stats import DeviceStats
@@ -21,10 +22,11 @@ from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.on_device import device_executor
 from expertd_inference.execution.room import Room
 from expertd_inference.experts.ahead import RouterAhead
+from expertd_inference.experts.by_token import TokenRouter, find_token_routers
 from expertd_inference.experts.cpu import CpuExperts, connect
 from expertd_inference.experts.hints import HintStats, pays_for_prompts
 from expertd_inference.experts.recovery import Recovery, say_on_stderr
-from expertd_inference.experts.routers import find_routers
+from expertd_inference.experts.routers import LayerRouter, find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
@@ -33,6 +35,7 @@ from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.model.prompts import encode
+from expertd_inference.model.row_source import SessionRows
 from expertd_inference.model.seen import Seen
 from expertd_inference.model.sight import Sight
 from expertd_inference.model.tokenizer import load_tokenizer
@@ -44,7 +47,7 @@ from expertd_inference.process.attachment import (
 from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
 from expertstore.closing import Closing
-from expertstore.errors import InvalidInputError, PackError
+from expertstore.errors import ExpertdError, InvalidInputError, PackError
 from expertstore.pack.manifest import Manifest, read_manifest
 from expertstore.pack.seeing import sees, why_blind
 from expertstore.shared.host_memory import memory_available
@@ -133,8 +136,11 @@ class Worker(Closing):
                 use_native_linears(self.language, steps)  # before anything holds its modules
                 loaded.model.set_output_embeddings(self.language.get_output_embeddings())
             recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
+            self.tables = loaded.tables
+            self.tables.connect(lambda name: SessionRows(TableRows(session, name), recovery))
             self._runner: CpuExperts | DeviceGroup
             self._ahead: RouterAhead | None = None
+            self._by_token: Mapping[int, TokenRouter] = {}
             if devices:
                 self._runner = DeviceGroup(
                     self.manifest,
@@ -260,6 +266,20 @@ class Worker(Closing):
         """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""
         return encode(self.model, self.tokenizer, prompt)
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        """Hints at what a text of these tokens reads for certain.
+
+        That is rows of tables, and experts of layers that choose them by token.
+        """
+        self.tables.expect(tokens)
+        experts = [
+            (layer, expert)
+            for layer, router in self._by_token.items()
+            for expert in router.of_text(tokens)
+        ]
+        with suppress(ExpertdError):  # whoever computes is told
+            self.session.expect(experts[: self.session.max_wave])
+
     def open_executor(self, room: Room) -> Executor:
         """What computes this model's steps, with memory for as much as ``room``.
 
@@ -287,6 +307,7 @@ class Worker(Closing):
         """Ends its engines, and the session; its leases are free at once."""
         for call in [*self._before_close.values()]:
             call()
+        self.tables.close()
         try:
             self._runner.close()
         finally:
@@ -299,7 +320,11 @@ class Worker(Closing):
         # Of copies nothing is read ahead: the daemon's disk is not what is waited for.
         if not any(settings.hint_choices) or not self.session.shares_memory:
             return None
-        routers = find_routers(loaded.model, loaded.experts)
+        self._by_token = find_token_routers(loaded.model, loaded.experts)
+        routers: dict[int, LayerRouter | TokenRouter] = {
+            **find_routers(loaded.model, loaded.experts),
+            **self._by_token,
+        }
         layers = sorted(loaded.experts)
         if missing := [layer for layer in layers[1:] if layer not in routers]:
             say(

@@ -11,7 +11,7 @@ from expertstore.pack.layout import Encoding, record_layout
 
 @pytest.mark.parametrize("encoding", list(Encoding))
 def test_layouts_survive_the_wire(encoding: Encoding) -> None:
-    matrix = form(encoding, 64, 128)
+    matrix = form(encoding, 64, 128, group_rows=16)
     layout = record_layout((matrix,), "BF16", has_bias=True)
     assert calls._layout(messages._layout(layout)) == layout
 

@@ -245,6 +245,20 @@ def _print_stats(report: dict[str, Any]) -> None:
             for row in report["sessions"]
         ],
     )  # fmt: skip
+    tables = [(model["name"], table) for model in report["models"] for table in model["tables"]]
+    if tables:
+        _print_table(
+            f"tables: {format_bytes(report['arena']['table_bytes'])} of the arena are for rows",
+            ("model", "table", "size", "in RAM", "hits", "misses", "NVMe read", "evictions",
+             "hinted", "lost"),
+            [
+                (name, table["name"], format_bytes(table["table_bytes"]),
+                 format_bytes(table["num_resident"] * table["row_bytes"]), table["hits"],
+                 table["misses"], format_bytes(table["nvme_bytes_read"]), table["evictions"],
+                 table["prefetched"], table["rows_lost"])
+                for name, table in tables
+            ],
+        )  # fmt: skip
     if report["peers"]:
         _print_table(
             "peers by TCP",

@@ -11,14 +11,16 @@ import typer
 
 from expertd.cli.progress import ProgressDisplay
 from expertd.hub.folder import HubFolder
+from expertd.hub.gguf_files import fetch_gguf, find_gguf
 from expertd.hub.opening import cached_snapshot, open_repository
 from expertd.hub.reference import HubReference
 from expertd.packing.default_scheme import default_scheme
 from expertd.packing.early import HUB_FOLDER, about_bytes, partial_of
-from expertd.packing.schemes import Scheme
+from expertd.packing.schemes import SCHEMES, Scheme
 from expertd.packing.side_files import COPIED_FILES
 from expertstore.errors import PackError, PreconditionError
 from expertstore.interrupts import interruptible
+from expertstore.shared.host_memory import memory_total
 from expertstore.sizes import format_bytes
 
 
@@ -40,6 +42,8 @@ def look_at(
 ) -> tuple[Path, HubFolder | None]:
     """The checkpoint's directory, and what fetches its shards unless they are all there.
 
+    Of a model in GGUF its file, which is fetched whole.
+
     Raises CheckpointError, PackError and PreconditionError.
     """
     snapshot = cached_snapshot(reference)
@@ -49,6 +53,18 @@ def look_at(
     title = f"looking at {reference}"
     with interruptible(), ProgressDisplay(title) as display:
         repository = open_repository(reference)
+        if files := find_gguf(repository):
+            place = None if keep else partial_of(destination) / HUB_FOLDER / repository.commit
+            total = sum(file.num_bytes for file in files)
+            came = 0
+
+            def count(num_bytes: int) -> None:
+                nonlocal came
+                came += num_bytes
+                display.update(came, total, f"of {len(files)} files in GGUF")
+
+            found = fetch_gguf(repository, files, place, count, place=destination.parent)
+            return found, None
         folder = HubFolder(
             repository, partial_of(destination) / HUB_FOLDER, keep=keep, on_bytes=meter.add
         )
@@ -82,10 +98,11 @@ def needs(folder: HubFolder, scheme: Scheme) -> str:
 def advised_scheme(checkpoint: Path, destination: Path) -> tuple[str, str]:
     """The scheme that ``expert-run advise`` chooses for this host, and its sentence.
 
-    Weights that come quantized stay as they are. Raises PreconditionError if the host cannot serve
-    the model in any scheme, and if nobody can tell.
+    Weights that come quantized stay as they are if RAM can hold that. Raises PreconditionError if
+    the host cannot serve the model in any scheme, and if nobody can tell.
     """
-    if (kept := default_scheme(checkpoint)) != "4bit":
+    kept = default_scheme(checkpoint)
+    if kept != "4bit" and sum(about_bytes(checkpoint, SCHEMES[kept])) <= memory_total():
         return kept, "Its weights come quantized, and stay as they are."
     typer.echo("Measuring this host to choose a scheme; --scheme NAME leaves that out.", err=True)
     program = Path(sys.executable).with_name("expert-run")

@@ -2,17 +2,20 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertd.cli.progress import ProgressDisplay
 from expertd.traces.usage import PruneBy
 from expertstore.command_line import serve_command
-from expertstore.errors import InvalidInputError, PreconditionError
+from expertstore.errors import ConfigError, InvalidInputError, PreconditionError
 from expertstore.interrupts import importing, interruptible
-from expertstore.sizes import format_bytes, size_to_give
+from expertstore.sizes import format_bytes, parse_bytes, size_to_give
 from expertstore.socket_directory import where_to_serve
+
+if TYPE_CHECKING:
+    from expertstore.pack.table import TableEncoding
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +30,8 @@ def pack(
             metavar="CHECKPOINT",
             help="Directory of the model in Hugging Face's form (config.json and safetensors); a "
             "file in GGUF, or any part of one that is split; or "
-            "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope).",
+            "its name on a hub: ORG/NAME, hf://ORG/NAME@REVISION, ms://ORG/NAME (ModelScope), of "
+            "GGUF ORG/NAME:Q4_K_M or hf://ORG/NAME/FILE.gguf.",
         ),
     ],
     destination: Annotated[
@@ -97,6 +101,21 @@ def pack(
             help="Of a model that sees: leave its vision part out.",
         ),
     ] = False,
+    tables: Annotated[
+        str,
+        typer.Option(
+            metavar="BITS",
+            help="Rows of tables (n-gram and per-layer embeddings) in 16, 8 or 4 bits.",
+        ),
+    ] = "16",
+    table_min: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Such embeddings get a file of their own, of which the daemon reads rows, if they "
+            "have that size in 16 bits; smaller ones stay in the trunk.",
+        ),
+    ] = "256MiB",
     optimize: Annotated[
         bool,
         typer.Option(
@@ -202,6 +221,7 @@ def pack(
         return
     if keep_experts is not None or prune_by is not None:
         raise InvalidInputError("--keep-experts and --prune-by belong to --prune TRACE.")
+    rows, smallest = _table_encoding(tables), _table_size(table_min)
     checkpoint = Path(source)
     reference = None if checkpoint.exists() else parse_reference(source)
     gguf = None if reference else gguf_of(checkpoint)
@@ -217,7 +237,8 @@ def pack(
             _check_installed("torch", "transformers", "huggingface_hub")
             check_destination(destination.absolute(), force=force)
             checkpoint, shards = look_at(reference, destination.absolute(), meter, stack, keep=keep)
-            if scheme is None:
+            gguf = gguf_of(checkpoint)
+            if scheme is None and gguf is None:
                 scheme, why = advised_scheme(checkpoint, destination.absolute())
         title = f"packing {reference or (gguf or checkpoint).name}"
         if gguf is not None:
@@ -256,6 +277,8 @@ def pack(
             checkpoint,
             destination.absolute(),
             chosen,
+            tables=rows,
+            table_bytes=smallest,
             optimize=optimize,
             device=device,
             force=force,
@@ -327,15 +350,33 @@ def _say_what_it_is(destination: Path) -> None:
     from expertstore.shared.host_memory import default_ram_bytes
 
     found = inspect_pack(destination)
+    manifest = found.manifest
+    rows_too = f", {format_bytes(manifest.table_bytes)} of tables" if manifest.tables else ""
     typer.echo(
-        f"{destination}: {found.manifest.num_experts} experts, "
-        f"{format_bytes(found.manifest.expert_bytes)} at {found.expert_bits:.2f} bits per weight, "
-        f"and {format_bytes(found.manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
-        f"(one token's experts) is {size_to_give(found.manifest.working_set_bytes)}."
+        f"{destination}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)} at "
+        f"{found.expert_bits:.2f} bits per weight{rows_too}, and "
+        f"{format_bytes(manifest.trunk.num_bytes)} of trunk. The least RAM to serve it "
+        f"(one token's experts) is {size_to_give(manifest.working_set_bytes)}."
     )
     name = name_of_pack(destination.absolute())
-    budget = default_ram_bytes(found.manifest)
+    budget = default_ram_bytes(manifest)
     typer.echo(f"Next: {serve_command(name, destination, budget, *where_to_serve())}")
+
+
+def _table_encoding(bits: str) -> "TableEncoding":
+    from expertstore.pack.table import TableEncoding
+
+    known = {"16": TableEncoding.PLAIN, "8": TableEncoding.INT8, "4": TableEncoding.INT4}
+    if bits not in known:
+        raise ConfigError(f"--tables {bits} is none of 16, 8 and 4.")
+    return known[bits]
+
+
+def _table_size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"--table-min: {error}.") from error
 
 
 def _check_installed(*names: str) -> None:

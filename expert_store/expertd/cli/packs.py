@@ -117,7 +117,7 @@ def verify(
         Path, typer.Argument(metavar="PACK", readable=False, help="The pack's directory.")
     ],
 ) -> None:
-    """Reads a whole pack and checks every record and the trunk against their checksums.
+    """Reads a whole pack and checks records, tables and trunk against their checksums.
 
     Lists each damaged record by file, layer and expert. Exit code 0: all is well, 1: something
     is damaged, 2: not a pack.
@@ -193,6 +193,7 @@ def _report(pack: Path) -> dict[str, Any]:
             for tensor in found.trunk_plain
         ],
         "working_set_bytes": manifest.working_set_bytes,
+        "tables": [msgspec.to_builtins(table) for table in manifest.tables],
         "files": [msgspec.to_builtins(file) for file in (*manifest.files, manifest.trunk)],
         "layers": [
             {
@@ -240,6 +241,15 @@ def _print_report(report: dict[str, Any]) -> None:
             f"{report['trunk_quantized_tensors']} matrices quantized",
         ),
         ("of it not quantized", _largest(report["trunk_plain_matrices"])),
+        *(
+            (
+                f"table {table['name']}",
+                f"{format_bytes(table['num_bytes'])}, {table['num_rows']} rows of "
+                f"{table['num_columns']} values ({table['encoding']}), of which a token reads "
+                f"{table['rows_per_token']}",
+            )
+            for table in report["tables"]
+        ),
         ("least RAM to serve", f"{size_to_give(report['working_set_bytes'])} (one token)"),
         ("fingerprint", report["fingerprint"]),
     ):

@@ -29,6 +29,7 @@ def rates(before: Stats | None, now: Stats) -> dict[str, Any]:
             "evictions_per_second": (new["evictions"] - old["evictions"]) / seconds,
             "fetches_per_second": fetches / seconds,
             "fetch_seconds": waited / fetches if fetches > 0 else None,
+            "rows": _accesses(_rows(old), _rows(new), seconds),
         }
     for old, new in _pairs(before["sessions"], now["sessions"], "id"):
         sessions[new["id"]] = _accesses(old, new, seconds)
@@ -47,6 +48,15 @@ def _accesses(old: Stats, new: Stats, seconds: float) -> dict[str, float | None]
     return {
         "hit_rate": hit_rate(hits, misses),
         "accesses_per_second": max(0, hits + misses) / seconds,
+    }
+
+
+def _rows(model: Stats) -> Stats:
+    """Accesses to rows of all tables."""
+    tables = model.get("tables", [])
+    return {
+        "host_hits": sum(table["hits"] for table in tables),
+        "nvme_misses": sum(table["misses"] for table in tables),
     }
 
 

@@ -32,6 +32,14 @@ def serve(
         str | None,
         typer.Option(metavar="SIZE", help="RAM for experts of all models, e.g. 512MiB or 24GiB."),
     ] = None,
+    table_ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Of it, RAM for rows of tables (n-gram or per-layer embeddings). Default: what "
+            "the experts leave, at least an eighth; nothing if no model has a table.",
+        ),
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +93,8 @@ def serve(
         load_config(
             config,
             socket=socket,
-            ram_bytes=_size(ram),
+            ram_bytes=_size(ram, "--ram"),
+            table_ram_bytes=_size(table_ram, "--table-ram"),
             models=models,
             disk_io=parse_disk_io(disk_io) if disk_io is not None else None,
             metrics=_address(metrics),
@@ -93,11 +102,11 @@ def serve(
     )
 
 
-def _size(text: str | None) -> int | None:
+def _size(text: str | None, option: str) -> int | None:
     try:
         return parse_bytes(text) if text is not None else None
     except ValueError as error:
-        raise ConfigError(f"--ram: {error}.") from error
+        raise ConfigError(f"{option}: {error}.") from error
 
 
 def _address(text: str | None) -> LoopbackAddress | None:

@@ -170,6 +170,7 @@ class View:
         nvme = Text("NVMe  ")
         nvme.append_text(_bar([(resident, "green")], of_all, bar))
         nvme.append(f" {format_bytes(resident)} of {format_bytes(of_all)} in RAM")
+        rows = self._rows(stats)
         return [
             _flow(
                 [
@@ -189,7 +190,24 @@ class View:
                 ],
                 ", ", _INDENT, width,
             ),
+            *([_flow(rows, ", ", _INDENT, width)] if rows else []),
         ]  # fmt: skip
+
+    def _rows(self, stats: dict[str, Any]) -> list[Text]:
+        """Of tables, if any model has some."""
+        tables = [table for model in stats["models"] for table in model.get("tables", [])]
+        if not tables:
+            return []
+        resident = sum(table["num_resident"] * table["row_bytes"] for table in tables)
+        of_all = sum(table["num_rows"] * table["row_bytes"] for table in tables)
+        rates = [each["rows"] for each in self._rates["models"].values()]
+        uses = sum(each["accesses_per_second"] for each in rates)
+        hits = sum((each["hit_rate"] or 0) * each["accesses_per_second"] for each in rates)
+        return [
+            Text(f"Rows  {format_bytes(resident)} of {format_bytes(of_all)} in RAM"),
+            Text(f"{format_bytes(stats['arena']['table_bytes'])} are for them"),
+            Text(f"{_number(uses)} used/s, {_share(hits / uses if uses else None)} hits"),
+        ]
 
     def _models(self, models: list[dict[str, Any]], most: int, width: int) -> Table:
         rows = []

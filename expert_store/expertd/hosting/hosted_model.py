@@ -22,6 +22,7 @@ from expertd.memory.memfd import SharedMemory
 from expertd.memory.reclaim import Reclaimer
 from expertd.residency import DEFAULT_POLICY, Entries, make_policy
 from expertd.settings.limits import NO_LIMITS, ModelLimits, pinned_entries
+from expertd.tables.hosted_table import HostedTable
 from expertstore.errors import NotFoundError
 from expertstore.pack.manifest import Fingerprinted, Layer
 from expertstore.shared.directory import Directory, pack_word, unpack_word
@@ -121,6 +122,8 @@ class HostedModel:
     ) -> None:
         self.limits, self.disk = limits, disk
         self.name, self.path, self.files = name, path, files
+        self.tables: Sequence[HostedTable] = ()
+        """In the manifest's order; the store opens and closes them."""
         self.manifest, self.fingerprint = pack.manifest, pack.fingerprint
         self.state = ModelState.SERVING
         self.counters = Counters()
@@ -245,6 +248,12 @@ class HostedModel:
     def expert(self, entry: int) -> tuple[int, int]:
         """The (layer, expert) of an entry."""
         return self._experts[entry]
+
+    def table(self, number: int) -> HostedTable:
+        """One of its tables. Raises :class:`NotFoundError`."""
+        if number >= len(self.tables):
+            raise NotFoundError(f"{self.name} has no table {number}: it has {len(self.tables)}.")
+        return self.tables[number]
 
     def place(self, entry: int) -> DiskPlace:
         """Where the entry's record lies on disk."""

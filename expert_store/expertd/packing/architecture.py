@@ -56,6 +56,11 @@ class ExpertsModule:
         return [self.parameter(leaf) for leaf in leaves]
 
 
+_TABLES = {"embed_tokens_per_layer", "ngram_embedding"}
+"""Embeddings of which a token reads a few rows, and which nothing multiplies: per-layer embeddings
+(Gemma), hashed n-grams (Qwen's)."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model by its configuration; ``model`` is transformers' own, on the meta device."""
@@ -100,6 +105,20 @@ class Architecture:
             for name, module in self._linears().items()
             if not name.startswith(TEXT_PART) and module is not head
         }
+
+    def tables(self, min_bytes: int) -> dict[str, int]:
+        """The weights of embeddings that may be tables, and how many rows of each a token reads.
+
+        Of those that have at least ``min_bytes`` in 16 bits.
+        """
+        found = {}
+        for name, module in self.model.named_modules():
+            parent, _, leaf = name.rpartition(".")
+            if isinstance(module, nn.Embedding) and leaf in _TABLES:
+                rows = getattr(self.model.get_submodule(parent), "ngram_heads", 1)
+                if 2 * module.weight.numel() >= min_bytes:
+                    found[f"{name}.weight"] = int(rows)
+        return found
 
     def _linears(self) -> dict[str, nn.Module]:
         """Not those that compute something else, such as DeepSeek V4's output in groups."""

@@ -52,6 +52,9 @@ from expertstore.pack.manifest import GateOrder
 from expertstore.pack.seeing import TEXT_PART
 from expertstore.pack.tensor_file import read_into
 
+MIN_TABLE_BYTES = 256 << 20
+"""What a table has at least in 16 bits; a smaller one is better off in the trunk."""
+
 SAMPLE_BYTES = 64 << 10
 """Read of a tensor to see how large its weights are."""
 
@@ -73,12 +76,18 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, shards: Shards | None = None, *, text_only: bool = False
+        self,
+        path: Path,
+        shards: Shards | None = None,
+        *,
+        table_bytes: int = MIN_TABLE_BYTES,
+        text_only: bool = False,
     ) -> None:
         """Reads the configuration and all headers. Raises :class:`CheckpointError`.
 
         With ``text_only`` the vision part is left out.
         ``shards``: its files are here only for a time; what is read of others is asked of these.
+        Embeddings that can be tables are, if they have ``table_bytes`` in 16 bits.
         """
         self.path = path
         self._shards = shards
@@ -99,12 +108,16 @@ class Checkpoint:
         packings = {weight.packing for weight in self._stored.values()}
         if packings and description.method not in {"", *METHODS}:
             raise quantized_error(path, description.method)
-        sorter = Sorter(path, config, self.architecture, self._stored)
+        self.rows_per_token = self.architecture.tables(table_bytes)
+        """Of each table, by the model's name of the parameter."""
+        sorter = Sorter(path, config, self.architecture, self._stored, self.rows_per_token)
         found = sorter.sort(listing, self._convert)
         self._parameters = found.experts
         self.trunk = found.trunk
         """All but the experts, each with the model's own name of the parameter it fills: one that
         is made of several or split into several comes with an empty name."""
+        self.tables = found.tables
+        """By the model's name of the parameter: the tensors that, one below the other, it is."""
         self.unused = found.unused
         """Tensors that the architecture has no place for; transformers ignores them too."""
         self.unfilled = found.unfilled
@@ -180,6 +193,19 @@ class Checkpoint:
         if weight is None or weight.is_fused:
             return self.read(tensor, scratch)
         return self._matrix(weight, None, scratch or Scratch())
+
+    def read_rows(
+        self, tensor: CheckpointTensor, begin: int, num_rows: int, scratch: Scratch
+    ) -> Tensor:
+        """Some rows of a matrix, in its dtype. Raises :class:`CheckpointError`."""
+        if tensor.name in self._stored:
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.file} is a table that comes quantized, which is not "
+                "supported; pack a checkpoint that has it in 16 bits."
+            )
+        row = tensor.entry.num_bytes // tensor.entry.shape[0]
+        buffer = scratch.take(num_rows * row)
+        return self._read_slice(tensor, begin * row, buffer).view(num_rows, -1)
 
     def type_of(self, tensor: CheckpointTensor) -> str:
         """As what the tensor is read, in safetensors' names: stored weights as 16-bit ones."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.finite import flaw, flaws
-from expertd.packing.plan import ExpertStep, PackingStep, TrunkStep
+from expertd.packing.plan import ExpertStep, PackingStep, TableStep, TrunkStep
 from expertd.packing.quantizer import quantize_to
 from expertd.packing.scratch import Scratch
 from expertd.packing.solver import Solver
@@ -17,6 +17,8 @@ from expertd.packing.stored.matrix import StoredMatrix
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix
+from expertstore.pack.rows import encode_rows
+from expertstore.pack.table import CHECKSUM_BYTES, block_checksum
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,16 @@ class Encoder:
     optimize: bool
 
     def encode(self, step: PackingStep, scratch: Scratch) -> Encoded:
-        """The bytes that a step writes, in ``scratch``: a padded record, or a tensor of the trunk.
+        """The bytes that a step writes, in ``scratch``: a record, a tensor, or blocks.
 
         Raises :class:`CheckpointError`.
         """
-        encode = self._tensor if isinstance(step, TrunkStep) else self._expert
-        data, found = encode(step, scratch)  # type: ignore[arg-type]
+        if isinstance(step, TrunkStep):
+            data, found = self._tensor(step, scratch)
+        elif isinstance(step, TableStep):
+            data, found = self._rows(step, scratch)
+        else:
+            data, found = self._expert(step, scratch)
         return Encoded(data.numpy().data, tuple(found))
 
     def _tensor(self, step: TrunkStep, scratch: Scratch) -> tuple[Tensor, list[str]]:
@@ -75,6 +81,34 @@ class Encoder:
         if not found and self.checkpoint.is_stored(step.source):
             return [f"{step.source.name} times its scales is more than a number holds"]
         return found
+
+    def _rows(self, step: TableStep, scratch: Scratch) -> tuple[Tensor, list[str]]:
+        table = step.table
+        pieces = [
+            (source, self.checkpoint.read_rows(source, begin, num_rows, scratch))
+            for source, begin, num_rows in step.sources
+        ]
+        values = pieces[0][1] if len(pieces) == 1 else torch.cat([values for _, values in pieces])
+        rows = encode_rows(values, table.encoding, table.dtype)
+        data = scratch.take(step.num_blocks * table.block_bytes).zero_()
+        blocks = data.view(step.num_blocks, table.block_bytes)
+        used = table.rows_per_block * table.row_bytes
+        whole, rest = divmod(step.num_rows, table.rows_per_block)
+        blocks[:whole, :used] = rows[: whole * table.rows_per_block].view(whole, used)
+        if rest:
+            blocks[whole, : rest * table.row_bytes] = rows[-rest:].reshape(-1)
+        for index, block in enumerate(blocks.numpy()):
+            view = block.data
+            checksum = block_checksum(view, step.first_block + index)
+            view[-CHECKSUM_BYTES:] = checksum.to_bytes(CHECKSUM_BYTES, "little")
+        dtype = TORCH_DTYPES[table.dtype]
+        if not flaw(values, dtype):
+            return data, []
+        return data, [
+            f"{source.name} holds {what}"
+            for source, values in pieces
+            if (what := flaw(values, dtype))
+        ]
 
     def _expert(self, step: ExpertStep, scratch: Scratch) -> tuple[Tensor, list[str]]:
         tensors = self.checkpoint.expert(step.module, step.expert, scratch)

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from expertd.packing.checkpoint import Checkpoint
-from expertd.packing.plan import ExpertStep, PackingStep, PackPlan
+from expertd.packing.plan import ExpertStep, PackingStep, PackPlan, TableStep
 from expertd.packing.shards import Shards
 
 
@@ -50,6 +50,8 @@ class Feeder:
         def files_of(step: PackingStep) -> set[Path]:
             if isinstance(step, ExpertStep):
                 return self._checkpoint.expert_files(step.module, step.expert)
+            if isinstance(step, TableStep):
+                return {source.file for source, _, _ in step.sources}
             return self._checkpoint.trunk_files(step.source)
 
         files = {index: sorted(files_of(step)) for index, step in enumerate(plan.steps)}

@@ -28,7 +28,7 @@ import msgspec
 from xxhash import xxh3_64_hexdigest
 
 import expertstore
-from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.checkpoint import MIN_TABLE_BYTES, Checkpoint
 from expertd.packing.early import GGUF_FOLDER, HUB_FOLDER, check_destination, partial_of
 from expertd.packing.encoder import Encoder
 from expertd.packing.feeding import Feeder
@@ -49,6 +49,7 @@ from expertd.packing.solver import ChosenSolver, Solver, choose_solver
 from expertstore.errors import CheckpointError, PackError
 from expertstore.pack.layout import Encoding
 from expertstore.pack.manifest import FORMAT_VERSION, MANIFEST_NAME, encode_manifest
+from expertstore.pack.table import TableEncoding
 
 COMMIT_SECONDS = 1.0
 COMMIT_BYTES = 256 << 20
@@ -79,6 +80,10 @@ class Request:
     """Where the weights are quantized: cpu, cuda or cuda:N."""
     force: bool = False
     """Replace the pack at ``destination``, and pack weights that are not finite."""
+    tables: TableEncoding = TableEncoding.PLAIN
+    """How rows of tables are written."""
+    table_bytes: int = MIN_TABLE_BYTES
+    """What embeddings that can be tables have at least in 16 bits; others stay in the trunk."""
     max_file_bytes: int = MAX_FILE_BYTES
     """Of each file of records; a larger record gets a file of its own."""
     text_only: bool = False
@@ -100,7 +105,12 @@ def pack(
     """
     chosen = choose_solver(request.device)
     try:
-        with Checkpoint(request.source, request.shards, text_only=request.text_only) as checkpoint:
+        with Checkpoint(
+            request.source,
+            request.shards,
+            table_bytes=request.table_bytes,
+            text_only=request.text_only,
+        ) as checkpoint:
             sees = checkpoint.architecture.sees
             side_files = find_side_files(request.source, sees=sees)
             _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)
@@ -131,7 +141,7 @@ def _pack(
         on_notice(chosen.drawback)
     for sentence in peculiarities(checkpoint, request.scheme):
         on_notice(sentence)
-    plan = make_plan(checkpoint, request.scheme, request.max_file_bytes)
+    plan = make_plan(checkpoint, request.scheme, request.max_file_bytes, request.tables)
     if plan.misfits:
         more = len(plan.misfits) - 1
         on_notice(
@@ -195,6 +205,7 @@ def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
             "max_file_bytes": request.max_file_bytes,
             "architecture": checkpoint.architecture.name,
             "sees": checkpoint.architecture.sees,
+            "tables": [request.tables, request.table_bytes],
             "format": FORMAT_VERSION,
             "versions": [expertstore.__version__, version("torch"), solver.version],
         }

@@ -6,9 +6,10 @@ be done, or done again, without looking at the others.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from expertd.packing.architecture import Architecture, ExpertsModule
 from expertd.packing.checkpoint import Checkpoint
@@ -33,9 +34,11 @@ from expertstore.pack.manifest import (
     PackFile,
     QuantizedTensor,
 )
+from expertstore.pack.table import Table, TableEncoding, block_shape, row_bytes
 from expertstore.pack.tensor_file import build_header
 
 MAX_FILE_BYTES = 4 << 30
+_TABLE_STEP_BYTES = 16 << 20
 NUM_SAMPLERS = 8
 """Layers whose weights are looked at side by side: on a network, most of that is waiting."""
 
@@ -83,7 +86,26 @@ class TrunkStep:
         return matrix_parts(self.matrix, self.dtype, self.scales)
 
 
-PackingStep = ExpertStep | TrunkStep
+@dataclass(frozen=True)
+class TableStep:
+    """Writing ``num_rows`` of a table, from the first of ``first_block`` on."""
+
+    table: Table
+    sources: tuple[tuple[CheckpointTensor, int, int], ...]
+    """The tensors that have them, each with its first row and how many."""
+    first_block: int
+    num_rows: int
+    file: int
+    offset: int
+    source_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that they fill."""
+        return -(-self.num_rows // self.table.rows_per_block)
+
+
+PackingStep = ExpertStep | TrunkStep | TableStep
 
 
 @dataclass(frozen=True)
@@ -95,6 +117,8 @@ class PackPlan:
     steps: tuple[PackingStep, ...]
     misfits: tuple[str, ...] = ()
     """Matrices of the trunk that stay in 16 bits since the scheme does not fit them, and why."""
+    tables: tuple[Table, ...] = ()
+    """Their files are those before the trunk's."""
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +127,10 @@ class PackPlan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, scheme: Scheme, max_file_bytes: int = MAX_FILE_BYTES
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    table_encoding: TableEncoding = TableEncoding.PLAIN,
 ) -> PackPlan:
     """Raises :class:`CheckpointError` if the scheme does not fit the checkpoint's sizes."""
     layouts: list[RecordLayout] = []
@@ -133,8 +160,20 @@ def make_plan(
             steps.append(ExpertStep(module, expert, layout, len(files), offset, source_bytes))
             offset += layout.record_bytes
         files.append(PlannedFile(f"experts-{len(files):05d}.safetensors", header, offset))
+    tables: list[Table] = []
+    for name, sources in checkpoint.tables.items():
+        table, header = _plan_table(checkpoint, name, sources, table_encoding, len(tables))
+        steps += _table_steps(table, sources, len(files))
+        files.append(PlannedFile(table.file, header, table.num_bytes))
+        tables.append(table)
     trunk, trunk_steps, misfits = _plan_trunk(checkpoint, scheme, len(files))
-    return PackPlan((*files, trunk), tuple(layouts), (*trunk_steps, *steps), tuple(misfits))
+    return PackPlan(
+        (*files, trunk),
+        tuple(layouts),
+        (*trunk_steps, *steps),
+        tuple(misfits),
+        tuple(tables),
+    )
 
 
 def make_manifest(
@@ -146,7 +185,7 @@ def make_manifest(
     for index, step in enumerate(plan.steps):
         if isinstance(step, ExpertStep):
             records.setdefault(step.module.layer, []).append((step, checksums[index]))
-        elif step.matrix is not None:
+        elif isinstance(step, TrunkStep) and step.matrix is not None:
             quantized.append(
                 QuantizedTensor(name=step.source.name, matrix=step.matrix, dtype=step.dtype)
             )
@@ -173,10 +212,11 @@ def make_manifest(
         gate_order=checkpoint.architecture.experts[0].gate_order,
         layers=layers,
         layouts=plan.layouts,
-        files=files[:-1],
+        files=files[: -1 - len(plan.tables)],
         trunk=files[-1],
         trunk_checksum=trunk,
         trunk_quantized=tuple(quantized),
+        tables=plan.tables,
     )
 
 
@@ -219,6 +259,67 @@ def _split(
         group.append(record)
         num_bytes += record[2].record_bytes
     yield group
+
+
+def _plan_table(
+    checkpoint: Checkpoint,
+    name: str,
+    sources: Sequence[CheckpointTensor],
+    encoding: TableEncoding,
+    number: int,
+) -> tuple[Table, bytes]:
+    """A table and its file's header. Raises :class:`CheckpointError` if it cannot be written so."""
+    num_rows, columns = sum(source.entry.shape[0] for source in sources), sources[0].entry.shape[1]
+    try:
+        block_bytes, rows_per_block = block_shape(row_bytes(columns, encoding, checkpoint.dtype))
+    except ValueError as error:
+        raise CheckpointError(
+            f"The table {name} of {checkpoint.path} cannot be written as {encoding}: {error}; "
+            "choose --tables 16."
+        ) from error
+    num_blocks = -(-num_rows // rows_per_block)
+    header = build_header([(name, "U8", (num_blocks, block_bytes))])
+    table = Table(
+        name=name,
+        file=f"table-{number:05d}.safetensors",
+        num_bytes=len(header) + num_blocks * block_bytes,
+        offset=len(header),
+        num_rows=num_rows,
+        num_columns=columns,
+        rows_per_token=checkpoint.rows_per_token[name],
+        dtype=checkpoint.dtype,
+        encoding=encoding,
+        block_bytes=block_bytes,
+        rows_per_block=rows_per_block,
+    )
+    return table, header
+
+
+def _table_steps(
+    table: Table, sources: Sequence[CheckpointTensor], file: int
+) -> Iterator[TableStep]:
+    """As many blocks at a time as are worth a step."""
+    blocks = max(1, _TABLE_STEP_BYTES // table.block_bytes)
+    ends = [*accumulate(source.entry.shape[0] for source in sources)]
+    for block in range(0, table.num_blocks, blocks):
+        first = block * table.rows_per_block
+        last = min(first + blocks * table.rows_per_block, table.num_rows)
+        pieces = []
+        for source, end in zip(sources, ends, strict=True):
+            begin = end - source.entry.shape[0]
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                pieces.append((source, low - begin, high - low))
+        row = sources[0].entry.num_bytes // max(1, sources[0].entry.shape[0])
+        yield TableStep(
+            table,
+            tuple(pieces),
+            block,
+            last - first,
+            file,
+            table.offset + block * table.block_bytes,
+            (last - first) * row,
+        )
 
 
 def _plan_trunk(

@@ -105,6 +105,8 @@ def prune(
         folder.mkdir(parents=True)
         try:
             _copy_side_files(source, folder)
+            for table in manifest.tables:
+                _link(source / table.file, folder / table.file)
             _write_config(config, len(kept[0]), whole, folder)
             few = read_architecture(folder)
             made = _write(source, folder, manifest, kept, _cuts(source, whole, few), on_progress)
@@ -135,6 +137,14 @@ def _copy_side_files(source: Path, folder: Path) -> None:
         target = folder / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """One file in both packs, which never change; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _write_config(

@@ -92,10 +92,15 @@ class Sorted:
     """Tensors that the architecture has no place for; transformers ignores them too."""
     unfilled: list[str]
     """Buffers that keep what the model makes of them."""
+    tables: dict[str, list[CheckpointTensor]] = field(default_factory=dict)
+    """By the model's name of the parameter: the tensors that, one below the other, it is."""
 
 
 class Sorter:
-    """Finds the place of each tensor. ``stored`` names those that are stored weights."""
+    """Finds the place of each tensor. ``stored`` names those that are stored weights.
+
+    ``tables`` are the parameters that get files of their own.
+    """
 
     def __init__(
         self,
@@ -103,11 +108,13 @@ class Sorter:
         config: Mapping[str, Any],
         architecture: Architecture,
         stored: Container[str],
+        tables: Container[str] = (),
     ) -> None:
         self.path = path
         self.config = config
         self.architecture = architecture
         self.stored = stored
+        self.tables = tables
 
     def sort(self, listing: Listing, convert: Convert) -> Sorted:
         """Raises :class:`CheckpointError` if what there is is not the model, or not whole."""
@@ -144,10 +151,16 @@ class Sorter:
                 parameter.converter = by_pattern[pattern] if pattern else None
                 parameter.sources.setdefault(pattern, []).append(tensor)
                 continue
+            if name in self.tables:
+                found.tables.setdefault(name, []).append(tensor)
+                filled.add(name)
+                continue
             if not pattern:
                 check_shape(tensor, tuple(state[name].shape))
             found.trunk.append(("" if pattern else name, tensor))
             filled |= _targets(name, by_pattern[pattern]) if pattern else {name}
+        for name, tensors in found.tables.items():
+            _check_table(name, tensors, tuple(state[name].shape))
         self._check_whole(state, filled, experts, listing)
         found.unfilled.extend(sorted(self._unfilled(state, filled | experts)))
         for module in self.architecture.experts:
@@ -280,6 +293,18 @@ class Sorter:
                 f"{self.path} has {parameter.name} of each expert in the shape {list(shape[1:])}, "
                 f"and its config.json asks for {list(expected)}; download the checkpoint again."
             )
+
+
+def _check_table(name: str, tensors: list[CheckpointTensor], shape: tuple[int, ...]) -> None:
+    """Raises :class:`CheckpointError` unless the tensors are the table's, one below the other."""
+    for tensor in tensors:
+        check_shape(tensor, (*tensor.entry.shape[:1], *shape[1:]))
+    num_rows = sum(tensor.entry.shape[0] for tensor in tensors)
+    if num_rows != shape[0]:
+        raise CheckpointError(
+            f"{tensors[0].file.parent} has {num_rows} rows of {name} in {len(tensors)} tensors, "
+            f"and its config.json asks for {shape[0]}; download the checkpoint again."
+        )
 
 
 def _targets(name: str, converter: WeightConverter) -> set[str]:

@@ -13,16 +13,18 @@ measure disks give ``distinct_records=None``.
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from expertd.packing.architecture import Architecture, ExpertsModule, read_architecture
+from expertd.packing.checkpoint import MIN_TABLE_BYTES
 from expertd.packing.checkpoint_files import CONFIG_NAME, CheckpointTensor, read_config
 from expertd.packing.plan import (
     ExpertStep,
@@ -37,9 +39,11 @@ from expertd.packing.shapes import shape_config
 from expertd.packing.stored.description import Description, read_description
 from expertd.packing.stored.expected import expected_form
 from expertd.packing.stored.weight import Form
-from expertstore.pack.codec import TORCH_DTYPES, record_parts
+from expertstore.pack.codec import E2M1, E8M0_BIAS, TORCH_DTYPES, record_parts
 from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
 from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
+from expertstore.pack.rows import encode_rows
+from expertstore.pack.table import CHECKSUM_BYTES, Table, block_checksum
 from expertstore.pack.tensor_file import TensorEntry, build_header
 
 BRANCH_GAIN = 0.1
@@ -47,6 +51,8 @@ BRANCH_GAIN = 0.1
 stay different from each other through all layers, or all would be routed alike."""
 
 _DTYPE = "BF16"
+_ROW_VALUES = 4 << 20
+"""Drawn for a table, whose rows repeat after so many values."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class ImaginedCheckpoint:
     description: Description = field(default_factory=lambda: Description({}))
     """How its weights are quantized."""
     is_float32: bool = False
+    tables: Mapping[str, Sequence[CheckpointTensor]] = field(default_factory=dict)
+    rows_per_token: Mapping[str, int] = field(default_factory=dict)
 
     def type_of(self, source: CheckpointTensor) -> str:
         """What the tensor is read as."""
@@ -134,6 +142,8 @@ def make_pack(
             out.truncate(file.num_bytes)
     copies = distinct_records if own_places else None
     checksums = _write_records(directory, plan, generator, copies)
+    for table in plan.tables:
+        write_table(directory / table.file, table)
     trunk = _write_trunk(directory, plan, generator)
     manifest = make_manifest(plan, checkpoint, chosen, checksums, trunk)
     (directory / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
@@ -169,15 +179,26 @@ def imagine(directory: Path) -> ImaginedCheckpoint:
     """
     architecture = read_architecture(directory)
     experts = {name for module in architecture.experts for name in module.parameters()}
-    trunk = []
+    rows_per_token = architecture.tables(MIN_TABLE_BYTES)
+    trunk, tables = [], {}
     for name, parameter in _tensors(architecture.model):
         if name in experts:
             continue
         num_bytes = parameter.numel() * DTYPE_BYTES[_DTYPE]
         entry = TensorEntry(name, _DTYPE, tuple(parameter.shape), 0, num_bytes)
-        trunk.append((name, CheckpointTensor(directory, entry)))
+        if name in rows_per_token:
+            tables[name] = [CheckpointTensor(directory, entry)]
+        else:
+            trunk.append((name, CheckpointTensor(directory, entry)))
     description = read_description(directory, read_config(directory))
-    return ImaginedCheckpoint(directory, architecture, trunk, description=description)
+    return ImaginedCheckpoint(
+        directory,
+        architecture,
+        trunk,
+        description=description,
+        tables=tables,
+        rows_per_token=rows_per_token,
+    )
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401 - transformers is untyped
@@ -198,16 +219,16 @@ def _shared(plan: PackPlan, distinct_records: int) -> PackPlan:
             tensors.append((f"{number}.{index}", "U8", (layout.record_bytes,)))
             end += layout.record_bytes
     header = build_header(tensors)
-    trunk = plan.files[-1]
     steps: list[Any] = []
     for step in plan.steps:
         if isinstance(step, ExpertStep):
             place = places[plan.layouts.index(step.layout), step.expert % distinct_records]
             steps.append(replace(step, file=0, offset=len(header) + place))
-        else:
-            steps.append(replace(step, file=1))
+        elif isinstance(step, TrunkStep):
+            steps.append(replace(step, file=1 + len(plan.tables)))
     records = PlannedFile("experts-00000.safetensors", header, len(header) + end)
-    return PackPlan((records, trunk), plan.layouts, tuple(steps))
+    others = plan.files[-1 - len(plan.tables) :]
+    return PackPlan((records, *others), plan.layouts, tuple(steps), tables=plan.tables)
 
 
 def _write_records(
@@ -241,6 +262,25 @@ def _draw_record(layout: RecordLayout, generator: torch.Generator) -> bytearray:
         gain = BRANCH_GAIN if matrix.name == "down" else 1.0
         fill(matrix, parts, gain, generator)
     return record
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Fills a file that has its header and its size: random rows, which are repeated."""
+    random = np.random.default_rng(0).standard_normal(_ROW_VALUES, np.float32)
+    values = torch.from_numpy(random[: _ROW_VALUES // table.num_columns * table.num_columns])
+    drawn = encode_rows(values.view(-1, table.num_columns), table.encoding, table.dtype)
+    used = table.rows_per_block * table.row_bytes
+    blocks = drawn.view(-1)[: drawn.numel() // used * used].view(-1, used).numpy()
+    data = np.zeros((len(blocks), table.block_bytes), np.uint8)
+    data[:, :used] = blocks
+    with path.open("r+b") as out:
+        out.seek(table.offset)
+        for first in range(0, table.num_blocks, len(data)):
+            part = data[: table.num_blocks - first]
+            for index, block in enumerate(part):
+                checksum = block_checksum(block.data, first + index)
+                block[-CHECKSUM_BYTES:] = np.frombuffer(checksum.to_bytes(8, "little"), np.uint8)
+            out.write(part.data)
 
 
 def _write_trunk(directory: Path, plan: PackPlan, generator: torch.Generator) -> str:
@@ -287,6 +327,8 @@ def fill(
     if matrix.encoding is Encoding.PLAIN:
         weight = parts[f"{name}.weight"]
         weight.copy_(torch.randn(weight.shape, generator=generator).mul_(deviation))
+    elif matrix.encoding is not Encoding.HQQ:
+        _fill_kept(matrix, parts, deviation, generator)
     else:
         parts[f"{name}.q"].random_(0, 256, generator=generator)
         levels = 1 << matrix.bits
@@ -296,6 +338,32 @@ def fill(
         _fill_groups(matrix, parts, "zero", (levels - 1) / 2, generator)
     if f"{name}.bias" in parts:
         parts[f"{name}.bias"].zero_()
+
+
+def _fill_kept(
+    matrix: Matrix, parts: Mapping[str, Tensor], deviation: float, generator: torch.Generator
+) -> None:
+    """As :func:`fill`, of what only checkpoints have."""
+    encoding, name = matrix.encoding, matrix.name
+    q, scale = parts[f"{name}.q"], parts[f"{name}.scale"]
+    if encoding in {Encoding.FP8, Encoding.MXFP8}:
+        usual = 64.0
+        drawn = torch.randn(q.shape, generator=generator).mul_(usual).clamp_(-448, 448)
+        q.copy_(drawn.to(torch.float8_e4m3fn).view(torch.uint8))
+    else:
+        q.random_(0, 256, generator=generator)
+        levels = torch.arange(1 << matrix.bits) - (1 << matrix.bits - 1) + 0.0
+        usual = float((levels if encoding is Encoding.INT else torch.tensor(E2M1)).square().mean())
+        usual = math.sqrt(usual)
+    factor = deviation / usual
+    if encoding in {Encoding.MXFP4, Encoding.MXFP8}:
+        scale.fill_(E8M0_BIAS + round(math.log2(factor)))
+    elif encoding is Encoding.NVFP4:
+        scale.copy_(torch.ones(()).to(torch.float8_e4m3fn).view(torch.uint8))
+        parts[f"{name}.global"].fill_(factor)
+    else:
+        around = torch.rand(scale.shape, generator=generator).mul_(0.2).add_(0.9)
+        scale.copy_(around.mul_(factor))
 
 
 def _fill_groups(

@@ -1,6 +1,7 @@
 """What the daemon knows of a model, as protobuf messages."""
 
 from expertd.hosting.hosted_model import HostedModel, ModelState
+from expertd.tables.hosted_table import HostedTable
 from expertstore.pack.manifest import Encoding, RecordLayout
 from expertstore.v1 import expert_store_pb2 as pb
 
@@ -54,9 +55,22 @@ def model_response(
             for layer in model.manifest.layers
         ],
         layouts=[_layout(layout) for layout in model.manifest.layouts],
+        tables=[_table(table) for table in model.tables],
         fingerprint=model.fingerprint,
         max_fetch_records=max_fetch_records,
         incarnation=incarnation,
+    )
+
+
+def _table(hosted: HostedTable) -> pb.Table:
+    places = hosted.slots.places
+    return pb.Table(
+        name=hosted.table.name,
+        num_rows=hosted.table.num_rows,
+        row_bytes=hosted.table.row_bytes,
+        max_rows=hosted.max_rows,
+        cache_offset=places.offset,
+        cache_sets=places.num_sets,
     )
 
 

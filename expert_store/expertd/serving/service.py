@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from expertd.hosting.hosted_model import HostedModel
 from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.peers import Peer
@@ -19,6 +21,7 @@ from expertd.serving.stats import collect_heat, collect_stats
 from expertd.settings.disk_io import parse_disk_io
 from expertd.settings.limits import ModelLimits
 from expertd.store import Store
+from expertd.tables.row_slots import Rows
 from expertstore.errors import (
     ExpertdError,
     IncarnationError,
@@ -160,6 +163,21 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
                 reader.bytes_read += len(data)
                 del data  # the next one has room only once this has gone
 
+    async def FetchRows(
+        self, request: pb.FetchRowsRequest, context: Context
+    ) -> pb.FetchRowsResponse:
+        _, model = self._reader(request, context)
+        table = model.table(request.table)
+        rows = await table.fetch(_rows(request.rows), _rows(request.used))
+        return pb.FetchRowsResponse(data=rows.tobytes())
+
+    async def PrefetchRows(
+        self, request: pb.PrefetchRowsRequest, context: Context
+    ) -> pb.PrefetchRowsResponse:
+        table = self._session(context).model.table(request.table)
+        table.use(_rows(request.used))
+        return pb.PrefetchRowsResponse(num_accepted=table.prefetch(_rows(request.rows)))
+
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
         return pb.GetStatsResponse(stats=collect_stats(self._store))
 
@@ -178,7 +196,7 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
                 raise UnavailableError("expertd is stopping.")
 
     def _reader(
-        self, request: pb.ReadRequest, context: Context
+        self, request: pb.ReadRequest | pb.FetchRowsRequest, context: Context
     ) -> tuple[HostedSession | Peer, HostedModel]:
         """Who reads, and from which model."""
         peer = self._store.peers.of(context)
@@ -247,6 +265,12 @@ class ExpertStoreService(rpc.ExpertStoreServicer):
     def _admin(self, context: Context) -> None:
         if self._session(context).role is not Role.ADMIN:
             raise PermissionDeniedError("this needs an admin session: attach with the admin role.")
+
+
+def _rows(data: bytes) -> Rows:
+    if len(data) % 8:
+        raise InvalidInputError(f"rows take 8 bytes each, and {len(data)} bytes were sent.")
+    return np.frombuffer(data, np.int64)
 
 
 def _entries(model: HostedModel, experts: Sequence[pb.ExpertRef]) -> list[int]:

@@ -10,6 +10,7 @@ from expertd.hosting.hosted_session import HostedSession
 from expertd.hosting.peers import Peer
 from expertd.hosting.quotas import Quotas
 from expertd.store import Store
+from expertd.tables.hosted_table import HostedTable
 from expertstore.v1 import expert_store_pb2 as pb
 
 
@@ -27,6 +28,7 @@ def collect_stats(store: Store) -> pb.Stats:
             bytes_used=extents.bytes_used,
             locked=store.arena.locked_bytes,
             huge_pages=store.arena.huge_page_bytes,
+            table_bytes=store.tables.num_bytes,
             retired=sum(model.reclaimer.bytes_retired for model in store.models.values()),
         ),
         models=[_model_stats(store, model) for model in store.models.values()],
@@ -92,6 +94,7 @@ def _model_stats(store: Store, model: HostedModel) -> pb.ModelStats:
         num_pinned_resident=sum(map(model.is_resident, model.pinned)),
         moves=counters.moves,
         records_in_pack=counters.records_in_pack,
+        tables=[_table_stats(table) for table in model.tables],
         disk=pb.DiskStats(
             asked=model.disk.asked,
             way=model.disk.way,
@@ -100,6 +103,26 @@ def _model_stats(store: Store, model: HostedModel) -> pb.ModelStats:
             mmap_bytes_per_second=model.disk.trial.mapped,
             page_cache=store.page_cache.bytes_of(model.files),
         ),
+    )
+
+
+def _table_stats(hosted: HostedTable) -> pb.TableStats:
+    counters, table = hosted.counters, hosted.table
+    return pb.TableStats(
+        name=table.name,
+        num_rows=table.num_rows,
+        row_bytes=table.row_bytes,
+        table_bytes=table.num_bytes,
+        cache_bytes=hosted.slots.places.num_bytes,
+        num_resident=hosted.slots.num_resident,
+        hits=counters.hits,
+        misses=counters.misses,
+        evictions=hosted.slots.num_evicted,
+        nvme_bytes_read=counters.nvme_bytes_read,
+        prefetched=counters.prefetched,
+        rows_lost=counters.rows_lost,
+        fetches=counters.fetch_seconds.count,
+        fetch_seconds=counters.fetch_seconds.sum_seconds,
     )
 
 

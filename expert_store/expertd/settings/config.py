@@ -25,6 +25,7 @@ _SIZES = {
     "ram": "ram_bytes",
     "page_cache": "page_cache_bytes",
     "read_buffer": "read_buffer_bytes",
+    "table_ram": "table_ram_bytes",
     "default_quota": "default_quota_bytes",
 }
 """Settings that take a size with its unit, and their fields."""
@@ -41,6 +42,9 @@ class ServeConfig:
     """Directory of the sockets and the lock; made if missing."""
     ram_bytes: int
     """The arena's size: the budget of all models together."""
+    table_ram_bytes: int | None = None
+    """Of it, what is for rows of tables; None: what the models' experts leave, or an eighth if that
+    is more, and nothing if no model has a table."""
     models: dict[str, ModelConfig] = field(default_factory=dict)
     """Packs to load at start, by model name, and their limits."""
     allowed_uids: tuple[int, ...] = ()
@@ -95,6 +99,11 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.ram_bytes < MIN_RAM_BYTES:
             raise ConfigError(f"ram is {self.ram_bytes} bytes; give the budget, e.g. 16GiB.")
+        if self.table_ram_bytes is not None and not 0 <= self.table_ram_bytes < self.ram_bytes:
+            raise ConfigError(
+                f"table_ram is {self.table_ram_bytes} bytes, of the {self.ram_bytes} of ram; give "
+                "less, so that experts have some, too."
+            )
         for name in (
             "stall_seconds",
             "fetch_seconds",
@@ -219,7 +228,7 @@ def _convert(name: str, value: Any) -> Any:  # noqa: ANN401
     kind = type(getattr(ServeConfig(Path(), MIN_RAM_BYTES), name))
     if name in (*_SIZES.values(), "scrub_bytes_per_second") and isinstance(value, str):
         return parse_bytes(value)
-    if name in ("default_quota_bytes", "page_cache_bytes"):
+    if name in ("default_quota_bytes", "page_cache_bytes", "table_ram_bytes"):
         return _typed(value, int)
     if name == "quotas":
         return _quotas(_typed(value, dict))

@@ -43,6 +43,7 @@ class StoreMetrics:
             *self._arena(),
             *self._page_cache(),
             *self._models(),
+            *self._tables(),
             *self._sessions(),
             *self._queues(),
         ]
@@ -92,11 +93,12 @@ class StoreMetrics:
         store, extents = self._store, self._store.slots.extents
         arena = GaugeMetricFamily(
             "expertd_arena_bytes",
-            "The RAM budget: used by records, also those just evicted or arriving, and free.",
+            "The RAM budget: used by records, also those evicted or arriving, free, and for rows.",
             labels=["state"],
         )
         arena.add_metric(["used"], extents.bytes_used)
         arena.add_metric(["free"], extents.bytes_total - extents.bytes_used)
+        arena.add_metric(["rows"], store.tables.num_bytes)
         yield arena
         yield _gauge(
             "expertd_arena_retired_bytes",
@@ -269,6 +271,33 @@ class StoreMetrics:
             for model in models:
                 _add(histogram, [model.name], observed(model))
             yield histogram
+
+    def _tables(self) -> Iterator[Metric]:
+        """Of the tables of each model together."""
+        accesses = CounterMetricFamily(
+            "expertd_row_accesses",
+            "Rows of tables that workers used: found in RAM, or had to wait for NVMe.",
+            labels=["model", "level"],
+        )
+        read = CounterMetricFamily(
+            "expertd_row_read_bytes", "Read from tables' files, also for hints.", labels=["model"]
+        )
+        lost = CounterMetricFamily(
+            "expertd_rows_lost", "Rows that could not be read or verified.", labels=["model"]
+        )
+        resident = GaugeMetricFamily(
+            "expertd_rows_resident_bytes", "Rows of tables in RAM.", labels=["model"]
+        )
+        for model in self._store.models.values():
+            tables = model.tables
+            counters = [table.counters for table in tables]
+            accesses.add_metric([model.name, "host_hit"], sum(each.hits for each in counters))
+            accesses.add_metric([model.name, "nvme_miss"], sum(each.misses for each in counters))
+            read.add_metric([model.name], sum(each.nvme_bytes_read for each in counters))
+            lost.add_metric([model.name], sum(each.rows_lost for each in counters))
+            in_ram = (table.slots.num_resident * table.table.row_bytes for table in tables)
+            resident.add_metric([model.name], sum(in_ram))
+        yield from (accesses, read, lost, resident)
 
     def _sessions(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(

@@ -66,6 +66,9 @@ def _of_config(name: str, directory: Path) -> Model:
             needs.append(_need_of_plan(scheme.name, make_plan(checkpoint, scheme)))
         except CheckpointError:
             continue  # the scheme does not fit its sizes
+    if kept := next((need for need in needs if SCHEMES[need.scheme].experts.is_kept), None):
+        # To make anything else of it loses precision, and is only for fewer bits.
+        needs = [need for need in needs if need is kept or need.expert_bits < kept.expert_bits]
     config = msgspec.json.decode((directory / CONFIG_NAME).read_bytes())
     return Model(
         name, config, tuple(needs), kv_bytes_per_token(checkpoint.architecture.model.config)
@@ -95,6 +98,7 @@ def _need_of_plan(scheme: str, plan: PackPlan) -> Need:
         ),
         _counted(linears, names),
         plan.files[-1].num_bytes,
+        table_bytes=sum(table.num_bytes for table in plan.tables),
     )
 
 
@@ -137,6 +141,7 @@ def _need_of_pack(path: Path, manifest: Manifest) -> Need:
         _counted(linears, [*entries]),
         manifest.trunk.num_bytes,
         manifest.dtype,
+        manifest.table_bytes,
     )
 
 

@@ -67,7 +67,7 @@ def predict(
     """Workers on the CPU, experts in ``budget_bytes`` of RAM; ``worker_bytes`` are each one's."""
     share = min(1.0, budget_bytes / need.expert_bytes)
     budget = min(budget_bytes, need.expert_bytes)
-    ram = budget + need.trunk_bytes + host.workers * worker_bytes
+    ram = budget + need.rows_bytes(budget) + need.trunk_bytes + host.workers * worker_bytes
     typical = token_seconds(need, costs, host, hit_rate(share, Routing.TYPICAL))
     worst = token_seconds(need, costs, host, hit_rate(share, Routing.UNIFORM))
     missed = need.working_set_bytes * (1 - hit_rate(share, Routing.TYPICAL))
@@ -97,7 +97,8 @@ def predict_gpu(need: Need, host: Host, gpu: Gpu, worker_bytes: int) -> Predicti
         missed = need.working_set_bytes * (1 - hit_rate(share, routing))
         seconds = max(missed / gpu.link_rate, read)
         speeds[routing] = 1 / seconds if seconds else math.inf
-    ram = need.expert_bytes + need.trunk_bytes + worker_bytes
+    rows = need.rows_bytes(need.expert_bytes)
+    ram = need.expert_bytes + rows + need.trunk_bytes + worker_bytes
     return Prediction(
         need.scheme,
         Processor.GPU,

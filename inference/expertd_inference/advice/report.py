@@ -117,6 +117,7 @@ def as_json(advice: Advice) -> dict[str, Any]:
             need.scheme: {
                 "expert_bytes": need.expert_bytes,
                 "trunk_bytes": need.trunk_bytes,
+                "table_bytes": need.table_bytes,
                 "token_bytes": need.token_bytes,
                 "kernel_seconds": advice.costs[need.scheme].kernel_seconds,
                 "other_seconds": advice.costs[need.scheme].other_seconds,
@@ -145,7 +146,14 @@ def notes(advice: Advice) -> list[str]:
         found.append(
             "On the GPU: a bound by its link and memory, all experts in RAM; not a prediction."
         )
-    largest = max(need.expert_bytes + need.trunk_bytes for need in advice.model.needs)
+    if tables := max(need.table_bytes for need in advice.model.needs):
+        found.append(
+            f"Its tables take {format_bytes(tables)} on disk; RAM in all has room for a part of "
+            "their rows, the rest is read row by row."
+        )
+    largest = max(
+        need.expert_bytes + need.trunk_bytes + need.table_bytes for need in advice.model.needs
+    )
     if advice.model.pack is None and largest > advice.host.disk_free_bytes:
         found.append(
             f"{advice.host.storage} has {format_bytes(advice.host.disk_free_bytes)} free, less "
@@ -165,10 +173,12 @@ def next_commands(advice: Advice) -> list[str]:
     make = command(
         "expertd", "pack", model.checkpoint or "CHECKPOINT", pack, "--scheme", row.scheme
     )
+    need = next(need for need in model.needs if need.scheme == row.scheme)
+    rows = need.rows_bytes(row.budget_bytes)
     threads, where = str(advice.host.threads), where_to_serve()
     return [
         *([] if model.pack else [make]),
-        serve_command(name, pack, row.budget_bytes, *where),
+        serve_command(name, pack, row.budget_bytes + rows, *where),
         command(
             *("expert-run", "generate", *where, "--model", name),
             *("--threads", threads, "--prompt", PROMPT),

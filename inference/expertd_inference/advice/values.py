@@ -27,6 +27,12 @@ class Need:
     trunk_bytes: int
     """Of the trunk's file, which all workers map."""
     dtype: str = "BF16"
+    table_bytes: int = 0
+    """Of the files of tables, of whose rows a part is in RAM."""
+
+    def rows_bytes(self, budget_bytes: int) -> int:
+        """RAM for rows of tables beside ``budget_bytes`` for experts: an eighth of both."""
+        return min(self.table_bytes, budget_bytes // 7)
 
     @property
     def num_layers(self) -> int:

@@ -274,6 +274,7 @@ class Engine(Closing):
         matcher = None
         if settings.grammar is not None:
             matcher = self._grammars.matcher(settings.grammar, wishes.end_tokens, origin.generated)
+        self._worker.expect(tokens)
         sequence = LiveSequence(next(self._ids), tokens, settings, origin, seen)
         self._loop.add(
             sequence,

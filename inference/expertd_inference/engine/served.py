@@ -55,6 +55,9 @@ class Served(Protocol):
         Raises InvalidInputError for a model that takes none, or not these.
         """
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        """A text that will be computed: what it needs is read from now on. Waits for nothing."""
+
     def open_executor(self, room: Room) -> Executor:
         """What computes this model's steps, with memory for so many sequences."""
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 from torch import Tensor
 
+from expertd_inference.experts.by_token import TokenRouter
 from expertd_inference.experts.foresight import Foresight
 from expertd_inference.experts.hints import HintBook, HintStats, Pair
 from expertd_inference.experts.routers import LayerRouter
@@ -50,7 +51,7 @@ class RouterAhead:
     def __init__(
         self,
         layers: Sequence[int],
-        routers: Mapping[int, LayerRouter],
+        routers: Mapping[int, LayerRouter | TokenRouter],
         target: HintTarget,
         *,
         choices: Sequence[int],
@@ -162,7 +163,7 @@ class RouterAhead:
         self._misses = misses
         self._idle = not self._target.anything_absent()
 
-    def _foresee(self, router: LayerRouter, hidden: Tensor) -> Sequence[int]:
+    def _foresee(self, router: LayerRouter | TokenRouter, hidden: Tensor) -> Sequence[int]:
         if len(hidden) > 1:
             return router.foreseen(hidden)
         if self._num_experts is None:

@@ -9,13 +9,20 @@ CONTEXT_TOKENS = 8192
 def kv_bytes_per_token(config: Any, value_bytes: int = 2) -> int:  # noqa: ANN401 - transformers'
     """Bytes of the keys and values of all layers for one token, at ``value_bytes`` a value."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    both = 2 * heads * width
-    if rank := getattr(text, "kv_lora_rank", None):
+    layers = range(text.num_hidden_layers)
+    # Gemma 4's layers differ, and its configuration tells sizes only layer by layer.
+    own = getattr(text, "is_heterogeneous", False)
+    return value_bytes * sum(_values(text.per_layer_config[i] if own else text) for i in layers)
+
+
+def _values(layer: Any) -> int:  # noqa: ANN401 - transformers'
+    """Keys and values of one token in a layer of that configuration."""
+    if rank := getattr(layer, "kv_lora_rank", None):
         # Latent attention: what keys and values of all heads are made of, and a key's rotated part.
-        both = rank + text.qk_rope_head_dim
-    return int(both * value_bytes * text.num_hidden_layers)
+        return int(rank + layer.qk_rope_head_dim)
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return int(2 * heads * width)
 
 
 def kv_bytes(config: Any, value_bytes: int = 2) -> int:  # noqa: ANN401 - transformers'

@@ -17,6 +17,7 @@ from expertd_inference.kernels.weights import Linear
 from expertd_inference.model.generation_config import read_generation_config
 from expertd_inference.model.pack_config import CONFIG, read_config
 from expertd_inference.model.quantizer import ExpertdConfig
+from expertd_inference.model.tables import NO_TABLES, Tables
 from expertd_inference.model.trunk import TrunkCheck, TrunkFile
 from expertd_inference.process.reasons import reason_of
 from expertstore.errors import ExpertdError, PackError
@@ -27,10 +28,14 @@ from expertstore.pack.seeing import sees
 
 @dataclass(frozen=True)
 class TrunkModel:
-    """A model that lacks its experts, and the module of each MoE layer that wants them."""
+    """A model that lacks its experts, and the module of each MoE layer that wants them.
+
+    And the embeddings that want a source of their rows.
+    """
 
     model: Any
     experts: Mapping[int, nn.Module]
+    tables: Tables = NO_TABLES
 
 
 def load_trunk(
@@ -132,7 +137,9 @@ def _load(
     model.requires_grad_(requires_grad=False)
     # Where tokenizers and processors look for their files.
     model.config.name_or_path = model.name_or_path = str(pack)
-    return TrunkModel(model, model.hf_quantizer.experts)
+    for table in model.hf_quantizer.tables.modules.values():
+        table.dtype = model.dtype
+    return TrunkModel(model, model.hf_quantizer.experts, model.hf_quantizer.tables)
 
 
 def _num_layers(manifest: Manifest, trunk: TrunkFile) -> int:

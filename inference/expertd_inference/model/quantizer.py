@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from expertd_inference.experts.cpu import IMPLEMENTATION, experts_modules, layer_numbers
 from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.model.quantized_linear import QuantizedLinear
+from expertd_inference.model.tables import NO_TABLES, replace_tables
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest
 from expertstore.pack.seeing import SEEING, TEXT_WITHIN, leave_out_vision
@@ -68,10 +69,11 @@ class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transforme
 
 @register_quantizer(METHOD)
 class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is untyped
-    """Removes the experts' parameters, and puts quantized layers in the place of linear ones.
+    """Removes the experts' parameters, and puts layers of ours in the place of others.
 
     ``experts`` are then the modules by layer, ``linears`` the quantized layers, yet to be loaded,
-    by the checkpoint's name of their weight, and ``shapes`` those of the parameters left.
+    by the checkpoint's name of their weight, ``tables`` the embeddings whose rows are not in the
+    trunk, and ``shapes`` those of the parameters left.
     """
 
     def __init__(self, quantization_config: ExpertdConfig, **kwargs: Any) -> None:  # noqa: ANN401
@@ -82,6 +84,7 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
         self.experts: dict[int, nn.Module] = {}
         self.linears: dict[str, QuantizedLinear] = {}
         self.shapes: dict[str, torch.Size] = {}
+        self.tables = NO_TABLES
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
         if not self.sees and self.manifest.architecture in _WITH_VISION:
@@ -95,6 +98,7 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
             module._is_hf_initialized = True
         if self.trunk_names:
             self.linears = replace_linears(model, self.manifest, self.trunk_names)
+        self.tables = replace_tables(model, self.manifest)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         num_weights = sum(shape.numel() for shape in self.shapes.values())
         if num_weights > _MAX_WEIGHTS_PER_BYTE * self.manifest.trunk.num_bytes:

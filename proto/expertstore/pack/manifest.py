@@ -4,6 +4,7 @@ A pack is a directory::
 
     pack.json                  this manifest
     experts-00000.safetensors  one U8 tensor per expert, each on a 4 KiB boundary
+    table-00000.safetensors    a table by rows (:mod:`expertstore.pack.table`), if the model has any
     trunk.safetensors          all other weights, under the checkpoint's own names
     config.json, tokenizer...  copied from the checkpoint
 
@@ -33,6 +34,7 @@ from expertstore.pack.layout import (
     check_layout,
     matrix_parts,
 )
+from expertstore.pack.table import Table, check_table
 
 __all__ = [
     "FORMAT_NAME",
@@ -50,6 +52,7 @@ __all__ = [
     "Part",
     "QuantizedTensor",
     "RecordLayout",
+    "Table",
     "decode_manifest",
     "encode_manifest",
     "read_manifest",
@@ -131,6 +134,7 @@ class Manifest(Struct, frozen=True):
     trunk: PackFile
     trunk_checksum: Checksum
     trunk_quantized: tuple[QuantizedTensor, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @property
     def first_entries(self) -> tuple[int, ...]:
@@ -148,6 +152,11 @@ class Manifest(Struct, frozen=True):
         return sum(
             layer.num_experts * self.layouts[layer.layout].record_bytes for layer in self.layers
         )
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of all tables' files."""
+        return sum(table.num_bytes for table in self.tables)
 
     @property
     def working_set_bytes(self) -> int:
@@ -220,13 +229,16 @@ def _check(manifest: Manifest) -> None:
     """What types alone do not say. Raises ValueError."""
     if not manifest.layers:
         raise ValueError("it has no MoE layers")
-    if not all(_is_plain_name(file.name) for file in (*manifest.files, manifest.trunk)):
-        raise ValueError("a file name leads out of the pack")
     names = [file.name for file in (*manifest.files, manifest.trunk)]
+    names += [table.file for table in manifest.tables]
+    if not all(_is_plain_name(name) for name in names):
+        raise ValueError("a file name leads out of the pack")
     if len(set(names)) != len(names):
         raise ValueError("two of its files have one name")
     for layout in manifest.layouts:
         check_layout(layout)
+    for table in manifest.tables:
+        check_table(table)
     for tensor in manifest.trunk_quantized:
         if tensor.matrix.name != tensor.name or tensor.matrix.encoding is Encoding.PLAIN:
             raise ValueError(f"the trunk's {tensor.name} does not say how it is quantized")

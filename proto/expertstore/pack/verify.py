@@ -1,14 +1,17 @@
 """Every byte of a pack read again and held against its checksums."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from xxhash import xxh3_64
 
 from expertstore.errors import RecordLostError
-from expertstore.pack.manifest import Manifest
+from expertstore.pack.manifest import Manifest, Table
 from expertstore.pack.reader import PackReader, RecordPlace
+from expertstore.pack.table import is_sound
 from expertstore.pack.tensor_file import read_header
 
 CHUNK_BYTES = 1 << 20
@@ -37,7 +40,7 @@ class Verification:
 def verify(
     pack: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
-    """Checks all records, their places in the files, and the trunk.
+    """Checks all records, their places in the files, the tables, and the trunk.
 
     ``on_progress`` gets the bytes read so far, and all. Raises :class:`PackError` if
     ``pack`` is not a pack.
@@ -45,7 +48,7 @@ def verify(
     with PackReader(pack) as reader:
         manifest = reader.manifest
         damages = [Damage(damage.path.name, damage.reason) for damage in reader.damaged_files]
-        total = manifest.expert_bytes + manifest.trunk.num_bytes
+        total = manifest.expert_bytes + manifest.table_bytes + manifest.trunk.num_bytes
         done = 0
         for place in reader.places():
             on_progress(done, total)
@@ -55,6 +58,9 @@ def verify(
                 reason = str(error).split(" is lost: ")[1].split(";")[0]
                 damages.append(Damage(place.path.name, reason, place.layer, place.expert))
             done += place.num_bytes
+        for table in manifest.tables:
+            damages += check_table_file(pack, table, partial(_further, on_progress, done, total))
+            done += table.num_bytes
         damages += _check_headers(reader, {damage.file for damage in damages})
         damages += check_trunk(pack, manifest, lambda read: on_progress(done + read, total))
         on_progress(total, total)
@@ -82,6 +88,45 @@ def _check_headers(reader: PackReader, known: set[str]) -> list[Damage]:
                     Damage(path.name, "its header has it elsewhere", place.layer, place.expert)
                 )
     return damages
+
+
+def check_table_file(
+    pack: Path, table: Table, on_progress: Callable[[int], None] = lambda read: None
+) -> list[Damage]:
+    """Reads a table's file; what is wrong with it, at most one thing.
+
+    ``on_progress`` gets the bytes read so far.
+    """
+    wrong: list[int] = []
+    block = memoryview(bytearray(table.block_bytes))
+    try:
+        with (pack / table.file).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != table.num_bytes:
+                return [Damage(table.file, f"it has {size} of {table.num_bytes} bytes")]
+            file.seek(table.offset)
+            for number in range(table.num_blocks):
+                file.readinto(block)
+                if not is_sound(block, number):
+                    wrong.append(number)
+                on_progress(table.offset + (number + 1) * table.block_bytes)
+    except OSError as error:
+        return [Damage(table.file, str(error.strerror))]
+    if not wrong:
+        return []
+    return [
+        Damage(
+            table.file,
+            f"the checksums of {len(wrong)} blocks are wrong, the first of rows from "
+            f"{wrong[0] * table.rows_per_block} on",
+        )
+    ]
+
+
+def _further(
+    on_progress: Callable[[int, int], None], done: int, total: int, num_bytes: int
+) -> None:
+    on_progress(done + num_bytes, total)
 
 
 def check_trunk(

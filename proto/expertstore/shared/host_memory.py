@@ -35,8 +35,10 @@ def memory_total(root: Path = _ROOT) -> int:
 
 
 def default_ram_bytes(manifest: Manifest) -> int:
-    """All experts of the pack, or half of the available memory if they do not fit in that."""
-    return min(manifest.expert_bytes, max(memory_available() // 2, manifest.working_set_bytes))
+    """All experts and tables of the pack, or half of the available memory if that is less."""
+    half = max(memory_available() // 2, manifest.working_set_bytes)
+    # A row takes a little more in the arena than in its file.
+    return min(manifest.expert_bytes + manifest.table_bytes * 9 // 8, half)
 
 
 def _meminfo_bytes(root: Path, name: str) -> int:

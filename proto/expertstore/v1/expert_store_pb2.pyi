@@ -486,6 +486,7 @@ class GetModelResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_FETCH_RECORDS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.str
     """Identifies the pack's content: a model that comes back under the same name
     after a restart is the same only if this is.
@@ -506,6 +507,10 @@ class GetModelResponse(_message.Message):
     def layouts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordLayout]:
         """The layouts that layers refer to by index."""
 
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___Table]:
+        """Its tables of rows."""
+
     def __init__(
         self,
         *,
@@ -515,10 +520,11 @@ class GetModelResponse(_message.Message):
         fingerprint: _builtins.str = ...,
         max_fetch_records: _builtins.int = ...,
         incarnation: _builtins.str = ...,
+        tables: _abc.Iterable[Global___Table] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "incarnation", b"incarnation", "layers", b"layers", "layouts", b"layouts", "max_fetch_records", b"max_fetch_records", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "incarnation", b"incarnation", "layers", b"layers", "layouts", b"layouts", "max_fetch_records", b"max_fetch_records", "summary", b"summary", "tables", b"tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1000,6 +1006,152 @@ class ReadResponse(_message.Message):
 Global___ReadResponse: _TypeAlias = ReadResponse  # noqa: Y015
 
 @_typing.final
+class Table(_message.Message):
+    """A table of rows, and where in the arena those lie that are there
+    (expertstore/shared/row_cache.py).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    ROW_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    CACHE_OFFSET_FIELD_NUMBER: _builtins.int
+    CACHE_SETS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The model's parameter."""
+    num_rows: _builtins.int
+    """Rows of the table."""
+    row_bytes: _builtins.int
+    """Of one row, as it is stored."""
+    max_rows: _builtins.int
+    """Rows that one call can name."""
+    cache_offset: _builtins.int
+    """In bytes from the arena's start."""
+    cache_sets: _builtins.int
+    """Sets of 16 rows that the cache has."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_rows: _builtins.int = ...,
+        row_bytes: _builtins.int = ...,
+        max_rows: _builtins.int = ...,
+        cache_offset: _builtins.int = ...,
+        cache_sets: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_offset", b"cache_offset", "cache_sets", b"cache_sets", "max_rows", b"max_rows", "name", b"name", "num_rows", b"num_rows", "row_bytes", b"row_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Table: _TypeAlias = Table  # noqa: Y015
+
+@_typing.final
+class FetchRowsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    table: _builtins.int
+    """Index into GetModelResponse.tables."""
+    rows: _builtins.bytes
+    """Row numbers, 8 bytes each, little-endian."""
+    used: _builtins.bytes
+    """Rows that were found in the arena since the last call, in the same form: they
+    count as hits, and stay there for longer.
+    """
+    model: _builtins.str
+    """By TCP, and for a reader's session; a worker's are of its own model."""
+    def __init__(
+        self,
+        *,
+        table: _builtins.int = ...,
+        rows: _builtins.bytes = ...,
+        used: _builtins.bytes = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "rows", b"rows", "table", b"table", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRowsRequest: _TypeAlias = FetchRowsRequest  # noqa: Y015
+
+@_typing.final
+class FetchRowsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The rows in the order asked for, one behind the other."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRowsResponse: _TypeAlias = FetchRowsResponse  # noqa: Y015
+
+@_typing.final
+class PrefetchRowsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    table: _builtins.int
+    """Index into GetModelResponse.tables."""
+    rows: _builtins.bytes
+    """Row numbers, as in FetchRows."""
+    used: _builtins.bytes
+    """As in FetchRows."""
+    def __init__(
+        self,
+        *,
+        table: _builtins.int = ...,
+        rows: _builtins.bytes = ...,
+        used: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "table", b"table", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchRowsRequest: _TypeAlias = PrefetchRowsRequest  # noqa: Y015
+
+@_typing.final
+class PrefetchRowsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ACCEPTED_FIELD_NUMBER: _builtins.int
+    num_accepted: _builtins.int
+    """Rows that will be read; the others are there, or there are too many."""
+    def __init__(
+        self,
+        *,
+        num_accepted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_accepted", b"num_accepted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchRowsResponse: _TypeAlias = PrefetchRowsResponse  # noqa: Y015
+
+@_typing.final
 class GetStatsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1311,6 +1463,7 @@ class ArenaStats(_message.Message):
     LOCKED_FIELD_NUMBER: _builtins.int
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
+    TABLE_BYTES_FIELD_NUMBER: _builtins.int
     bytes_total: _builtins.int
     """Its size."""
     bytes_used: _builtins.int
@@ -1321,6 +1474,8 @@ class ArenaStats(_message.Message):
     """In bytes."""
     retired: _builtins.int
     """In bytes: of those used, evicted records that wait for their last reader."""
+    table_bytes: _builtins.int
+    """In bytes: beside these, the part of the arena that is for tables' rows."""
     def __init__(
         self,
         *,
@@ -1329,10 +1484,11 @@ class ArenaStats(_message.Message):
         locked: _builtins.int = ...,
         huge_pages: _builtins.int = ...,
         retired: _builtins.int = ...,
+        table_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_total", b"bytes_total", "bytes_used", b"bytes_used", "huge_pages", b"huge_pages", "locked", b"locked", "retired", b"retired"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_total", b"bytes_total", "bytes_used", b"bytes_used", "huge_pages", b"huge_pages", "locked", b"locked", "retired", b"retired", "table_bytes", b"table_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1367,6 +1523,7 @@ class ModelStats(_message.Message):
     DROPPED_RECORDS_FIELD_NUMBER: _builtins.int
     DISK_FIELD_NUMBER: _builtins.int
     RECORDS_IN_PACK_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name under which it is served."""
     num_experts: _builtins.int
@@ -1421,6 +1578,10 @@ class ModelStats(_message.Message):
     def disk(self) -> Global___DiskStats:
         """How its records are read from disk."""
 
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___TableStats]:
+        """Its tables of rows."""
+
     def __init__(
         self,
         *,
@@ -1449,14 +1610,89 @@ class ModelStats(_message.Message):
         dropped_records: _builtins.int = ...,
         disk: Global___DiskStats | None = ...,
         records_in_pack: _builtins.int = ...,
+        tables: _abc.Iterable[Global___TableStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "prefetch", b"prefetch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "disk", b"disk", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_in_pack", b"records_in_pack", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_bytes", b"adopted_bytes", "adopted_records", b"adopted_records", "disk", b"disk", "dropped_records", b"dropped_records", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "host_hits", b"host_hits", "max_bytes", b"max_bytes", "min_bytes", b"min_bytes", "moves", b"moves", "name", b"name", "num_experts", b"num_experts", "num_pinned", b"num_pinned", "num_pinned_resident", b"num_pinned_resident", "num_resident", b"num_resident", "nvme_bytes_read", b"nvme_bytes_read", "nvme_misses", b"nvme_misses", "prefetch", b"prefetch", "record_bytes", b"record_bytes", "records_in_pack", b"records_in_pack", "records_lost", b"records_lost", "resident_bytes", b"resident_bytes", "tables", b"tables", "working_set_bytes", b"working_set_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStats: _TypeAlias = ModelStats  # noqa: Y015
+
+@_typing.final
+class TableStats(_message.Message):
+    """A table of rows. Rows of steps: each counts once a step of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    ROW_BYTES_FIELD_NUMBER: _builtins.int
+    TABLE_BYTES_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_RESIDENT_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    NVME_BYTES_READ_FIELD_NUMBER: _builtins.int
+    PREFETCHED_FIELD_NUMBER: _builtins.int
+    ROWS_LOST_FIELD_NUMBER: _builtins.int
+    FETCHES_FIELD_NUMBER: _builtins.int
+    FETCH_SECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The model's parameter."""
+    num_rows: _builtins.int
+    """Rows of the table."""
+    row_bytes: _builtins.int
+    """Of one row, as it is stored."""
+    table_bytes: _builtins.int
+    """Of its file."""
+    cache_bytes: _builtins.int
+    """Of its part of the arena."""
+    num_resident: _builtins.int
+    """Rows in RAM now."""
+    hits: _builtins.int
+    """Rows that workers found in RAM."""
+    misses: _builtins.int
+    """Rows that had to be read first, or were still being read for a hint."""
+    evictions: _builtins.int
+    """Rows that gave way to others."""
+    nvme_bytes_read: _builtins.int
+    """Bytes read from its file, hints included."""
+    prefetched: _builtins.int
+    """Rows read for hints."""
+    rows_lost: _builtins.int
+    """Rows that could not be read, or failed their checksum."""
+    fetches: _builtins.int
+    """FetchRows calls answered, and how long they took together."""
+    fetch_seconds: _builtins.float
+    """How long FetchRows calls took."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_rows: _builtins.int = ...,
+        row_bytes: _builtins.int = ...,
+        table_bytes: _builtins.int = ...,
+        cache_bytes: _builtins.int = ...,
+        num_resident: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        nvme_bytes_read: _builtins.int = ...,
+        prefetched: _builtins.int = ...,
+        rows_lost: _builtins.int = ...,
+        fetches: _builtins.int = ...,
+        fetch_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "evictions", b"evictions", "fetch_seconds", b"fetch_seconds", "fetches", b"fetches", "hits", b"hits", "misses", b"misses", "name", b"name", "num_resident", b"num_resident", "num_rows", b"num_rows", "nvme_bytes_read", b"nvme_bytes_read", "prefetched", b"prefetched", "row_bytes", b"row_bytes", "rows_lost", b"rows_lost", "table_bytes", b"table_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TableStats: _TypeAlias = TableStats  # noqa: Y015
 
 @_typing.final
 class DiskStats(_message.Message):

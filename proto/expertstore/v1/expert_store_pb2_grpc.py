@@ -84,6 +84,16 @@ class ExpertStoreStub(object):
                 request_serializer=expertstore_dot_v1_dot_expert__store__pb2.ReadRequest.SerializeToString,
                 response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.ReadResponse.FromString,
                 _registered_method=True)
+        self.FetchRows = channel.unary_unary(
+                '/expertstore.v1.ExpertStore/FetchRows',
+                request_serializer=expertstore_dot_v1_dot_expert__store__pb2.FetchRowsRequest.SerializeToString,
+                response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.FetchRowsResponse.FromString,
+                _registered_method=True)
+        self.PrefetchRows = channel.unary_unary(
+                '/expertstore.v1.ExpertStore/PrefetchRows',
+                request_serializer=expertstore_dot_v1_dot_expert__store__pb2.PrefetchRowsRequest.SerializeToString,
+                response_deserializer=expertstore_dot_v1_dot_expert__store__pb2.PrefetchRowsResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/expertstore.v1.ExpertStore/GetStats',
                 request_serializer=expertstore_dot_v1_dot_expert__store__pb2.GetStatsRequest.SerializeToString,
@@ -183,6 +193,22 @@ class ExpertStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchRows(self, request, context):
+        """Rows of a table that the caller did not find in the arena. The daemon keeps
+        them there for whoever asks next.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrefetchRows(self, request, context):
+        """Hints which rows are wanted next: they are read into the arena, which is not
+        waited for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -263,6 +289,16 @@ def add_ExpertStoreServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.ReadRequest.FromString,
                     response_serializer=expertstore_dot_v1_dot_expert__store__pb2.ReadResponse.SerializeToString,
+            ),
+            'FetchRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchRows,
+                    request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.FetchRowsRequest.FromString,
+                    response_serializer=expertstore_dot_v1_dot_expert__store__pb2.FetchRowsResponse.SerializeToString,
+            ),
+            'PrefetchRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefetchRows,
+                    request_deserializer=expertstore_dot_v1_dot_expert__store__pb2.PrefetchRowsRequest.FromString,
+                    response_serializer=expertstore_dot_v1_dot_expert__store__pb2.PrefetchRowsResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -555,6 +591,60 @@ class ExpertStore(object):
             '/expertstore.v1.ExpertStore/Read',
             expertstore_dot_v1_dot_expert__store__pb2.ReadRequest.SerializeToString,
             expertstore_dot_v1_dot_expert__store__pb2.ReadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertstore.v1.ExpertStore/FetchRows',
+            expertstore_dot_v1_dot_expert__store__pb2.FetchRowsRequest.SerializeToString,
+            expertstore_dot_v1_dot_expert__store__pb2.FetchRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefetchRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertstore.v1.ExpertStore/PrefetchRows',
+            expertstore_dot_v1_dot_expert__store__pb2.PrefetchRowsRequest.SerializeToString,
+            expertstore_dot_v1_dot_expert__store__pb2.PrefetchRowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,6 +78,14 @@ class ExpertStoreStub:
     Unpin: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.UnpinRequest, _expert_store_pb2.UnpinResponse]
     Read: _grpc.UnaryStreamMultiCallable[_expert_store_pb2.ReadRequest, _expert_store_pb2.ReadResponse]
     """The records' bytes with their checksums, for clients without shared memory."""
+    FetchRows: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.FetchRowsRequest, _expert_store_pb2.FetchRowsResponse]
+    """Rows of a table that the caller did not find in the arena. The daemon keeps
+    them there for whoever asks next.
+    """
+    PrefetchRows: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.PrefetchRowsRequest, _expert_store_pb2.PrefetchRowsResponse]
+    """Hints which rows are wanted next: they are read into the arena, which is not
+    waited for.
+    """
     GetStats: _grpc.UnaryUnaryMultiCallable[_expert_store_pb2.GetStatsRequest, _expert_store_pb2.GetStatsResponse]
     WatchStats: _grpc.UnaryStreamMultiCallable[_expert_store_pb2.WatchStatsRequest, _expert_store_pb2.WatchStatsResponse]
     """Stats now and then every interval until the caller goes."""
@@ -118,6 +126,14 @@ class ExpertStoreAsyncStub(ExpertStoreStub):
     Unpin: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.UnpinRequest, _expert_store_pb2.UnpinResponse]  # type: ignore[assignment]
     Read: _aio.UnaryStreamMultiCallable[_expert_store_pb2.ReadRequest, _expert_store_pb2.ReadResponse]  # type: ignore[assignment]
     """The records' bytes with their checksums, for clients without shared memory."""
+    FetchRows: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.FetchRowsRequest, _expert_store_pb2.FetchRowsResponse]  # type: ignore[assignment]
+    """Rows of a table that the caller did not find in the arena. The daemon keeps
+    them there for whoever asks next.
+    """
+    PrefetchRows: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.PrefetchRowsRequest, _expert_store_pb2.PrefetchRowsResponse]  # type: ignore[assignment]
+    """Hints which rows are wanted next: they are read into the arena, which is not
+    waited for.
+    """
     GetStats: _aio.UnaryUnaryMultiCallable[_expert_store_pb2.GetStatsRequest, _expert_store_pb2.GetStatsResponse]  # type: ignore[assignment]
     WatchStats: _aio.UnaryStreamMultiCallable[_expert_store_pb2.WatchStatsRequest, _expert_store_pb2.WatchStatsResponse]  # type: ignore[assignment]
     """Stats now and then every interval until the caller goes."""
@@ -215,6 +231,26 @@ class ExpertStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_store_pb2.ReadResponse], _abc.AsyncIterator[_expert_store_pb2.ReadResponse]]:
         """The records' bytes with their checksums, for clients without shared memory."""
+
+    @_abc_1.abstractmethod
+    def FetchRows(
+        self,
+        request: _expert_store_pb2.FetchRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_store_pb2.FetchRowsResponse, _abc.Awaitable[_expert_store_pb2.FetchRowsResponse]]:
+        """Rows of a table that the caller did not find in the arena. The daemon keeps
+        them there for whoever asks next.
+        """
+
+    @_abc_1.abstractmethod
+    def PrefetchRows(
+        self,
+        request: _expert_store_pb2.PrefetchRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_store_pb2.PrefetchRowsResponse, _abc.Awaitable[_expert_store_pb2.PrefetchRowsResponse]]:
+        """Hints which rows are wanted next: they are read into the arena, which is not
+        waited for.
+        """
 
     @_abc_1.abstractmethod
     def GetStats(

@@ -22,7 +22,7 @@ def test_what_happened_per_second() -> None:
     now = stats(
         12,
         {"host_hits": 11, "nvme_misses": 7, "nvme_bytes_read": 800, "evictions": 3,
-         "fetches": 3, "fetch_seconds": 1.5},
+         "fetches": 3, "fetch_seconds": 1.5, "tables": [{"hits": 9, "misses": 1}]},
     )  # fmt: skip
     told = rates(before, now)
     assert told["interval_seconds"] == 2
@@ -33,6 +33,7 @@ def test_what_happened_per_second() -> None:
         "evictions_per_second": 1.5,
         "fetches_per_second": 1.0,
         "fetch_seconds": 0.25,
+        "rows": {"hit_rate": 0.9, "accesses_per_second": 5.0},
     }
     assert told["sessions"] == {1: {"hit_rate": 0.75, "accesses_per_second": 4.0}}
 

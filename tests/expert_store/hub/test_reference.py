@@ -44,3 +44,19 @@ def test_as_it_is_said() -> None:
     reference = HubReference("hf", "org/name", "v1")
     assert str(reference) == "hf://org/name@v1"
     assert reference.model == "name"
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "model"),
+    [
+        ("org/n:Q4_K_M", HubReference("hf", "org/n", None, "", "Q4_K_M"), "n-Q4_K_M"),
+        ("hf://org/n/q4/m-00001-of-00002.gguf@v1",
+         HubReference("hf", "org/n", "v1", "q4/m-00001-of-00002.gguf"), "m"),
+        ("ms://org/n/m-Q8_0.gguf", HubReference("ms", "org/n", None, "m-Q8_0.gguf"), "m-Q8_0"),
+    ],
+)  # fmt: skip
+def test_files_in_gguf(text: str, reference: HubReference, model: str) -> None:
+    assert parse_reference(text) == reference
+    assert reference.model == model
+    assert parse_reference(str(reference)) == reference
+    assert parse_reference("models/m.gguf") is None, "a file on this host that is not there"

@@ -33,7 +33,7 @@ LABELS = {
     "model": {"", "m", "n"},
     "priority": {"demand", "hint"},
     "role": {"worker", "reader", "admin"},
-    "state": {"used", "free"},
+    "state": {"used", "free", "rows"},
     "way": {"direct", "mmap"},
 }
 

@@ -115,6 +115,9 @@ class ToyWorker:
         ids: list[int] = self.tokenizer(prompt).input_ids
         return ids
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        """It has no tables."""
+
     def open_executor(self, room: Room) -> ToyExecutor:
         """It is kept, for the test."""
         self.executor = ToyExecutor(room, **self._kind)

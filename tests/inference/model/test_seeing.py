@@ -191,6 +191,9 @@ class SeeingWorker(NamedTuple):
     def encode(self, prompt: Any) -> list[int]:
         raise AssertionError(prompt)
 
+    def expect(self, tokens: Any) -> None:
+        del tokens
+
     def see(self, tokens: Any, images: Any) -> Any:
         return self.eyes.sight.see(tokens, images)
 

@@ -34,9 +34,9 @@ def _nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
 
 
-def _with_zero(q: Tensor, scale: Tensor, zero: float) -> dict[str, Tensor]:
-    scale = scale.to(torch.float16)
-    return {"q": q, "scale": scale, "zero": torch.full_like(scale, zero)}
+def _integers(q: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Of weights (q - middle) * scale: the zero is no part."""
+    return {"q": q, "scale": scale.to(torch.float16)}
 
 
 def _with_minimum(q: Tensor, scale: Tensor, minimum: Tensor) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def _with_minimum(q: Tensor, scale: Tensor, minimum: Tensor) -> dict[str, Tensor
 
 
 def _q4_0(blocks: Tensor) -> dict[str, Tensor]:
-    return _with_zero(_nibbles(blocks[:, None, 2:]), _halves(blocks, 0), 8.0)
+    return _integers(_nibbles(blocks[:, None, 2:]), _halves(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def _q4_1(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def _q8_0(blocks: Tensor) -> dict[str, Tensor]:
-    return _with_zero(blocks[:, 2:] ^ 128, _halves(blocks, 0), 128.0)
+    return _integers(blocks[:, 2:] ^ 128, _halves(blocks, 0))
 
 
 def _q2_k(blocks: Tensor) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def _q3_k(blocks: Tensor) -> dict[str, Tensor]:
     lows = torch.cat((packed[:, :8] & 15, packed[:, :8] >> 4), dim=1)
     highs = torch.cat([packed[:, 8:] >> shift & 3 for shift in (0, 2, 4, 6)], dim=1)
     scale = ((lows | highs << 4).float() - 32) * _halves(blocks, 54)
-    return _with_zero(q.flatten(1), scale, 4.0)
+    return _integers(q.flatten(1), scale)
 
 
 def _q4_k(blocks: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from expertstore.errors import CheckpointError
 
 SUFFIX = ".gguf"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_VISION = "mmproj"
+VISION = "mmproj"
 """In the names of files that hold the part of a model that sees."""
 
 
@@ -44,7 +44,7 @@ def gguf_of(path: Path) -> Path | None:
         return path
     if not path.is_dir() or any((path / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
         return None
-    files = sorted(file for file in path.glob(f"*{SUFFIX}") if _VISION not in file.name.lower())
+    files = sorted(file for file in path.glob(f"*{SUFFIX}") if VISION not in file.name.lower())
     models = {model_name(file): file for file in reversed(files)}
     if len(models) > 1:
         raise CheckpointError(

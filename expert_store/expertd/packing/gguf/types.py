@@ -10,6 +10,7 @@ dequantized, by the ``gguf`` package, and quantized anew.
 from gguf import GGMLQuantizationType
 
 from expertd.packing.schemes import MXFP4, PLAIN, Precision
+from expertstore.pack.layout import Encoding
 
 Type = GGMLQuantizationType
 
@@ -17,11 +18,11 @@ PLAIN_TYPES = {Type.F32: "F32", Type.F16: "F16", Type.BF16: "BF16"}
 """Those that are no blocks, with safetensors' names."""
 
 KEPT = {
-    Type.Q4_0: Precision(4, 32),
+    Type.Q4_0: Precision(4, 32, encoding=Encoding.INT),
     Type.Q4_1: Precision(4, 32),
-    Type.Q8_0: Precision(8, 32),
+    Type.Q8_0: Precision(8, 32, encoding=Encoding.INT),
     Type.Q2_K: Precision(2, 16),
-    Type.Q3_K: Precision(3, 16),
+    Type.Q3_K: Precision(3, 16, encoding=Encoding.INT),
     Type.Q4_K: Precision(4, 32),
     Type.MXFP4: MXFP4,
 }

@@ -47,15 +47,17 @@ class Description:
         """Its ``quant_method``, in lower case."""
         return str(self.fields.get("quant_method") or "").lower()
 
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """FP8: rows and columns of a block, if they are given."""
-        size = self.fields.get("weight_block_size")
-        if isinstance(size, list) and len(size) == 2:
-            rows, columns = size
-            if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
-                return rows, columns
-        return None
+    def block(self, module: str) -> tuple[int, int] | None:
+        """FP8: rows and columns of a block of ``module``, if they are given."""
+        found = read_block(self.fields.get("weight_block_size"))
+        return found or read_block((self.weights(module) or {}).get("block_structure"))
+
+    def algorithm(self, module: str) -> str:
+        """ModelOpt: its name for the form of the weights of ``module``, such as NVFP4."""
+        layers = self.fields.get("quantized_layers")
+        of_module = layers.get(module) if isinstance(layers, dict) else None
+        place = of_module if isinstance(of_module, dict) else self.fields
+        return str(place.get("quant_algo") or "").upper()
 
     @property
     def bits(self) -> int | None:
@@ -100,6 +102,15 @@ class Description:
     def is_ignored(self, module: str) -> bool:
         """Whether ``module`` is named among those that are not quantized."""
         return any(_fits(self.fields.get(key), module, is_class=False) for key in _IGNORED)
+
+
+def read_block(size: object) -> tuple[int, int] | None:
+    """Rows and columns, if ``size`` is a list of two such numbers."""
+    if isinstance(size, list) and len(size) == 2:
+        rows, columns = size
+        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0:
+            return rows, columns
+    return None
 
 
 _IGNORED = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules")

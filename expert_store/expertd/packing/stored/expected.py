@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from expertd.packing.schemes import MXFP4, MXFP8, NVFP4
-from expertd.packing.stored.description import Description
+from expertd.packing.stored.description import Description, read_block
 from expertd.packing.stored.weight import Form, fp8_form, integer_form
 from expertstore.pack.layout import Encoding
 
@@ -23,17 +23,14 @@ def expected_form(description: Description, parameter: str, shape: tuple[int, in
     if method == "mxfp4":
         return Form(MXFP4) if ".experts." in module else None
     if method in {"gptq", "awq"}:
-        size = fields.get("group_size", fields.get("q_group_size", 128))
-        is_known = isinstance(size, int) and not description.is_in_activation_order
-        return (
-            _of(integer_form(description.bits or 4, _size(size, shape), "F16", has_zeros=True))
-            if is_known
-            else None
-        )
+        if description.is_in_activation_order:
+            return None
+        size = _size(fields.get("group_size", fields.get("q_group_size", 128)), shape)
+        return _of(integer_form(description.bits or 4, size, "F16", has_zeros=True))
     if method == "compressed-tensors":
         weights = description.weights(module)
         return None if weights is None else _of_weights(weights, shape)
-    algorithm = str(fields.get("quant_algo") or "").upper()
+    algorithm = description.algorithm(module)
     if "NVFP4" in algorithm:
         return Form(NVFP4)
     if method == "mxfp8" or "MXFP8" in algorithm:
@@ -41,7 +38,7 @@ def expected_form(description: Description, parameter: str, shape: tuple[int, in
     if method in {"fp8", "fbgemm_fp8", "modelopt"}:
         if ".experts." in module and description.has_fp4_experts:
             return Form(MXFP4)
-        return _fp8(description.block or shape, shape)
+        return _fp8(description.block(module) or shape, shape)
     return None
 
 
@@ -53,9 +50,8 @@ def _of_weights(weights: dict[str, Any], shape: tuple[int, int]) -> Form | None:
             return Form(NVFP4 if size == NVFP4.group_size else MXFP4)
         if size == MXFP8.group_size:
             return Form(MXFP8)
-        structure = weights.get("block_structure")
-        if isinstance(structure, list) and len(structure) == 2:
-            return _fp8((int(structure[0]), int(structure[1])), shape)
+        if block := read_block(weights.get("block_structure")):
+            return _fp8(block, shape)
         return _fp8((1 if weights.get("strategy") == "channel" else shape[0], shape[1]), shape)
     has_zeros = weights.get("symmetric") is False
     bits = weights.get("num_bits")

@@ -13,6 +13,7 @@ from expertd.packing.stored.floats import find_blocks, find_fp8, find_nibbles
 from expertd.packing.stored.integers import find_bytes, find_packed, find_qweight
 from expertd.packing.stored.pieces import Pieces
 from expertd.packing.stored.weight import StoredWeight
+from expertstore.errors import CheckpointError
 
 FINDERS: tuple[Callable[[Pieces, CheckpointTensor], StoredWeight | None], ...] = (
     find_blocks,
@@ -46,7 +47,13 @@ def find_stored(
 
 def _weights(pieces: Pieces) -> Iterator[StoredWeight]:
     for tensor in pieces.tensors.values():
-        for find in FINDERS:
-            if (weight := find(pieces, tensor)) is not None:
-                yield weight
-                break
+        try:
+            found = (find(pieces, tensor) for find in FINDERS)
+            weight = next((weight for weight in found if weight is not None), None)
+        except (ArithmeticError, LookupError, ValueError) as error:  # of numbers that nobody writes
+            raise CheckpointError(
+                f"{tensor.file} has {tensor.name} in the shape {list(tensor.entry.shape)}, which "
+                "does not go with its scales and config.json; download the checkpoint again."
+            ) from error
+        if weight is not None:
+            yield weight

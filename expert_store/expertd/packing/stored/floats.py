@@ -88,7 +88,7 @@ def _block(pieces: Pieces, weight: CheckpointTensor, scales: CheckpointTensor) -
     """Rows and columns that share a scale. Raises :class:`CheckpointError`."""
     *outer, rows, columns = weight.entry.shape
     found = scales.entry.shape
-    known = pieces.description.block
+    known = pieces.description.block(weight.name.removesuffix(".weight"))
     candidates = [*([known] if known else []), _USUAL_BLOCK, (1, columns), (rows, columns)]
     if scales.entry.dtype in EXPONENTS:
         candidates.append((1, MXFP8.group_size))

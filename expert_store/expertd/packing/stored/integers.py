@@ -1,5 +1,7 @@
 """Stored weights whose values are integers in groups with a scale and a zero, by their headers."""
 
+import math
+
 from expertd.packing.checkpoint_files import CheckpointTensor
 from expertd.packing.stored.pieces import Pieces
 from expertd.packing.stored.weight import Form, Packing, StoredWeight, integer_form
@@ -139,6 +141,8 @@ def _stored(
     head: dict[str, int],
     bits: int,
 ) -> StoredWeight:
+    if not 0 < bits <= 8 or not math.prod(shape):
+        raise ValueError(f"{name} has {bits} bits and the shape {shape}")
     why_not = form if isinstance(form, str) else ""
     return StoredWeight(
         name,

@@ -8,35 +8,87 @@
 namespace {
 namespace plain {
 
+#if !defined(__AVX2__)
+// A 256th of the values that codes stand for.
+struct E4m3Values {
+    float of[256];
+
+    constexpr E4m3Values() : of() {
+        for (int code = 0; code < 256; ++code) {
+            const int exponent = code >> 3 & 15, mantissa = code & 7;
+            float value = exponent ? 8 + mantissa : mantissa;
+            value *= 0x1p-17f;
+            for (int i = 1; i < exponent; ++i) value *= 2;
+            if ((code & 127) == 127) value = __builtin_nanf("");
+            of[code] = code < 128 ? value : -value;
+        }
+    }
+};
+
+constexpr E4m3Values E4M3_VALUES;
+#endif
+
 // By float32 activations. A step has columns of one scale, by which weights are multiplied.
 struct E4m3ByFloats {
-    static constexpr int COLUMNS = LANES, ROW_BYTES = 4;
+    static constexpr int COLUMNS = 2 * LANES, ROW_BYTES = 4;
     static constexpr bool TWO_SCALES = false;
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
     using Sum = Lanes;
-    using Row = Lanes;
     using Scale = Lanes;
+
+    struct Step {
+        Lanes of[2];
+    };
+    using Row = Step;
 
     static INLINE Lanes scale(float value, float) { return value + Lanes{}; }
 
-    static INLINE Lanes weights(const uint8_t* from, Lanes scale) {
-        Bytes bytes;
-        memcpy(&bytes, from, sizeof bytes);
-        const Words codes = __builtin_convertvector(bytes, Words), size = codes & 0x7f;
-        const Words rest =
-            (codes & 0x80) << 24 | ((Words)(size == 0x7f) & 0x7fc00000u); // as from_e4m3
-        const Lanes value = (Lanes)(size << 20) * 0x1p120f;
-        return (Lanes)((Words)value | rest) * scale;
+    static INLINE Step weights(const uint8_t* from, Lanes scale) {
+        Step step = values(from);
+        each<2>([&](auto i) INLINE_LAMBDA { step.of[i] *= scale; });
+        return step;
     }
 
-    static INLINE Lanes row(const uint8_t* from) { return ByFloats<F32>::row(from); }
+    // A 256th of the values: float16s have such an exponent, and unlike float32's their subnormal
+    // numbers take no longer.
+    static INLINE Step values(const uint8_t* from) {
+#if defined(__AVX512F__)
+        const __m512i words =
+            _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from)), 8);
+        const __m512i largest = _mm512_set1_epi16(0x7f00);
+        const __mmask32 none = _mm512_cmpeq_epi16_mask(_mm512_and_si512(words, largest), largest);
+        const __m512i halves = _mm512_mask_mov_epi16(
+            _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16((short)0xbfff)), none,
+            _mm512_set1_epi16(0x7e00));
+        return {(Lanes)_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                (Lanes)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+#elif defined(__AVX2__)
+        const __m256i words =
+            _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)), 8);
+        const __m256i largest = _mm256_set1_epi16(0x7f00);
+        const __m256i none = _mm256_cmpeq_epi16(_mm256_and_si256(words, largest), largest);
+        const __m256i halves = _mm256_or_si256(
+            _mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16((short)0xbfff)),
+            _mm256_and_si256(none, _mm256_set1_epi16(0x7e00)));
+        return {(Lanes)_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                (Lanes)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+#else
+        Step step;
+        for (int i = 0; i < COLUMNS; ++i) step.of[i / LANES][i % LANES] = E4M3_VALUES.of[from[i]];
+        return step;
+#endif
+    }
 
-    static INLINE void add(Lanes& sum, const Lanes& weights, const Lanes&, const Lanes& row) {
-        sum += weights * row;
+    static INLINE Row row(const uint8_t* from) {
+        return {ByFloats<F32>::row(from), ByFloats<F32>::row(from + LANES * 4)};
+    }
+
+    static INLINE void add(Lanes& sum, const Step& weights, const Lanes&, const Row& row) {
+        each<2>([&](auto i) INLINE_LAMBDA { sum += weights.of[i] * row.of[i]; });
     }
 
     static INLINE void finish(const Lanes* sums, float* results) {
         ByFloats<F32>::finish(sums, results);
+        for (int i = 0; i < AT_ONCE; ++i) results[i] *= 256;
     }
 };
 
@@ -149,7 +201,8 @@ void multiply_e4m3(const Matrix& m, const uint8_t* base, int64_t first, int64_t 
         int64_t row_of[AT_ONCE];
         for (int i = 0; i < AT_ONCE; ++i) // the last one again where there are none
             row_of[i] = row + std::min(i, count - 1);
-        const uint8_t* after = std::min(end, base + m.weight + (row + AT_ONCE) * m.columns);
+        // Not the next rows, but those after them: a row of bytes is short.
+        const uint8_t* after = std::min(end, base + m.weight + (row + 2 * AT_ONCE) * m.columns);
         Prefetch next = {after, after, after < end ? step : 0};
         multiply_e4m3_rows<Way, MOST_ROWS>(m, base, row_of, row, count, rows, results, num_rows,
                                            next);

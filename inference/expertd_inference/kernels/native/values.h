@@ -43,11 +43,13 @@ void round_all(float* values, int64_t count, int32_t type) {
     }
 }
 
-// Of four bits of exponent, three of mantissa: subnormal numbers come of the product, too.
+// Of four bits of exponent, three of mantissa, without a product of subnormal floats, which may take
+// long.
 inline float from_e4m3(uint8_t code) {
     const uint32_t size = code & 0x7f;
-    const uint32_t rest = (code & 0x80u) << 24 | (size == 0x7f ? 0x7fc00000u : 0u);
-    return from_bits(to_bits(from_bits(size << 20) * 0x1p120f) | rest);
+    const uint32_t small = to_bits(static_cast<float>(static_cast<int32_t>(size)) * 0x1p-9f);
+    const uint32_t bits = size < 8 ? small : (size << 20) + (120u << 23);
+    return from_bits((size == 0x7f ? 0x7fc00000u : bits) | (code & 0x80u) << 24);
 }
 
 // A power of two by its exponent.

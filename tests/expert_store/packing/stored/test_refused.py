@@ -1,6 +1,7 @@
 """What of stored weights cannot be kept, or is not as it should be, is told in a sentence."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertd.packing.checkpoint import Checkpoint
+from expertd.packing.checkpoint_files import CheckpointTensor, Listing
 from expertd.packing.default_scheme import default_scheme
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
+from expertd.packing.stored.description import METHODS, Description
+from expertd.packing.stored.expected import expected_form
+from expertd.packing.stored.finding import find_stored
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import dequantize, record_parts
 from expertstore.pack.reader import PackReader
+from expertstore.pack.tensor_file import TensorEntry
 from tests.expert_store.packing.editing import edited, write_config, write_shards
 from tests.stored_weights import ACTIVATION_ORDER, KINDS, make_stored
 
@@ -140,6 +146,43 @@ def test_what_the_configuration_says(stored: Stored, tmp_path: Path) -> None:
     with Checkpoint(path) as checkpoint:
         assert not checkpoint.disagrees
         assert checkpoint.stored_as == "AWQ"
+
+
+ENDS = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_zero_point", "qweight",
+        "weight_g_idx", "qzeros", "scales", "g_idx", "scale", "a_blocks", "a_scales")  # fmt: skip
+JUNK: list[Any] = [None, 0, -1, 3, 4, 8, 1 << 40, "re:(", "Linear", [128, 128], [0], {}, [None]]
+
+
+def test_nonsense_is_refused() -> None:
+    """Names, types and shapes without sense, and configurations without, end in a sentence."""
+    draw = random.Random(0)
+    refused = []
+    for _ in range(3000):
+        tensors = [
+            CheckpointTensor(
+                Path("f"),
+                TensorEntry(
+                    f"m.{end}",
+                    draw.choice(["U8", "I8", "I32", "F8_E4M3", "F8_E8M0", "F32", "F4"]),
+                    tuple(draw.choices([0, 1, 2, 16, 32, 64, 3], k=draw.randint(0, 3))),
+                    0,
+                    64,
+                ),
+            )
+            for end in draw.sample(ENDS, 5)
+        ]
+        weights = {key: draw.choice(JUNK) for key in ("num_bits", "type", "block_structure")}
+        group = {"targets": draw.choice(JUNK), "weights": draw.choice([weights, *JUNK])}
+        fields = {key: draw.choice(JUNK) for key in ("bits", "group_size", "ignore", "quant_algo")}
+        fields["quant_method"] = draw.choice([*METHODS, 3])
+        description = Description({**fields, "config_groups": draw.choice([{"a": group}, *JUNK])})
+        expected_form(description, "layers.0.experts.down_proj", (64, 32))
+        try:
+            find_stored(Path("p"), Listing(tensors), description)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 1000
+    assert all("; download the checkpoint again" in each or "; mend" in each for each in refused)
 
 
 def test_pieces_in_different_files(stored: Stored, tmp_path: Path) -> None:

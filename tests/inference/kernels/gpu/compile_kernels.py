@@ -44,13 +44,9 @@ EXPERTS = [  # precision, tokens, hidden, inner, bias
     ("2g16m", MANY, 4096, 14336, False),
     ("mxfp4", FEW, 2880, 2880, True),
     ("mxfp4", MANY, 2880, 2880, True),
-    ("nvfp4", FEW, 2048, 768, False),
     ("nvfp4", MANY, 2048, 768, False),
-    ("mxfp8", FEW, 2048, 768, False),
     ("fp8:128x128", FEW, 2048, 768, False),
     ("fp8:128x128", MANY, 2048, 768, False),
-    ("int4g32", FEW, 2048, 768, False),
-    ("int4g32", MANY, 2048, 768, False),
     ("16", FEW, 37, 21, False),
 ]
 LOOKUPS = [(1, 8, 128, 20), (1, 2, 8, 2), (8, 8, 128, 128), (1, 1, 4, 1)]

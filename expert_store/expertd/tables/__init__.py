@@ -1,0 +1,1 @@
+"""Tables of rows: which rows are in RAM, and reading the others."""
