@@ -1,7 +1,7 @@
 """Continues one prompt, streams its text, and counts what it took."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,20 +74,24 @@ def generate(
     prompt: Prompt,
     settings: GenerationSettings | None = None,
     *,
+    images: Sequence[bytes] = (),
     chat: bool = False,
     on_text: Callable[[str], None] | None = None,
     measure_memory: bool = False,
 ) -> Generation:
     """Continues ``prompt`` by the worker's engine, or with ``chat`` answers it as a user's message.
 
-    ``on_text`` is given the text piece by piece as it comes. ``measure_memory`` samples how much
-    memory this process uses, in a thread that takes up to a tenth of a core. On SIGINT it
-    returns what there is. Several threads may generate at once; their sequences are computed
-    together. Raises as :meth:`Engine.submit` does, PackError if the pack's files cannot be used,
-    and what ends a sequence, such as PreconditionError if the model's scores are not finite.
+    ``images`` are the bytes of files, one for each place that the prompt has for one; those of a
+    text that is answered with ``chat`` come before it. ``on_text`` is given the text piece by piece
+    as it comes. ``measure_memory`` samples how much memory this process uses, in a thread that
+    takes up to a tenth of a core. On SIGINT it returns what there is. Several threads may generate
+    at once; their sequences are computed together. Raises as :meth:`Engine.submit` does, PackError
+    if the pack's files cannot be used, and what ends a sequence, such as PreconditionError if the
+    model's scores are not finite.
     """
     if chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+        content = [*[{"type": "image"}] * len(images), {"type": "text", "text": prompt}]
+        prompt = [{"role": "user", "content": content if images else prompt}]
     engine = worker.engine
     tokens = engine.encode(prompt)
     count = _CountsBefore(worker)
@@ -98,7 +102,7 @@ def generate(
     memory = PeakPss() if measure_memory else None
     with memory or nullcontext():
         began = time.perf_counter()
-        with engine.submit(tokens, settings) as stream:
+        with engine.submit(tokens, settings, images=images) as stream:
             try:
                 for token in stream:
                     times.append(time.perf_counter())
@@ -111,7 +115,7 @@ def generate(
     result = GenerationResult(
         text=text,
         tokens=ids,
-        prompt_tokens=len(tokens),
+        prompt_tokens=stream.num_prompt_tokens,
         new_tokens=len(ids),
         finish_reason=stream.finish_reason,
         ttft_seconds=times[0] - began if times else None,

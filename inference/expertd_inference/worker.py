@@ -30,11 +30,14 @@ from expertd_inference.experts.routers import LayerRouter, find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
+from expertd_inference.model.language import language_model_of
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
 from expertd_inference.model.pack_config import context_tokens
 from expertd_inference.model.prompts import encode
 from expertd_inference.model.row_source import SessionRows
+from expertd_inference.model.seen import Seen
+from expertd_inference.model.sight import Sight
 from expertd_inference.model.tokenizer import load_tokenizer
 from expertd_inference.process.attachment import (
     DEFAULT_REATTACH_SECONDS,
@@ -44,8 +47,9 @@ from expertd_inference.process.attachment import (
 from expertd_inference.process.forks import refuse_in_forks
 from expertd_inference.settings import DeviceSettings, KernelsName
 from expertstore.closing import Closing
-from expertstore.errors import ExpertdError, PackError
+from expertstore.errors import ExpertdError, InvalidInputError, PackError
 from expertstore.pack.manifest import Manifest, read_manifest
+from expertstore.pack.seeing import sees, why_blind
 from expertstore.shared.host_memory import memory_available
 
 
@@ -126,8 +130,11 @@ class Worker(Closing):
                 say=say or say_on_stderr,
             )
             steps = linear_kernels(activations=activations, exact=exact) if native else None
+            self.language = language_model_of(loaded.model)
+            """What executors compute of the model: all, or what is no vision part."""
             if steps is not None:
-                use_native_linears(loaded.model, steps)  # before anything holds its modules
+                use_native_linears(self.language, steps)  # before anything holds its modules
+                loaded.model.set_output_embeddings(self.language.get_output_embeddings())
             recovery = Recovery(session, reattach_seconds=reattach_seconds, say=say)
             self.tables = loaded.tables
             self.tables.connect(lambda name: SessionRows(TableRows(session, name), recovery))
@@ -158,6 +165,8 @@ class Worker(Closing):
             refuse_in_forks(self.model)
             undo.pop_all()
         self._tokenizer: Any = None
+        self._sight: Sight | None = None
+        self._sight_lock = threading.Lock()
         self.exact = exact
         self.native_rows: dict[str, int | None] = {}
         """Up to how many rows native kernels multiply each form of large matrix, before torch does.
@@ -186,6 +195,24 @@ class Worker(Closing):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.pack)
         return self._tokenizer
+
+    @property
+    def sees(self) -> bool:
+        """Whether prompts may have images."""
+        return sees(self.pack, self.manifest.model_type)
+
+    def see(self, tokens: Sequence[int], images: Sequence[bytes]) -> tuple[list[int], Seen]:
+        """A prompt's tokens with room for its images, and these: :meth:`.model.sight.Sight.see`.
+
+        Raises InvalidInputError if the model does not see, and as that.
+        """
+        if not self.sees:
+            why = why_blind(self.session.model.name, self.manifest.model_type)
+            raise InvalidInputError(f"{why}; leave the images out, or ask a model that sees.")
+        with self._sight_lock:
+            if self._sight is None:
+                self._sight = Sight(self.model, self.pack)
+        return self._sight.see(tokens, images)
 
     @property
     def device_stats(self) -> DeviceStats | None:
@@ -235,7 +262,7 @@ class Worker(Closing):
             return _kv_reserve(self.model, self._limits)
         return memory_available() // 4
 
-    def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a text, or of a chat's messages: :func:`.model.prompts.encode`."""
         return encode(self.model, self.tokenizer, prompt)
 
@@ -261,8 +288,10 @@ class Worker(Closing):
         say = self.session.say or say_on_stderr
         if isinstance(self._runner, DeviceGroup):
             longest = self.context_tokens or CONTEXT_TOKENS
-            return device_executor(self.model, self._runner, room, longest, say, exact=self.exact)
-        experts, linears = measure_crossover(self.model, self.kernels, say)
+            return device_executor(
+                self.language, self._runner, room, longest, say, exact=self.exact
+            )
+        experts, linears = measure_crossover(self.language, self.kernels, say)
         executor = choose_executor(self, room)
         # A program multiplies any number of rows.
         self.native_rows = experts if executor.name == "program" else experts | linears

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from expertd_testing.tiny_models import CONFIGS
+from expertstore.pack.seeing import BLIND, SEEING, TEXT_WITHIN
 from tests.architectures import sweep
 from tests.architectures.sweep import Result, Results
 
@@ -77,6 +78,7 @@ def render(results: Results) -> str:
     lines.append(_COLUMNS.rstrip("\n"))
     lines.append(_MXFP4)
     lines.append(_turns(served))
+    lines.append(_seeing())
     if differing := [result for result in served if result.differs]:
         lines.append("\n## Not equal\n")
         lines += [f"- {_name(result)}: {', '.join(result.differs)}" for result in differing]
@@ -84,7 +86,9 @@ def render(results: Results) -> str:
         "\n## Refused\n\nWith a sentence that says so, when a checkpoint of it is packed.\n"
     )
     lines += [
-        f"- {_name(result)}: {result.refused}." for result in results.results if result.refused
+        f"- {_name(result)}: {result.refused}."
+        for result in results.results
+        if result.refused and result.architecture not in {**SEEING, **TEXT_WITHIN}
     ]
     lines.append(
         "- DBRX, JetMoE, Llama 4, Switch Transformers: outside of transformers' experts interface."
@@ -97,8 +101,33 @@ GPT-OSS is also tried as it is published, with its experts in MXFP4: they are ke
 and the logits are those of transformers, which dequantizes them. Other quantized checkpoints are
 kept as well: [as they are](packing.md#as-they-are).
 
-Checkpoints of models that also see are served as language models where transformers has one of
-them: so Qwen3.5-MoE's, whose vision part is left out, and this is tested too."""
+Checkpoints of models that see or hear as well are packed as language models where transformers
+has one of them, and their other parts are left out: so Llama 4's would be, and Qwen4's are."""
+
+
+_SEEING = """
+## Models that see
+
+These take images as well ([answers.md](answers.md#images)), unless they are packed with
+`--text-only`. A tiny model of each is held against stock transformers with every change: prompts
+with images, whole and in chunks, beside others, and what comes after.
+
+"""
+
+
+def _seeing() -> str:
+    within = ", ".join(f"`{kind}`" for kind in TEXT_WITHIN)
+    rows = [f"| `{name}` | `{kind}` |" for kind, name in sorted(SEEING.items())]
+    return (
+        _SEEING
+        + "\n".join(["| architecture | `model_type` |", "|---|---|", *rows, ""])
+        + (
+            "\nVideos and sounds are taken by none. What others would need:\n\n"
+            + "\n".join(f"- `{kind}`: {why}." for kind, why in BLIND.items())
+            + f"\n\nOf {within} transformers has the language model\n"
+            "only within a model that sees: it is taken out of there, and serves texts."
+        )
+    )
 
 
 def _turns(served: list[Result]) -> str:

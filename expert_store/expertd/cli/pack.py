@@ -86,6 +86,21 @@ def pack(
             show_default=False,
         ),
     ] = None,
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="The same for the vision part of a model that sees; 16 in all schemes.",
+            show_default=False,
+        ),
+    ] = None,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only",
+            help="Of a model that sees: leave its vision part out.",
+        ),
+    ] = False,
     tables: Annotated[
         str,
         typer.Option(
@@ -171,7 +186,8 @@ def pack(
     (groups of 16), attention in 4, scales in 8; as in arXiv 2312.17238.
 
     Embeddings, routers and norms always have 16 bits, and so has a matrix of the trunk whose
-    sizes do not fit.
+    sizes do not fit. The vision part of a model that sees is packed in 16 bits, unless `--vision`
+    says otherwise.
 
     A few experts are in memory at a time. After an interruption, even a hard one, the same command
     goes on where it was; the work lies in PACK.partial until the pack is whole.
@@ -233,7 +249,7 @@ def pack(
             checkpoint = partial_of(destination.absolute()) / GGUF_FOLDER
             unfold(gguf, checkpoint)
         scheme = scheme or default_scheme(checkpoint)
-        chosen = choose_scheme(scheme, experts, attention, dense, head)
+        chosen = choose_scheme(scheme, experts, attention, dense, head, vision)
         check_early(
             checkpoint,
             destination,
@@ -266,6 +282,7 @@ def pack(
             optimize=optimize,
             device=device,
             force=force,
+            text_only=text_only,
             shards=shards,
         )
         with interruptible(), ProgressDisplay(title) as display:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertd.packing.checkpoint_files import CONFIG_NAME, read_config
 from expertstore.errors import CheckpointError
 from expertstore.pack.manifest import GateOrder
+from expertstore.pack.seeing import SEEING, TEXT_PART, TEXT_WITHIN, has_processor, leave_out_vision
 
 _ATTENTION = {"self_attn", "attention", "attn"}
 """Names of attention modules."""
@@ -68,24 +69,42 @@ class Architecture:
     model_type: str
     model: Any
     experts: tuple[ExpertsModule, ...]
+    sees: bool = False
+    """Whether ``model`` has a vision part as well."""
 
     def attention_linears(self) -> set[str]:
         """The weights of the linear layers under an attention module, by full name."""
-        return {f"{name}.weight" for name in self._linears() if _ATTENTION & {*name.split(".")}}
+        names = self._linears().keys() - self._vision()
+        return {f"{name}.weight" for name in names if _ATTENTION & {*name.split(".")}}
 
     def dense_linears(self) -> set[str]:
         """The weights of the linear layers of dense layers and shared experts, by full name."""
         return {
             f"{name}.weight"
-            for name in self._linears()
+            for name in self._linears().keys() - self._vision()
             if name.rpartition(".")[2] in _FEED_FORWARD and not _ATTENTION & {*name.split(".")}
         }
+
+    def vision_linears(self) -> set[str]:
+        """The weights of the vision part's linear layers, by full name."""
+        return {f"{name}.weight" for name in self._vision()}
 
     def head(self) -> set[str]:
         """The weight of the output head by full name; none where it is the embeddings'."""
         head = self.model.get_output_embeddings()
         names = {f"{name}.weight" for name, module in self._linears().items() if module is head}
         return names - set(self.model.all_tied_weights_keys)
+
+    def _vision(self) -> set[str]:
+        """The names of its linear layers."""
+        if not self.sees:
+            return set()
+        head = self.model.get_output_embeddings()
+        return {
+            name
+            for name, module in self._linears().items()
+            if not name.startswith(TEXT_PART) and module is not head
+        }
 
     def tables(self, min_bytes: int) -> dict[str, int]:
         """The weights of embeddings that may be tables, and how many rows of each a token reads.
@@ -125,8 +144,11 @@ class Architecture:
         return any(re.search(rf"(^|\.){pattern}(\.|$)", parameter) for pattern in patterns)
 
 
-def read_architecture(path: Path) -> Architecture:
-    """The architecture of the checkpoint in ``path``. Raises :class:`CheckpointError`."""
+def read_architecture(path: Path, *, text_only: bool = False) -> Architecture:
+    """The architecture of the checkpoint in ``path``; with ``text_only``, of its language model.
+
+    Raises :class:`CheckpointError`.
+    """
     raw = read_config(path)
     named = raw.get("architectures")
     name = str(named[0] if isinstance(named, list) and named else raw.get("model_type"))
@@ -138,10 +160,9 @@ def read_architecture(path: Path) -> Architecture:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        sees = config.model_type in SEEING and has_processor(path) and not text_only
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, attn_implementation="eager"
-            )
+            model = _whole(config) if sees else _language_model(config)
     except Exception as error:  # whatever transformers meets in a configuration it cannot use
         raise CheckpointError(
             f"{path} has the architecture {name}, which transformers {transformers.__version__} "
@@ -165,12 +186,30 @@ def read_architecture(path: Path) -> Architecture:
             "which is not supported."
         )
     return Architecture(
-        # Of a model that sees as well, transformers has made the language model alone.
         name=type(model).__name__,
         model_type=str(config.model_type),
         model=model,
         experts=tuple(sorted(experts, key=lambda module: module.layer)),
+        sees=sees,
     )
+
+
+def _whole(config: Any) -> Any:  # noqa: ANN401 - transformers is untyped
+    """A model that sees."""
+    name = {**SEEING, **TEXT_WITHIN}[config.model_type]
+    return getattr(transformers, name)._from_config(config, attn_implementation="eager")
+
+
+def _language_model(config: Any) -> Any:  # noqa: ANN401
+    """Of a model that sees, the language model alone: transformers' class of it, or the rest."""
+    whole = config.model_type in {**SEEING, **TEXT_WITHIN}
+    if type(config) in AutoModelForCausalLM._model_mapping or not whole:
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation="eager"
+        )
+    model = _whole(config)
+    leave_out_vision(model)
+    return model
 
 
 def _no_seam(path: Path, name: str, model: Any) -> str:  # noqa: ANN401 - transformers is untyped

@@ -49,6 +49,7 @@ from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import GateOrder
+from expertstore.pack.seeing import TEXT_PART
 from expertstore.pack.tensor_file import read_into
 
 MIN_TABLE_BYTES = 256 << 20
@@ -75,17 +76,23 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, shards: Shards | None = None, *, table_bytes: int = MIN_TABLE_BYTES
+        self,
+        path: Path,
+        shards: Shards | None = None,
+        *,
+        table_bytes: int = MIN_TABLE_BYTES,
+        text_only: bool = False,
     ) -> None:
         """Reads the configuration and all headers. Raises :class:`CheckpointError`.
 
+        With ``text_only`` the vision part is left out.
         ``shards``: its files are here only for a time; what is read of others is asked of these.
         Embeddings that can be tables are, if they have ``table_bytes`` in 16 bits.
         """
         self.path = path
         self._shards = shards
         config = read_config(path)
-        self.architecture: Architecture = read_architecture(path)
+        self.architecture: Architecture = read_architecture(path, text_only=text_only)
         self._fds: dict[Path, int] = {}
         self._opening = Lock()
         description = read_description(path, config)
@@ -142,6 +149,16 @@ class Checkpoint:
         """Closes all files; twice is harmless."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+    @property
+    def vision_bytes(self) -> int:
+        """Of the tensors of its vision part that are packed."""
+        head = self.architecture.head()
+        return sum(
+            source.entry.num_bytes
+            for name, source in self.trunk
+            if self.architecture.sees and not name.startswith(TEXT_PART) and name not in head
+        )
 
     def drop(self, file: Path) -> None:
         """Closes a file of which nothing is left to read, and says so to its :class:`Shards`."""
@@ -518,9 +535,8 @@ class Checkpoint:
             for tensor in tensors:
                 converter.add_tensor(name, name, pattern, tensor)
         config = self.architecture.model.config
-        results: dict[str, Any] = converter.convert(
-            name, model=self.architecture.model, config=config
-        )
+        model = _OfOneExpert(self.architecture.model)
+        results: dict[str, Any] = converter.convert(name, model=model, config=config)
         result = results[name]
         fused: Tensor = result[0] if isinstance(result, list) else result
         return fused
@@ -550,6 +566,21 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
         return buffer.view(dtype)
+
+
+class _OfOneExpert:
+    """A model as operations see it that look at the shape of what they make."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """With the weights of the first expert alone."""
+        parameter: Tensor = self._model.get_parameter(name)
+        return parameter[:1]
 
 
 def _kept_form(weights: Sequence[StoredWeight], *, interleaved: bool) -> Form:

@@ -6,6 +6,8 @@ from expertd.packing.checkpoint import Checkpoint
 from expertd.packing.gguf.losses import losses
 from expertd.packing.schemes import Scheme
 from expertstore.errors import CheckpointError
+from expertstore.pack.seeing import PROCESSOR_FILES, SEEING, has_processor
+from expertstore.sizes import format_bytes
 
 MOST_TOLD = 20
 """Tensors that are not finite and are named, of those that were forced."""
@@ -14,6 +16,17 @@ ADAPTER_NAME = "adapter_config.json"
 
 def peculiarities(checkpoint: Checkpoint, scheme: Scheme) -> Iterator[str]:
     """What the user is to know of the checkpoint, in sentences."""
+    architecture = checkpoint.architecture
+    if architecture.sees:
+        yield (
+            f"{architecture.name} sees: its vision part is packed as well "
+            f"({format_bytes(checkpoint.vision_bytes)}); --text-only leaves it out."
+        )
+    elif architecture.model_type in SEEING and not has_processor(checkpoint.path):
+        yield (
+            f"{checkpoint.path} has no {PROCESSOR_FILES[0]}, without which images cannot be "
+            "prepared: it is packed as a model of text only."
+        )
     if checkpoint.unused:
         yield (
             f"{len(checkpoint.unused)} tensors that {checkpoint.architecture.name} has no "

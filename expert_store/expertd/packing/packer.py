@@ -86,6 +86,8 @@ class Request:
     """What embeddings that can be tables have at least in 16 bits; others stay in the trunk."""
     max_file_bytes: int = MAX_FILE_BYTES
     """Of each file of records; a larger record gets a file of its own."""
+    text_only: bool = False
+    """Leave the vision part out."""
     shards: Shards | None = None
     """Brings the files of ``source`` one by one, where they are not all there."""
 
@@ -103,10 +105,14 @@ def pack(
     """
     chosen = choose_solver(request.device)
     try:
-        side_files = find_side_files(request.source)
         with Checkpoint(
-            request.source, request.shards, table_bytes=request.table_bytes
+            request.source,
+            request.shards,
+            table_bytes=request.table_bytes,
+            text_only=request.text_only,
         ) as checkpoint:
+            sees = checkpoint.architecture.sees
+            side_files = find_side_files(request.source, sees=sees)
             _pack(request, checkpoint, chosen, side_files, on_progress, on_notice)
     except BrokenPipeError:  # of what on_notice writes to
         raise
@@ -197,6 +203,8 @@ def _key(request: Request, checkpoint: Checkpoint, solver: Solver) -> str:
             "scheme": msgspec.to_builtins(request.scheme),
             "optimize": request.optimize,
             "max_file_bytes": request.max_file_bytes,
+            "architecture": checkpoint.architecture.name,
+            "sees": checkpoint.architecture.sees,
             "tables": [request.tables, request.table_bytes],
             "format": FORMAT_VERSION,
             "versions": [expertstore.__version__, version("torch"), solver.version],

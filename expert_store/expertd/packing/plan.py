@@ -378,6 +378,7 @@ def _trunk_precisions(architecture: Architecture, scheme: Scheme) -> dict[str, P
         (architecture.attention_linears(), scheme.attention),
         (architecture.dense_linears(), scheme.dense),
         (architecture.head(), scheme.head),
+        (architecture.vision_linears(), scheme.vision),
     )
     return {
         name: precision

@@ -85,9 +85,11 @@ class Scheme:
     """Feed-forwards that every token passes: dense layers and shared experts."""
     head: Precision = PLAIN
     """The output head, where it is not tied to the embeddings."""
+    vision: Precision = PLAIN
+    """The linear layers of the vision part, where there is one."""
 
 
-PARTS = ("experts", "attention", "dense", "head")
+PARTS = ("experts", "attention", "dense", "head", "vision")
 """The parts of a model that have a precision of their own: fields of :class:`Scheme`."""
 
 
@@ -143,6 +145,7 @@ def choose_scheme(
     attention: str | None = None,
     dense: str | None = None,
     head: str | None = None,
+    vision: str | None = None,
 ) -> Scheme:
     """The preset ``name``, with the precision of a part replaced where one is given.
 
@@ -151,7 +154,7 @@ def choose_scheme(
     if name not in SCHEMES:
         raise ConfigError(f"There is no scheme {name!r}; there are {', '.join(SCHEMES)}.")
     scheme = SCHEMES[name]
-    for part, text in zip(PARTS, (experts, attention, dense, head), strict=True):
+    for part, text in zip(PARTS, (experts, attention, dense, head, vision), strict=True):
         if text is not None:
             precision = parse_precision(text)
             changes: dict[str, Any] = {part: precision, "name": f"{scheme.name} {part}={precision}"}

@@ -80,6 +80,15 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Answer the prompt in the model's chat template.")
     ] = False,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An image that the prompt is about, for a model that sees; may be repeated. The "
+            "prompt is then a message of a chat.",
+            metavar="FILE",
+            readable=False,
+        ),
+    ] = None,
     json: Annotated[
         bool,
         typer.Option(
@@ -130,6 +139,8 @@ def generate(
       expert-run generate --socket tcp://store.lab:7443 --tls-ca ca.pem --tls-cert me.pem
       --tls-key me.key --pack ./mixtral-trunk --prompt "Once upon a time"
 
+      expert-run generate --model qwen3-vl --image photo.jpg -p "What is on this photo?"
+
       cat story.txt | expert-run generate --model mixtral --json -p -
 
       expert-run generate --model mixtral --prompt-file questions.jsonl > answers.jsonl
@@ -137,7 +148,7 @@ def generate(
     if stream and prompt_file is not None:
         raise InvalidInputError("--stream shows one text; with --prompt-file, leave it out.")
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
-    lines = lines_of(prompt, prompt_file, settings, chat=chat)
+    lines = lines_of(prompt, prompt_file, settings, chat=chat, images=image or ())
     limits = EngineLimits(
         max_sequences=max_sequences,
         max_waiting=max(_LIMITS.max_waiting, 2 * max_sequences),
@@ -207,7 +218,12 @@ def _continue_one(worker: "Worker", line: PromptLine, output: TextOutput, *, jso
     """Whether it was interrupted."""
     try:
         generation = expertd_inference.generate(
-            worker, line.prompt, line.settings, on_text=output.write, measure_memory=json
+            worker,
+            line.prompt,
+            line.settings,
+            images=line.images,
+            on_text=output.write,
+            measure_memory=json,
         )
     finally:
         output.end_line()

@@ -13,7 +13,7 @@ from expertstore.errors import InvalidInputError
 
 STDIN = Path("-")
 
-Prompt = str | list[dict[str, str]] | list[int]
+Prompt = str | list[dict[str, Any]] | list[int]
 """A text, a chat's messages, or token ids."""
 
 
@@ -43,6 +43,8 @@ class PromptLine:
     number: int
     prompt: Prompt
     settings: GenerationSettings
+    images: tuple[bytes, ...] = ()
+    """The files of the images that its messages have places for."""
 
 
 def read_prompt_file(path: Path, defaults: GenerationSettings) -> list[PromptLine]:

@@ -75,6 +75,17 @@ def serve(
             "users whom you trust.",
         ),
     ] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Let requests name images by file: URLs, of files in this directory and below. "
+            "Without it, images come as data: URLs.",
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     drain_seconds: Annotated[
         int, typer.Option(min=0, help="At the end, wait so long for answers to be complete.")
     ] = 60,
@@ -205,6 +216,7 @@ def serve(
         chat_template=chat_template,
         chat_format=chat_format,
         request_templates=request_templates,
+        images=images,
         idle_seconds=idle_seconds,
         drain_seconds=drain_seconds,
         keys=keys,

@@ -14,6 +14,12 @@ def decodes(sequence: Sequence, limits: SchedulerLimits) -> bool:
 
 
 def chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, first: bool) -> int:
+    """Where a chunk ends, as below; it has more rows, or fewer, where an image is to be whole."""
+    end = _chunk_end(sequence, limits, num_rows, first=first)
+    return end if sequence.seen is None else sequence.seen.cut(sequence.num_computed, end)
+
+
+def _chunk_end(sequence: Sequence, limits: SchedulerLimits, num_rows: int, *, first: bool) -> int:
     """Where a chunk of at most ``num_rows`` rows ends; where it begins if there is to be none.
 
     It ends at the prompt's end or at a multiple of a block. Chunks of recurrent layers must end at
@@ -52,6 +58,9 @@ def span_of(sequence: Sequence, end: int) -> Span:
         wanted = Wanted.ALL
     else:
         wanted = Wanted.LAST if end == len(sequence.tokens) else Wanted.NONE
+    shift: int | None = 0
+    if sequence.seen is not None:
+        shift = sequence.seen.shift(begin, end)
     return Span(
         sequence=sequence.id,
         tokens=sequence.tokens[begin:end],
@@ -59,5 +68,7 @@ def span_of(sequence: Sequence, end: int) -> Span:
         blocks=sequence.blocks,
         state=sequence.state,
         wanted=wanted,
+        shift=shift or 0,
+        seen=sequence.seen if shift is None else None,
         fewer=sequence.settings.fewer_experts,
     )

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -46,11 +46,12 @@ from expertd_inference.engine.wishes import Wishes, resolve
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
 from expertd_inference.kv.pool import BLOCK_TOKENS, BlockPool
+from expertd_inference.model.seen import Seen
 from expertd_inference.settings import GenerationSettings
 from expertstore.closing import Closing
 from expertstore.errors import InvalidInputError, PreconditionError
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
 
@@ -171,15 +172,23 @@ class Engine(Closing):
             return self._worker.encode(prompt)
         return _token_ids(cast("Sequence[int]", prompt))
 
-    def submit(self, prompt: Prompt, settings: GenerationSettings | None = None) -> TokenStream:
+    def submit(
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings | None = None,
+        *,
+        images: Sequence[bytes] = (),
+    ) -> TokenStream:
         """Begins to continue ``prompt``: a text, token ids, or a chat's messages.
 
-        Returns at once; the stream has the tokens as they come. Messages (``role`` and
-        ``content``) are put in the model's chat template. Raises InvalidInputError for a prompt
-        that is empty or has tokens that the model has not, PromptTooLongError for one that leaves
-        no room in the model's context or in the memory for keys and values, or for a grammar that
-        cannot be used, BusyError if ``max_waiting`` sequences wait already, and PreconditionError
-        after :meth:`close`, in a fork of the process, and for a grammar without llguidance.
+        Returns at once, or once the vision part has looked at ``images``, the bytes of files, for
+        each of which the prompt has one image token; the stream has the tokens as they come.
+        Messages (``role`` and ``content``) are put in the model's chat template. Raises
+        InvalidInputError for a prompt that is empty or has tokens that the model has not,
+        PromptTooLongError for one that leaves no room in the model's context or in the memory for
+        keys and values, or for a grammar that cannot be used, BusyError if ``max_waiting``
+        sequences wait already, and PreconditionError after :meth:`close`, in a fork of the process,
+        and for a grammar without llguidance.
         """
         if settings is None:
             settings = GenerationSettings()
@@ -188,8 +197,11 @@ class Engine(Closing):
                 f"The settings are of type {type(settings).__name__}; give GenerationSettings."
             )
         tokens = self.encode(prompt)
+        tokens, seen = self._worker.see(tokens, images) if images else (tokens, None)
         wishes = resolve(settings, self._worker, tokens)
-        return self.begin(tokens, settings, wishes.sampling, wishes.end_tokens, wishes.stop)
+        return self.begin(
+            tokens, settings, wishes.sampling, wishes.end_tokens, wishes.stop, seen=seen
+        )
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationSettings | None = None
@@ -208,11 +220,13 @@ class Engine(Closing):
         sampling: Sampling,
         end_tokens: frozenset[int],
         stop: tuple[str, ...] = (),
+        *,
+        seen: Seen | None = None,
     ) -> TokenStream:
         """As :meth:`submit`, where the caller says how tokens are chosen and what ends the text."""
         channel: Channel[Token] = Channel()
         wishes = Wishes(sampling, end_tokens, stop)
-        cancel = self._begin(channel, tokens, settings, wishes, ORIGIN)
+        cancel = self._begin(channel, tokens, settings, wishes, ORIGIN, seen)
         return TokenStream(channel, cancel, num_prompt_tokens=len(tokens))
 
     def relay(
@@ -221,13 +235,15 @@ class Engine(Closing):
         tokens: Sequence[int],
         settings: GenerationSettings,
         origin: Origin = ORIGIN,
+        images: Sequence[bytes] = (),
     ) -> Callable[[], None]:
         """As :meth:`submit`, for tokens that go on to another process: ``outlet`` gets them.
 
         Returns what cancels the sequence, safe to call at any time. Raises as :meth:`submit`.
         """
+        tokens, seen = self._worker.see(tokens, images) if images else (tokens, None)
         wishes = resolve(settings, self._worker, tokens)
-        return self._begin(outlet, tokens, settings, wishes, origin)
+        return self._begin(outlet, tokens, settings, wishes, origin, seen)
 
     def cancel(self, stream: TokenStream) -> None:
         """As :meth:`TokenStream.cancel`."""
@@ -251,6 +267,7 @@ class Engine(Closing):
         settings: GenerationSettings,
         wishes: Wishes,
         origin: Origin,
+        seen: Seen | None,
     ) -> Callable[[], None]:
         self._check_usable()
         settings = self._with_experts(settings)
@@ -258,7 +275,7 @@ class Engine(Closing):
         if settings.grammar is not None:
             matcher = self._grammars.matcher(settings.grammar, wishes.end_tokens, origin.generated)
         self._worker.expect(tokens)
-        sequence = LiveSequence(next(self._ids), tokens, settings, origin)
+        sequence = LiveSequence(next(self._ids), tokens, settings, origin, seen)
         self._loop.add(
             sequence,
             lambda: live_of(
@@ -344,8 +361,8 @@ def _opened(worker: Served, room: Room) -> Executor:
 
 
 def _is_chat(
-    prompt: Sequence[int] | Sequence[Mapping[str, str]],
-) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    prompt: Sequence[int] | Sequence[Mapping[str, Any]],
+) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 

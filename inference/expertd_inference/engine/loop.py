@@ -243,6 +243,7 @@ def _token(live: Live, new: Chosen) -> Token:
             live.sequence.num_from_prefix,
             (live.begun or live.added) - live.added,
             tuple(live.prompt_logprobs) if asked else None,
+            0 if live.sequence.seen is None else live.sequence.seen.num_more,
         )
     return Token(
         new.token,

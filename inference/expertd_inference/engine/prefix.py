@@ -42,7 +42,7 @@ class Prefixes:
         enough of them.
         """
         begin = num_found * BLOCK_TOKENS
-        tokens = sequence.tokens[begin : min(begin + BLOCK_TOKENS, len(sequence.tokens) - 2)]
+        tokens = sequence.keys[begin : min(begin + BLOCK_TOKENS, len(sequence.tokens) - 2)]
         found = self._beginnings.find(self._name_before(sequence, num_found), tokens)
         if found is not None:
             # It is used now, so others make room before it.
@@ -55,7 +55,7 @@ class Prefixes:
         index, num_tokens = divmod(sequence.num_computed, BLOCK_TOKENS)
         if num_tokens < MIN_SHARED:
             return
-        tokens = sequence.tokens[index * BLOCK_TOKENS : sequence.num_computed]
+        tokens = sequence.keys[index * BLOCK_TOKENS : sequence.num_computed]
         before = self._name_before(sequence, index)
         name = _name(before, tokens)
         if self._pool.find(name) is None:
@@ -87,7 +87,7 @@ class Prefixes:
             known = self._pool.find(name)
             if known is None:
                 self._pool.keep(block, name)
-                tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+                tokens = sequence.keys[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
                 self._beginnings.note(block, name, self._name_before(sequence, index), tokens)
             else:
                 self._pool.retain([known])
@@ -105,7 +105,7 @@ class Prefixes:
         for index in range(num_blocks):
             if index == len(names):
                 before = names[-1] if names else sequence.salt.encode()
-                tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+                tokens = sequence.keys[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
                 names.append(_name(before, tokens))
             yield names[index]
 

@@ -197,7 +197,7 @@ class Scheduler:
             if self.shares_prefixes:
                 self._wait_again(self._work.computed(self._prefixes.keep(sequence, before)))
             if sequence.id in chosen:
-                sequence.tokens.append(chosen[sequence.id])
+                sequence.append(chosen[sequence.id])
 
     def _check_queue(self, user: str) -> None:
         if self.num_waiting >= self.limits.max_waiting:

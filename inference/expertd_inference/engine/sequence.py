@@ -4,8 +4,12 @@ import secrets
 from collections import abc
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from expertd_inference.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from expertd_inference.model.seen import Seen
 
 _SEEDS = 1 << 64
 _NEXT_CONTINUATION = 0x9E3779B97F4A7C15  # the golden ratio's 64 bits, as splitmix64 adds
@@ -63,10 +67,15 @@ class Sequence:
         prompt: abc.Sequence[int],
         settings: GenerationSettings,
         origin: Origin = ORIGIN,
+        seen: "Seen | None" = None,
     ) -> None:
         self.id = id
         self.tokens = [*prompt, *origin.generated]
         self.num_prompt = len(prompt)
+        self.seen = seen
+        """The images of its prompt; None without any."""
+        self.keys = self.tokens if seen is None else [*seen.keys, *origin.generated]
+        """What it is compared by with others: tokens, but where images are."""
         self.settings = settings
         self.user = origin.user
         self.priority = origin.priority
@@ -93,6 +102,12 @@ class Sequence:
         self.is_long = True
         self.salt += "\0long"
         self.names = []
+
+    def append(self, token: int) -> None:
+        """The next one was chosen."""
+        self.tokens.append(token)
+        if self.keys is not self.tokens:
+            self.keys.append(token)
 
     @property
     def num_new(self) -> int:

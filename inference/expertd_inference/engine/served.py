@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
+from expertd_inference.model.seen import Seen
 
 
 class Served(Protocol):
@@ -42,10 +43,16 @@ class Served(Protocol):
     def native_rows(self) -> Mapping[str, int | None]:
         """Up to how many rows native kernels multiply each form of matrix; None: any number."""
 
-    def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a text, or of a chat's messages.
 
         Raises InvalidInputError for what cannot be continued.
+        """
+
+    def see(self, tokens: Sequence[int], images: Sequence[bytes]) -> tuple[list[int], Seen]:
+        """A prompt's tokens with room for its images, and what is to be put there.
+
+        Raises InvalidInputError for a model that takes none, or not these.
         """
 
     def expect(self, tokens: Sequence[int]) -> None:

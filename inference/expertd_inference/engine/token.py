@@ -14,12 +14,14 @@ class Opening:
 
     ``num_cached_tokens`` of its tokens were found as a prefix and not computed.
     ``queued_seconds`` it waited for its turn. ``prompt_logprobs`` are those of the prompt's tokens
-    from the second on, None unless asked for.
+    from the second on, None unless asked for. Images take ``num_image_tokens`` more than the
+    places that the prompt was sent with.
     """
 
     num_cached_tokens: int
     queued_seconds: float
     prompt_logprobs: tuple[Likely, ...] | None = None
+    num_image_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

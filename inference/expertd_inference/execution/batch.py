@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from expertd_inference.fewer_experts import FewerExperts
+
+if TYPE_CHECKING:
+    from expertd_inference.model.seen import Seen
 
 
 class Wanted(Enum):
@@ -23,7 +27,9 @@ class Span:
     ``position`` is that of the first row, so the keys and values of so many tokens are in the
     sequence's blocks already. ``blocks`` is its table of KV blocks, with room for ``position`` and
     these rows; ``state`` its slot for what the model keeps beside keys and values, None if nothing.
-    ``fewer`` says which of the experts that routers choose compute the rows, None for all.
+    Where some of the rows are of an image, ``seen`` has them; else their angles are those of
+    ``position`` and ``shift``. ``fewer`` says which of the experts that routers choose compute the
+    rows, None for all.
     """
 
     sequence: int
@@ -32,6 +38,8 @@ class Span:
     blocks: Sequence[int]
     state: int | None
     wanted: Wanted
+    shift: int = 0
+    seen: "Seen | None" = None
     fewer: FewerExperts | None = None
 
     @property

@@ -10,13 +10,15 @@ from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.layers import CannotBatchError, watch_layers
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.parts import UnknownPartError
-from expertd_inference.execution.program import make_program
+from expertd_inference.execution.program import ProgramExecutor, make_program
 from expertd_inference.execution.room import Room
+from expertd_inference.execution.sighted import SightedExecutor
 from expertd_inference.execution.turns import TurnsExecutor
 from expertd_inference.experts.call import has_seat, seat_of
 from expertd_inference.experts.cpu import experts_modules
 from expertd_inference.kernels.cpu.library import EXACT
 from expertd_inference.kernels.cpu.native import NativeKernels
+from expertd_inference.model.language import LanguageModel
 
 
 def choose_executor(worker: Any, room: Room) -> Executor:  # noqa: ANN401 - a Worker
@@ -26,8 +28,8 @@ def choose_executor(worker: Any, room: Room) -> Executor:  # noqa: ANN401 - a Wo
     if worker.device_stats is not None:
         kernels = None
     say = worker.session.say
-    executor = choose_for(worker.model, room, say, exact=exact, kernels=kernels)
-    if exact and kernels is not None and (slow := _row_by_row(worker.model, kernels)):
+    executor = choose_for(worker.language, room, say, exact=exact, kernels=kernels)
+    if exact and kernels is not None and (slow := _row_by_row(worker.language, kernels)):
         executor.reason += f"; {slow}"
         say(f"{slow}; without --exact it is faster.")
     return executor
@@ -52,9 +54,13 @@ def choose_for(
     if kernels is not None:
         flags = kernels.flags | (EXACT if exact else 0)
         try:
-            return make_program(model, room.num_blocks, room.num_rows, flags)
+            program = make_program(model, room.num_blocks, room.num_rows, flags)
         except UnknownPartError as error:
             why = f"; no program, as {error}"
+        else:
+            if not isinstance(model, LanguageModel):
+                return program
+            return SightedExecutor(program, _of_images(model, program, room, exact=exact))
     if exact:
         make_exact(model)
     try:
@@ -64,6 +70,22 @@ def choose_for(
     except CannotBatchError as error:
         say(f"{type(model).__name__} computes one sequence after the other: {error}")
         return TurnsExecutor(model, str(error), around)
+
+
+def _of_images(
+    model: Any,  # noqa: ANN401
+    program: ProgramExecutor,
+    room: Room,
+    *,
+    exact: bool,
+) -> ModulesExecutor:
+    """What computes rows of images, with the program's keys and values."""
+    if exact:
+        make_exact(model)
+    with check.without_experts(model):
+        layers = watch_layers(model)
+    alone = "bits count" if exact else ""
+    return ModulesExecutor(model, layers, room, alone=alone, memory=program.memory)
 
 
 def _row_by_row(model: Any, kernels: NativeKernels) -> str:  # noqa: ANN401

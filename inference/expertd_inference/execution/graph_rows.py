@@ -20,7 +20,7 @@ from expertd_inference.kernels.block_order import put_keys, put_values, take_key
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.kv.memory import KvMemory
 
-_TOKEN, _POSITION, _REAL, _TABLE = range(4)
+_TOKEN, _POSITION, _ANGLE, _REAL, _TABLE = range(5)
 
 
 class GraphRows:
@@ -29,7 +29,7 @@ class GraphRows:
     def __init__(self, size: int, width: int, scratch: int, device: torch.device) -> None:
         self.size, self.width = size, width
         self._host = torch.empty(size, _TABLE + width, dtype=torch.int64)
-        self._empty = torch.tensor([0, 0, 0, *[scratch] * width])
+        self._empty = torch.tensor([0, 0, 0, 0, *[scratch] * width])
         self._there = self._empty.expand(size, -1).contiguous().to(device)
 
     @property
@@ -41,6 +41,11 @@ class GraphRows:
     def positions(self) -> Tensor:
         """[size], int64: how many tokens of its sequence come before each row."""
         return self._there[:, _POSITION]
+
+    @property
+    def angles(self) -> Tensor:
+        """[size], int64: the positions that angles are taken of."""
+        return self._there[:, _ANGLE]
 
     @property
     def real(self) -> Tensor:
@@ -59,7 +64,13 @@ class GraphRows:
         for row, span in enumerate(spans):
             num = span.position // BLOCK_TOKENS + 1
             host[row, : _TABLE + num] = torch.tensor(
-                [span.tokens[0], span.position, 1, *span.blocks[:num]]
+                [
+                    span.tokens[0],
+                    span.position,
+                    span.position + span.shift,
+                    1,
+                    *span.blocks[:num],
+                ]
             )
         self._there.copy_(to_device(host))
 

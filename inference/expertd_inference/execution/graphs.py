@@ -180,7 +180,7 @@ class GraphsExecutor:
 
     def _step_for(self, spans: Sequence[Span]) -> _RecordedStep | None:
         """The smallest recorded one that these spans fit; None if they fit none."""
-        if not spans or any(span.num_rows > 1 for span in spans):
+        if not spans or any(span.num_rows > 1 or span.seen is not None for span in spans):
             return None
         if self._whole is not None and any(span.fewer is not None for span in spans):
             return None  # Its routing is computed as it was recorded.
@@ -225,7 +225,7 @@ class GraphsExecutor:
         with attending(GraphAttention(self._modules.layers.attention, self._modules.memory, rows)):
             logits: Tensor = self._model(
                 input_ids=rows.tokens,
-                position_ids=rows.positions[None],
+                position_ids=rows.angles[None],
                 # Without one it looks into the positions for texts that were packed together.
                 past_key_values=cache,
                 use_cache=False,

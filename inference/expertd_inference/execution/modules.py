@@ -21,7 +21,9 @@ from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.delta_hook import stepping
 from expertd_inference.execution.fewer_rows import keeping_fewer
+from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
+from expertd_inference.execution.mutual import attend_mutually, mutual_rows
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_cache import StateName, StepCache
 from expertd_inference.experts.keeping import ExpertTally
@@ -49,13 +51,15 @@ class ModulesExecutor:
         continues: bool = True,
         alone: str = "",
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        memory: KvMemory | None = None,
     ) -> None:
         """``layers`` are those of ``model``, whose attention is hooked.
 
         Some recurrent layers compute several rows only from their beginning on: unless the model
         ``continues``, later chunks of a prompt are computed row by row.
         ``alone`` is why sequences must not share a step, if so. All of a step is computed within
-        ``around``, at whose end it may turn out to be lost.
+        ``around``, at whose end it may turn out to be lost. ``memory`` is another executor's, of
+        the same layers; without, it has its own.
         """
         self.reason = "its modules compute rows of any sequences together"
         if layers.states:
@@ -65,7 +69,7 @@ class ModulesExecutor:
         self.recurrent = bool(layers.states)
         self.shares_prefixes = not self.recurrent and not alone
         self.turning_point = layers.turning_point
-        self.memory = KvMemory(layers.keys, room.num_blocks, model.dtype)
+        self.memory = memory or KvMemory(layers.keys, room.num_blocks, model.dtype)
         """Keys and values, by the numbers of ``layers.keys``."""
         self.layers = layers
         """Those that attend, and what all of them keep."""
@@ -167,8 +171,6 @@ class ModulesExecutor:
 
     def _rows(self, spans: Sequence[Span], cache: StepCache | None = None) -> Tensor:
         """The logits of these spans' wanted rows; with ``cache`` all have the same length."""
-        tokens = [token for span in spans for token in span.tokens]
-        positions = [span.position + row for span in spans for row in range(span.num_rows)]
         wanted = _wanted(spans)
         num_texts = 1 if cache is None else len(spans)
         # The head costs too much for rows that nobody wants; it is asked for one at least.
@@ -179,8 +181,7 @@ class ModulesExecutor:
             keeping_fewer(spans, device, self.tally),
         ):
             logits: Tensor = self._model(
-                input_ids=torch.tensor(tokens, device=device).view(num_texts, -1),
-                position_ids=torch.tensor(positions, device=device).view(num_texts, -1),
+                **rows_of(self._model, spans, num_texts),
                 past_key_values=cache,
                 use_cache=False,
                 logits_to_keep=torch.tensor(kept, device=device),
@@ -204,6 +205,7 @@ class _Rows:
         self._plan = AttentionPlan(
             [AttentionSpan(span.position, span.num_rows, span.blocks) for span in spans]
         )
+        self._mutual = mutual_rows(spans)
 
     def attend(
         self,
@@ -219,18 +221,25 @@ class _Rows:
         layer = self._layers[module]
         batch, _, length, _ = query.shape
         query, key, value = (_as_rows(part) for part in (query, key, value))
+        keys, values = self._memory.keys[layer.number], self._memory.values[layer.number]
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
         attended = attend(
             self._plan,
-            self._memory.keys[layer.number],
-            self._memory.values[layer.number],
+            keys,
+            values,
             query,
             key if layer.appends else None,
             value if layer.appends else None,
-            query.shape[2] ** -0.5 if scaling is None else scaling,
+            scale,
             window=layer.window,
             sinks=others.get("s_aux"),
             softcap=others.get("softcap"),
         )
+        if layer.window is not None:
+            for image in self._mutual:
+                attended[image.rows] = attend_mutually(
+                    image, query[image.rows], keys, values, scale, layer.window
+                )
         return attended.view(batch, length, *attended.shape[1:])
 
     def mask(

@@ -88,8 +88,9 @@ class ProgramExecutor:
             self._held = HeldSegments(self._segments, max_rows)
 
     def fits(self, batch: Batch) -> bool:
-        """Whether it has not more rows than there is memory for."""
-        return batch.num_rows <= self._max_rows
+        """Whether it has not more rows than there is memory for, and none of an image."""
+        seen = any(span.seen is not None for span in batch.spans)
+        return batch.num_rows <= self._max_rows and not seen
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:

@@ -40,7 +40,7 @@ class StepRows:
         """
         first, wanted, last_position = 0, 0, 0
         for span in batch.spans:
-            num, position = len(span.tokens), span.position
+            num, position = len(span.tokens), span.position + span.shift
             end = first + num
             if num == 1:
                 self._tokens[first] = span.tokens[0]

@@ -23,6 +23,7 @@ from expertd_inference.process.reasons import reason_of
 from expertstore.errors import ExpertdError, PackError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.manifest import Manifest
+from expertstore.pack.seeing import sees
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def _load(
             None,
             config=config,
             state_dict=trunk.state(dequantized=not quantized),
-            quantization_config=ExpertdConfig(manifest, trunk.names if quantized else frozenset()),
+            quantization_config=ExpertdConfig(
+                manifest,
+                trunk.names if quantized else frozenset(),
+                sees=sees(pack, manifest.model_type),
+            ),
             experts_implementation=IMPLEMENTATION,
             dtype=dtype or _dtype(manifest),
             generation_config=generation_config,

@@ -13,11 +13,12 @@ from expertstore.errors import InvalidInputError, PackError
 def encode(
     model: Any,  # noqa: ANN401 - transformers is untyped
     tokenizer: Any,  # noqa: ANN401
-    prompt: str | Sequence[Mapping[str, str]],
+    prompt: str | Sequence[Mapping[str, Any]],
 ) -> list[int]:
     """The tokens of a text, or of a chat's messages in the tokenizer's chat template.
 
-    A message has a ``role`` and its ``content``. Raises InvalidInputError for a prompt that is no
+    A message has a ``role`` and its ``content``: a text, or parts of it, ``{"type": "image"}`` and
+    ``{"type": "text", "text": ...}``. Raises InvalidInputError for a prompt that is no
     text, has no tokens or has tokens that the model does not, and for messages if there is no
     template, or none that takes them.
     """
@@ -42,14 +43,22 @@ def encode(
 
 
 def _check_message(message: object) -> None:
-    if not isinstance(message, Mapping) or not all(
-        isinstance(message.get(name), str) for name in ("role", "content")
+    content = message.get("content") if isinstance(message, Mapping) else None
+    texts = [content]
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part for part in content if part != {"type": "image"}]
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if (
+        not isinstance(message, Mapping)
+        or not isinstance(message.get("role"), str)
+        or not all(isinstance(text, str) for text in texts)
     ):
         raise InvalidInputError(
             "A message of a chat has a role and its content, which are texts; this one is "
             f"{reprlib.repr(message)}."
         )
-    check_prompt(message["content"])
+    for text in texts:
+        check_prompt(str(text))
 
 
 def _text_of(tokenizer: Any, token: int) -> str:  # noqa: ANN401
@@ -73,7 +82,7 @@ def _ids(model: Any, tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
 def _in_template(
     model: Any,  # noqa: ANN401
     tokenizer: Any,  # noqa: ANN401
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidInputError(
@@ -93,6 +102,6 @@ def _in_template(
     return ids
 
 
-def _described(messages: Sequence[Mapping[str, str]]) -> str:
+def _described(messages: Sequence[Mapping[str, Any]]) -> str:
     roles = [message["role"] for message in messages]
     return "one message of a user" if roles == ["user"] else f"messages of {', '.join(roles)}"

@@ -27,11 +27,15 @@ from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertd_inference.model.tables import NO_TABLES, replace_tables
 from expertstore.errors import PackError
 from expertstore.pack.manifest import Manifest
+from expertstore.pack.seeing import SEEING, TEXT_WITHIN, leave_out_vision
 
 METHOD = IMPLEMENTATION
 
 _REPLACED = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 """The parameters of an experts module that records hold."""
+
+_WITH_VISION = {*SEEING.values(), *TEXT_WITHIN.values()}
+"""Classes that have a vision part as well."""
 
 _MAX_WEIGHTS_PER_BYTE = 4
 """No scheme has less than 2 bits a weight."""
@@ -42,13 +46,21 @@ class ExpertdConfig(QuantizationConfigMixin):  # type: ignore[misc] # transforme
     """Carries the pack's manifest to :class:`ExpertdQuantizer`.
 
     ``trunk_names`` are those of all the trunk's tensors if its quantized matrices are to stay
-    so, and empty if they come dequantized.
+    so, and empty if they come dequantized. Of a class that sees, the vision part is taken away
+    unless the pack ``sees``.
     """
 
-    def __init__(self, manifest: Manifest, trunk_names: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        trunk_names: frozenset[str] = frozenset(),
+        *,
+        sees: bool = False,
+    ) -> None:
         self.quant_method = METHOD
         self.manifest = manifest
         self.trunk_names = trunk_names
+        self.sees = sees
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.to_dict`` shows; the manifest is not configuration."""
@@ -68,12 +80,15 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
         super().__init__(quantization_config, **kwargs)
         self.manifest = quantization_config.manifest
         self.trunk_names = quantization_config.trunk_names
+        self.sees = quantization_config.sees
         self.experts: dict[int, nn.Module] = {}
         self.linears: dict[str, QuantizedLinear] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.tables = NO_TABLES
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
+        if not self.sees and self.manifest.architecture in _WITH_VISION:
+            leave_out_vision(model)
         self.experts = match_experts(model, self.manifest)
         module: Any
         for module in self.experts.values():

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from expertd_inference.process.models_scan import quicken_models_scan
 
 UNUSED_PACKAGES = (
-    "PIL",
     "bitsandbytes",
     "deepspeed",
     "hqq",

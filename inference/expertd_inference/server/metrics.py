@@ -105,6 +105,10 @@ class ServerMetrics(Collector):
         self._prompt_tokens.labels(model).inc(num_prompt_tokens)
         self._prompt_size.labels(model).observe(num_prompt_tokens)
 
+    def saw(self, model: str, num_tokens: int) -> None:
+        """The images of a prompt have so many tokens more than were known."""
+        self._prompt_tokens.labels(model).inc(num_tokens)
+
     def token(self, model: str, times: Times, now: float, queued: float | None) -> None:
         """A token came; ``queued`` says of the first how long the sequence waited for a place."""
         self._new_tokens.labels(model).inc()

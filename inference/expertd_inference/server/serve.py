@@ -44,12 +44,12 @@ class ServerSettings:
     model of a daemon does anyway. ``variants`` is a file of models with other defaults
     (:mod:`.variants`). ``chat_format`` is how answers have reasoning and calls of
     tools; None finds out by the template. With ``request_templates`` requests may bring their own
-    template, which is a program. An engine without requests for ``idle_seconds`` ends;
-    None keeps it. On its end the server waits for ``drain_seconds`` until answers are complete.
-    ``keys`` is a file of users (:mod:`.keys`); without it, and without ``no_auth``, it listens to
-    this host only. Pages of ``cors_origins`` may use it. Files and batches of clients are kept in
-    ``state``; without it there are none. If it ``is_embedded``, no other models come than those at
-    the start. Raises InvalidInputError if that does not fit.
+    template, which is a program. Requests may name files in ``images``. An engine without requests
+    for ``idle_seconds`` ends; None keeps it. On its end the server waits for ``drain_seconds``
+    until answers are complete. ``keys`` is a file of users (:mod:`.keys`); without it, and without
+    ``no_auth``, it listens to this host only. Pages of ``cors_origins`` may use it. Files and
+    batches of clients are kept in ``state``; without it there are none. If it ``is_embedded``, no
+    other models come than those at the start. Raises InvalidInputError if that does not fit.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +60,7 @@ class ServerSettings:
     chat_template: Path | None = None
     chat_format: str | None = None
     request_templates: bool = False
+    images: Path | None = None
     idle_seconds: float | None = None
     drain_seconds: int = 60
     keys: Path | None = None
@@ -116,6 +117,7 @@ async def _serve(
         variants=read_variants(settings.variants),
         template=read_template(settings.chat_template),
         chat_format=settings.chat_format,
+        images=settings.images,
         idle_seconds=settings.idle_seconds,
         accounts=accounts,
         metrics=metrics,

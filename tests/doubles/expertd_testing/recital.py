@@ -56,6 +56,8 @@ class RecitedModel:
         """What was asked."""
         self.settings: list[GenerationSettings] = []
         """And how."""
+        self.images: list[tuple[bytes, ...]] = []
+        """And about what."""
         self.max_tokens = 4096
         self.endless = False
         """Whether answers get no end: their last token never comes."""
@@ -64,10 +66,15 @@ class RecitedModel:
         """It always is."""
 
     def submit(
-        self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
+        self,
+        tokens: Sequence[int],
+        settings: GenerationSettings,
+        origin: Origin = ORIGIN,
+        images: Sequence[bytes] = (),
     ) -> TokenStream:
         """The next one, up to as many tokens as are wanted."""
         del origin
+        self.images.append(tuple(images))
         self.prompts.append(self.text.decode(tokens))
         self.settings.append(settings)
         channel: Channel[Token] = Channel()

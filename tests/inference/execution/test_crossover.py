@@ -61,7 +61,7 @@ def test_it_is_measured_when_an_engine_opens(
     logits(model, prompt_of(60))
     assert not measured, "a prompt does not wait for it"
     worker = SimpleNamespace(
-        model=model,
+        language=model,
         kernels=kernels,
         exact=False,
         device_stats=None,

@@ -63,7 +63,7 @@ def test_experts_of_an_unknown_activation_are_asked_row_by_row(packed: Make) -> 
     model = load(packed("mixtral", "4bit-fast"), torch.float32, exact)
     said: list[str] = []
     worker = SimpleNamespace(
-        model=model,
+        language=model,
         kernels=exact,
         exact=True,
         device_stats=None,

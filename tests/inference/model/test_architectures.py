@@ -97,7 +97,7 @@ def test_sharded_checkpoints(architecture: str, tmp_path: Path) -> None:
 
 
 def test_a_model_that_also_sees_is_served_as_a_language_model(tmp_path: Path) -> None:
-    """As Qwen3.5's checkpoints are published: its layers under another name, and a vision part."""
+    """Its layers under another name and a vision part, but nothing that prepares images."""
     text = tiny_config(
         "qwen3_5_moe_text",
         num_hidden_layers=2,
@@ -112,7 +112,8 @@ def test_a_model_that_also_sees_is_served_as_a_language_model(tmp_path: Path) ->
     save_model(model.to(torch.bfloat16), tmp_path / "c")
     said: list[str] = []
     pack(Request(tmp_path / "c", tmp_path / "p", choose_scheme("bf16")), on_notice=said.append)
-    assert "tensors that Qwen3_5MoeForCausalLM has no place for are left out" in said[0]
+    assert "has no preprocessor_config.json, without which images cannot be prepared" in said[0]
+    assert "tensors that Qwen3_5MoeForCausalLM has no place for are left out" in said[1]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
     prompt = prompt_of(30, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(theirs, prompt))

@@ -100,7 +100,7 @@ def test_logprobs_have_bytes_and_the_likeliest(http: httpx2.Client) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            'of type "image_url", and this server takes text only',
+            "messages[0].content[0] is an image, and ",
         ),
         ({"messages": MESSAGES, "continue_final_message": True}, "exclude each other"),
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs needs logprobs"),

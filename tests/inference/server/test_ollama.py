@@ -154,7 +154,7 @@ def test_options_formats_and_thinking_are_openai_s() -> None:
         ({"options": {"typical_p": 0.5}}, "options.typical_p is not supported"),
         ({"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "may only be -1"),
         ({"format": "xml"}, "format is 'xml'"),
-        ({"messages": [{"role": "user", "images": ["x"]}]}, "this server takes text"),
+        ({"messages": [{"role": "user", "images": "x"}]}, "messages[0].images is"),
         ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "without a function"),
     ],
 )

@@ -11,7 +11,7 @@ from expertd_inference.server.api.requests import in_form
 from expertd_inference.server.api.sampling_fields import NO_LIMIT
 from expertd_inference.server.chat.answer import Piece
 from expertd_inference.server.chat.gaps import gap
-from expertd_inference.server.chat.prompt import ChatPrompt, prompt_of
+from expertd_inference.server.chat.prompt import ChatPrompt, count_tokens, prompt_of
 from expertd_inference.server.front import Front
 from expertd_inference.server.hosting.catalog import Entry
 from expertd_inference.server.hosting.model_text import ModelText
@@ -32,7 +32,10 @@ class Answering:
         self.text = text
         self.body = body
         chat = prompt if isinstance(prompt, ChatPrompt) else None
-        self.prompt = body.cut(prompt.tokens if isinstance(prompt, ChatPrompt) else prompt)
+        self.images = () if chat is None else chat.images
+        self.prompt = body.cut(
+            prompt.tokens if isinstance(prompt, ChatPrompt) else prompt, self.images
+        )
         self.finish_reason: FinishReason | None = None
         self.stop: str | None = None
         self.counter = Counter([self.prompt])
@@ -46,6 +49,11 @@ class Answering:
         self._reader = None if chat is None else chat.reader(asked)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """As :func:`.prompt.count_tokens`."""
+        return count_tokens(self.prompt, self.images)
+
+    @property
     def temperature(self) -> float:
         """By which tokens are chosen."""
         return self._settings.temperature
@@ -53,7 +61,9 @@ class Answering:
     async def pieces(self, user: str) -> AsyncGenerator[tuple[Token, Piece]]:
         """Each token with what it made certain; the sequence is cancelled when this is closed."""
         origin = self.body.origin(user, 0)
-        async with self.entry.hosted.submit(self.prompt, self._settings, origin) as stream:
+        async with self.entry.hosted.submit(
+            self.prompt, self._settings, origin, self.images
+        ) as stream:
             async for token in stream:
                 self.counter.count(token)
                 self.finish_reason = token.finish_reason

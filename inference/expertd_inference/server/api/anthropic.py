@@ -44,7 +44,7 @@ async def count_tokens(request: Request) -> Response:
     front = front_of(request)
     body = await read_body(request, MessagesRequest, front.say)
     asked = await answering(front, openai_fields(body))
-    data = msgspec.json.encode({"input_tokens": len(asked.prompt)})
+    data = msgspec.json.encode({"input_tokens": asked.num_prompt_tokens})
     return Response(data, media_type="application/json")
 
 

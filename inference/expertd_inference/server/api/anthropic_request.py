@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from expertd_inference.server.api.errors import ApiError, shown, unsupported, wrong_value
+from expertd_inference.server.chat.images import WHERE
 
 _TEXT_OR_BLOCKS = "a text, or a list of blocks"
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -116,18 +117,27 @@ def _messages(at: int, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if role == "assistant":
         yield _assistant(f"{where}.content", content)
         return
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for number, block in enumerate(content):
         place = f"{where}.content[{number}]"
-        if isinstance(block, dict) and block.get("type") == "tool_result":
-            if texts:
-                yield {"role": role, "content": "\n".join(texts)}
-                texts = []
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "tool_result":
+            if parts:
+                yield {"role": role, "content": _said(parts)}
+                parts = []
             yield _tool_result(place, block)
+        elif kind == "image" and role == "user":
+            parts.append({**block, WHERE: place})
         else:
-            texts.append(_text_block(place, block))
-    if texts:
-        yield {"role": role, "content": "\n".join(texts)}
+            parts.append({"type": "text", "text": _text_block(place, block)})
+    if parts:
+        yield {"role": role, "content": _said(parts)}
+
+
+def _said(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """One text, unless there are images."""
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    return "\n".join(texts) if len(texts) == len(parts) else parts
 
 
 def _assistant(where: str, blocks: list[Any]) -> dict[str, Any]:
@@ -193,8 +203,8 @@ def _text_block(where: str, block: Any) -> str:  # noqa: ANN401
     if kind != "text":
         raise ApiError(
             400,
-            f"{where} is of type {shown(kind)}, and this server takes text, tool_use, tool_result "
-            "and thinking only.",
+            f"{where} is of type {shown(kind)}, and this server takes text, tool_use, tool_result, "
+            "thinking, and images of the user only.",
             param=where,
         )
     return _field(where, block, "text")

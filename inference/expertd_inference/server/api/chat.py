@@ -139,7 +139,7 @@ class _Chat:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
         self._chat = prompt_of(text, chat_of(body))
-        self._prompt = body.cut(self._chat.tokens)
+        self._prompt = body.cut(self._chat.tokens, self._chat.images)
         most = body.most_tokens
         self._asked = body.settings(
             text,
@@ -151,7 +151,12 @@ class _Chat:
 
     def _begin(self, user: str) -> list[TokenStream]:
         return [
-            self._entry.hosted.submit(self._prompt, self._settings, self._body.origin(user, number))
+            self._entry.hosted.submit(
+                self._prompt,
+                self._settings,
+                self._body.origin(user, number),
+                self._chat.images,
+            )
             for number in range(self._num_choices)
         ]
 

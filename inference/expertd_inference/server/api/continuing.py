@@ -40,11 +40,14 @@ class Counter:
         self.num_new_tokens = 0
         self.num_cached_tokens = 0
         self.num_reasoning_tokens = 0
+        self._num_sent = self.num_prompt_tokens
 
     def count(self, token: Token) -> None:
         """One more."""
         self.num_new_tokens += 1
         if token.opening is not None:
+            # The same for each continuation of a prompt.
+            self.num_prompt_tokens = self._num_sent + token.opening.num_image_tokens
             cached = self.num_cached_tokens + token.opening.num_cached_tokens
             self.num_cached_tokens = min(cached, self.num_prompt_tokens)
 

@@ -85,7 +85,7 @@ async def apply_template(request: Request) -> Response:
 
 async def count_chat_tokens(request: Request) -> Response:
     """``POST /chat/completions/input_tokens``."""
-    return _json({"input_tokens": len((await _chat_prompt(request)).tokens)})
+    return _json({"input_tokens": (await _chat_prompt(request)).num_tokens})
 
 
 async def _chat_prompt(request: Request) -> ChatPrompt:
@@ -111,7 +111,7 @@ async def props(request: Request) -> Response:
             "total_slots": hosted.num_places,
             "model_alias": entry.name,
             "model_path": str(entry.pack),
-            "modalities": {"vision": False, "audio": False},
+            "modalities": {"vision": text.sees, "audio": False},
             "chat_template": text.templates,
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",

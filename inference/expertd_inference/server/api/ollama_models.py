@@ -77,6 +77,8 @@ async def show(request: Request) -> Response:
         capabilities.append("tools")
     if "thinking" in template or "<think>" in template:
         capabilities.append("thinking")
+    if text.sees:
+        capabilities.append("vision")
     context = config.get("max_position_embeddings")
     return _json(
         {

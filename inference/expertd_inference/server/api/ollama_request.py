@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from expertd_inference.server.api.errors import ApiError, unsupported, wrong_value
+from expertd_inference.server.chat.images import WHERE
 
 
 class Options(msgspec.Struct, kw_only=True):
@@ -96,10 +97,12 @@ def chat_fields(body: OllamaChatRequest) -> dict[str, Any]:
 
 def generate_fields(body: OllamaGenerateRequest) -> dict[str, Any]:
     """The request in OpenAI's fields: a chat of one message. Raises ApiError likewise."""
-    for name in ("template", "context", "images"):
+    for name in ("template", "context"):
         if getattr(body, name):
             raise unsupported(name, "is not supported; send a chat, or a raw prompt.")
-    messages = [{"role": "user", "content": body.prompt or ""}]
+    if body.images and (body.raw or body.suffix):
+        raise unsupported("images", "are not supported beside raw and suffix; send a chat.")
+    messages = [{"role": "user", "content": _content("images", body.prompt or "", body.images)}]
     if body.system:
         messages.insert(0, {"role": "system", "content": body.system})
     return {**_fields(body), "messages": messages}
@@ -153,17 +156,27 @@ def _format(form: str | dict[str, Any] | None) -> dict[str, Any] | None:
     raise ApiError(400, f"format is {form!r:.80}; give json or a schema.", param="format")
 
 
+def _content(where: str, text: Any, images: Any) -> Any:  # noqa: ANN401 - of any JSON
+    """A text, or OpenAI's parts with the images, which Ollama has as base64 before it."""
+    if not images:
+        return text
+    if not isinstance(images, list):
+        raise wrong_value(where, images, "a list of images in base64")
+    parts = [
+        {"type": "image", "base64": one, WHERE: f"{where}[{at}]"} for at, one in enumerate(images)
+    ]
+    return [*parts, {"type": "text", "text": text}]
+
+
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ollama's calls have no ids: results follow them in their order, or name their tool."""
     result = []
     waiting: list[tuple[str, str]] = []
     num_calls = 0
     for at, message in enumerate(messages):
-        if message.get("images"):
-            raise unsupported(
-                f"messages[{at}].images", "are not supported: this server takes text."
-            )
-        one: dict[str, Any] = {"role": message.get("role"), "content": message.get("content") or ""}
+        images = message.get("images")
+        content = _content(f"messages[{at}].images", message.get("content") or "", images)
+        one: dict[str, Any] = {"role": message.get("role"), "content": content}
         if thinking := message.get("thinking"):
             one["reasoning_content"] = thinking
         if calls := message.get("tool_calls"):

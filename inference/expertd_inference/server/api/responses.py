@@ -47,7 +47,7 @@ async def respond(request: Request) -> Response:
 async def count_input_tokens(request: Request) -> Response:
     """``POST /v1/responses/input_tokens``."""
     _, asked, _ = await _read(request)
-    return _json({"object": "response.input_tokens", "input_tokens": len(asked.prompt)})
+    return _json({"object": "response.input_tokens", "input_tokens": asked.num_prompt_tokens})
 
 
 async def get_response(request: Request) -> Response:

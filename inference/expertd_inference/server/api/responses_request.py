@@ -7,7 +7,8 @@ import msgspec
 
 from expertd_inference.server.api.errors import ApiError, shown, unsupported, wrong_value
 from expertd_inference.server.api.sampling_fields import StreamOptions
-from expertd_inference.server.chat.messages import text_of
+from expertd_inference.server.chat.images import WHERE
+from expertd_inference.server.chat.messages import has_images, text_of
 from expertd_inference.server.front import new_id
 
 LOGPROBS = "message.output_text.logprobs"
@@ -211,7 +212,14 @@ def items_of(given: str | Sequence[Item] | None) -> list[Item]:
 def _add_message(messages: list[Item], where: str, item: Item) -> None:
     if (role := item.get("role")) not in _ROLES:
         raise wrong_value(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
-    content = text_of(f"{where}.content", item.get("content"))
+    content = item.get("content")
+    if role == "user" and has_images(content):
+        content = [
+            {**part, WHERE: f"{where}.content[{at}]"} if isinstance(part, dict) else part
+            for at, part in enumerate(content)
+        ]
+    else:
+        content = text_of(f"{where}.content", content)
     message = {"role": role, "content": content}
     last = messages[-1] if messages else {}
     thinks = last.get("reasoning_content") and not last["content"] and "tool_calls" not in last

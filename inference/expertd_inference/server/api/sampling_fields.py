@@ -1,7 +1,7 @@
 """How a client asks for tokens: OpenAI's fields and vLLM's, for completions and chats alike."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -181,11 +181,13 @@ class SamplingFields(GrammarFields, kw_only=True):
         asked = isinstance(stop, str) or stop in (self.stop_token_ids or ())
         return stop if asked and stop is not None else msgspec.UNSET
 
-    def cut(self, tokens: list[int]) -> list[int]:
+    def cut(self, tokens: list[int], images: Sequence[bytes] = ()) -> list[int]:
         """A prompt's last tokens, if so many are wanted."""
         most = self.truncate_prompt_tokens
         if most is None or most == -1:
             return tokens
+        if images:
+            raise unsupported("truncate_prompt_tokens", "is not supported beside images.")
         if most < 1:
             raise ApiError(
                 400,

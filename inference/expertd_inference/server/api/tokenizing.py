@@ -50,7 +50,9 @@ async def tokenize(request: Request) -> Response:
         special = body.add_special_tokens is not False
         tokens = await front.aside(lambda: text.encode(body.prompt or "", special=special))
     elif body.messages:
-        tokens = await front.aside(lambda: body.cut(prompt_of(text, chat_of(body)).tokens))
+        prompt = await front.aside(lambda: prompt_of(text, chat_of(body)))
+        prompt.num_tokens  # noqa: B018 - which refuses images
+        tokens = body.cut(prompt.tokens)
     else:
         raise ApiError(400, "Give prompt, messages or content to tokenize.", param="prompt")
     answer: dict[str, Any] = {

@@ -71,6 +71,13 @@ class ChatPrompt:
     tools: Tools
     max_calls: int | None = None
     continues: bool = False
+    images: tuple[bytes, ...] = ()
+    """The files of those that the tokens have a place for."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many the prompt has. Raises ApiError where only an engine could tell."""
+        return count_tokens(self.tokens, self.images)
 
     def settings(self, asked: GenerationSettings) -> GenerationSettings:
         """Those that the engine needs so that the answer can be read, and is as it was asked for.
@@ -154,6 +161,18 @@ class ChatPrompt:
         return {one for one in special if any(one in marker for marker in markers)}
 
 
+def count_tokens(tokens: Sequence[int], images: Sequence[bytes]) -> int:
+    """Of a prompt. Raises ApiError if it has images, whose tokens only an engine can tell."""
+    if images:
+        raise ApiError(
+            400,
+            "The tokens of images are known once they are looked at: ask for an answer, whose "
+            "usage has them, or count without the images.",
+            code="unsupported_content",
+        )
+    return len(tokens)
+
+
 def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
     """The chat in the model's template. Raises ApiError, InvalidInputError."""
     if chat.continue_final_message and chat.add_generation_prompt:
@@ -176,9 +195,12 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         arguments.setdefault("reasoning_effort", chat.reasoning_effort)
         if chat.reasoning_effort == "none":
             arguments.setdefault("enable_thinking", False)
+    images = text.images()
+    messages = for_template(chat.messages, images)
+    images.check()
     rendered = _rendered(
         text,
-        for_template(chat.messages),
+        messages,
         tools=tools.allowed or None,
         documents=chat.documents,
         add_generation_prompt=chat.add_generation_prompt,
@@ -187,13 +209,16 @@ def prompt_of(text: ModelText, chat: Chat) -> ChatPrompt:
         arguments=arguments,
     )
     # The template has written what begins a text.
+    tokens = text.encode(rendered, special=False)
+    text.check_places(tokens, len(images.data))
     return ChatPrompt(
         text,
-        text.encode(rendered, special=False),
+        tokens,
         rendered,
         tools,
         None if chat.parallel_tool_calls and not tools.single else 1,
         chat.continue_final_message,
+        images.data,
     )
 
 

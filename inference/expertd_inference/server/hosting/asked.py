@@ -44,4 +44,4 @@ class Asked:
             origin = replace(origin, generated=tuple(self.generated))
             # The client has them; and without them the prompt may be found as a prefix.
             settings = replace(settings, prompt_logprobs=None)
-        return Begin(self.begin.id, self.begin.tokens, settings, origin)
+        return Begin(self.begin.id, self.begin.tokens, settings, origin, self.begin.images)

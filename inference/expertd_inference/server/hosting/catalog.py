@@ -35,16 +35,22 @@ class Entry:
     """The model that computes, if this is a variant of it."""
     _text: "asyncio.Task[ModelText] | None" = None
 
-    async def text(self, template: str | None, chat_format: str | None = None) -> ModelText:
+    async def text(
+        self, template: str | None, chat_format: str | None = None, images: Path | None = None
+    ) -> ModelText:
         """Raises PackError if the pack has no usable tokenizer."""
         if self._text is None or (self._text.done() and self._text.exception() is not None):
-            self._text = asyncio.create_task(self._load(template, chat_format))
+            self._text = asyncio.create_task(self._load(template, chat_format, images))
         return await asyncio.shield(self._text)
 
-    async def _load(self, template: str | None, chat_format: str | None) -> ModelText:
+    async def _load(
+        self, template: str | None, chat_format: str | None, images: Path | None
+    ) -> ModelText:
         if self.root is None:
-            return await asyncio.to_thread(ModelText, self.name, self.pack, template, chat_format)
-        text = await self.root.text(template, chat_format)
+            return await asyncio.to_thread(
+                ModelText, self.name, self.pack, template, chat_format, images
+            )
+        text = await self.root.text(template, chat_format, images)
         return text.in_format(self.variant.chat_template, self.variant.chat_format)
 
 
@@ -59,6 +65,7 @@ class Catalog:
         variants: Mapping[str, Variant] | None = None,
         template: str | None,
         chat_format: str | None = None,
+        images: Path | None = None,
         idle_seconds: float | None,
         accounts: Accounts,
         metrics: ServerMetrics,
@@ -66,13 +73,14 @@ class Catalog:
     ) -> None:
         """``specs`` are those of every model's engines but for its name.
 
-        ``template`` and its format are every model's, too.
+        ``template`` and its format are every model's, too. Files of ``images`` may be asked about.
         """
         self._specs = specs
         self._aliases = aliases
         self._variants = variants or {}
         self._template = template
         self._chat_format = chat_format
+        self._images = images
         self._idle_seconds = idle_seconds
         self._accounts = accounts
         self._metrics = metrics
@@ -126,7 +134,7 @@ class Catalog:
 
     async def text(self, entry: Entry) -> ModelText:
         """The tokenizer and chat template. Raises PackError if the pack has none to use."""
-        return await entry.text(self._template, self._chat_format)
+        return await entry.text(self._template, self._chat_format, self._images)
 
     def named(self, entry: Entry) -> dict[str, Entry]:
         """What is asked for by all names of a model: its own, those of its variants, aliases."""

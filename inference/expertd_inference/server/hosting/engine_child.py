@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from expertd_inference.engine.budget import EngineLimits
 from expertd_inference.engine.token import Token
 from expertd_inference.process.attachment import attach
 from expertd_inference.process.environment import garbage_kept, prepare_environment
+from expertd_inference.process.reasons import reason_of
 from expertd_inference.server.hosting.link import BlockingLink
 from expertd_inference.server.hosting.messages import (
     PULSE_SECONDS,
@@ -35,7 +37,7 @@ from expertd_inference.server.hosting.messages import (
     ToEngine,
 )
 from expertd_inference.settings import ComputeDtype, DeviceSettings, KernelsName
-from expertstore.errors import ExpertdError
+from expertstore.errors import ExpertdError, SequenceFailedError
 
 if TYPE_CHECKING:
     from expertd_inference.engine.engine import Engine
@@ -84,9 +86,11 @@ def run(end: socket.socket, spec: EngineSpec) -> None:
         except ExpertdError as error:
             link.send(Refused(Failure.of(error)))
             return
+        looking = ThreadPoolExecutor(1, "looking")
+        stack.callback(looking.shutdown, cancel_futures=True)
         while (messages := link.receive()) is not None:
             for message in messages:
-                _obey(message, engine, outbox)
+                _obey(message, engine, outbox, looking)
 
 
 def _beat(link: BlockingLink[ToEngine]) -> None:
@@ -148,7 +152,38 @@ class Relay:
     def __init__(self, outbox: Outbox, id_: int) -> None:
         self._outbox = outbox
         self._id = id_
-        self.cancel: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._cancel: Callable[[], None] | None = None
+        self._cancelled = False
+
+    def begin(self, message: Begin, engine: "Engine") -> None:
+        """Has the engine begin the sequence, unless it was cancelled before."""
+        if self._cancelled:
+            self._outbox.relays.pop(self._id, None)
+            return
+        try:
+            cancel = engine.relay(
+                self, message.tokens, message.settings, message.origin, message.images
+            )
+        except ExpertdError as error:
+            self._outbox.refuse(self._id, error)
+            return
+        except Exception as error:
+            if not message.images:
+                raise
+            self._outbox.refuse(self._id, _not_seen(error))
+            return
+        with self._lock:
+            self._cancel = cancel
+        if self._cancelled:
+            cancel()
+
+    def cancel(self) -> None:
+        """Nobody wants the sequence any more."""
+        with self._lock:
+            self._cancelled = True
+        if self._cancel is not None:
+            self._cancel()
 
     def send(self, items: Sequence[Token]) -> None:
         """Some that came."""
@@ -157,6 +192,16 @@ class Relay:
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more comes."""
         self._outbox.end(self._id, error)
+
+
+def _not_seen(error: Exception) -> SequenceFailedError:
+    """Of what the vision part, or a library that it is prepared by, did not expect."""
+    failed = SequenceFailedError(
+        f"The images of this prompt could not be looked at ({reason_of(error)}); this is a fault "
+        "of expertd or of the model's files: please report it."
+    )
+    failed.__cause__ = error
+    return failed
 
 
 def _open(
@@ -208,15 +253,16 @@ def _open(
     return engine, outbox
 
 
-def _obey(message: ToEngine, engine: "Engine", outbox: Outbox) -> None:
+def _obey(message: ToEngine, engine: "Engine", outbox: Outbox, looking: Executor) -> None:
     match message:
-        case Begin(id_, tokens, settings, origin):
+        case Begin(id_):
             # Before it begins, which may be its end as well.
             outbox.relays[id_] = relay = Relay(outbox, id_)
-            try:
-                relay.cancel = engine.relay(relay, tokens, settings, origin)
-            except ExpertdError as error:
-                outbox.refuse(id_, error)
+            if message.images:
+                # Looking at them takes seconds, in which others' sequences begin and go on.
+                looking.submit(relay.begin, message, engine)
+            else:
+                relay.begin(message, engine)
         case Cancel(id_):
             if (relay_or_none := outbox.relays.get(id_)) is not None:
                 relay_or_none.cancel()

@@ -105,7 +105,11 @@ class HostedModel:
         return await asyncio.gather(*(seat.ready() for seat in self.seats))
 
     def submit(
-        self, tokens: Sequence[int], settings: GenerationSettings, origin: Origin = ORIGIN
+        self,
+        tokens: Sequence[int],
+        settings: GenerationSettings,
+        origin: Origin = ORIGIN,
+        images: tuple[bytes, ...] = (),
     ) -> TokenStream:
         """As :meth:`Engine.submit` for tokens, but most errors of the request come by the stream.
 
@@ -117,7 +121,7 @@ class HostedModel:
             # The next engine must draw what this one would have.
             settings = replace(settings, seed=secrets.randbits(64))
         origin = replace(origin, priority=self._accounts.priority_of(origin.user, origin.priority))
-        begin = Begin(next(self._ids), [*tokens], settings, origin)
+        begin = Begin(next(self._ids), [*tokens], settings, origin, images)
         # Before it counts: what cannot be sent would also fail at the next engine's start.
         check_sendable(begin)
         self._accounts.begin(origin.user)
@@ -244,6 +248,10 @@ class HostedModel:
         asked.generated.append(token.id)
         asked.num_deaths = 0
         queued = None if token.opening is None else token.opening.queued_seconds
+        if token.opening is not None and (more := token.opening.num_image_tokens):
+            # Which only an engine can tell.
+            self._metrics.saw(self.name, more)
+            self._accounts.take_tokens(asked.begin.origin.user, more, now)
         self._metrics.token(self.name, asked.times, now, queued)
         self._accounts.take_tokens(asked.begin.origin.user, 1, now)
         if token.finish_reason is not None:

@@ -25,6 +25,8 @@ class Begin(Message, frozen=True):
     tokens: list[int]
     settings: GenerationSettings
     origin: Origin
+    images: tuple[bytes, ...] = ()
+    """The files of those that ``tokens`` have one place each for."""
 
 
 class Cancel(Message, frozen=True):

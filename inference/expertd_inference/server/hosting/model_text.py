@@ -8,9 +8,12 @@ from typing import Any
 
 from expertd_inference.model.tokenizer import load_tokenizer
 from expertd_inference.process.reasons import reason_of
+from expertd_inference.server.chat.images import Images
 from expertd_inference.settings import check_prompt
 from expertstore.errors import InvalidInputError, PackError
+from expertstore.pack.seeing import sees, why_blind
 
+CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 """How SentencePiece names the bytes of what it has no token for."""
@@ -25,10 +28,11 @@ class ModelText:
         pack: Path,
         template: str | None = None,
         chat_format: str | None = None,
+        images_folder: Path | None = None,
     ) -> None:
         """``template`` is a chat template in place of the pack's, ``chat_format`` its answers'.
 
-        Raises PackError.
+        Files of images may be in ``images_folder``, and nowhere else. Raises PackError.
         """
         self.name = name
         self.chat_format = chat_format
@@ -50,6 +54,8 @@ class ModelText:
         }
         """Those of them which are left out of texts if ``skip_special_tokens``."""
         self._byte_of_character = _byte_level(self.tokenizer)
+        self._image_token, self._why_blind = _sight_of(name, pack)
+        self._images_folder = images_folder
         self._fast: Any = getattr(self.tokenizer, "backend_tokenizer", None)
         """Of the tokenizers library; None for a tokenizer of Python."""
 
@@ -58,6 +64,29 @@ class ModelText:
         """The chat template; of several, all, one after the other. Empty if there is none."""
         found = self.chat_template
         return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return not self._why_blind
+
+    def images(self) -> Images:
+        """What takes those of one request."""
+        return Images(self._images_folder, self._why_blind)
+
+    def check_places(self, tokens: Sequence[int], num_images: int) -> None:
+        """Raises InvalidInputError unless ``tokens`` have one image token for each image."""
+        if not self.sees or (num := tokens.count(self._image_token)) == num_images:
+            return
+        if num < num_images:
+            raise InvalidInputError(
+                f"The chat template of {self.name} has {num} places for {num_images} images; start "
+                "the server with another (--chat-template FILE)."
+            )
+        marker = self.decode([self._image_token])
+        raise InvalidInputError(
+            f"The text has {marker}, which stands for an image; leave it out, and send the image."
+        )
 
     def in_format(self, template: str | None, chat_format: str | None) -> "ModelText":
         """The same tokenizer with another chat template, if one is given, and another format."""
@@ -110,8 +139,11 @@ class ModelText:
                 "server with --chat-template FILE."
             )
         for message in messages:
-            if isinstance(message.get("content"), str):
-                check_prompt(message["content"])
+            content = message.get("content")
+            for part in content if isinstance(content, list) else [content]:
+                said = part.get("text") if isinstance(part, dict) else part
+                if isinstance(said, str):
+                    check_prompt(said)
         if template is None and isinstance(self.chat_template, str):
             template = self.chat_template  # of several, which only it can have, the tokenizer takes
         try:
@@ -147,6 +179,18 @@ class ModelText:
         if self._byte_of_character and all(one in self._byte_of_character for one in piece):
             return bytes(self._byte_of_character[one] for one in piece)
         return self.token_text(token).encode()
+
+
+def _sight_of(name: str, pack: Path) -> tuple[int, str]:
+    """The token that stands for an image, and why there is none."""
+    try:
+        config = json.loads((pack / CONFIG).read_bytes())
+        kind, token = str(config.get("model_type")), config.get("image_token_id")
+        if sees(pack, kind) and isinstance(token, int):
+            return token, ""
+    except (OSError, ValueError, AttributeError):
+        kind = ""  # The engine says what is wrong with the pack.
+    return -1, why_blind(name, kind)
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, Any]:  # noqa: ANN401 - transformers is untyped
