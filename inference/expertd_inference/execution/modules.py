@@ -23,7 +23,7 @@ from expertd_inference.execution.delta_hook import stepping
 from expertd_inference.execution.fewer_rows import keeping_fewer
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.room import Room
-from expertd_inference.execution.step_cache import StateName, StepCache
+from expertd_inference.execution.step_cache import CACHE, StateName, StepCache
 from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
 from expertd_inference.kernels.cpu.delta import Places
@@ -181,7 +181,7 @@ class ModulesExecutor:
             logits: Tensor = self._model(
                 input_ids=torch.tensor(tokens, device=device).view(num_texts, -1),
                 position_ids=torch.tensor(positions, device=device).view(num_texts, -1),
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=False,
                 logits_to_keep=torch.tensor(kept, device=device),
                 return_dict=True,
