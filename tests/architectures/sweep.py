@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
+from expertd_inference.experts.llama4 import adopt_llama4
 from expertd_inference.experts.routers import find_routers
 from expertd_inference.kernels.activation import activation_of
 from expertd_testing.tiny_models import randomize, save_model
@@ -51,6 +52,8 @@ class Result(msgspec.Struct, frozen=True):
     turns: str = ""
     """Why in turns."""
     refused: str = ""
+    text_alone: bool = False
+    """Whether it is the language model of one that sees or hears as well."""
 
 
 class Results(msgspec.Struct, frozen=True):
@@ -82,17 +85,21 @@ def try_architecture(name: str, directory: Path) -> Result:
         )
     config = tiny_config(model_type)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    adopt_llama4(model)
     randomize(model, seed=0)
     source = directory / "checkpoint"
     save_model(model.to(torch.bfloat16).eval(), source)
-    result = Result(name, type(model).__name__, tuple(_features(model)))
+    result = Result(
+        name, type(model).__name__, tuple(_features(model)), text_alone=model_type != name
+    )
     try:
         same, differs = [], []
         for scheme, equal in _compare(source, directory):
             (same if equal else differs).append(scheme)
     except ExpertdError as error:
         text = str(error).replace(f"{source} has the architecture {result.model}, ", "")
-        return msgspec.structs.replace(result, refused=text.removesuffix("; it is not supported."))
+        return msgspec.structs.replace(result, refused=text.removesuffix("."))
+    manifest = read_manifest(directory / "bf16").manifest
     experts = experts_modules(model)
     by_layer = dict(zip(layer_numbers(list(experts)), experts.values(), strict=True))
     activations = {activation_of(module) for module in by_layer.values()}
@@ -100,7 +107,7 @@ def try_architecture(name: str, directory: Path) -> Result:
     return msgspec.structs.replace(
         result,
         activation="" if activation is None else activation.kind.value,
-        routers=find_routers(model, by_layer).keys() == by_layer.keys(),
+        routers=find_routers(model, by_layer, manifest).keys() == by_layer.keys(),
         same=tuple(same),
         differs=tuple(differs),
         **_together(model_type),
@@ -153,6 +160,10 @@ def _features(model: Any) -> Iterator[str]:
         yield "biases"
     if getattr(config, "tie_word_embeddings", False):
         yield "tied embeddings"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if not all(module.has_gate for module in experts.values()):
+        yield "no gate"
+    if getattr(config, "moe_latent_size", None):
+        yield "latent experts"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "moe", "mlp"}
     if kinds:
         yield " and ".join(sorted(kind.replace("_", " ") for kind in kinds))

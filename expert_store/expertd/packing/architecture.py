@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertd.packing.checkpoint_files import CONFIG_NAME, read_config
 from expertstore.errors import CheckpointError
+from expertstore.pack.layout import DOWN, GATE_UP, UP
 from expertstore.pack.manifest import GateOrder
 from expertstore.pack.seeing import SEEING, TEXT_PART, TEXT_WITHIN, has_processor, leave_out_vision
 
@@ -28,6 +29,9 @@ _FEED_FORWARD = {
 }  # fmt: skip
 """Names of a feed-forward's linear layers. Routers and the gates of shared experts, which are
 linear layers too in some models, have others."""
+
+_LLAMA4 = "Llama4TextExperts"
+"""A class outside of the seam that a worker computes all the same."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class ExpertsModule:
     gate_order: GateOrder
     has_bias: bool
     is_transposed: bool
+    has_gate: bool = True
+
+    @property
+    def inward(self) -> str:
+        """The name of the matrix that rows enter by."""
+        return GATE_UP if self.has_gate else UP
 
     def parameter(self, leaf: str) -> str:
         """The full name of the module's parameter ``leaf``."""
@@ -50,10 +60,8 @@ class ExpertsModule:
 
     def parameters(self) -> list[str]:
         """The full names of all parameters that records hold."""
-        leaves = ["gate_up_proj", "down_proj"]
-        if self.has_bias:
-            leaves += ["gate_up_proj_bias", "down_proj_bias"]
-        return [self.parameter(leaf) for leaf in leaves]
+        ends = ["proj", "proj_bias"] if self.has_bias else ["proj"]
+        return [self.parameter(f"{matrix}_{end}") for end in ends for matrix in (self.inward, DOWN)]
 
 
 _TABLES = {"embed_tokens_per_layer", "ngram_embedding"}
@@ -168,6 +176,10 @@ def read_architecture(path: Path, *, text_only: bool = False) -> Architecture:
             f"{path} has the architecture {name}, which transformers {transformers.__version__} "
             f"cannot build as a language model ({_first_line(error)})."
         ) from error
+    for module in model.modules():
+        if type(module).__name__ == _LLAMA4:
+            module.has_gate = module.is_transposed = module.is_concatenated = True
+            module.has_bias = False
     modules = {
         module_name: module
         for module_name, module in model.named_modules()
@@ -214,11 +226,14 @@ def _language_model(config: Any) -> Any:  # noqa: ANN401
 
 def _no_seam(path: Path, name: str, model: Any) -> str:  # noqa: ANN401 - transformers is untyped
     """Why a model without the experts seam cannot be packed."""
-    if any(re.search(r"expert|moe", module) for module, _ in model.named_modules()):
-        return (
-            f"{path} has the architecture {name}, whose experts are outside of transformers' "
-            "experts interface; it is not supported."
-        )
+    for module_name, module in model.named_modules():
+        if re.search(r"expert|moe", module_name):
+            kind = type(module).__name__
+            return (
+                f"{path} has the architecture {name}, whose experts ({kind}, in {module_name}) are "
+                "outside of transformers' experts interface; a transformers that lets them be "
+                f"replaced (use_experts_implementation on {kind}) would help."
+            )
     return (
         f"{path} has the architecture {name}, which has no experts; expertd serves "
         "Mixture-of-Experts models."
@@ -234,13 +249,20 @@ def _experts_module(
 ) -> ExpertsModule:
     """Reads one experts module. Raises :class:`CheckpointError` if it is of another kind."""
     index = re.search(r"\.(\d+)\.", name)
-    if not module.has_gate or getattr(module, "has_post_expert_norm", False) or index is None:
+    kind = type(module).__name__
+    if getattr(module, "has_post_expert_norm", False):
         raise CheckpointError(
-            f"{path} has the architecture {architecture}, whose experts are not a gated "
-            "feed-forward (gate, up, down); it is not supported."
+            f"{path} has the architecture {architecture}, whose experts ({kind}, in {name}) have a "
+            "norm after down, which records and kernels do not know; another model would help."
         )
-    num_experts, first, second = module.gate_up_proj.shape
-    hidden_size, gate_up_size = (first, second) if module.is_transposed else (second, first)
+    if index is None:
+        raise CheckpointError(
+            f"{path} has the architecture {architecture}, whose experts ({kind}, in {name}) are "
+            "those of no one layer; records are kept by layer, and another model would help."
+        )
+    inward = module.gate_up_proj if module.has_gate else module.up_proj
+    num_experts, first, second = inward.shape
+    hidden_size, num_rows = (first, second) if module.is_transposed else (second, first)
     return ExpertsModule(
         name=name,
         layer=int(index[1]),
@@ -249,10 +271,11 @@ def _experts_module(
             path, config.get_text_config(), int(index[1]), num_experts
         ),
         hidden_size=hidden_size,
-        intermediate_size=gate_up_size // 2,
+        intermediate_size=num_rows // 2 if module.has_gate else num_rows,
         gate_order=GateOrder.CONCATENATED if module.is_concatenated else GateOrder.INTERLEAVED,
         has_bias=module.has_bias,
         is_transposed=module.is_transposed,
+        has_gate=module.has_gate,
     )
 
 

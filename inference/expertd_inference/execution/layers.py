@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending, hook_attention
 from expertd_inference.execution.delta_hook import hook_delta
-from expertd_inference.execution.step_cache import StateName, StepCache, UnknownCacheError
+from expertd_inference.execution.step_cache import CACHE, StateName, StepCache, UnknownCacheError
 from expertd_inference.kv.memory import KvLayer
 from expertd_inference.kv.state_memory import StateShape
 from expertd_inference.model.pack_config import rope_kinds, turning_points
@@ -66,6 +66,8 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     points = turning_points(text)
     if len(points) > 1 or any(kind.get("rope_type") == "dynamic" for kind in rope_kinds(text)):
         raise CannotBatchError("the angles of its positions depend on how long a text is")
+    if getattr(text, "attention_chunk_size", None):
+        raise CannotBatchError("its attention sees chunks")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise CannotBatchError("its layers lie on several devices")
     if not hook_attention(model):
@@ -78,7 +80,7 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     with attending(watched):
         model(
             input_ids=torch.arange(PROBE_TOKENS, device=model.device)[None],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=False,
             # As in a step: a number would let Gemma 4 cut its masks for layers that share keys.
             logits_to_keep=torch.zeros(1, dtype=torch.int64, device=model.device),

@@ -12,7 +12,7 @@
 
 // Changes with any structure or function of the C interface, in whichever header; library.py of
 // kernels/cpu has the same number.
-#define EXPERTD_ABI 7
+#define EXPERTD_ABI 8
 
 // How values are stored; the first three are also the types of activations.
 enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4, NVFP4, FP8, MXFP8 };
@@ -30,7 +30,7 @@ enum Flag : int32_t {
     EIGHT_BIT_ACTIVATIONS = 2,
 };
 
-enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS };
+enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS, RELU2 };
 
 // A matrix as docs/packing.md has it. Places are byte offsets from an address given at the call:
 // a record's, or 0 where they are addresses themselves.
@@ -52,6 +52,7 @@ struct Activation {
     float alpha, limit;
 };
 
+// Without a gate `gate_up` is up alone: it has as many rows as `down` has columns.
 struct Layer {
     Matrix gate_up, down;
     Activation activation;
