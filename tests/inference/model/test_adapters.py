@@ -175,7 +175,7 @@ def test_an_adapter_of_another_base(saved: dict[str, Path]) -> None:
             64,
             "is of another base: model.layers.0.self_attn.q_proj has 128 inputs and 128",
         ),
-        ("deepseek_v3", 128, "v_proj, which is no linear layer of this model; it was trained on"),
+        ("deepseek_v3", 128, "_proj, which is no linear layer of this model; it was trained on"),
     ):
         model = make_model(architecture, hidden_size=size)
         with pytest.raises(AdapterError, match=said):
