@@ -153,7 +153,7 @@ def _trunk_shapes(pack: Path, manifest: Manifest) -> dict[str, tuple[int, ...]]:
         raise PackError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise PackError(f"{path} cannot be used: {error}; copy or make the pack again.") from error
-    quantized = {
+    quantized: dict[str, tuple[int, ...]] = {
         each.name: (each.matrix.out_features, each.matrix.in_features)
         for each in manifest.trunk_quantized
     }

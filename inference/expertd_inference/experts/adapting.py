@@ -3,10 +3,16 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from expertd_inference.experts.call import ExpertsCall, ExpertsRunner
+from expertd_inference.kernels.cpu.choice import ReferenceKernels
+from expertd_inference.kernels.cpu.reference import fill_slots
+from expertd_inference.kernels.wave import Routed
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +36,38 @@ class LowRankWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class AdaptedExperts:
+    """What is added to the experts of one layer."""
+
+    parts: Mapping[tuple[int, str], Sequence[tuple[slice, LowRankWeights]]]
+    """By expert and matrix (``gate_up``, ``down``): the rows of its product, and what is added."""
+    row_by_row: bool = False
+
+    def kernels(self) -> ReferenceKernels:
+        """What computes the layer's experts with it: torch."""
+        return ReferenceKernels(partial(fill_slots, row_by_row=self.row_by_row, added=self._added))
+
+    def _added(self, expert: int, matrix: str, rows: Tensor, product: Tensor) -> Tensor:
+        parts = self.parts.get((expert, matrix))
+        if not parts:
+            return product
+        wide = product.float()
+        for place, weights in parts:
+            wide[:, place] += weights.of(rows, row_by_row=self.row_by_row)
+        return wide.to(product.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """What one adapter adds to a model.
 
-    ``key`` is the same only of the same weights: keys and values are shared by it.
+    ``key`` is the same only of the same weights: keys and values are shared by it. ``experts`` are
+    those of layers, by the decoder layer's number.
     """
 
     key: str
     linears: Mapping[nn.Module, LowRankWeights]
+    experts: Mapping[int, AdaptedExperts]
 
 
 class AdaptedRows:
@@ -73,9 +103,28 @@ def adapting(rows: AdaptedRows | None) -> Iterator[None]:
         _step.rows = before
 
 
-def adapted_rows() -> AdaptedRows | None:
-    """Of what this thread computes."""
-    return _step.rows
+def run_adapted(runner: ExpertsRunner, call: ExpertsCall) -> Tensor:  # [T, H]
+    """What ``runner`` gives, of each adapter's rows with what that adds to the layer's experts."""
+    adapted = _step.rows
+    groups = [] if adapted is None else [x for x in adapted.groups if call.layer in x[0].experts]
+    if adapted is None or not groups:
+        return runner.run(call)
+    routed = call.routed
+    if len(routed) != adapted.num_rows:
+        raise RuntimeError(f"a layer has {len(routed)} rows of a step of {adapted.num_rows}")
+    out = torch.empty_like(routed.rows)
+    others = torch.ones(len(routed), dtype=torch.bool)
+    for adapter, at in groups:
+        others[at] = False
+        adding = adapter.experts[call.layer].kernels()
+        out[at] = runner.run(replace(call.with_rows(_of(routed, at)), adding=adding))
+    if bool(others.any()):
+        out[others] = runner.run(call.with_rows(_of(routed, others)))
+    return out
+
+
+def _of(routed: Routed, at: Tensor) -> Routed:
+    return Routed(routed.rows[at], routed.index[at], routed.weights[at])
 
 
 def add_to_linear(module: nn.Module, rows: Tensor, out: Tensor, *, row_by_row: bool) -> Tensor:

@@ -10,7 +10,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from expertd_inference.experts.adapting import Adapter, LowRankWeights, add_to_linear
+from expertd_inference.experts.adapting import (
+    AdaptedExperts,
+    Adapter,
+    LowRankWeights,
+    add_to_linear,
+)
+from expertd_inference.model.adapted_experts import ExpertParts, experts_parts
 from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertstore.adapter import AdapterFiles, LowRank, read_adapter
 from expertstore.errors import AdapterError
@@ -58,19 +64,27 @@ class Adapters:
     def _load(self, files: AdapterFiles, key: str) -> Adapter:
         modules = dict(self._model.named_modules())
         linears: dict[nn.Module, LowRankWeights] = {}
+        experts: dict[int, ExpertParts] = {}
         try:
             with safe_open(files.weights, framework="pt") as weights:
                 for part in files.parts:
-                    module = _linear_of(files, part, modules)
                     a, b = (weights.get_tensor(each.name) for each in (part.a, part.b))
                     _check_finite(files, part, a, b)
-                    linears[module] = LowRankWeights(a, b, part.scale)
+                    found = experts_parts(files, part, a, b, modules)
+                    if found is None:
+                        module = _linear_of(files, part, modules)
+                        linears[module] = LowRankWeights(a, b, part.scale)
+                        continue
+                    of_layer = experts.setdefault(found[0], {})
+                    for place, added in found[1].items():
+                        of_layer.setdefault(place, []).extend(added)
         except OSError as error:
             raise AdapterError(f"{files.weights} cannot be read: {error}.") from error
         for module in linears.keys() - self._hooked:
             module.register_forward_hook(partial(_add, exact=self._exact))
             self._hooked.add(module)
-        return Adapter(key, linears)
+        layers = {layer: AdaptedExperts(of, self._exact) for layer, of in experts.items()}
+        return Adapter(key, linears, layers)
 
 
 def _linear_of(files: AdapterFiles, part: LowRank, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
 from expertd_inference.model.adapters import Adapters
 from expertd_inference.model.loading import load_trunk
+from expertd_testing.adapters import make_adapter
 from expertd_testing.tiny_models import make_model
 from expertstore.errors import AdapterError
 from tests.inference.greedy import prompt_of
@@ -46,6 +48,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_rslora": True,
         "rank_pattern": {"o_proj": 2},
         "alpha_pattern": {"layers.1.self_attn.q_proj": 32},
+    },
+    "experts": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "r": 2,
+        "lora_alpha": 8,
     },
 }
 WAYS = ["modules", "exact", "turns", *(["program"] if native_library().library else [])]
@@ -127,9 +135,9 @@ def test_the_rows_of_a_step_have_their_own_adapters(
 ) -> None:
     executor, adapters = executor_of(way, packed("mixtral"))
     alone = decode(executor, [None])[0]
-    names = [None, "plain", "patterns", "plain"]
+    names = [None, "plain", "patterns", "experts"]
     opened = [None if name is None else adapters.open(str(saved[name])) for name in names]
-    assert opened[1] is opened[3], "opened once"
+    assert opened[1] is adapters.open(str(saved["plain"])), "opened once"
     found = decode(executor, opened)
     for one, name in enumerate(names):
         for ours, theirs in zip(found[one], expected[name][one], strict=True):
@@ -138,7 +146,9 @@ def test_the_rows_of_a_step_have_their_own_adapters(
     if way in ("exact", "program"):
         assert all(map(torch.equal, found[0], alone)), "the base's bits are its own"
     if way == "exact":
-        assert all(map(torch.equal, found[2], decode(executor, [None, None, opened[2]])[2]))
+        for one in (2, 3):
+            others = [None] * one
+            assert all(map(torch.equal, found[one], decode(executor, [*others, opened[one]])[one]))
     assert all(map(torch.equal, alone, decode(executor, [None])[0])), "and nothing is left behind"
 
 
@@ -180,3 +190,37 @@ def test_an_adapter_of_another_base(saved: dict[str, Path]) -> None:
         model = make_model(architecture, hidden_size=size)
         with pytest.raises(AdapterError, match=said):
             Adapters(model).open(str(saved["plain"]))
+
+
+def test_experts_by_their_own_names(checkpoint: Make, packed: Make, tmp_path: Path) -> None:
+    """As an adapter has them that was trained where experts are modules."""
+    inner, hidden = 256, 128
+    shapes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+    names = {
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}": shape
+        for name, shape in shapes.items()
+        for layer in range(3)
+        for expert in range(0, 8, 2)
+    }
+    path = make_adapter(tmp_path / "a", names, std=0.2)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), dtype=torch.float32)
+    weights = load_file(path / "adapter_model.safetensors")
+    for name in names:
+        a, b = (weights[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        _, _, layer, _, _, expert, matrix = name.split(".")
+        experts = model.model.layers[int(layer)].mlp.experts
+        place = {"w1": slice(0, inner), "w3": slice(inner, None), "w2": slice(None)}[matrix]
+        parameter = experts.down_proj if matrix == "w2" else experts.gate_up_proj
+        parameter.data[int(expert), place] += 2 * b @ a
+    executor, adapters = executor_of(WAYS[-1], packed("mixtral"))
+    found = decode(executor, [None, adapters.open(str(path))])[1]
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPTS[1] + NEW])).logits[0]
+    for ours, theirs in zip(found, expected[len(PROMPTS[1]) - 1 :], strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)
+    wrong = make_adapter(tmp_path / "b", {"model.layers.1.mlp.experts.8.w1": (inner, hidden)})
+    with pytest.raises(AdapterError, match="a layer has 8 experts in this model"):
+        adapters.open(str(wrong))
+    wide = make_adapter(tmp_path / "c", {"model.layers.1.mlp.experts.7.w2": (hidden, 64)})
+    with pytest.raises(AdapterError, match="such a matrix has 256 inputs and 128 outputs"):
+        adapters.open(str(wide))

@@ -12,6 +12,8 @@ matrices gives the same bits as the original checkpoint:
   how they are split into waves, and computing an expert again only writes the same again.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +28,21 @@ GATE_UP = "gate_up"
 DOWN = "down"
 
 
-def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = False) -> None:
+Added = Callable[[int, str, Tensor, Tensor], Tensor]
+"""Of an expert and a matrix's name, what enters it and the product: the product with more added.
+
+Rows of gate and up are in the order of the model's own.
+"""
+
+
+def fill_slots(
+    slots: Tensor,
+    routed: Routed,
+    wave: Wave,
+    *,
+    row_by_row: bool = False,
+    added: Added = lambda _, __, ___, product: product,
+) -> None:
     """Writes the weighted results of the wave's experts into ``slots`` [T, k, H], floating.
 
     With ``row_by_row`` the bits of a row do not depend on the other rows, which torch rounds by.
@@ -41,10 +57,12 @@ def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = 
         num_at_once = 1 if row_by_row else max(1, len(tokens))
         pairs = zip(*(torch.split(x, num_at_once) for x in (tokens, positions)), strict=True)
         for token, position in pairs:
-            inner = gate_up(routed.rows[token])  # [n, 2I]
+            rows = routed.rows[token]
+            inner = gate_up(rows)  # [n, 2I]
             if spec.gate_order is GateOrder.INTERLEAVED:
                 inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
-            result = down(spec.apply_gate(inner))  # [n, H]
+            inner = spec.apply_gate(added(expert, GATE_UP, rows, inner))  # [n, I]
+            result = added(expert, DOWN, inner, down(inner))  # [n, H]
             slots[token, position] = result * routed.weights[token, position, None]
 
 
