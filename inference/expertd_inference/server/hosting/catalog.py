@@ -47,7 +47,7 @@ class Entry:
         tokens: Sequence[int],
         settings: GenerationSettings,
         origin: Origin = ORIGIN,
-        images: Sequence[bytes] = (),
+        images: tuple[bytes, ...] = (),
     ) -> TokenStream:
         """As :meth:`.HostedModel.submit`, with the adapter."""
         if self.adapter is not None:
