@@ -39,7 +39,7 @@ RUN_TIME: tuple[tuple[int | None, float], ...] = (
     *((None, 0.1), (None, 0.2), (None, 0.3), (None, 0.4)),
 )
 SHARES = (0.875, 0.75, 0.5)
-ROUNDS, TOKENS = 7, 96
+ROUNDS, TOKENS = 15, 96
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def _measure(
     table: Table,
     base: float | None,
 ) -> float:
-    """Adds rows; the median seconds of a token of the first kind."""
+    """Adds rows; the least seconds of a token of the first kind."""
     worker._limits = EngineLimits(max_sequences=1, kv_tokens=2 * CONTEXT)
     engine = worker.engine
     mib = read_manifest(worker.pack).manifest.expert_bytes / 2**20
@@ -107,7 +107,7 @@ def _measure(
         nats = 0.0
         for window in heldout.windows:
             nats += _nats(engine, window, most, share)
-        took = float(np.median(seconds[at]))
+        took = min(seconds[at])  # what else the host does only adds
         base = base or took
         table.add_row(
             name,

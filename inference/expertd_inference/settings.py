@@ -70,7 +70,8 @@ class GenerationSettings:
     Which experts: of those that a router chooses for a token, the ``experts_per_token`` of
     greatest weight, and none whose share of the weights of all that it chose is below
     ``expert_threshold``, 0 to 1, but one in any case. Those kept have the weights that the router
-    gave them. None is what the engine has been told, or all.
+    gave them. None is what the engine has been told, or all. ``adapter`` is the directory of
+    an adapter in peft's format, whose layers are added to the model's.
 
     Raises SettingError, and InvalidInputError for a value of another type, if that makes no sense.
     """
@@ -99,6 +100,7 @@ class GenerationSettings:
     grammar: GrammarSpec | None = None
     experts_per_token: int | None = None
     expert_threshold: float | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -30,6 +30,7 @@ from expertd_inference.experts.routers import LayerRouter, find_routers
 from expertd_inference.kernels.cpu.choice import ReferenceKernels, cpu_kernels
 from expertd_inference.kernels.cpu.linear import linear_kernels
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
+from expertd_inference.model.adapters import Adapters
 from expertd_inference.model.language import language_model_of
 from expertd_inference.model.loading import TrunkModel, load_trunk
 from expertd_inference.model.native_linear import use_native_linears
@@ -168,6 +169,8 @@ class Worker(Closing):
         self._sight: Sight | None = None
         self._sight_lock = threading.Lock()
         self.exact = exact
+        self.adapters = Adapters(self.model, exact=exact)
+        """Those that sequences may name in their settings."""
         self.native_rows: dict[str, int | None] = {}
         """Up to how many rows native kernels multiply each form of large matrix, before torch does.
 

@@ -8,6 +8,7 @@
     │   │   └── ShortMemoryError  the budget is more than is free just now: retry
     │   ├── CheckpointError      what was to be packed is not a usable checkpoint
     │   ├── PackError            what was to be served is not a usable pack
+    │   ├── AdapterError         what was to be added to a model is not a usable adapter of it
     │   ├── TraceError           what was to be replayed is not a usable trace
     │   ├── SettingError         a setting of a generation
     │   └── PromptTooLongError   more tokens than the model's context or a worker's memory takes
@@ -57,6 +58,10 @@ class CheckpointError(InvalidInputError):
 
 class PackError(InvalidInputError):
     """What was to be served is not a usable pack."""
+
+
+class AdapterError(InvalidInputError):
+    """What was to be added to a model is not a usable adapter of it."""
 
 
 class TraceError(InvalidInputError):

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from expertd.cli import admin, deploy_files, doctor, pack, packs, record, replay, serve, top
+from expertd.cli import (
+    adapter,
+    admin,
+    deploy_files,
+    doctor,
+    pack,
+    packs,
+    record,
+    replay,
+    serve,
+    top,
+)
 from expertstore import __version__
 from expertstore.errors import ExpertdError, ShortMemoryError
 
@@ -33,6 +44,7 @@ app = typer.Typer(
 )
 pack.register(app)
 packs.register(app)
+adapter.register(app)
 serve.register(app)
 admin.register(app)
 record.register(app)

@@ -145,6 +145,15 @@ def pack(
             "go as they are packed.",
         ),
     ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PACK",
+            readable=False,
+            help="Of a fine-tune of what this pack was made of, by the same scheme: keep only the "
+            "experts that differ, and share the others' files.",
+        ),
+    ] = None,
     prune: Annotated[
         Path | None,
         typer.Option(
@@ -222,6 +231,8 @@ def pack(
     if keep_experts is not None or prune_by is not None:
         raise InvalidInputError("--keep-experts and --prune-by belong to --prune TRACE.")
     rows, smallest = _table_encoding(tables), _table_size(table_min)
+    if base is not None:
+        base = _base_of(base, destination)
     checkpoint = Path(source)
     reference = None if checkpoint.exists() else parse_reference(source)
     gguf = None if reference else gguf_of(checkpoint)
@@ -308,7 +319,30 @@ def pack(
             except KeyboardInterrupt:
                 display.note("Interrupted; the same command goes on where it was.")
                 raise
+    if base is not None:
+        _share(destination, base)
     _say_what_it_is(destination)
+
+
+def _base_of(base: Path, destination: Path | None) -> Path:
+    """The pack of that name or path. Raises PackError if it cannot be shared with."""
+    from expertd.packing.sharing import check_shareable
+    from expertstore.pack.place import named_pack, packs_directory
+
+    found = named_pack(base).absolute()
+    check_shareable(found, destination.absolute() if destination else packs_directory() / "new")
+    return found
+
+
+def _share(destination: Path, base: Path) -> None:
+    from expertd.packing.sharing import share_with
+
+    shared = share_with(destination, base)
+    trunk = "the trunk too" if shared.shares_trunk else "the trunk is its own"
+    typer.echo(
+        f"{shared.num_shared} experts are {base.name}'s, {shared.num_own} differ; {trunk}.",
+        err=True,
+    )
 
 
 def _prune(

@@ -106,6 +106,8 @@ def prune(
         try:
             _copy_side_files(source, folder)
             for table in manifest.tables:
+                shutil.copyfile(source / table.file, folder / table.file)
+            for table in manifest.tables:
                 _link(source / table.file, folder / table.file)
             _write_config(config, len(kept[0]), whole, folder)
             few = read_architecture(folder)

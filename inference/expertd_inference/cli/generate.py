@@ -27,6 +27,7 @@ from expertd_inference.settings import (
     GenerationSettings,
     KernelsName,
 )
+from expertstore.adapter_shelf import named_adapter
 from expertstore.errors import InvalidInputError, PreconditionError
 from expertstore.interrupts import exit_code, importing, interruptible
 
@@ -109,6 +110,7 @@ def generate(
         int, typer.Option(min=1, help="With --prompt-file: how many are computed together.")
     ] = _LIMITS.max_sequences,
     kv_tokens: options.KvTokens = None,
+    adapter: options.AdapterOption = None,
     experts_per_token: options.ExpertsPerToken = None,
     expert_threshold: options.ExpertThreshold = None,
     device: options.Device = options.DEFAULTS.device,
@@ -147,7 +149,9 @@ def generate(
     """
     if stream and prompt_file is not None:
         raise InvalidInputError("--stream shows one text; with --prompt-file, leave it out.")
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
+    settings = GenerationSettings(
+        max_new_tokens, temperature, top_p, seed, adapter=named_adapter(adapter)
+    )
     lines = lines_of(prompt, prompt_file, settings, chat=chat, images=image or ())
     limits = EngineLimits(
         max_sequences=max_sequences,

@@ -255,6 +255,16 @@ ExpertThreshold = Annotated[
     ),
 ]
 
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Add an adapter in peft's format (LoRA) to the model: a directory, or a name of "
+        "`expertd adapter list`.",
+        metavar="ADAPTER",
+    ),
+]
+
 ChatTemplate = Annotated[
     Path | None,
     typer.Option(

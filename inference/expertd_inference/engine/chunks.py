@@ -71,4 +71,5 @@ def span_of(sequence: Sequence, end: int) -> Span:
         shift=shift or 0,
         seen=sequence.seen if shift is None else None,
         fewer=sequence.settings.fewer_experts,
+        adapter=sequence.adapter,
     )

@@ -274,8 +274,11 @@ class Engine(Closing):
         matcher = None
         if settings.grammar is not None:
             matcher = self._grammars.matcher(settings.grammar, wishes.end_tokens, origin.generated)
+        adapter = None
+        if settings.adapter is not None:
+            adapter = self._worker.adapters.open(settings.adapter)
         self._worker.expect(tokens)
-        sequence = LiveSequence(next(self._ids), tokens, settings, origin, seen)
+        sequence = LiveSequence(next(self._ids), tokens, settings, origin, seen, adapter)
         self._loop.add(
             sequence,
             lambda: live_of(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from expertd_inference.settings import GenerationSettings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the front knows sequences' origins, and no torch
+    from expertd_inference.experts.adapting import Adapter
     from expertd_inference.model.seen import Seen
 
 _SEEDS = 1 << 64
@@ -49,8 +50,10 @@ ORIGIN = Origin()
 
 def prefix_salt(origin: Origin, settings: GenerationSettings) -> str:
     """Sequences share prefixes if this is the same, since so are their keys and values."""
-    fewer = settings.fewer_experts
-    return origin.salt if fewer is None else origin.salt + fewer.salt
+    salt, fewer = origin.salt, settings.fewer_experts
+    if fewer is not None:
+        salt += fewer.salt
+    return salt if settings.adapter is None else f"{salt}\0adapter {settings.adapter}"
 
 
 class Sequence:
@@ -68,6 +71,7 @@ class Sequence:
         settings: GenerationSettings,
         origin: Origin = ORIGIN,
         seen: "Seen | None" = None,
+        adapter: "Adapter | None" = None,
     ) -> None:
         self.id = id
         self.tokens = [*prompt, *origin.generated]
@@ -79,7 +83,9 @@ class Sequence:
         self.settings = settings
         self.user = origin.user
         self.priority = origin.priority
-        self.salt = prefix_salt(origin, settings)
+        self.adapter = adapter
+        """What ``settings.adapter`` names, as it was when the sequence came."""
+        self.salt = prefix_salt(origin, settings) + (adapter.key if adapter else "")
         self.is_long = False
         """Whether it has more tokens than the model's turning point, and keys of its own."""
         seed = secrets.randbits(64) if settings.seed is None else settings.seed

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from expertd_inference.execution.executor import Executor
 from expertd_inference.execution.room import Room
+from expertd_inference.model.adapters import Adapters
 from expertd_inference.model.seen import Seen
 
 
@@ -26,6 +27,10 @@ class Served(Protocol):
     @property
     def experts_per_token(self) -> Sequence[int]:
         """How many experts the router of each MoE layer chooses for a token."""
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those that sequences may name."""
 
     @property
     def context_tokens(self) -> int | None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from expertd_inference.fewer_experts import FewerExperts
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # plain values, without torch
+    from expertd_inference.experts.adapting import Adapter
     from expertd_inference.model.seen import Seen
 
 
@@ -29,7 +30,7 @@ class Span:
     these rows; ``state`` its slot for what the model keeps beside keys and values, None if nothing.
     Where some of the rows are of an image, ``seen`` has them; else their angles are those of
     ``position`` and ``shift``. ``fewer`` says which of the experts that routers choose compute the
-    rows, None for all.
+    rows, None for all, and ``adapter`` what is added to the model's layers, None for nothing.
     """
 
     sequence: int
@@ -41,6 +42,7 @@ class Span:
     shift: int = 0
     seen: "Seen | None" = None
     fewer: FewerExperts | None = None
+    adapter: "Adapter | None" = None
 
     @property
     def num_rows(self) -> int:

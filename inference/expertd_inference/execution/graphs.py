@@ -24,7 +24,7 @@ from expertd_inference.device.recorder import GraphRecorder, Recording
 from expertd_inference.device.whole import WholeExperts
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
-from expertd_inference.execution.fewer_rows import keeping_fewer
+from expertd_inference.execution.computing import computing
 from expertd_inference.execution.graph_rows import GraphAttention, GraphRows
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
@@ -139,6 +139,7 @@ class GraphsExecutor:
             f"its steps are recorded ({self.mode}) for up to {self._sizes[-1]} sequences; prompts "
             "are computed by its modules"
             + (", and so is what keeps fewer experts" if self._whole is not None else "")
+            + ", and what has an adapter"
         )
 
     @property
@@ -161,7 +162,7 @@ class GraphsExecutor:
                 return self._modules.forward(batch)
             step.rows.fill(batch.spans, self._device.to_device)
             # What is recorded writes there again.
-            with keeping_fewer(batch.spans, self._device.torch_device, self.tally):
+            with computing(batch.spans, self._device.torch_device, self.tally):
                 logits = step.run(len(batch.spans)).clone()
         self._group.num_replays += 1
         self._group.steps = SEGMENTS if step.whole is None else WHOLE
@@ -182,6 +183,8 @@ class GraphsExecutor:
         """The smallest recorded one that these spans fit; None if they fit none."""
         if not spans or any(span.num_rows > 1 or span.seen is not None for span in spans):
             return None
+        if any(span.adapter is not None for span in spans):
+            return None  # It was recorded with the model's own layers.
         if self._whole is not None and any(span.fewer is not None for span in spans):
             return None  # Its routing is computed as it was recorded.
         size = next((size for size in self._sizes if size >= len(spans)), None)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending
 from expertd_inference.execution.batch import Batch, Span, Wanted
+from expertd_inference.execution.computing import computing
 from expertd_inference.execution.delta_hook import stepping
-from expertd_inference.execution.fewer_rows import keeping_fewer
 from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.mutual import attend_mutually, mutual_rows
@@ -54,6 +54,8 @@ class ModulesExecutor:
         memory: KvMemory | None = None,
     ) -> None:
         """``layers`` are those of ``model``, whose attention is hooked.
+
+        ``memory`` is another executor's, which closes it; without it there is one of its own.
 
         Some recurrent layers compute several rows only from their beginning on: unless the model
         ``continues``, later chunks of a prompt are computed row by row.
@@ -178,7 +180,7 @@ class ModulesExecutor:
         device = self._model.device
         with (
             attending(_Rows(self.layers.attention, self.memory, spans)),
-            keeping_fewer(spans, device, self.tally),
+            computing(spans, device, self.tally),
         ):
             logits: Tensor = self._model(
                 **rows_of(self._model, spans, num_texts),

@@ -15,15 +15,21 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.assembly import Assembly
 from expertd_inference.execution.batch import Batch
+from expertd_inference.execution.check import without_experts
+from expertd_inference.execution.computing import computing
 from expertd_inference.execution.describe import describe_model
-from expertd_inference.execution.fewer_rows import keeping_fewer
+from expertd_inference.execution.exact import make_exact
 from expertd_inference.execution.held import HeldSegments
+from expertd_inference.execution.layers import CannotBatchError, watch_layers
+from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.parts import ModelSpec, MoeSpec, UnknownPartError
 from expertd_inference.execution.program_check import check_program
+from expertd_inference.execution.room import Room
 from expertd_inference.execution.step_rows import StepRows, use_memory
 from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kernels.cpu.library import EXACT
 from expertd_inference.kv.memory import KvLayer, KvMemory
+from expertstore.errors import PreconditionError
 
 CPU = torch.device("cpu")
 MAX_WANTED = 64
@@ -75,6 +81,10 @@ class ProgramExecutor:
         self._num_tokens = len(model.embedding)
         self._num_routers = sum(isinstance(x.feed_forward, MoeSpec) for x in model.layers)
         self.tally = ExpertTally()
+        self._model = model
+        self._exact = bool(flags & EXACT)
+        self._modules: ModulesExecutor | None = None
+        """For spans with adapters, once there are some."""
         self._max_rows = max_rows
         layers = [layer.attention for layer in model.layers]
         self.memory = KvMemory(
@@ -98,7 +108,9 @@ class ProgramExecutor:
 
         Raises IndexError for what is no token, MemoryError, and what the experts raise.
         """
-        with keeping_fewer(batch.spans, CPU, self.tally):
+        if any(span.adapter is not None for span in batch.spans):
+            return self._with_adapters(batch)
+        with computing(batch.spans, CPU, self.tally):
             logits = self._forward(batch)
         if self._rows.step.kept:
             self.tally.add(self._num_routers * batch.num_rows, self._rows.num_kept)
@@ -128,6 +140,38 @@ class ProgramExecutor:
             self._assembly.head.run(step)
             parts.append(logits[:num].clone())
         return torch.cat(parts)
+
+    def _with_adapters(self, batch: Batch) -> Tensor:
+        """Spans with adapters by the model's modules, over the same keys and values.
+
+        Others as ever, so that their bits do not depend on whether such are beside them. Raises
+        PreconditionError for a model whose modules cannot compute several sequences.
+        """
+        if self._modules is None:
+            self._modules = self._make_modules()
+        adapted = [span for span in batch.spans if span.adapter is not None]
+        others = [span for span in batch.spans if span.adapter is None]
+        logits: dict[int, Tensor] = {}
+        for spans, executor in ((others, self), (adapted, self._modules)):
+            if spans:
+                found = executor.forward(Batch(tuple(spans))).clone()
+                parts = torch.split(found, [span.num_wanted for span in spans])
+                logits |= zip((span.sequence for span in spans), parts, strict=True)
+        return torch.cat([logits[span.sequence] for span in batch.spans])
+
+    def _make_modules(self) -> ModulesExecutor:
+        model = self._model.model
+        if self._exact:
+            make_exact(model)
+        try:
+            with without_experts(model):
+                layers = watch_layers(model)
+        except CannotBatchError as error:
+            raise PreconditionError(
+                f"Adapters need a model whose modules compute several sequences, and {error}."
+            ) from error
+        room = Room(len(self.memory.keys[0]), 1, self._max_rows)
+        return ModulesExecutor(model, layers, room, memory=self.memory)
 
     def copy_block(self, source: int, target: int) -> None:
         """Of :class:`.executor.Executor`."""

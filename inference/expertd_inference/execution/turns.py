@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
-from expertd_inference.execution.fewer_rows import keeping_fewer
+from expertd_inference.execution.computing import computing
 from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.model.pack_config import turning_points
@@ -87,7 +87,7 @@ class TurnsExecutor:
     def _forward(self, text: _Text, tokens: list[int], span: Span) -> Tensor:
         device = self._model.device
         end = span.position + span.num_rows
-        with keeping_fewer([replace(span, tokens=tokens)], device, self.tally):
+        with computing([replace(span, tokens=tokens)], device, self.tally):
             out = self._model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=torch.arange(end - len(tokens), end, device=device)[None],

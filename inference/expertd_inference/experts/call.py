@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from expertd_inference.kernels.cpu.choice import CpuKernels
 from expertd_inference.kernels.cpu.native import PreparedExperts
 from expertd_inference.kernels.wave import ExpertsSpec, Routed
 
@@ -25,6 +26,9 @@ class ExpertsCall:
     routed: Routed
     prepared: PreparedExperts | None = None
     """What a runner has worked out for tensors that stay: see :meth:`ExpertsRunner.prepare`."""
+
+    adding: CpuKernels | None = None
+    """What computes rows whose adapter adds to experts, in the place of the runner's kernels."""
 
     def with_rows(self, routed: Routed) -> "ExpertsCall":
         """The same of other rows."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from expertd_inference.experts.adapting import run_adapted
 from expertd_inference.experts.ahead import RouterAhead
 from expertd_inference.experts.call import ExpertsCall, ExpertsSeat, seat_of, take_seat
 from expertd_inference.experts.keeping import keep_fewer
@@ -149,7 +150,7 @@ class CpuExperts:
 
     def _run_block(self, call: ExpertsCall, num_rows: int | None = None) -> Tensor:
         """The output for these rows, each expert leased once; in parts of ``num_rows``."""
-        routed, prepared = call.routed, call.prepared
+        routed, prepared, kernels = call.routed, call.prepared, call.adding or self._kernels
         experts = sorted({*routed.index.view(-1).tolist()})
         # What is past the last expert means "none".
         while experts and experts[-1] >= call.num_experts:
@@ -165,11 +166,11 @@ class CpuExperts:
                         whole = None
                         if slots is not None or len(lease.experts) < len(experts):
                             slots = routed.empty_slots() if slots is None else slots
-                            self._kernels.fill_slots(slots, routed, wave)
+                            kernels.fill_slots(slots, routed, wave)
                         elif num_rows is None:
-                            whole = self._kernels.output(routed, wave, prepared)
+                            whole = kernels.output(routed, wave, prepared)
                         else:
-                            whole = self._output_in_parts(num_rows, routed, wave)
+                            whole = _output_in_parts(kernels, num_rows, routed, wave)
                     # Only now is it certain that the bytes were good until the end. Had they
                     # not been, the same experts are computed again, into the same slots.
                     experts = experts[len(lease.experts) :]
@@ -183,14 +184,6 @@ class CpuExperts:
         slots = routed.empty_slots() if slots is None else slots
         return sum_slots(slots, routed.rows.dtype)
 
-    def _output_in_parts(self, num_rows: int, routed: Routed, wave: Wave) -> Tensor:
-        """As the kernels' ``output``, in the memory of so many rows."""
-        parts = []
-        for part in routed.split(num_rows):
-            used = {*part.index.reshape(-1).tolist()}
-            parts.append(self._kernels.output(part, wave.only(used)))
-        return torch.cat(parts)
-
     def _begin_step(self) -> None:
         """Leaves a dead daemon's arena at the next step's start.
 
@@ -203,6 +196,15 @@ class CpuExperts:
     def _recover(self, error: Exception) -> None:
         self._recovery.recover(error)
         self._arena = ArenaTensors(self._source.arena_address, self._source.mapped_bytes)
+
+
+def _output_in_parts(kernels: CpuKernels, num_rows: int, routed: Routed, wave: Wave) -> Tensor:
+    """As the kernels' ``output``, in the memory of so many rows."""
+    parts = []
+    for part in routed.split(num_rows):
+        used = {*part.index.reshape(-1).tolist()}
+        parts.append(kernels.output(part, wave.only(used)))
+    return torch.cat(parts)
 
 
 class Held:
@@ -285,7 +287,8 @@ def _experts_forward(
     top_k_weights: Tensor,  # [T, k]
 ) -> Tensor:  # [T, H]
     seat = seat_of(self)
-    return seat.runner.run(keep_fewer(seat.call(hidden_states, top_k_index, top_k_weights)))
+    call = keep_fewer(seat.call(hidden_states, top_k_index, top_k_weights))
+    return run_adapted(seat.runner, call)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,17 +40,25 @@ class KeptExperts:
         self, spans: Iterable[tuple[FewerExperts | None, int]], device: torch.device
     ) -> None:
         """``spans`` are numbers of consecutive rows, None for those that keep all experts."""
-        kept = [(fewer or ALL_EXPERTS, num) for fewer, num in spans]
-        self.most_of_rows = [fewer.most for fewer, num in kept for _ in range(num)]
-        """By row."""
-        self._most = torch.tensor(self.most_of_rows, device=device)[:, None]
-        shares = [fewer.least_share for fewer, num in kept for _ in range(num)]
-        self._least_share = torch.tensor(shares, device=device)[:, None]
+        self._device = device
+        self._rows = [fewer or ALL_EXPERTS for fewer, num in spans for _ in range(num)]
         self._counts: list[Tensor] = []
         self._num_rows = 0
 
     def __len__(self) -> int:
-        return len(self.most_of_rows)
+        return len(self._rows)
+
+    @property
+    def num_most(self) -> int:
+        """That all rows together can have."""
+        return sum(fewer.most for fewer in self._rows)
+
+    @cached_property
+    def _limits(self) -> tuple[Tensor, Tensor]:  # [T, 1] each
+        """Made when it is first asked for: a program drops experts by itself."""
+        most = torch.tensor([fewer.most for fewer in self._rows], device=self._device)
+        least = torch.tensor([fewer.least_share for fewer in self._rows], device=self._device)
+        return most[:, None], least[:, None]
 
     def of(self, weights: Tensor, index: Tensor, none: int) -> Tensor:
         """``index`` [T, k] of rows with these ``weights`` [T, k]; what is dropped becomes ``none``.
@@ -60,7 +69,7 @@ class KeptExperts:
         rank = wide.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # One after the other, whatever the number of rows: a row's bits are its own.
         total = wide.cumsum(dim=1)[:, -1:]
-        most, least_share = self._most.to(wide.device), self._least_share.to(wide.device)
+        most, least_share = (each.to(wide.device) for each in self._limits)
         dropped = ((rank >= most) | (wide < least_share * total)) & (rank > 0)
         return index.masked_fill(dropped, none)
 

@@ -37,7 +37,7 @@ class LayerRouter:
         answer may be shorter. On ``hidden``'s device; waits for nothing there.
         """
         if (kept := kept_of(len(hidden))) is not None:
-            num = min(num, sum(kept.most_of_rows))
+            num = min(num, kept.num_most)
         return torch.topk(self._scores(hidden), min(num, self.num_experts)).indices
 
     def foreseen(self, hidden: Tensor) -> list[int]:  # [T, H]

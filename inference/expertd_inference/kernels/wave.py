@@ -31,9 +31,13 @@ class ExpertsSpec:
 
     def activate(self, inner: Tensor) -> Tensor:
         """What enters ``down``, [n, I], from what the record's first matrix gave."""
+        return self.apply_gate(self.in_own_order(inner))
+
+    def in_own_order(self, inner: Tensor) -> Tensor:
+        """What the record's first matrix gave, in the order of the model's gate and up."""
         if self.gate_order is GateOrder.INTERLEAVED and self.layout.is_gated:
-            inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
-        return self.apply_gate(inner)
+            return torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
+        return inner
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,15 @@ class Server:
             command = [sys.executable, "-c", _PASS_ON, str(passed.fileno()), *command]
         # What clients leave with it is not for the user's own servers.
         self._state = tempfile.TemporaryDirectory()
+        self.adapters = Path(self._state.name) / "adapters"
+        """Where its adapters are."""
         self._process = subprocess.Popen(
             [*command, "serve", "--port", "0", *arguments],
-            env={**os.environ, "XDG_STATE_HOME": self._state.name},
+            env={
+                **os.environ,
+                "XDG_STATE_HOME": self._state.name,
+                "EXPERTD_ADAPTERS": str(self.adapters),
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

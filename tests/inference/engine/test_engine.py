@@ -6,6 +6,7 @@ import multiprocessing
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from expertd_inference.engine.engine import Engine
 from expertd_inference.engine.stops import FinishReason
 from expertd_inference.execution.batch import Batch
 from expertd_inference.execution.room import Room
+from expertd_inference.experts.adapting import Adapter
 from expertd_inference.fewer_experts import FewerExperts
 from expertd_inference.kv.pool import num_blocks_of
 from expertd_inference.kv.size import CONTEXT_TOKENS
@@ -500,3 +502,17 @@ def test_more_experts_than_routers_choose(
         with pytest.raises(SettingError) as caught:
             refused()
         assert (caught.value.setting, str(caught.value)) == (field, f"{field} {said}")
+
+
+def test_sequences_share_prefixes_with_those_of_their_adapter_alone(
+    worker: ToyWorker, engine: Engine
+) -> None:
+    opened = {name: Adapter(f"key {name}", {}, {}) for name in ("one", "two")}
+    worker.adapters = SimpleNamespace(open=opened.__getitem__)
+    spans = []
+    worker.executor.before = lambda batch: spans.extend(batch.spans)
+    for name in (None, "one", "two", "one"):
+        assert len([*engine.submit("abcdefgh" * 20, replace(SHORT, adapter=name))]) == 5
+    assert engine.stats.prefix_hits == 158, "of the last, in which two rows are left to compute"
+    kept = {span.sequence: span.adapter for span in spans}
+    assert [*kept.values()] == [None, opened["one"], opened["two"], opened["one"]]

@@ -99,6 +99,7 @@ class ToyWorker:
     context_tokens: int | None = 512
     vocabulary = VOCAB
     experts_per_token = (2, 2)
+    adapters: Any = None
     kv_bytes_per_token = 1000
     kv_bytes = 1 << 40
 

@@ -93,7 +93,7 @@ def step(executor: Executor, number: int, sequences: Sequence[int]) -> list[Tens
     for one in sequences:
         position = len(PROMPTS[one]) + number - 1 if number else 0
         tokens = [NEW[number - 1]] if number else PROMPTS[one]
-        span = Span(one, tokens, position, [one], one, Wanted.LAST, KINDS[one])
+        span = Span(one, tokens, position, [one], one, Wanted.LAST, fewer=KINDS[one])
         spans.append(span)
     if executor.fits(Batch(tuple(spans))):
         return [*repeated(executor, Batch(tuple(spans))).clone()]

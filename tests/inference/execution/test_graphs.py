@@ -106,7 +106,7 @@ def test_whole_steps_give_the_modules_logits(packed: Make) -> None:
     assert_same(decode(executor, STEPS), decode(executor_of(rig_of(pack, OFF)), STEPS))
     assert rig.group.num_replays == len(STEPS)
     assert rig.group.stats.steps == "whole"
-    few = Span(0, [5], 76, TABLES[0], None, Wanted.LAST, FewerExperts(1))
+    few = Span(0, [5], 76, TABLES[0], None, Wanted.LAST, fewer=FewerExperts(1))
     repeated(executor, Batch((few,)))
     assert rig.group.num_replays == len(STEPS), "it was recorded with all experts"
     assert executor.tally.num_rows == executor.tally.num_experts == 3, "of three layers"

@@ -51,14 +51,20 @@ class ReferenceKernels:
     """Plain torch, everywhere."""
 
     name = "reference"
-    fill_slots = staticmethod(reference.fill_slots)
     linear = staticmethod(reference.linear)
 
-    @staticmethod
-    def output(routed: Routed, wave: Wave, _: PreparedExperts | None = None, /) -> Tensor:
+    def __init__(self, fill_slots: Callable[[Tensor, Routed, Wave], None] | None = None) -> None:
+        """``fill_slots`` in the place of the reference's own."""
+        self._fill_slots = fill_slots or reference.fill_slots
+
+    def fill_slots(self, slots: Tensor, routed: Routed, wave: Wave, /) -> None:
+        """As :class:`CpuKernels` says."""
+        self._fill_slots(slots, routed, wave)
+
+    def output(self, routed: Routed, wave: Wave, _: PreparedExperts | None = None, /) -> Tensor:
         """As :class:`CpuKernels` says."""
         slots = routed.empty_slots()
-        ReferenceKernels.fill_slots(slots, routed, wave)
+        self._fill_slots(slots, routed, wave)
         return sum_slots(slots, routed.rows.dtype)
 
     @staticmethod

@@ -12,6 +12,8 @@ matrices gives the same bits as the original checkpoint:
   how they are split into waves, and computing an expert again only writes the same again.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,8 +25,21 @@ from expertstore.pack.codec import dequantize
 from expertstore.pack.layout import DOWN
 from expertstore.pack.manifest import Encoding, Matrix, RecordLayout
 
+Added = Callable[[int, str, Tensor, Tensor], Tensor]
+"""Of an expert and a matrix's name, what enters it and the product: the product with more added.
 
-def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = False) -> None:
+Rows of gate and up are in the order of the model's own.
+"""
+
+
+def fill_slots(
+    slots: Tensor,
+    routed: Routed,
+    wave: Wave,
+    *,
+    row_by_row: bool = False,
+    added: Added = lambda _, __, ___, product: product,
+) -> None:
     """Writes the weighted results of the wave's experts into ``slots`` [T, k, H], floating.
 
     With ``row_by_row`` the bits of a row do not depend on the other rows, which torch rounds by.
@@ -39,8 +54,10 @@ def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = 
         num_at_once = 1 if row_by_row else max(1, len(tokens))
         pairs = zip(*(torch.split(x, num_at_once) for x in (tokens, positions)), strict=True)
         for token, position in pairs:
-            inner = inward(routed.rows[token])  # [n, 2I], or without a gate [n, I]
-            result = down(spec.activate(inner))  # [n, H]
+            rows = routed.rows[token]
+            inner = spec.in_own_order(inward(rows))  # [n, 2I], or without a gate [n, I]
+            inner = spec.apply_gate(added(expert, spec.layout.inward.name, rows, inner))  # [n, I]
+            result = added(expert, DOWN, inner, down(inner))  # [n, H]
             slots[token, position] = result * routed.weights[token, position, None]
 
 

@@ -61,9 +61,7 @@ class Answering:
     async def pieces(self, user: str) -> AsyncGenerator[tuple[Token, Piece]]:
         """Each token with what it made certain; the sequence is cancelled when this is closed."""
         origin = self.body.origin(user, 0)
-        async with self.entry.hosted.submit(
-            self.prompt, self._settings, origin, self.images
-        ) as stream:
+        async with self.entry.submit(self.prompt, self._settings, origin, self.images) as stream:
             async for token in stream:
                 self.counter.count(token)
                 self.finish_reason = token.finish_reason

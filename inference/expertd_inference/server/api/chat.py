@@ -151,7 +151,7 @@ class _Chat:
 
     def _begin(self, user: str) -> list[TokenStream]:
         return [
-            self._entry.hosted.submit(
+            self._entry.submit(
                 self._prompt,
                 self._settings,
                 self._body.origin(user, number),

@@ -142,7 +142,7 @@ class _Completion:
 
     def _begin(self, user: str) -> list[TokenStream]:
         return [
-            self._entry.hosted.submit(prompt, self._settings, self._body.origin(user, number))
+            self._entry.submit(prompt, self._settings, self._body.origin(user, number))
             for prompt in self._prompts
             for number in range(self._num_choices)
         ]

@@ -3,17 +3,22 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from expertd_client.aio import AsyncClient
+from expertd_inference.engine.sequence import ORIGIN, Origin
+from expertd_inference.engine.stream import TokenStream
 from expertd_inference.server.accounts import Accounts
 from expertd_inference.server.hosting.engine_child import EngineSpec
 from expertd_inference.server.hosting.hosted_model import HostedModel
 from expertd_inference.server.hosting.model_text import ModelText
 from expertd_inference.server.metrics import ServerMetrics
 from expertd_inference.server.variants import NO_VARIANT, Variant
-from expertstore.errors import ExpertdError, NotFoundError
+from expertd_inference.settings import GenerationSettings
+from expertstore.adapter_shelf import KnownAdapter, adapters_directory, list_adapters
+from expertstore.errors import ConfigError, ExpertdError, NotFoundError
 
 LIST_SECONDS = 1.0
 """For how long a list of the daemon's models is believed."""
@@ -32,8 +37,22 @@ class Entry:
     variant: Variant = NO_VARIANT
     """What counts where a request does not say."""
     root: "Entry | None" = None
-    """The model that computes, if this is a variant of it."""
+    """The model that computes, if this is a variant of it, or an adapter over it."""
+    adapter: str | None = None
+    """The directory of the adapter."""
     _text: "asyncio.Task[ModelText] | None" = None
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        settings: GenerationSettings,
+        origin: Origin = ORIGIN,
+        images: tuple[bytes, ...] = (),
+    ) -> TokenStream:
+        """As :meth:`.HostedModel.submit`, with the adapter."""
+        if self.adapter is not None:
+            settings = replace(settings, adapter=self.adapter)
+        return self.hosted.submit(tokens, settings, origin, images)
 
     async def text(
         self, template: str | None, chat_format: str | None = None, images: Path | None = None
@@ -89,7 +108,9 @@ class Catalog:
         """Of the daemon."""
         self._entries: dict[str, Entry] = {}
         self._made: dict[str, Entry] = {}
-        """Variants that were asked for."""
+        """Variants and adapters that were asked for."""
+        self._adapters: dict[str, KnownAdapter] = {}
+        """Of this host, by name."""
         self._listed = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -127,6 +148,7 @@ class Catalog:
             entry = self._known(name)
         if entry is None:
             known = {*self._entries, *self._aliases, *self._variants} - {*self.waiting_names()}
+            known |= {name for name in self._adapters if self._known(name) is not None}
             names = ", ".join(sorted(known)) or "none"
             what = "Several models are served" if name is None else f"There is no model {name!r}"
             raise NotFoundError(f"{what}; name one of: {names}.")
@@ -142,6 +164,9 @@ class Catalog:
         for name in sorted(self._variants):
             if (variant := self._known(name)) is not None and variant.root is entry:
                 found[name] = variant
+        for name in self._adapters:
+            if (adapter := self._known(name)) is not None and adapter.root is entry:
+                found[name] = adapter
         for alias, name in sorted(self._aliases.items()):
             if name in found and alias not in found:
                 found[alias] = found[name]
@@ -157,15 +182,21 @@ class Catalog:
         if name is None:
             return next(iter(self._entries.values())) if len(self._entries) == 1 else None
         name = self._aliases.get(name, name)
-        if name in self._entries or name not in self._variants:
-            return self._entries.get(name)
-        variant = self._variants[name]
-        root = self._known(variant.model)
+        if name in self._entries:
+            return self._entries[name]
+        if name in self._variants:
+            variant, adapter = self._variants[name], None
+            root = self._known(variant.model)
+        elif name in self._adapters and self._adapters[name].directory.is_dir():
+            variant, adapter = NO_VARIANT, str(self._adapters[name].directory)
+            root = self._entries.get(self._adapters[name].model)
+        else:
+            return None
         if root is None or root.root is not None:
             return None
         made = self._made.get(name)
-        if made is None or made.root is not root:
-            made = replace(root, name=name, variant=variant, root=root, _text=None)
+        if made is None or made.root is not root or made.adapter != adapter:
+            made = replace(root, name=name, variant=variant, adapter=adapter, root=root, _text=None)
             self._made[name] = made
         return made
 
@@ -184,6 +215,9 @@ class Catalog:
 
     async def _ask_daemon(self) -> None:
         summaries = {model.name: model for model in await self.client.list_models()}
+        with suppress(ConfigError):  # of a user without a home, who has no adapters
+            known = await asyncio.to_thread(list_adapters, adapters_directory())
+            self._adapters = {each.name: each for each in known}
         self._listed = time.monotonic()
         for name in self._entries.keys() - summaries.keys():
             if not self._entries[name].hosted.num_sequences:
