@@ -32,10 +32,10 @@ from bench.gpu_peers import gemlite_product, torch_int4_product
 from bench.gpu_turns import Copy, Run, bounded, captured, turns
 from bench.store import show
 from expertd.packing.schemes import parse_precision
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.gpu.choice import gpu_kernels
 from expertd_inference.kernels.gpu.triton_blocks import gemv_blocks
 from expertd_inference.kernels.weights import QuantizedWeight
+from expertstore.pack.layout import DOWN, GATE_UP
 
 SCHEMES = ("16", "8g128", "4g64", "3g64m", "2g16m", "mxfp4")
 LINEAR_SCHEMES = ("8g128", "4g64", "4g64m")

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from bench.gpu_turns import Run, captured
 from expertd_inference.kernels.activation import Activation, ActivationKind
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.gpu.choice import gpu_kernels
 from expertd_inference.kernels.gpu.triton_blocks import GemvBlocks
 from expertd_inference.kernels.gpu.triton_form import Form, record_form
@@ -17,7 +16,14 @@ from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed
 from expertd_testing import forms
 from expertd_testing.forms import is_kept, named
 from expertstore.pack.codec import TORCH_DTYPES
-from expertstore.pack.layout import Matrix, RecordLayout, matrix_parts, record_layout
+from expertstore.pack.layout import (
+    DOWN,
+    GATE_UP,
+    Matrix,
+    RecordLayout,
+    matrix_parts,
+    record_layout,
+)
 from expertstore.pack.manifest import GateOrder
 
 SILU = Activation(ActivationKind.SILU)

@@ -23,6 +23,7 @@ from expertd_inference import EmbeddedDaemon, Worker
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.room import Room
+from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
@@ -203,7 +204,7 @@ def logits(worker: Worker, text: Tensor, prompt_tokens: int = PROMPT_TOKENS) -> 
     if worker.device_stats is None:
         cache = DynamicCache(config=worker.model.config)
         for piece in pieces:
-            given = {"input_ids": piece[None], "past_key_values": cache, "use_cache": True}
+            given = {"input_ids": piece[None], CACHE: cache, "use_cache": True}
             rows.append(worker.model(**given).logits[0, -1].float())
         return torch.stack(rows)
     num_blocks = -(-len(text) // BLOCK_TOKENS)

@@ -180,6 +180,8 @@ def _compare(name: str, bench: Bench, plan: Plan, socket: Path, share: float) ->
 def _turn(model: "PreTrainedModel", prompt: "Tensor", new_tokens: int) -> Turn:
     import torch
 
+    from expertd_inference.execution.step_cache import CACHE
+
     with torch.no_grad():
         began = time.perf_counter()
         output = model(prompt, use_cache=True)
@@ -187,7 +189,7 @@ def _turn(model: "PreTrainedModel", prompt: "Tensor", new_tokens: int) -> Turn:
         missed = model.expertd.session.nvme_misses
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, **{CACHE: output[CACHE]}, use_cache=True)
         seconds = time.perf_counter() - prefilled
     waited = (model.expertd.session.nvme_misses - missed) / new_tokens
     return Turn(prefilled - began, new_tokens / seconds, waited)

@@ -24,6 +24,10 @@ from typing import Any
 import torch
 import transformers
 from accelerate import dispatch_model, init_empty_weights
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+"""As transformers has called it since 5.24."""
 
 _DTYPE = torch.bfloat16
 _DEVIATION = 0.02
@@ -89,9 +93,9 @@ class Decoder:
         for _ in range(tokens):
             _drop(self._folder)
             token = self._output.logits[:, -1:].argmax(-1)
-            keys = self._output.past_key_values
+            keys = self._output[CACHE]
             before, began = _bytes_read(), time.perf_counter()
-            self._output = self._model(token, past_key_values=keys, use_cache=True)
+            self._output = self._model(token, **{CACHE: keys}, use_cache=True)
             self._output.logits.sum().item()
             seconds.append(time.perf_counter() - began)
             num_bytes.append(_bytes_read() - before)

@@ -19,6 +19,7 @@ def run(path: str, threads: int, offload: str = "", max_memory: int = 0) -> None
     (architecture,) = json.loads((Path(path) / "config.json").read_text())["architectures"]
     import torch
     import transformers
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     model_class = getattr(transformers, architecture)
     transformers.utils.logging.disable_progress_bar()
@@ -36,12 +37,14 @@ def run(path: str, threads: int, offload: str = "", max_memory: int = 0) -> None
         }
     model: Any = model_class.from_pretrained(path, dtype=torch.bfloat16, **more)
     loaded = time.monotonic()
+    # As transformers has called it since 5.24.
+    cached = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
     vocab = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
 
     def prompt(tokens: int, cache: Any = None) -> Any:  # noqa: ANN401 - transformers is untyped
         ids = torch.randint(10, vocab, (1, tokens), generator=generator)
-        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return model(ids, **{cached: cache}, use_cache=True, logits_to_keep=1)
 
     with torch.no_grad():
         prompt(FIRST_PROMPT)
@@ -53,11 +56,11 @@ def run(path: str, threads: int, offload: str = "", max_memory: int = 0) -> None
             if what == "clear":
                 done = None
             elif what == "prompt":
-                done = prompt(int(count), done and done.past_key_values)
+                done = prompt(int(count), done and done[cached])
             elif what == "decode":
                 for _ in range(int(count)):
                     token = done.logits[:, -1:].argmax(-1)
-                    done = model(token, past_key_values=done.past_key_values, use_cache=True)
+                    done = model(token, **{cached: done[cached]}, use_cache=True)
             _say(seconds=time.monotonic() - began)
 
 

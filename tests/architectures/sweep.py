@@ -153,6 +153,10 @@ def _features(model: Any) -> Iterator[str]:
         yield "biases"
     if getattr(config, "tie_word_embeddings", False):
         yield "tied embeddings"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if not all(module.has_gate for module in experts.values()):
+        yield "no gate"
+    if getattr(config, "moe_latent_size", None):
+        yield "latent experts"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "moe", "mlp"}
     if kinds:
         yield " and ".join(sorted(kind.replace("_", " ") for kind in kinds))

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertd.packing.checkpoint_files import CONFIG_NAME, read_config
 from expertstore.errors import CheckpointError
+from expertstore.pack.layout import DOWN, GATE_UP, UP
 from expertstore.pack.manifest import GateOrder
 from expertstore.pack.seeing import SEEING, TEXT_PART, TEXT_WITHIN, has_processor, leave_out_vision
 
@@ -43,6 +44,12 @@ class ExpertsModule:
     gate_order: GateOrder
     has_bias: bool
     is_transposed: bool
+    has_gate: bool = True
+
+    @property
+    def inward(self) -> str:
+        """The name of the matrix that rows enter by."""
+        return GATE_UP if self.has_gate else UP
 
     def parameter(self, leaf: str) -> str:
         """The full name of the module's parameter ``leaf``."""
@@ -50,10 +57,8 @@ class ExpertsModule:
 
     def parameters(self) -> list[str]:
         """The full names of all parameters that records hold."""
-        leaves = ["gate_up_proj", "down_proj"]
-        if self.has_bias:
-            leaves += ["gate_up_proj_bias", "down_proj_bias"]
-        return [self.parameter(leaf) for leaf in leaves]
+        ends = ["proj", "proj_bias"] if self.has_bias else ["proj"]
+        return [self.parameter(f"{matrix}_{end}") for end in ends for matrix in (self.inward, DOWN)]
 
 
 _TABLES = {"embed_tokens_per_layer", "ngram_embedding"}
@@ -234,13 +239,14 @@ def _experts_module(
 ) -> ExpertsModule:
     """Reads one experts module. Raises :class:`CheckpointError` if it is of another kind."""
     index = re.search(r"\.(\d+)\.", name)
-    if not module.has_gate or getattr(module, "has_post_expert_norm", False) or index is None:
+    if getattr(module, "has_post_expert_norm", False) or index is None:
         raise CheckpointError(
-            f"{path} has the architecture {architecture}, whose experts are not a gated "
-            "feed-forward (gate, up, down); it is not supported."
+            f"{path} has the architecture {architecture}, whose experts are not a feed-forward "
+            "alone (up, or gate and up, then down); it is not supported."
         )
-    num_experts, first, second = module.gate_up_proj.shape
-    hidden_size, gate_up_size = (first, second) if module.is_transposed else (second, first)
+    inward = module.gate_up_proj if module.has_gate else module.up_proj
+    num_experts, first, second = inward.shape
+    hidden_size, num_rows = (first, second) if module.is_transposed else (second, first)
     return ExpertsModule(
         name=name,
         layer=int(index[1]),
@@ -249,10 +255,11 @@ def _experts_module(
             path, config.get_text_config(), int(index[1]), num_experts
         ),
         hidden_size=hidden_size,
-        intermediate_size=gate_up_size // 2,
+        intermediate_size=num_rows // 2 if module.has_gate else num_rows,
         gate_order=GateOrder.CONCATENATED if module.is_concatenated else GateOrder.INTERLEAVED,
         has_bias=module.has_bias,
         is_transposed=module.is_transposed,
+        has_gate=module.has_gate,
     )
 
 

@@ -48,6 +48,7 @@ from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
 from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
+from expertstore.pack.layout import DOWN
 from expertstore.pack.manifest import GateOrder
 from expertstore.pack.seeing import TEXT_PART
 from expertstore.pack.tensor_file import read_into
@@ -63,9 +64,9 @@ SAMPLE_BYTES = 64 << 10
 class ExpertTensors:
     """One expert in the order of a record: gate rows before up rows, [out, in]."""
 
-    gate_up: Tensor | StoredMatrix  # [2I, H]
+    gate_up: Tensor | StoredMatrix  # [2I, H], or without a gate up alone, [I, H]
     down: Tensor | StoredMatrix  # [H, I]
-    gate_up_bias: Tensor | None  # [2I]
+    gate_up_bias: Tensor | None  # [2I], or [I]
     down_bias: Tensor | None  # [H]
 
 
@@ -224,12 +225,12 @@ class Checkpoint:
             interleaved = module.gate_order is GateOrder.INTERLEAVED
             gate_up, down = (
                 self._slice_parameter(module.parameter(f"{leaf}_proj_bias"), expert, scratch)
-                for leaf in ("gate_up", "down")
+                for leaf in (module.inward, DOWN)
             )
             biases = [_gate_rows_first(gate_up) if interleaved else gate_up, down]
         return ExpertTensors(
-            self._weight(module, "gate_up_proj", expert, scratch),
-            self._weight(module, "down_proj", expert, scratch),
+            self._weight(module, f"{module.inward}_proj", expert, scratch),
+            self._weight(module, f"{DOWN}_proj", expert, scratch),
             *biases,
         )
 

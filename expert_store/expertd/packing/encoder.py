@@ -16,7 +16,7 @@ from expertd.packing.solver import Solver
 from expertd.packing.stored.matrix import StoredMatrix
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES, record_parts
-from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix
+from expertstore.pack.layout import DOWN, DTYPE_BYTES, Encoding, Matrix
 from expertstore.pack.rows import encode_rows
 from expertstore.pack.table import CHECKSUM_BYTES, block_checksum
 
@@ -117,8 +117,8 @@ class Encoder:
         dtype = TORCH_DTYPES[self.checkpoint.dtype]
         found: list[str] = []
         for matrix, weight, bias in (
-            (step.layout.matrix("gate_up"), tensors.gate_up, tensors.gate_up_bias),
-            (step.layout.matrix("down"), tensors.down, tensors.down_bias),
+            (step.layout.inward, tensors.gate_up, tensors.gate_up_bias),
+            (step.layout.matrix(DOWN), tensors.down, tensors.down_bias),
         ):
             is_bad = self._write(parts, weight, matrix)
             if bias is not None:

@@ -18,6 +18,7 @@ from expertd.packing.schemes import Precision, Scheme
 from expertd.packing.stored.weight import PLAIN_FORM, Form
 from expertstore.errors import CheckpointError
 from expertstore.pack.layout import (
+    DOWN,
     DTYPE_BYTES,
     Encoding,
     Matrix,
@@ -155,7 +156,7 @@ def make_plan(
         )
         offset = len(header)
         for module, expert, layout in group:
-            num_weights = 3 * module.hidden_size * module.intermediate_size
+            num_weights = (2 + module.has_gate) * module.hidden_size * module.intermediate_size
             source_bytes = int(num_weights * bits[module.name] / 8)
             steps.append(ExpertStep(module, expert, layout, len(files), offset, source_bytes))
             offset += layout.record_bytes
@@ -225,8 +226,8 @@ def _layout(checkpoint: Checkpoint, module: ExpertsModule, precision: Precision)
     matrices, scales = [], []
     try:
         for name, rows, columns in (
-            ("gate_up", 2 * intermediate, hidden),
-            ("down", hidden, intermediate),
+            (module.inward, (1 + module.has_gate) * intermediate, hidden),
+            (DOWN, hidden, intermediate),
         ):
             form = Form(precision)
             if precision.is_kept:

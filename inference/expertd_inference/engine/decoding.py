@@ -15,13 +15,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from expertd_inference.engine.engine import Engine
 from expertd_inference.engine.sampling import Sampling, not_finite
+from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import PreconditionError
 
 _PLAIN_ARGUMENTS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
     "use_cache",
     "logits_to_keep",
 }
@@ -150,7 +151,7 @@ def _is_plain(
     model_kwargs: dict[str, Any],
 ) -> bool:
     """Whether it is one sequence from its beginning, without padding or anything asked beside."""
-    cache: Any = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get(CACHE)
     mask: Tensor | None = model_kwargs.get("attention_mask")
     return (
         hasattr(model, "expertd")

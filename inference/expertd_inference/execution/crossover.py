@@ -12,7 +12,6 @@ from expertd_inference.kernels.cpu.choice import CpuKernels
 from expertd_inference.kernels.cpu.library import TYPES
 from expertd_inference.kernels.cpu.linear import plain_matrix
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.reference import GATE_UP
 from expertd_inference.kernels.cpu.switching import Form, Switching
 from expertd_inference.model.native_linear import NativeLinear
 from expertd_inference.model.quantized_linear import QuantizedLinear
@@ -39,7 +38,7 @@ def measure_crossover(
 def _experts(model: Any) -> Iterator[Form]:  # noqa: ANN401
     for module in experts_modules(model).values():
         if has_seat(module) and model.dtype in TYPES:
-            yield seat_of(module).spec.layout.matrix(GATE_UP), model.dtype
+            yield seat_of(module).spec.layout.inward, model.dtype
 
 
 def _linears(model: Any) -> Iterator[Form]:  # noqa: ANN401

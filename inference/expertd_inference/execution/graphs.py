@@ -29,7 +29,7 @@ from expertd_inference.execution.graph_rows import GraphAttention, GraphRows
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.segment import ExpertsRest, Segment
-from expertd_inference.execution.step_cache import StepCache
+from expertd_inference.execution.step_cache import CACHE, StepCache
 from expertd_inference.experts.call import (
     ExpertsCall,
     ExpertsRunner,
@@ -227,7 +227,7 @@ class GraphsExecutor:
                 input_ids=rows.tokens,
                 position_ids=rows.angles[None],
                 # Without one it looks into the positions for texts that were packed together.
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=False,
                 return_dict=True,
             ).logits

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending, hook_attention
 from expertd_inference.execution.delta_hook import hook_delta
-from expertd_inference.execution.step_cache import StateName, StepCache, UnknownCacheError
+from expertd_inference.execution.step_cache import CACHE, StateName, StepCache, UnknownCacheError
 from expertd_inference.kv.memory import KvLayer
 from expertd_inference.kv.state_memory import StateShape
 from expertd_inference.model.pack_config import rope_kinds, turning_points
@@ -78,7 +78,7 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     with attending(watched):
         model(
             input_ids=torch.arange(PROBE_TOKENS, device=model.device)[None],
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=False,
             # As in a step: a number would let Gemma 4 cut its masks for layers that share keys.
             logits_to_keep=torch.zeros(1, dtype=torch.int64, device=model.device),

@@ -25,7 +25,7 @@ from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.mutual import attend_mutually, mutual_rows
 from expertd_inference.execution.room import Room
-from expertd_inference.execution.step_cache import StateName, StepCache
+from expertd_inference.execution.step_cache import CACHE, StateName, StepCache
 from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
 from expertd_inference.kernels.cpu.delta import Places
@@ -182,7 +182,7 @@ class ModulesExecutor:
         ):
             logits: Tensor = self._model(
                 **rows_of(self._model, spans, num_texts),
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=False,
                 logits_to_keep=torch.tensor(kept, device=device),
                 return_dict=True,

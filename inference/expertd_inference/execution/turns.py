@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.fewer_rows import keeping_fewer
+from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.model.pack_config import turning_points
 
@@ -90,11 +91,11 @@ class TurnsExecutor:
             out = self._model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=torch.arange(end - len(tokens), end, device=device)[None],
-                past_key_values=text.cache,
+                **{CACHE: text.cache},
                 use_cache=True,
                 logits_to_keep=span.num_rows if span.wanted is Wanted.ALL else 1,
                 return_dict=True,
             )
-        text.cache = out.past_key_values
+        text.cache = out[CACHE]
         logits: Tensor = out.logits[0]
         return logits[: span.num_wanted]

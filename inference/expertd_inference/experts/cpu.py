@@ -26,7 +26,7 @@ from expertd_inference.kernels.activation import activation_of
 from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.cpu.choice import CpuKernels, ReferenceKernels
 from expertd_inference.kernels.cpu.native import NativeKernels
-from expertd_inference.kernels.cpu.reference import GATE_UP, sum_slots
+from expertd_inference.kernels.cpu.reference import sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertstore.errors import PreconditionError, SessionLostError, UnavailableError
 from expertstore.pack.manifest import Manifest
@@ -94,7 +94,7 @@ class CpuExperts:
     def most_rows(self, spec: ExpertsSpec, dtype: torch.dtype) -> int:
         """Up to how many rows of ``dtype`` of one expert the kernels compute, native ones."""
         assert isinstance(self._kernels, NativeKernels)
-        most = self._kernels.most_rows(spec.layout.matrix(GATE_UP), dtype)
+        most = self._kernels.most_rows(spec.layout.inward, dtype)
         return sys.maxsize if most is None else most
 
     def hold(self) -> "Held | None":
@@ -272,8 +272,9 @@ def connect(
 
 def experts_spec(module: Any, manifest: Manifest, layout: int) -> ExpertsSpec:  # noqa: ANN401
     """What the experts of ``module`` share, whose records have that layout of the manifest."""
+    apply_gate = module._apply_gate if module.has_gate else module.act_fn
     return ExpertsSpec(
-        manifest.layouts[layout], manifest.gate_order, module._apply_gate, activation_of(module)
+        manifest.layouts[layout], manifest.gate_order, apply_gate, activation_of(module)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertd_inference.experts.call import has_seat, seat_of
 from expertd_inference.experts.keeping import kept_of
 
 _NAMES = ("gate", "router")
@@ -93,7 +94,8 @@ def find_routers(model: nn.Module, experts: Mapping[int, nn.Module]) -> Mapping[
     """The router of each layer of ``experts``, which are modules of ``model`` by layer.
 
     A layer is left out if no router stands beside its experts or it does not answer as
-    transformers' routers do; nothing can be speculated for it.
+    transformers' routers do, and if what enters its experts does not enter its router (the latent
+    experts of Nemotron 3); nothing can be speculated for it.
     """
     layers = {id(module): layer for layer, module in experts.items()}
     routers = {}
@@ -112,6 +114,8 @@ def _router_beside(experts: Any, block: nn.Module) -> LayerRouter | None:  # noq
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
             continue
+        if weight.shape[1] != _width(experts):
+            continue
         try:
             router = LayerRouter(module, experts.num_experts, _extra_arguments(module, block))
             router.chosen(weight.new_zeros(1, weight.shape[1]))
@@ -119,6 +123,13 @@ def _router_beside(experts: Any, block: nn.Module) -> LayerRouter | None:  # noq
             continue  # Something else, or one that needs what only its block's forward knows.
         return router
     return None
+
+
+def _width(experts: Any) -> int:  # noqa: ANN401
+    """How many values a row has that enters ``experts``."""
+    if has_seat(experts):
+        return seat_of(experts).spec.layout.inward.in_features
+    return int(experts.down_proj.shape[-1 if experts.is_transposed else -2])
 
 
 def _extra_arguments(router: nn.Module, block: nn.Module) -> list[object]:

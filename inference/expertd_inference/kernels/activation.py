@@ -19,7 +19,10 @@ _GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss"
 
 
 class ActivationKind(Enum):
-    """The function of gate and up; ``limit`` and ``alpha`` are :class:`Activation`'s."""
+    """The function of gate and up, or of up alone.
+
+    ``limit`` and ``alpha`` are :class:`Activation`'s.
+    """
 
     SILU = "silu"
     """gate · sigmoid(gate) · up"""
@@ -31,6 +34,8 @@ class ActivationKind(Enum):
     """max(gate, 0) · up"""
     GPT_OSS = "gpt_oss"
     """g · sigmoid(alpha · g) · (u + 1), where g = min(gate, limit) and u = up within ± limit"""
+    RELU2 = "relu2"
+    """max(up, 0)², of experts without a gate"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ _KINDS: dict[type[nn.Module], ActivationKind] = {
     activations.GELUActivation: ActivationKind.GELU,
     nn.ReLU: ActivationKind.RELU,
 }
+_WITHOUT_GATE = {activations.ReLUSquaredActivation: ActivationKind.RELU2}
 
 
 def activation_of(experts: nn.Module) -> Activation | None:
@@ -62,6 +68,9 @@ def activation_of(experts: nn.Module) -> Activation | None:
     may do anything.
     """
     module: Any = experts
+    if not module.has_gate:
+        kind = _WITHOUT_GATE.get(type(module.act_fn))
+        return None if kind is None else Activation(kind)
     apply_gate = getattr(type(module), "_apply_gate", None)
     # Whose experts these are has been imported, and nothing else need be.
     gpt_oss: Any = sys.modules.get(_GPT_OSS)

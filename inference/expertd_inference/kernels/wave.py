@@ -20,14 +20,20 @@ class ExpertsSpec:
     """What all experts of a layer share: their records' layout and their activation.
 
     ``apply_gate`` is the model's own, [n, 2I] to [n, I]; it expects its columns in
-    ``gate_order``, while records always hold gate, then up. ``activation`` says what it does,
-    if that is one of those that kernels know.
+    ``gate_order``, while records always hold gate, then up. Of experts without a gate it is from
+    [n, I]. ``activation`` says what it does, if that is one of those that kernels know.
     """
 
     layout: RecordLayout
     gate_order: GateOrder
     apply_gate: Callable[[Tensor], Tensor]
     activation: Activation | None = None
+
+    def activate(self, inner: Tensor) -> Tensor:
+        """What enters ``down``, [n, I], from what the record's first matrix gave."""
+        if self.gate_order is GateOrder.INTERLEAVED and self.layout.is_gated:
+            inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
+        return self.apply_gate(inner)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,16 +22,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertd_inference.experts.cpu import IMPLEMENTATION, experts_modules, layer_numbers
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertd_inference.model.tables import NO_TABLES, replace_tables
 from expertstore.errors import PackError
+from expertstore.pack.layout import DOWN, GATE_UP, UP
 from expertstore.pack.manifest import Manifest
 from expertstore.pack.seeing import SEEING, TEXT_WITHIN, leave_out_vision
 
 METHOD = IMPLEMENTATION
 
-_REPLACED = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
+_REPLACED = {f"{matrix}_{end}" for matrix in (GATE_UP, UP, DOWN) for end in ("proj", "proj_bias")}
 """The parameters of an experts module that records hold."""
 
 _WITH_VISION = {*SEEING.values(), *TEXT_WITHIN.values()}
@@ -177,9 +177,8 @@ def match_experts(model: nn.Module, manifest: Manifest) -> dict[int, nn.Module]:
         )
     for number, module in experts.items():
         unknown = {name for name, _ in module.named_parameters()} - _REPLACED
-        if unknown or not module.has_gate:
-            reason = f"they have {', '.join(sorted(unknown))}" if unknown else "they have no gate"
-            raise PackError(f"{what}: {reason}.")
+        if unknown:
+            raise PackError(f"{what}: they have {', '.join(sorted(unknown))}.")
         layer, config = layers[number], getattr(module, "num_experts", None)
         if config != layer.num_experts:
             raise PackError(
@@ -187,9 +186,10 @@ def match_experts(model: nn.Module, manifest: Manifest) -> dict[int, nn.Module]:
                 f"{config} in the model."
             )
         layout = manifest.layouts[layer.layout]
-        if {matrix.name for matrix in layout.matrices} != {GATE_UP, DOWN}:
-            raise PackError(f"{what}: layer {number} has other matrices than gate_up and down.")
-        biased = {part.name for part in layout.parts} >= {f"{GATE_UP}.bias", f"{DOWN}.bias"}
+        inward = GATE_UP if module.has_gate else UP
+        if {matrix.name for matrix in layout.matrices} != {inward, DOWN}:
+            raise PackError(f"{what}: layer {number} has other matrices than {inward} and down.")
+        biased = {part.name for part in layout.parts} >= {f"{inward}.bias", f"{DOWN}.bias"}
         if biased != module.has_bias:
             raise PackError(f"{what}: layer {number} has biases only on one side.")
     return experts

@@ -5,11 +5,11 @@ A record is one expert. Its parts lie one after the other, each on a 64-byte bou
     gate_up.q │ gate_up.scale │ gate_up.zero │ down.q │ down.scale │ down.zero │ padding
 
 ``gate_up`` is [2I, H], gate rows before up rows whatever the model's own order, and ``down``
-is [H, I]. A matrix is quantized in groups of ``group_size`` weights along its input
-dimension: ``w = (q - zero) * scale``, with a scale and a zero per group; or it came in a form
-that is kept as it is (:class:`Encoding` has them all). The integers are
-packed along the output dimension (:mod:`expertstore.pack.codec` has the bits), so a part of q
-is a byte matrix of ``out_features * bits / 8`` rows.
+is [H, I]. Experts without a gate have ``up``, [I, H], in the place of ``gate_up``. A matrix is
+quantized in groups of ``group_size`` weights along its input dimension: ``w = (q - zero) * scale``,
+with a scale and a zero per group; or it came in a form that is kept as it is (:class:`Encoding` has
+them all). The integers are packed along the output dimension (:mod:`expertstore.pack.codec` has the
+bits), so a part of q is a byte matrix of ``out_features * bits / 8`` rows.
 
 Everything here is plain data: no torch, no numpy.
 """
@@ -35,6 +35,9 @@ with such scales."""
 
 ROWS_PER_BYTE = {8: 1, 4: 2, 3: 8, 2: 4}
 """By bit width, what the number of rows must be a multiple of: rows share bytes."""
+
+GATE_UP, UP, DOWN = "gate_up", "up", "down"
+"""An expert's matrices: what its rows enter by, GATE_UP or without a gate UP, and then DOWN."""
 
 MXFP4_BITS = 4
 MXFP4_GROUP_SIZE = 32
@@ -137,6 +140,16 @@ class RecordLayout(Struct, frozen=True):
     record_bytes: Count
     parts: tuple[Part, ...]
     matrices: tuple[Matrix, ...]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the expert multiplies what is activated, gate, by up."""
+        return any(matrix.name == GATE_UP for matrix in self.matrices)
+
+    @property
+    def inward(self) -> Matrix:
+        """The matrix that rows enter by. ``KeyError`` if the record is none of an expert."""
+        return self.matrix(GATE_UP if self.is_gated else UP)
 
     def part(self, name: str) -> Part:
         """The part of that name; ``KeyError`` if there is none."""

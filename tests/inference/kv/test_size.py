@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
 from expertd_testing.tiny_models import CONFIGS, make_model
 
@@ -12,7 +13,7 @@ def test_bytes_of_a_token(architecture: str) -> None:
     model = make_model(architecture)
     tokens = torch.arange(5)[None]
     with torch.inference_mode():
-        cache = model(input_ids=tokens, use_cache=True).past_key_values
+        cache = model(input_ids=tokens, use_cache=True)[CACHE]
     held = sum(
         part.numel() * part.element_size()
         for layer in cache.layers

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from expertd_inference.kernels.activation import Activation, ActivationKind
 from expertd_inference.kernels.cpu import operations
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.cpu.structures import (
     AttentionCall,
     DeltaCall,
@@ -24,6 +23,7 @@ from expertd_inference.kernels.cpu.structures import (
 from expertd_inference.kernels.wave import ExpertsSpec
 from expertstore.native import Loaded, load
 from expertstore.pack.layout import (
+    DOWN,
     Encoding,
     Matrix,
     RecordLayout,
@@ -50,6 +50,7 @@ _ACTIVATIONS = {
     ActivationKind.GELU_TANH: 2,
     ActivationKind.RELU: 3,
     ActivationKind.GPT_OSS: 4,
+    ActivationKind.RELU2: 5,
 }
 
 
@@ -199,7 +200,7 @@ def native_layer(spec: ExpertsSpec) -> NativeLayer | None:
     """The layer for the kernels, or None if they do not know a part of it."""
     if spec.activation is None:
         return None
-    gate_up, down = _of_record(spec.layout, GATE_UP), _of_record(spec.layout, DOWN)
+    gate_up, down = (_of_record(spec.layout, name) for name in (spec.layout.inward.name, DOWN))
     if gate_up is None or down is None:
         return None
     return NativeLayer(gate_up=gate_up, down=down, activation=native_activation(spec.activation))

@@ -46,6 +46,7 @@ from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.errors import PreconditionError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import (
+    DOWN,
     ROWS_PER_BYTE,
     Encoding,
     Matrix,
@@ -53,7 +54,6 @@ from expertstore.pack.layout import (
     matrix_parts,
     scale_part,
 )
-from expertstore.pack.manifest import GateOrder
 
 TILE_BYTES = 8 << 20
 """Of dequantized weights at a time: they stay in the cache until they are multiplied."""
@@ -205,7 +205,7 @@ class NativeKernels:
         """How many rows an expert may have to be computed here; None if none can have more."""
         if len(routed) <= LEAST:
             return None
-        most = self.most_rows(spec.layout.matrix(reference.GATE_UP), routed.rows.dtype)
+        most = self.most_rows(spec.layout.inward, routed.rows.dtype)
         return most if _more(len(routed), most) else None
 
     def _fill_large(
@@ -220,13 +220,11 @@ class NativeKernels:
                 few.add(expert)
                 continue
             token, position = torch.where(index == expert)  # [n] each
-            gate_up = self._large(
-                routed.rows[token], reference.GATE_UP, layer.gate_up, record, wave
+            inward = spec.layout.inward.name
+            inner = spec.activate(
+                self._large(routed.rows[token], inward, layer.gate_up, record, wave)
             )
-            if spec.gate_order is GateOrder.INTERLEAVED:
-                gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
-            inner = spec.apply_gate(gate_up)  # [n, I]
-            result = self._large(inner, reference.DOWN, layer.down, record, wave)
+            result = self._large(inner, DOWN, layer.down, record, wave)
             slots[token, position] = result * routed.weights[token, position, None]
         return wave.only(few)
 

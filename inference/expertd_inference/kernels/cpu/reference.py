@@ -20,10 +20,8 @@ from expertd_inference.kernels.arena import ArenaTensors
 from expertd_inference.kernels.wave import Routed, Wave
 from expertd_inference.kernels.weights import QuantizedWeight
 from expertstore.pack.codec import dequantize
-from expertstore.pack.manifest import Encoding, GateOrder, Matrix, RecordLayout
-
-GATE_UP = "gate_up"
-DOWN = "down"
+from expertstore.pack.layout import DOWN
+from expertstore.pack.manifest import Encoding, Matrix, RecordLayout
 
 
 def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = False) -> None:
@@ -33,18 +31,16 @@ def fill_slots(slots: Tensor, routed: Routed, wave: Wave, *, row_by_row: bool = 
     """
     spec, arena, index = wave.spec, wave.arena, routed.index
     for expert, record in zip(wave.experts, wave.records, strict=True):
-        gate_up, down = (
+        inward, down = (
             _Product(name, record, arena, spec.layout, routed.rows.dtype)
-            for name in (GATE_UP, DOWN)
+            for name in (spec.layout.inward.name, DOWN)
         )
         tokens, positions = torch.where(index == expert)  # [n] each
         num_at_once = 1 if row_by_row else max(1, len(tokens))
         pairs = zip(*(torch.split(x, num_at_once) for x in (tokens, positions)), strict=True)
         for token, position in pairs:
-            inner = gate_up(routed.rows[token])  # [n, 2I]
-            if spec.gate_order is GateOrder.INTERLEAVED:
-                inner = torch.stack(inner.chunk(2, dim=-1), dim=-1).flatten(-2)
-            result = down(spec.apply_gate(inner))  # [n, H]
+            inner = inward(routed.rows[token])  # [n, 2I], or without a gate [n, I]
+            result = down(spec.activate(inner))  # [n, H]
             slots[token, position] = result * routed.weights[token, position, None]
 
 

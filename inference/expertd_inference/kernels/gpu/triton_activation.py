@@ -1,4 +1,4 @@
-"""gate and up to one value inside a Triton kernel, rounded where torch's own operations round."""
+"""gate and up, or up alone, to one value inside a Triton kernel, rounded as torch rounds."""
 
 import triton
 from triton import language as tl
@@ -16,7 +16,7 @@ def activate(
     LIMIT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """``Activation``'s function of gate and up; float32, rounded to ``DTYPE``.
+    """``Activation``'s function of gate and up, "relu2" of gate; float32, rounded to ``DTYPE``.
 
     What is compared is compared such that NaN stays NaN, as in torch's clamp and relu.
     """
@@ -26,6 +26,9 @@ def activate(
         scaled = _round(gate * ALPHA, DTYPE)
         gate = _round(gate * _round(_sigmoid(scaled), DTYPE), DTYPE)
         up = _round(up + 1.0, DTYPE)
+    elif KIND == "relu2":
+        gate = tl.where(gate < 0.0, 0.0, gate)
+        up = gate
     elif KIND == "silu":
         gate = _round(gate * _sigmoid(gate), DTYPE)
     elif KIND == "gelu":

@@ -9,13 +9,13 @@ those of each pair by itself.
 import torch
 from torch import Tensor
 
-from expertd_inference.kernels.cpu.reference import DOWN, GATE_UP
 from expertd_inference.kernels.gpu.triton_blocks import MAX_GEMV_PAIRS, MAX_GEMV_TOKENS, gemm_blocks
 from expertd_inference.kernels.gpu.triton_form import TRITON_DTYPES, record_form
 from expertd_inference.kernels.gpu.triton_gemm import launch_experts_gemm
 from expertd_inference.kernels.gpu.triton_gemv import aligned, launch_experts_gemv
 from expertd_inference.kernels.gpu.triton_route import route
 from expertd_inference.kernels.wave import CachedWave, Routed
+from expertstore.pack.layout import DOWN
 
 
 def fill_slots_cached(slots: Tensor, routed: Routed, wave: CachedWave, /) -> None:
@@ -49,7 +49,7 @@ def _launch(slots: Tensor, routed: Routed, wave: CachedWave) -> None:
     index, cache, slot_of, spec = routed.index, wave.cache, wave.slot_of, wave.spec
     assert spec.activation is not None
     num_tokens, top_k = index.shape
-    gate_up, down = record_form(spec.layout, GATE_UP), record_form(spec.layout, DOWN)
+    gate_up, down = (record_form(spec.layout, name) for name in (spec.layout.inward.name, DOWN))
     rows, weights = aligned(routed.rows), routed.weights.contiguous()
     inner = torch.empty(num_tokens * top_k, down.columns, dtype=rows.dtype, device=rows.device)
     if wave.exact or num_tokens <= MAX_GEMV_TOKENS:
@@ -86,7 +86,7 @@ def _check(slots: Tensor, routed: Routed, wave: CachedWave) -> None:
         )
     if slot_of.dtype != torch.int32 or slot_of.ndim != 1 or not slot_of.is_contiguous():
         raise ValueError("the table of slots is not a contiguous list of int32")
-    if spec.layout.matrix(GATE_UP).in_features != hidden_size:
+    if spec.layout.inward.in_features != hidden_size:
         raise ValueError(f"the experts do not take {hidden_size} values")
     if spec.activation is None:
         raise ValueError("there is no GPU kernel for the activation of these experts")

@@ -123,16 +123,16 @@ def _dot(values, weight, sums):
 
 @triton.jit
 def _experts_gemm_kernel(
-    x,  # [T, H] if GATED, else [T * k, I]
+    x,  # [T, H] if INNER, else [T * k, I]
     pairs,  # [T * k], by expert
     tile_slot,  # [tiles]
     tile_first,  # [tiles], into pairs
     tile_end,  # [tiles]
-    top_k_weights,  # [T, k]; of no use if GATED
+    top_k_weights,  # [T, k]; of no use if INNER
     cache,  # [num_slots, SLOT_BYTES]
-    out,  # [T * k, I] if GATED, else [T, k, H]
+    out,  # [T * k, I] if INNER, else [T, k, H]
     F: tl.constexpr,
-    GATED: tl.constexpr,
+    INNER: tl.constexpr,  # I, or 0 for down
     TOP_K: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     KIND: tl.constexpr,
@@ -154,7 +154,7 @@ def _experts_gemm_kernel(
         pair = tl.load(pairs + at, mask=at < tl.load(tile_end + tile), other=0).to(tl.int64)
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         mask = pair_mask & (rows < F.rows // PLANES)[None, :]
-        if GATED:
+        if INNER:
             source = x + (pair // TOP_K * F.columns)[:, None]
         else:
             source = x + (pair * F.columns)[:, None]
@@ -170,10 +170,12 @@ def _experts_gemm_kernel(
                 bias = rounded(bias.to(tl.float32), DTYPE).to(tl.float32)
                 result = rounded(result + bias[None, :], DTYPE).to(tl.float32)
             results += (result,)
-        if GATED:
-            target = out + (pair * (F.rows // 2))[:, None] + rows[None, :]
-            for j in tl.static_range(PLANES // 2):
-                inner = activate(results[j], results[j + PLANES // 2], KIND, ALPHA, LIMIT, DTYPE)
+        if INNER:
+            target = out + (pair * INNER)[:, None] + rows[None, :]
+            # Gate and up, or up alone.
+            num: tl.constexpr = PLANES * INNER // F.rows
+            for j in tl.static_range(num):
+                inner = activate(results[j], results[j + PLANES - num], KIND, ALPHA, LIMIT, DTYPE)
                 tl.store(target + j * (F.rows // PLANES), rounded(inner, DTYPE), mask=mask)
         else:
             target = out + (pair * F.rows)[:, None] + rows[None, :]
@@ -194,8 +196,9 @@ def launch_experts_gemm(
     activation: Activation | None,
     blocks: GemmBlocks,
 ) -> None:
-    """One matrix of each tile's expert: gate and up with their activation, or down weighted."""
-    planes = max(form.rows_per_unit, 2 if activation else 1)
+    """One matrix of each tile's expert: the first with its activation, or down weighted."""
+    inner = out.shape[-1] if activation else 0
+    planes = max(form.rows_per_unit, form.rows // inner if inner else 1)
     grid = (triton.cdiv(form.rows // planes, blocks.rows), tiles.slot.numel())
     _experts_gemm_kernel[grid](
         x,
@@ -207,7 +210,7 @@ def launch_experts_gemm(
         cache,
         out,
         F=form,
-        GATED=activation is not None,
+        INNER=inner,
         TOP_K=top_k_weights.shape[1],
         SLOT_BYTES=cache.shape[1],
         **activation_constants(activation),

@@ -214,15 +214,15 @@ def _shifted(words, left: tl.constexpr):
 
 @triton.jit
 def _experts_gemv_kernel(
-    x,  # [T, H] if GATED, else [T * k, I]
+    x,  # [T, H] if INNER, else [T * k, I]
     top_k_index,  # [T, k]
-    top_k_weights,  # [T, k]; of no use if GATED
+    top_k_weights,  # [T, k]; of no use if INNER
     slot_of,  # [NUM_EXPERTS]
     cache,  # [num_slots, SLOT_BYTES]
-    out,  # [T * k, I] if GATED, else [T, k, H]
+    out,  # [T * k, I] if INNER, else [T, k, H]
     one,  # ONE_BITS
     F: tl.constexpr,
-    GATED: tl.constexpr,
+    INNER: tl.constexpr,  # I, or 0 for down
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
@@ -243,7 +243,7 @@ def _experts_gemv_kernel(
         parts = record_parts(cache + slot.to(tl.int64) * SLOT_BYTES, F)
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         mask = rows < F.rows // PLANES
-        if GATED:
+        if INNER:
             x += pair // TOP_K * F.columns
         else:
             x += pair * F.columns
@@ -256,10 +256,12 @@ def _experts_gemv_kernel(
                 bias = rounded(tl.load(parts[7] + row, mask=mask, other=0).to(tl.float32), DTYPE)
                 result = rounded(result + bias.to(tl.float32), DTYPE).to(tl.float32)
             results += (result,)
-        if GATED:
-            out += pair * (F.rows // 2)
-            for j in tl.static_range(PLANES // 2):
-                inner = activate(results[j], results[j + PLANES // 2], KIND, ALPHA, LIMIT, DTYPE)
+        if INNER:
+            out += pair * INNER
+            # Gate and up, or up alone.
+            num: tl.constexpr = PLANES * INNER // F.rows
+            for j in tl.static_range(num):
+                inner = activate(results[j], results[j + PLANES - num], KIND, ALPHA, LIMIT, DTYPE)
                 tl.store(out + rows + j * (F.rows // PLANES), rounded(inner, DTYPE), mask=mask)
         else:
             out += pair.to(tl.int64) * F.rows
@@ -286,9 +288,10 @@ def launch_experts_gemv(
     activation: Activation | None,
     blocks: GemvBlocks | None = None,
 ) -> None:
-    """One matrix of each pair's expert: gate and up with their activation, or down weighted."""
+    """One matrix of each pair's expert: the first with its activation, or down weighted."""
     blocks = blocks or gemv_blocks(form)
-    planes = max(form.rows_per_unit, 2 if activation else 1)
+    inner = out.shape[-1] if activation else 0
+    planes = max(form.rows_per_unit, form.rows // inner if inner else 1)
     grid = (triton.cdiv(form.rows // planes, blocks.rows), top_k_index.numel())
     _experts_gemv_kernel[grid](
         x,
@@ -299,7 +302,7 @@ def launch_experts_gemv(
         out,
         ONE_BITS,
         F=form,
-        GATED=activation is not None,
+        INNER=inner,
         TOP_K=top_k_index.shape[1],
         NUM_EXPERTS=slot_of.numel(),
         SLOT_BYTES=cache.shape[1],

@@ -27,7 +27,8 @@ struct Group {
 class ExpertsJob final : public Job {
   public:
     explicit ExpertsJob(const ExpertsCall& call)
-        : call(call), layer(*call.layer), impl(variant()), hidden_size(layer.down.rows), inner(layer.down.columns) {
+        : call(call), layer(*call.layer), impl(variant()), hidden_size(layer.down.rows), inner(layer.down.columns),
+          gate_up_rows(layer.gate_up.rows) {
         collect();
         const auto num_groups = static_cast<int64_t>(groups.size());
         gate_up_tasks = Chunks(layer.gate_up, num_groups, call.threads);
@@ -42,7 +43,7 @@ class ExpertsJob final : public Job {
         one_row_bytes = impl.prepared_bytes(layer.gate_up, ONE_ROW);
         inner_bytes = std::max(impl.prepared_bytes(layer.down, several),
                                impl.prepared_bytes(layer.down, ONE_ROW));
-        own_floats = std::max(2 * hidden_size, 2 * inner);
+        own_floats = std::max(2 * hidden_size, gate_up_rows);
     }
 
     int64_t num_tasks() const { return sum_end; }
@@ -50,7 +51,7 @@ class ExpertsJob final : public Job {
     int64_t scratch_bytes() const {
         const auto num_pairs = static_cast<int64_t>(pairs.size());
         return call.tokens * (hidden_bytes + one_row_bytes) +
-               num_pairs * (inner_bytes + float_bytes(2 * inner) + float_bytes(hidden_size)) +
+               num_pairs * (inner_bytes + float_bytes(gate_up_rows) + float_bytes(hidden_size)) +
                call.threads * own_floats * 4;
     }
 
@@ -60,7 +61,7 @@ class ExpertsJob final : public Job {
         hidden_of_one = hidden + call.tokens * hidden_bytes;
         activated = hidden_of_one + call.tokens * one_row_bytes;
         gate_up = activated + num_pairs * inner_bytes;
-        down = gate_up + num_pairs * float_bytes(2 * inner);
+        down = gate_up + num_pairs * float_bytes(gate_up_rows);
         floats = reinterpret_cast<float*>(down + num_pairs * float_bytes(hidden_size));
     }
 
@@ -127,7 +128,7 @@ class ExpertsJob final : public Job {
     }
     uint8_t* prepared_inner(int64_t pair) const { return activated + pair * inner_bytes; }
     float* gate_up_of(int64_t pair) const {
-        return reinterpret_cast<float*>(gate_up + pair * float_bytes(2 * inner));
+        return reinterpret_cast<float*>(gate_up + pair * float_bytes(gate_up_rows));
     }
     float* down_of(int64_t pair) const {
         return reinterpret_cast<float*>(down + pair * float_bytes(hidden_size));
@@ -158,8 +159,10 @@ class ExpertsJob final : public Job {
     void run_activate(int64_t pair, float* bias) const {
         const Group& group = groups[group_of[pair]];
         float* values = gate_up_of(pair);
-        finish(impl, layer.gate_up, group.record, 0, 2 * inner, call.type, values, bias);
-        impl.activate(layer.activation, values, values + inner, inner, call.type, values);
+        finish(impl, layer.gate_up, group.record, 0, gate_up_rows, call.type, values, bias);
+        // Gate and up, or up alone.
+        impl.activate(layer.activation, values, values + gate_up_rows - inner, inner, call.type,
+                      values);
         impl.prepare(layer.down, values, call.type, group.form, prepared_inner(pair));
     }
 
@@ -211,7 +214,7 @@ class ExpertsJob final : public Job {
     const ExpertsCall& call;
     const Layer& layer;
     const Variant& impl;
-    const int64_t hidden_size, inner;
+    const int64_t hidden_size, inner, gate_up_rows;
     std::vector<Pair> pairs;
     std::vector<Group> groups;
     std::vector<int64_t> group_of;

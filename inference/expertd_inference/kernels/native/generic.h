@@ -236,11 +236,20 @@ inline void gpt_oss(const Activation& a, const float* gate, const float* up, int
     }
 }
 
+// Of up alone, `gate` being where it is.
+template <int32_t TYPE> inline void relu2(const float* gate, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float above = gate[i] < 0 ? 0.0f : gate[i];
+        out[i] = round_to(above * above, TYPE);
+    }
+}
+
 template <int32_t TYPE>
 inline void activate_as(const Activation& a, const float* gate, const float* up, int64_t n,
                         float* out) {
     if (a.kind == SILU) return silu<TYPE>(gate, up, n, out);
     if (a.kind == GPT_OSS) return gpt_oss<TYPE>(a, gate, up, n, out);
+    if (a.kind == RELU2) return relu2<TYPE>(gate, n, out);
     for (int64_t i = 0; i < n; ++i) {
         const float g = gate[i];
         float activated;

@@ -30,7 +30,7 @@ enum Flag : int32_t {
     EIGHT_BIT_ACTIVATIONS = 2,
 };
 
-enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS };
+enum ActivationKind : int32_t { SILU, GELU, GELU_TANH, RELU, GPT_OSS, RELU2 };
 
 // A matrix as docs/packing.md has it. Places are byte offsets from an address given at the call:
 // a record's, or 0 where they are addresses themselves.
@@ -52,6 +52,7 @@ struct Activation {
     float alpha, limit;
 };
 
+// Without a gate `gate_up` is up alone: it has as many rows as `down` has columns.
 struct Layer {
     Matrix gate_up, down;
     Activation activation;

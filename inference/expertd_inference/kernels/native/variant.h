@@ -65,7 +65,8 @@ struct Variant {
     // `stride` bytes in `out`.
     void (*dequantize)(const Matrix& matrix, const uint8_t* base, int64_t first, int64_t last,
                        uint8_t* out, int64_t stride, int32_t type);
-    // out[i] from gate[i] and up[i], all rounded to `type`. May be in place of gate.
+    // out[i] from gate[i] and up[i], all rounded to `type`. May be in place of gate. RELU2 is of
+    // gate alone.
     void (*activate)(const Activation& activation, const float* gate, const float* up,
                      int64_t count, int32_t type, float* out);
     // Between values of a type and float32; the latter rounds to nearest even.
