@@ -322,7 +322,7 @@ class Worker(Closing):
             return None
         self._by_token = find_token_routers(loaded.model, loaded.experts)
         routers: dict[int, LayerRouter | TokenRouter] = {
-            **find_routers(loaded.model, loaded.experts),
+            **find_routers(loaded.model, loaded.experts, self.manifest),
             **self._by_token,
         }
         layers = sorted(loaded.experts)

@@ -93,6 +93,7 @@ def try_architecture(name: str, directory: Path) -> Result:
     except ExpertdError as error:
         text = str(error).replace(f"{source} has the architecture {result.model}, ", "")
         return msgspec.structs.replace(result, refused=text.removesuffix("; it is not supported."))
+    manifest = read_manifest(directory / "bf16").manifest
     experts = experts_modules(model)
     by_layer = dict(zip(layer_numbers(list(experts)), experts.values(), strict=True))
     activations = {activation_of(module) for module in by_layer.values()}
@@ -100,7 +101,7 @@ def try_architecture(name: str, directory: Path) -> Result:
     return msgspec.structs.replace(
         result,
         activation="" if activation is None else activation.kind.value,
-        routers=find_routers(model, by_layer).keys() == by_layer.keys(),
+        routers=find_routers(model, by_layer, manifest).keys() == by_layer.keys(),
         same=tuple(same),
         differs=tuple(differs),
         **_together(model_type),

@@ -82,8 +82,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "ssm_state_size": 32,
         "chunk_size": 16,
         "moe_shared_expert_intermediate_size": 128,
-        # As Nemotron 3 Super; Nano has none.
-        "moe_latent_size": 64,
+        # As Nemotron 3 Super has it; Nano has none.
+        "hidden_size": 256,
+        "moe_latent_size": 128,
     },
     "qwen4_exp_text": {
         "indexer_n_heads": 4,

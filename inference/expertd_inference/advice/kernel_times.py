@@ -108,7 +108,10 @@ class KernelTimes:
         kernels: CpuKernels = ReferenceKernels()
         if self._native is not None and native:
             kernels = self._native
-        spec = ExpertsSpec(layout, GateOrder.CONCATENATED, _silu, Activation(ActivationKind.SILU))
+        kind, apply_gate = ActivationKind.SILU, _silu
+        if not layout.is_gated:
+            kind, apply_gate = ActivationKind.RELU2, _relu2
+        spec = ExpertsSpec(layout, GateOrder.CONCATENATED, apply_gate, Activation(kind))
         places = self._places(layout.record_bytes)
         routed = Routed(
             torch.full((1, hidden_size), 1e-3, dtype=torch.bfloat16),
@@ -193,3 +196,7 @@ def _is_plain(layout: RecordLayout) -> bool:
 def _silu(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def _relu2(up: torch.Tensor) -> torch.Tensor:
+    return functional.relu(up).square()

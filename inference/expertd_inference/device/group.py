@@ -181,7 +181,7 @@ class DeviceGroup:
             spec = experts_spec(module, manifest, layer.layout)
             take_seat(module, ExpertsSeat(runner, layer.layer, layer.num_experts, spec))
         if self._settings.layers_guessed:
-            routers = find_routers(model, experts)
+            routers = find_routers(model, experts, manifest)
             for runner in self.runners:
                 runner.speculate(routers, self._runners)
         if self._measures:

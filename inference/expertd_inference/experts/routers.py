@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertd_inference.experts.call import has_seat, seat_of
 from expertd_inference.experts.keeping import kept_of
+from expertstore.pack.manifest import Manifest
 
 _NAMES = ("gate", "router")
 """What the attribute beside the experts is called that holds their router."""
@@ -90,31 +90,40 @@ class LayerRouter:
         return logits, weights, chosen.long()
 
 
-def find_routers(model: nn.Module, experts: Mapping[int, nn.Module]) -> Mapping[int, LayerRouter]:
+def find_routers(
+    model: nn.Module, experts: Mapping[int, nn.Module], manifest: Manifest | None = None
+) -> Mapping[int, LayerRouter]:
     """The router of each layer of ``experts``, which are modules of ``model`` by layer.
 
     A layer is left out if no router stands beside its experts or it does not answer as
-    transformers' routers do, and if what enters its experts does not enter its router (the latent
-    experts of Nemotron 3); nothing can be speculated for it.
+    transformers' routers do, and if by the ``manifest`` its experts take other rows than its router
+    (the latent experts of Nemotron 3); nothing can be speculated for it.
     """
     layers = {id(module): layer for layer, module in experts.items()}
+    widths: dict[int, int] = {}
+    if manifest is not None:
+        widths = {x.layer: manifest.layouts[x.layout].inward.in_features for x in manifest.layers}
     routers = {}
     for block in model.modules():
         for module in block.children():
             layer = layers.get(id(module))
-            router = None if layer is None else _router_beside(module, block)
+            router = None if layer is None else _router_beside(module, block, widths.get(layer))
             if layer is not None and router is not None:
                 routers[layer] = router
     return dict(sorted(routers.items()))
 
 
-def _router_beside(experts: Any, block: nn.Module) -> LayerRouter | None:  # noqa: ANN401 - untyped
+def _router_beside(
+    experts: Any,  # noqa: ANN401 - untyped
+    block: nn.Module,
+    width: int | None,
+) -> LayerRouter | None:
     for name in _NAMES:
         module = getattr(block, name, None)
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:
             continue
-        if weight.shape[1] != _width(experts):
+        if width not in (None, weight.shape[1]):
             continue
         try:
             router = LayerRouter(module, experts.num_experts, _extra_arguments(module, block))
@@ -123,13 +132,6 @@ def _router_beside(experts: Any, block: nn.Module) -> LayerRouter | None:  # noq
             continue  # Something else, or one that needs what only its block's forward knows.
         return router
     return None
-
-
-def _width(experts: Any) -> int:  # noqa: ANN401
-    """How many values a row has that enters ``experts``."""
-    if has_seat(experts):
-        return seat_of(experts).spec.layout.inward.in_features
-    return int(experts.down_proj.shape[-1 if experts.is_transposed else -2])
 
 
 def _extra_arguments(router: nn.Module, block: nn.Module) -> list[object]:

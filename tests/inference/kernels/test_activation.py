@@ -16,9 +16,10 @@ from expertd_inference.kernels.activation import Activation, ActivationKind, act
 class Experts(nn.Module):
     _apply_gate: Any = _default_apply_gate
 
-    def __init__(self, function: nn.Module) -> None:
+    def __init__(self, function: nn.Module, *, has_gate: bool = True) -> None:
         super().__init__()
         self.act_fn = function
+        self.has_gate = has_gate
 
 
 class OwnGate(Experts):
@@ -56,8 +57,13 @@ def test_by_name(name: str, kind: ActivationKind) -> None:
 def test_gpt_oss_has_its_own_constants() -> None:
     module: Any = GptOssExperts.__new__(GptOssExperts)
     nn.Module.__init__(module)
-    module.alpha, module.limit = 1.5, 3.0
+    module.alpha, module.limit, module.has_gate = 1.5, 3.0, True
     assert activation_of(module) == Activation(ActivationKind.GPT_OSS, 1.5, 3.0)
+
+
+def test_without_a_gate_only_what_is_of_up_alone() -> None:
+    without = [activation_of(Experts(ACT2FN[name], has_gate=False)) for name in ("relu2", "silu")]
+    assert without == [Activation(ActivationKind.RELU2), None]
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "quick_gelu", "relu2", "gelu_python", "tanh"])

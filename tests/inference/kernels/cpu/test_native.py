@@ -338,9 +338,14 @@ def test_activations(isa: str, kind: ActivationKind, dtype: torch.dtype) -> None
         Activation(kind, 1.702, 1.5) if kind is ActivationKind.GPT_OSS else Activation(kind)
     )
     order = GateOrder.INTERLEAVED if kind is ActivationKind.GPT_OSS else GateOrder.CONCATENATED
-    layer = Layer(4, 64, 64, precision="4g64", dtype=dtype, bias=True, gate_order=order)
+    gated = kind is not ActivationKind.RELU2
+    layer = Layer(
+        4, 64, 64, precision="4g64", dtype=dtype, bias=True, gate_order=order, gated=gated
+    )
 
     def apply_gate(gate_up: Tensor) -> Tensor:
+        if not gated:
+            return functional.relu(gate_up).square()
         if order is GateOrder.INTERLEAVED:
             return GATES[kind](gate_up[..., ::2], gate_up[..., 1::2])
         return GATES[kind](*gate_up.chunk(2, dim=-1))
@@ -350,6 +355,20 @@ def test_activations(isa: str, kind: ActivationKind, dtype: torch.dtype) -> None
     # Ten times as large as usual: exponentials of large numbers, and gates beyond their limit.
     ours, expected = both(layer, spec, inputs(5, 64, dtype) * 10, index, weights)
     assert_near(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("precision", ["16", "8g64", "3g64m", "2g16m", "mxfp4"])
+def test_without_a_gate(isa: str, precision: str) -> None:
+    for tokens, k, num_experts, h, i in CASES:
+        # As many rows as three units have: no half of them is another matrix.
+        layer = Layer(num_experts, h, i + 24, precision=precision, bias=True, gated=False)
+        spec = ExpertsSpec(
+            layer.layout, layer.gate_order, layer.gate, Activation(ActivationKind.RELU2)
+        )
+        index, weights = routed(tokens, k, num_experts)
+        ours, expected = both(layer, spec, inputs(tokens, h, torch.bfloat16), index, weights)
+        assert_near(ours, expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

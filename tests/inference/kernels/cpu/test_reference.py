@@ -14,7 +14,7 @@ from expertd_inference.kernels.cpu.reference import fill_slots, sum_slots
 from expertd_inference.kernels.wave import ExpertsSpec, Routed, Wave
 from expertd_testing.forms import is_kept, named, random_parts
 from expertstore.pack.codec import TORCH_DTYPES, dequantize
-from expertstore.pack.layout import record_layout
+from expertstore.pack.layout import DOWN, GATE_UP, UP, record_layout
 from expertstore.pack.manifest import GateOrder
 
 
@@ -33,11 +33,13 @@ class Layer:
         dtype: torch.dtype = torch.bfloat16,
         sizes: tuple[float, float] = (1, 1),
         seed: int = 0,
+        gated: bool = True,
     ) -> None:
         """``sizes`` of the weights of gate_up and down beside usual ones; BF16 scales if not 1."""
         generator = torch.Generator().manual_seed(seed)
         name = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}[dtype]
-        matrices = (named(precision, "gate_up", 2 * i, h), named(precision, "down", h, i))
+        inward = named(precision, *((GATE_UP, 2 * i) if gated else (UP, i)), h)
+        matrices = (inward, named(precision, DOWN, h, i))
         scales = ["F16" if size == 1 else "BF16" for size in sizes]
         self.layout = record_layout(matrices, name, has_bias=bias, scales=scales)
         # A page before the first record: an offset of 0 hides its misuse.
@@ -80,6 +82,8 @@ class Layer:
         return sum_slots(slots, hidden.dtype)
 
     def gate(self, gate_up: Tensor) -> Tensor:
+        if not self.layout.is_gated:
+            return functional.relu(gate_up).square()
         if self.gate_order is GateOrder.INTERLEAVED:
             gate, up = gate_up[..., ::2], gate_up[..., 1::2]
         else:
@@ -93,10 +97,15 @@ class Layer:
                 if index[t, k] >= len(self.weights):
                     continue
                 expert = {n: w.double() for n, w in self.weights[index[t, k]].items()}
-                gate_up = expert["gate_up"] @ hidden[t].double()
-                gate_up = gate_up + expert.get("gate_up.bias", torch.zeros(1))
-                gate, up = gate_up.chunk(2)
-                result = expert["down"] @ (functional.silu(gate) * up)
+                name = self.layout.inward.name
+                inner = expert[name] @ hidden[t].double()
+                inner = inner + expert.get(f"{name}.bias", torch.zeros(1))
+                if self.layout.is_gated:
+                    gate, up = inner.chunk(2)
+                    inner = functional.silu(gate) * up
+                else:
+                    inner = functional.relu(inner).square()
+                result = expert["down"] @ inner
                 result = result + expert.get("down.bias", torch.zeros(1))
                 out[t] += result * weights[t, k].double()
         return out
@@ -122,11 +131,13 @@ SHAPES: dict[str, Case] = {  # tokens, k, experts, H, I
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("order", list(GateOrder))
+@pytest.mark.parametrize("order", [*GateOrder, "no gate"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_formula(shape: Case, order: GateOrder, bias: bool) -> None:
+def test_formula(shape: Case, order: GateOrder | str, bias: bool) -> None:
     tokens, k, num_experts, h, i = shape
-    layer = Layer(num_experts, h, i, bias=bias, gate_order=order, dtype=torch.float32)
+    gated = isinstance(order, GateOrder)
+    known = order if isinstance(order, GateOrder) else GateOrder.CONCATENATED
+    layer = Layer(num_experts, h, i, bias=bias, gate_order=known, dtype=torch.float32, gated=gated)
     hidden = torch.randn(tokens, h, generator=torch.Generator().manual_seed(1))
     index, weights = routed(tokens, k, num_experts)
     out = layer.run(hidden, index, weights, [list(range(num_experts))])

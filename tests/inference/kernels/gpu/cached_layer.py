@@ -133,6 +133,8 @@ def reference_gate(activation: Activation) -> Callable[[Tensor], Tensor]:
     kind = activation.kind
 
     def apply(gate_up: Tensor) -> Tensor:
+        if kind is ActivationKind.RELU2:
+            return functional.relu(gate_up).square()
         gate, up = gate_up.chunk(2, dim=-1)
         if kind is ActivationKind.GPT_OSS:
             gate = gate.clamp(max=activation.limit)

@@ -32,22 +32,23 @@ from expertstore.pack.manifest import GateOrder
 
 SILU = Activation(ActivationKind.SILU)
 GPT_OSS = Activation(ActivationKind.GPT_OSS, 1.702, 7.0)
+RELU2 = Activation(ActivationKind.RELU2)
 FEW, MANY = 1, 64
 
-EXPERTS = [  # precision, tokens, hidden, inner, bias
-    ("8g128", FEW, 2048, 768, False),
-    ("4g64", FEW, 2048, 768, False),
-    ("4g64m", MANY, 2048, 768, False),
-    ("3g64m", FEW, 2048, 768, False),
-    ("3g64m", MANY, 2048, 768, False),
-    ("2g16m", FEW, 4096, 14336, False),
-    ("2g16m", MANY, 4096, 14336, False),
-    ("mxfp4", FEW, 2880, 2880, True),
-    ("mxfp4", MANY, 2880, 2880, True),
-    ("nvfp4", MANY, 2048, 768, False),
-    ("fp8:128x128", FEW, 2048, 768, False),
-    ("fp8:128x128", MANY, 2048, 768, False),
-    ("16", FEW, 37, 21, False),
+EXPERTS = [  # precision, tokens, hidden, inner, activation
+    ("8g128", FEW, 2048, 768, SILU),
+    ("4g64", FEW, 2048, 768, SILU),
+    ("4g64m", MANY, 2048, 768, RELU2),
+    ("3g64m", FEW, 2048, 768, SILU),
+    ("3g64m", MANY, 2048, 768, SILU),
+    ("2g16m", FEW, 4096, 14336, SILU),
+    ("2g16m", MANY, 4096, 14336, SILU),
+    ("mxfp4", FEW, 2880, 2880, GPT_OSS),
+    ("mxfp4", MANY, 2880, 2880, GPT_OSS),
+    ("nvfp4", MANY, 2048, 768, SILU),
+    ("fp8:128x128", FEW, 2048, 768, SILU),
+    ("fp8:128x128", MANY, 2048, 768, SILU),
+    ("16", FEW, 37, 21, SILU),
 ]
 LOOKUPS = [(1, 8, 128, 20), (1, 2, 8, 2), (8, 8, 128, 128), (1, 1, 4, 1)]
 """Tokens, top k, experts, slots of a layer."""
@@ -76,16 +77,15 @@ class NoDriver:
 def compile_all(capability: int) -> None:
     shown = NoDriver(capability)
     driver.set_active(shown)
-    for precision, tokens, hidden, inner, bias in EXPERTS:
+    for precision, tokens, hidden, inner, activation in EXPERTS:
         shown.compiled_for = f"{precision}:{tokens}:{hidden}x{inner}"
+        bias, gated = activation is GPT_OSS, activation is not RELU2
         matrices = (
-            named(precision, "gate_up", 2 * inner, hidden),
+            named(precision, *(("gate_up", 2 * inner) if gated else ("up", inner)), hidden),
             named(precision, "down", hidden, inner),
         )
         layout = record_layout(matrices, "BF16", has_bias=bias)
-        spec = ExpertsSpec(
-            layout, GateOrder.CONCATENATED, torch.nn.functional.silu, GPT_OSS if bias else SILU
-        )
+        spec = ExpertsSpec(layout, GateOrder.CONCATENATED, torch.nn.functional.silu, activation)
         triton_experts.fill_slots_cached(
             torch.zeros(tokens, 4, hidden),
             Routed(

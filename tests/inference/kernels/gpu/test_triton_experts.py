@@ -30,8 +30,11 @@ ATOL = {
 }
 
 
-def matrices(precision: str, hidden: int, inner: int) -> tuple[Matrix, Matrix]:
-    return named(precision, "gate_up", 2 * inner, hidden), named(precision, "down", hidden, inner)
+def matrices(
+    precision: str, hidden: int, inner: int, *, gated: bool = True
+) -> tuple[Matrix, Matrix]:
+    inward = ("gate_up", 2 * inner) if gated else ("up", inner)
+    return named(precision, *inward, hidden), named(precision, "down", hidden, inner)
 
 
 def run(layer: CachedLayer, tokens: int, k: int | None = None) -> tuple[Tensor, Tensor]:
@@ -116,7 +119,11 @@ def test_columns_that_no_load_divides_are_refused(precision: str, hidden: int) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens"), [*((kind, FEW) for kind in ActivationKind), (ActivationKind.GPT_OSS, MANY)]
+    ("kind", "tokens"),
+    [
+        *((kind, FEW) for kind in ActivationKind),
+        *((kind, MANY) for kind in (ActivationKind.GPT_OSS, ActivationKind.RELU2)),
+    ],
 )
 def test_every_activation(kind: ActivationKind, tokens: int) -> None:
     # A limit that about half of the values reach.
@@ -124,7 +131,7 @@ def test_every_activation(kind: ActivationKind, tokens: int) -> None:
         Activation(kind, 1.702, 0.7) if kind is ActivationKind.GPT_OSS else Activation(kind)
     )
     layer = CachedLayer(
-        matrices("8g32", 64, 32),
+        matrices("8g32", 64, 32, gated=kind is not ActivationKind.RELU2),
         bias=True,
         activation=activation,
         dtype=torch.float32,
@@ -132,6 +139,17 @@ def test_every_activation(kind: ActivationKind, tokens: int) -> None:
     )
     found, expected = run(layer, tokens)
     assert_close(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["16", "2g16m"])
+def test_without_a_gate(precision: str) -> None:
+    """In units of one row and of four; 40 is no multiple of two blocks' rows."""
+    activation = Activation(ActivationKind.RELU2)
+    chosen = matrices(precision, 48, 40 if precision == "16" else 48, gated=False)
+    layer = CachedLayer(chosen, activation=activation, dtype=torch.float32, device=DEVICE)
+    for tokens in (FEW, MANY):
+        found, expected = run(layer, tokens)
+        assert_close(found, expected, torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY], ids=["few", "many"])
