@@ -4,6 +4,7 @@
 #   make demo    pack the example model, serve it, generate with two workers at once
 #   make serve   pack the example model, and serve it: a chat at http://127.0.0.1:8080 (PORT=8080)
 #   make test    all tests, in JOBS=3 processes
+#   make test-oldest  what depends on transformers most, with the oldest of its range (a minute)
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
 #   make docs    the pages of docs as a site in build/docs, their links checked
@@ -46,7 +47,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo serve test check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci all-checks clean
+.PHONY: setup native demo serve test test-oldest check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci all-checks clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -87,6 +88,23 @@ serve: setup native $(EXAMPLE_PACK)/pack.json
 JOBS ?= 3
 test: setup native
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(ALONE),$(FAILED_ALONE))
+
+# The oldest transformers of pyproject's range, in a folder of its own: with that first in Python's
+# path, all other packages are those of the virtual environment.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1.0/p' pyproject.toml)
+OLDEST_PACKAGES := build/transformers-$(OLDEST)
+# What packs, builds and runs models of transformers; the rest hardly knows of it.
+OLDEST_TESTS := tests/inference/model/test_architectures.py tests/inference/model/test_hybrid_models.py \
+	tests/inference/model/test_nemotron.py tests/inference/execution/test_modules.py \
+	tests/inference/engine/test_decoding.py tests/expert_store/packing/test_checkpoint.py
+
+$(OLDEST_PACKAGES)/.ready: | setup
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) transformers==$(OLDEST)
+	@touch $@
+
+test-oldest: setup native $(OLDEST_PACKAGES)/.ready
+	PYTHONPATH=$(OLDEST_PACKAGES) $(BIN)/python -m pytest $(OLDEST_TESTS)
 
 check: setup docs
 	$(BIN)/ruff check .
@@ -204,7 +222,7 @@ FAILED_ALONE = || { [ $$? = 1 ] && echo "These failed beside the others; alone:"
 ci: setup native
 	$(MAKE) -j 2 test all-checks ALONE=1
 
-all-checks: check check-deploy
+all-checks: check check-deploy test-oldest
 
 clean:
 	rm -rf $(VENV) build

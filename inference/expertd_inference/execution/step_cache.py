@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -116,6 +116,9 @@ class StepCache(DynamicCache):  # type: ignore[misc] # transformers is untyped
         self._linear[layer_idx] = linear_cache
 
 
+_KEPT = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))
+"""The second, of layers that keep nothing, is there since transformers 5.23."""
+
 _CONV, _RECURRENT, _LINEAR = "conv", "recurrent", "linear"
 
 
@@ -123,7 +126,7 @@ def _layer(layer: Any) -> Any:  # noqa: ANN401 - transformers is untyped
     kind = type(layer)
     if kind in (DynamicLayer, DynamicSlidingWindowLayer):
         return _Passed()
-    if kind is LinearAttentionLayer or kind is DummyLayer:
+    if kind in _KEPT:
         return layer
     if kind in (
         LinearAttentionAndFullAttentionLayer,
