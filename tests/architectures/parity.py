@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from expertd_inference.experts.cpu import connect, experts_modules, layer_numbers
+from expertd_inference.experts.llama4 import adopt_llama4
 from expertd_inference.experts.recovery import Recovery
 from expertd_inference.kernels.cpu.choice import CpuKernels
 from expertd_inference.model.loading import load_trunk
@@ -40,6 +41,7 @@ def logits(model: Any, prompt: list[int]) -> Tensor:
 def fill(model: Any, pack: Path, ours: Any) -> None:
     """Gives a stock ``model`` every weight of ``pack``, dequantized; ``ours`` has its trunk."""
     model.load_state_dict(ours.state_dict(), strict=False)
+    adopt_llama4(model)
     named = experts_modules(model)
     modules: dict[int, Any] = dict(zip(layer_numbers(list(named)), named.values(), strict=True))
     with PackReader(pack) as reader:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.experts.cpu import experts_modules, layer_numbers
+from expertd_inference.experts.llama4 import adopt_llama4
 from expertd_inference.experts.routers import find_routers
 from expertd_inference.kernels.activation import activation_of
 from expertd_testing.tiny_models import randomize, save_model
@@ -82,6 +83,7 @@ def try_architecture(name: str, directory: Path) -> Result:
         )
     config = tiny_config(model_type)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    adopt_llama4(model)
     randomize(model, seed=0)
     source = directory / "checkpoint"
     save_model(model.to(torch.bfloat16).eval(), source)

@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from expertd_testing.tiny_models import VOCAB
 
 _SEAM = "@use_experts_implementation"
+_OUTSIDE = {"llama4"}
+"""Those outside of it that are served."""
 _GENERIC: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
@@ -74,6 +76,18 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _ALTERNATING, "linear_num_heads": 4, "linear_head_dim": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "inkling2_loop_text": {
+        "unpadded_vocab_size": VOCAB,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+    },
+    # Chunks of attention that the tried texts are longer than.
+    "llama4_text": {
+        "moe_layers": [0, 1, 3],
+        "attention_chunk_size": 16,
+        "intermediate_size_mlp": 256,
+    },
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"],
         "mamba_num_heads": 8,
@@ -103,7 +117,7 @@ def architectures() -> list[str]:
     return [
         file.parent.name
         for file in sorted(models.glob("*/modeling_*.py"))
-        if _SEAM in file.read_text()
+        if _SEAM in file.read_text() or file.parent.name in _OUTSIDE
     ]
 
 

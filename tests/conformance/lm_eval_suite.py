@@ -15,7 +15,7 @@ from tests.conformance.cases import Case, Outcome, Report
 from tests.conformance.outside import MODEL, Outside
 
 VERSION = "0.4.13"
-_PACKAGES = [f"lm_eval[api]=={VERSION}", "transformers>=5.17,<5.24"]
+_PACKAGES = [f"lm_eval[api]=={VERSION}", "transformers>=5.20,<5.25"]
 CONTEXT = 1024
 """Of the example model: prompt and answer together."""
 MAX_RATIO = 1.0005

@@ -30,6 +30,9 @@ _FEED_FORWARD = {
 """Names of a feed-forward's linear layers. Routers and the gates of shared experts, which are
 linear layers too in some models, have others."""
 
+_LLAMA4 = "Llama4TextExperts"
+"""A class outside of the seam that a worker computes all the same."""
+
 
 @dataclass(frozen=True)
 class ExpertsModule:
@@ -173,6 +176,10 @@ def read_architecture(path: Path, *, text_only: bool = False) -> Architecture:
             f"{path} has the architecture {name}, which transformers {transformers.__version__} "
             f"cannot build as a language model ({_first_line(error)})."
         ) from error
+    for module in model.modules():
+        if type(module).__name__ == _LLAMA4:
+            module.has_gate = module.is_transposed = module.is_concatenated = True
+            module.has_bias = False
     modules = {
         module_name: module
         for module_name, module in model.named_modules()

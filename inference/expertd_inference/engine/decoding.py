@@ -36,7 +36,7 @@ class Decoding:
     """Call ``model.generate(..., custom_generate=Decoding(streamer), streamer=streamer)``.
 
     ``model`` is one that :func:`~expertd_inference.worker.load_model` gave. The streamer is given
-    twice, since transformers 5.23 does not pass it on. Greedy tokens are those of transformers'
+    twice, since transformers does not pass it on. Greedy tokens are those of transformers'
     own loop; sampled ones depend on ``torch.manual_seed`` as well, and are others.
     """
 

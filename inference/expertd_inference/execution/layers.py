@@ -66,6 +66,8 @@ def watch_layers(model: Any) -> ModelLayers:  # noqa: ANN401 - transformers is u
     points = turning_points(text)
     if len(points) > 1 or any(kind.get("rope_type") == "dynamic" for kind in rope_kinds(text)):
         raise CannotBatchError("the angles of its positions depend on how long a text is")
+    if getattr(text, "attention_chunk_size", None):
+        raise CannotBatchError("its attention sees chunks")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise CannotBatchError("its layers lie on several devices")
     if not hook_attention(model):

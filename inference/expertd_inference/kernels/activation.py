@@ -71,7 +71,8 @@ def activation_of(experts: nn.Module) -> Activation | None:
     if not module.has_gate:
         kind = _WITHOUT_GATE.get(type(module.act_fn))
         return None if kind is None else Activation(kind)
-    apply_gate = getattr(type(module), "_apply_gate", None)
+    apply_gate = getattr(module, "_apply_gate", None)
+    apply_gate = getattr(apply_gate, "__func__", apply_gate)
     # Whose experts these are has been imported, and nothing else need be.
     gpt_oss: Any = sys.modules.get(_GPT_OSS)
     if gpt_oss is not None and apply_gate is gpt_oss.GptOssExperts._apply_gate:

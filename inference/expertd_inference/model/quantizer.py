@@ -22,6 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertd_inference.experts.cpu import IMPLEMENTATION, experts_modules, layer_numbers
+from expertd_inference.experts.llama4 import adopt_llama4
 from expertd_inference.model.quantized_linear import QuantizedLinear
 from expertd_inference.model.tables import NO_TABLES, replace_tables
 from expertstore.errors import PackError
@@ -89,6 +90,7 @@ class ExpertdQuantizer(HfQuantizer):  # type: ignore[misc] # transformers is unt
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:  # noqa: ANN401
         if not self.sees and self.manifest.architecture in _WITH_VISION:
             leave_out_vision(model)
+        adopt_llama4(model)
         self.experts = match_experts(model, self.manifest)
         module: Any
         for module in self.experts.values():
