@@ -108,10 +108,10 @@ class KernelTimes:
         kernels: CpuKernels = ReferenceKernels()
         if self._native is not None and native:
             kernels = self._native
-        kind, apply_gate = ActivationKind.SILU, _silu
-        if not layout.is_gated:
-            kind, apply_gate = ActivationKind.RELU2, _relu2
-        spec = ExpertsSpec(layout, GateOrder.CONCATENATED, apply_gate, Activation(kind))
+        activation, apply_gate = (
+            (ActivationKind.SILU, _silu) if layout.is_gated else (ActivationKind.RELU2, _relu2)
+        )
+        spec = ExpertsSpec(layout, GateOrder.CONCATENATED, apply_gate, Activation(activation))
         places = self._places(layout.record_bytes)
         routed = Routed(
             torch.full((1, hidden_size), 1e-3, dtype=torch.bfloat16),

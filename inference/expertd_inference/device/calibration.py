@@ -16,9 +16,9 @@ from expertd_inference.device.cost import TYPICAL, Rates
 from expertd_inference.device.device import Device
 from expertd_inference.experts.source import HeldSource
 from expertd_inference.kernels.arena import ArenaTensors
-from expertd_inference.kernels.cpu.reference import DOWN
 from expertd_inference.kernels.wave import CachedWave, ExpertsSpec, Routed, Wave
 from expertd_inference.process.measured import MeasuredOnce, cache_file
+from expertstore.pack.layout import DOWN
 
 MAX_RUNS = 5
 MAX_SECONDS = 0.25
