@@ -52,6 +52,8 @@ class Result(msgspec.Struct, frozen=True):
     turns: str = ""
     """Why in turns."""
     refused: str = ""
+    text_alone: bool = False
+    """Whether it is the language model of one that sees or hears as well."""
 
 
 class Results(msgspec.Struct, frozen=True):
@@ -87,14 +89,16 @@ def try_architecture(name: str, directory: Path) -> Result:
     randomize(model, seed=0)
     source = directory / "checkpoint"
     save_model(model.to(torch.bfloat16).eval(), source)
-    result = Result(name, type(model).__name__, tuple(_features(model)))
+    result = Result(
+        name, type(model).__name__, tuple(_features(model)), text_alone=model_type != name
+    )
     try:
         same, differs = [], []
         for scheme, equal in _compare(source, directory):
             (same if equal else differs).append(scheme)
     except ExpertdError as error:
         text = str(error).replace(f"{source} has the architecture {result.model}, ", "")
-        return msgspec.structs.replace(result, refused=text.removesuffix("; it is not supported."))
+        return msgspec.structs.replace(result, refused=text.removesuffix("."))
     manifest = read_manifest(directory / "bf16").manifest
     experts = experts_modules(model)
     by_layer = dict(zip(layer_numbers(list(experts)), experts.values(), strict=True))

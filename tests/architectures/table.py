@@ -7,7 +7,9 @@ import msgspec
 from expertd_testing.tiny_models import CONFIGS
 from expertstore.pack.seeing import BLIND, SEEING, TEXT_WITHIN
 from tests.architectures import sweep
+from tests.architectures.columns import ADAPTERS, FORMATS, REFUSED, SEES
 from tests.architectures.sweep import Result, Results
+from tests.architectures.tiny_configs import OUTSIDE
 
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[2] / "docs/architectures.md"
@@ -15,7 +17,8 @@ PAGE = Path(__file__).parents[2] / "docs/architectures.md"
 _HEAD = """# Architectures
 
 What `expertd pack` packs and `expert-run` runs. transformers lets the experts of {num} of its
-models be replaced (its *experts interface*); expertd needs no code of its own for any of them.
+models be replaced (its *experts interface*); expertd needs no code of its own for any of them. It
+has some for Llama 4, whose experts are outside of that interface.
 This page is made by `make architectures`, with transformers {transformers} and torch {torch}: it
 makes a tiny model with random weights of each architecture, packs it, and runs it beside stock
 transformers, which gets the same weights, dequantized. What is listed here gave **equal logits,
@@ -26,12 +29,19 @@ other side.
 
 """
 
+_NAMES = ("architecture", "features", "formats", "sees", "adapters")
+_NAMES += ("native", "ahead", "batched", "tests")
 _COLUMNS = """
 - **Features**: what the tiny model of it has, and so what was tried.
+- **Formats**: in what it is packed from in a test, beside 16 and 32 bits. Any format that
+  [packing.md](packing.md) lists is read for any architecture.
+- **Sees**: whether images are served; *text alone*: its checkpoints also see or hear, and their
+  language model is served.
+- **Adapters**: whether adapters (LoRA) are tried with it.
 - **Native**: the activation, if the native CPU and GPU kernels know it. The others are computed
   by the reference kernels, which call the model's own function: right, and slower.
 - **Ahead**: whether its routers can be asked ahead of time, for prefetching and speculation.
-- **Together**: which rows of several sequences a step computes together: *all*; those of *decoding*
+- **Batched**: which rows of several sequences a step computes together: *all*; those of *decoding*
   sequences, where layers keep recurrent states (prompts are then computed one after the other);
   or none: sequences are computed *in turns*, which is right, but each reads all weights for itself.
   What several sequences get was compared with each alone, prompts in chunks among them.
@@ -47,15 +57,14 @@ def read_results() -> Results:
 
 
 def merge(old: Results, new: Results) -> Results:
-    """``old`` with the rows of ``new`` in place of its own; both with the same versions."""
+    """``old`` with the rows of ``new``, in place of its own or beside; both of one version."""
     if (old.transformers, old.torch) != (new.transformers, new.torch):
         raise SystemExit(
             f"The table was made with transformers {old.transformers} and torch {old.torch}; "
             "give no names, and all is made anew."
         )
-    changed = {result.architecture: result for result in new.results}
-    rows = tuple(changed.get(result.architecture, result) for result in old.results)
-    return msgspec.structs.replace(old, results=rows)
+    rows = {result.architecture: result for result in (*old.results, *new.results)}
+    return msgspec.structs.replace(old, results=tuple(rows[name] for name in sorted(rows)))
 
 
 def render(results: Results) -> str:
@@ -64,15 +73,14 @@ def render(results: Results) -> str:
     schemes = ", ".join(f"`{scheme}`" for scheme in ("bf16", *sweep.SCHEMES))
     lines = [
         _HEAD.format(
-            num=len(results.results),
+            num=len(results.results) - len(OUTSIDE),
             transformers=results.transformers,
             torch=results.torch,
             prompt=sweep.PROMPT_TOKENS,
             new=sweep.NEW_TOKENS,
             schemes=schemes,
         )
-        + "| architecture | features | native | ahead | together | tests |\n"
-        + "|---|---|---|---|---|---|"
+        + f"| {' | '.join(_NAMES)} |\n|{'---|' * len(_NAMES)}"
     ]
     lines += [_row(result) for result in served if not result.differs]
     lines.append(_COLUMNS.rstrip("\n"))
@@ -90,9 +98,7 @@ def render(results: Results) -> str:
         for result in results.results
         if result.refused and result.architecture not in {**SEEING, **TEXT_WITHIN}
     ]
-    lines.append(
-        "- DBRX, JetMoE, Llama 4, Switch Transformers: outside of transformers' experts interface."
-    )
+    lines += [f"- `{name}`: {reason}." for name, reason in REFUSED.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -146,12 +152,21 @@ def _row(result: Result) -> str:
     cells = (
         _name(result),
         ", ".join(result.features),
+        ", ".join(FORMATS.get(result.architecture, ())),
+        _sees(result),
+        "yes" if result.architecture in ADAPTERS else "",
         f"`{result.activation}`" if result.activation else "no",
         "yes" if result.routers else "no",
         result.together,
         tests,
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _sees(result: Result) -> str:
+    if result.architecture in SEES:
+        return "yes"
+    return "text alone" if result.text_alone else ""
 
 
 def _name(result: Result) -> str:

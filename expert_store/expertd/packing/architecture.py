@@ -226,11 +226,14 @@ def _language_model(config: Any) -> Any:  # noqa: ANN401
 
 def _no_seam(path: Path, name: str, model: Any) -> str:  # noqa: ANN401 - transformers is untyped
     """Why a model without the experts seam cannot be packed."""
-    if any(re.search(r"expert|moe", module) for module, _ in model.named_modules()):
-        return (
-            f"{path} has the architecture {name}, whose experts are outside of transformers' "
-            "experts interface; it is not supported."
-        )
+    for module_name, module in model.named_modules():
+        if re.search(r"expert|moe", module_name):
+            kind = type(module).__name__
+            return (
+                f"{path} has the architecture {name}, whose experts ({kind}, in {module_name}) are "
+                "outside of transformers' experts interface; a transformers that lets them be "
+                f"replaced (use_experts_implementation on {kind}) would help."
+            )
     return (
         f"{path} has the architecture {name}, which has no experts; expertd serves "
         "Mixture-of-Experts models."
@@ -246,10 +249,16 @@ def _experts_module(
 ) -> ExpertsModule:
     """Reads one experts module. Raises :class:`CheckpointError` if it is of another kind."""
     index = re.search(r"\.(\d+)\.", name)
-    if getattr(module, "has_post_expert_norm", False) or index is None:
+    kind = type(module).__name__
+    if getattr(module, "has_post_expert_norm", False):
         raise CheckpointError(
-            f"{path} has the architecture {architecture}, whose experts are not a feed-forward "
-            "alone (up, or gate and up, then down); it is not supported."
+            f"{path} has the architecture {architecture}, whose experts ({kind}, in {name}) have a "
+            "norm after down, which records and kernels do not know; another model would help."
+        )
+    if index is None:
+        raise CheckpointError(
+            f"{path} has the architecture {architecture}, whose experts ({kind}, in {name}) are "
+            "those of no one layer; records are kept by layer, and another model would help."
         )
     inward = module.gate_up_proj if module.has_gate else module.up_proj
     num_experts, first, second = inward.shape

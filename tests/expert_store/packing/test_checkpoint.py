@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     JetMoeConfig,
-    Llama4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
 )
@@ -371,11 +370,9 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32, "num_atten
         ),
         (
             JetMoeConfig(**SMALL, kv_channels=32, num_key_value_heads=2, num_local_experts=2),
-            "JetMoeForCausalLM, whose experts are outside of transformers' experts interface",
-        ),
-        (
-            Llama4TextConfig(**SMALL, num_key_value_heads=2, num_local_experts=2),
-            "Llama4ForCausalLM, whose experts are outside of transformers' experts interface",
+            r"JetMoeForCausalLM, whose experts \(JetMoeMoA, in model\.layers\.0\.self_attention\."
+            r"experts\) are outside of transformers' experts interface; a transformers that lets "
+            r"them be replaced \(use_experts_implementation on JetMoeMoA\) would help",
         ),
     ],
     ids=lambda value: type(value).__name__,
