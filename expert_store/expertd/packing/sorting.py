@@ -218,6 +218,8 @@ class Sorter:
             patterns = parameter.converter.source_patterns if parameter.converter else [""]
             for pattern in patterns:
                 sources = parameter.sources.get(pattern, [])
+                if not sources and self._is_enough(parameter, convert):
+                    continue
                 if parameter.is_fused(pattern):
                     check_shape(sources[0], (module.num_experts, *sources[0].entry.shape[1:]))
                 else:
@@ -261,6 +263,14 @@ class Sorter:
                     f"{source.file} has {source.name} in the shape {list(source.entry.shape)}, and "
                     f"{sources[0].name} has {list(usual)}; download the checkpoint again."
                 )
+
+    def _is_enough(self, parameter: Parameter, convert: Convert) -> bool:
+        """Whether transformers makes it of what there is: some of its sources may be scales."""
+        try:
+            self._check_expert_shape(parameter, convert)
+        except CheckpointError:
+            return False
+        return True
 
     def _check_expert_shape(self, parameter: Parameter, convert: Convert) -> None:
         """What transformers would make of expert 0, by shapes alone; all others are like it."""

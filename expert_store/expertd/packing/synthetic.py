@@ -40,7 +40,14 @@ from expertd.packing.stored.description import Description, read_description
 from expertd.packing.stored.expected import expected_form
 from expertd.packing.stored.weight import Form
 from expertstore.pack.codec import E2M1, E8M0_BIAS, TORCH_DTYPES, record_parts
-from expertstore.pack.layout import DTYPE_BYTES, Encoding, Matrix, RecordLayout, matrix_parts
+from expertstore.pack.layout import (
+    DOWN,
+    DTYPE_BYTES,
+    Encoding,
+    Matrix,
+    RecordLayout,
+    matrix_parts,
+)
 from expertstore.pack.manifest import MANIFEST_NAME, encode_manifest
 from expertstore.pack.rows import encode_rows
 from expertstore.pack.table import CHECKSUM_BYTES, Table, block_checksum
@@ -91,16 +98,16 @@ class ImaginedCheckpoint:
         return any(
             self.stored_form(module, leaf) is not None
             for module in self.architecture.experts
-            for leaf in ("gate_up_proj", "down_proj")
+            for leaf in (f"{module.inward}_proj", f"{DOWN}_proj")
         )
 
     def stored_form(self, module: ExpertsModule, leaf: str) -> Form | None:
         """The form that the configuration tells of."""
         hidden, intermediate = module.hidden_size, module.intermediate_size
-        if leaf != "gate_up_proj":
-            return expected_form(self.description, module.parameter(leaf), (hidden, intermediate))
-        form = expected_form(self.description, module.parameter(leaf), (intermediate, hidden))
-        return form and form.with_rows(intermediate)
+        is_down = leaf == f"{DOWN}_proj"
+        shape = (hidden, intermediate) if is_down else (intermediate, hidden)
+        form = expected_form(self.description, module.parameter(leaf), shape)
+        return form and (form if is_down or not module.has_gate else form.with_rows(intermediate))
 
     def trunk_form(self, tensor: CheckpointTensor) -> Form | None:
         """The same for a matrix of the trunk."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from expertd_inference.experts.call import has_seat, seat_of
+from expertd_inference.experts.keeping import keep_fewer
 
 _FILE = "transformers.models.llama4.modeling_llama4"
 
@@ -43,9 +44,11 @@ def _forward(block: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # noq
     rows = hidden_states.reshape(-1, block.hidden_dim)
     scores, logits = block.router(rows)
     chosen = torch.topk(logits, block.top_k, dim=1).indices  # [T, k]
-    scaled = (rows[:, None] * scores.gather(1, chosen)[..., None]).flatten(0, 1)  # [T * k, H]
+    weights = scores.gather(1, chosen)
+    scaled = (rows[:, None] * weights[..., None]).flatten(0, 1)  # [T * k, H]
     seat = seat_of(block.experts)
-    call = seat.call(scaled, chosen.view(-1, 1), scaled.new_ones(len(scaled), 1))
+    kept = keep_fewer(seat.call(rows, chosen, weights)).routed.index
+    call = seat.call(scaled, kept.view(-1, 1), scaled.new_ones(len(scaled), 1))
     routed = seat.runner.run(call).view(*chosen.shape, -1)
     out: Tensor = block.shared_expert(rows)
     return out.add_(routed.sum(dim=1)), logits

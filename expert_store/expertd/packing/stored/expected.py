@@ -15,7 +15,7 @@ def expected_form(description: Description, parameter: str, shape: tuple[int, in
     None if it is in 16 bits, or in a form that no record has.
     """
     # Checkpoints have experts one by one, and so have the lists of what is not quantized.
-    module = re.sub(r"\.experts\.(gate_up|down)_proj", r".experts.0.\1_proj", parameter)
+    module = re.sub(r"\.experts\.(gate_up|up|down)_proj", r".experts.0.\1_proj", parameter)
     module = module.replace(".gate_up_proj", ".gate_proj").removesuffix(".weight")
     fields, method = description.fields, description.method
     if not method or module.endswith("lm_head") or description.is_ignored(module):

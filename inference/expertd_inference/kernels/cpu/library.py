@@ -33,7 +33,7 @@ from expertstore.pack.layout import (
 )
 
 PATH = Path(__file__).parents[1] / "native" / "libexpertd_kernels.so"
-ABI = 7
+ABI = 8
 GROUP_SIZES = (16, 32, 64, 128)
 META_GROUP_SIZE = 128
 

@@ -12,7 +12,7 @@
 
 // Changes with any structure or function of the C interface, in whichever header; library.py of
 // kernels/cpu has the same number.
-#define EXPERTD_ABI 7
+#define EXPERTD_ABI 8
 
 // How values are stored; the first three are also the types of activations.
 enum Format : int32_t { BF16, F16, F32, HQQ8, HQQ4, HQQ3, HQQ2, MXFP4, NVFP4, FP8, MXFP8 };
