@@ -15,6 +15,8 @@ from transformers import (
 from expertd.packing.packer import Request, pack
 from expertd.packing.schemes import choose_scheme
 from expertd_inference.experts.call import experts_asked_of
+from expertd_inference.experts.keeping import KeptExperts, keeping
+from expertd_inference.fewer_experts import FewerExperts
 from expertd_inference.kernels.cpu.choice import ReferenceKernels
 from expertd_inference.kernels.cpu.library import native_library
 from expertd_inference.kernels.cpu.native import NativeKernels
@@ -55,6 +57,14 @@ def test_is_stock(top_k: int, tmp_path: Path) -> None:
     tokens = greedy(ours, PROMPT, 16)
     assert tokens == greedy(theirs, PROMPT, 16)
     assert len(set(tokens)) > 4
+    if top_k == 2:
+        fewer = KeptExperts([(FewerExperts(most=1), len(PROMPT))], torch.device("cpu"))
+        with keeping(fewer):
+            kept = logits(ours, PROMPT)
+        one = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "c", dtype=torch.bfloat16, num_experts_per_tok=1
+        )
+        assert torch.equal(kept, logits(one, PROMPT))
 
 
 class Counted:
