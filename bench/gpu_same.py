@@ -23,8 +23,8 @@ from expertd_inference import EmbeddedDaemon, Worker
 from expertd_inference.device.group import DeviceGroup
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.room import Room
-from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
+from expertd_inference.model.cache_name import CACHE
 from expertd_inference.process.attachment import attach
 from expertd_inference.settings import DecodeGraphsMode, DeviceSettings, OnMiss
 from expertstore.pack.manifest import Manifest, read_manifest

@@ -180,7 +180,7 @@ def _compare(name: str, bench: Bench, plan: Plan, socket: Path, share: float) ->
 def _turn(model: "PreTrainedModel", prompt: "Tensor", new_tokens: int) -> Turn:
     import torch
 
-    from expertd_inference.execution.step_cache import CACHE
+    from expertd_inference.model.cache_name import CACHE
 
     with torch.no_grad():
         began = time.perf_counter()

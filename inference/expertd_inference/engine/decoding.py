@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from expertd_inference.engine.engine import Engine
 from expertd_inference.engine.sampling import Sampling, not_finite
-from expertd_inference.execution.step_cache import CACHE
+from expertd_inference.model.cache_name import CACHE
 from expertd_inference.settings import GenerationSettings
 from expertstore.errors import PreconditionError
 

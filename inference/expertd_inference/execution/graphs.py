@@ -29,7 +29,7 @@ from expertd_inference.execution.graph_rows import GraphAttention, GraphRows
 from expertd_inference.execution.modules import ModulesExecutor
 from expertd_inference.execution.room import Room
 from expertd_inference.execution.segment import ExpertsRest, Segment
-from expertd_inference.execution.step_cache import CACHE, StepCache
+from expertd_inference.execution.step_cache import StepCache
 from expertd_inference.experts.call import (
     ExpertsCall,
     ExpertsRunner,
@@ -38,6 +38,7 @@ from expertd_inference.experts.call import (
 )
 from expertd_inference.experts.keeping import keep_fewer
 from expertd_inference.kernels.blocks import BLOCK_TOKENS
+from expertd_inference.model.cache_name import CACHE
 from expertd_inference.settings import DecodeGraphsMode
 
 SEGMENTS, WHOLE = DecodeGraphsMode.SEGMENTS, DecodeGraphsMode.WHOLE

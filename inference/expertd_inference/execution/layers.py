@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from expertd_inference.execution.attention_hook import attending, hook_attention
 from expertd_inference.execution.delta_hook import hook_delta
-from expertd_inference.execution.step_cache import CACHE, StateName, StepCache, UnknownCacheError
+from expertd_inference.execution.step_cache import StateName, StepCache, UnknownCacheError
 from expertd_inference.kv.memory import KvLayer
 from expertd_inference.kv.state_memory import StateShape
+from expertd_inference.model.cache_name import CACHE
 from expertd_inference.model.pack_config import rope_kinds, turning_points
 
 PROBE_TOKENS = 7

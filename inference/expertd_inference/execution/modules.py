@@ -25,12 +25,13 @@ from expertd_inference.execution.inputs import rows_of
 from expertd_inference.execution.layers import AttentionLayer, ModelLayers
 from expertd_inference.execution.mutual import attend_mutually, mutual_rows
 from expertd_inference.execution.room import Room
-from expertd_inference.execution.step_cache import CACHE, StateName, StepCache
+from expertd_inference.execution.step_cache import StateName, StepCache
 from expertd_inference.experts.keeping import ExpertTally
 from expertd_inference.kernels.cpu.attention import AttentionPlan, AttentionSpan, attend
 from expertd_inference.kernels.cpu.delta import Places
 from expertd_inference.kv.memory import KvMemory
 from expertd_inference.kv.state_memory import StateMemory
+from expertd_inference.model.cache_name import CACHE
 
 _TOGETHER_BYTES = 4 << 20
 """Of one layer's state, of all sequences that a forward pass computes: torch makes several copies

@@ -17,10 +17,6 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
-
-CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
-"""What models call the cache that they take and return; transformers 5.24 has renamed it."""
 
 
 class UnknownCacheError(Exception):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from expertd_inference.execution.batch import Batch, Span, Wanted
 from expertd_inference.execution.computing import computing
-from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.experts.keeping import ExpertTally
+from expertd_inference.model.cache_name import CACHE
 from expertd_inference.model.pack_config import turning_points
 
 

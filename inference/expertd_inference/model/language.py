@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from expertd_inference.model.cache_name import CACHE
+
 
 class LanguageModel(nn.Module):
     """The modules of ``whole`` that turn tokens to logits; nothing is copied.
@@ -62,7 +64,7 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(hidden)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: getattr(found, CACHE)})
 
 
 def language_model_of(model: Any) -> Any:  # noqa: ANN401 - transformers is untyped

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from expertd_inference.execution.step_cache import CACHE
 from expertd_inference.kv.size import CONTEXT_TOKENS, kv_bytes, kv_bytes_per_token
+from expertd_inference.model.cache_name import CACHE
 from expertd_testing.tiny_models import CONFIGS, make_model
 
 
