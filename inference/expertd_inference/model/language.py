@@ -62,7 +62,9 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(hidden)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        return CausalLMOutputWithPast(logits=logits, past_key_values=found.past_key_values)
+        # Its name depends on transformers' version.
+        kept = {name: found[name] for name in ("cache", "past_key_values") if name in found}
+        return CausalLMOutputWithPast(logits=logits, **kept)
 
 
 def language_model_of(model: Any) -> Any:  # noqa: ANN401 - transformers is untyped
