@@ -27,7 +27,12 @@ COMMANDS = re.findall(r"^(expert.*)$", (ROOT / "docs/models.md").read_text(), re
 PACKS = [line for line in COMMANDS if line.startswith("expertd pack")]
 FIRST = "openai/gpt-oss-20b"
 BLOCKS = fp8("weight_scale_inv", (128, 128), weight_block_size=[128, 128])
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 32}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 
 Make = Callable[[Path], Path]
 """Writes a repository into a folder, and returns where it lies."""
@@ -62,7 +67,9 @@ def stored(model_type: str, kinds: dict[str, Kind], **settings: object) -> Make:
 def gguf(folder: Path) -> Path:
     """A repository of files for llama.cpp."""
     (folder / "gguf").mkdir()
-    model = make_gguf_model("qwen3_5_moe_text", num_hidden_layers=2, hidden_size=256)
+    model = make_gguf_model(
+        "qwen3_5_moe_text", num_hidden_layers=2, hidden_size=256, layer_types=LINEAR["layer_types"]
+    )
     write_gguf(model, folder / "gguf/tiny-Q4_K_M.gguf", lambda _: Type.Q8_0)
     return folder / "gguf"
 
@@ -76,7 +83,10 @@ STANDINS: dict[str, tuple[Make, Encoding]] = {
         Encoding.FP8,
     ),
     "unsloth/Qwen3.6-35B-A3B-GGUF:Q4_K_M": (gguf, Encoding.INT),
-    "Qwen/Qwen3.8-Flash-Next": (plain("qwen4_exp_text"), Encoding.HQQ),
+    "Qwen/Qwen3.8-Flash-Next": (
+        plain("qwen4_exp_text", layer_types=LINEAR["layer_types"]),
+        Encoding.HQQ,
+    ),
     "deepseek-ai/DeepSeek-V4-Flash": (stored("deepseek_v4", DEEPSEEK_V4), Encoding.MXFP4),
     "zai-org/GLM-5.2-FP8": (stored("glm_moe_dsa", {"_proj.weight": BLOCKS}), Encoding.FP8),
     "moonshotai/Kimi-K2.6": (

@@ -126,6 +126,31 @@ async def test_demand_waits_for_no_hint(
     assert table.counters.nvme_bytes_read == 9 * 4096
 
 
+async def test_a_hint_waits_for_demand(
+    arena: Arena, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = host(arena, file)
+    read, go_on = table._file.read, threading.Event()
+
+    def slowly(blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
+        go_on.wait(10)
+        return read(blocks)
+
+    monkeypatch.setattr(table._file, "read", slowly)
+    coming = asyncio.create_task(table.fetch(rows(3), NO_ROWS))
+    await asyncio.sleep(0)
+    table.prefetch(rows(960))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [*table._reads] == [0], "the block of row 3 alone is being read"
+    go_on.set()
+    await coming
+    assert table._hinting is not None
+    await table._hinting
+    assert table.counters.prefetched == 1
+    await table.close()
+
+
 async def test_a_damaged_block_is_lost_alone(arena: Arena, file: Path) -> None:
     with file.open("r+b") as opened:
         opened.seek(4096 * 3 + 100)  # of block 2

@@ -64,7 +64,7 @@ def test_experts_and_attention_are_kept(packed: Path) -> None:
     manifest = read_manifest(packed).manifest
     (layout,) = manifest.layouts
     forms = [(each.encoding, each.bits, each.group_size) for each in layout.matrices]
-    assert forms == [(Encoding.HQQ, 4, 32), (Encoding.HQQ, 8, 32)]
+    assert forms == [(Encoding.INT, 4, 32), (Encoding.INT, 8, 32)]
     kept = {(each.matrix.bits, each.matrix.group_size) for each in manifest.trunk_quantized}
     assert kept == {(8, 32)}
     assert len(manifest.trunk_quantized) == 8

@@ -202,3 +202,7 @@ def test_pieces_in_different_files(stored: Stored, tmp_path: Path) -> None:
     with Checkpoint(tmp_path / "c") as checkpoint:
         module = checkpoint.architecture.experts[0]
         assert {file.name for file in checkpoint.expert_files(module, 3)} == set(shards)
+        attention = next(
+            source for name, source in checkpoint.trunk if name.endswith("q_proj.weight")
+        )
+        assert {file.name for file in checkpoint.trunk_files(attention)} == set(shards)
