@@ -63,8 +63,8 @@ class LanguageModel(nn.Module):
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         # Its name depends on transformers' version.
-        kept = {name: found[name] for name in ("cache", "past_key_values") if name in found}
-        return CausalLMOutputWithPast(logits=logits, **kept)
+        name = "cache" if hasattr(found, "cache") else "past_key_values"
+        return CausalLMOutputWithPast(logits=logits, **{name: getattr(found, name)})
 
 
 def language_model_of(model: Any) -> Any:  # noqa: ANN401 - transformers is untyped
