@@ -10,17 +10,13 @@ are one tensor to all of that (:mod:`expertd.packing.stored`): read as the 16-bi
 stand for, or as they are.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
@@ -44,14 +40,14 @@ from expertd.packing.sorting import Parameter, Sorter
 from expertd.packing.stored.description import METHODS, read_description
 from expertd.packing.stored.finding import find_stored
 from expertd.packing.stored.matrix import StoredMatrix
-from expertd.packing.stored.unpacking import READ_DTYPES, dequantized, unpack
+from expertd.packing.stored.unpacking import dequantized, unpack
 from expertd.packing.stored.weight import PLAIN_FORM, Form, StoredWeight
+from expertd.packing.tensor_reader import TensorReader
 from expertstore.errors import CheckpointError
 from expertstore.pack.codec import TORCH_DTYPES
 from expertstore.pack.layout import DOWN
 from expertstore.pack.manifest import GateOrder
 from expertstore.pack.seeing import TEXT_PART
-from expertstore.pack.tensor_file import read_into
 
 MIN_TABLE_BYTES = 256 << 20
 """What a table has at least in 16 bits; a smaller one is better off in the trunk."""
@@ -91,11 +87,9 @@ class Checkpoint:
         Embeddings that can be tables are, if they have ``table_bytes`` in 16 bits.
         """
         self.path = path
-        self._shards = shards
+        self._reader = TensorReader(shards)
         config = read_config(path)
         self.architecture: Architecture = read_architecture(path, text_only=text_only)
-        self._fds: dict[Path, int] = {}
-        self._opening = Lock()
         description = read_description(path, config)
         self._stored: Mapping[str, StoredWeight]
         if (file := gguf_of(path)) is not None:
@@ -148,8 +142,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Closes all files; twice is harmless."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        self._reader.close()
 
     @property
     def vision_bytes(self) -> int:
@@ -163,11 +156,7 @@ class Checkpoint:
 
     def drop(self, file: Path) -> None:
         """Closes a file of which nothing is left to read, and says so to its :class:`Shards`."""
-        fd = self._fds.pop(file, None)
-        if fd is not None:
-            os.close(fd)
-        if self._shards is not None:
-            self._shards.drop(file)
+        self._reader.drop(file)
 
     def expert_files(self, module: ExpertsModule, expert: int) -> set[Path]:
         """The files that hold something of the expert."""
@@ -184,7 +173,7 @@ class Checkpoint:
         if weight is not None:
             return self._read_weight(weight, scratch)
         buffer = scratch.take(tensor.entry.num_bytes)
-        return self._read_slice(tensor, 0, buffer).view(tensor.entry.shape)
+        return self._reader.read_bytes(tensor, 0, buffer).view(tensor.entry.shape)
 
     def read_stored(
         self, tensor: CheckpointTensor, scratch: Scratch | None = None
@@ -206,7 +195,7 @@ class Checkpoint:
             )
         row = tensor.entry.num_bytes // tensor.entry.shape[0]
         buffer = scratch.take(num_rows * row)
-        return self._read_slice(tensor, begin * row, buffer).view(num_rows, -1)
+        return self._reader.read_bytes(tensor, begin * row, buffer).view(num_rows, -1)
 
     def type_of(self, tensor: CheckpointTensor) -> str:
         """As what the tensor is read, in safetensors' names: stored weights as 16-bit ones."""
@@ -365,7 +354,7 @@ class Checkpoint:
             return _largest(dequantized(matrix))
         num_bytes = tensor.entry.num_bytes // (tensor.entry.shape[0] if is_fused else 1)
         buffer = Scratch().take(min(num_bytes, SAMPLE_BYTES))
-        return _largest(self._read_slice(tensor, expert * num_bytes * is_fused, buffer))
+        return _largest(self._reader.read_bytes(tensor, expert * num_bytes * is_fused, buffer))
 
     def pieces(
         self, module: ExpertsModule, expert: int
@@ -375,7 +364,7 @@ class Checkpoint:
         As the files have it: the pieces of stored weights are tensors of their own.
         """
         for each, is_fused in self._tensors_of(module, expert):
-            yield each, self._read_piece(each, expert if is_fused else None, Scratch())
+            yield each, self._reader.read(each, expert if is_fused else None, Scratch())
 
     def _tensors_of(
         self, module: ExpertsModule, expert: int
@@ -398,7 +387,7 @@ class Checkpoint:
     def trunk_pieces(self, source: CheckpointTensor) -> Iterator[tuple[CheckpointTensor, Tensor]]:
         """A tensor of the trunk, or its pieces, as the files have them."""
         for each in self._physical(source):
-            yield each, self._read_piece(each, None, Scratch())
+            yield each, self._reader.read(each, None, Scratch())
 
     def expert_bits(self, module: ExpertsModule) -> float:
         """Bits of a weight of an expert in the checkpoint, about."""
@@ -453,7 +442,7 @@ class Checkpoint:
         for part, piece in weight.pieces.items():
             sliced = fused if piece.entry.shape[:1] == weight.shape[:1] else None
             rows = weight.head[part] if only_head else None
-            pieces[part] = self._read_piece(piece, sliced, scratch or Scratch(), rows)
+            pieces[part] = self._reader.read(piece, sliced, scratch or Scratch(), rows)
         return pieces
 
     def _read_weight(self, weight: StoredWeight, scratch: Scratch) -> Tensor:
@@ -467,27 +456,6 @@ class Checkpoint:
         ]
         stacked = torch.stack(matrices)
         return stacked.transpose(1, 2) if weight.is_transposed else stacked
-
-    def _read_piece(
-        self,
-        tensor: CheckpointTensor,
-        expert: int | None,
-        scratch: Scratch,
-        num_rows: int | None = None,
-    ) -> Tensor:
-        """A tensor as the file has it; of one of all experts, the ``expert``'s.
-
-        With ``num_rows`` its first rows.
-        """
-        shape = tensor.entry.shape if expert is None else tensor.entry.shape[1:]
-        num_bytes = tensor.entry.num_bytes // (1 if expert is None else tensor.entry.shape[0])
-        begin = 0 if expert is None else expert * num_bytes
-        if num_rows is not None and shape and num_rows < shape[0]:
-            num_bytes = num_bytes // shape[0] * num_rows
-            shape = (num_rows, *shape[1:])
-        values = self._read_slice(tensor, begin, scratch.take(num_bytes))
-        # F4 has two values a byte, which are read as bytes.
-        return values.view(shape) if values.numel() == prod(shape) else values.view(shape[0], -1)
 
     def _slice_parameter(self, name: str, expert: int, scratch: Scratch) -> Tensor:
         """The expert's slice of the module's parameter."""
@@ -511,7 +479,7 @@ class Checkpoint:
         """One expert's piece of a tensor of all experts, in its type by :meth:`type_of`."""
         weight = self._stored.get(tensor.name)
         if weight is None:
-            return self._read_piece(tensor, expert, scratch)
+            return self._reader.read(tensor, expert, scratch)
         matrix = dequantized(self._matrix(weight, expert, scratch)).to(TORCH_DTYPES[self.dtype])
         return matrix.T if weight.is_transposed else matrix
 
@@ -523,7 +491,7 @@ class Checkpoint:
         end = 0
         for piece in pieces:
             begin, end = end, end + piece.entry.num_bytes
-            self._read_slice(piece, 0, buffer[begin:end])
+            self._reader.read_bytes(piece, 0, buffer[begin:end])
         dtype = TORCH_DTYPES[pieces[0].entry.dtype]
         return buffer.view(dtype).view(-1, pieces[0].entry.shape[1])
 
@@ -541,32 +509,6 @@ class Checkpoint:
         result = results[name]
         fused: Tensor = result[0] if isinstance(result, list) else result
         return fused
-
-    def _read_slice(self, tensor: CheckpointTensor, begin: int, buffer: Tensor) -> Tensor:
-        """``buffer`` (uint8), filled from the tensor's byte ``begin``, in its dtype."""
-        dtype = {**TORCH_DTYPES, **READ_DTYPES}.get(tensor.entry.dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"{tensor.name} in {tensor.file} has the type {tensor.entry.dtype}, which cannot "
-                "be packed yet; pack a checkpoint in 16 or 32 bits."
-            )
-        if self._shards is not None and not self._shards.is_here(tensor.file):
-            data = self._shards.read(tensor.file, tensor.entry.offset + begin, buffer.numel())
-            buffer.numpy()[:] = np.frombuffer(data, np.uint8)
-            return buffer.view(dtype)
-        try:
-            with self._opening:
-                if tensor.file not in self._fds:
-                    self._fds[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-            view = buffer.numpy().data
-            read_into(self._fds[tensor.file], view, tensor.entry.offset + begin)
-        except EOFError as error:
-            raise CheckpointError(
-                f"{tensor.file} is truncated: {tensor.name} lies past its end; download it again."
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror}.") from error
-        return buffer.view(dtype)
 
 
 class _OfOneExpert:
