@@ -15,9 +15,11 @@ from expertd.cli import pack
 from expertd_testing.forked_command import ForkedCommand
 from expertd_testing.hub import Hub, serving_hub
 from expertd_testing.tiny_models import randomize, save_model
+from expertd_testing.tiny_seeing import make_seeing_checkpoint
 from expertstore.pack.layout import Encoding
 from expertstore.pack.manifest import read_manifest
 from tests.architectures.tiny_configs import tiny_config
+from tests.architectures.tiny_kimi import make_kimi_checkpoint
 from tests.gguf_files import make_gguf_model, write_gguf
 from tests.random_mxfp4 import make_mxfp4_checkpoint
 from tests.stored_weights import DEEPSEEK_V4, KINDS, Kind, fp8, store
@@ -39,7 +41,7 @@ Make = Callable[[Path], Path]
 
 
 def plain(model_type: str, **settings: object) -> Make:
-    """In 16 bits."""
+    """In 16 bits, text only."""
 
     def make(folder: Path) -> Path:
         config = tiny_config(model_type, num_hidden_layers=2, **settings)
@@ -51,14 +53,20 @@ def plain(model_type: str, **settings: object) -> Make:
     return make
 
 
-def stored(model_type: str, kinds: dict[str, Kind], **settings: object) -> Make:
+def seeing(model_type: str) -> Make:
+    """In 16 bits, with a vision part."""
+    return lambda folder: make_seeing_checkpoint(model_type, folder / "plain")
+
+
+def stored(make_plain: Make, kinds: dict[str, Kind]) -> Make:
     """Quantized by its makers."""
 
     def make(folder: Path) -> Path:
-        plain(model_type, **settings)(folder)
+        beside = make_plain(folder)
         made = store(folder, kinds)
-        for file in (folder / "plain").glob("tokenizer*"):
-            file.rename(made / file.name)
+        for file in beside.iterdir():
+            if not (made / file.name).exists():
+                file.rename(made / file.name)
         return made
 
     return make
@@ -77,9 +85,11 @@ def gguf(folder: Path) -> Path:
 STANDINS: dict[str, tuple[Make, Encoding]] = {
     FIRST: (make_mxfp4_checkpoint, Encoding.MXFP4),
     "openai/gpt-oss-120b": (make_mxfp4_checkpoint, Encoding.MXFP4),
-    "Qwen/Qwen3.6-35B-A3B": (plain("qwen3_5_moe_text", **LINEAR), Encoding.HQQ),
+    "Qwen/Qwen3.6-35B-A3B": (seeing("qwen3_5_moe"), Encoding.HQQ),
     "Qwen/Qwen3.6-35B-A3B-FP8": (
-        stored("qwen3_5_moe_text", {"_proj.weight": BLOCKS}, **LINEAR),
+        stored(
+            seeing("qwen3_5_moe"), {".shared_expert.up_proj.weight": BLOCKS, ".experts.": BLOCKS}
+        ),
         Encoding.FP8,
     ),
     "unsloth/Qwen3.6-35B-A3B-GGUF:Q4_K_M": (gguf, Encoding.INT),
@@ -87,16 +97,16 @@ STANDINS: dict[str, tuple[Make, Encoding]] = {
         plain("qwen4_exp_text", layer_types=LINEAR["layer_types"]),
         Encoding.HQQ,
     ),
-    "deepseek-ai/DeepSeek-V4-Flash": (stored("deepseek_v4", DEEPSEEK_V4), Encoding.MXFP4),
-    "zai-org/GLM-5.2-FP8": (stored("glm_moe_dsa", {"_proj.weight": BLOCKS}), Encoding.FP8),
+    "deepseek-ai/DeepSeek-V4-Flash": (stored(plain("deepseek_v4"), DEEPSEEK_V4), Encoding.MXFP4),
+    "zai-org/GLM-5.2-FP8": (stored(plain("glm_moe_dsa"), {"_proj.weight": BLOCKS}), Encoding.FP8),
     "moonshotai/Kimi-K2.6": (
-        stored("deepseek_v3", {".experts.": KINDS["ct-int4"]}),
+        stored(lambda path: make_kimi_checkpoint(path / "plain"), {".experts.": KINDS["ct-int4"]}),
         Encoding.INT,
     ),
-    "MiniMaxAI/MiniMax-M2": (stored("minimax_m2", {".experts.": BLOCKS}), Encoding.FP8),
-    "google/gemma-4-26B-A4B-it": (plain("gemma4_text"), Encoding.HQQ),
+    "MiniMaxAI/MiniMax-M2": (stored(plain("minimax_m2"), {".experts.": BLOCKS}), Encoding.FP8),
+    "google/gemma-4-26B-A4B-it": (seeing("gemma4"), Encoding.HQQ),
     "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-NVFP4": (
-        stored("nemotron_h", {".experts.": KINDS["modelopt-nvfp4"]}),
+        stored(plain("nemotron_h"), {".experts.": KINDS["modelopt-nvfp4"]}),
         Encoding.NVFP4,
     ),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": (plain("mixtral"), Encoding.HQQ),

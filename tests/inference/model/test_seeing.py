@@ -33,12 +33,12 @@ from expertd_inference.model.language import language_model_of
 from expertd_inference.model.sight import Sight
 from expertd_inference.settings import GenerationSettings
 from expertd_testing.patience import HANG_SECONDS
-from expertd_testing.tiny_models import byte_tokenizer, randomize, save_model
+from expertd_testing.tiny_models import byte_tokenizer
 from expertd_testing.tiny_seeing import BEGIN, END, IMAGE, make_seeing_checkpoint, picture
 from expertstore.pack.manifest import read_manifest
 from expertstore.pack.seeing import SEEING, sees
 from tests.architectures.parity import load, logits
-from tests.architectures.tiny_configs import tiny_config
+from tests.architectures.tiny_kimi import make_kimi_checkpoint
 from tests.inference.greedy import prompt_of
 
 ROOM = Room(num_blocks=24, num_sequences=4, num_rows=512)
@@ -274,18 +274,11 @@ def test_the_vision_part_in_8_bits_or_left_out(eyes: Callable[[str], Eyes], tmp_
 
 def test_a_language_model_that_is_only_within_one_that_sees(tmp_path: Path) -> None:
     """Kimi K2.5, whose images transformers prepares by torchvision alone."""
-    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = transformers.Kimi_K25Config(
-        text_config=tiny_config("deepseek_v3", num_hidden_layers=2).to_dict(),
-        vision_config={**vision, "num_attention_heads": 2, "image_size": 64},
-        image_token_id=250,
-    )
-    model = transformers.Kimi_K25ForConditionalGeneration(config)
-    randomize(model, seed=0)
-    save_model(model.to(torch.bfloat16), tmp_path / "c")
+    source = make_kimi_checkpoint(tmp_path / "c")
     said: list[str] = []
-    pack(Request(tmp_path / "c", tmp_path / "p", choose_scheme("bf16")), on_notice=said.append)
+    pack(Request(source, tmp_path / "p", choose_scheme("bf16")), on_notice=said.append)
     assert "has no place for are left out" in said[0]
-    stock = type(model).from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
+    kind = transformers.Kimi_K25ForConditionalGeneration
+    stock = kind.from_pretrained(source, dtype=torch.bfloat16)
     prompt = prompt_of(30, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(stock, prompt))
