@@ -3,16 +3,35 @@
 By the name in ``Result.architecture``. A test that tries it belongs to each entry.
 """
 
+from expertstore.pack.seeing import SEEING
+
 FORMATS: dict[str, tuple[str, ...]] = {
-    "deepseek_v3": ("FP8 in blocks",),
-    "gpt_oss": ("MXFP4",),
+    "deepseek_v3": ("FP8", "GGUF"),
+    "deepseek_v2": ("GGUF",),
+    "deepseek_v4": ("MXFP4 with FP8",),
+    "dots1": ("GGUF",),
+    "ernie4_5_moe": ("GGUF",),
+    "glm4_moe": ("GGUF",),
+    "glm_moe_dsa": ("FP8",),
+    "gpt_oss": ("MXFP4", "GGUF"),
+    "granitemoe": ("FP8", "NVFP4", "INT4", "GGUF"),
+    "granitemoeshared": ("GGUF",),
+    "minimax_m2": ("FP8", "GGUF"),
+    "mixtral": ("GGUF",),
+    "nemotron_h": ("NVFP4",),
+    "olmoe": ("GGUF",),
+    "qwen2_moe": ("GGUF",),
+    "kimi_k25": ("INT4",),
+    "qwen3_5_moe": ("FP8", "GGUF"),
+    "qwen3_moe": ("all", "GGUF"),
+    "qwen3_next": ("GGUF",),
 }
 """Packed formats of checkpoints that a test packs, beside 16 and 32 bits."""
 
-SEES: frozenset[str] = frozenset()
+SEES = frozenset(SEEING)
 """Those whose images are served."""
 
-ADAPTERS: frozenset[str] = frozenset()
+ADAPTERS = frozenset({"mixtral"})
 """Those with which adapters (LoRA) are tried."""
 
 REFUSED: dict[str, str] = {
