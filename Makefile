@@ -4,6 +4,7 @@
 #   make demo    pack the example model, serve it, generate with two workers at once
 #   make serve   pack the example model, and serve it: a chat at http://127.0.0.1:8080 (PORT=8080)
 #   make test    all tests, in JOBS=3 processes
+#   make test-bench  every bench in its quickest form, which make test leaves out (minutes)
 #   make test-oldest  what depends on transformers most, with the oldest of its range (a minute)
 #   make check   linter, formatter, types, and that the committed protobuf code is fresh
 #   make check-deploy  systemd units and alert rules, with Debian's systemd and prometheus
@@ -47,7 +48,7 @@ PROTO := proto/expertstore/v1/expert_store.proto
 # Its plugin protoc-gen-mypy is looked up in PATH.
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto
 
-.PHONY: setup native demo serve test test-oldest check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci all-checks clean
+.PHONY: setup native demo serve test test-bench test-oldest check check-deploy docs screenshots proto bench bench-prefetch bench-store bench-decode bench-batch bench-serve bench-executors bench-attention bench-rows bench-activations bench-quantize gpu-slot gpu-test gpu-bench soak soak-serve conformance architectures train ci all-checks clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -88,6 +89,9 @@ serve: setup native $(EXAMPLE_PACK)/pack.json
 JOBS ?= 3
 test: setup native
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(ALONE),$(FAILED_ALONE))
+
+test-bench: setup native
+	$(BIN)/python -m pytest -m bench
 
 # The oldest transformers of pyproject's range, in a folder of its own: with that first in Python's
 # path, all other packages are those of the virtual environment.

@@ -53,6 +53,7 @@ def measured(part: str, folder: Path, **options: Any) -> Result:
     return result
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("part", ["cold", "hints", "hits", "calls", "restart"])
 def test_a_part_runs(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     store.main(["--quick", "--json", "--only", part])
@@ -64,6 +65,7 @@ def test_a_part_runs(part: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert (figure["goal"] == "") == (figure["met"] is None)
 
 
+@pytest.mark.bench
 def test_hints_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     prefetch.main(["--quick", "--json", "--only", "example"])
     figures = json.loads(capsys.readouterr().out)["figures"]
@@ -158,6 +160,7 @@ def test_torch_s_threads_sleep_in_a_part(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [each["OMP_WAIT_POLICY"] for each in environments] == ["PASSIVE"]
 
 
+@pytest.mark.bench
 def test_a_part_leaves_a_file_and_the_page_is_made_of_it(tmp_path: Path) -> None:
     assert everything.main(["kernels", "--quick", "--out", str(tmp_path)]) == 0
     result = read_result(tmp_path / "benchmarks/kernels.json")
@@ -169,6 +172,7 @@ def test_a_part_leaves_a_file_and_the_page_is_made_of_it(tmp_path: Path) -> None
     assert "a quick run, not to be quoted" in text
 
 
+@pytest.mark.bench
 def test_the_ablation_reads_less_with_every_part_of_it(tmp_path: Path) -> None:
     said = list(ablation.measure(Bench(tmp_path, lambda _: None, traces=(), quick=True)))
     table = next(each for each in said if isinstance(each, Table))
@@ -182,6 +186,7 @@ def test_the_ablation_reads_less_with_every_part_of_it(tmp_path: Path) -> None:
     assert not any("computed by modules" in str(each) for each in said)
 
 
+@pytest.mark.bench
 def test_what_is_advised_stands_beside_what_is_measured(tmp_path: Path) -> None:
     (figure,) = measured("advise", tmp_path).figures
     assert figure.goal == "ratio 0.75 to 1.25"
@@ -196,6 +201,7 @@ def test_a_goal_may_have_two_ends() -> None:
     assert compared("p", "w", "u", turns, at_least=2, at_most=2).met is True
 
 
+@pytest.mark.bench
 def test_quality_is_ours_and_hqq_s_alike(tmp_path: Path) -> None:
     said = list(quality.measure(Bench(tmp_path, lambda _: None, quick=True)))
     figures = [each for each in said if isinstance(each, Figure)]
@@ -250,6 +256,7 @@ def test_the_page_in_docs_is_made_of_its_results() -> None:
     )
 
 
+@pytest.mark.bench
 def test_sharing_is_measured(tmp_path: Path) -> None:
     result = measured("sharing", tmp_path)
     assert {plot.name for plot in result.plots} == {"sharing-memory", "sharing-speed"}
@@ -303,6 +310,7 @@ def test_peers_get_none_of_our_threading(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["PATH"] == os.environ["PATH"]
 
 
+@pytest.mark.bench
 def test_other_programs_are_measured(tmp_path: Path) -> None:
     result = measured("peers", tmp_path, llama_python=str(tmp_path / "python"))
     assert [row[0] for row in result.tables[0].rows] == ["ours", "transformers, bf16"]
@@ -333,6 +341,7 @@ def test_executors_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(len(row) == len(table.columns) == 4 for row in table.rows)
 
 
+@pytest.mark.bench
 def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     serve.main(["--quick", "--json", "--only", "load", "--only", "costs"])
     said = capsys.readouterr()

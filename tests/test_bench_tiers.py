@@ -12,6 +12,7 @@ from bench.results import Table
 from expertd_testing.daemon import serving
 
 
+@pytest.mark.bench
 def test_more_model_than_ram_is_measured_beside_mapped_files(tmp_path: Path) -> None:
     said = list(spill.measure(Bench(tmp_path, lambda _: None, traces=(), quick=True)))
     (table,) = (each for each in said if isinstance(each, Table))
@@ -25,6 +26,7 @@ def test_more_model_than_ram_is_measured_beside_mapped_files(tmp_path: Path) -> 
         assert set(loadings) == {"ours", "mapped", "announced", "ours, direct", "ours, mmap"}
 
 
+@pytest.mark.bench
 def test_mapped_files_give_a_daemons_tokens(tmp_path: Path) -> None:
     pack = synthetic.make_pack(tmp_path / "pack", spill.SHAPE, "4bit", 4, overrides=spill.TINY)
     ids = [5, 9, 2, 7, 7, 1]

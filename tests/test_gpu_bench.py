@@ -14,6 +14,7 @@ from bench.gpu_routing import routing_for
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.bench
 def test_the_bench_runs_on_the_fake_device(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--fake", "--out", str(tmp_path), "--json"]
     done = subprocess.run(
