@@ -81,8 +81,7 @@ def serve(
             help="Let requests name images by file: URLs, of files in this directory and below. "
             "Without it, images come as data: URLs.",
             metavar="DIR",
-            exists=True,
-            file_okay=False,
+            readable=False,
             show_default=False,
         ),
     ] = None,
@@ -200,6 +199,8 @@ def serve(
       expert-run serve --host 0.0.0.0 --keys keys.toml --https-cert cert.pem --https-key key.pem
     """
     options.check_places(ram, embedded=embedded, socket=socket)
+    if images is not None and not images.is_dir():
+        raise InvalidInputError(f"--images {images} is not a directory; name one that has images.")
     prepare_front()
     if all(one == options.DEFAULTS.device for one in device or ()):
         start_imports()
