@@ -75,7 +75,8 @@ class Guesses:
     hot ones as real routers' are.
     """
 
-    def __init__(self, place: int, recall: float, state: "Decoder") -> None:
+    def __init__(self, place: int, num_experts: int, recall: float, state: "Decoder") -> None:
+        self.num_experts = num_experts
         self._place, self._state = place, state
         self._recall, self._chance = recall, random.Random(place)
 
@@ -142,7 +143,7 @@ class Decoder:
         self._num_experts = {layer.layer: layer.num_experts for layer in self.manifest.layers}
         if self._ahead is not None and "recall" in job:
             self._ahead._routers = {
-                layer: Guesses(place, job["recall"], self)
+                layer: Guesses(place, self._num_experts[layer], job["recall"], self)
                 for place, layer in enumerate(self._layers)
             }
         self._executor = choose_for(

@@ -107,6 +107,7 @@ def test_every_exception_has_a_code() -> None:
 
     named = {kind for kind in vars(errors).values() if isinstance(kind, type)}
     of_a_worker = {
+        errors.AdapterError,
         errors.BusyError,
         errors.PromptTooLongError,
         errors.ScoresError,

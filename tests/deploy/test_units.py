@@ -82,6 +82,7 @@ def test_requirements_are_the_daemons_part_of_the_distributions() -> None:
         "accelerate",
         "huggingface-hub",
         "safetensors",
+        "gguf",
         "hqq",
     }
     lines = (DEPLOY / "requirements.txt").read_text().splitlines()

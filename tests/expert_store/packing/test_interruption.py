@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 STEPS = 18
 """10 tensors of the trunk and 8 experts."""
 MOMENTS = ("0", "1", "12", "17", "18", "uncommitted", "torn", "_prepare", "_finish",
-           "_file_checksum", "encode_manifest", "rename", "cleanup")  # fmt: skip
+           "file_checksum", "encode_manifest", "rename", "cleanup")  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -46,13 +46,13 @@ def test_presets() -> None:
         for name, scheme in SCHEMES.items()
     }
     assert described == {
-        "bf16": "16 16 16 16",
-        "8bit": "8g128 8g128 8g128 16",
-        "4bit": "4g64 4g64 4g64 16",
-        "4bit-fast": "4g64 4g64 4g64 8g128",
-        "as-is": "as-is as-is as-is as-is",
-        "paper-3bit": "3g64m 4g64m 16 16",
-        "paper-2bit": "2g16m 4g64m 16 16",
+        "bf16": "16 16 16 16 16",
+        "8bit": "8g128 8g128 8g128 16 16",
+        "4bit": "4g64 4g64 4g64 16 16",
+        "4bit-fast": "4g64 4g64 4g64 8g128 16",
+        "as-is": "as-is as-is as-is as-is 16",
+        "paper-3bit": "3g64m 4g64m 16 16 16",
+        "paper-2bit": "2g16m 4g64m 16 16 16",
     }
 
 

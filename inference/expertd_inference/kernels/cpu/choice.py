@@ -64,7 +64,7 @@ class ReferenceKernels:
     def output(self, routed: Routed, wave: Wave, _: PreparedExperts | None = None, /) -> Tensor:
         """As :class:`CpuKernels` says."""
         slots = routed.empty_slots()
-        self._fill_slots(slots, routed, wave)
+        self.fill_slots(slots, routed, wave)
         return sum_slots(slots, routed.rows.dtype)
 
     @staticmethod
