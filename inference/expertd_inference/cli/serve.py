@@ -199,8 +199,6 @@ def serve(
       expert-run serve --host 0.0.0.0 --keys keys.toml --https-cert cert.pem --https-key key.pem
     """
     options.check_places(ram, embedded=embedded, socket=socket)
-    if images is not None and not images.is_dir():
-        raise InvalidInputError(f"--images {images} is not a directory; name one that has images.")
     prepare_front()
     if all(one == options.DEFAULTS.device for one in device or ()):
         start_imports()

@@ -78,6 +78,8 @@ class ServerSettings:
         self.check_address(self.host, f"--host {self.host}")
         if (self.https_cert is None) != (self.https_key is None):
             raise InvalidInputError("--https-cert and --https-key belong together; give both.")
+        if self.images is not None and not self.images.is_dir():
+            raise InvalidInputError(f"--images {self.images} is no directory; name one of images.")
 
     def check_address(self, host: str, name: str) -> None:
         """Raises InvalidInputError if others reach ``host`` and neither is set."""

@@ -64,6 +64,8 @@ def test_settings_that_do_not_fit() -> None:
         ServerSettings(chat_format="klingon")
     with pytest.raises(InvalidInputError, match="belong together; give both"):
         ServerSettings(https_key=Path("key"))
+    with pytest.raises(InvalidInputError, match="--images /nowhere is no directory; name one"):
+        ServerSettings(images=Path("/nowhere"))
 
 
 def test_where_clients_find_it(tmp_path: Path) -> None:
