@@ -76,6 +76,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _ALTERNATING, "linear_num_heads": 4, "linear_head_dim": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "inkling2_text": {"unpadded_vocab_size": VOCAB},
     "inkling2_loop_text": {
         "unpadded_vocab_size": VOCAB,
         "n_layers_per_attn_res_block": 1,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WORKER_KILLS, DAEMON_KILLS = 50, 5  # with cold restarts, and as many with warm ones
+WORKER_KILLS, DAEMON_KILLS = 100, 10  # with cold restarts, and as many with warm ones
 SECONDS = 900  # several times what it takes on two busy cores
 
 COMMAND = [sys.executable, "-m", "tests.campaign"]
