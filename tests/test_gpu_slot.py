@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 MOST_FILES = 8
 
 
+@pytest.mark.bench
 def test_every_stage_runs_on_the_fake_device(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu_slot", "--fake", "--out", str(tmp_path)],
