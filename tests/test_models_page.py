@@ -29,12 +29,23 @@ COMMANDS = re.findall(r"^(expert.*)$", (ROOT / "docs/models.md").read_text(), re
 PACKS = [line for line in COMMANDS if line.startswith("expertd pack")]
 FIRST = "openai/gpt-oss-20b"
 BLOCKS = fp8("weight_scale_inv", (128, 128), weight_block_size=[128, 128])
+NGRAMS = {
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 64,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 211,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 3,
+}
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 32,
     "layer_types": ["linear_attention", "full_attention"],
 }
+
+SMALL_TABLES = ["--table-min", "1KiB"]
+"""Those of the stand-ins are tables, too, as those of their models are."""
 
 Make = Callable[[Path], Path]
 """Writes a repository into a folder, and returns where it lies."""
@@ -94,7 +105,7 @@ STANDINS: dict[str, tuple[Make, Encoding]] = {
     ),
     "unsloth/Qwen3.6-35B-A3B-GGUF:Q4_K_M": (gguf, Encoding.INT),
     "Qwen/Qwen3.8-Flash-Next": (
-        plain("qwen4_exp_text", layer_types=LINEAR["layer_types"]),
+        plain("qwen4_exp_text", layer_types=LINEAR["layer_types"], **NGRAMS),
         Encoding.HQQ,
     ),
     "deepseek-ai/DeepSeek-V4-Flash": (stored(plain("deepseek_v4"), DEEPSEEK_V4), Encoding.MXFP4),
@@ -112,6 +123,9 @@ STANDINS: dict[str, tuple[Make, Encoding]] = {
     "mistralai/Mixtral-8x7B-Instruct-v0.1": (plain("mixtral"), Encoding.HQQ),
 }
 """By the names in the page: a tiny model of the same form, and what its experts are in the pack."""
+
+
+WITH_TABLES = {"Qwen/Qwen3.8-Flash-Next", "google/gemma-4-26B-A4B-it"}
 
 
 @pytest.fixture(autouse=True)
@@ -141,11 +155,14 @@ def test_from_its_name_to_a_text(name: str, hub: Hub, tmp_path: Path) -> None:
     app.callback()(lambda: None)
     pack.register(app)
     (line,) = {line for line in PACKS if line.split()[2] == name}
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*line.split()[1:], "--no-optimize"])
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, [*line.split()[1:], "--no-optimize", *SMALL_TABLES]
+    )
     assert done.exit_code == 0, done.output
     (made,) = (tmp_path / "packs").iterdir()
-    layouts = read_manifest(made).manifest.layouts
-    assert {matrix.encoding for matrix in layouts[0].matrices} == {encoding}
+    manifest = read_manifest(made).manifest
+    assert {matrix.encoding for matrix in manifest.layouts[0].matrices} == {encoding}
+    assert bool(manifest.tables) == (name in WITH_TABLES)
     (line,) = (line for line in COMMANDS if line.startswith("expert-run generate"))
     words = line.replace(FIRST.split("/")[1], str(made)).split(" --prompt ")
     process = ForkedCommand(*words[0].split()[1:], "--max-new-tokens", "3", "--prompt", "Once")
