@@ -28,8 +28,8 @@ STALL_SECONDS = 0.5
 SETTINGS = f"stall_seconds = {STALL_SECONDS}\ndrain_seconds = 0.5\nmax_sessions = 64\n"
 ROUNDS = 5
 """Of worker kills alone; the first warms up."""
-STOPS_PER_KILL = 0.03
-"""Stopped workers: for longer than the daemon waits, and then they go on."""
+KILLS_PER_STOP = 30
+"""Then a worker is stopped for longer than the daemon waits, and goes on."""
 MAX_THREAD_GROWTH = 40
 """The pool for blocking calls and gRPC's own grow once; a leak would be one a kill."""
 MAX_HEAP_GROWTH_BYTES = 8 << 20
@@ -194,7 +194,7 @@ class Campaign:
         # A quarter of them follow at once, so that some die before they have attached.
         if self._chance.random() < 0.75:
             time.sleep(self._chance.expovariate(25))
-        if self._chance.random() < STOPS_PER_KILL:
+        if self.report.worker_kills % KILLS_PER_STOP == KILLS_PER_STOP - 1:
             self._stop_one_worker()
         row, process = self._workers.pop(self._chance.randrange(len(self._workers)))
         self._kill(row, process)
