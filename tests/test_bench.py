@@ -1,4 +1,7 @@
-"""Every part of the benchmark runs, in its quickest form; what it measures is not judged here."""
+"""Every part of the benchmark runs in its quickest form; no test judges what a part measures.
+
+``make test`` leaves out the parts as a whole, ``make test-bench`` runs them.
+"""
 
 import argparse
 import asyncio

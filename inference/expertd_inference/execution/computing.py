@@ -12,9 +12,10 @@ from expertd_inference.experts.keeping import ExpertTally, KeptExperts, keeping
 
 @contextmanager
 def computing(spans: Sequence[Span], device: torch.device, tally: ExpertTally) -> Iterator[None]:
-    """While this thread computes ``spans`` on ``device``; ``tally`` counts the experts of rows.
+    """Tells the layers, while this thread computes ``spans`` on ``device``, what rows ask for.
 
-    Those of spans of which some keep fewer than routers choose.
+    ``tally`` counts the experts of all rows of a step in which a span keeps fewer than its routers
+    choose; other steps need no counting.
     """
     kept = adapted = None
     if any(span.fewer is not None for span in spans):

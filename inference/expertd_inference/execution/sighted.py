@@ -27,7 +27,7 @@ class SightedExecutor:
         self.tally = modules.tally = program.tally
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the program has room for what is its."""
+        """Whether the program has room for the text of a step."""
         return self._program.fits(Batch(tuple(x for x in batch.spans if x.seen is None)))
 
     @torch.no_grad()
