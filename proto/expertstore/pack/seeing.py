@@ -26,12 +26,18 @@ TEXT_WITHIN: Mapping[str, str] = {
 }
 """Classes whose language model transformers has nowhere else: that is served, and sees nothing."""
 
+_IN_TURNS = "its attention is computed in turns, without images"
+_NO_PROCESSOR = "transformers prepares its images by torchvision alone"
 BLIND: Mapping[str, str] = {
     "ernie4_5_vl_moe": "its layers have a second set of experts, for images",
-    "glm5_next, mistral_large4, qwen4_exp": "their attention is computed in turns, without images",
-    "kimi_k25, llama4, minimax_m3_vl": "transformers prepares their images by torchvision alone",
+    "glm5_next": _IN_TURNS,
+    "kimi_k25": _NO_PROCESSOR,
+    "llama4": _NO_PROCESSOR,
+    "minimax_m3_vl": _NO_PROCESSOR,
+    "mistral_large4": _IN_TURNS,
+    "qwen4_exp": _IN_TURNS,
 }
-"""Why others that see are packed as text, or not at all; of a sentence."""
+"""By ``model_type``, why others that see are packed as text, or not at all; of a sentence."""
 
 TEXT_PART = "model.language_model."
 """What the names of a language model's weights begin with, in a model that sees; its head apart."""
@@ -58,4 +64,5 @@ def why_blind(name: str, model_type: str) -> str:
     """That the model of that name takes no images, and why; of a sentence."""
     if model_type in SEEING:
         return f"{name} takes text only, as it was packed without its vision part"
-    return f"{name} takes text only"
+    why = BLIND.get(model_type.removesuffix("_text"))
+    return f"{name} takes text only" + (f", since {why}" if why else "")

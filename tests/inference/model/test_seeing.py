@@ -36,7 +36,7 @@ from expertd_testing.patience import HANG_SECONDS
 from expertd_testing.tiny_models import byte_tokenizer
 from expertd_testing.tiny_seeing import BEGIN, END, IMAGE, make_seeing_checkpoint, picture
 from expertstore.pack.manifest import read_manifest
-from expertstore.pack.seeing import SEEING, sees
+from expertstore.pack.seeing import SEEING, sees, why_blind
 from tests.architectures.parity import load, logits
 from tests.architectures.tiny_kimi import make_kimi_checkpoint
 from tests.inference.greedy import prompt_of
@@ -279,6 +279,10 @@ def test_a_language_model_that_is_only_within_one_that_sees(tmp_path: Path) -> N
     pack(Request(source, tmp_path / "p", choose_scheme("bf16")), on_notice=said.append)
     assert "has no place for are left out" in said[0]
     kind = transformers.Kimi_K25ForConditionalGeneration
+    model_type = read_manifest(tmp_path / "p").manifest.model_type
+    assert why_blind("kimi", model_type) == (
+        "kimi takes text only, since transformers prepares its images by torchvision alone"
+    )
     stock = kind.from_pretrained(source, dtype=torch.bfloat16)
     prompt = prompt_of(30, seed=1)
     assert torch.equal(logits(load(tmp_path / "p"), prompt), logits(stock, prompt))
